@@ -1,0 +1,50 @@
+# Runs from a fresh clone with cargo, a C toolchain, and python3 with pip.
+#
+#   make demo    fetch a small model, quantize it to 3 bits, look at the file, generate text with it
+#   make test    set up what the tests need and run them all
+#   make ci      what a change must pass: formatting, lints, docs, tests
+
+MODEL    := target/models/smollm2-135m-instruct.gguf
+DEMO     := target/demo/smollm2-3bit.slim.gguf
+PEER     := target/peers/llama.slim.gguf
+VENV     := target/venv
+PYTHON   := $(VENV)/bin/python
+GGUF     := gguf==0.19.0
+SLIMLLM  := $(or $(CARGO_TARGET_DIR),target)/release/slimllm
+
+.PHONY: demo test test-product test-peers ci
+.NOTPARALLEL:
+
+demo: $(MODEL)
+	cargo build --release
+	mkdir -p $(dir $(DEMO))
+	$(SLIMLLM) convert $(MODEL) -o $(DEMO) --bits 3 --samples 32 --context 512
+	$(SLIMLLM) inspect $(DEMO)
+	$(SLIMLLM) run $(DEMO) -p "The sky is blue because" -n 64 --temperature 0
+
+test: test-product test-peers
+
+test-product: $(MODEL) $(VENV)/ready
+	SLIMLLM_TEST_MODEL="$(CURDIR)/$(MODEL)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" cargo test
+
+# Two GGUF readers that are not ours must find in a SliM file what `inspect` says.
+test-peers: $(VENV)/ready
+	mkdir -p $(dir $(PEER))
+	cargo run --quiet -- convert tests/data/archs/llama -o $(PEER) \
+	    --bits 3 --group-size 32 --samples 4 --context 64
+	cargo run --quiet -- inspect $(PEER) --json --metadata > $(PEER).json
+	$(PYTHON) tests/peers/read_with_gguf.py $(PEER) $(PEER).json
+	SLIMLLM_PEER_FILE="$(CURDIR)/$(PEER)" SLIMLLM_PEER_JSON="$(CURDIR)/$(PEER).json" \
+	    cargo test --package slim-peers
+
+ci:
+	.ci/run
+
+$(MODEL):
+	scripts/fetch-model
+
+# Without its own pip, so that Debian's python3 without python3-venv is enough.
+$(VENV)/ready:
+	python3 -m venv --clear --without-pip $(VENV)
+	python3 -m pip --python $(PYTHON) install --quiet $(GGUF)
+	touch $@

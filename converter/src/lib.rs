@@ -1,0 +1,1 @@
+//! Quantizes a model layer by layer with SliM-LLM and packs it into a SliM file.

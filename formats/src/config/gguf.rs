@@ -1,0 +1,202 @@
+//! Hyperparameters as GGUF metadata.
+
+use std::path::Path;
+
+use super::{ModelConfig, Rope};
+use crate::{
+    FormatError, Result,
+    gguf::{Array, Metadata, Value},
+};
+
+/// The key of all end tokens where there are several; GGUF's own names one of them.
+const EOS_IDS_KEY: &str = "slim.eos_token_ids";
+
+/// GGUF's keys of end tokens: of a text, of a turn, of a message.
+const GGUF_EOS_KEYS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+
+const DEFAULT_ROPE_THETA: f64 = 10000.0;
+
+impl ModelConfig {
+    /// Reads the standard keys of the `llama` architecture.
+    ///
+    /// `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has one. Only the
+    /// tensors tell whether the embeddings are tied, so `tied_embeddings` is false here and the
+    /// caller's to set. Without `tokenizer.ggml.add_bos_token`, SentencePiece models (`llama`) add one.
+    ///
+    /// # Errors
+    /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` for another
+    /// architecture and for what this program does not compute.
+    pub fn from_gguf(path: &Path, metadata: &Metadata, rope_factors: Option<Vec<f32>>) -> Result<Self> {
+        let keys = Keys { path, metadata };
+        let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
+        if architecture != "llama" {
+            return keys.unsupported(format!("architecture `{architecture}`"));
+        }
+        if keys.optional("llama.expert_count", "a whole number", Value::as_u64)?.is_some_and(|count| count > 0) {
+            return keys.unsupported("a mixture of experts".to_owned());
+        }
+        let hidden_size = keys.size("llama.embedding_length")?;
+        let head_count = keys.size("llama.attention.head_count")?;
+        let head_dim = match keys.optional_size("llama.attention.key_length")? {
+            Some(head_dim) => head_dim,
+            None => hidden_size.checked_div(head_count).unwrap_or(0),
+        };
+        for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
+            if let Some(found) = keys.optional_size(key)?
+                && found != head_dim
+            {
+                return keys.unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
+            }
+        }
+        let sentence_piece = metadata.str("tokenizer.ggml.model") == Some("llama");
+        let config = Self {
+            architecture: architecture.to_owned(),
+            name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
+            block_count: keys.size("llama.block_count")?,
+            hidden_size,
+            ffn_size: keys.size("llama.feed_forward_length")?,
+            head_count,
+            kv_head_count: keys.optional_size("llama.attention.head_count_kv")?.unwrap_or(head_count),
+            head_dim,
+            vocab_size: read_vocab_size(&keys)?,
+            context_length: keys.size("llama.context_length")?,
+            norm_epsilon: keys.require(EPSILON_KEY, "a float", Value::as_f64)? as f32,
+            rope: read_rope(&keys, head_dim, rope_factors)?,
+            sliding_window: keys.optional_size("llama.attention.sliding_window")?.filter(|&window| window > 0),
+            tied_embeddings: false,
+            bos_token_id: keys.optional("tokenizer.ggml.bos_token_id", "a token id", as_token_id)?,
+            eos_token_ids: read_eos_token_ids(&keys)?,
+            add_bos: keys
+                .optional("tokenizer.ggml.add_bos_token", "a truth value", Value::as_bool)?
+                .unwrap_or(sentence_piece),
+        };
+        config.validated(path)
+    }
+
+    /// The standard keys that [`from_gguf`](Self::from_gguf) reads back.
+    ///
+    /// Not among them: the RoPE factors, which GGUF keeps in the tensor `rope_freqs.weight` (needed
+    /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of `output.weight`.
+    pub fn to_gguf(&self) -> Vec<(String, Value)> {
+        let own = |key: &str| format!("{}.{key}", self.architecture);
+        // Every size was validated to be far below 2^32.
+        let size = |size: usize| Value::U32(size as u32);
+        let mut entries = vec![("general.architecture".to_owned(), self.architecture.as_str().into())];
+        entries.extend(self.name.as_ref().map(|name| ("general.name".to_owned(), name.as_str().into())));
+        entries.extend([
+            (own("vocab_size"), size(self.vocab_size)),
+            (own("context_length"), size(self.context_length)),
+            (own("embedding_length"), size(self.hidden_size)),
+            (own("block_count"), size(self.block_count)),
+            (own("feed_forward_length"), size(self.ffn_size)),
+            (own("attention.head_count"), size(self.head_count)),
+            (own("attention.head_count_kv"), size(self.kv_head_count)),
+            (own("attention.key_length"), size(self.head_dim)),
+            (own("attention.value_length"), size(self.head_dim)),
+            (own("attention.layer_norm_rms_epsilon"), self.norm_epsilon.into()),
+            (own("rope.dimension_count"), size(self.head_dim)),
+            (own("rope.freq_base"), self.rope.theta.into()),
+        ]);
+        entries.extend(self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))));
+        let bos = self.bos_token_id.map(|id| ("tokenizer.ggml.bos_token_id".to_owned(), id.into()));
+        let eos = self.eos_token_ids.first().map(|&id| (GGUF_EOS_KEYS[0].to_owned(), id.into()));
+        let all_eos = (self.eos_token_ids.len() > 1)
+            .then(|| (EOS_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
+        entries.extend(bos.into_iter().chain(eos).chain(all_eos));
+        entries.push(("tokenizer.ggml.add_bos_token".to_owned(), self.add_bos.into()));
+        entries
+    }
+}
+
+const EPSILON_KEY: &str = "llama.attention.layer_norm_rms_epsilon";
+
+/// The key, or the number of tokens.
+fn read_vocab_size(keys: &Keys<'_>) -> Result<usize> {
+    match keys.metadata.strings("tokenizer.ggml.tokens") {
+        Some(tokens) => Ok(keys.optional_size("llama.vocab_size")?.unwrap_or(tokens.len())),
+        None => keys.size("llama.vocab_size"),
+    }
+}
+
+fn read_eos_token_ids(keys: &Keys<'_>) -> Result<Vec<u32>> {
+    let list = |value: &Value| -> Option<Vec<u32>> {
+        value.as_array()?.to_u64s()?.into_iter().map(|id| id.try_into().ok()).collect()
+    };
+    if let Some(ids) = keys.optional(EOS_IDS_KEY, "token ids", list)? {
+        return Ok(ids);
+    }
+    let mut ids = Vec::new();
+    for key in GGUF_EOS_KEYS {
+        let id = keys.optional(key, "a token id", as_token_id)?;
+        ids.extend(id.filter(|id| !ids.contains(id)));
+    }
+    Ok(ids)
+}
+
+fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Result<Rope> {
+    let theta = keys.optional("llama.rope.freq_base", "a float", Value::as_f64)?;
+    let scale = match keys.optional("llama.rope.scaling.type", "a string", Value::as_str)? {
+        None | Some("none") => 1.0,
+        Some("linear") => keys.require("llama.rope.scaling.factor", "a float", Value::as_f64)? as f32,
+        Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
+    };
+    let factors = factors.unwrap_or_else(|| vec![1.0; head_dim / 2]);
+    Ok(Rope {
+        theta: theta.unwrap_or(DEFAULT_ROPE_THETA) as f32,
+        factors: factors.into_iter().map(|factor| factor * scale).collect(),
+    })
+}
+
+/// Metadata and the file that it comes from.
+struct Keys<'a> {
+    path: &'a Path,
+    metadata: &'a Metadata,
+}
+
+impl<'a> Keys<'a> {
+    fn unsupported<T>(&self, what: String) -> Result<T> {
+        Err(FormatError::unsupported(self.path, what, ""))
+    }
+
+    fn malformed(&self, key: &str, found: impl ToString, expected: &str) -> FormatError {
+        FormatError::malformed(self.path, format!("key `{key}`"), "", found, expected)
+    }
+
+    /// The value that `read` accepts as `kind`, `None` if the key is absent.
+    fn optional<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        let value = self.metadata.get(key);
+        value.map(|value| read(value).ok_or_else(|| self.malformed(key, value, kind))).transpose()
+    }
+
+    fn require<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<T> {
+        self.optional(key, kind, read)?.ok_or_else(|| self.malformed(key, "none", kind))
+    }
+
+    fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+        self.optional(key, "a whole number, the same for all blocks", as_size)
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        self.optional_size(key)?.ok_or_else(|| self.malformed(key, "none", "a whole number"))
+    }
+}
+
+/// A whole number, or an array with one per block if they are equal.
+fn as_size(value: &Value) -> Option<usize> {
+    let size = match value.as_array() {
+        None => value.as_u64()?,
+        Some(array) => all_equal(array)?,
+    };
+    size.try_into().ok()
+}
+
+fn all_equal(array: &Array) -> Option<u64> {
+    let sizes = array.to_u64s()?;
+    let first = *sizes.first()?;
+    sizes.iter().all(|&size| size == first).then_some(first)
+}
+
+fn as_token_id(value: &Value) -> Option<u32> {
+    value.as_u64()?.try_into().ok()
+}

@@ -1,0 +1,126 @@
+//! The one error type of this crate, sorted by culprit.
+
+use std::path::{Path, PathBuf};
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = FormatError> = std::result::Result<T, E>;
+
+/// Why a file could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The operating system refused.
+    #[error("`{}`: cannot {action}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried, as the rest of "cannot ...".
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The file breaks a rule of its format.
+    #[error("`{}`: {place}: found {found}, expected {expected}{}", path.display(), Rule(rule))]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file: a tensor, a key, a header field with its byte offset.
+        place: String,
+        /// The rule of `docs/format.md` (or of the container's specification), such as `F12`; empty if none is numbered.
+        rule: &'static str,
+        /// What the file holds.
+        found: String,
+        /// What the rule asks for.
+        expected: String,
+    },
+    /// The file is right, but this program cannot use it.
+    #[error("`{}`: {what} is not supported", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The feature, as the subject of "... is not supported".
+        what: String,
+        /// What the user can do instead; empty if nothing helps.
+        hint: String,
+    },
+    /// The file asks for more than a reader should grant.
+    #[error("`{}`: {what}: found {found}, the limit is {limit}", path.display())]
+    LimitExceeded {
+        /// The file.
+        path: PathBuf,
+        /// The quantity.
+        what: String,
+        /// What the file asks for.
+        found: u64,
+        /// What is granted.
+        limit: u64,
+    },
+    /// The caller asks for something that the format cannot hold.
+    #[error("{what}: found {found}, expected {expected}")]
+    InvalidArgument {
+        /// The argument: a tensor name, a key.
+        what: String,
+        /// What the caller passed.
+        found: String,
+        /// What the format can hold.
+        expected: String,
+    },
+}
+
+/// Prints ` (rule F12)` for a numbered rule, nothing otherwise.
+struct Rule<'a>(&'a str);
+
+impl std::fmt::Display for Rule<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            "" => Ok(()),
+            rule => write!(f, " (rule {rule})"),
+        }
+    }
+}
+
+impl FormatError {
+    /// An I/O error with its file.
+    pub fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
+        Self::Io { path: path.to_owned(), action, source }
+    }
+
+    /// A broken rule.
+    pub fn malformed(
+        path: &Path,
+        place: impl Into<String>,
+        rule: &'static str,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Malformed {
+            path: path.to_owned(),
+            place: place.into(),
+            rule,
+            found: found.to_string(),
+            expected: expected.into(),
+        }
+    }
+
+    /// A valid file that this program cannot use.
+    pub fn unsupported(path: &Path, what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Unsupported { path: path.to_owned(), what: what.into(), hint: hint.into() }
+    }
+
+    /// An argument that the format cannot hold.
+    pub fn invalid_argument(what: impl Into<String>, found: impl ToString, expected: impl Into<String>) -> Self {
+        Self::InvalidArgument { what: what.into(), found: found.to_string(), expected: expected.into() }
+    }
+
+    /// One sentence of advice, where one helps.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
+            Self::Malformed { path, .. } => Some(format!(
+                "the file may be cut short or damaged; run `slimllm inspect --verify {}`",
+                path.display()
+            )),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Memory maps: the only unsafe code of this crate.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
+
+use memmap2::{Mmap, MmapMut};
+
+use crate::{FormatError, Result};
+
+/// A file's bytes, mapped read-only.
+///
+/// The file must not be shortened by another program while it is mapped: reading past its new end
+/// ends the process. Files that this crate writes are replaced by renaming ([`crate::AtomicFile`]),
+/// which leaves a map of the old file whole.
+#[derive(Debug)]
+pub struct MappedFile {
+    path: PathBuf,
+    map: Option<Mmap>,
+}
+
+impl MappedFile {
+    /// Maps a regular file; an empty one gives no bytes.
+    ///
+    /// # Errors
+    /// `Io` if the file cannot be opened, is a folder or a device, or cannot be mapped.
+    pub fn open(path: &Path) -> Result<Self> {
+        let open = || {
+            let file = File::open(path)?;
+            let metadata = file.metadata()?;
+            if !metadata.is_file() {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+            }
+            (metadata.len() > 0).then(|| map_read_only(&file)).transpose()
+        };
+        match open() {
+            Ok(map) => Ok(Self { path: path.to_owned(), map }),
+            Err(error) => Err(FormatError::io(path, "open the file", error)),
+        }
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn map_read_only(file: &File) -> io::Result<Mmap> {
+    // SAFETY: the map is private to `MappedFile` and only read. Another program that changes the
+    // file can change the bytes between two reads, or end the process by shortening the file;
+    // every user of the map takes bytes for untrusted input and copies what it validates.
+    unsafe { Mmap::map(file) }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or_default()
+    }
+}
+
+/// Zeroed read-write memory backed by a nameless temporary file, for data that may not fit in memory.
+///
+/// It starts on a page boundary. The file lies in the system's folder for temporary files (`TMPDIR`)
+/// and is gone when this value is dropped or the process ends. Disk space is taken as pages are
+/// first written: if the disk is full by then, the system ends the process (SIGBUS), so callers
+/// should compare what they need with the free space first.
+#[derive(Debug)]
+pub struct ScratchFile {
+    map: Option<MmapMut>,
+}
+
+impl ScratchFile {
+    /// Maps a new temporary file of `bytes` zero bytes.
+    ///
+    /// # Errors
+    /// `Io` if the file cannot be created, sized or mapped.
+    pub fn new(bytes: usize) -> Result<Self> {
+        let create = || {
+            let file = tempfile::tempfile()?;
+            file.set_len(bytes as u64)?;
+            map_read_write(&file)
+        };
+        match (bytes > 0).then(create).transpose() {
+            Ok(map) => Ok(Self { map }),
+            Err(error) => Err(FormatError::io(&std::env::temp_dir(), "create a temporary file", error)),
+        }
+    }
+}
+
+fn map_read_write(file: &File) -> io::Result<MmapMut> {
+    // SAFETY: the file was just created without a name, so no other program can open or shorten it.
+    unsafe { MmapMut::map_mut(file) }
+}
+
+impl Deref for ScratchFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or_default()
+    }
+}
+
+impl DerefMut for ScratchFile {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.map.as_deref_mut().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_file_gives_the_bytes_of_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bytes");
+        for content in ["", "some bytes"] {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(&*MappedFile::open(&path).unwrap(), content.as_bytes());
+        }
+        assert!(MappedFile::open(folder.path()).is_err());
+        assert!(MappedFile::open(&folder.path().join("absent")).is_err());
+    }
+
+    #[test]
+    fn scratch_file_is_zeroed_and_writable() {
+        let mut scratch = ScratchFile::new(10_000).unwrap();
+        assert!(scratch.iter().all(|&byte| byte == 0));
+        scratch[9_999] = 7;
+        assert_eq!(scratch[9_999], 7);
+        assert!(ScratchFile::new(0).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,133 @@
+//! Which file holds which tensor.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+    path::{Component, Path, PathBuf},
+};
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use crate::{DType, FormatError, MappedFile, Result};
+
+/// The mapped safetensors files of a model.
+#[derive(Debug)]
+pub(super) struct Shards {
+    files: Vec<MappedFile>,
+}
+
+/// Where a tensor lies and how to read it.
+#[derive(Debug, Clone)]
+pub(super) struct StoredTensor {
+    shard: usize,
+    range: Range<usize>,
+    pub dtype: DType,
+    /// 1 for a vector.
+    pub rows: usize,
+    pub cols: usize,
+}
+
+/// Tensors under their names in the files.
+type Table = HashMap<String, StoredTensor>;
+
+impl Shards {
+    /// Opens a model that is one file.
+    pub fn open_one(path: &Path) -> Result<(Self, Table)> {
+        let mut shards = Self { files: Vec::new() };
+        let mut table = Table::new();
+        shards.add(path, &mut table)?;
+        Ok((shards, table))
+    }
+
+    /// Opens the files in `folder` that the index names, and checks that it is right about each tensor.
+    pub fn open_index(folder: &Path, index_path: &Path, index: &Value) -> Result<(Self, Table)> {
+        let malformed = |place: String, found: &str, expected: &str| {
+            FormatError::malformed(index_path, place, "", found, expected)
+        };
+        let weight_map = index["weight_map"]
+            .as_object()
+            .ok_or_else(|| malformed("key `weight_map`".to_owned(), "none", "an object"))?;
+        let mut file_of = HashMap::new();
+        for (tensor, file) in weight_map {
+            let expected = "the name of a `.safetensors` file in the same directory";
+            let name = file.as_str().filter(|name| is_shard_name(name));
+            let name = name.ok_or_else(|| malformed(format!("tensor `{tensor}`"), &file.to_string(), expected))?;
+            file_of.insert(tensor, name);
+        }
+
+        let mut shards = Self { files: Vec::new() };
+        let mut table = Table::new();
+        let names: BTreeSet<&str> = file_of.values().copied().collect();
+        for &name in &names {
+            shards.add(&folder.join(name), &mut table)?;
+        }
+        for (shard, &name) in names.iter().enumerate() {
+            let mut tensors = file_of.iter().filter(|&(_, &file)| file == name);
+            let is_absent = |tensor: &String| table.get(tensor).is_none_or(|stored| stored.shard != shard);
+            if let Some((tensor, _)) = tensors.find(|(tensor, _)| is_absent(tensor)) {
+                let expected = format!("a tensor in `{name}`");
+                return Err(malformed(format!("tensor `{tensor}`"), "none", &expected));
+            }
+        }
+        Ok((shards, table))
+    }
+
+    /// Maps one more file and enters its tensors.
+    fn add(&mut self, path: &Path, table: &mut Table) -> Result<()> {
+        let file = MappedFile::open(path)?;
+        let malformed = |place: String, found: String, expected: &str| {
+            FormatError::malformed(path, place, "", found, expected)
+        };
+        let (header_bytes, header) = SafeTensors::read_metadata(&file)
+            .map_err(|error| malformed("the header".to_owned(), error.to_string(), "a safetensors header"))?;
+        let data_start = 8 + header_bytes;
+        for (name, info) in header.tensors() {
+            let place = format!("tensor `{name}`");
+            let dtype = dtype_of(info.dtype).ok_or_else(|| {
+                let what = format!("{place}: element type {:?}", info.dtype);
+                FormatError::unsupported(path, what, "weights must be F16, BF16 or F32")
+            })?;
+            let (rows, cols) = match info.shape[..] {
+                [cols] if cols > 0 => (1, cols),
+                [rows, cols] if rows > 0 && cols > 0 => (rows, cols),
+                _ => return Err(malformed(place, format!("shape {:?}", info.shape), "one or two dimensions, not 0")),
+            };
+            // `read_metadata` has checked that the ranges fill the file and agree with shape and type.
+            let (start, end) = info.data_offsets;
+            let range = data_start + start..data_start + end;
+            let stored = StoredTensor { shard: self.files.len(), range, dtype, rows, cols };
+            if table.insert(name, stored).is_some() {
+                return Err(malformed(place, "a second tensor of this name".to_owned(), "one in all shards"));
+            }
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// The bytes of a tensor of these files.
+    pub fn bytes_of(&self, tensor: &StoredTensor) -> &[u8] {
+        &self.files[tensor.shard][tensor.range.clone()]
+    }
+
+    /// The files, in the order in which they were opened.
+    pub fn paths(&self) -> impl Iterator<Item = PathBuf> {
+        self.files.iter().map(|file| file.path().to_owned())
+    }
+}
+
+/// Whether a name is that of a file beside the index: nothing that names a folder, on any system.
+fn is_shard_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    let is_plain = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
+    is_plain && name.ends_with(".safetensors") && !name.contains(['/', '\\', ':'])
+}
+
+fn dtype_of(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        Dtype::F32 => Some(DType::F32),
+        _ => None,
+    }
+}

@@ -1,0 +1,475 @@
+//! Opens a SliM file: every rule that costs no pass over the data is checked before a view is given out.
+
+use std::{
+    collections::{HashMap, HashSet},
+    path::{Path, PathBuf},
+};
+
+use half::f16;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use super::{
+    group::{BitWidth, LayerLayout, ScaleCoding},
+    layout::{PackedTensor, TILE_ROWS, unpack_codes},
+};
+use crate::{
+    DType, DenseTensor, FormatError, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
+    Weight,
+    gguf::{Array, GgufFile, Metadata, TensorInfo, Value},
+};
+
+/// The version that this program reads and writes (F2).
+pub const FORMAT_VERSION: u32 = 1;
+
+/// `general.alignment` of a SliM file (F1): a cache line, and a multiple of every block of codes.
+pub(super) const ALIGNMENT: u32 = 64;
+
+/// Names of metadata keys.
+pub(super) mod keys {
+    pub const VERSION: &str = "slim.format.version";
+    pub const TENSOR_HASHES: &str = "slim.tensors.xxh3";
+    pub const HEADER_HASH: &str = "slim.header.xxh3";
+
+    /// A column of the layer table.
+    pub fn layers(column: &str) -> String {
+        format!("slim.layers.{column}")
+    }
+}
+
+/// The tensor that holds one part of a layer (F6).
+pub(super) fn part_name(layer: &str, part: &str) -> String {
+    format!("{layer}.{part}")
+}
+
+/// An opened SliM file.
+pub struct SlimFile {
+    gguf: GgufFile,
+    config: ModelConfig,
+    tokenizer: TokenizerSource,
+    layers: Vec<LayerInfo>,
+    by_name: HashMap<String, usize>,
+}
+
+/// One row of the layer table.
+#[derive(Debug, Clone)]
+pub struct LayerInfo {
+    /// The layer's GGUF name, such as `blk.0.attn_q.weight`.
+    pub name: String,
+    /// Shape and groups.
+    pub layout: LayerLayout,
+    /// Relative output error on the calibration set, if it was measured.
+    pub error: Option<f32>,
+}
+
+/// A broken rule that [`SlimFile::verify`] found.
+#[derive(Debug, Clone)]
+pub struct Fault {
+    /// The rule of `docs/format.md`.
+    pub rule: &'static str,
+    /// The tensor or key.
+    pub place: String,
+    /// What is there.
+    pub found: String,
+    /// What the rule asks for.
+    pub expected: String,
+}
+
+impl SlimFile {
+    /// Opens a file and checks its structure and its hashes.
+    ///
+    /// # Errors
+    /// `Malformed` with the first rule that is broken.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = Self::open_without_hashes(path)?;
+        match file.hash_faults().into_iter().next() {
+            None => Ok(file),
+            Some(f) => Err(FormatError::malformed(path, f.place, f.rule, f.found, f.expected)),
+        }
+    }
+
+    /// Opens a file and checks its structure only: faster on a slow disk, and the way to look into a damaged file.
+    ///
+    /// # Errors
+    /// `Malformed` with the first rule that is broken.
+    pub fn open_without_hashes(path: &Path) -> Result<Self> {
+        let gguf = GgufFile::open(path)?;
+        let metadata = gguf.metadata();
+        let version = metadata.u64(keys::VERSION);
+        if version != Some(FORMAT_VERSION.into()) {
+            let found = version.map_or("none".to_owned(), |v| v.to_string());
+            let what = format!("SliM format version {found} (this program reads {FORMAT_VERSION})");
+            return Err(FormatError::unsupported(path, what, "update slimllm"));
+        }
+        if gguf.alignment() != u64::from(ALIGNMENT) {
+            let found = gguf.alignment();
+            return Err(FormatError::malformed(path, "general.alignment", "F1", found, "64"));
+        }
+        let layers = read_layers(&gguf)?;
+        check_dense_tensors(&gguf, &layers)?;
+        let by_name = layers.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
+        let rope_factors = read_rope_factors(&gguf)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
+        config.tied_embeddings = !layers.iter().any(|layer| layer.name == "output.weight")
+            && gguf.tensor("output.weight").is_none();
+        let tokenizer = TokenizerSource::from_gguf(metadata);
+        Ok(Self { config, tokenizer, layers, by_name, gguf })
+    }
+
+    /// The container.
+    pub fn gguf(&self) -> &GgufFile {
+        &self.gguf
+    }
+
+    /// The layer table.
+    pub fn layers(&self) -> &[LayerInfo] {
+        &self.layers
+    }
+
+    /// A quantized layer by name.
+    pub fn layer(&self, name: &str) -> Option<PackedTensor<'_>> {
+        let layer = &self.layers[*self.by_name.get(name)?];
+        let part = |suffix| {
+            let name = part_name(&layer.name, suffix);
+            self.gguf.tensor(&name).map_or(&[][..], |info| self.gguf.bytes_of(info))
+        };
+        PackedTensor::new(&layer.layout, part("codes"), part("scales"), part("row_scales")).ok()
+    }
+
+    /// Mean bits per weight of the layers that `include` accepts, everything counted: codes, scales, row scales,
+    /// bit-widths, row padding. `None` if there are none.
+    pub fn bits_per_weight(&self, include: impl Fn(&LayerInfo) -> bool) -> Option<f64> {
+        let chosen = self.layers.iter().filter(|layer| include(layer));
+        let (bits, weights) = chosen.fold((0, 0), |(bits, weights), layer| {
+            let layout = &layer.layout;
+            (bits + layout.stored_bits(), weights + (layout.rows() * layout.cols()) as u64)
+        });
+        (weights > 0).then(|| bits as f64 / weights as f64)
+    }
+
+    /// Checks the rules that need a pass over the data: padding (F8), finite scales (F9), hashes (F18, F19).
+    pub fn verify(&self) -> Vec<Fault> {
+        let mut faults = self.hash_faults();
+        for info in &self.layers {
+            if let Some(layer) = self.layer(&info.name) {
+                faults.extend(scale_fault(&info.name, layer, &self.gguf));
+                faults.extend(padding_fault(&info.name, layer));
+            }
+        }
+        faults
+    }
+
+    fn hash_faults(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let metadata = self.gguf.metadata();
+        let header = self.gguf.header_bytes();
+        match self.gguf.value_offset(keys::HEADER_HASH).zip(metadata.u64(keys::HEADER_HASH)) {
+            Some((offset, stored)) => {
+                let mut hasher = Xxh3::new();
+                hasher.update(&header[..offset]);
+                hasher.update(&[0; 8]);
+                hasher.update(&header[offset + 8..]);
+                faults.extend(hash_fault("F19", keys::HEADER_HASH.into(), hasher.digest(), stored));
+            }
+            None => faults.push(missing("F19", keys::HEADER_HASH)),
+        }
+        match metadata.get(keys::TENSOR_HASHES) {
+            Some(Value::Array(Array::U64(stored))) if stored.len() == self.gguf.tensors().len() => {
+                for (info, &stored) in self.gguf.tensors().iter().zip(stored) {
+                    let place = format!("tensor `{}`", info.name);
+                    let hash = xxh3_64(self.gguf.bytes_of(info));
+                    faults.extend(hash_fault("F18", place, hash, stored));
+                }
+            }
+            _ => faults.push(missing("F18", keys::TENSOR_HASHES)),
+        }
+        faults
+    }
+}
+
+impl ModelSource for SlimFile {
+    fn path(&self) -> &Path {
+        self.gguf.path()
+    }
+
+    fn format(&self) -> &'static str {
+        "slim"
+    }
+
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn tensor_names(&self) -> Vec<&str> {
+        let parts = part_names(&self.layers);
+        let dense = self.gguf.tensors().iter().map(|info| info.name.as_str());
+        let layers = self.layers.iter().map(|layer| layer.name.as_str());
+        layers.chain(dense.filter(|name| !parts.contains(*name))).collect()
+    }
+
+    fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
+        if let Some(layer) = self.layer(name) {
+            return Ok(Some(Weight::Packed(layer)));
+        }
+        let Some(info) = self.gguf.tensor(name) else { return Ok(None) };
+        let (rows, cols) = info.rows_and_cols(self.path())?;
+        let bytes = self.gguf.bytes_of(info);
+        let row_order = RowOrder::AsStored;
+        Ok(Some(Weight::Dense(DenseTensor { dtype: info.dtype, rows, cols, bytes, row_order })))
+    }
+
+    fn tokenizer(&self) -> &TokenizerSource {
+        &self.tokenizer
+    }
+
+    fn chat_template(&self) -> Option<&str> {
+        self.gguf.metadata().str("tokenizer.chat_template")
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        vec![self.path().to_owned()]
+    }
+}
+
+/// One column of the layer table, as `T`s.
+fn column<'a, T>(
+    path: &Path,
+    metadata: &'a Metadata,
+    name: &str,
+    get: impl Fn(&'a Value) -> Option<&'a [T]>,
+) -> Result<&'a [T]> {
+    let key = keys::layers(name);
+    metadata.get(&key).and_then(get).ok_or_else(|| {
+        let place = format!("key `{key}`");
+        FormatError::malformed(path, place, "F5", "none of the right type", "an array per layer")
+    })
+}
+
+fn read_layers(gguf: &GgufFile) -> Result<Vec<LayerInfo>> {
+    let (path, metadata) = (gguf.path(), gguf.metadata());
+    let u32s = |name| {
+        column(path, metadata, name, |value| match value {
+            Value::Array(Array::U32(values)) => Some(values.as_slice()),
+            _ => None,
+        })
+    };
+    let u8s = |name| {
+        column(path, metadata, name, |value| match value {
+            Value::Array(Array::U8(values)) => Some(values.as_slice()),
+            _ => None,
+        })
+    };
+    let names = column(path, metadata, "name", |value| match value {
+        Value::Array(Array::String(values)) => Some(values.as_slice()),
+        _ => None,
+    })?;
+    let errors = column(path, metadata, "error", |value| match value {
+        Value::Array(Array::F32(values)) => Some(values.as_slice()),
+        _ => None,
+    })?;
+    let (rows, cols, group_sizes) = (u32s("rows")?, u32s("cols")?, u32s("group_size")?);
+    let (codings, sub_groups, scale_bits) = (u8s("coding")?, u8s("sub_group")?, u8s("scale_bits")?);
+    let lengths = [
+        errors.len(),
+        rows.len(),
+        cols.len(),
+        group_sizes.len(),
+        codings.len(),
+        sub_groups.len(),
+        scale_bits.len(),
+    ];
+    if let Some(other) = lengths.iter().find(|&&len| len != names.len()) {
+        let expected = format!("{} entries in every column", names.len());
+        return Err(FormatError::malformed(path, "the layer table", "F5", other, expected));
+    }
+    let mut seen = HashSet::new();
+    (0..names.len())
+        .map(|i| {
+            let place = format!("layer `{}`", names[i]);
+            if !seen.insert(&names[i]) {
+                return Err(FormatError::malformed(path, place, "F5", "a second one", "one entry"));
+            }
+            let coding = match (codings[i], sub_groups[i], scale_bits[i]) {
+                (0, 0, 0) => ScaleCoding::Paper,
+                (1, sub_group, scale_bits) => {
+                    ScaleCoding::TwoLevel { sub_group: sub_group.into(), scale_bits }
+                }
+                (coding, _, _) => {
+                    let found = format!("coding {coding}");
+                    let expected = "0 with zero sub_group and scale_bits, or 1";
+                    return Err(FormatError::malformed(path, place, "F5", found, expected));
+                }
+            };
+            let (rows, cols, group_size) =
+                (rows[i] as usize, cols[i] as usize, group_sizes[i] as usize);
+            let widths = read_bit_widths(gguf, &names[i])?;
+            let layout = LayerLayout::new(rows, cols, group_size, coding, &widths).map_err(
+                |(rule, found, expected)| {
+                    FormatError::malformed(path, &place, rule, found, expected)
+                },
+            )?;
+            check_parts(gguf, &names[i], &layout)?;
+            let error = (errors[i] >= 0.0).then_some(errors[i]);
+            Ok(LayerInfo { name: names[i].clone(), layout, error })
+        })
+        .collect()
+}
+
+fn read_bit_widths(gguf: &GgufFile, layer: &str) -> Result<Vec<BitWidth>> {
+    let info = part(gguf, layer, "bits", DType::I8)?;
+    let bytes = gguf.bytes_of(info).iter().enumerate();
+    bytes
+        .map(|(group, &bits)| {
+            BitWidth::new(bits).ok_or_else(|| {
+                let place = format!("layer `{layer}`, group {group}");
+                FormatError::malformed(gguf.path(), place, "F6", format!("width {bits}"), "1 to 8")
+            })
+        })
+        .collect()
+}
+
+/// The tensor of one part of a layer, if it has the right type.
+fn part<'a>(gguf: &'a GgufFile, layer: &str, part: &str, dtype: DType) -> Result<&'a TensorInfo> {
+    let name = part_name(layer, part);
+    match gguf.tensor(&name) {
+        Some(info) if info.dtype == dtype => Ok(info),
+        other => {
+            let found = other.map_or("none".to_owned(), |info| format!("type {:?}", info.dtype));
+            let place = format!("tensor `{name}`");
+            let expected = format!("a tensor of type {dtype:?}");
+            Err(FormatError::malformed(gguf.path(), place, "F6", found, expected))
+        }
+    }
+}
+
+/// Checks type and shape of the tensors of a layer.
+fn check_parts(gguf: &GgufFile, layer: &str, layout: &LayerLayout) -> Result<()> {
+    let tiles = layout.tiles() as u64;
+    let mut expected = vec![
+        ("bits", DType::I8, vec![layout.groups().len() as u64]),
+        ("codes", DType::I8, vec![tiles, layout.tile_code_bytes() as u64]),
+        ("scales", DType::I8, vec![tiles, layout.tile_scale_bytes() as u64]),
+    ];
+    if layout.tile_row_scale_bytes() > 0 {
+        expected.push(("row_scales", DType::F16, vec![tiles, 2, TILE_ROWS as u64]));
+    }
+    for (suffix, dtype, shape) in expected {
+        let info = part(gguf, layer, suffix, dtype)?;
+        if without_leading_ones(&info.shape) != without_leading_ones(&shape) {
+            let place = format!("tensor `{}`", info.name);
+            let (found, expected) = (format!("shape {:?}", info.shape), format!("shape {shape:?}"));
+            return Err(FormatError::malformed(gguf.path(), place, "F6", found, expected));
+        }
+    }
+    Ok(())
+}
+
+/// GGUF writers may drop outer dimensions of one.
+fn without_leading_ones(shape: &[u64]) -> &[u64] {
+    &shape[shape.iter().position(|&dim| dim != 1).unwrap_or(shape.len())..]
+}
+
+fn part_names(layers: &[LayerInfo]) -> HashSet<String> {
+    let parts = ["bits", "codes", "scales", "row_scales"];
+    layers.iter().flat_map(|layer| parts.map(|part| part_name(&layer.name, part))).collect()
+}
+
+/// F7: what is not a part of a layer is a plain float tensor under a name of its own.
+fn check_dense_tensors(gguf: &GgufFile, layers: &[LayerInfo]) -> Result<()> {
+    let parts = part_names(layers);
+    let layer_names: HashSet<_> = layers.iter().map(|layer| layer.name.as_str()).collect();
+    for info in gguf.tensors().iter().filter(|info| !parts.contains(&info.name)) {
+        let place = format!("tensor `{}`", info.name);
+        if layer_names.contains(info.name.as_str()) {
+            let expected = "a layer or a dense tensor, not both";
+            return Err(FormatError::malformed(gguf.path(), place, "F7", "both", expected));
+        }
+        if !matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16) {
+            let (found, expected) = (format!("type {:?}", info.dtype), "F32, F16 or BF16");
+            return Err(FormatError::malformed(gguf.path(), place, "F7", found, expected));
+        }
+    }
+    Ok(())
+}
+
+/// The RoPE frequency factors of F3, if the file has them.
+fn read_rope_factors(gguf: &GgufFile) -> Result<Option<Vec<f32>>> {
+    let Some(info) = gguf.tensor("rope_freqs.weight") else { return Ok(None) };
+    if info.dtype != DType::F32 {
+        let place = "tensor `rope_freqs.weight`";
+        let found = format!("type {:?}", info.dtype);
+        return Err(FormatError::malformed(gguf.path(), place, "F3", found, "type F32"));
+    }
+    let values = gguf.bytes_of(info).chunks_exact(4);
+    Ok(Some(values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()))
+}
+
+fn missing(rule: &'static str, key: &str) -> Fault {
+    let place = format!("key `{key}`");
+    Fault { rule, place, found: "none".into(), expected: "one hash per tensor and header".into() }
+}
+
+fn hash_fault(rule: &'static str, place: String, found: u64, stored: u64) -> Option<Fault> {
+    (found != stored).then(|| Fault {
+        rule,
+        place,
+        found: format!("hash {found:016x}"),
+        expected: format!("{stored:016x} as recorded"),
+    })
+}
+
+/// F9, for the first offender of a layer.
+fn scale_fault(name: &str, layer: PackedTensor<'_>, gguf: &GgufFile) -> Option<Fault> {
+    let fault = |part: &str, value: f16| Fault {
+        rule: "F9",
+        place: format!("tensor `{}`", part_name(name, part)),
+        found: value.to_string(),
+        expected: "finite values".into(),
+    };
+    let row_scales = gguf.tensor(&part_name(name, "row_scales")).map(|info| gguf.bytes_of(info));
+    if let Some(value) = row_scales.into_iter().find_map(first_not_finite) {
+        return Some(fault("row_scales", value));
+    }
+    if layer.layout().coding() != ScaleCoding::Paper {
+        return None;
+    }
+    (0..layer.layout().tiles()).find_map(|tile| {
+        layer.layout().groups().iter().find_map(|group| {
+            let values = if group.bit_width.bits() == 1 { 2 } else { 1 } * TILE_ROWS;
+            let record = &layer.tile_scales(tile)[group.scales_offset..][..2 * values];
+            first_not_finite(record).map(|value| fault("scales", value))
+        })
+    })
+}
+
+fn first_not_finite(bytes: &[u8]) -> Option<f16> {
+    bytes
+        .chunks_exact(2)
+        .map(|b| f16::from_le_bytes([b[0], b[1]]))
+        .find(|value| !value.is_finite())
+}
+
+/// F8: every weight of a padding row is stored as zeros.
+fn padding_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
+    let layout = layer.layout();
+    let used = layout.rows() % TILE_ROWS;
+    if used == 0 {
+        return None;
+    }
+    let tile = layout.tiles() - 1;
+    let dirty = layout.groups().iter().any(|group| {
+        let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
+        let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+        unpack_codes(bytes, group.bit_width, &mut columns);
+        columns.iter().any(|column| column[used..].iter().any(|&code| code != 0))
+            || (0..group.runs(layout.coding()).len()).any(|run| {
+                let (factor, offset) = layer.scales(tile, group, run);
+                factor[used..].iter().chain(&offset[used..]).any(|&value| value != 0.0)
+            })
+    });
+    dirty.then(|| Fault {
+        rule: "F8",
+        place: format!("layer `{name}`, rows past {}", layout.rows()),
+        found: "values other than zero".into(),
+        expected: "zeros".into(),
+    })
+}

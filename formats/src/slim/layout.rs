@@ -1,0 +1,340 @@
+//! The bytes of codes and scales. The only place that knows the order of bits (sections 3 and 4 of
+//! `docs/format.md`); fast kernels read the same bytes their own way and are tested against it.
+
+use half::f16;
+
+use super::group::{BitWidth, Group, LayerLayout, ScaleCoding, two_level_record_bytes};
+
+/// Rows per tile.
+pub const TILE_ROWS: usize = 16;
+
+/// One value per row of a tile, for one column.
+pub type CodeColumn = [u8; TILE_ROWS];
+
+/// A packed layer, borrowed from a file or from memory. Every length has been checked against `layout`.
+#[derive(Clone, Copy)]
+pub struct PackedTensor<'a> {
+    layout: &'a LayerLayout,
+    codes: &'a [u8],
+    scales: &'a [u8],
+    row_scales: &'a [u8],
+}
+
+impl<'a> PackedTensor<'a> {
+    /// Joins a layout with its bytes: codes `[tiles, tile_code_bytes]`, scales `[tiles, tile_scale_bytes]`,
+    /// row scales f16 `[tiles, 2, 16]` (empty for the paper coding).
+    ///
+    /// # Errors
+    /// The name of the part whose length is wrong, with the bytes found and expected.
+    pub fn new(
+        layout: &'a LayerLayout,
+        codes: &'a [u8],
+        scales: &'a [u8],
+        row_scales: &'a [u8],
+    ) -> Result<Self, (&'static str, usize, usize)> {
+        for (part, bytes, tile_bytes) in [
+            ("codes", codes, layout.tile_code_bytes()),
+            ("scales", scales, layout.tile_scale_bytes()),
+            ("row_scales", row_scales, layout.tile_row_scale_bytes()),
+        ] {
+            let expected = layout.tiles() * tile_bytes;
+            if bytes.len() != expected {
+                return Err((part, bytes.len(), expected));
+            }
+        }
+        Ok(Self { layout, codes, scales, row_scales })
+    }
+
+    /// Shape, groups and offsets.
+    pub fn layout(&self) -> &'a LayerLayout {
+        self.layout
+    }
+
+    /// The codes of one tile.
+    pub fn tile_codes(&self, tile: usize) -> &'a [u8] {
+        chunk(self.codes, tile, self.layout.tile_code_bytes())
+    }
+
+    /// The scale records of one tile.
+    pub fn tile_scales(&self, tile: usize) -> &'a [u8] {
+        chunk(self.scales, tile, self.layout.tile_scale_bytes())
+    }
+
+    /// The row scales `(d, m)` of the 16 rows of a tile; ones for the paper coding, which has none.
+    pub fn row_scales(&self, tile: usize) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
+        match chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes()).split_at_checked(32) {
+            Some((d, m)) => (f16_row(d), f16_row(m)),
+            None => ([1.0; TILE_ROWS], [1.0; TILE_ROWS]),
+        }
+    }
+
+    /// Factor and offset of each row of `tile` for one run of columns, before the row scales: a weight is
+    /// `(d * factor) * code + m * offset`, each product rounded to f32.
+    ///
+    /// A run is sub-group `run` of the group (two-level; factor and offset are the integers `s` and `-z`), or the whole
+    /// group (paper; `run` = 0).
+    #[inline]
+    pub fn scales(
+        &self,
+        tile: usize,
+        group: &Group,
+        run: usize,
+    ) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
+        let records = &self.tile_scales(tile)[group.scales_offset..];
+        match self.layout.coding() {
+            ScaleCoding::TwoLevel { scale_bits, .. } => {
+                let bytes = two_level_record_bytes(scale_bits);
+                let (s, z) = two_level_codes(&records[run * bytes..][..bytes]);
+                (s.map(f32::from), z.map(|z| -f32::from(z)))
+            }
+            ScaleCoding::Paper => paper_scales(records, group.bit_width),
+        }
+    }
+}
+
+fn chunk(bytes: &[u8], index: usize, size: usize) -> &[u8] {
+    &bytes[index * size..][..size]
+}
+
+fn f16_row(bytes: &[u8]) -> [f32; TILE_ROWS] {
+    std::array::from_fn(|r| f16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]]).to_f32())
+}
+
+/// The scale codes and minimum codes of a record (F14, F15).
+#[inline]
+fn two_level_codes(record: &[u8]) -> (CodeColumn, CodeColumn) {
+    let (low, high) = record.split_at(TILE_ROWS);
+    let mut s: CodeColumn = std::array::from_fn(|r| low[r] & 15);
+    let mut z: CodeColumn = std::array::from_fn(|r| low[r] >> 4);
+    if high.len() == TILE_ROWS / 2 {
+        for r in 0..TILE_ROWS {
+            let high = high[r % 8] >> (4 * (r / 8));
+            s[r] |= (high & 3) << 4;
+            z[r] |= (high >> 2 & 3) << 4;
+        }
+    }
+    (s, z)
+}
+
+/// Factor and offset of a paper record (F16, F17).
+fn paper_scales(record: &[u8], width: BitWidth) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
+    let (scale, rest) = record.split_at(2 * TILE_ROWS);
+    let scale = f16_row(scale);
+    if width.bits() == 1 {
+        let mean = f16_row(rest);
+        (scale.map(|s| 2.0 * s), std::array::from_fn(|r| mean[r] - scale[r]))
+    } else {
+        let zero = zero_points(rest, width);
+        (scale, std::array::from_fn(|r| -(scale[r] * f32::from(zero[r]))))
+    }
+}
+
+/// The zero points of a paper record (F16).
+fn zero_points(bytes: &[u8], width: BitWidth) -> CodeColumn {
+    std::array::from_fn(|r| {
+        let bit = r * usize::from(width.bits());
+        let word = u16::from(bytes[bit / 8]) | u16::from(*bytes.get(bit / 8 + 1).unwrap_or(&0)) << 8;
+        (word >> (bit % 8)) as u8 & width.max_code()
+    })
+}
+
+/// The planes of a width as `(bits of the plane, lowest bit of the code it holds)` (F11).
+pub fn planes(width: BitWidth) -> impl Iterator<Item = (usize, usize)> {
+    let width = usize::from(width.bits());
+    let mut low = 0;
+    [8, 4, 2, 1].into_iter().filter(move |plane| width & plane != 0).map(move |plane| {
+        let start = low;
+        low += plane;
+        (plane, start)
+    })
+}
+
+/// Where column `col` of a group with `cols` columns lies in a plane of `bits`: `(byte of row 0, bytes from row to
+/// row, shift)` (F12, F13).
+fn place(bits: usize, cols: usize, col: usize) -> (usize, usize, usize) {
+    let block_cols = 32 / bits;
+    let (block, j) = (col / block_cols, col % block_cols);
+    let short = cols - block * block_cols < block_cols;
+    if short {
+        (64 * block + j % 4 / 2, 2, 4 * (j % 2) + j / 4)
+    } else {
+        (64 * block + j % 4, 4, bits * (j / 4))
+    }
+}
+
+/// Unpacks the codes of one group of a tile, a column at a time.
+///
+/// # Shapes and layout
+/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, overwritten.
+///
+/// # Panics
+/// If the lengths do not agree.
+pub fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
+    let cols = columns.len();
+    columns.fill([0; TILE_ROWS]);
+    let mut start = 0;
+    for (bits, low) in planes(width) {
+        let mask = u8::MAX >> (8 - bits);
+        for (col, column) in columns.iter_mut().enumerate() {
+            let (first, stride, shift) = place(bits, cols, col);
+            for (r, code) in column.iter_mut().enumerate() {
+                *code |= (bytes[start + first + stride * r] >> shift & mask) << low;
+            }
+        }
+        start += 2 * bits * cols;
+    }
+}
+
+/// Packs what [`unpack_codes`] unpacks. `bytes` must be zero.
+fn pack_codes(columns: &[CodeColumn], width: BitWidth, bytes: &mut [u8]) {
+    let cols = columns.len();
+    let mut start = 0;
+    for (bits, low) in planes(width) {
+        let mask = u8::MAX >> (8 - bits);
+        for (col, column) in columns.iter().enumerate() {
+            let (first, stride, shift) = place(bits, cols, col);
+            for (r, code) in column.iter().enumerate() {
+                bytes[start + first + stride * r] |= (code >> low & mask) << shift;
+            }
+        }
+        start += 2 * bits * cols;
+    }
+}
+
+/// A packed layer in memory, filled tile by tile.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedLayer {
+    layout: LayerLayout,
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    row_scales: Vec<u8>,
+}
+
+impl PackedLayer {
+    /// A layer of zeros.
+    pub fn zeroed(layout: LayerLayout) -> Self {
+        let tiles = layout.tiles();
+        Self {
+            codes: vec![0; tiles * layout.tile_code_bytes()],
+            scales: vec![0; tiles * layout.tile_scale_bytes()],
+            row_scales: vec![0; tiles * layout.tile_row_scale_bytes()],
+            layout,
+        }
+    }
+
+    /// The layer as kernels take it.
+    pub fn view(&self) -> PackedTensor<'_> {
+        PackedTensor {
+            layout: &self.layout,
+            codes: &self.codes,
+            scales: &self.scales,
+            row_scales: &self.row_scales,
+        }
+    }
+
+    /// Shape, groups and offsets.
+    pub fn layout(&self) -> &LayerLayout {
+        &self.layout
+    }
+
+    /// The codes, scales and row scales as they lie in the file.
+    pub fn parts(&self) -> (&[u8], &[u8], &[u8]) {
+        (&self.codes, &self.scales, &self.row_scales)
+    }
+
+    /// The tiles, to be filled in any order.
+    pub fn tiles_mut(&mut self) -> Vec<TileMut<'_>> {
+        let layout = &self.layout;
+        let mut codes = self.codes.chunks_exact_mut(layout.tile_code_bytes());
+        let mut scales = self.scales.chunks_exact_mut(layout.tile_scale_bytes());
+        let mut row_scales = self.row_scales.chunks_exact_mut(layout.tile_row_scale_bytes().max(1));
+        (0..layout.tiles())
+            .map(|index| TileMut {
+                layout,
+                index,
+                codes: codes.next().unwrap_or_default(),
+                scales: scales.next().unwrap_or_default(),
+                row_scales: row_scales.next().unwrap_or_default(),
+            })
+            .collect()
+    }
+}
+
+/// One tile of a [`PackedLayer`] being filled. The caller leaves padding rows at zero (F8).
+pub struct TileMut<'a> {
+    layout: &'a LayerLayout,
+    index: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+    row_scales: &'a mut [u8],
+}
+
+impl TileMut<'_> {
+    /// The layout of the layer.
+    pub fn layout(&self) -> &LayerLayout {
+        self.layout
+    }
+
+    /// The number of this tile: its first row is `16 * index`.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Stores the codes of a group, one entry per column. Call once per group: bits are added to a zeroed tile.
+    pub fn set_codes(&mut self, group: usize, columns: &[CodeColumn]) {
+        let group = &self.layout.groups()[group];
+        assert_eq!(columns.len(), group.cols.len(), "one entry per column of the group");
+        let bytes = &mut self.codes[group.codes_offset..][..group.code_bytes()];
+        pack_codes(columns, group.bit_width, bytes);
+    }
+
+    /// Stores scale codes and minimum codes of sub-group `sub_group` of `group` (two-level coding).
+    pub fn set_two_level(&mut self, group: usize, sub_group: usize, s: &CodeColumn, z: &CodeColumn) {
+        let ScaleCoding::TwoLevel { scale_bits, .. } = self.layout.coding() else {
+            panic!("two-level scales for a layer in the paper coding");
+        };
+        let bytes = two_level_record_bytes(scale_bits);
+        let offset = self.layout.groups()[group].scales_offset + sub_group * bytes;
+        let record = &mut self.scales[offset..][..bytes];
+        for r in 0..TILE_ROWS {
+            record[r] = s[r] & 15 | z[r] << 4;
+            if scale_bits == 6 {
+                record[TILE_ROWS + r % 8] |= (s[r] >> 4 | z[r] >> 4 << 2) << (4 * (r / 8));
+            }
+        }
+    }
+
+    /// Stores `d` and `m` of the 16 rows (two-level coding).
+    pub fn set_row_scales(&mut self, d: &[f16; TILE_ROWS], m: &[f16; TILE_ROWS]) {
+        store_f16(d.iter().chain(m), self.row_scales);
+    }
+
+    /// Stores scales and zero points of a group of 2 bits or more (paper coding).
+    pub fn set_affine(&mut self, group: usize, scale: &[f16; TILE_ROWS], zero_point: &CodeColumn) {
+        let group = &self.layout.groups()[group];
+        let width = usize::from(group.bit_width.bits());
+        let record = &mut self.scales[group.scales_offset..][..2 * TILE_ROWS + 2 * width];
+        let (scales, zeros) = record.split_at_mut(2 * TILE_ROWS);
+        store_f16(scale.iter(), scales);
+        for (r, &zero) in zero_point.iter().enumerate() {
+            let bit = r * width;
+            let word = u16::from(zero) << (bit % 8);
+            zeros[bit / 8] |= word as u8;
+            if word > 0xff {
+                zeros[bit / 8 + 1] |= (word >> 8) as u8;
+            }
+        }
+    }
+
+    /// Stores scales and means of a 1-bit group (paper coding).
+    pub fn set_binary(&mut self, group: usize, scale: &[f16; TILE_ROWS], mean: &[f16; TILE_ROWS]) {
+        let offset = self.layout.groups()[group].scales_offset;
+        store_f16(scale.iter().chain(mean), &mut self.scales[offset..][..4 * TILE_ROWS]);
+    }
+}
+
+fn store_f16<'a>(values: impl Iterator<Item = &'a f16>, bytes: &mut [u8]) {
+    for (value, slot) in values.zip(bytes.chunks_exact_mut(2)) {
+        slot.copy_from_slice(&value.to_le_bytes());
+    }
+}

@@ -1,0 +1,15 @@
+//! The SliM container: quantized layers with a bit-width per group, inside a GGUF file.
+//!
+//! `docs/format.md` is the specification; rules are cited as `F1`, `F2`, ...
+
+mod file;
+mod group;
+mod layout;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+pub use file::{FORMAT_VERSION, Fault, LayerInfo, SlimFile};
+pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
+pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, planes, unpack_codes};
+pub use writer::{SlimWriter, WrittenFile};

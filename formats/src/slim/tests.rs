@@ -1,0 +1,128 @@
+use half::f16;
+use proptest::prelude::*;
+
+use super::*;
+
+const ROWS: usize = TILE_ROWS;
+
+fn layout(rows: usize, cols: usize, group_size: usize, coding: ScaleCoding, bits: &[u8]) -> LayerLayout {
+    let widths: Vec<_> = bits.iter().map(|&bits| BitWidth::new(bits).unwrap()).collect();
+    LayerLayout::new(rows, cols, group_size, coding, &widths).unwrap()
+}
+
+const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+
+#[test]
+fn layout_takes_exactly_n_bits_per_code() {
+    for bits in 1..=8 {
+        let layout = layout(32, 80, 48, TWO_LEVEL, &[bits, bits]);
+        assert_eq!(layout.tiles() * layout.tile_code_bytes() * 8, 32 * 80 * usize::from(bits));
+    }
+}
+
+#[test]
+fn layout_bad_parameters_are_refused_by_rule() {
+    let width = BitWidth::new(3).unwrap();
+    let new = |rows, cols, group_size, coding, widths: usize| {
+        LayerLayout::new(rows, cols, group_size, coding, &vec![width; widths]).unwrap_err().0
+    };
+    assert_eq!(new(0, 64, 64, TWO_LEVEL, 1), "F5");
+    assert_eq!(new(16, 0, 64, TWO_LEVEL, 0), "F5");
+    assert_eq!(new(16, 24, 64, TWO_LEVEL, 1), "F5");
+    assert_eq!(new(16, 64, 24, TWO_LEVEL, 3), "F5");
+    assert_eq!(new(16, 64, 0, TWO_LEVEL, 3), "F5");
+    let coding = ScaleCoding::TwoLevel { sub_group: 48, scale_bits: 4 };
+    assert_eq!(new(16, 64, 64, coding, 1), "F5");
+    let coding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 5 };
+    assert_eq!(new(16, 64, 64, coding, 1), "F5");
+    assert_eq!(new(16, 80, 64, TWO_LEVEL, 1), "F6");
+    assert_eq!(BitWidth::new(0), None);
+    assert_eq!(BitWidth::new(9), None);
+}
+
+#[test]
+fn worked_example_equals_the_specification() {
+    let coding = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 };
+    let mut layer = PackedLayer::zeroed(layout(16, 16, 16, coding, &[3]));
+    let codes: Vec<CodeColumn> =
+        (0..16).map(|c| std::array::from_fn(|r| ((r + c) % 8) as u8)).collect();
+    for mut tile in layer.tiles_mut() {
+        tile.set_codes(0, &codes);
+        tile.set_two_level(0, 0, &std::array::from_fn(|r| r as u8), &std::array::from_fn(|r| 15 - r as u8));
+    }
+    let specification = include_str!("../../../docs/format.md");
+    let (codes, scales, _) = layer.parts();
+    for (fence, bytes) in [("```hex codes", codes), ("```hex scales", scales)] {
+        let block = specification.split(fence).nth(1).and_then(|rest| rest.split("```").next());
+        let expected: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let found: Vec<&str> = block.unwrap().split_whitespace().collect();
+        assert_eq!(found, expected, "{fence}");
+    }
+}
+
+#[test]
+fn paper_scales_are_read_back() {
+    let mut layer = PackedLayer::zeroed(layout(16, 48, 16, ScaleCoding::Paper, &[1, 3, 8]));
+    let scale: [f16; ROWS] = std::array::from_fn(|r| f16::from_f32(0.25 + r as f32));
+    let mean: [f16; ROWS] = std::array::from_fn(|r| f16::from_f32(r as f32 - 3.5));
+    let three: CodeColumn = std::array::from_fn(|r| (r * 5 % 8) as u8);
+    let eight: CodeColumn = std::array::from_fn(|r| (r * 37 % 256) as u8);
+    for mut tile in layer.tiles_mut() {
+        tile.set_binary(0, &scale, &mean);
+        tile.set_affine(1, &scale, &three);
+        tile.set_affine(2, &scale, &eight);
+    }
+    let view = layer.view();
+    let groups = view.layout().groups();
+    let (factor, offset) = view.scales(0, &groups[0], 0);
+    for r in 0..ROWS {
+        assert_eq!(offset[r], mean[r].to_f32() - scale[r].to_f32());
+        assert_eq!(factor[r] + offset[r], mean[r].to_f32() + scale[r].to_f32());
+    }
+    for (group, zero) in [(1, three), (2, eight)] {
+        let (factor, offset) = view.scales(0, &groups[group], 0);
+        for r in 0..ROWS {
+            assert_eq!(factor[r], scale[r].to_f32());
+            assert_eq!(offset[r], -scale[r].to_f32() * f32::from(zero[r]));
+        }
+    }
+    assert_eq!(view.row_scales(0), ([1.0; ROWS], [1.0; ROWS]));
+}
+
+proptest! {
+    #[test]
+    fn codes_pack_and_unpack_to_themselves(
+        bits in 1u8..=8,
+        units in 1usize..6,
+        seed in any::<[u8; 32]>(),
+    ) {
+        let cols = 16 * units;
+        let mut layer = PackedLayer::zeroed(layout(16, cols, cols, TWO_LEVEL, &[bits]));
+        let codes: Vec<CodeColumn> = (0..cols)
+            .map(|c| std::array::from_fn(|r| {
+                seed[(c * 7 + r * 3) % 32].wrapping_mul(c as u8 | 1).wrapping_add(r as u8) >> (8 - bits)
+            }))
+            .collect();
+        layer.tiles_mut()[0].set_codes(0, &codes);
+        let mut unpacked = vec![[9; ROWS]; cols];
+        unpack_codes(layer.parts().0, BitWidth::new(bits).unwrap(), &mut unpacked);
+        prop_assert_eq!(unpacked, codes);
+    }
+
+    #[test]
+    fn two_level_codes_are_read_back(
+        scale_bits in prop_oneof![Just(4u8), Just(6u8)],
+        s in any::<CodeColumn>(),
+        z in any::<CodeColumn>(),
+    ) {
+        let mask = u8::MAX >> (8 - scale_bits);
+        let (s, z) = (s.map(|s| s & mask), z.map(|z| z & mask));
+        let coding = ScaleCoding::TwoLevel { sub_group: 16, scale_bits };
+        let mut layer = PackedLayer::zeroed(layout(16, 48, 48, coding, &[2]));
+        layer.tiles_mut()[0].set_two_level(0, 1, &s, &z);
+        let view = layer.view();
+        let group = &view.layout().groups()[0];
+        prop_assert_eq!(view.scales(0, group, 1), (s.map(f32::from), z.map(|z| -f32::from(z))));
+        prop_assert_eq!(view.scales(0, group, 0), ([0.0; ROWS], [0.0; ROWS].map(|z: f32| -z)));
+    }
+}

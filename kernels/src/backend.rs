@@ -1,0 +1,97 @@
+//! The operations of a forward pass.
+
+use slim_formats::Weight;
+
+use crate::Result;
+
+/// A way to compute the operations of a forward pass on activations in host memory.
+///
+/// All matrices are row-major f32; `m` is the number of tokens. Implementations give the same result for any number of
+/// threads. [`crate::Scalar`] is the oracle, [`crate::Cpu`] is what runs.
+pub trait Backend: Send + Sync {
+    /// `out[m, rows] = x[m, cols] * w^T`.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if `x` or `out` do not fit `w` and `m`; `UnsupportedType` for a weight that is not a number.
+    fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()>;
+
+    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight`, token by token; `x`, `out`: [m, weight.len()].
+    fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]);
+
+    /// Rotates `x: [m, heads * head_dim]` in place: channel `i` of each head with channel `i + head_dim / 2`.
+    fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles);
+
+    /// Causal attention of `q` over the cached keys and values; `out`: [m, heads, head_dim].
+    fn attention(&self, q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]);
+
+    /// `gate = silu(gate) * up`, element by element.
+    fn swiglu(&self, gate: &mut [f32], up: &[f32]);
+}
+
+/// Cosines and sines of the rotation at consecutive positions.
+#[derive(Debug, Clone)]
+pub struct RopeAngles {
+    /// Channels of a head; half as many pairs.
+    pub head_dim: usize,
+    /// [m, head_dim / 2].
+    pub cos: Vec<f32>,
+    /// [m, head_dim / 2].
+    pub sin: Vec<f32>,
+}
+
+impl RopeAngles {
+    /// The angles of positions `start .. start + m`: position / (theta^(2 i / head_dim) * factors[i]).
+    pub fn new(head_dim: usize, theta: f32, factors: &[f32], start: usize, m: usize) -> Self {
+        let inverse_frequencies: Vec<f32> = factors
+            .iter()
+            .enumerate()
+            .map(|(i, factor)| 1.0 / theta.powf((2 * i) as f32 / head_dim as f32) / factor)
+            .collect();
+        let angles = (start..start + m).flat_map(|position| {
+            inverse_frequencies.iter().map(move |frequency| position as f32 * frequency)
+        });
+        let (sin, cos) = angles.map(f32::sin_cos).unzip();
+        Self { head_dim, cos, sin }
+    }
+}
+
+/// The keys and values of the tokens so far.
+#[derive(Clone, Copy)]
+pub struct KvView<'a> {
+    /// [kv_heads, capacity, head_dim].
+    pub keys: &'a [f32],
+    /// [kv_heads, capacity, head_dim].
+    pub values: &'a [f32],
+    /// Positions that fit.
+    pub capacity: usize,
+}
+
+/// The sizes of an attention call.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; each serves `heads / kv_heads` query heads.
+    pub kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Position of the first query; the cache holds every position up to the last query's.
+    pub start: usize,
+    /// Queries.
+    pub m: usize,
+    /// How many positions a query sees, its own included; `None` for all.
+    pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// The positions that query `t` sees.
+    pub fn visible(&self, t: usize) -> std::ops::Range<usize> {
+        let end = self.start + t + 1;
+        self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// Floats from one query to the next.
+    pub fn query_stride(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}

@@ -1,0 +1,61 @@
+//! Causal attention: a block of queries of one head at a time, scores and weighted values as matrix products.
+
+use rayon::prelude::*;
+
+use super::elementwise::softmax;
+use crate::{
+    AttentionShape, KvView,
+    linalg::{self, Mat},
+};
+
+/// Queries per task: enough for an efficient product, few enough to skip most of the masked triangle.
+const QUERY_BLOCK: usize = 128;
+
+/// See [`crate::Backend::attention`].
+pub fn attention(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+    let tasks: Vec<_> = (0..shape.heads)
+        .flat_map(|head| (0..shape.m).step_by(QUERY_BLOCK).map(move |first| (head, first)))
+        .collect();
+    let results: Vec<Vec<f32>> =
+        tasks.par_iter().map(|&(head, first)| query_block(q, kv, shape, head, first)).collect();
+    let dim = shape.head_dim;
+    for (&(head, first), result) in tasks.iter().zip(&results) {
+        for (i, row) in result.chunks_exact(dim).enumerate() {
+            out[(first + i) * shape.query_stride() + head * dim..][..dim].copy_from_slice(row);
+        }
+    }
+}
+
+/// The outputs `[block, head_dim]` of the queries `first ..` of one head.
+fn query_block(
+    q: &[f32],
+    kv: KvView<'_>,
+    shape: &AttentionShape,
+    head: usize,
+    first: usize,
+) -> Vec<f32> {
+    let (dim, block) = (shape.head_dim, QUERY_BLOCK.min(shape.m - first));
+    let keys_from = shape.visible(first).start;
+    let keys_to = shape.visible(first + block - 1).end;
+    let len = keys_to - keys_from;
+    let kv_head = head / (shape.heads / shape.kv_heads);
+    let cached = (kv_head * kv.capacity + keys_from) * dim..(kv_head * kv.capacity + keys_to) * dim;
+
+    let stride = shape.query_stride();
+    let queries = Mat::strided(&q[first * stride + head * dim..], block, dim, stride);
+    let keys = Mat::new(&kv.keys[cached.clone()], len, dim);
+    let mut scores = vec![0.0; block * len];
+    let scale = 1.0 / (dim as f32).sqrt();
+    linalg::matmul_transposed(&mut scores, len, false, scale, queries, keys);
+    for (i, scores) in scores.chunks_exact_mut(len).enumerate() {
+        let visible = shape.visible(first + i);
+        let visible = visible.start - keys_from..visible.end - keys_from;
+        scores[..visible.start].fill(0.0);
+        scores[visible.end..].fill(0.0);
+        softmax(&mut scores[visible]);
+    }
+    let mut out = vec![0.0; block * dim];
+    let (scores, values) = (Mat::new(&scores, block, len), Mat::new(&kv.values[cached], len, dim));
+    linalg::matmul(&mut out, dim, false, scores, values);
+    out
+}

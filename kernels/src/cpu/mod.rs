@@ -1,0 +1,99 @@
+//! The CPU backend: loops that the compiler vectorises, in versions for AVX-512, AVX2 and NEON that are chosen once at run time
+//! (`multiversion`), and parallel over pieces of fixed size.
+
+mod attention;
+mod elementwise;
+mod matvec;
+
+pub use elementwise::{kl_divergence, log_softmax};
+
+use rayon::prelude::*;
+use slim_formats::{Weight, slim::TILE_ROWS};
+
+use crate::{
+    AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
+    linalg::{self, Mat},
+    weight::{dequantize_rows, shape},
+};
+
+/// What runs on this machine's processor.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cpu;
+
+/// Rows whose f32 values one task holds at a time in a product with many tokens.
+const ROWS_PER_TASK: usize = 8 * TILE_ROWS;
+
+/// Tiles per task in a product with one token.
+const TILES_PER_TASK: usize = 4;
+
+impl Backend for Cpu {
+    fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
+        check_matmul(w, x, m, out)?;
+        match w {
+            Weight::Packed(packed) if m == 1 => {
+                let sums = matvec::column_sums(x);
+                out.par_chunks_mut(TILES_PER_TASK * TILE_ROWS).enumerate().for_each(|(task, out)| {
+                    for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+                        let values = matvec::tile(packed, task * TILES_PER_TASK + i, x, &sums);
+                        out.copy_from_slice(&values[..out.len()]);
+                    }
+                });
+                Ok(())
+            }
+            _ => matmul_by_rows(w, x, m, out),
+        }
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+        let n = weight.len();
+        out.par_chunks_mut(n)
+            .zip(x.par_chunks(n))
+            .for_each(|(out, x)| elementwise::rms_norm(x, weight, epsilon, out));
+    }
+
+    fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
+        let half = angles.head_dim / 2;
+        x.par_chunks_mut(heads * angles.head_dim).enumerate().for_each(|(t, token)| {
+            let (cos, sin) = (&angles.cos[t * half..][..half], &angles.sin[t * half..][..half]);
+            token
+                .chunks_exact_mut(angles.head_dim)
+                .for_each(|head| elementwise::rotate(head, cos, sin));
+        });
+    }
+
+    fn attention(&self, q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+        attention::attention(q, kv, shape, out);
+    }
+
+    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
+        const PIECE: usize = 1 << 12;
+        gate.par_chunks_mut(PIECE)
+            .zip(up.par_chunks(PIECE))
+            .for_each(|(gate, up)| elementwise::swiglu(gate, up));
+    }
+}
+
+/// `x w^T`, a piece of rows at a time: dequantized into scratch memory, then multiplied with all tokens.
+fn matmul_by_rows(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
+    let (rows, cols) = shape(w);
+    let pieces: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS_PER_TASK))
+        .into_par_iter()
+        .map(|piece| {
+            let first = piece * ROWS_PER_TASK;
+            let n = ROWS_PER_TASK.min(rows - first);
+            let mut weights = vec![0.0; n * cols];
+            dequantize_rows(w, first..first + n, &mut weights)?;
+            let mut product = vec![0.0; m * n];
+            let (x, weights) = (Mat::new(x, m, cols), Mat::new(&weights, n, cols));
+            linalg::matmul_transposed(&mut product, n, false, 1.0, x, weights);
+            Ok(product)
+        })
+        .collect::<Result<_>>()?;
+    out.par_chunks_mut(rows).enumerate().for_each(|(t, out)| {
+        for (out, piece) in out.chunks_mut(ROWS_PER_TASK).zip(&pieces) {
+            let n = out.len();
+            out.copy_from_slice(&piece[t * n..][..n]);
+        }
+    });
+    Ok(())
+}

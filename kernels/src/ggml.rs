@@ -1,0 +1,332 @@
+//! Real values of ggml's tensor types.
+//!
+//! The K types (`Q2_K`, ...) cut their 256 weights into sub-blocks of 16 or 32 with a scale of their own.
+//! Below, `d`, `m`, `dmin` are little-endian fp16, and `bytes a..b` are offsets in the block.
+
+use std::array;
+use std::ops::Range;
+
+use half::{bf16, f16};
+use slim_formats::{DType, DenseTensor};
+
+use crate::{KernelError, Result};
+
+/// Computes the values of whole blocks of `dtype`.
+///
+/// # Shapes and layout
+/// `bytes`: exactly `dtype.size_in_bytes(out.len())` bytes as they lie in a GGUF file; `out`: overwritten.
+///
+/// # Accuracy
+/// Every value equals that of the Python package `gguf` to the last bit.
+///
+/// # Errors
+/// `KernelError::UnsupportedType` for types that hold no weights (integers, F64, unknown ones);
+/// `KernelError::ShapeMismatch` if `bytes` and `out` do not belong together.
+pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    match dtype {
+        DType::F32 => each_block(bytes, out, |&block, out| *out = [f32::from_le_bytes(block)]),
+        DType::F16 => {
+            each_block(bytes, out, |&block, out| *out = [f16::from_le_bytes(block).to_f32()])
+        }
+        DType::BF16 => {
+            each_block(bytes, out, |&block, out| *out = [bf16::from_le_bytes(block).to_f32()])
+        }
+        DType::Q4_0 => each_block(bytes, out, q4_0),
+        DType::Q4_1 => each_block(bytes, out, q4_1),
+        DType::Q5_0 => each_block(bytes, out, q5_0),
+        DType::Q5_1 => each_block(bytes, out, q5_1),
+        DType::Q8_0 => each_block(bytes, out, q8_0),
+        DType::Q2_K => each_block(bytes, out, q2_k),
+        DType::Q3_K => each_block(bytes, out, q3_k),
+        DType::Q4_K => each_block(bytes, out, q4_k),
+        DType::Q5_K => each_block(bytes, out, q5_k),
+        DType::Q6_K => each_block(bytes, out, q6_k),
+        DType::F64 | DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::Unknown(_) => {
+            Err(KernelError::UnsupportedType { dtype })
+        }
+    }
+}
+
+/// Computes the values of rows of a tensor, in the order in which they are used ([`slim_formats::RowOrder`]).
+///
+/// # Shapes and layout
+/// `out`: [`rows.len()`, `tensor.cols`] row-major, overwritten.
+///
+/// # Errors
+/// As [`dequantize`]; also `KernelError::ShapeMismatch` if `rows` ends after the last row of the tensor.
+pub fn dequantize_rows(
+    tensor: &DenseTensor<'_>,
+    rows: Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
+    expect_len("rows of a tensor", tensor.rows.min(rows.end), rows.end)?;
+    expect_len("values of dequantized rows", out.len(), rows.len() * tensor.cols)?;
+    let row_bytes = tensor.bytes.len() / tensor.rows.max(1);
+    for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
+        let start = tensor.row_order.stored(row) * row_bytes;
+        dequantize(tensor.dtype, &tensor.bytes[start..start + row_bytes], values)?;
+    }
+    Ok(())
+}
+
+/// Calls `block` for each block of `BYTES` bytes and its `VALUES` values.
+fn each_block<const BYTES: usize, const VALUES: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    block: impl Fn(&[u8; BYTES], &mut [f32; VALUES]),
+) -> Result<()> {
+    let (out, rest) = out.as_chunks_mut();
+    expect_len("values after the last whole block", rest.len(), 0)?;
+    expect_len("bytes of a dequantized tensor", bytes.len(), out.len() * BYTES)?;
+    for (bytes, values) in bytes.as_chunks().0.iter().zip(out) {
+        block(bytes, values);
+    }
+    Ok(())
+}
+
+fn expect_len(what: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        Ok(())
+    } else {
+        Err(KernelError::ShapeMismatch { what, found, expected })
+    }
+}
+
+/// `d`, codes (4 bits, offset 8).
+fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
+    let codes: [u8; 32] = fields(&block[2..], 4, 16);
+    affine(&codes, 8.0, half_at(block, 0), 0.0, out);
+}
+
+/// `d`, `m`, codes (4 bits).
+fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
+    let codes: [u8; 32] = fields(&block[4..], 4, 16);
+    affine(&codes, 0.0, half_at(block, 0), -half_at(block, 2), out);
+}
+
+/// `d`, bytes 2..6 bit 4 of the codes in a row, bytes 6..22 bits 0 to 3 (offset 16).
+fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
+    let codes: [u8; 32] = join(fields(&block[6..], 4, 16), fields(&block[2..6], 1, 1), 4);
+    affine(&codes, 16.0, half_at(block, 0), 0.0, out);
+}
+
+/// `d`, `m`, bytes 4..8 bit 4 of the codes in a row, bytes 8..24 bits 0 to 3.
+fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
+    let codes: [u8; 32] = join(fields(&block[8..], 4, 16), fields(&block[4..8], 1, 1), 4);
+    affine(&codes, 0.0, half_at(block, 0), -half_at(block, 2), out);
+}
+
+/// `d`, signed bytes.
+fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
+    let d = half_at(block, 0);
+    for (value, code) in out.iter_mut().zip(&block[2..]) {
+        *value = d * f32::from(code.cast_signed());
+    }
+}
+
+/// Bytes 0..16 per sub-block of 16: scale (low 4 bits), minimum (high 4 bits); bytes 16..80 codes (2 bits);
+/// `d` at 80, `dmin` at 82.
+fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
+    let codes: [u8; 256] = fields(&block[16..80], 2, 32);
+    let (d, dmin) = (half_at(block, 80), half_at(block, 82));
+    sub_blocks::<16>(&codes, 0.0, out, |j| {
+        (d * f32::from(block[j] & 15), dmin * f32::from(block[j] >> 4))
+    });
+}
+
+/// Bytes 0..32 bit 2 of the codes, 32..96 bits 0 and 1 (offset 4); scales of sub-blocks of 16 (offset 32):
+/// bytes 96..104 bits 0 to 3, 104..108 bits 4 and 5; `d` at 108.
+fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
+    let codes: [u8; 256] = join(fields(&block[32..96], 2, 32), fields(&block[..32], 1, 32), 2);
+    let scales: [u8; 16] = join(fields(&block[96..104], 4, 8), fields(&block[104..108], 2, 4), 4);
+    let d = half_at(block, 108);
+    sub_blocks::<16>(&codes, 4.0, out, |j| (d * (f32::from(scales[j]) - 32.0), 0.0));
+}
+
+/// `d`, `dmin`, bytes 4..16 [`scale_and_minimum`] of sub-blocks of 32, bytes 16..144 codes (4 bits).
+fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
+    let codes: [u8; 256] = fields(&block[16..], 4, 32);
+    sub_blocks::<32>(&codes, 0.0, out, |j| scale_and_minimum(&block[..16], j));
+}
+
+/// As [`q4_k`], with bit 4 of the codes in bytes 16..48 and bits 0 to 3 in bytes 48..176.
+fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
+    let codes: [u8; 256] = join(fields(&block[48..], 4, 32), fields(&block[16..48], 1, 32), 4);
+    sub_blocks::<32>(&codes, 0.0, out, |j| scale_and_minimum(&block[..16], j));
+}
+
+/// Bytes 0..128 bits 0 to 3 of the codes, 128..192 bits 4 and 5 (offset 32); bytes 192..208 signed scales
+/// of sub-blocks of 16; `d` at 208.
+fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
+    let codes: [u8; 256] = join(fields(&block[..128], 4, 64), fields(&block[128..192], 2, 32), 4);
+    let d = half_at(block, 208);
+    sub_blocks::<16>(&codes, 32.0, out, |j| (d * f32::from(block[192 + j].cast_signed()), 0.0));
+}
+
+/// Scale and minimum of sub-block `j` from the first 16 bytes of a `Q4_K` or `Q5_K` block: `d`, `dmin`,
+/// then 8 scales and 8 minima of 6 bits in 12 bytes. Scales 0 to 3 are the low bits of bytes 0..4, minima
+/// 0 to 3 those of bytes 4..8; the others have their low 4 bits in bytes 8..12 (scale low, minimum high)
+/// and their high 2 bits on top of the byte of the scale or minimum four before.
+fn scale_and_minimum(header: &[u8], j: usize) -> (f32, f32) {
+    let packed = &header[4..];
+    let (scale, minimum) = match j {
+        0..4 => (packed[j] & 63, packed[4 + j] & 63),
+        _ => {
+            (packed[4 + j] & 15 | packed[j - 4] >> 6 << 4, packed[4 + j] >> 4 | packed[j] >> 6 << 4)
+        }
+    };
+    (half_at(header, 0) * f32::from(scale), half_at(header, 2) * f32::from(minimum))
+}
+
+/// Writes the sub-blocks of `LEN` codes; `scale` gives the scale and the minimum of each.
+fn sub_blocks<const LEN: usize>(
+    codes: &[u8; 256],
+    offset: f32,
+    out: &mut [f32; 256],
+    scale: impl Fn(usize) -> (f32, f32),
+) {
+    let codes = codes.as_chunks::<LEN>().0;
+    for (j, (codes, out)) in codes.iter().zip(out.as_chunks_mut::<LEN>().0).enumerate() {
+        let (scale, minimum) = scale(j);
+        affine(codes, offset, scale, minimum, out);
+    }
+}
+
+/// `out = scale * (code - offset) - minimum`.
+fn affine<const LEN: usize>(
+    codes: &[u8; LEN],
+    offset: f32,
+    scale: f32,
+    minimum: f32,
+    out: &mut [f32; LEN],
+) {
+    for (value, &code) in out.iter_mut().zip(codes) {
+        *value = scale * (f32::from(code) - offset) - minimum;
+    }
+}
+
+/// Unpacks fields of `bits` bits. Of every `run` bytes, the lowest fields come first, one of each byte,
+/// then the next higher ones.
+#[inline(always)]
+fn fields<const LEN: usize>(bytes: &[u8], bits: usize, run: usize) -> [u8; LEN] {
+    let mut out = [0; LEN];
+    for (bytes, out) in bytes.chunks_exact(run).zip(out.chunks_exact_mut(run * 8 / bits)) {
+        for (plane, out) in out.chunks_exact_mut(run).enumerate() {
+            for (field, byte) in out.iter_mut().zip(bytes) {
+                *field = byte >> (plane * bits) & ((1 << bits) - 1);
+            }
+        }
+    }
+    out
+}
+
+/// Puts `high` above the `low_bits` bits of `low`.
+fn join<const LEN: usize>(low: [u8; LEN], high: [u8; LEN], low_bits: usize) -> [u8; LEN] {
+    array::from_fn(|i| low[i] | high[i] << low_bits)
+}
+
+fn half_at(bytes: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+    use slim_formats::RowOrder;
+
+    use super::*;
+
+    /// Random blocks and the values that the Python package `gguf` gives them (`tests/oracle/ggml_blocks.py`).
+    const BLOCKS: &[u8] = include_bytes!("../../tests/data/ggml/blocks.safetensors");
+
+    const TYPES: [DType; 13] = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q8_0,
+        DType::Q2_K,
+        DType::Q3_K,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+    ];
+
+    #[test]
+    fn dequantize_oracle_blocks_give_the_same_bits() {
+        let oracle = SafeTensors::deserialize(BLOCKS).unwrap();
+        for dtype in TYPES {
+            let bytes = oracle.tensor(&format!("{dtype:?}.blocks")).unwrap().data();
+            let expected: Vec<u32> =
+                words(oracle.tensor(&format!("{dtype:?}.values")).unwrap().data());
+            let mut values = vec![f32::NAN; expected.len()];
+            dequantize(dtype, bytes, &mut values).unwrap();
+            let values: Vec<u32> = values.into_iter().map(f32::to_bits).collect();
+            assert_eq!(values, expected, "{dtype:?}");
+        }
+    }
+
+    fn words(bytes: &[u8]) -> Vec<u32> {
+        bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect()
+    }
+
+    #[test]
+    fn dequantize_type_without_weights_is_refused() {
+        for dtype in [DType::F64, DType::I8, DType::I16, DType::I32, DType::I64, DType::Unknown(99)]
+        {
+            let error = dequantize(dtype, &[], &mut []).unwrap_err();
+            assert!(
+                matches!(error, KernelError::UnsupportedType { dtype: found } if found == dtype)
+            );
+        }
+    }
+
+    #[test]
+    fn dequantize_wrong_lengths_are_refused() {
+        for (bytes, values) in [(17, 32), (19, 32), (18, 31), (18, 64), (0, 32), (18, 0)] {
+            let error =
+                dequantize(DType::Q4_0, &vec![0; bytes], &mut vec![0.0; values]).unwrap_err();
+            assert!(
+                matches!(error, KernelError::ShapeMismatch { .. }),
+                "{bytes} bytes, {values} values"
+            );
+        }
+    }
+
+    /// Eight rows of two columns, each holding its stored row number.
+    fn numbered_rows(bytes: &mut Vec<u8>, row_order: RowOrder) -> DenseTensor<'_> {
+        bytes.extend((0..8).flat_map(|row| [row as f32; 2]).flat_map(f32::to_le_bytes));
+        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, row_order }
+    }
+
+    #[test]
+    fn dequantize_rows_as_stored_keeps_the_order() {
+        let mut bytes = Vec::new();
+        let tensor = numbered_rows(&mut bytes, RowOrder::AsStored);
+        let mut out = [0.0; 4];
+        dequantize_rows(&tensor, 3..5, &mut out).unwrap();
+        assert_eq!(out, [3.0, 3.0, 4.0, 4.0]);
+    }
+
+    #[test]
+    fn dequantize_rows_interleaved_gives_the_order_of_use() {
+        let mut bytes = Vec::new();
+        let tensor = numbered_rows(&mut bytes, RowOrder::Interleaved { head_dim: 4 });
+        let mut out = [0.0; 10];
+        dequantize_rows(&tensor, 1..6, &mut out).unwrap();
+        assert_eq!(out, [2.0, 2.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 6.0, 6.0]);
+    }
+
+    #[test]
+    fn dequantize_rows_outside_the_tensor_are_refused() {
+        let mut bytes = Vec::new();
+        let tensor = numbered_rows(&mut bytes, RowOrder::AsStored);
+        for (rows, values) in [(7..9, 4), (9..9, 0), (0..2, 3)] {
+            let error = dequantize_rows(&tensor, rows, &mut vec![0.0; values]).unwrap_err();
+            assert!(matches!(error, KernelError::ShapeMismatch { .. }));
+        }
+    }
+}

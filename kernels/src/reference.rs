@@ -1,0 +1,87 @@
+//! The scalar oracle: plain loops, f64 sums. Nothing here may change to agree with a fast kernel.
+
+use slim_formats::Weight;
+
+use crate::{
+    AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
+    weight::{dequantize_rows, shape},
+};
+
+/// Every operation as its formula reads.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scalar;
+
+impl Backend for Scalar {
+    fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
+        check_matmul(w, x, m, out)?;
+        let (rows, cols) = shape(w);
+        let mut row = vec![0.0; cols];
+        for r in 0..rows {
+            dequantize_rows(w, r..r + 1, &mut row)?;
+            for t in 0..m {
+                out[t * rows + r] = dot(&row, &x[t * cols..][..cols]) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+        let n = weight.len();
+        for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+            let scale = 1.0 / (dot(x, x) / n as f64 + f64::from(epsilon)).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = (f64::from(*x) * scale) as f32 * weight;
+            }
+        }
+    }
+
+    fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
+        let half = angles.head_dim / 2;
+        for (t, token) in x.chunks_exact_mut(heads * angles.head_dim).enumerate() {
+            for head in token.chunks_exact_mut(angles.head_dim) {
+                for i in 0..half {
+                    let (cos, sin) = (angles.cos[t * half + i], angles.sin[t * half + i]);
+                    let (a, b) = (head[i], head[i + half]);
+                    head[i] = a * cos - b * sin;
+                    head[i + half] = b * cos + a * sin;
+                }
+            }
+        }
+    }
+
+    fn attention(&self, q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+        let dim = shape.head_dim;
+        let scale = 1.0 / (dim as f64).sqrt();
+        for t in 0..shape.m {
+            for head in 0..shape.heads {
+                let at = t * shape.query_stride() + head * dim;
+                let kv_head = head / (shape.heads / shape.kv_heads);
+                let place = |position: usize| (kv_head * kv.capacity + position) * dim;
+                let query = &q[at..][..dim];
+                let scores: Vec<f64> = shape
+                    .visible(t)
+                    .map(|position| dot(query, &kv.keys[place(position)..][..dim]) * scale)
+                    .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+                for (i, out) in out[at..][..dim].iter_mut().enumerate() {
+                    let weighted = scores.iter().zip(shape.visible(t)).map(|(score, position)| {
+                        (score - max).exp() * f64::from(kv.values[place(position) + i])
+                    });
+                    *out = (weighted.sum::<f64>() / sum) as f32;
+                }
+            }
+        }
+    }
+
+    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            let g = f64::from(*gate);
+            *gate = (g / (1.0 + (-g).exp())) as f32 * up;
+        }
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}

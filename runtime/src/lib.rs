@@ -1,0 +1,1 @@
+//! Runs models: the graph, its KV cache, tokenizer, chat template, sampler, and perplexity.

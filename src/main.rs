@@ -1,0 +1,3 @@
+//! The `slimllm` command.
+
+fn main() {}
