@@ -26,7 +26,9 @@ impl AtomicFile {
     pub fn create(path: &Path) -> Result<Self> {
         let temporary = new_file_options().tempfile_in(folder_of(path));
         match temporary {
-            Ok(file) => Ok(Self { path: path.to_owned(), writer: BufWriter::with_capacity(1 << 20, file) }),
+            Ok(file) => {
+                Ok(Self { path: path.to_owned(), writer: BufWriter::with_capacity(1 << 20, file) })
+            }
             Err(error) => Err(FormatError::io(path, "create the file", error)),
         }
     }

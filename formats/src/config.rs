@@ -91,7 +91,12 @@ impl ModelConfig {
         }
         if self.rope.factors.len() != self.head_dim / 2 {
             let expected = format!("{}, one per pair of channels", self.head_dim / 2);
-            return Err(invalid(path, "number of RoPE factors", self.rope.factors.len(), &expected));
+            return Err(invalid(
+                path,
+                "number of RoPE factors",
+                self.rope.factors.len(),
+                &expected,
+            ));
         }
         let positive = [("RMS norm epsilon", self.norm_epsilon), ("RoPE base", self.rope.theta)];
         let factors = self.rope.factors.iter().map(|&factor| ("RoPE factor", factor));

@@ -53,7 +53,8 @@ impl DType {
     /// fill whole blocks, or an overflow.
     pub fn size_in_bytes(self, elements: u64) -> Option<u64> {
         let (block_elements, block_bytes) = self.block()?;
-        (elements % block_elements == 0)
+        elements
+            .is_multiple_of(block_elements)
             .then(|| (elements / block_elements).checked_mul(block_bytes))
             .flatten()
     }

@@ -108,8 +108,16 @@ impl FormatError {
     }
 
     /// An argument that the format cannot hold.
-    pub fn invalid_argument(what: impl Into<String>, found: impl ToString, expected: impl Into<String>) -> Self {
-        Self::InvalidArgument { what: what.into(), found: found.to_string(), expected: expected.into() }
+    pub fn invalid_argument(
+        what: impl Into<String>,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::InvalidArgument {
+            what: what.into(),
+            found: found.to_string(),
+            expected: expected.into(),
+        }
     }
 
     /// One sentence of advice, where one helps.

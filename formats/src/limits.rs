@@ -70,6 +70,9 @@ mod tests {
         std::fs::write(&path, "abc").unwrap();
         assert_eq!(read_text(&path, &limits).unwrap().as_deref(), Some("abc"));
         std::fs::write(&path, "abcd").unwrap();
-        assert!(matches!(read_text(&path, &limits), Err(FormatError::LimitExceeded { found: 4, limit: 3, .. })));
+        assert!(matches!(
+            read_text(&path, &limits),
+            Err(FormatError::LimitExceeded { found: 4, limit: 3, .. })
+        ));
     }
 }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 
@@ -65,9 +65,8 @@ impl Deref for MappedFile {
 /// Zeroed read-write memory backed by a nameless temporary file, for data that may not fit in memory.
 ///
 /// It starts on a page boundary. The file lies in the system's folder for temporary files (`TMPDIR`)
-/// and is gone when this value is dropped or the process ends. Disk space is taken as pages are
-/// first written: if the disk is full by then, the system ends the process (SIGBUS), so callers
-/// should compare what they need with the free space first.
+/// and is gone when this value is dropped or the process ends. Its zeros are written when it is made: a full disk is
+/// an error then, not a signal that ends the process at the first write that finds no room.
 #[derive(Debug)]
 pub struct ScratchFile {
     map: Option<MmapMut>,
@@ -80,13 +79,15 @@ impl ScratchFile {
     /// `Io` if the file cannot be created, sized or mapped.
     pub fn new(bytes: usize) -> Result<Self> {
         let create = || {
-            let file = tempfile::tempfile()?;
-            file.set_len(bytes as u64)?;
+            let mut file = tempfile::tempfile()?;
+            io::copy(&mut io::repeat(0).take(bytes as u64), &mut file)?;
             map_read_write(&file)
         };
         match (bytes > 0).then(create).transpose() {
             Ok(map) => Ok(Self { map }),
-            Err(error) => Err(FormatError::io(&std::env::temp_dir(), "create a temporary file", error)),
+            Err(error) => {
+                Err(FormatError::io(&std::env::temp_dir(), "create a temporary file", error))
+            }
         }
     }
 }

@@ -127,7 +127,11 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
         };
     }
     Err(match has_extension("onnx") {
-        true => FormatError::unsupported(path, "an ONNX model", "not yet; use the Hugging Face directory or a GGUF file"),
+        true => FormatError::unsupported(
+            path,
+            "an ONNX model",
+            "not yet; use the Hugging Face directory or a GGUF file",
+        ),
         false => FormatError::unsupported(
             path,
             "this kind of file",
@@ -150,7 +154,9 @@ mod tests {
     #[test]
     fn open_model_other_files_are_refused_with_a_hint() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, content, hint) in [("a.onnx", "", "not yet"), ("a.bin", "PK", "Hugging Face directory")] {
+        for (name, content, hint) in
+            [("a.onnx", "", "not yet"), ("a.bin", "PK", "Hugging Face directory")]
+        {
             let path = folder.path().join(name);
             std::fs::write(&path, content).unwrap();
             let error = open_model(&path).err().unwrap();

@@ -2,7 +2,8 @@
 
 /// Hugging Face's and GGUF's names of the tensors outside the blocks, first to last.
 const BEFORE: [(&str, &str); 1] = [("model.embed_tokens.weight", "token_embd.weight")];
-const AFTER: [(&str, &str); 2] = [("model.norm.weight", "output_norm.weight"), ("lm_head.weight", OUTPUT)];
+const AFTER: [(&str, &str); 2] =
+    [("model.norm.weight", "output_norm.weight"), ("lm_head.weight", OUTPUT)];
 
 /// The same for one block, after `model.layers.N.` and `blk.N.`.
 const BLOCK: [(&str, &str); 9] = [
@@ -27,7 +28,9 @@ pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// `(Hugging Face, GGUF)`, in the order in which they are used.
 pub(crate) fn tensor_names(block_count: usize) -> impl Iterator<Item = (String, String)> {
     let block = |index: usize| {
-        BLOCK.iter().map(move |(hf, gguf)| (format!("model.layers.{index}.{hf}"), format!("blk.{index}.{gguf}")))
+        BLOCK.iter().map(move |(hf, gguf)| {
+            (format!("model.layers.{index}.{hf}"), format!("blk.{index}.{gguf}"))
+        })
     };
     let owned = |&(hf, gguf): &(&str, &str)| (hf.to_owned(), gguf.to_owned());
     BEFORE.iter().map(owned).chain((0..block_count).flat_map(block)).chain(AFTER.iter().map(owned))

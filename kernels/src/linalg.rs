@@ -6,8 +6,7 @@
 use faer::{
     Accum, MatMut, MatRef, Par,
     linalg::{
-        cholesky::llt,
-        triangular_inverse::invert_upper_triangular,
+        cholesky::llt, matmul::matmul as gemm, triangular_inverse::invert_upper_triangular,
     },
 };
 use rayon::prelude::*;
@@ -52,13 +51,13 @@ pub fn matmul_transposed(
     b: Mat<'_>,
 ) {
     let out = MatMut::from_row_major_slice_with_stride_mut(out, a.rows, b.rows, out_stride);
-    matmul::matmul(out, accumulate(add), a.faer(), b.faer().transpose(), alpha, Par::Seq);
+    gemm(out, accumulate(add), a.faer(), b.faer().transpose(), alpha, Par::Seq);
 }
 
 /// `out[m, n] = a[m, k] * b[k, n]`, plus `out` itself if `add`; rows of `out` lie `out_stride` apart.
 pub fn matmul(out: &mut [f32], out_stride: usize, add: bool, a: Mat<'_>, b: Mat<'_>) {
     let out = MatMut::from_row_major_slice_with_stride_mut(out, a.rows, b.cols, out_stride);
-    matmul::matmul(out, accumulate(add), a.faer(), b.faer(), 1.0, Par::Seq);
+    gemm(out, accumulate(add), a.faer(), b.faer(), 1.0, Par::Seq);
 }
 
 fn accumulate(add: bool) -> Accum {
@@ -74,7 +73,7 @@ pub fn add_gram(h: &mut [f32], x: &[f32], n: usize) {
         let rows = stripe.len() / n;
         let out = MatMut::from_row_major_slice_mut(stripe, rows, n).split_at_col_mut(first).1;
         let left = x.subcols(first, rows).transpose();
-        matmul::matmul(out, Accum::Add, left, x.split_at_col(first).1, 1.0, Par::Seq);
+        gemm(out, Accum::Add, left, x.split_at_col(first).1, 1.0, Par::Seq);
     });
 }
 

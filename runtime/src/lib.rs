@@ -1,1 +1,19 @@
 //! Runs models: the graph, its KV cache, tokenizer, chat template, sampler, and perplexity.
+
+mod block;
+mod chat;
+mod error;
+mod kv_cache;
+mod model;
+mod perplexity;
+mod sampler;
+mod tokenizer;
+
+pub use block::{Block, Context};
+pub use chat::*;
+pub use error::{Result, RuntimeError};
+pub use kv_cache::{KvBlock, KvCache};
+pub use model::{Model, embed, rope_angles};
+pub use perplexity::{Divergence, Evaluation, evaluate};
+pub use sampler::*;
+pub use tokenizer::*;

@@ -53,10 +53,9 @@ impl<'a> Model<'a> {
     pub fn forward(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
         let free = cache.capacity - cache.position;
         if tokens.len() > free {
-            let (found, capacity) = (cache.position + tokens.len(), cache.capacity);
-            return Err(RuntimeError::InvalidArgument {
-                what: format!("{found} tokens do not fit a context of {capacity}"),
-            });
+            let expected = format!("at most {}, the size of the context", cache.capacity);
+            let found = cache.position + tokens.len();
+            return Err(RuntimeError::invalid_argument("tokens", found, expected));
         }
         let mut hidden = Vec::with_capacity(tokens.len() * self.config().hidden_size);
         for batch in tokens.chunks(PREFILL_BATCH) {
@@ -91,7 +90,8 @@ impl<'a> Model<'a> {
     pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
         let hidden = self.forward(tokens, cache)?;
         let last = hidden.len().checked_sub(self.config().hidden_size);
-        let last = last.ok_or(RuntimeError::InvalidArgument { what: "no tokens to feed".into() })?;
+        let last =
+            last.ok_or_else(|| RuntimeError::invalid_argument("tokens", 0, "at least one"))?;
         self.logits(&hidden[last..])
     }
 
@@ -119,9 +119,8 @@ pub fn embed(embedding: Weight<'_>, tokens: &[u32]) -> Result<Vec<f32>> {
     for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
         let token = token as usize;
         if token >= vocab {
-            return Err(RuntimeError::InvalidArgument {
-                what: format!("token {token} is outside the vocabulary of {vocab}"),
-            });
+            let expected = format!("less than {vocab}, the size of the vocabulary");
+            return Err(RuntimeError::invalid_argument("token", token, expected));
         }
         weight::dequantize_rows(embedding, token..token + 1, row)?;
     }

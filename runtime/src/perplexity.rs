@@ -75,7 +75,10 @@ fn score_window(model: &Model<'_>, other: Option<&Model<'_>>, window: &[u32]) ->
         model.forward(window, &mut KvCache::new(model.config(), window.len()))
     };
     let hidden = hidden_states(model)?;
-    let other = other.map(|other| Ok((other, hidden_states(other)?))).transpose()?;
+    let other = match other {
+        Some(other) => Some((other, hidden_states(other)?)),
+        None => None,
+    };
     let mut scores = Vec::with_capacity(window.len() - 1);
     for first in (0..window.len() - 1).step_by(POSITIONS) {
         let positions = first..(first + POSITIONS).min(window.len() - 1);

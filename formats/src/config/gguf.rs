@@ -27,13 +27,20 @@ impl ModelConfig {
     /// # Errors
     /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` for another
     /// architecture and for what this program does not compute.
-    pub fn from_gguf(path: &Path, metadata: &Metadata, rope_factors: Option<Vec<f32>>) -> Result<Self> {
+    pub fn from_gguf(
+        path: &Path,
+        metadata: &Metadata,
+        rope_factors: Option<Vec<f32>>,
+    ) -> Result<Self> {
         let keys = Keys { path, metadata };
         let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
         if architecture != "llama" {
             return keys.unsupported(format!("architecture `{architecture}`"));
         }
-        if keys.optional("llama.expert_count", "a whole number", Value::as_u64)?.is_some_and(|count| count > 0) {
+        if keys
+            .optional("llama.expert_count", "a whole number", Value::as_u64)?
+            .is_some_and(|count| count > 0)
+        {
             return keys.unsupported("a mixture of experts".to_owned());
         }
         let hidden_size = keys.size("llama.embedding_length")?;
@@ -46,7 +53,8 @@ impl ModelConfig {
             if let Some(found) = keys.optional_size(key)?
                 && found != head_dim
             {
-                return keys.unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
+                return keys
+                    .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
             }
         }
         let sentence_piece = metadata.str("tokenizer.ggml.model") == Some("llama");
@@ -57,15 +65,23 @@ impl ModelConfig {
             hidden_size,
             ffn_size: keys.size("llama.feed_forward_length")?,
             head_count,
-            kv_head_count: keys.optional_size("llama.attention.head_count_kv")?.unwrap_or(head_count),
+            kv_head_count: keys
+                .optional_size("llama.attention.head_count_kv")?
+                .unwrap_or(head_count),
             head_dim,
             vocab_size: read_vocab_size(&keys)?,
             context_length: keys.size("llama.context_length")?,
             norm_epsilon: keys.require(EPSILON_KEY, "a float", Value::as_f64)? as f32,
             rope: read_rope(&keys, head_dim, rope_factors)?,
-            sliding_window: keys.optional_size("llama.attention.sliding_window")?.filter(|&window| window > 0),
+            sliding_window: keys
+                .optional_size("llama.attention.sliding_window")?
+                .filter(|&window| window > 0),
             tied_embeddings: false,
-            bos_token_id: keys.optional("tokenizer.ggml.bos_token_id", "a token id", as_token_id)?,
+            bos_token_id: keys.optional(
+                "tokenizer.ggml.bos_token_id",
+                "a token id",
+                as_token_id,
+            )?,
             eos_token_ids: read_eos_token_ids(&keys)?,
             add_bos: keys
                 .optional("tokenizer.ggml.add_bos_token", "a truth value", Value::as_bool)?
@@ -78,12 +94,15 @@ impl ModelConfig {
     ///
     /// Not among them: the RoPE factors, which GGUF keeps in the tensor `rope_freqs.weight` (needed
     /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of `output.weight`.
-    pub fn to_gguf(&self) -> Vec<(String, Value)> {
+    pub fn to_gguf(&self) -> Metadata {
         let own = |key: &str| format!("{}.{key}", self.architecture);
         // Every size was validated to be far below 2^32.
         let size = |size: usize| Value::U32(size as u32);
-        let mut entries = vec![("general.architecture".to_owned(), self.architecture.as_str().into())];
-        entries.extend(self.name.as_ref().map(|name| ("general.name".to_owned(), name.as_str().into())));
+        let mut entries =
+            vec![("general.architecture".to_owned(), self.architecture.as_str().into())];
+        entries.extend(
+            self.name.as_ref().map(|name| ("general.name".to_owned(), name.as_str().into())),
+        );
         entries.extend([
             (own("vocab_size"), size(self.vocab_size)),
             (own("context_length"), size(self.context_length)),
@@ -98,14 +117,16 @@ impl ModelConfig {
             (own("rope.dimension_count"), size(self.head_dim)),
             (own("rope.freq_base"), self.rope.theta.into()),
         ]);
-        entries.extend(self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))));
+        entries.extend(
+            self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))),
+        );
         let bos = self.bos_token_id.map(|id| ("tokenizer.ggml.bos_token_id".to_owned(), id.into()));
         let eos = self.eos_token_ids.first().map(|&id| (GGUF_EOS_KEYS[0].to_owned(), id.into()));
         let all_eos = (self.eos_token_ids.len() > 1)
             .then(|| (EOS_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
         entries.extend(bos.into_iter().chain(eos).chain(all_eos));
         entries.push(("tokenizer.ggml.add_bos_token".to_owned(), self.add_bos.into()));
-        entries
+        Metadata::from_unique(entries)
     }
 }
 
@@ -138,7 +159,9 @@ fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Res
     let theta = keys.optional("llama.rope.freq_base", "a float", Value::as_f64)?;
     let scale = match keys.optional("llama.rope.scaling.type", "a string", Value::as_str)? {
         None | Some("none") => 1.0,
-        Some("linear") => keys.require("llama.rope.scaling.factor", "a float", Value::as_f64)? as f32,
+        Some("linear") => {
+            keys.require("llama.rope.scaling.factor", "a float", Value::as_f64)? as f32
+        }
         Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
     };
     let factors = factors.unwrap_or_else(|| vec![1.0; head_dim / 2]);
@@ -164,12 +187,22 @@ impl<'a> Keys<'a> {
     }
 
     /// The value that `read` accepts as `kind`, `None` if the key is absent.
-    fn optional<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+    fn optional<T>(
+        &self,
+        key: &str,
+        kind: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
         let value = self.metadata.get(key);
         value.map(|value| read(value).ok_or_else(|| self.malformed(key, value, kind))).transpose()
     }
 
-    fn require<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<T> {
+    fn require<T>(
+        &self,
+        key: &str,
+        kind: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<T> {
         self.optional(key, kind, read)?.ok_or_else(|| self.malformed(key, "none", kind))
     }
 

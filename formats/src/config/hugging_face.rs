@@ -19,11 +19,18 @@ impl ModelConfig {
     /// # Errors
     /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` if the model
     /// needs what this program does not compute.
-    pub fn from_hugging_face(path: &Path, config: &Value, generation_config: Option<&Value>) -> Result<Self> {
+    pub fn from_hugging_face(
+        path: &Path,
+        config: &Value,
+        generation_config: Option<&Value>,
+    ) -> Result<Self> {
         let json = Json { path, object: config };
         let model_type = json.require("model_type", "a string", Value::as_str)?;
         if !matches!(model_type, "llama" | "mistral") {
-            return json.unsupported(format!("model type `{model_type}`"), "supported are llama and mistral");
+            return json.unsupported(
+                format!("model type `{model_type}`"),
+                "supported are llama and mistral",
+            );
         }
         refuse_variants(&json)?;
 
@@ -84,7 +91,8 @@ fn refuse_variants(json: &Json<'_>) -> Result<()> {
         return json.unsupported(format!("the activation `{activation}`"), "");
     }
     if json.optional("quantization_config", "an object", Value::as_object)?.is_some() {
-        return json.unsupported("an already quantized model", "start from the model it was made from");
+        return json
+            .unsupported("an already quantized model", "start from the model it was made from");
     }
     Ok(())
 }
@@ -109,7 +117,9 @@ fn read_rope(json: &Json<'_>, head_dim: usize) -> Result<Rope> {
     let kind = scaling.optional(kind_key, "a string", Value::as_str)?;
     let factors = match kind.unwrap_or("default") {
         "default" => vec![1.0; head_dim / 2],
-        "linear" => vec![scaling.require("factor", "a number", Value::as_f64)? as f32; head_dim / 2],
+        "linear" => {
+            vec![scaling.require("factor", "a number", Value::as_f64)? as f32; head_dim / 2]
+        }
         "llama3" => llama3_factors(&scaling, theta, head_dim)?,
         other => return json.unsupported(format!("RoPE scaling `{other}`"), ""),
     };
@@ -122,7 +132,8 @@ fn read_rope(json: &Json<'_>, head_dim: usize) -> Result<Rope> {
 /// `modeling_rope_utils.py::_compute_llama3_parameters` of transformers.
 fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     let number = |key| scaling.require(key, "a number", Value::as_f64);
-    let (factor, low, high) = (number("factor")?, number("low_freq_factor")?, number("high_freq_factor")?);
+    let (factor, low, high) =
+        (number("factor")?, number("low_freq_factor")?, number("high_freq_factor")?);
     let original_context = number("original_max_position_embeddings")?;
     if high <= low {
         let expected = format!("more than `low_freq_factor`, {low}");
@@ -144,7 +155,12 @@ struct Json<'a> {
 }
 
 impl<'a> Json<'a> {
-    fn malformed(&self, key: &str, found: impl ToString, expected: impl Into<String>) -> FormatError {
+    fn malformed(
+        &self,
+        key: &str,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> FormatError {
         FormatError::malformed(self.path, format!("key `{key}`"), "", found, expected)
     }
 
@@ -157,14 +173,24 @@ impl<'a> Json<'a> {
     }
 
     /// The value that `read` accepts as `kind`, `None` if the key is absent.
-    fn optional<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+    fn optional<T>(
+        &self,
+        key: &str,
+        kind: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
         match self.object.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => read(value).map(Some).ok_or_else(|| self.malformed(key, value, kind)),
         }
     }
 
-    fn require<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<T> {
+    fn require<T>(
+        &self,
+        key: &str,
+        kind: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<T> {
         self.optional(key, kind, read)?.ok_or_else(|| self.malformed(key, "none", kind))
     }
 

@@ -1,0 +1,208 @@
+use std::path::Path;
+
+use serde_json::{Value as Json, json};
+
+use super::*;
+use crate::gguf::{Metadata, Value};
+
+fn llama() -> Json {
+    json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+        "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
+    })
+}
+
+/// The configuration with the keys of `changes` replaced; `null` stands for an absent key.
+fn changed(mut config: Json, changes: &Json) -> Json {
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    config
+}
+
+fn read(config: &Json) -> Result<ModelConfig> {
+    ModelConfig::from_hugging_face(Path::new("config.json"), config, None)
+}
+
+#[test]
+fn hugging_face_old_spelling_is_read() {
+    let config = read(&llama()).unwrap();
+    assert_eq!((config.head_dim, config.kv_head_count, config.block_count), (16, 2, 2));
+    assert_eq!((config.rope.theta, config.rope.is_unscaled()), (10000.0, true));
+    assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![2]));
+    assert_eq!((config.sliding_window, config.tied_embeddings), (None, false));
+}
+
+#[test]
+fn hugging_face_both_spellings_of_rope_agree() {
+    let values = json!({
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    });
+    let old = json!({"rope_theta": 5e5, "rope_scaling": changed(values.clone(), &json!({"type": "llama3"}))});
+    let new = json!({
+        "rope_theta": null,
+        "rope_parameters": changed(values, &json!({"rope_type": "llama3", "rope_theta": 5e5})),
+    });
+    let old = read(&changed(llama(), &old)).unwrap().rope;
+    assert_eq!(old, read(&changed(llama(), &new)).unwrap().rope);
+    // Wavelengths 2 pi, 32.4, 167, ...: below 16 kept, above 64 divided by 8, between interpolated.
+    assert_eq!(old.factors[0], 1.0);
+    assert!(1.0 < old.factors[1] && old.factors[1] < 8.0);
+    assert_eq!(old.factors[2..], [8.0; 6]);
+}
+
+#[test]
+fn hugging_face_linear_scaling_divides_every_frequency() {
+    let config = changed(llama(), &json!({"rope_scaling": {"rope_type": "linear", "factor": 4}}));
+    assert_eq!(read(&config).unwrap().rope.factors, [4.0; 8]);
+}
+
+#[test]
+fn hugging_face_generation_config_names_the_end_tokens() {
+    let generation = json!({"eos_token_id": [7, 8, 9]});
+    let config =
+        ModelConfig::from_hugging_face(Path::new("config.json"), &llama(), Some(&generation))
+            .unwrap();
+    assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![7, 8, 9]));
+}
+
+#[test]
+fn hugging_face_only_mistral_slides() {
+    let window = json!({"sliding_window": 16});
+    assert_eq!(read(&changed(llama(), &window)).unwrap().sliding_window, None);
+    let mistral = changed(changed(llama(), &window), &json!({"model_type": "mistral"}));
+    assert_eq!(read(&mistral).unwrap().sliding_window, Some(16));
+}
+
+#[test]
+fn hugging_face_bad_configurations_are_refused() {
+    let llama3 = |low: f64, high: f64| {
+        json!({"rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64,
+            "low_freq_factor": low, "high_freq_factor": high,
+        }})
+    };
+    let cases = [
+        (json!({"model_type": null}), false, "key `model_type`: found none"),
+        (json!({"model_type": "qwen2"}), true, "model type `qwen2`"),
+        (json!({"hidden_size": null}), false, "key `hidden_size`: found none"),
+        (json!({"hidden_size": "64"}), false, "key `hidden_size`: found \"64\""),
+        (json!({"hidden_size": -1}), false, "key `hidden_size`: found -1"),
+        (json!({"hidden_size": 0}), false, "hidden size: found 0"),
+        (json!({"num_attention_heads": 0}), false, "expected 1 to"),
+        (json!({"num_hidden_layers": 1_u64 << 40}), false, "block count"),
+        (json!({"num_key_value_heads": 3}), false, "a divisor of the 4 query heads"),
+        (json!({"head_dim": 15}), false, "an even number"),
+        (json!({"rms_norm_eps": null}), false, "key `rms_norm_eps`"),
+        (json!({"rms_norm_eps": 0.0}), false, "RMS norm epsilon"),
+        (json!({"rope_theta": -1.0}), false, "RoPE"),
+        (json!({"attention_bias": true}), true, "`attention_bias`"),
+        (json!({"mlp_bias": true}), true, "`mlp_bias`"),
+        (json!({"hidden_act": "gelu"}), true, "activation `gelu`"),
+        (json!({"quantization_config": {}}), true, "already quantized"),
+        (json!({"rope_scaling": {"type": "yarn"}}), true, "RoPE scaling `yarn`"),
+        (json!({"rope_scaling": {"type": "linear"}}), false, "key `factor`"),
+        (json!({"rope_scaling": {"type": "linear", "factor": 0}}), false, "RoPE factor: found 0"),
+        (json!({"partial_rotary_factor": 0.5}), true, "partial_rotary_factor"),
+        (llama3(4.0, 4.0), false, "key `high_freq_factor`"),
+        (json!({"eos_token_id": [1, "x"]}), false, "key `eos_token_id`"),
+        (
+            json!({"model_type": "mistral", "num_key_value_heads": null}),
+            false,
+            "key `num_key_value_heads`",
+        ),
+    ];
+    for (changes, is_unsupported, fragment) in cases {
+        let error = read(&changed(llama(), &changes)).expect_err(fragment);
+        assert_eq!(matches!(error, FormatError::Unsupported { .. }), is_unsupported, "{error}");
+        assert!(error.to_string().contains(fragment), "{changes}: {error}");
+    }
+}
+
+fn from_gguf(metadata: &Metadata, factors: Option<Vec<f32>>) -> Result<ModelConfig> {
+    ModelConfig::from_gguf(Path::new("model.gguf"), metadata, factors)
+}
+
+#[test]
+fn gguf_keys_round_trip() {
+    let changes = json!({
+        "model_type": "mistral", "sliding_window": 16, "eos_token_id": [2, 3, 4, 5], "rope_theta": 1e6,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    });
+    let mut config = read(&changed(llama(), &changes)).unwrap();
+    config.name = Some("tiny".to_owned());
+    config.add_bos = true;
+    let factors = config.rope.factors.clone();
+    assert_eq!(from_gguf(&config.to_gguf(), Some(factors)).unwrap(), config);
+
+    let plain = read(&llama()).unwrap();
+    assert_eq!(from_gguf(&plain.to_gguf(), None).unwrap(), plain);
+}
+
+type Entry<'a> = (&'a str, Value);
+
+/// The keys of a valid configuration, some left out, some added.
+fn keys(without: &str, with: Option<Entry<'_>>) -> Metadata {
+    let mut metadata = Metadata::new();
+    for (key, value) in read(&llama()).unwrap().to_gguf().iter().filter(|&(key, _)| key != without)
+    {
+        metadata.insert(key, value.clone()).unwrap();
+    }
+    if let Some((key, value)) = with {
+        metadata.insert(key, value).unwrap();
+    }
+    metadata
+}
+
+#[test]
+fn gguf_alternatives_are_read() {
+    let ffn = "llama.feed_forward_length";
+    assert_eq!(
+        from_gguf(&keys(ffn, Some((ffn, vec![160u32, 160].into()))), None).unwrap().ffn_size,
+        160
+    );
+
+    let tokens = ("tokenizer.ggml.tokens", vec!["a".to_owned(); 5].into());
+    assert_eq!(from_gguf(&keys("llama.vocab_size", Some(tokens)), None).unwrap().vocab_size, 5);
+
+    let eot = ("tokenizer.ggml.eot_token_id", 9u32.into());
+    assert_eq!(from_gguf(&keys("", Some(eot)), None).unwrap().eos_token_ids, [2, 9]);
+
+    let sentence_piece = ("tokenizer.ggml.model", "llama".into());
+    assert!(
+        from_gguf(&keys("tokenizer.ggml.add_bos_token", Some(sentence_piece)), None)
+            .unwrap()
+            .add_bos
+    );
+
+    let mut linear = keys("", Some(("llama.rope.scaling.type", "linear".into())));
+    linear.insert("llama.rope.scaling.factor", 2.0f32).unwrap();
+    assert_eq!(from_gguf(&linear, Some(vec![3.0; 8])).unwrap().rope.factors, [6.0; 8]);
+}
+
+#[test]
+fn gguf_bad_keys_are_refused() {
+    let ffn = "llama.feed_forward_length";
+    let rope_dimensions = "llama.rope.dimension_count";
+    let cases: [(&str, Option<Entry<'_>>, bool, &str); 8] = [
+        ("general.architecture", None, false, "key `general.architecture`: found none"),
+        ("llama.block_count", None, false, "key `llama.block_count`: found none"),
+        (ffn, Some((ffn, vec![160u32, 80].into())), false, "the same for all blocks"),
+        (ffn, Some((ffn, "160".into())), false, "found \"160\""),
+        ("llama.vocab_size", None, false, "key `llama.vocab_size`"),
+        (rope_dimensions, Some((rope_dimensions, 8u32.into())), true, "beside a head size of 16"),
+        ("", Some(("llama.rope.scaling.type", "yarn".into())), true, "RoPE scaling `yarn`"),
+        (
+            "",
+            Some(("llama.rope.scaling.type", "linear".into())),
+            false,
+            "key `llama.rope.scaling.factor`",
+        ),
+    ];
+    for (without, with, is_unsupported, fragment) in cases {
+        let error = from_gguf(&keys(without, with), None).expect_err(fragment);
+        assert_eq!(matches!(error, FormatError::Unsupported { .. }), is_unsupported, "{error}");
+        assert!(error.to_string().contains(fragment), "{error}");
+    }
+    let error = from_gguf(&keys("", None), Some(vec![1.0; 3])).unwrap_err();
+    assert!(error.to_string().contains("number of RoPE factors: found 3"), "{error}");
+}

@@ -40,7 +40,9 @@ fn is_alignment(alignment: u32) -> bool {
 /// Elements of a tensor, `None` if a dimension is 0, there are none or too many, or the count overflows.
 fn element_count(shape: &[u64]) -> Option<u64> {
     let in_range = (1..=MAX_DIMENSIONS).contains(&shape.len()) && !shape.contains(&0);
-    in_range.then(|| shape.iter().try_fold(1u64, |count, &dimension| count.checked_mul(dimension))).flatten()
+    in_range
+        .then(|| shape.iter().try_fold(1u64, |count, &dimension| count.checked_mul(dimension)))
+        .flatten()
 }
 
 /// Bytes of a tensor, `None` for an unknown type, rows that do not fill whole blocks, or an overflow.
@@ -82,6 +84,12 @@ pub fn dtype_from_id(id: u32) -> DType {
 pub fn dtype_id(dtype: DType) -> u32 {
     match dtype {
         DType::Unknown(id) => id,
-        known => DTYPE_IDS.iter().find(|&&(dtype, _)| dtype == known).expect("every known type is in the table").1,
+        known => {
+            DTYPE_IDS
+                .iter()
+                .find(|&&(dtype, _)| dtype == known)
+                .expect("every known type is in the table")
+                .1
+        }
     }
 }

@@ -7,7 +7,8 @@ use std::{
 
 use super::GgufFile;
 use crate::{
-    DType, DenseTensor, FormatError, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource, Weight, names,
+    DType, DenseTensor, FormatError, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
+    Weight, names,
 };
 
 /// A GGUF model of the `llama` architecture.
@@ -29,7 +30,11 @@ impl GgufModel {
         let metadata = file.metadata();
         if metadata.u64("split.count").is_some_and(|count| count > 1) {
             let hint = "merge the files with `llama-gguf-split --merge` and open the result";
-            return Err(FormatError::unsupported(path, "a model split over several GGUF files", hint));
+            return Err(FormatError::unsupported(
+                path,
+                "a model split over several GGUF files",
+                hint,
+            ));
         }
         let rope_factors = file.f32_vector(names::ROPE_FACTORS)?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
@@ -52,7 +57,9 @@ fn check_tensors(file: &GgufFile, block_count: usize) -> Result<()> {
         let unsupported = |what| Err(FormatError::unsupported(file.path(), what, ""));
         let name = &tensor.name;
         if name != names::ROPE_FACTORS && !known.contains(name) {
-            return unsupported(format!("tensor `{name}` of a llama model with {block_count} blocks"));
+            return unsupported(format!(
+                "tensor `{name}` of a llama model with {block_count} blocks"
+            ));
         }
         if let DType::Unknown(id) = tensor.dtype {
             return unsupported(format!("tensor `{name}`: GGUF element type {id}"));

@@ -3,8 +3,8 @@
 use std::{ops::Deref, path::Path};
 
 use super::{
-    ALIGNMENT_KEY, ALIGNMENT_RULE, Array, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, Metadata, Value,
-    dtype_from_id, element_count, is_alignment, tensor_bytes,
+    ALIGNMENT_KEY, ALIGNMENT_RULE, Array, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, Metadata,
+    Value, dtype_from_id, element_count, is_alignment, tensor_bytes,
     value::{MAX_KEY_BYTES, type_id},
 };
 use crate::{DType, FormatError, Limits, MappedFile, Result, limits};
@@ -74,7 +74,8 @@ impl GgufHeader {
         let mut cursor = Cursor { path, bytes, position: 0, limits };
         let version = read_version(&mut cursor)?;
         let tensor_count = cursor.count("tensors", limits.tensor_count, MIN_TENSOR_BYTES)?;
-        let metadata_count = cursor.count("metadata entries", limits.metadata_count, MIN_ENTRY_BYTES)?;
+        let metadata_count =
+            cursor.count("metadata entries", limits.metadata_count, MIN_ENTRY_BYTES)?;
 
         let (metadata, value_offsets) = read_metadata(&mut cursor, metadata_count)?;
         let alignment = read_alignment(&cursor, &metadata)?;
@@ -88,7 +89,16 @@ impl GgufHeader {
         // Cannot overflow: a slice is at most isize::MAX bytes long, and the alignment fits 32 bits.
         let data_start = (header_bytes as u64).next_multiple_of(alignment);
         place_tensors(&cursor, &mut tensors, data_start, file_bytes)?;
-        Ok(Self { version, alignment, metadata, value_offsets, tensors, by_name, header_bytes, data_start })
+        Ok(Self {
+            version,
+            alignment,
+            metadata,
+            value_offsets,
+            tensors,
+            by_name,
+            header_bytes,
+            data_start,
+        })
     }
 
     /// The GGUF version, 2 or 3.
@@ -113,7 +123,8 @@ impl GgufHeader {
 
     /// The tensor of this name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
-        let found = self.by_name.binary_search_by(|&index| self.tensors[index].name.as_str().cmp(name));
+        let found =
+            self.by_name.binary_search_by(|&index| self.tensors[index].name.as_str().cmp(name));
         found.ok().map(|place| &self.tensors[self.by_name[place]])
     }
 
@@ -187,7 +198,13 @@ impl GgufFile {
         let Some(tensor) = self.tensor(name) else { return Ok(None) };
         if tensor.dtype != DType::F32 || tensor.shape.len() != 1 {
             let found = format!("{:?} {:?}", tensor.dtype, tensor.shape);
-            return Err(FormatError::malformed(self.path(), format!("tensor `{name}`"), "", found, "an F32 vector"));
+            return Err(FormatError::malformed(
+                self.path(),
+                format!("tensor `{name}`"),
+                "",
+                found,
+                "an F32 vector",
+            ));
         }
         let (words, _) = self.bytes_of(tensor).as_chunks::<4>();
         Ok(Some(words.iter().map(|&word| f32::from_le_bytes(word)).collect()))
@@ -208,7 +225,8 @@ fn read_version(cursor: &mut Cursor<'_>) -> Result<u32> {
         let found = format!("`{}`", magic.escape_ascii());
         return Err(cursor.malformed("the magic bytes", found, "`GGUF`"));
     }
-    let unsupported = |what: &str, hint: &str| Err(FormatError::unsupported(cursor.path, what, hint));
+    let unsupported =
+        |what: &str, hint: &str| Err(FormatError::unsupported(cursor.path, what, hint));
     match cursor.u32("the version")? {
         version @ (2 | 3) => Ok(version),
         1 => unsupported("GGUF version 1", "convert the model again with a current llama.cpp"),
@@ -248,7 +266,9 @@ fn read_alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<u64> {
     match metadata.get(ALIGNMENT_KEY) {
         None => Ok(DEFAULT_ALIGNMENT.into()),
         Some(&Value::U32(alignment)) if is_alignment(alignment) => Ok(alignment.into()),
-        Some(value) => Err(cursor.malformed(format!("key `{ALIGNMENT_KEY}`"), value, ALIGNMENT_RULE)),
+        Some(value) => {
+            Err(cursor.malformed(format!("key `{ALIGNMENT_KEY}`"), value, ALIGNMENT_RULE))
+        }
     }
 }
 
@@ -272,7 +292,12 @@ fn read_value(cursor: &mut Cursor<'_>, type_id: u32, place: &str) -> Result<Valu
 }
 
 fn read_array(cursor: &mut Cursor<'_>, place: &str, depth: u32) -> Result<Array> {
-    limits::check(cursor.path, format!("{place}: arrays in arrays"), depth.into(), cursor.limits.array_depth.into())?;
+    limits::check(
+        cursor.path,
+        format!("{place}: arrays in arrays"),
+        depth.into(),
+        cursor.limits.array_depth.into(),
+    )?;
     let type_id = cursor.u32(place)?;
     let len = cursor.number(place)?;
     limits::check(cursor.path, format!("{place}: array length"), len, cursor.limits.array_len)?;
@@ -288,8 +313,12 @@ fn read_array(cursor: &mut Cursor<'_>, place: &str, depth: u32) -> Result<Array>
         type_id::F32 => Array::F32(cursor.numbers(len, place)?),
         type_id::F64 => Array::F64(cursor.numbers(len, place)?),
         type_id::BOOL => Array::Bool(cursor.elements(len, 1, place, |cursor| cursor.bool(place))?),
-        type_id::STRING => Array::String(cursor.elements(len, 8, place, |cursor| cursor.string(place))?),
-        type_id::ARRAY => Array::Array(cursor.elements(len, 12, place, |cursor| read_array(cursor, place, depth + 1))?),
+        type_id::STRING => {
+            Array::String(cursor.elements(len, 8, place, |cursor| cursor.string(place))?)
+        }
+        type_id::ARRAY => Array::Array(
+            cursor.elements(len, 12, place, |cursor| read_array(cursor, place, depth + 1))?,
+        ),
         unknown => return Err(cursor.unknown_type(place, unknown)),
     })
 }
@@ -303,12 +332,20 @@ fn read_tensor_info(cursor: &mut Cursor<'_>, index: usize, alignment: u64) -> Re
     let bytes = match dtype {
         DType::Unknown(_) => 0,
         known => tensor_bytes(known, &shape).ok_or_else(|| {
-            cursor.malformed(&place, format!("{known:?} {shape:?}"), "rows of whole blocks, and a size that fits 64 bits")
+            cursor.malformed(
+                &place,
+                format!("{known:?} {shape:?}"),
+                "rows of whole blocks, and a size that fits 64 bits",
+            )
         })?,
     };
     let offset: u64 = cursor.number(&place)?;
     if !offset.is_multiple_of(alignment) {
-        return Err(cursor.malformed(place, format!("offset {offset}"), format!("a multiple of {alignment}")));
+        return Err(cursor.malformed(
+            place,
+            format!("offset {offset}"),
+            format!("a multiple of {alignment}"),
+        ));
     }
     Ok(TensorInfo { name, dtype, shape, offset, bytes })
 }
@@ -345,16 +382,28 @@ fn sort_by_name(cursor: &Cursor<'_>, tensors: &[TensorInfo]) -> Result<Vec<usize
 
 /// Makes offsets absolute, gives unknown types their size, and checks that each tensor ends before
 /// the next begins and the last before the end of the file.
-fn place_tensors(cursor: &Cursor<'_>, tensors: &mut [TensorInfo], data_start: u64, file_bytes: u64) -> Result<()> {
+fn place_tensors(
+    cursor: &Cursor<'_>,
+    tensors: &mut [TensorInfo],
+    data_start: u64,
+    file_bytes: u64,
+) -> Result<()> {
     let mut last_first: Vec<&mut TensorInfo> = tensors.iter_mut().collect();
     last_first.sort_unstable_by_key(|tensor| std::cmp::Reverse(tensor.offset));
     let (mut limit, mut limit_is) = (file_bytes, "the file ends".to_owned());
     for tensor in last_first {
         let place = || format!("tensor `{}`", tensor.name);
         let expected = || format!("at most {limit}, where {limit_is}");
-        let start = tensor.offset.checked_add(data_start).filter(|&start| start < limit).ok_or_else(|| {
-            cursor.malformed(place(), format!("offset {} after {data_start}", tensor.offset), expected())
-        })?;
+        let start =
+            tensor.offset.checked_add(data_start).filter(|&start| start < limit).ok_or_else(
+                || {
+                    cursor.malformed(
+                        place(),
+                        format!("offset {} after {data_start}", tensor.offset),
+                        expected(),
+                    )
+                },
+            )?;
         if matches!(tensor.dtype, DType::Unknown(_)) {
             tensor.bytes = limit - start;
         } else if tensor.bytes > limit - start {
@@ -376,7 +425,12 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn malformed(&self, place: impl Into<String>, found: impl ToString, expected: impl Into<String>) -> FormatError {
+    fn malformed(
+        &self,
+        place: impl Into<String>,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> FormatError {
         FormatError::malformed(self.path, place, "", found, expected)
     }
 
@@ -452,7 +506,12 @@ impl<'a> Cursor<'a> {
 
     fn string(&mut self, place: &str) -> Result<String> {
         let length = self.number(place)?;
-        limits::check(self.path, format!("{place}: string length"), length, self.limits.string_bytes)?;
+        limits::check(
+            self.path,
+            format!("{place}: string length"),
+            length,
+            self.limits.string_bytes,
+        )?;
         let bytes = self.take(length, place)?;
         match std::str::from_utf8(bytes) {
             Ok(text) => Ok(text.to_owned()),

@@ -258,6 +258,12 @@ impl Metadata {
         Self::default()
     }
 
+    /// Entries whose keys are known to be valid and different.
+    pub(crate) fn from_unique(entries: Vec<(String, Value)>) -> Self {
+        let keys = entries.iter().map(|(key, _)| key.clone());
+        Self { positions: keys.zip(0..).collect(), entries }
+    }
+
     /// Adds an entry at the end.
     ///
     /// # Errors
@@ -339,8 +345,6 @@ impl Metadata {
     /// The entries whose keys start with `prefix`, in order.
     pub fn with_prefix(&self, prefix: &str) -> Self {
         let selected = self.entries.iter().filter(|(key, _)| key.starts_with(prefix));
-        let entries: Vec<_> = selected.cloned().collect();
-        let keys = entries.iter().map(|(key, _)| key.clone());
-        Self { positions: keys.zip(0..).collect(), entries }
+        Self::from_unique(selected.cloned().collect())
     }
 }

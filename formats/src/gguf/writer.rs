@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    ALIGNMENT_KEY, ALIGNMENT_RULE, Array, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, Metadata, Value,
-    dtype_id, is_alignment, tensor_bytes,
+    ALIGNMENT_KEY, ALIGNMENT_RULE, Array, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, Metadata,
+    Value, dtype_id, is_alignment, tensor_bytes,
 };
 use crate::{DType, FormatError, Result};
 
@@ -69,7 +69,12 @@ impl HeaderWriter {
     /// # Errors
     /// `InvalidArgument` if GGUF cannot hold a name, a shape or the alignment, or if the metadata
     /// already sets the alignment.
-    pub fn new(path: &Path, metadata: &Metadata, tensors: &[NewTensor], alignment: u32) -> Result<Self> {
+    pub fn new(
+        path: &Path,
+        metadata: &Metadata,
+        tensors: &[NewTensor],
+        alignment: u32,
+    ) -> Result<Self> {
         if !is_alignment(alignment) || metadata.contains(ALIGNMENT_KEY) {
             let what = format!("`{}`: key `{ALIGNMENT_KEY}`", path.display());
             let expected = format!("{ALIGNMENT_RULE}, given as an argument only");
@@ -163,12 +168,19 @@ fn checked_bytes(path: &Path, tensor: &NewTensor) -> Result<u64> {
     }
     tensor.bytes().ok_or_else(|| {
         let found = format!("{:?} {:?}", tensor.dtype, tensor.shape);
-        let expected = format!("a known type, 1 to {MAX_DIMENSIONS} dimensions that are not 0, rows of whole blocks");
+        let expected = format!(
+            "a known type, 1 to {MAX_DIMENSIONS} dimensions that are not 0, rows of whole blocks"
+        );
         tensor_error(path, tensor, found, expected)
     })
 }
 
-fn tensor_error(path: &Path, tensor: &NewTensor, found: impl ToString, expected: impl Into<String>) -> FormatError {
+fn tensor_error(
+    path: &Path,
+    tensor: &NewTensor,
+    found: impl ToString,
+    expected: impl Into<String>,
+) -> FormatError {
     let what = format!("`{}`: tensor `{}`", path.display(), tensor.name);
     FormatError::invalid_argument(what, found, expected)
 }

@@ -52,7 +52,9 @@ impl Shards {
         for (tensor, file) in weight_map {
             let expected = "the name of a `.safetensors` file in the same directory";
             let name = file.as_str().filter(|name| is_shard_name(name));
-            let name = name.ok_or_else(|| malformed(format!("tensor `{tensor}`"), &file.to_string(), expected))?;
+            let name = name.ok_or_else(|| {
+                malformed(format!("tensor `{tensor}`"), &file.to_string(), expected)
+            })?;
             file_of.insert(tensor, name);
         }
 
@@ -64,7 +66,8 @@ impl Shards {
         }
         for (shard, &name) in names.iter().enumerate() {
             let mut tensors = file_of.iter().filter(|&(_, &file)| file == name);
-            let is_absent = |tensor: &String| table.get(tensor).is_none_or(|stored| stored.shard != shard);
+            let is_absent =
+                |tensor: &String| table.get(tensor).is_none_or(|stored| stored.shard != shard);
             if let Some((tensor, _)) = tensors.find(|(tensor, _)| is_absent(tensor)) {
                 let expected = format!("a tensor in `{name}`");
                 return Err(malformed(format!("tensor `{tensor}`"), "none", &expected));
@@ -79,8 +82,9 @@ impl Shards {
         let malformed = |place: String, found: String, expected: &str| {
             FormatError::malformed(path, place, "", found, expected)
         };
-        let (header_bytes, header) = SafeTensors::read_metadata(&file)
-            .map_err(|error| malformed("the header".to_owned(), error.to_string(), "a safetensors header"))?;
+        let (header_bytes, header) = SafeTensors::read_metadata(&file).map_err(|error| {
+            malformed("the header".to_owned(), error.to_string(), "a safetensors header")
+        })?;
         let data_start = 8 + header_bytes;
         for (name, info) in header.tensors() {
             let place = format!("tensor `{name}`");
@@ -91,14 +95,24 @@ impl Shards {
             let (rows, cols) = match info.shape[..] {
                 [cols] if cols > 0 => (1, cols),
                 [rows, cols] if rows > 0 && cols > 0 => (rows, cols),
-                _ => return Err(malformed(place, format!("shape {:?}", info.shape), "one or two dimensions, not 0")),
+                _ => {
+                    return Err(malformed(
+                        place,
+                        format!("shape {:?}", info.shape),
+                        "one or two dimensions, not 0",
+                    ));
+                }
             };
             // `read_metadata` has checked that the ranges fill the file and agree with shape and type.
             let (start, end) = info.data_offsets;
             let range = data_start + start..data_start + end;
             let stored = StoredTensor { shard: self.files.len(), range, dtype, rows, cols };
             if table.insert(name, stored).is_some() {
-                return Err(malformed(place, "a second tensor of this name".to_owned(), "one in all shards"));
+                return Err(malformed(
+                    place,
+                    "a second tensor of this name".to_owned(),
+                    "one in all shards",
+                ));
             }
         }
         self.files.push(file);
@@ -119,7 +133,8 @@ impl Shards {
 /// Whether a name is that of a file beside the index: nothing that names a folder, on any system.
 fn is_shard_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
-    let is_plain = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
+    let is_plain =
+        matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
     is_plain && name.ends_with(".safetensors") && !name.contains(['/', '\\', ':'])
 }
 

@@ -12,8 +12,8 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    DType, DenseTensor, FormatError, Limits, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource, Weight,
-    limits::read_text, names,
+    DenseTensor, FormatError, Limits, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
+    Weight, limits::read_text, names,
 };
 use index::{Shards, StoredTensor};
 
@@ -46,7 +46,8 @@ impl HfDirectory {
         let config_json = folder.json("config.json")?.ok_or_else(|| missing(&config_path))?;
         let generation_config = folder.json("generation_config.json")?;
         let tokenizer_config = folder.json("tokenizer_config.json")?.unwrap_or_default();
-        let mut config = ModelConfig::from_hugging_face(&config_path, &config_json, generation_config.as_ref())?;
+        let mut config =
+            ModelConfig::from_hugging_face(&config_path, &config_json, generation_config.as_ref())?;
         config.add_bos = tokenizer_config["add_bos_token"].as_bool().unwrap_or(false);
 
         let (shards, stored) = match path.is_dir() {
@@ -66,7 +67,16 @@ impl HfDirectory {
         files.extend(shards.paths());
         let names = tensors.iter().map(|(name, _)| name.clone());
         let by_name = names.zip(0..).collect();
-        Ok(Self { path: path.to_owned(), config, shards, tensors, by_name, tokenizer, chat_template, files })
+        Ok(Self {
+            path: path.to_owned(),
+            config,
+            shards,
+            tensors,
+            by_name,
+            tokenizer,
+            chat_template,
+            files,
+        })
     }
 }
 
@@ -92,7 +102,13 @@ impl ModelSource for HfDirectory {
         let stored = &self.tensors[index].1;
         let StoredTensor { dtype, rows, cols, .. } = *stored;
         let bytes = self.shards.bytes_of(stored);
-        Ok(Some(Weight::Dense(DenseTensor { dtype, rows, cols, bytes, row_order: RowOrder::AsStored })))
+        Ok(Some(Weight::Dense(DenseTensor {
+            dtype,
+            rows,
+            cols,
+            bytes,
+            row_order: RowOrder::AsStored,
+        })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -175,7 +191,9 @@ impl Folder {
     /// A file that holds a JSON object.
     fn json(&mut self, name: &str) -> Result<Option<Value>> {
         let Some(text) = self.text(name)? else { return Ok(None) };
-        let malformed = |found: String| FormatError::malformed(&self.root.join(name), "the text", "", found, "a JSON object");
+        let malformed = |found: String| {
+            FormatError::malformed(&self.root.join(name), "the text", "", found, "a JSON object")
+        };
         match serde_json::from_str(&text) {
             Ok(object @ Value::Object(_)) => Ok(Some(object)),
             Ok(_) => Err(malformed("another JSON value".to_owned())),
@@ -195,7 +213,11 @@ impl Folder {
         let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
         if pickles.iter().any(|name| self.root.join(name).exists()) {
             let hint = "load it with transformers and save it with `save_pretrained`, which writes safetensors";
-            return Err(FormatError::unsupported(&self.root, "a model stored as PyTorch pickles", hint));
+            return Err(FormatError::unsupported(
+                &self.root,
+                "a model stored as PyTorch pickles",
+                hint,
+            ));
         }
         Err(missing(&single))
     }

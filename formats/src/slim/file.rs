@@ -107,7 +107,7 @@ impl SlimFile {
         let layers = read_layers(&gguf)?;
         check_dense_tensors(&gguf, &layers)?;
         let by_name = layers.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
-        let rope_factors = read_rope_factors(&gguf)?;
+        let rope_factors = gguf.f32_vector("rope_freqs.weight")?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
         config.tied_embeddings = !layers.iter().any(|layer| layer.name == "output.weight")
             && gguf.tensor("output.weight").is_none();
@@ -162,15 +162,15 @@ impl SlimFile {
         let mut faults = Vec::new();
         let metadata = self.gguf.metadata();
         let header = self.gguf.header_bytes();
-        match self.gguf.value_offset(keys::HEADER_HASH).zip(metadata.u64(keys::HEADER_HASH)) {
-            Some((offset, stored)) => {
+        match (self.gguf.value_offset(keys::HEADER_HASH), metadata.get(keys::HEADER_HASH)) {
+            (Some(offset), Some(&Value::U64(stored))) => {
                 let mut hasher = Xxh3::new();
                 hasher.update(&header[..offset]);
                 hasher.update(&[0; 8]);
                 hasher.update(&header[offset + 8..]);
                 faults.extend(hash_fault("F19", keys::HEADER_HASH.into(), hasher.digest(), stored));
             }
-            None => faults.push(missing("F19", keys::HEADER_HASH)),
+            _ => faults.push(missing("F19", keys::HEADER_HASH)),
         }
         match metadata.get(keys::TENSOR_HASHES) {
             Some(Value::Array(Array::U64(stored))) if stored.len() == self.gguf.tensors().len() => {
@@ -389,18 +389,6 @@ fn check_dense_tensors(gguf: &GgufFile, layers: &[LayerInfo]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The RoPE frequency factors of F3, if the file has them.
-fn read_rope_factors(gguf: &GgufFile) -> Result<Option<Vec<f32>>> {
-    let Some(info) = gguf.tensor("rope_freqs.weight") else { return Ok(None) };
-    if info.dtype != DType::F32 {
-        let place = "tensor `rope_freqs.weight`";
-        let found = format!("type {:?}", info.dtype);
-        return Err(FormatError::malformed(gguf.path(), place, "F3", found, "type F32"));
-    }
-    let values = gguf.bytes_of(info).chunks_exact(4);
-    Ok(Some(values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()))
 }
 
 fn missing(rule: &'static str, key: &str) -> Fault {

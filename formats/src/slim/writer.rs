@@ -180,7 +180,7 @@ impl LayerTable {
             ("scale_bits", Array::U8(take(&mut self.scale_bits))),
             ("error", Array::F32(take(&mut self.error))),
         ] {
-            metadata.insert(&keys::layers(column), Value::Array(array))?;
+            metadata.insert(keys::layers(column), Value::Array(array))?;
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! Norm, rotation, SwiGLU, softmax: one token at a time.
 
-use multiversion::multiversion;
-
 /// `e^x` for `x <= 0` (and moderate positive `x`), relative error below 2e-7: `2^i * p(f)` with a degree 6 polynomial on
 /// `[-ln 2 / 2, ln 2 / 2]`. Branch-free, so that loops over it vectorise.
 #[inline(always)]
@@ -24,55 +22,61 @@ fn lane_sum(values: impl Iterator<Item = f32>) -> f32 {
     lanes.iter().sum()
 }
 
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
-    let mean = lane_sum(x.iter().map(|x| x * x)) / x.len() as f32;
-    let scale = 1.0 / (mean + epsilon).sqrt();
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
+per_isa! {
+    pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+        let mean = lane_sum(x.iter().map(|x| x * x)) / x.len() as f32;
+        let scale = 1.0 / (mean + epsilon).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
     }
 }
 
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (first, second) = head.split_at_mut(cos.len());
-    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+per_isa! {
+    pub fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let (first, second) = head.split_at_mut(cos.len());
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        }
     }
 }
 
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn swiglu(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
+per_isa! {
+    pub fn swiglu(gate: &mut [f32], up: &[f32]) {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
     }
 }
 
-/// Turns scores into probabilities in place.
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn softmax(scores: &mut [f32]) {
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for score in scores.iter_mut() {
-        *score = exp(*score - max);
-    }
-    let scale = 1.0 / lane_sum(scores.iter().copied());
-    for score in scores {
-        *score *= scale;
-    }
-}
-
-/// Turns logits into log-probabilities in place.
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn log_softmax(logits: &mut [f32]) {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let log_sum = max + lane_sum(logits.iter().map(|logit| exp(logit - max))).ln();
-    for logit in logits {
-        *logit -= log_sum;
+per_isa! {
+    /// Turns scores into probabilities in place.
+    pub fn softmax(scores: &mut [f32]) {
+        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        for score in scores.iter_mut() {
+            *score = exp(*score - max);
+        }
+        let scale = 1.0 / lane_sum(scores.iter().copied());
+        for score in scores {
+            *score *= scale;
+        }
     }
 }
 
-/// KL(p || q) in nats, of log-probabilities.
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn kl_divergence(log_p: &[f32], log_q: &[f32]) -> f64 {
-    lane_sum(log_p.iter().zip(log_q).map(|(p, q)| exp(*p) * (p - q))).into()
+per_isa! {
+    /// Turns logits into log-probabilities in place.
+    pub fn log_softmax(logits: &mut [f32]) {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let log_sum = max + lane_sum(logits.iter().map(|logit| exp(logit - max))).ln();
+        for logit in logits {
+            *logit -= log_sum;
+        }
+    }
+}
+
+per_isa! {
+    /// KL(p || q) in nats, of log-probabilities.
+    pub fn kl_divergence(log_p: &[f32], log_q: &[f32]) -> f64 {
+        lane_sum(log_p.iter().zip(log_q).map(|(p, q)| exp(*p) * (p - q))).into()
+    }
 }

@@ -1,6 +1,5 @@
 //! One token times a packed layer, straight from the file's bytes: 16 rows are 16 lanes.
 
-use multiversion::multiversion;
 use slim_formats::slim::{PackedTensor, TILE_ROWS};
 
 type Lanes = [f32; TILE_ROWS];
@@ -13,40 +12,41 @@ pub fn column_sums(x: &[f32]) -> Vec<f32> {
     x.chunks_exact(UNIT).map(|unit| unit.iter().sum()).collect()
 }
 
-/// The products of the 16 rows of a tile with `x`; `sums` from [`column_sums`].
-///
-/// # Accuracy
-/// f32 sums in column order within a sub-group (two-level) or group (paper), then over those.
-#[multiversion(targets("x86_64/x86-64-v4", "x86_64/x86-64-v3", "aarch64+neon"))]
-pub fn tile(packed: PackedTensor<'_>, tile: usize, x: &[f32], sums: &[f32]) -> Lanes {
-    let layout = packed.layout();
-    let (mut scaled, mut shifted) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
-    for group in layout.groups() {
-        let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        let first_unit = group.cols.start / UNIT;
-        for (run, cols) in group.runs(layout.coding()).enumerate() {
-            let units = cols.start / UNIT - first_unit..cols.end / UNIT - first_unit;
-            let sum: f32 = sums[cols.start / UNIT..cols.end / UNIT].iter().sum();
-            let x = &x[cols];
-            let dots = match group.bit_width.bits() {
-                1 => dots::<1>(codes, units, x),
-                2 => dots::<2>(codes, units, x),
-                3 => dots::<3>(codes, units, x),
-                4 => dots::<4>(codes, units, x),
-                5 => dots::<5>(codes, units, x),
-                6 => dots::<6>(codes, units, x),
-                7 => dots::<7>(codes, units, x),
-                _ => dots::<8>(codes, units, x),
-            };
-            let (factor, offset) = packed.scales(tile, group, run);
-            for r in 0..TILE_ROWS {
-                scaled[r] += factor[r] * dots[r];
-                shifted[r] += offset[r] * sum;
+per_isa! {
+    /// The products of the 16 rows of a tile with `x`; `sums` from [`column_sums`].
+    ///
+    /// # Accuracy
+    /// f32 sums in column order within a sub-group (two-level) or group (paper), then over those.
+    pub fn tile(packed: PackedTensor<'_>, tile: usize, x: &[f32], sums: &[f32]) -> Lanes {
+        let layout = packed.layout();
+        let (mut scaled, mut shifted) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
+        for group in layout.groups() {
+            let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+            let first_unit = group.cols.start / UNIT;
+            for (run, cols) in group.runs(layout.coding()).enumerate() {
+                let units = cols.start / UNIT - first_unit..cols.end / UNIT - first_unit;
+                let sum: f32 = sums[cols.start / UNIT..cols.end / UNIT].iter().sum();
+                let x = &x[cols];
+                let dots = match group.bit_width.bits() {
+                    1 => dots::<1>(codes, units, x),
+                    2 => dots::<2>(codes, units, x),
+                    3 => dots::<3>(codes, units, x),
+                    4 => dots::<4>(codes, units, x),
+                    5 => dots::<5>(codes, units, x),
+                    6 => dots::<6>(codes, units, x),
+                    7 => dots::<7>(codes, units, x),
+                    _ => dots::<8>(codes, units, x),
+                };
+                let (factor, offset) = packed.scales(tile, group, run);
+                for r in 0..TILE_ROWS {
+                    scaled[r] += factor[r] * dots[r];
+                    shifted[r] += offset[r] * sum;
+                }
             }
         }
+        let (d, m) = packed.row_scales(tile);
+        std::array::from_fn(|r| d[r] * scaled[r] + m[r] * shifted[r])
     }
-    let (d, m) = packed.row_scales(tile);
-    std::array::from_fn(|r| d[r] * scaled[r] + m[r] * shifted[r])
 }
 
 /// The sums of code times input over some units of a group, for each row.

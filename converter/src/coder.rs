@@ -1,0 +1,225 @@
+//! The codings: from the weights of a run of columns to the scales that the file stores.
+
+use half::f16;
+use slim_formats::slim::{BitWidth, CodeColumn, Group, ScaleCoding, TILE_ROWS, TileMut};
+
+use crate::{
+    fit::fit,
+    lanes::{Lanes, keep_better, run_error, zip},
+    published,
+};
+
+/// The stored scales of one run of columns, for the 16 rows of a tile.
+#[derive(Debug, Clone, Copy)]
+pub enum RunScales {
+    /// `w = (d * s) * code - m * z`.
+    TwoLevel {
+        /// Scale codes `s`.
+        scale: CodeColumn,
+        /// Minimum codes `z`.
+        minimum: CodeColumn,
+    },
+    /// `w = scale * (code - zero_point)`.
+    Affine {
+        /// Rounded to f16 when stored.
+        scale: Lanes,
+        /// Integer codes.
+        zero_point: CodeColumn,
+    },
+    /// `w = mean + scale` or `mean - scale`.
+    Binary {
+        /// Rounded to f16 when stored.
+        scale: Lanes,
+        /// Rounded to f16 when stored.
+        mean: Lanes,
+    },
+}
+
+/// The row scales `d` and `m` of a tile; ones in the paper coding.
+#[derive(Debug, Clone, Copy)]
+pub struct RowScales {
+    /// Multiplies scale codes.
+    pub d: Lanes,
+    /// Multiplies minimum codes.
+    pub m: Lanes,
+}
+
+impl RunScales {
+    /// Factor and offset of each row: a weight is `factor * code + offset`, as `docs/format.md` defines it.
+    pub fn affine(&self, rows: &RowScales) -> (Lanes, Lanes) {
+        match self {
+            Self::TwoLevel { scale, minimum } => {
+                (zip(&rows.d, &scale.map(f32::from), |d, s| d * s), {
+                    zip(&rows.m, &minimum.map(f32::from), |m, z| -(m * z))
+                })
+            }
+            Self::Affine { scale, zero_point } => {
+                (*scale, zip(scale, &zero_point.map(f32::from), |s, z| -(s * z)))
+            }
+            Self::Binary { scale, mean } => (scale.map(|s| 2.0 * s), zip(mean, scale, |m, s| m - s)),
+        }
+    }
+
+    /// Sets the lanes from `used` on to zero: padding rows (F8).
+    pub fn clear_padding(&mut self, used: usize) {
+        match self {
+            Self::TwoLevel { scale, minimum } => {
+                scale[used..].fill(0);
+                minimum[used..].fill(0);
+            }
+            Self::Affine { scale, zero_point } => {
+                scale[used..].fill(0.0);
+                zero_point[used..].fill(0);
+            }
+            Self::Binary { scale, mean } => {
+                scale[used..].fill(0.0);
+                mean[used..].fill(0.0);
+            }
+        }
+    }
+
+    /// Stores the scales of run `run` of group `group`.
+    pub fn store(&self, tile: &mut TileMut<'_>, group: usize, run: usize) {
+        match self {
+            Self::TwoLevel { scale, minimum } => tile.set_two_level(group, run, scale, minimum),
+            Self::Affine { scale, zero_point } => {
+                tile.set_affine(group, &scale.map(f16::from_f32), zero_point);
+            }
+            Self::Binary { scale, mean } => {
+                tile.set_binary(group, &scale.map(f16::from_f32), &mean.map(f16::from_f32));
+            }
+        }
+    }
+}
+
+/// How scales are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coder {
+    /// The best fit that the coding of the file can hold.
+    Best(ScaleCoding),
+    /// SQC as published (paper coding).
+    Published,
+}
+
+impl Coder {
+    /// The coding of the file.
+    pub fn coding(self) -> ScaleCoding {
+        match self {
+            Self::Best(coding) => coding,
+            Self::Published => ScaleCoding::Paper,
+        }
+    }
+
+    /// The row scales of a tile, from its weights before the sweep.
+    pub fn rows(self, w: &[Lanes], importance: &[f32], groups: &[Group]) -> RowScales {
+        let coding @ ScaleCoding::TwoLevel { scale_bits, .. } = self.coding() else {
+            return RowScales { d: [1.0; TILE_ROWS], m: [1.0; TILE_ROWS] };
+        };
+        let (mut scale, mut minimum) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
+        for group in groups {
+            for cols in group.runs(coding) {
+                let run = fit(&w[cols.clone()], &importance[cols], group.bit_width);
+                scale = zip(&scale, &run.scale, f32::max);
+                minimum = zip(&minimum, &run.minimum, |a, b| a.max(-b));
+            }
+        }
+        let max_code = f32::from(max_scale_code(scale_bits));
+        let row_scale = |largest: f32| f16::from_f32(largest / max_code).to_f32();
+        RowScales { d: scale.map(row_scale), m: minimum.map(row_scale) }
+    }
+
+    /// The scales of one run of columns.
+    pub fn run(self, rows: &RowScales, w: &[Lanes], importance: &[f32], width: BitWidth) -> RunScales {
+        match self {
+            Self::Published => published::sqc(w, width),
+            Self::Best(ScaleCoding::Paper) => best_paper(w, importance, width),
+            Self::Best(ScaleCoding::TwoLevel { scale_bits, .. }) => {
+                best_two_level(rows, w, importance, width, scale_bits)
+            }
+        }
+    }
+}
+
+fn max_scale_code(scale_bits: u8) -> u8 {
+    (1 << scale_bits) - 1
+}
+
+/// Scale and minimum codes near the real-valued fit, by the error that they leave.
+fn best_two_level(
+    rows: &RowScales,
+    w: &[Lanes],
+    importance: &[f32],
+    width: BitWidth,
+    scale_bits: u8,
+) -> RunScales {
+    let max_code = f32::from(max_scale_code(scale_bits));
+    let code = |value: f32, unit: f32| {
+        let code = if unit == 0.0 { 0.0 } else { value / unit };
+        code.round_ties_even().clamp(0.0, max_code)
+    };
+    let target = fit(w, importance, width);
+    let center = zip(&target.scale, &rows.d, code);
+    let mut best = [(0, 0); TILE_ROWS];
+    let mut best_error = [f32::INFINITY; TILE_ROWS];
+    for scale_step in [-1.0, 0.0, 1.0, 2.0] {
+        let scale = center.map(|center| (center + scale_step).clamp(0.0, max_code));
+        let factor = zip(&scale, &rows.d, |s, d| s * d);
+        let minimum = best_minimum(w, importance, &factor, &target.minimum, width);
+        let center = zip(&minimum.map(|minimum| -minimum), &rows.m, code);
+        for minimum_step in [-1.0, 0.0, 1.0] {
+            let minimum = center.map(|center| (center + minimum_step).clamp(0.0, max_code));
+            let offset = zip(&minimum, &rows.m, |z, m| -(m * z));
+            let error = run_error(w, importance, &factor, &offset, width.max_code());
+            let candidate = std::array::from_fn(|r| (scale[r] as u8, minimum[r] as u8));
+            keep_better(&mut best, &mut best_error, &candidate, &error);
+        }
+    }
+    RunScales::TwoLevel { scale: best.map(|(s, _)| s), minimum: best.map(|(_, z)| z) }
+}
+
+/// The least-squares minimum for a given factor, from the codes that `minimum` gives.
+fn best_minimum(
+    w: &[Lanes],
+    importance: &[f32],
+    factor: &Lanes,
+    minimum: &Lanes,
+    width: BitWidth,
+) -> Lanes {
+    let total: f32 = importance.iter().sum();
+    let mut sum = [0.0; TILE_ROWS];
+    for (w, importance) in w.iter().zip(importance) {
+        let code = crate::lanes::nearest_codes(w, factor, minimum, width.max_code().into());
+        for r in 0..TILE_ROWS {
+            sum[r] += importance * (w[r] - factor[r] * code[r]);
+        }
+    }
+    sum.map(|sum| (sum / total).min(0.0))
+}
+
+/// An f16 scale with an integer zero point near the real-valued fit; for one bit, the fit itself as mean and scale.
+fn best_paper(w: &[Lanes], importance: &[f32], width: BitWidth) -> RunScales {
+    let round = |value: f32| f16::from_f32(value).to_f32();
+    let target = fit(w, importance, width);
+    if width.bits() == 1 {
+        let scale = target.scale.map(|s| round(0.5 * s));
+        let mean = zip(&target.minimum, &target.scale, |minimum, s| round(minimum + 0.5 * s));
+        return RunScales::Binary { scale, mean };
+    }
+    let max_code = f32::from(width.max_code());
+    let mut best = [(0.0, 0); TILE_ROWS];
+    let mut best_error = [f32::INFINITY; TILE_ROWS];
+    for share in (0..12).map(|step| 0.7 + 0.05 * step as f32) {
+        let scale = target.scale.map(|s| round(s * share));
+        let center = zip(&target.minimum, &scale, |minimum, s| {
+            if s == 0.0 { 0.0 } else { (-minimum / s).round_ties_even() }
+        });
+        for step in [-1.0, 0.0, 1.0] {
+            let zero_point = center.map(|center| (center + step).clamp(0.0, max_code));
+            let offset = zip(&scale, &zero_point, |s, z| -(s * z));
+            let error = run_error(w, importance, &scale, &offset, width.max_code());
+            let candidate = std::array::from_fn(|r| (scale[r], zero_point[r] as u8));
+            keep_better(&mut best, &mut best_error, &candidate, &error);
+        }
+    }
+    RunScales::Affine { scale: best.map(|(s, _)| s), zero_point: best.map(|(_, z)| z) }
+}

@@ -1,0 +1,111 @@
+//! The proxy Hessian of a layer's inputs, and its factor.
+
+use slim_kernels::linalg;
+
+use crate::{Activations, Result};
+
+/// `(2 / samples) * sum x^T x` over the calibration inputs; only the upper triangle is kept.
+#[derive(Clone)]
+pub struct Hessian {
+    n: usize,
+    values: Vec<f32>,
+}
+
+/// The upper triangular `U` with `H^-1 = U^T U` of a damped Hessian.
+pub struct Factor {
+    n: usize,
+    values: Vec<f32>,
+}
+
+impl Hessian {
+    /// From the inputs of a layer.
+    pub fn of(inputs: &Activations) -> Self {
+        let n = inputs.width();
+        let mut values = vec![0.0; n * n];
+        for sample in 0..inputs.samples() {
+            linalg::add_gram(&mut values, inputs.sample(sample), n);
+        }
+        let scale = 2.0 / inputs.samples() as f32;
+        values.iter_mut().for_each(|value| *value *= scale);
+        Self { n, values }
+    }
+
+    /// Input channels.
+    pub fn size(&self) -> usize {
+        self.n
+    }
+
+    /// Adds `damping` to the diagonal.
+    #[must_use]
+    pub fn damped(mut self, damping: f32) -> Self {
+        self.values.iter_mut().step_by(self.n + 1).for_each(|value| *value += damping);
+        self
+    }
+
+    /// The mean of the diagonal.
+    pub fn mean_diagonal(&self) -> f32 {
+        let sum: f64 = self.values.iter().step_by(self.n + 1).map(|&value| f64::from(value)).sum();
+        (sum / self.n as f64) as f32
+    }
+
+    /// Factors `H` damped by `share` of its mean diagonal, ten times more after each failure; tells the share that worked.
+    ///
+    /// # Errors
+    /// `NotPositiveDefinite` if even a share of 1 does not help: the inputs are not finite.
+    pub fn factor(&self, share: f32) -> Result<(Factor, f32)> {
+        // Inputs that are all zero say nothing: any damping gives the plain quantizer.
+        let unit = self.mean_diagonal().max(f32::MIN_POSITIVE.sqrt());
+        let mut share = share;
+        loop {
+            match self.clone().damped(share * unit).factor_undamped() {
+                Ok(factor) => return Ok((factor, share)),
+                Err(error) if share >= 1.0 => return Err(error),
+                Err(_) => share *= 10.0,
+            }
+        }
+    }
+
+    /// Factors `H` as it is.
+    ///
+    /// # Errors
+    /// `NotPositiveDefinite` if it is not.
+    pub fn factor_undamped(&self) -> Result<Factor> {
+        let values = linalg::inverse_cholesky(&self.values, self.n)?;
+        Ok(Factor { n: self.n, values })
+    }
+
+    /// `sum_r d_r H d_r^T` over the rows of `rows: [.., n]`: the squared output error of a weight error, times 2 / samples.
+    pub fn quadratic(&self, rows: &[f32]) -> f64 {
+        use rayon::prelude::*;
+        const ROWS: usize = 64;
+        let n = self.n;
+        let pieces = rows.par_chunks(ROWS * n).map(|rows| {
+            let m = rows.len() / n;
+            let mut product = vec![0.0; rows.len()];
+            let (left, right) = (linalg::Mat::new(rows, m, n), linalg::Mat::new(&self.values, n, n));
+            linalg::matmul(&mut product, n, false, left, right);
+            // The lower triangle is zero: count what is off the diagonal twice.
+            let mut sum = 0.0;
+            for (row, product) in rows.chunks_exact(n).zip(product.chunks_exact(n)) {
+                for (j, (d, p)) in row.iter().zip(product).enumerate() {
+                    let diagonal = d * self.values[j * n + j];
+                    sum += f64::from(*d) * f64::from(2.0 * p - diagonal);
+                }
+            }
+            sum
+        });
+        pieces.collect::<Vec<f64>>().iter().sum()
+    }
+}
+
+impl Factor {
+    /// `[n, n]`, row-major; zero below the diagonal.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// `1 / U_jj^2`: what an error in column `j` costs after the columns behind it have made up for it.
+    pub fn importance(&self) -> Vec<f32> {
+        self.values.iter().step_by(self.n + 1).map(|u| 1.0 / (u * u)).collect()
+    }
+}

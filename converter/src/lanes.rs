@@ -1,0 +1,78 @@
+//! Sixteen rows at a time: a tile's weights as columns of 16 lanes, so that loops over rows vectorise and every row's
+//! arithmetic is its own.
+
+use slim_formats::slim::TILE_ROWS;
+
+/// One value for each row of a tile.
+pub type Lanes = [f32; TILE_ROWS];
+
+/// Compiles a function once for each instruction set below and picks among them at run time.
+macro_rules! per_isa {
+    ($function:item) => {
+        #[multiversion::multiversion(targets(
+            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma",
+            "x86_64+avx2+fma",
+            "aarch64+neon"
+        ))]
+        $function
+    };
+}
+pub(crate) use per_isa;
+
+/// Columns of lanes from rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are zero.
+pub fn gather(weights: &[f32], cols: usize, tile: usize) -> Vec<Lanes> {
+    let rows = &weights[tile * TILE_ROWS * cols..];
+    let mut columns = vec![[0.0; TILE_ROWS]; cols];
+    for (lane, row) in rows.chunks_exact(cols).take(TILE_ROWS).enumerate() {
+        for (column, weight) in columns.iter_mut().zip(row) {
+            column[lane] = *weight;
+        }
+    }
+    columns
+}
+
+/// `f` of each pair of lanes.
+#[inline(always)]
+pub fn zip(a: &Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    std::array::from_fn(|r| f(a[r], b[r]))
+}
+
+/// The code that is nearest to `w` in each lane, for weights `factor * code + offset`; 0 where the factor is 0.
+#[inline(always)]
+pub fn nearest_codes(w: &Lanes, factor: &Lanes, offset: &Lanes, max_code: f32) -> Lanes {
+    std::array::from_fn(|r| {
+        let inverse = if factor[r] == 0.0 { 0.0 } else { 1.0 / factor[r] };
+        ((w[r] - offset[r]) * inverse).round_ties_even().clamp(0.0, max_code)
+    })
+}
+
+per_isa! {
+    /// The weighted squared error of quantizing a run of columns to the nearest codes, for each row.
+    pub fn run_error(w: &[Lanes], importance: &[f32], factor: &Lanes, offset: &Lanes, max_code: u8) -> Lanes {
+        let mut sum = [0.0; TILE_ROWS];
+        for (w, importance) in w.iter().zip(importance) {
+            let code = nearest_codes(w, factor, offset, max_code.into());
+            for r in 0..TILE_ROWS {
+                let error = factor[r] * code[r] + offset[r] - w[r];
+                sum[r] += importance * error * error;
+            }
+        }
+        sum
+    }
+}
+
+/// Takes `candidate` where its error is lower.
+#[inline(always)]
+pub fn keep_better<T: Copy>(
+    best: &mut [T; TILE_ROWS],
+    best_error: &mut Lanes,
+    candidate: &[T; TILE_ROWS],
+    error: &Lanes,
+) {
+    for r in 0..TILE_ROWS {
+        if error[r] < best_error[r] {
+            best_error[r] = error[r];
+            best[r] = candidate[r];
+        }
+    }
+}

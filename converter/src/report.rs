@@ -1,0 +1,47 @@
+//! What a conversion tells its caller.
+
+/// A step of a conversion, as it ends.
+#[derive(Debug, Clone)]
+pub enum Progress<'a> {
+    /// A layer was quantized.
+    Layer(&'a LayerReport),
+    /// All layers of a block are done.
+    Block {
+        /// Blocks done.
+        done: usize,
+        /// Blocks of the model.
+        of: usize,
+    },
+    /// Something that the user should know.
+    Warning(&'a str),
+}
+
+/// One quantized layer.
+#[derive(Debug, Clone)]
+pub struct LayerReport {
+    /// GGUF name.
+    pub name: String,
+    /// Output channels.
+    pub rows: usize,
+    /// Input channels.
+    pub cols: usize,
+    /// The bit-width of each group.
+    pub bits: Vec<u8>,
+    /// Bits in the file, everything counted.
+    pub stored_bits: u64,
+    /// Relative squared output error on the calibration inputs; `None` for layers without calibration.
+    pub error: Option<f32>,
+}
+
+/// A finished conversion.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The linear layers, then embedding and output, in file order.
+    pub layers: Vec<LayerReport>,
+    /// Size of the file.
+    pub file_bytes: u64,
+    /// Bits per weight of the linear layers of the blocks, everything counted.
+    pub bits_per_weight: f64,
+    /// What [`Progress::Warning`] told.
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,392 @@
+//! The model's own chat template, run without file, network or attribute access.
+
+use std::io;
+use std::time::{Duration, SystemTime};
+
+use minijinja::value::Kwargs;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde_json::Value as Json;
+
+use crate::{Result, RuntimeError};
+
+/// Template instructions that one rendering may take: seconds at most. A chat of a thousand
+/// messages needs some ten thousand.
+const FUEL: u64 = 5_000_000;
+
+/// The longest text that a template may write, far above what any context holds.
+const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
+
+/// Nested template calls: far below what the smallest thread stack holds.
+const RECURSION_LIMIT: usize = 100;
+
+/// One message of a chat.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
+/// A Jinja chat template, read as Hugging Face reads it.
+///
+/// It comes from a file of unknown origin, so it can only compute text from its inputs, and its
+/// steps and its output are limited.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// A template with the texts of the tokens that open and close a text, empty if there are none.
+    ///
+    /// # Errors
+    /// `ChatTemplate` if the template is not valid Jinja.
+    pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
+        let template = Self {
+            environment: environment(),
+            source: source.to_owned(),
+            bos: bos.to_owned(),
+            eos: eos.to_owned(),
+        };
+        template.environment.template_from_str(source).map_err(failed("be read"))?;
+        Ok(template)
+    }
+
+    /// The text of a chat, ready for [`Tokenizer::encode`](crate::Tokenizer::encode).
+    /// `add_generation_prompt` opens the assistant's next message.
+    ///
+    /// # Errors
+    /// `ChatTemplate` if the template refuses the messages (many allow only alternating roles),
+    /// fails, or passes a limit.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let message = |Message { role, content }: &Message| context! { role => role.as_str(), content => content.as_str() };
+        let inputs = context! {
+            messages => messages.iter().map(message).collect::<Vec<_>>(),
+            add_generation_prompt,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
+            // Templates ask for `tools is not none`, which an absent name would pass.
+            tools => (),
+            documents => (),
+        };
+        let mut output = LimitedOutput(Vec::new());
+        self.environment
+            .template_from_str(&self.source)
+            .and_then(|template| template.render_captured_to(inputs, &mut output))
+            .map_err(failed("be rendered"))?;
+        Ok(String::from_utf8(output.0).expect("minijinja writes whole strings"))
+    }
+}
+
+fn failed(action: &'static str) -> impl Fn(Error) -> RuntimeError {
+    move |error| RuntimeError::ChatTemplate { action, source: Box::new(error) }
+}
+
+/// Jinja as `transformers` sets it up in `utils/chat_template_utils.py`.
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    let mut syntax = SyntaxConfig::builder();
+    syntax.trim_blocks(true).lstrip_blocks(true);
+    environment.set_syntax(syntax.build().expect("only whitespace options differ from the default"));
+    environment.set_fuel(Some(FUEL));
+    environment.set_recursion_limit(RECURSION_LIMIT);
+    environment.set_unknown_method_callback(unknown_method_callback);
+    environment.add_filter("tojson", to_json);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
+    environment
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// Refuses to grow over [`OUTPUT_LIMIT_BYTES`].
+struct LimitedOutput(Vec<u8>);
+
+impl io::Write for LimitedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_LIMIT_BYTES {
+            return Err(io::Error::other(format!("the text passes {OUTPUT_LIMIT_BYTES} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The filter `tojson`: Python's `json.dumps` with `ensure_ascii=False`. Jinja's own escapes
+/// `<`, `>`, `&` and `'` for HTML, which `transformers` turns off.
+fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    options.assert_all_used()?;
+    let json = serde_json::to_value(value).map_err(|error| {
+        Error::new(ErrorKind::BadSerialization, "cannot write as JSON").with_source(error)
+    })?;
+    let mut text = String::new();
+    write_json(&json, indent, 0, &mut text);
+    Ok(text)
+}
+
+fn write_json(json: &Json, indent: Option<usize>, depth: usize, text: &mut String) {
+    match json {
+        Json::Array(items) if !items.is_empty() => {
+            let write_item = |item: &Json, text: &mut String| write_json(item, indent, depth + 1, text);
+            write_json_items('[', items, write_item, ']', indent, depth, text);
+        }
+        Json::Object(entries) if !entries.is_empty() => {
+            let write_entry = |(key, value): (&String, &Json), text: &mut String| {
+                text.push_str(&Json::from(key.as_str()).to_string());
+                text.push_str(": ");
+                write_json(value, indent, depth + 1, text);
+            };
+            write_json_items('{', entries, write_entry, '}', indent, depth, text);
+        }
+        scalar => text.push_str(&scalar.to_string()),
+    }
+}
+
+/// Writes items between brackets, on one line or each on its own line.
+fn write_json_items<T>(
+    open: char,
+    items: impl IntoIterator<Item = T>,
+    write_item: impl Fn(T, &mut String),
+    close: char,
+    indent: Option<usize>,
+    depth: usize,
+    text: &mut String,
+) {
+    let new_line = |depth: usize| indent.map(|width| format!("\n{}", " ".repeat(width * depth)));
+    text.push(open);
+    for (index, item) in items.into_iter().enumerate() {
+        if index > 0 {
+            text.push_str(if indent.is_some() { "," } else { ", " });
+        }
+        text.extend(new_line(depth + 1));
+        write_item(item, text);
+    }
+    text.extend(new_line(depth));
+    text.push(close);
+}
+
+const MONTHS: [&str; 12] = [
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+];
+const WEEKDAYS: [&str; 7] =
+    ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
+
+/// Python's `strftime` for the fields that chat templates use, in UTC and English.
+fn strftime(format: &str, time: SystemTime) -> Result<String, Error> {
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+    let (days, second_of_day) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil_date(days);
+    let month_name = MONTHS[month as usize - 1];
+    // 1970-01-01 was a Thursday.
+    let weekday = WEEKDAYS[((days + 3) % 7) as usize];
+    let (hour, minute, second) = (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
+
+    let mut text = String::new();
+    let mut letters = format.chars();
+    while let Some(letter) = letters.next() {
+        if letter != '%' {
+            text.push(letter);
+            continue;
+        }
+        text.push_str(&match letters.next() {
+            Some('Y') => year.to_string(),
+            Some('m') => format!("{month:02}"),
+            Some('d') => format!("{day:02}"),
+            Some('B') => month_name.to_owned(),
+            Some('b') => month_name[..3].to_owned(),
+            Some('A') => weekday.to_owned(),
+            Some('a') => weekday[..3].to_owned(),
+            Some('H') => format!("{hour:02}"),
+            Some('M') => format!("{minute:02}"),
+            Some('S') => format!("{second:02}"),
+            Some('%') => "%".to_owned(),
+            other => {
+                let detail = format!("strftime_now: `%{}` is not supported", other.unwrap_or(' '));
+                return Err(Error::new(ErrorKind::InvalidOperation, detail));
+            }
+        });
+    }
+    Ok(text)
+}
+
+/// Year, month and day of a number of days since 1970-01-01.
+///
+/// # Source
+/// `civil_from_days` in Howard Hinnant's "chrono-Compatible Low-Level Date Algorithms".
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    // Counted from 0000-03-01, so that leap days end a year; 400 years are 146097 days.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let months_since_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * months_since_march + 2) / 5 + 1;
+    let month = (months_since_march + 2) % 12 + 1;
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    (year, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    /// `chat_template.jinja` of the golden models.
+    const CHAT_ML: &str = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+    /// `tokenizer.chat_template` of SmolLM2-135M-Instruct.
+    const SMOL: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    /// The shape of Llama 3's template.
+    const LLAMA_3: &str = "{{- bos_token }}
+{%- if tools is not none %}
+    {{- 'tools: ' + tools | tojson }}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = '' %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{{- 'Today Date: ' + strftime_now('%Y')[:1] + '\\n\\n' + system_message + '<|eot_id|>' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+";
+
+    /// The shape of Mistral's template.
+    const MISTRAL: &str = "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ message['content'].strip() + eos_token }}{% endif %}{% endfor %}";
+
+    fn render(source: &str, chat: &[(&str, &str)]) -> Result<String> {
+        let messages: Vec<_> = chat.iter().map(|(role, text)| Message::new(*role, *text)).collect();
+        ChatTemplate::new(source, "<s>", "</s>")?.render(&messages, true)
+    }
+
+    /// The engine's sentence for a template that must fail.
+    fn refusal(source: &str) -> String {
+        let error = render(source, &[("user", "hi")]).unwrap_err();
+        assert!(matches!(error, RuntimeError::ChatTemplate { .. }));
+        let chain = std::iter::successors(error.source(), |error| error.source());
+        chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    }
+
+    #[test]
+    fn chat_ml_renders() {
+        let text = render(CHAT_ML, &[("system", "Be brief."), ("user", "2 < 3 & 'x'?")]).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 < 3 & 'x'?<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn generation_prompt_is_the_callers_choice() {
+        let template = ChatTemplate::new(CHAT_ML, "", "").unwrap();
+        let text = template.render(&[Message::new("user", "hi")], false).unwrap();
+        assert_eq!(text, "<|im_start|>user\nhi<|im_end|>\n");
+    }
+
+    #[test]
+    fn smol_adds_its_system_message() {
+        let text = render(SMOL, &[("user", "hi")]).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn llama_3_shape_renders() {
+        let text = render(LLAMA_3, &[("system", " Be brief. "), ("user", "hi\n")]).unwrap();
+        assert_eq!(
+            text,
+            "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 2\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        );
+    }
+
+    #[test]
+    fn mistral_shape_renders_and_raises() {
+        let chat = [("user", "hi"), ("assistant", " Hello "), ("user", "bye")];
+        assert_eq!(render(MISTRAL, &chat).unwrap(), "<s>[INST] hi [/INST]Hello</s>[INST] bye [/INST]");
+        let error = render(MISTRAL, &[("assistant", "hi")]).unwrap_err();
+        assert_eq!(error.to_string(), "chat template: cannot be rendered");
+        let reason = error.source().unwrap().to_string();
+        assert!(reason.contains("Conversation roles must alternate"), "{reason}");
+    }
+
+    #[test]
+    fn blocks_are_trimmed_as_hugging_face_does() {
+        let source = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n";
+        assert_eq!(render(source, &[("user", "a"), ("user", "b")]).unwrap(), "a\nb\n");
+    }
+
+    #[test]
+    fn to_json_writes_what_python_writes() {
+        let json = |expression: &str| render(&format!("{{{{ {expression} }}}}"), &[]).unwrap();
+        assert_eq!(
+            json(r#"{"b": [1, 2.5, true, none], "a": "<é'&>\n", "c": {}} | tojson"#),
+            r#"{"b": [1, 2.5, true, null], "a": "<é'&>\n", "c": {}}"#
+        );
+        assert_eq!(
+            json(r#"{"a": [1, {"b": []}]} | tojson(indent=2)"#),
+            "{\n  \"a\": [\n    1,\n    {\n      \"b\": []\n    }\n  ]\n}"
+        );
+    }
+
+    #[test]
+    fn strftime_knows_the_calendar() {
+        let at = |seconds, format| {
+            strftime(format, SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).unwrap()
+        };
+        assert_eq!(at(0, "%Y-%m-%d %H:%M:%S %A"), "1970-01-01 00:00:00 Thursday");
+        assert_eq!(at(951_782_400, "%d %b %Y"), "29 Feb 2000");
+        assert_eq!(at(4_107_542_399, "%a %d %B %Y %H:%M:%S 100%%"), "Sun 28 February 2100 23:59:59 100%");
+        assert_eq!(at(4_107_542_400, "%d %B"), "01 March");
+        assert!(refusal("{{ strftime_now('%Q') }}").contains("`%Q` is not supported"));
+    }
+
+    #[test]
+    fn template_with_broken_syntax_is_refused() {
+        let error = ChatTemplate::new("{% for m in %}", "", "").err().unwrap();
+        assert_eq!(error.to_string(), "chat template: cannot be read");
+        assert!(error.source().unwrap().to_string().contains("syntax error"));
+    }
+
+    #[test]
+    fn hostile_templates_are_refused() {
+        let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        assert!(refusal(endless).contains("ran out of fuel"));
+        let recursive = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
+        assert!(refusal(recursive).contains("recursion limit"), "{}", refusal(recursive));
+        let wide = "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}";
+        assert!(refusal(wide).contains("passes 16777216 bytes"), "{}", refusal(wide));
+        let file = "{% include '/etc/passwd' %}";
+        assert!(refusal(file).contains("does not exist"), "{}", refusal(file));
+        assert!(refusal("{{ messages.__class__.__base__.x }}").contains("undefined"));
+    }
+}

@@ -1,0 +1,64 @@
+//! The one error type of this crate, sorted by culprit.
+
+use slim_formats::FormatError;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = RuntimeError> = std::result::Result<T, E>;
+
+/// Why a model could not be run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuntimeError {
+    /// A model file could not be read.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] slim_kernels::KernelError),
+    /// The model's tokenizer is broken, or this program cannot use it.
+    #[error("tokenizer: {reason}")]
+    Tokenizer {
+        /// What is wrong, as a clause that names the key or token.
+        reason: String,
+        /// The tokenizer library's answer.
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// The model's chat template is broken, or refused the chat.
+    #[error("chat template: cannot {action}")]
+    ChatTemplate {
+        /// What was tried, as the rest of "cannot ...".
+        action: &'static str,
+        /// The template engine's answer, with the line.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The caller asks for something that cannot be done.
+    #[error("{what}: found {found}, expected {expected}")]
+    InvalidArgument {
+        /// The argument.
+        what: String,
+        /// What the caller passed.
+        found: String,
+        /// What can be done.
+        expected: String,
+    },
+}
+
+impl RuntimeError {
+    /// A tokenizer that breaks a rule.
+    pub(crate) fn tokenizer(reason: impl Into<String>) -> Self {
+        Self::Tokenizer { reason: reason.into(), source: None }
+    }
+
+    /// A caller's mistake.
+    pub(crate) fn invalid_argument(
+        what: impl Into<String>,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::InvalidArgument {
+            what: what.into(),
+            found: found.to_string(),
+            expected: expected.into(),
+        }
+    }
+}
