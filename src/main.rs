@@ -1,3 +1,54 @@
 //! The `slimllm` command.
+//!
+//! One module per subcommand. Only this crate parses arguments, prints, and chooses exit codes.
 
-fn main() {}
+mod args;
+mod bench;
+mod compute;
+mod convert;
+mod eval;
+mod failure;
+mod inspect;
+mod logits;
+mod open;
+mod output;
+mod progress;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+
+/// What a command that ran to its end has to say.
+enum Outcome {
+    /// It did what it was asked.
+    Done,
+    /// The answer is no: `inspect --verify` found faults.
+    No,
+}
+
+fn main() -> ExitCode {
+    match dispatch(Args::parse().command) {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::No) => ExitCode::from(1),
+        Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            failure::report(&error);
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<Outcome> {
+    match command {
+        Command::Convert(args) => convert::run(&args)?,
+        Command::Run(args) => run::run(&args)?,
+        Command::Inspect(args) => return inspect::run(&args),
+        Command::Eval(args) => eval::run(&args)?,
+        Command::Logits(args) => logits::run(&args)?,
+        Command::Bench(args) => bench::run(&args)?,
+    }
+    Ok(Outcome::Done)
+}

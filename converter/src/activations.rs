@@ -46,24 +46,29 @@ impl Activations {
 
     /// One sample, `[context, width]`.
     pub fn sample(&self, index: usize) -> &[f32] {
+        let values = match &self.storage {
+            Storage::Memory(values) => values,
+            Storage::Scratch(file) => bytemuck::cast_slice(file),
+        };
         let len = self.context * self.width;
-        &self.values()[index * len..][..len]
+        &values[index * len..][..len]
     }
 
     /// One sample, `[context, width]`.
     pub fn sample_mut(&mut self, index: usize) -> &mut [f32] {
-        let len = self.context * self.width;
         let values = match &mut self.storage {
             Storage::Memory(values) => values.as_mut_slice(),
             Storage::Scratch(file) => bytemuck::cast_slice_mut(file),
         };
+        let len = self.context * self.width;
         &mut values[index * len..][..len]
     }
 
-    fn values(&self) -> &[f32] {
-        match &self.storage {
-            Storage::Memory(values) => values,
-            Storage::Scratch(file) => bytemuck::cast_slice(file),
+    /// Replaces every sample by what `of` gives for its number.
+    pub fn fill(&mut self, mut of: impl FnMut(usize) -> Result<Vec<f32>>) -> Result<()> {
+        for index in 0..self.samples {
+            self.sample_mut(index).copy_from_slice(&of(index)?);
         }
+        Ok(())
     }
 }

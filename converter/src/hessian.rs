@@ -30,11 +30,6 @@ impl Hessian {
         Self { n, values }
     }
 
-    /// Input channels.
-    pub fn size(&self) -> usize {
-        self.n
-    }
-
     /// Adds `damping` to the diagonal.
     #[must_use]
     pub fn damped(mut self, damping: f32) -> Self {

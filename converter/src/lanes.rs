@@ -1,6 +1,8 @@
 //! Sixteen rows at a time: a tile's weights as columns of 16 lanes, so that loops over rows vectorise and every row's
 //! arithmetic is its own.
 
+use std::ops::Range;
+
 use slim_formats::slim::TILE_ROWS;
 
 /// One value for each row of a tile.
@@ -19,12 +21,12 @@ macro_rules! per_isa {
 }
 pub(crate) use per_isa;
 
-/// Columns of lanes from rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are zero.
-pub fn gather(weights: &[f32], cols: usize, tile: usize) -> Vec<Lanes> {
+/// The columns `span` of rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are zero.
+pub fn gather(weights: &[f32], cols: usize, tile: usize, span: Range<usize>) -> Vec<Lanes> {
     let rows = &weights[tile * TILE_ROWS * cols..];
-    let mut columns = vec![[0.0; TILE_ROWS]; cols];
+    let mut columns = vec![[0.0; TILE_ROWS]; span.len()];
     for (lane, row) in rows.chunks_exact(cols).take(TILE_ROWS).enumerate() {
-        for (column, weight) in columns.iter_mut().zip(row) {
+        for (column, weight) in columns.iter_mut().zip(&row[span.clone()]) {
             column[lane] = *weight;
         }
     }

@@ -1,1 +1,27 @@
 //! Quantizes a model layer by layer with SliM-LLM and packs it into a SliM file.
+//!
+//! [`convert`] is the way in; `docs/slim-llm.md` maps the paper's equations to the modules.
+
+mod activations;
+mod allocate;
+mod calibration;
+mod coder;
+mod convert;
+mod error;
+mod fit;
+mod hessian;
+mod lanes;
+mod layer;
+mod provenance;
+mod published;
+mod report;
+mod salience;
+mod settings;
+mod sweep;
+
+use activations::Activations;
+pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
+pub use convert::convert;
+pub use error::{ConvertError, Result};
+pub use report::{LayerReport, Progress, Report};
+pub use settings::{Method, Resources, Settings};

@@ -2,7 +2,7 @@
 
 use slim_formats::slim::ScaleCoding;
 
-use crate::coder::Coder;
+use crate::{ConvertError, Result, coder::Coder};
 
 /// How layers are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +50,38 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Checks what no type can.
+    ///
+    /// # Errors
+    /// `InvalidSetting` with the first setting that is out of range or contradicts another.
+    pub fn validate(&self) -> Result<()> {
+        let check = |fine: bool, what, found: String, expected: &str| match fine {
+            true => Ok(()),
+            false => Err(ConvertError::InvalidSetting { what, found, expected: expected.into() }),
+        };
+        let (bits, embed_bits, group_size) = (self.bits, self.embed_bits, self.group_size);
+        check((1..=8).contains(&bits), "bits", bits.to_string(), "1 to 8")?;
+        let embed_fits = (1..=8).contains(&embed_bits) || embed_bits == 16;
+        check(embed_fits, "embed bits", embed_bits.to_string(), "1 to 8, or 16 for f16")?;
+        let group_fits = group_size > 0 && group_size.is_multiple_of(16);
+        check(group_fits, "group size", group_size.to_string(), "a multiple of 16")?;
+        check(self.samples > 0, "samples", self.samples.to_string(), "at least 1")?;
+        check(self.context > 1, "context", self.context.to_string(), "at least 2")?;
+        if let ScaleCoding::TwoLevel { sub_group, scale_bits } = self.coding {
+            let fits = matches!(sub_group, 16 | 32 | 64);
+            check(fits, "sub-group", sub_group.to_string(), "16, 32 or 64")?;
+            let fits = matches!(scale_bits, 4 | 6);
+            check(fits, "scale bits", scale_bits.to_string(), "4 or 6")?;
+        }
+        if self.reference {
+            let fits = self.method == Method::Slim && self.coding == ScaleCoding::Paper;
+            let expected = "method `slim` and scales `paper`";
+            check(fits, "the reference algorithm", "other settings".into(), expected)?;
+            check((2..=7).contains(&bits), "bits of the reference algorithm", bits.to_string(), "2 to 7")?;
+        }
+        Ok(())
+    }
+
     /// The coder of the linear layers.
     pub(crate) fn coder(&self) -> Coder {
         if self.reference { Coder::Published } else { Coder::Best(self.coding) }

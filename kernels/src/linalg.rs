@@ -50,14 +50,19 @@ pub fn matmul_transposed(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    let out = MatMut::from_row_major_slice_with_stride_mut(out, a.rows, b.rows, out_stride);
+    let out = row_major_mut(out, a.rows, b.rows, out_stride);
     gemm(out, accumulate(add), a.faer(), b.faer().transpose(), alpha, Par::Seq);
 }
 
 /// `out[m, n] = a[m, k] * b[k, n]`, plus `out` itself if `add`; rows of `out` lie `out_stride` apart.
 pub fn matmul(out: &mut [f32], out_stride: usize, add: bool, a: Mat<'_>, b: Mat<'_>) {
-    let out = MatMut::from_row_major_slice_with_stride_mut(out, a.rows, b.cols, out_stride);
+    let out = row_major_mut(out, a.rows, b.cols, out_stride);
     gemm(out, accumulate(add), a.faer(), b.faer(), 1.0, Par::Seq);
+}
+
+/// Not `MatMut::from_row_major_slice_with_stride_mut`: in faer 0.24.4 it swaps the strides and writes out of bounds.
+fn row_major_mut(out: &mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'_, f32> {
+    MatMut::from_column_major_slice_with_stride_mut(out, cols, rows, stride).transpose_mut()
 }
 
 fn accumulate(add: bool) -> Accum {

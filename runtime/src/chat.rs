@@ -3,8 +3,8 @@
 use std::io;
 use std::time::{Duration, SystemTime};
 
-use minijinja::value::Kwargs;
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
@@ -40,7 +40,8 @@ impl Message {
 /// A Jinja chat template, read as Hugging Face reads it.
 ///
 /// It comes from a file of unknown origin, so it can only compute text from its inputs, and its
-/// steps and its output are limited.
+/// steps and its output are limited. What a single step may do to values inside the template is not:
+/// one that doubles a string again and again can still use up the memory.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
@@ -99,7 +100,8 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let mut syntax = SyntaxConfig::builder();
     syntax.trim_blocks(true).lstrip_blocks(true);
-    environment.set_syntax(syntax.build().expect("only whitespace options differ from the default"));
+    environment
+        .set_syntax(syntax.build().expect("only whitespace options differ from the default"));
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(RECURSION_LIMIT);
     environment.set_unknown_method_callback(unknown_method_callback);
@@ -146,7 +148,8 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
 fn write_json(json: &Json, indent: Option<usize>, depth: usize, text: &mut String) {
     match json {
         Json::Array(items) if !items.is_empty() => {
-            let write_item = |item: &Json, text: &mut String| write_json(item, indent, depth + 1, text);
+            let write_item =
+                |item: &Json, text: &mut String| write_json(item, indent, depth + 1, text);
             write_json_items('[', items, write_item, ']', indent, depth, text);
         }
         Json::Object(entries) if !entries.is_empty() => {
@@ -185,8 +188,18 @@ fn write_json_items<T>(
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September",
-    "October", "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const WEEKDAYS: [&str; 7] =
     ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
@@ -199,7 +212,8 @@ fn strftime(format: &str, time: SystemTime) -> Result<String, Error> {
     let month_name = MONTHS[month as usize - 1];
     // 1970-01-01 was a Thursday.
     let weekday = WEEKDAYS[((days + 3) % 7) as usize];
-    let (hour, minute, second) = (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
+    let (hour, minute, second) =
+        (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
 
     let mut text = String::new();
     let mut letters = format.chars();
@@ -291,7 +305,7 @@ mod tests {
     fn refusal(source: &str) -> String {
         let error = render(source, &[("user", "hi")]).unwrap_err();
         assert!(matches!(error, RuntimeError::ChatTemplate { .. }));
-        let chain = std::iter::successors(error.source(), |error| error.source());
+        let chain = std::iter::successors(error.source(), |&error| error.source());
         chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
     }
 
@@ -332,7 +346,10 @@ mod tests {
     #[test]
     fn mistral_shape_renders_and_raises() {
         let chat = [("user", "hi"), ("assistant", " Hello "), ("user", "bye")];
-        assert_eq!(render(MISTRAL, &chat).unwrap(), "<s>[INST] hi [/INST]Hello</s>[INST] bye [/INST]");
+        assert_eq!(
+            render(MISTRAL, &chat).unwrap(),
+            "<s>[INST] hi [/INST]Hello</s>[INST] bye [/INST]"
+        );
         let error = render(MISTRAL, &[("assistant", "hi")]).unwrap_err();
         assert_eq!(error.to_string(), "chat template: cannot be rendered");
         let reason = error.source().unwrap().to_string();
@@ -365,7 +382,10 @@ mod tests {
         };
         assert_eq!(at(0, "%Y-%m-%d %H:%M:%S %A"), "1970-01-01 00:00:00 Thursday");
         assert_eq!(at(951_782_400, "%d %b %Y"), "29 Feb 2000");
-        assert_eq!(at(4_107_542_399, "%a %d %B %Y %H:%M:%S 100%%"), "Sun 28 February 2100 23:59:59 100%");
+        assert_eq!(
+            at(4_107_542_399, "%a %d %B %Y %H:%M:%S 100%%"),
+            "Sun 28 February 2100 23:59:59 100%"
+        );
         assert_eq!(at(4_107_542_400, "%d %B"), "01 March");
         assert!(refusal("{{ strftime_now('%Q') }}").contains("`%Q` is not supported"));
     }
@@ -379,14 +399,15 @@ mod tests {
 
     #[test]
     fn hostile_templates_are_refused() {
-        let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let endless =
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
         assert!(refusal(endless).contains("ran out of fuel"));
         let recursive = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
         assert!(refusal(recursive).contains("recursion limit"), "{}", refusal(recursive));
         let wide = "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}";
         assert!(refusal(wide).contains("passes 16777216 bytes"), "{}", refusal(wide));
         let file = "{% include '/etc/passwd' %}";
-        assert!(refusal(file).contains("does not exist"), "{}", refusal(file));
+        assert!(refusal(file).contains("non-existing template"), "{}", refusal(file));
         assert!(refusal("{{ messages.__class__.__base__.x }}").contains("undefined"));
     }
 }

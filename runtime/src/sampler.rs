@@ -196,8 +196,9 @@ fn keep_min_p(candidates: &mut Vec<Candidate>, p: f64) {
 fn weights(candidates: &[Candidate], temperature: f64) -> Vec<f64> {
     let Some(first) = candidates.first() else { return Vec::new() };
     let highest = f64::from(first.logit);
-    let weight =
-        |candidate: &Candidate| exp_of_negative((f64::from(candidate.logit) - highest) / temperature);
+    let weight = |candidate: &Candidate| {
+        exp_of_negative((f64::from(candidate.logit) - highest) / temperature)
+    };
     candidates.iter().map(weight).collect()
 }
 
@@ -290,7 +291,10 @@ mod tests {
     fn greedy_takes_the_highest_and_of_equals_the_lowest_id() {
         assert_eq!(sample(SamplerSettings::greedy(), &[0.5, 2.0, -1.0, 2.0], &[]).unwrap(), 1);
         assert_eq!(sample(SamplerSettings::greedy(), &[-0.0, 0.0], &[]).unwrap(), 0);
-        assert_eq!(sample(SamplerSettings::greedy(), &[f32::MIN, f32::NEG_INFINITY], &[]).unwrap(), 0);
+        assert_eq!(
+            sample(SamplerSettings::greedy(), &[f32::MIN, f32::NEG_INFINITY], &[]).unwrap(),
+            0
+        );
     }
 
     #[test]
@@ -338,7 +342,10 @@ mod tests {
             (0..10_000).filter(|_| sampler.sample(&[1.0, 0.0], &[]).unwrap() == 0).count()
         };
         let [cold, warm, hot] = [0.2, 1.0, 50.0].map(share_of_first);
-        assert!(cold > 9_850 && (7_150..7_450).contains(&warm) && hot < 5_200, "{cold} {warm} {hot}");
+        assert!(
+            cold > 9_850 && (7_150..7_450).contains(&warm) && hot < 5_200,
+            "{cold} {warm} {hot}"
+        );
         assert_eq!(share_of_first(f32::MIN_POSITIVE), 10_000);
     }
 
@@ -367,8 +374,14 @@ mod tests {
     #[test]
     fn logits_without_a_possible_token_are_refused() {
         let message = |logits: &[f32]| sample(plain(), logits, &[]).unwrap_err().to_string();
-        assert_eq!(message(&[0.0, f32::NAN]), "logit of token 1: found NaN, expected a number below infinity");
-        assert_eq!(message(&[f32::INFINITY]), "logit of token 0: found inf, expected a number below infinity");
+        assert_eq!(
+            message(&[0.0, f32::NAN]),
+            "logit of token 1: found NaN, expected a number below infinity"
+        );
+        assert_eq!(
+            message(&[f32::INFINITY]),
+            "logit of token 0: found inf, expected a number below infinity"
+        );
         let nothing = "logits: found no token possible, expected one";
         assert_eq!(message(&[f32::NEG_INFINITY; 3]), nothing);
         assert_eq!(message(&[]), nothing);

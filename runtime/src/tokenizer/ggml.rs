@@ -138,7 +138,9 @@ fn byte_level(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> 
     let pre = PreTokenizer::named(name).ok_or_else(|| keys.unsupported("pre", name))?;
     let ids = vocabulary.ids();
     let merges = keys.strings("merges")?.iter().map(|merge| {
-        let pair = merge.split_once(' ').filter(|(left, right)| ids.contains_key(&format!("{left}{right}")));
+        let pair = merge
+            .split_once(' ')
+            .filter(|(left, right)| ids.contains_key(&format!("{left}{right}")));
         let (left, right) = pair.ok_or_else(|| {
             RuntimeError::tokenizer(format!("merge `{merge}` does not give a token"))
         })?;
@@ -164,8 +166,10 @@ fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, boo
     let broken = failed("the SentencePiece tokenizer cannot be built");
 
     let merges = merges_by_score(keys, vocabulary)?;
-    let mut model =
-        BPE::builder().vocab_and_merges(vocabulary.ids(), merges).byte_fallback(true).fuse_unk(true);
+    let mut model = BPE::builder()
+        .vocab_and_merges(vocabulary.ids(), merges)
+        .byte_fallback(true)
+        .fuse_unk(true);
     if keys.0.contains(&Keys::name("unknown_token_id")) {
         model = model.unk_token(keys.token("unknown_token_id", vocabulary)?.1.to_owned());
     }
@@ -194,20 +198,22 @@ fn merges_by_score(keys: Keys, vocabulary: &Vocabulary) -> Result<Vec<(String, S
     };
     same_length("scores", scores.len(), vocabulary.tokens.len())?;
 
-    let mergeable = |&id: &usize| {
-        matches!(vocabulary.types[id], token_type::NORMAL | token_type::USER_DEFINED)
-    };
-    let texts = (0..scores.len()).filter(mergeable).map(|id| (vocabulary.tokens[id].as_str(), scores[id]));
+    let mergeable =
+        |&id: &usize| matches!(vocabulary.types[id], token_type::NORMAL | token_type::USER_DEFINED);
+    let texts =
+        (0..scores.len()).filter(mergeable).map(|id| (vocabulary.tokens[id].as_str(), scores[id]));
     let known: AHashMap<&str, f32> = texts.clone().collect();
     let mut merges: Vec<(f32, &str, &str)> = Vec::new();
     for (text, score) in texts {
         let pairs = text.char_indices().skip(1).map(|(middle, _)| text.split_at(middle));
-        let pairs = pairs.filter(|(left, right)| known.contains_key(left) && known.contains_key(right));
+        let pairs =
+            pairs.filter(|(left, right)| known.contains_key(left) && known.contains_key(right));
         merges.extend(pairs.map(|(left, right)| (score, left, right)));
     }
     // Of equal scores, the longer left part first.
     merges.sort_by(|a, b| {
-        let lengths = |left: &str, right: &str| Reverse((left.chars().count(), right.chars().count()));
+        let lengths =
+            |left: &str, right: &str| Reverse((left.chars().count(), right.chars().count()));
         b.0.total_cmp(&a.0).then_with(|| lengths(a.1, a.2).cmp(&lengths(b.1, b.2)))
     });
     Ok(merges.into_iter().map(|(_, left, right)| (left.to_owned(), right.to_owned())).collect())
@@ -239,7 +245,10 @@ fn document_frame(
         define("eos", "eos_token_id")?;
         pieces.push("eos");
     }
-    let special_tokens: Vec<_> = special_tokens.into_iter().collect::<tokenizers::Result<_>>().map_err(failed("special tokens"))?;
+    let special_tokens: Vec<_> = special_tokens
+        .into_iter()
+        .collect::<tokenizers::Result<_>>()
+        .map_err(failed("special tokens"))?;
     let template = Template::try_from(pieces).expect("the pieces are constants");
     let mut frame = TemplateProcessing::default();
     frame.set_single(template);

@@ -20,7 +20,8 @@ pub(super) fn build(json: &str) -> Result<tokenizers::Tokenizer> {
 /// Refuses a merge whose result is not in the vocabulary, on which the library panics if the
 /// result is longer than every token.
 fn check_merges(model: &Json) -> Result<()> {
-    let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) else {
+    let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array())
+    else {
         return Ok(());
     };
     let prefix = model["continuing_subword_prefix"].as_str().unwrap_or("");
@@ -29,7 +30,8 @@ fn check_merges(model: &Json) -> Result<()> {
             Json::String(merge) => merge.split_once(' '),
             merge => merge[0].as_str().zip(merge[1].as_str()),
         };
-        let result = pair.and_then(|(left, right)| Some(left.to_owned() + right.strip_prefix(prefix)?));
+        let result =
+            pair.and_then(|(left, right)| Some(left.to_owned() + right.strip_prefix(prefix)?));
         if !result.is_some_and(|result| vocab.contains_key(&result)) {
             return Err(RuntimeError::tokenizer(format!("merge {merge} does not give a token")));
         }

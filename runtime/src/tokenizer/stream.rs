@@ -3,8 +3,9 @@
 use super::Tokenizer;
 use crate::Result;
 
-/// A character is at most four bytes, so four tokens without a whole one hold broken bytes.
-const MAX_PENDING_TOKENS: usize = 4;
+/// A character is at most four bytes, so this many tokens that do not end in a whole one hold broken
+/// bytes, for which waiting would never end.
+const MAX_PENDING_TOKENS: usize = 16;
 
 /// Turns tokens into text as they arrive, in whole characters and with the spacing that
 /// [`Tokenizer::decode`] gives to the same tokens at once.
@@ -40,7 +41,9 @@ impl<'a> TextStream<'a> {
         self.tokens.push(token);
         let text = self.new_text()?;
         let pending = self.tokens.len() - self.returned;
-        if text.is_empty() || (text.ends_with(char::REPLACEMENT_CHARACTER) && pending < MAX_PENDING_TOKENS) {
+        let unfinished =
+            text.ends_with(char::REPLACEMENT_CHARACTER) && pending < MAX_PENDING_TOKENS;
+        if text.is_empty() || unfinished {
             return Ok(None);
         }
         self.tokens.drain(..self.returned);

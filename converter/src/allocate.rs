@@ -1,0 +1,224 @@
+//! SBA: which groups get a bit more, which a bit less (Sec. 3.2, Eq. 4 of arXiv:2405.14917).
+//!
+//! Of the groups of a layer, ranked by salience, the `p` lowest lose a bit and the `p` highest gain one, so that the mean
+//! stays. The published search takes the `p` with the least divergence of the layer's outputs; ours predicts the loss of
+//! the sweep itself, may keep `p = 0`, and ranks by what a bit is worth (`docs/slim-llm.md` has the measurements).
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+use slim_formats::slim::{BitWidth, ScaleCoding, TILE_ROWS};
+use slim_kernels::{
+    kl_divergence,
+    linalg::{self, Mat},
+    log_softmax,
+};
+
+use crate::{
+    Activations,
+    fit::fit,
+    lanes::{Lanes, gather, nearest_codes},
+    published,
+};
+
+/// The columns of each group.
+pub fn group_columns(cols: usize, group_size: usize) -> Vec<Range<usize>> {
+    (0..cols).step_by(group_size).map(|first| first..cols.min(first + group_size)).collect()
+}
+
+/// The widths of `n` groups: `bits - 1` for the groups `low`, `bits + 1` for the groups `high`.
+fn widths(n: usize, bits: u8, low: &[usize], high: &[usize]) -> Vec<BitWidth> {
+    let mut widths = vec![bits; n];
+    low.iter().for_each(|&group| widths[group] -= 1);
+    high.iter().for_each(|&group| widths[group] += 1);
+    widths.into_iter().map(|bits| BitWidth::new(bits).expect("a width of 1 to 8")).collect()
+}
+
+/// Groups in ascending order of salience; of equals, the first comes first.
+fn ranking(salience: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..salience.len()).collect();
+    order.sort_by(|&a, &b| salience[a].total_cmp(&salience[b]));
+    order
+}
+
+/// Our allocation: pairs of groups swap a bit as long as the predicted loss falls.
+///
+/// The loss of a group at a width is the importance-weighted squared error of the best affine fit of each run of
+/// columns that share a scale; short groups count per column, so that a swap never raises the mean width.
+pub fn by_predicted_loss(
+    weights: &[f32],
+    importance: &[f32],
+    groups: &[Range<usize>],
+    coding: ScaleCoding,
+    bits: u8,
+) -> Vec<BitWidth> {
+    let candidates: Vec<u8> = (bits.max(2) - 1..=(bits + 1).min(8)).collect();
+    if candidates.len() < 3 {
+        return widths(groups.len(), bits, &[], &[]);
+    }
+    let losses: Vec<[f64; 3]> = groups
+        .par_iter()
+        .map(|group| {
+            let loss = |bits: u8| {
+                let width = BitWidth::new(bits).expect("a width of 1 to 8");
+                predicted_loss(weights, importance, group.clone(), coding, width)
+            };
+            [loss(candidates[0]), loss(candidates[1]), loss(candidates[2])]
+        })
+        .collect();
+    let full: Vec<usize> = (0..groups.len()).filter(|&g| groups[g].len() == groups[0].len()).collect();
+    let mut gain: Vec<(f64, usize)> = full.iter().map(|&g| (losses[g][1] - losses[g][2], g)).collect();
+    let mut cost: Vec<(f64, usize)> = full.iter().map(|&g| (losses[g][0] - losses[g][1], g)).collect();
+    gain.sort_by(|a, b| b.0.total_cmp(&a.0));
+    cost.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let p = gain.iter().zip(&cost).take_while(|(gain, cost)| gain.0 > cost.0).count();
+    let take = |list: &[(f64, usize)]| list[..p].iter().map(|&(_, group)| group).collect::<Vec<_>>();
+    widths(groups.len(), bits, &take(&cost), &take(&gain))
+}
+
+fn predicted_loss(
+    weights: &[f32],
+    importance: &[f32],
+    group: Range<usize>,
+    coding: ScaleCoding,
+    width: BitWidth,
+) -> f64 {
+    let cols = importance.len();
+    let tiles = (weights.len() / cols).div_ceil(TILE_ROWS);
+    let run = match coding {
+        ScaleCoding::TwoLevel { sub_group, .. } => sub_group,
+        ScaleCoding::Paper => group.len(),
+    };
+    let runs = group.clone().step_by(run).map(|first| first..group.end.min(first + run));
+    let mut loss = 0.0;
+    for tile in 0..tiles {
+        let w = gather(weights, cols, tile, group.clone());
+        for run in runs.clone() {
+            let w = &w[run.start - group.start..run.end - group.start];
+            loss += fit(w, &importance[run], width).error.iter().map(|e| f64::from(*e)).sum::<f64>();
+        }
+    }
+    loss
+}
+
+/// The published search: for each `p` from 1 to half the groups less one, the divergence of the layer's outputs.
+///
+/// Returns the divergence for each `p`.
+pub fn published_divergences(
+    weights: &[f32],
+    inputs: &Activations,
+    groups: &[Range<usize>],
+    salience: &[f64],
+    bits: u8,
+) -> Vec<f64> {
+    let order = ranking(salience);
+    let choices = (groups.len() / 2).saturating_sub(1);
+    let n = groups.len();
+    let steps: Vec<Vec<BitWidth>> =
+        (0..=choices).map(|p| widths(n, bits, &order[..p], &order[n - p..])).collect();
+    let [low, middle, high] =
+        [bits - 1, bits, bits + 1].map(|bits| min_max(weights, groups, BitWidth::new(bits)));
+    let quantized = |width: BitWidth| match width.bits().cmp(&bits) {
+        std::cmp::Ordering::Less => &low,
+        std::cmp::Ordering::Equal => &middle,
+        std::cmp::Ordering::Greater => &high,
+    };
+    let per_sample: Vec<Vec<f64>> = (0..inputs.samples())
+        .into_par_iter()
+        .map(|sample| {
+            let outputs = Outputs::new(weights, inputs.sample(sample), inputs.width());
+            let original = outputs.log_probabilities(&outputs.of(weights));
+            let mut current = outputs.of(&middle);
+            steps
+                .windows(2)
+                .map(|step| {
+                    for (group, cols) in groups.iter().enumerate().filter(|(g, _)| step[0][*g] != step[1][*g]) {
+                        let (old, new) = (quantized(step[0][group]), quantized(step[1][group]));
+                        outputs.replace(&mut current, cols.clone(), old, new);
+                    }
+                    outputs.divergence(&outputs.log_probabilities(&current), &original)
+                })
+                .collect()
+        })
+        .collect();
+    (0..choices)
+        .map(|p| per_sample.iter().map(|kl| kl[p]).sum::<f64>() / inputs.samples() as f64)
+        .collect()
+}
+
+/// The published allocation: `p` from [`published_divergences`], the groups from the final ranking.
+pub fn published_widths(divergences: &[f64], salience: &[f64], bits: u8) -> Vec<BitWidth> {
+    let best = divergences.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1));
+    let p = best.map_or(0, |(index, _)| index + 1);
+    let order = ranking(salience);
+    widths(order.len(), bits, &order[..p], &order[order.len() - p..])
+}
+
+/// The weights after plain min/max rounding; empty for a width that does not exist.
+fn min_max(weights: &[f32], groups: &[Range<usize>], width: Option<BitWidth>) -> Vec<f32> {
+    let Some(width) = width else { return Vec::new() };
+    let cols = groups.last().map_or(0, |group| group.end);
+    let mut out = vec![0.0; weights.len()];
+    out.par_chunks_mut(TILE_ROWS * cols).enumerate().for_each(|(tile, out)| {
+        for group in groups {
+            let w = gather(weights, cols, tile, group.clone());
+            let (factor, offset) = published::min_max(&w, width);
+            for (col, w) in group.clone().zip(&w) {
+                let code = nearest_codes(w, &factor, &offset, width.max_code().into());
+                let value: Lanes = std::array::from_fn(|r| factor[r] * code[r] + offset[r]);
+                for (row, value) in out.chunks_exact_mut(cols).zip(value) {
+                    row[col] = value;
+                }
+            }
+        }
+    });
+    out
+}
+
+/// The outputs of a layer on one sample, updated group by group.
+struct Outputs<'a> {
+    x: &'a [f32],
+    tokens: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> Outputs<'a> {
+    fn new(weights: &[f32], x: &'a [f32], cols: usize) -> Self {
+        Self { x, tokens: x.len() / cols, rows: weights.len() / cols, cols }
+    }
+
+    /// `x W^T`, `[tokens, rows]`.
+    fn of(&self, weights: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; self.tokens * self.rows];
+        let x = Mat::new(self.x, self.tokens, self.cols);
+        let w = Mat::new(weights, self.rows, self.cols);
+        linalg::matmul_transposed(&mut out, self.rows, false, 1.0, x, w);
+        out
+    }
+
+    /// Swaps the part of some columns from weights `old` to weights `new`.
+    fn replace(&self, out: &mut [f32], cols: Range<usize>, old: &[f32], new: &[f32]) {
+        let x = Mat::strided(&self.x[cols.start..], self.tokens, cols.len(), self.cols);
+        for (weights, sign) in [(new, 1.0), (old, -1.0)] {
+            let w = Mat::strided(&weights[cols.start..], self.rows, cols.len(), self.cols);
+            linalg::matmul_transposed(out, self.rows, true, sign, x, w);
+        }
+    }
+
+    /// Softmax over the output features, clamped as the published code does.
+    fn log_probabilities(&self, outputs: &[f32]) -> Vec<f32> {
+        let mut out = outputs.to_vec();
+        for token in out.chunks_exact_mut(self.rows) {
+            log_softmax(token);
+            token.iter_mut().for_each(|value| *value = value.max(1e-6f32.ln()));
+        }
+        out
+    }
+
+    /// The mean over tokens of KL(quantized || original).
+    fn divergence(&self, quantized: &[f32], original: &[f32]) -> f64 {
+        let tokens = quantized.chunks_exact(self.rows).zip(original.chunks_exact(self.rows));
+        tokens.map(|(q, o)| kl_divergence(q, o)).sum::<f64>() / self.tokens as f64
+    }
+}

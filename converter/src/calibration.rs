@@ -1,0 +1,70 @@
+//! Calibration samples: runs of tokens at random places of a text.
+
+use sha2::{Digest, Sha256};
+use slim_runtime::Tokenizer;
+
+use crate::{ConvertError, Result, Settings};
+
+/// The text that is used when the caller gives none: the validation split of WikiText-2 (CC BY-SA 3.0).
+pub const BUILT_IN_CALIBRATION: &str = include_str!("../data/wikitext-2-valid.txt");
+
+/// What a conversion is calibrated on.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    /// Equally long runs of tokens.
+    pub samples: Vec<Vec<u32>>,
+    /// SHA-256 of the text, in hex.
+    pub text_sha256: String,
+    /// Tokens of the whole text.
+    pub tokens: usize,
+}
+
+impl Calibration {
+    /// Takes `settings.samples` runs of `settings.context` tokens from the text, which is tokenized whole, without BOS.
+    ///
+    /// # Errors
+    /// `InvalidSetting` if the text is shorter than one sample.
+    pub fn from_text(text: &str, tokenizer: &Tokenizer, settings: &Settings) -> Result<Self> {
+        let tokens = tokenizer.encode_document(text)?;
+        let context = settings.context;
+        if tokens.len() < context {
+            return Err(ConvertError::InvalidSetting {
+                what: "context of a calibration sample",
+                found: format!("{context} tokens"),
+                expected: format!("at most {}, the tokens of the calibration text", tokens.len()),
+            });
+        }
+        let starts = (tokens.len() - context + 1) as u64;
+        let mut random = SplitMix64(settings.seed);
+        let samples = (0..settings.samples)
+            .map(|_| {
+                let start = random.below(starts) as usize;
+                tokens[start..start + context].to_vec()
+            })
+            .collect();
+        Ok(Self { samples, text_sha256: hex(&Sha256::digest(text)), tokens: tokens.len() })
+    }
+}
+
+/// Bytes as lower-case hex digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The generator of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`; the bias of the multiplication is below 2^-32 for any text.
+    fn below(&mut self, bound: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+}

@@ -1,0 +1,43 @@
+//! The one error type of this crate.
+
+use slim_formats::FormatError;
+use slim_kernels::KernelError;
+use slim_runtime::RuntimeError;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = ConvertError> = std::result::Result<T, E>;
+
+/// Why a model was not converted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// A file could not be read or written.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The model could not be run on the calibration text.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A weight that is not a number.
+    #[error("tensor `{tensor}`: found {found} in row {row}, expected finite weights")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// Output channel.
+        row: usize,
+        /// The value.
+        found: f32,
+    },
+    /// The settings contradict themselves or the model.
+    #[error("{what}: found {found}, expected {expected}")]
+    InvalidSetting {
+        /// The setting.
+        what: &'static str,
+        /// Its value.
+        found: String,
+        /// What can be done.
+        expected: String,
+    },
+}

@@ -1,0 +1,92 @@
+//! What the file says about where it comes from (section 6 of `docs/format.md`).
+
+use std::{fs::File, io::Read, path::Path};
+
+use sha2::{Digest, Sha256};
+use slim_formats::{FormatError, ModelSource, TokenizerSource, gguf::Metadata};
+
+use crate::{Calibration, Method, Result, Settings, calibration::hex};
+
+/// General, model, tokenizer and provenance keys.
+pub fn metadata(
+    source: &dyn ModelSource,
+    calibration: &Calibration,
+    settings: &Settings,
+) -> Result<Metadata> {
+    let mut metadata = source.config().to_gguf();
+    tokenizer(source, &mut metadata)?;
+    sources(source, &mut metadata)?;
+    metadata.insert("slim.quantization.tool", concat!("slimllm ", env!("CARGO_PKG_VERSION")))?;
+    let method = if settings.reference { "reference" } else { settings.method.name() };
+    metadata.insert("slim.quantization.method", method)?;
+    metadata.insert("slim.quantization.bits", u32::from(settings.bits))?;
+    metadata.insert("slim.quantization.group_size", settings.group_size as u32)?;
+    metadata.insert("slim.quantization.embed_bits", u32::from(settings.embed_bits))?;
+    if settings.method != Method::RoundToNearest {
+        metadata.insert("slim.quantization.seed", settings.seed)?;
+        metadata.insert("slim.calibration.text_sha256", calibration.text_sha256.as_str())?;
+        metadata.insert("slim.calibration.text_tokens", calibration.tokens as u64)?;
+        metadata.insert("slim.calibration.samples", settings.samples as u32)?;
+        metadata.insert("slim.calibration.context", settings.context as u32)?;
+    }
+    Ok(metadata)
+}
+
+/// The source's tokenizer, whole, without the keys that the hyperparameters gave already.
+fn tokenizer(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
+    match source.tokenizer() {
+        TokenizerSource::HuggingFace(json) => {
+            metadata.insert("tokenizer.huggingface.json", json.as_str())?;
+        }
+        TokenizerSource::Ggml(keys) => {
+            for (key, value) in keys.iter() {
+                if !metadata.contains(key) {
+                    metadata.insert(key, value.clone())?;
+                }
+            }
+        }
+        TokenizerSource::Missing => {}
+    }
+    if let Some(template) = source.chat_template()
+        && !metadata.contains("tokenizer.chat_template")
+    {
+        metadata.insert("tokenizer.chat_template", template)?;
+    }
+    Ok(())
+}
+
+/// Names, sizes and hashes of the source files, in the order of their names.
+fn sources(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
+    let mut files = source.files();
+    files.sort();
+    let (mut names, mut sizes, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    for path in &files {
+        let name = path.file_name().unwrap_or_default();
+        let (size, hash) =
+            sha256(path).map_err(|error| FormatError::io(path, "read", error))?;
+        names.push(name.to_string_lossy().into_owned());
+        sizes.push(size);
+        hashes.push(hash);
+    }
+    metadata.insert("slim.source.format", source.format())?;
+    metadata.insert("slim.source.files", names)?;
+    metadata.insert("slim.source.bytes", slim_formats::gguf::Array::U64(sizes))?;
+    metadata.insert("slim.source.sha256", hashes)?;
+    Ok(())
+}
+
+fn sha256(path: &Path) -> std::io::Result<(u64, String)> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut size = 0;
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((size, hex(&hasher.finalize()))),
+            n => {
+                hasher.update(&buffer[..n]);
+                size += n as u64;
+            }
+        }
+    }
+}

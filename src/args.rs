@@ -1,0 +1,356 @@
+//! What users type.
+
+use std::path::PathBuf;
+
+use clap::{
+    Parser, Subcommand, ValueEnum,
+    builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser},
+};
+use slim_converter::Method;
+use slim_runtime::SamplerSettings;
+
+use crate::{compute::Compute, open::ModelArgs};
+
+/// The command line.
+#[derive(Parser)]
+#[command(name = "slimllm", version, about)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands, each in its own module.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Quantize a model
+    Convert(Box<ConvertArgs>),
+    /// Generate text with a model
+    Run(RunArgs),
+    /// Show what a model file holds, and check it
+    Inspect(InspectArgs),
+    /// Measure perplexity on a text, and the divergence from another model
+    Eval(EvalArgs),
+    /// Write the logits of each position of a token sequence
+    Logits(LogitsArgs),
+    /// Measure the speed of a model on this machine
+    Bench(BenchArgs),
+}
+
+#[derive(clap::Args)]
+pub struct ConvertArgs {
+    /// A Hugging Face directory or a GGUF file
+    pub source: PathBuf,
+
+    /// The SliM file to write, NAME.slim.gguf
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// Mean bits per code of the linear layers, 1 to 8
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub bits: u8,
+
+    /// Columns that share a bit-width, a multiple of 16
+    #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
+    pub group_size: usize,
+
+    /// How scales are stored
+    #[arg(long, value_enum, default_value_t = Scales::TwoLevel)]
+    pub scales: Scales,
+
+    /// Columns that share a two-level scale [default: 32]
+    #[arg(long, value_name = "COLUMNS", value_parser = one_of(["16", "32", "64"]))]
+    pub sub_group: Option<usize>,
+
+    /// Bits of a two-level scale code [default: 4]
+    #[arg(long, value_name = "BITS", value_parser = one_of(["4", "6"]))]
+    pub scale_bits: Option<usize>,
+
+    /// How layers are quantized: slim, gptq or rtn
+    #[arg(long, default_value = "slim", value_parser = parse_method)]
+    pub method: Method,
+
+    /// Follow the published algorithm to the letter, in the paper coding
+    #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]
+    pub reference: bool,
+
+    /// Bits of the embedding and the output layer; 16 keeps them as f16
+    #[arg(long, value_name = "BITS", default_value = "8", value_parser = one_of(["8", "16"]))]
+    pub embed_bits: usize,
+
+    /// Text to calibrate on [default: a built-in one]
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+
+    /// Calibration samples
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub samples: usize,
+
+    /// Tokens per calibration sample
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    pub context: usize,
+
+    /// Seed of the choice of samples
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Memory to use, such as 512MiB; activations that do not fit go to a temporary file
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
+    pub max_memory: u64,
+
+    /// Show what would be done, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Print only warnings and errors
+    #[arg(long)]
+    pub quiet: bool,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+/// How scales are stored.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Scales {
+    /// Small codes per sub-group under an fp16 pair per row
+    TwoLevel,
+    /// An fp16 scale and a zero point per row and group
+    Paper,
+}
+
+#[derive(clap::Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Text to continue; with --chat the first message
+    #[arg(short, long, required_unless_present = "chat")]
+    pub prompt: Option<String>,
+
+    /// Chat: messages are read from stdin, a line each, until /exit
+    #[arg(long)]
+    pub chat: bool,
+
+    /// Tokens to generate at most, per answer
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
+    pub tokens: usize,
+
+    /// Tokens that the context holds [default: as the model was made for, 4096 at most]
+    #[arg(long, value_name = "TOKENS", value_parser = from(1))]
+    pub context: Option<usize>,
+
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(clap::Args)]
+pub struct SamplingArgs {
+    /// Randomness of the choice; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = SamplerSettings::default().temperature)]
+    temperature: f32,
+
+    /// Choose among the K most likely tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = SamplerSettings::default().top_k)]
+    top_k: usize,
+
+    /// Choose among the most likely tokens that together have probability P
+    #[arg(long, value_name = "P", default_value_t = SamplerSettings::default().top_p)]
+    top_p: f32,
+
+    /// Choose among tokens at least P times as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = SamplerSettings::default().min_p)]
+    min_p: f32,
+
+    /// Make recent tokens less likely; 1 changes nothing
+    #[arg(long, value_name = "X", default_value_t = SamplerSettings::default().repeat_penalty)]
+    repeat_penalty: f32,
+
+    /// Seed of the random choice
+    #[arg(long, default_value_t = SamplerSettings::default().seed)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    pub fn settings(&self) -> SamplerSettings {
+        let &Self { temperature, top_k, top_p, min_p, repeat_penalty, seed } = self;
+        SamplerSettings {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repeat_penalty,
+            seed,
+            ..SamplerSettings::default()
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub struct InspectArgs {
+    /// A SliM, GGUF or safetensors file, or a Hugging Face directory
+    pub file: PathBuf,
+
+    /// List the tensors
+    #[arg(long)]
+    pub tensors: bool,
+
+    /// Show the bit-width of each group of each layer
+    #[arg(long)]
+    pub bits: bool,
+
+    /// List the metadata
+    #[arg(long)]
+    pub metadata: bool,
+
+    /// Check every rule of the format and every checksum
+    #[arg(long)]
+    pub verify: bool,
+
+    /// Print one JSON document with tensors and layers
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(clap::Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// The text to measure on
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+
+    /// Tokens per window
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = from(2))]
+    pub context: usize,
+
+    /// Measure the first N windows only [default: all]
+    #[arg(long, value_name = "N", value_parser = from(1))]
+    pub windows: Option<usize>,
+
+    /// Also measure the divergence from this model, usually the unquantized source
+    #[arg(long, value_name = "SOURCE")]
+    pub against: Option<PathBuf>,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(clap::Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Token ids, such as 1,2,3
+    #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
+    pub tokens: Vec<u32>,
+
+    /// The safetensors file to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(clap::Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Tokens of the prompt
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = from(1))]
+    pub prompt: usize,
+
+    /// Tokens to generate
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = from(1))]
+    pub generate: usize,
+
+    /// Runs, of which the median counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = from(1))]
+    pub runs: usize,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+/// Takes whole numbers from `least` on.
+fn from(least: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..)
+}
+
+/// Takes one of some whole numbers.
+fn one_of<const N: usize>(numbers: [&'static str; N]) -> impl TypedValueParser<Value = usize> {
+    PossibleValuesParser::new(numbers).try_map(|number| number.parse::<usize>())
+}
+
+fn parse_method(name: &str) -> Result<Method, String> {
+    match name {
+        "slim" => Ok(Method::Slim),
+        "gptq" => Ok(Method::Gptq),
+        "rtn" => Ok(Method::RoundToNearest),
+        "slim+" => Err("`slim+` is not supported yet; use `slim`, `gptq` or `rtn`".to_owned()),
+        _ => Err("expected `slim`, `gptq` or `rtn`".to_owned()),
+    }
+}
+
+/// Reads a size such as `512MiB`, `1.2GiB`, `4GB`; without a unit, bytes.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| c != '.' && !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let bytes = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        _ => return Err(format!("unknown unit `{unit}`; use MiB, GiB, MB or GB")),
+    };
+    let number: f64 = number.parse().map_err(|_| "expected a number and a unit".to_owned())?;
+    Ok((number * f64::from(bytes)) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_with_their_units() {
+        for (text, bytes) in [
+            ("512MiB", 512 << 20),
+            ("1.2GiB", 1_288_490_188),
+            ("4GB", 4_000_000_000),
+            ("4 gib", 4 << 30),
+            ("100", 100),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "GiB", "1.2.3GiB", "4 GiBs", "-1GiB"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

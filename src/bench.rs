@@ -1,0 +1,155 @@
+//! `slimllm bench`: how fast a model runs, and how close that is to what the memory allows.
+
+use std::{hint::black_box, time::Instant};
+
+use anyhow::Result;
+use rayon::prelude::*;
+use serde_json::json;
+use slim_runtime::{KvCache, Model};
+
+use crate::{
+    args::BenchArgs,
+    output::{facts, plural, print, print_json, size},
+};
+
+/// Read to measure the memory bandwidth: several times what the caches of a server hold.
+const BANDWIDTH_WORDS: usize = (1 << 30) / size_of::<u64>();
+/// Passes over it, of which the fastest counts.
+const BANDWIDTH_PASSES: usize = 5;
+
+/// What is measured.
+struct Measurement {
+    prefill_tokens_per_s: f64,
+    decode_tokens_per_s: f64,
+    bytes_per_token: u64,
+    bandwidth_bytes_per_s: f64,
+    /// `None` where the system does not tell.
+    peak_memory_bytes: Option<u64>,
+}
+
+impl Measurement {
+    /// The share of the memory bandwidth that decoding uses.
+    fn bandwidth_fraction(&self) -> f64 {
+        self.decode_tokens_per_s * self.bytes_per_token as f64 / self.bandwidth_bytes_per_s
+    }
+}
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let backend = args.compute.start()?;
+    let source = args.model.open()?;
+    let measurement = measure(&Model::load(&*source, backend)?, args)?;
+    match args.json {
+        true => print_result_json(&measurement, args)?,
+        false => print(&describe(&measurement, args))?,
+    }
+    Ok(())
+}
+
+fn measure(model: &Model<'_>, args: &BenchArgs) -> Result<Measurement> {
+    let mut cache = KvCache::new(model.config(), args.prompt.max(args.generate));
+    // Brings the weights into memory.
+    model.next_logits(&tokens(model, 1), &mut cache)?;
+    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        prefill.push(prefill_speed(model, &mut cache, args.prompt)?);
+        decode.push(decode_speed(model, &mut cache, args.generate)?);
+    }
+    Ok(Measurement {
+        prefill_tokens_per_s: median(prefill),
+        decode_tokens_per_s: median(decode),
+        bytes_per_token: model.bytes_per_token(),
+        // Before the bandwidth is measured, which takes memory of its own.
+        peak_memory_bytes: peak_memory_bytes(),
+        bandwidth_bytes_per_s: bandwidth_bytes_per_s(),
+    })
+}
+
+/// Tokens per second of a prompt, from an empty cache.
+fn prefill_speed(model: &Model<'_>, cache: &mut KvCache, prompt: usize) -> Result<f64> {
+    let tokens = tokens(model, prompt);
+    cache.clear();
+    let start = Instant::now();
+    black_box(model.next_logits(&tokens, cache)?);
+    Ok(prompt as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Tokens per second one by one, from an empty cache.
+fn decode_speed(model: &Model<'_>, cache: &mut KvCache, generate: usize) -> Result<f64> {
+    let tokens = tokens(model, generate);
+    cache.clear();
+    let start = Instant::now();
+    for token in tokens.chunks(1) {
+        black_box(model.next_logits(token, cache)?);
+    }
+    Ok(generate as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Tokens from all over the vocabulary.
+fn tokens(model: &Model<'_>, count: usize) -> Vec<u32> {
+    const STRIDE: usize = 7919;
+    (0..count).map(|index| (index * STRIDE % model.config().vocab_size) as u32).collect()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// The speed of a plain read by all threads.
+fn bandwidth_bytes_per_s() -> f64 {
+    let words: Vec<u64> = (0..BANDWIDTH_WORDS as u64).into_par_iter().collect();
+    let share = words.len().div_ceil(rayon::current_num_threads());
+    let seconds = (0..BANDWIDTH_PASSES).map(|_| {
+        let start = Instant::now();
+        let sum = |part: &[u64]| part.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
+        black_box(words.par_chunks(share).map(sum).reduce(|| 0, u64::wrapping_add));
+        start.elapsed().as_secs_f64()
+    });
+    size_of_val(words.as_slice()) as f64 / seconds.fold(f64::INFINITY, f64::min)
+}
+
+/// The most memory that this process has had at a time, mapped files included.
+fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+fn print_result_json(measurement: &Measurement, args: &BenchArgs) -> std::io::Result<()> {
+    print_json(&json!({
+        "prefill_tokens_per_s": measurement.prefill_tokens_per_s,
+        "decode_tokens_per_s": measurement.decode_tokens_per_s,
+        "bytes_per_token": measurement.bytes_per_token,
+        "bandwidth_bytes_per_s": measurement.bandwidth_bytes_per_s,
+        "bandwidth_fraction": measurement.bandwidth_fraction(),
+        "peak_memory_bytes": measurement.peak_memory_bytes,
+        "device": args.compute.device(),
+        "threads": rayon::current_num_threads(),
+        "prompt": args.prompt,
+        "generate": args.generate,
+        "runs": args.runs,
+    }))
+}
+
+fn describe(measurement: &Measurement, args: &BenchArgs) -> String {
+    let speed = |tokens_per_s, tokens, how| {
+        let runs = plural(args.runs, "run");
+        format!("{tokens_per_s:.1} tokens/s ({tokens} tokens {how}, median of {runs})")
+    };
+    let bandwidth = format!(
+        "{:.1} GB/s measured, {:.1} % used by decoding",
+        measurement.bandwidth_bytes_per_s / 1e9,
+        100.0 * measurement.bandwidth_fraction()
+    );
+    let device =
+        format!("{}, {}", args.compute.device(), plural(rayon::current_num_threads(), "thread"));
+    facts(&[
+        ("prefill", speed(measurement.prefill_tokens_per_s, args.prompt, "at once")),
+        ("decode", speed(measurement.decode_tokens_per_s, args.generate, "one by one")),
+        ("per token", format!("{} of weights", size(measurement.bytes_per_token))),
+        ("bandwidth", bandwidth),
+        ("peak memory", measurement.peak_memory_bytes.map_or("unknown".to_owned(), size)),
+        ("device", device),
+    ])
+}

@@ -1,0 +1,63 @@
+//! How errors reach the user: the chain once, then a hint.
+
+use std::{error::Error, fmt, io};
+
+use slim_converter::ConvertError;
+use slim_formats::FormatError;
+use slim_runtime::RuntimeError;
+
+use crate::output::note;
+
+/// An error of the command itself, with advice.
+#[derive(Debug)]
+struct Advised {
+    message: String,
+    hint: String,
+}
+
+impl fmt::Display for Advised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Advised {}
+
+/// An error that says what the user can do about it.
+pub fn advised(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+    Advised { message: message.into(), hint: hint.into() }.into()
+}
+
+/// Prints an error.
+pub fn report(error: &anyhow::Error) {
+    note(format_args!("error: {error:#}"));
+    if let Some(hint) = error.chain().find_map(hint) {
+        note(format_args!("\nhint: {hint}"));
+    }
+}
+
+/// Whether the reader of our output has gone, as `head` does.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    io_errors.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
+    match cause.downcast_ref::<Advised>() {
+        Some(advised) => Some(advised.hint.clone()),
+        None => format_error(cause)?.hint(),
+    }
+}
+
+/// The error of `slim_formats` in an error of the crates above it, which pass it on without a level of their own.
+fn format_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a FormatError> {
+    let runtime = match cause.downcast_ref::<ConvertError>() {
+        Some(ConvertError::Format(error)) => return Some(error),
+        Some(ConvertError::Runtime(error)) => Some(error),
+        _ => cause.downcast_ref::<RuntimeError>(),
+    };
+    match runtime {
+        Some(RuntimeError::Format(error)) => Some(error),
+        _ => cause.downcast_ref::<FormatError>(),
+    }
+}

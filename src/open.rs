@@ -1,0 +1,105 @@
+//! Opening and checking the files that the user names.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use slim_formats::{ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
+
+use crate::failure::advised;
+
+/// The model that a command runs.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// A SliM file, another GGUF file, or a Hugging Face directory
+    model: PathBuf,
+
+    /// Open a SliM file without checking its hashes
+    #[arg(long)]
+    no_hash_check: bool,
+}
+
+impl ModelArgs {
+    /// Opens the model.
+    pub fn open(&self) -> Result<Box<dyn ModelSource>> {
+        match self.no_hash_check && is_slim(&self.model) {
+            true => Ok(Box::new(SlimFile::open_without_hashes(&self.model)?)),
+            false => open(&self.model),
+        }
+    }
+
+    /// The path that the user typed.
+    pub fn path(&self) -> &Path {
+        &self.model
+    }
+}
+
+/// Opens a model of any supported kind.
+pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
+    if !path.exists() && is_hub_id(path) {
+        let id = path.display();
+        return Err(advised(
+            format!("`{id}`: there is no such file, and downloading from a hub is not supported yet"),
+            format!("if it is a hub id, run `hf download {id} --local-dir DIR` and use DIR"),
+        ));
+    }
+    Ok(open_model(path)?)
+}
+
+/// Whether a file is a GGUF file that says it is a SliM file.
+pub fn is_slim(path: &Path) -> bool {
+    path.is_file()
+        && GgufFile::open(path).is_ok_and(|file| file.metadata().contains("slim.format.version"))
+}
+
+/// Whether a path could be `org/name[@revision]` of a model hub.
+fn is_hub_id(path: &Path) -> bool {
+    let is_name = |name: &str| {
+        let is_word = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(is_word)
+    };
+    let is_file_name = |name: &str| {
+        [".gguf", ".safetensors", ".onnx", ".json"].iter().any(|extension| name.ends_with(extension))
+    };
+    let Some((organization, name)) = path.to_str().and_then(|text| text.split_once('/')) else {
+        return false;
+    };
+    let name = name.split_once('@').map_or(name, |(name, _revision)| name);
+    is_name(organization) && is_name(name) && !is_file_name(name)
+}
+
+/// Reads a text file whole.
+pub fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("`{}`: cannot read the text", path.display()))
+}
+
+/// Checks, before any work is done, that `target` can be written and is none of `sources`.
+pub fn check_target(target: &Path, sources: &[PathBuf]) -> Result<()> {
+    let shown = target.display();
+    ensure!(!target.is_dir(), "`{shown}` is a folder; `-o` takes the name of a file");
+    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        return Err(advised(
+            format!("`{shown}`: there is no folder `{}`", folder.display()),
+            format!("create it with `mkdir -p {}`", folder.display()),
+        ));
+    }
+    let Ok(target) = target.canonicalize() else { return Ok(()) };
+    let is_source = sources.iter().any(|path| path.canonicalize().is_ok_and(|path| path == target));
+    ensure!(!is_source, "`{shown}` is a file of the source, which would be overwritten");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_ids_are_told_from_paths() {
+        for id in ["meta-llama/Llama-3.2-1B", "org/name@main", "org/name.v2@refs/pr/1"] {
+            assert!(is_hub_id(Path::new(id)), "{id}");
+        }
+        for path in ["name", "./org/name", "/org/name", "a/b/c", "models/x.gguf", "../x", "org/"] {
+            assert!(!is_hub_id(Path::new(path)), "{path}");
+        }
+    }
+}

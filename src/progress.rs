@@ -1,0 +1,92 @@
+//! Progress on stderr: a bar on a terminal, a line per step elsewhere.
+
+use std::{
+    fmt,
+    io::{IsTerminal, stderr},
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::output::note;
+
+/// How far a command is.
+pub struct Progress {
+    kind: Kind,
+    steps: usize,
+    start: Instant,
+}
+
+enum Kind {
+    Bar(ProgressBar),
+    Lines,
+    Silent,
+}
+
+impl Progress {
+    /// Progress of `steps` steps.
+    pub fn new(steps: usize) -> Self {
+        let kind = if stderr().is_terminal() { Kind::Bar(bar(steps)) } else { Kind::Lines };
+        Self { kind, steps, start: Instant::now() }
+    }
+
+    /// Progress that shows nothing but warnings.
+    pub fn silent() -> Self {
+        Self { kind: Kind::Silent, steps: 0, start: Instant::now() }
+    }
+
+    /// A part of a step is done: a bar shows it, lines wait for the step.
+    pub fn detail(&self, message: impl fmt::Display) {
+        if let Kind::Bar(bar) = &self.kind {
+            bar.set_message(message.to_string());
+        }
+    }
+
+    /// `done` steps are done.
+    pub fn step(&self, done: usize, message: impl fmt::Display) {
+        match &self.kind {
+            Kind::Bar(bar) => {
+                bar.set_message(message.to_string());
+                bar.set_position(done as u64);
+            }
+            Kind::Lines => {
+                let per_step = self.start.elapsed() / done.max(1) as u32;
+                let left = duration(per_step * (self.steps - done) as u32);
+                note(format_args!("{message}, {done} of {}, {left} left", self.steps));
+            }
+            Kind::Silent => {}
+        }
+    }
+
+    /// Prints a warning above the bar.
+    pub fn warn(&self, warning: &str) {
+        let print = || note(format_args!("warning: {warning}"));
+        match &self.kind {
+            Kind::Bar(bar) => bar.suspend(print),
+            Kind::Lines | Kind::Silent => print(),
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Kind::Bar(bar) = &self.kind {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn bar(steps: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}, {eta} left");
+    let bar = ProgressBar::new(steps as u64).with_style(style.expect("the template is valid"));
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// A duration as a person would say it: `42 s`, `7 min`, `2 h 5 min`.
+pub fn duration(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds @ 0..100 => format!("{seconds} s"),
+        seconds @ 100..6000 => format!("{} min", (seconds + 30) / 60),
+        seconds => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}

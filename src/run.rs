@@ -1,0 +1,198 @@
+//! `slimllm run`: generates text.
+
+use std::{
+    io::{self, BufRead, IsTerminal, Write},
+    time::Instant,
+};
+
+use anyhow::{Result, ensure};
+use slim_formats::ModelConfig;
+use slim_runtime::{
+    ChatTemplate, KvCache, Message, Model, Sampler, TextStream, Tokenizer,
+};
+
+use crate::{
+    args::RunArgs,
+    failure::advised,
+    output::{note, plural, print},
+};
+
+/// The context without `--context`, where the model was made for more: keeps the cache small.
+const DEFAULT_CONTEXT: usize = 4096;
+
+pub fn run(args: &RunArgs) -> Result<()> {
+    let backend = args.compute.start()?;
+    let start = Instant::now();
+    let source = args.model.open()?;
+    let model = Model::load(&*source, backend)?;
+    let tokenizer = Tokenizer::new(source.tokenizer())?;
+    let config = model.config();
+    let context = args.context.unwrap_or(config.context_length.min(DEFAULT_CONTEXT));
+    if context > config.context_length {
+        let made_for = plural(config.context_length, "token");
+        note(format_args!("warning: the model was made for a context of {made_for}"));
+    }
+    let mut session = Session {
+        cache: KvCache::new(config, context),
+        held: Vec::new(),
+        sampler: Sampler::new(args.sampling.settings())?,
+        limit: args.tokens,
+        model,
+        tokenizer: &tokenizer,
+    };
+    if !args.chat {
+        let tokens = document_tokens(&tokenizer, config, args.prompt.as_deref().unwrap_or(""))?;
+        note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
+        return session.answer(&tokens).map(drop);
+    }
+    let Some(template) = source.chat_template() else {
+        let path = args.model.path().display();
+        let message = format!("`{path}`: the model has no chat template");
+        return Err(advised(message, "continue a text instead, with `-p TEXT` and no `--chat`"));
+    };
+    let special = |token: Option<u32>| token.and_then(|t| tokenizer.token_text(t)).unwrap_or_default();
+    let (bos, eos) = (special(config.bos_token_id), special(config.eos_token_ids.first().copied()));
+    let template = ChatTemplate::new(template, &bos, &eos)?;
+    note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
+    chat(&mut session, &template, args.prompt.clone())
+}
+
+/// The tokens of a text that the model continues, with those that the model expects in front.
+fn document_tokens(tokenizer: &Tokenizer, config: &ModelConfig, text: &str) -> Result<Vec<u32>> {
+    let mut tokens = tokenizer.encode_document(text)?;
+    if let Some(bos) = config.bos_token_id.filter(|_| config.add_bos)
+        && tokens.first() != Some(&bos)
+    {
+        tokens.insert(0, bos);
+    }
+    ensure!(!tokens.is_empty(), "the prompt is empty");
+    Ok(tokens)
+}
+
+/// Answers messages from stdin, after `first`, until `/exit` or the end of the input.
+fn chat(session: &mut Session<'_>, template: &ChatTemplate, first: Option<String>) -> Result<()> {
+    let mut messages = Vec::new();
+    let mut next = first;
+    while let Some(message) = next.map_or_else(read_message, |message| Ok(Some(message)))? {
+        messages.push(Message::new("user", message));
+        let tokens = session.tokenizer.encode(&template.render(&messages, true)?)?;
+        let answer = session.answer(&tokens)?;
+        messages.push(Message::new("assistant", answer));
+        next = None;
+    }
+    Ok(())
+}
+
+/// The next line that says something, `None` at `/exit` and at the end of the input.
+fn read_message() -> Result<Option<String>> {
+    loop {
+        if io::stdin().is_terminal() {
+            // Talk, like `note`, on the line of what is typed.
+            let _ = write!(io::stderr(), "> ");
+        }
+        let mut line = String::new();
+        let bytes = io::stdin().lock().read_line(&mut line)?;
+        match line.trim() {
+            _ if bytes == 0 => return Ok(None),
+            "/exit" => return Ok(None),
+            "" => {}
+            message => return Ok(Some(message.to_owned())),
+        }
+    }
+}
+
+/// A model in the middle of a text.
+struct Session<'a> {
+    model: Model<'a>,
+    tokenizer: &'a Tokenizer,
+    cache: KvCache,
+    /// The tokens in `cache`.
+    held: Vec<u32>,
+    sampler: Sampler,
+    /// Tokens of one answer at most.
+    limit: usize,
+}
+
+impl Session<'_> {
+    /// Continues `prompt`, printing the text as it comes and then the timings.
+    fn answer(&mut self, prompt: &[u32]) -> Result<String> {
+        let mut fresh = self.not_yet_held(prompt).to_vec();
+        let (mut prefill, mut decode) = (Timing::default(), Timing::default());
+        let mut stream = TextStream::new(self.tokenizer, prompt);
+        let mut answer = String::new();
+        for index in 0..self.limit {
+            let timing = if index == 0 { &mut prefill } else { &mut decode };
+            let token = timing.measure(fresh.len(), || self.next_token(&fresh))?;
+            if self.model.config().eos_token_ids.contains(&token) {
+                break;
+            }
+            if let Some(text) = stream.push(token)? {
+                print(&text)?;
+                answer += &text;
+            }
+            if self.held.len() == self.cache.capacity() {
+                note(format_args!("\nstopped: the context of {} is full", plural(self.held.len(), "token")));
+                break;
+            }
+            fresh = vec![token];
+        }
+        let rest = stream.finish()?;
+        print(&format!("{rest}\n"))?;
+        note(format_args!("prefill {prefill}; decode {decode}"));
+        Ok(answer + &rest)
+    }
+
+    /// The end of `prompt` that has to go through the model; forgets what does not belong to `prompt`.
+    fn not_yet_held<'p>(&mut self, prompt: &'p [u32]) -> &'p [u32] {
+        match prompt.strip_prefix(self.held.as_slice()) {
+            Some(fresh) if !fresh.is_empty() => fresh,
+            _ => {
+                self.cache.clear();
+                self.held.clear();
+                prompt
+            }
+        }
+    }
+
+    fn next_token(&mut self, fresh: &[u32]) -> Result<u32> {
+        let needed = self.held.len() + fresh.len();
+        if needed > self.cache.capacity() {
+            let message = format!(
+                "the text has {}, but the context holds {}",
+                plural(needed, "token"),
+                self.cache.capacity()
+            );
+            return Err(advised(message, "raise `--context`"));
+        }
+        let logits = self.model.next_logits(fresh, &mut self.cache)?;
+        self.held.extend(fresh);
+        Ok(self.sampler.sample(&logits, &self.held)?)
+    }
+}
+
+/// Tokens that went through the model, and how long that took.
+#[derive(Default)]
+struct Timing {
+    tokens: usize,
+    seconds: f64,
+}
+
+impl Timing {
+    fn measure<T>(&mut self, tokens: usize, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        self.tokens += tokens;
+        self.seconds += start.elapsed().as_secs_f64();
+        result
+    }
+}
+
+impl std::fmt::Display for Timing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", plural(self.tokens, "token"))?;
+        match self.tokens {
+            0 => Ok(()),
+            tokens => write!(f, " at {:.1} tokens/s", tokens as f64 / self.seconds),
+        }
+    }
+}
