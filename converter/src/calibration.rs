@@ -25,7 +25,7 @@ impl Calibration {
     /// # Errors
     /// `InvalidSetting` if the text is shorter than one sample.
     pub fn from_text(text: &str, tokenizer: &Tokenizer, settings: &Settings) -> Result<Self> {
-        let tokens = tokenizer.encode_document(text)?;
+        let tokens = tokenizer.encode(text)?;
         let context = settings.context;
         if tokens.len() < context {
             return Err(ConvertError::InvalidSetting {

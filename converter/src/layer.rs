@@ -71,6 +71,21 @@ pub fn quantize_layer(
     bits: u8,
     settings: &Settings,
 ) -> QuantizedLayer {
+    let (layout, tiles) = sweep_layer(weights, cols, inputs, bits, settings);
+    let mut packed = PackedLayer::zeroed(layout);
+    packed.tiles_mut().par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
+    let error = inputs.map(|inputs| relative_error(weights, cols, &tiles, &inputs.hessian));
+    QuantizedLayer { packed, error }
+}
+
+/// Allocates bit-widths and quantizes every tile.
+pub(crate) fn sweep_layer(
+    weights: &[f32],
+    cols: usize,
+    inputs: Option<&LayerInputs<'_>>,
+    bits: u8,
+    settings: &Settings,
+) -> (LayerLayout, Vec<SweptTile>) {
     let rows = weights.len() / cols;
     let coder = match inputs {
         Some(_) => settings.coder(),
@@ -87,17 +102,14 @@ pub fn quantize_layer(
         },
         None => Curvature { factor: None, importance: &plain },
     };
-    let tiles: Vec<SweptTile> = (0..layout.tiles())
+    let tiles = (0..layout.tiles())
         .into_par_iter()
         .map(|tile| {
             let used = TILE_ROWS.min(rows - tile * TILE_ROWS);
             sweep(gather(weights, cols, tile, 0..cols), used, &curvature, &layout, coder)
         })
         .collect();
-    let mut packed = PackedLayer::zeroed(layout);
-    packed.tiles_mut().par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
-    let error = inputs.map(|inputs| relative_error(weights, cols, &tiles, &inputs.hessian));
-    QuantizedLayer { packed, error }
+    (layout, tiles)
 }
 
 fn bit_widths(

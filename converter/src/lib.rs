@@ -9,6 +9,8 @@ mod coder;
 mod convert;
 mod error;
 mod fit;
+#[cfg(test)]
+mod golden;
 mod hessian;
 mod lanes;
 mod layer;

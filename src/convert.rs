@@ -1,0 +1,118 @@
+//! `slimllm convert`: quantizes a model.
+
+mod plan;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use serde_json::{Value as Json, json};
+use slim_converter::{
+    BUILT_IN_CALIBRATION, Calibration, LayerReport, Method, Report, Resources, Settings,
+};
+use slim_formats::{ModelSource, slim::ScaleCoding};
+use slim_runtime::Tokenizer;
+
+use self::plan::Plan;
+use crate::{
+    args::{ConvertArgs, Scales},
+    failure::advised,
+    open::{check_target, open, read_text},
+    output::{facts, note, plural, print, print_json, size},
+    progress::{Progress, duration},
+};
+
+const DEFAULT_SUB_GROUP: usize = 32;
+const DEFAULT_SCALE_BITS: usize = 4;
+
+pub fn run(args: &ConvertArgs) -> Result<()> {
+    args.compute.start()?;
+    let settings = settings(args)?;
+    let source = open(&args.source)?;
+    check_target(&args.output, &source.files())?;
+    let plan = Plan::new(&*source, &settings)?;
+    let resources = resources(&plan, args.max_memory)?;
+    if let Some(warning) = plan.quantized_source_warning() {
+        note(format_args!("warning: {warning}"));
+    }
+    if args.dry_run {
+        match args.json {
+            true => print_json(&plan.to_json())?,
+            false => print(&plan.describe(args.max_memory))?,
+        }
+        return Ok(());
+    }
+
+    let start = Instant::now();
+    let calibration = calibration(&*source, &settings, args)?;
+    let progress = if args.quiet { Progress::silent() } else { Progress::new(plan.blocks) };
+    let mut show = |step: slim_converter::Progress<'_>| show(&progress, step);
+    let report = slim_converter::convert(
+        &*source, &calibration, &settings, resources, &args.output, &mut show,
+    );
+    progress.finish();
+    let (report, time) = (report?, start.elapsed());
+    if args.json {
+        print_json(&report_json(&report, args, time))?;
+    } else if !args.quiet {
+        print(&describe(&report, &plan, args, time))?;
+    }
+    Ok(())
+}
+
+/// The settings that the arguments resolve to.
+fn settings(args: &ConvertArgs) -> Result<Settings> {
+    let has_two_level_options = args.sub_group.is_some() || args.scale_bits.is_some();
+    let coding = match args.scales {
+        _ if args.reference => ScaleCoding::Paper,
+        Scales::Paper => {
+            ensure!(!has_two_level_options, "`--sub-group` and `--scale-bits` belong to `--scales two-level`");
+            ScaleCoding::Paper
+        }
+        Scales::TwoLevel => ScaleCoding::TwoLevel {
+            sub_group: args.sub_group.unwrap_or(DEFAULT_SUB_GROUP),
+            scale_bits: args.scale_bits.unwrap_or(DEFAULT_SCALE_BITS) as u8,
+        },
+    };
+    let settings = Settings {
+        bits: args.bits,
+        group_size: args.group_size,
+        coding,
+        method: args.method,
+        reference: args.reference,
+        embed_bits: args.embed_bits as u8,
+        samples: args.samples,
+        context: args.context,
+        seed: args.seed,
+    };
+    settings.validate()?;
+    Ok(settings)
+}
+
+/// Leaves to the activations what the rest of the work does not take.
+fn resources(plan: &Plan, max_memory: u64) -> Result<Resources> {
+    match max_memory.checked_sub(plan.working_bytes) {
+        Some(activation_bytes) => Ok(Resources { activation_bytes }),
+        None => {
+            let (found, needed) = (size(max_memory), size(plan.working_bytes));
+            let message = format!("`--max-memory`: found {found}, but the largest layer takes {needed}");
+            Err(advised(message, "activations go to a temporary file, a layer's weights do not"))
+        }
+    }
+}
+
+/// The calibration samples; none for a method that uses none.
+fn calibration(
+    source: &dyn ModelSource,
+    settings: &Settings,
+    args: &ConvertArgs,
+) -> Result<Calibration> {
+    let text = args.calibration.as_deref().map(read_text).transpose()?;
+    if settings.method == Method::RoundToNearest {
+        if text.is_some() {
+            bail!("`--calibration`: round to nearest uses no calibration text");
+        }
+        return Ok(Calibration { samples: Vec::new(), text_sha256: String::new(), tokens: 0 });
+    }
+    let tokenizer = Tokenizer::new(source.tokenizer())?;
+    Ok(Calibration::from_text(text.as_deref().unwrap_or(BUILT_IN_CALIBRATION), &tokenizer, settings)?)
+}

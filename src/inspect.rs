@@ -1,0 +1,70 @@
+//! `slimllm inspect`: what a file holds.
+
+mod contents;
+mod json;
+mod text;
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::json;
+use slim_formats::{FormatError, slim::Fault};
+
+use self::contents::Contents;
+use crate::{
+    Outcome,
+    args::InspectArgs,
+    output::{print, print_json},
+};
+
+pub fn run(args: &InspectArgs) -> Result<Outcome> {
+    let contents = match Contents::read(&args.file) {
+        Err(FormatError::Malformed { place, rule, found, expected, .. }) if args.verify => {
+            return report_unreadable(Fault { rule, place, found, expected }, args);
+        }
+        contents => contents?,
+    };
+    let faults = args.verify.then(|| contents.verify());
+    match args.json {
+        true => print_json(&json::document(&contents, faults.as_deref(), args.metadata))?,
+        false => print(&describe(&contents, faults.as_deref(), args))?,
+    }
+    Ok(outcome(&faults.unwrap_or_default()))
+}
+
+/// The answer of `--verify` for a file that cannot even be opened.
+fn report_unreadable(fault: Fault, args: &InspectArgs) -> Result<Outcome> {
+    let faults = [fault];
+    match args.json {
+        true => print_json(&json!({ "faults": json::faults(&faults) }))?,
+        false => print(&text::faults(&faults))?,
+    }
+    Ok(outcome(&faults))
+}
+
+fn describe(contents: &Contents, faults: Option<&[Fault]>, args: &InspectArgs) -> String {
+    let parts = [
+        Some(text::summary(contents)),
+        args.tensors.then(|| text::tensors(contents)),
+        args.bits.then(|| text::bit_widths(contents)),
+        args.metadata.then(|| text::metadata(contents)),
+        faults.map(|faults| match faults {
+            [] => text::no_faults(contents),
+            faults => text::faults(faults),
+        }),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join("\n")
+}
+
+fn outcome(faults: &[Fault]) -> Outcome {
+    if faults.is_empty() { Outcome::Done } else { Outcome::No }
+}
+
+/// Sum of the sizes of files.
+fn total_bytes<P: AsRef<Path>>(files: &[P]) -> Result<u64, FormatError> {
+    let size = |path: &Path| match std::fs::metadata(path) {
+        Ok(metadata) => Ok(metadata.len()),
+        Err(error) => Err(FormatError::io(path, "read the size of the file", error)),
+    };
+    files.iter().map(|path| size(path.as_ref())).sum()
+}

@@ -1,0 +1,197 @@
+//! What `inspect` prints for people.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value as Json;
+use slim_formats::slim::{Fault, LayerInfo, ScaleCoding};
+
+use super::{
+    contents::{Contents, WeightSize},
+    json,
+};
+use crate::output::{count, facts, plural, size};
+
+/// Elements of an array that are shown, and characters of a string.
+const SHOWN_ELEMENTS: usize = 6;
+const SHOWN_CHARACTERS: usize = 60;
+
+pub fn summary(contents: &Contents) -> String {
+    let mut lines = vec![
+        ("format", contents.format.to_owned()),
+        ("architecture", contents.architecture.clone().unwrap_or("not told".to_owned())),
+    ];
+    if let Some(name) = contents.metadata.str("general.name") {
+        lines.push(("name", name.to_owned()));
+    }
+    let (bytes, parameters) = (contents.file_bytes, contents.parameters());
+    lines.push(("size", format!("{} ({} bytes)", size(bytes), count(bytes))));
+    lines.push(("tensors", count(contents.tensors.len() as u64)));
+    lines.push(("parameters", count(parameters)));
+    if let Some(bits) = contents.bits_per_weight() {
+        let layers = contents.weights.iter().filter(|weight| weight.is_counted).count();
+        let layers = plural(layers, "linear layer");
+        lines.push(("bits per weight", format!("{bits:.3} in {layers} of the blocks, everything counted")));
+    }
+    for (label, name) in [("embedding", "token_embd.weight"), ("output", "output.weight")] {
+        if let Some(weight) = contents.weight(name) {
+            let (kind, bits) = (&weight.kind, weight.bits_per_weight());
+            lines.push((label, format!("{kind}, {bits:.2} bits per weight")));
+        }
+    }
+    match contents.layers() {
+        [] => lines.push(("types", types(&contents.weights))),
+        layers => {
+            lines.push(("scales", codings(layers)));
+            lines.push(("widths", width_histogram(layers)));
+        }
+    }
+    facts(&lines) + &provenance(contents)
+}
+
+/// How many weights there are of each type: `F32 61, Q4_1 210`.
+fn types(weights: &[WeightSize]) -> String {
+    let mut counts = BTreeMap::new();
+    for weight in weights {
+        *counts.entry(&weight.kind).or_insert(0) += 1;
+    }
+    counts.iter().map(|(kind, count)| format!("{kind} {count}")).collect::<Vec<_>>().join(", ")
+}
+
+/// The scale codings of the layers, each once.
+fn codings(layers: &[LayerInfo]) -> String {
+    let mut codings: Vec<String> = layers.iter().map(|layer| coding(layer.layout.coding())).collect();
+    codings.sort();
+    codings.dedup();
+    codings.join("; ")
+}
+
+fn coding(coding: ScaleCoding) -> String {
+    match coding {
+        ScaleCoding::Paper => "paper".to_owned(),
+        ScaleCoding::TwoLevel { sub_group, scale_bits } => {
+            format!("two-level, {scale_bits}-bit codes per {sub_group} columns")
+        }
+    }
+}
+
+/// The share of the weights of the blocks that have each width.
+fn width_histogram(layers: &[LayerInfo]) -> String {
+    let mut weights = [0; 9];
+    for layer in layers.iter().filter(|layer| layer.name.starts_with("blk.")) {
+        for group in layer.layout.groups() {
+            weights[usize::from(group.bit_width.bits())] += group.cols.len() * layer.layout.rows();
+        }
+    }
+    let total = weights.iter().sum::<usize>().max(1) as f64;
+    let share = |(bits, &weights): (usize, &usize)| {
+        (weights > 0).then(|| format!("{bits} bits {:.1} %", 100.0 * weights as f64 / total))
+    };
+    weights.iter().enumerate().filter_map(share).collect::<Vec<_>>().join(", ")
+}
+
+/// Where the file comes from, by its own account.
+fn provenance(contents: &Contents) -> String {
+    let prefixes = ["slim.source.", "slim.quantization.", "slim.calibration."];
+    let lines: Vec<(&str, String)> = contents
+        .metadata
+        .iter()
+        .filter(|(key, _)| prefixes.iter().any(|prefix| key.starts_with(prefix)))
+        .map(|(key, value)| (key, preview(&json::value(value))))
+        .collect();
+    if lines.is_empty() { String::new() } else { format!("\n{}", facts(&lines)) }
+}
+
+pub fn tensors(contents: &Contents) -> String {
+    let shape = |shape: &[u64]| shape.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
+    let rows = contents.tensors.iter().map(|tensor| {
+        [tensor.name.clone(), tensor.dtype.clone(), shape(&tensor.shape), count(tensor.bytes)]
+    });
+    table(["tensor", "type", "shape", "bytes"], rows)
+}
+
+/// Rows of three columns to the left and one to the right.
+fn table(head: [&str; 4], rows: impl Iterator<Item = [String; 4]>) -> String {
+    let rows: Vec<[String; 4]> = [head.map(str::to_owned)].into_iter().chain(rows).collect();
+    let [a, b, c, d] = [0, 1, 2, 3].map(|column| {
+        rows.iter().map(|row| row[column].len()).max().unwrap_or(0)
+    });
+    rows.iter()
+        .map(|[w, x, y, z]| format!("{w:a$}  {x:b$}  {y:c$}  {z:>d$}\n"))
+        .collect()
+}
+
+/// A digit per group, in column order: the map of the bit-widths.
+pub fn bit_widths(contents: &Contents) -> String {
+    let layers = contents.layers();
+    let width = layers.iter().map(|layer| short_name(layer).len()).max().unwrap_or(0);
+    let mut text = match layers {
+        [] => "no layers with bit-widths per group\n".to_owned(),
+        _ => "layer, mean width, relative output error | width of each group in column order\n".to_owned(),
+    };
+    for layer in layers {
+        let error = layer.error.map_or("-".to_owned(), |error| format!("{error:.5}"));
+        let head = format!("{:width$} {:5.2} bits {error:>8} | ", short_name(layer), mean_width(layer));
+        let indent = format!("\n{:1$}| ", "", head.len() - 2);
+        text += &format!("{head}{}\n", digits(layer).join(&indent));
+    }
+    text
+}
+
+fn short_name(layer: &LayerInfo) -> &str {
+    layer.name.strip_suffix(".weight").unwrap_or(&layer.name)
+}
+
+fn mean_width(layer: &LayerInfo) -> f64 {
+    let groups = layer.layout.groups().iter();
+    let bits: usize =
+        groups.map(|group| group.cols.len() * usize::from(group.bit_width.bits())).sum();
+    bits as f64 / layer.layout.cols() as f64
+}
+
+/// The widths of a layer's groups in lines of 40, in tens.
+fn digits(layer: &LayerInfo) -> Vec<String> {
+    let digits: String =
+        layer.layout.groups().iter().map(|group| group.bit_width.bits().to_string()).collect();
+    let tens: Vec<&str> =
+        (0..digits.len()).step_by(10).map(|at| &digits[at..digits.len().min(at + 10)]).collect();
+    tens.chunks(4).map(|line| line.join(" ")).collect()
+}
+
+pub fn metadata(contents: &Contents) -> String {
+    let entries = contents.metadata.iter();
+    entries.map(|(key, value)| format!("{key} = {}\n", preview(&json::value(value)))).collect()
+}
+
+/// The start of a value that may be megabytes long.
+fn preview(value: &Json) -> String {
+    match value {
+        Json::Array(values) => {
+            let shown: Vec<String> = values.iter().take(SHOWN_ELEMENTS).map(preview).collect();
+            match values.len() > SHOWN_ELEMENTS {
+                true => format!("[{}, ...] ({} values)", shown.join(", "), count(values.len() as u64)),
+                false => format!("[{}]", shown.join(", ")),
+            }
+        }
+        Json::String(text) => match text.char_indices().nth(SHOWN_CHARACTERS) {
+            Some((end, _)) => format!("{:?}... ({} bytes)", &text[..end], count(text.len() as u64)),
+            None => format!("{text:?}"),
+        },
+        other => other.to_string(),
+    }
+}
+
+pub fn faults(faults: &[Fault]) -> String {
+    let mut text = format!("{}\n", plural(faults.len(), "fault"));
+    for Fault { rule, place, found, expected } in faults {
+        let rule = if rule.is_empty() { String::new() } else { format!(" (rule {rule})") };
+        text += &format!("  {place}: found {found}, expected {expected}{rule}\n");
+    }
+    text
+}
+
+pub fn no_faults(contents: &Contents) -> String {
+    match contents.format {
+        "slim" => "no faults: every rule of the format and every checksum holds\n".to_owned(),
+        _ => "no faults: the structure is sound; this format has no checksums\n".to_owned(),
+    }
+}
