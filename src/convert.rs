@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Calibration, LayerReport, Method, Report, Resources, Settings,
+    BUILT_IN_CALIBRATION, Calibration, LayerReport, Method, Progress as Step, Report, Resources,
+    Settings,
 };
 use slim_formats::{ModelSource, slim::ScaleCoding};
 use slim_runtime::Tokenizer;
@@ -45,9 +46,15 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
     let progress = if args.quiet { Progress::silent() } else { Progress::new(plan.blocks) };
-    let mut show = |step: slim_converter::Progress<'_>| show(&progress, step);
+    let mut errors = Vec::new();
+    let mut show = |step: Step<'_>| show(&progress, step, &mut errors);
     let report = slim_converter::convert(
-        &*source, &calibration, &settings, resources, &args.output, &mut show,
+        &*source,
+        &calibration,
+        &settings,
+        resources,
+        &args.output,
+        &mut show,
     );
     progress.finish();
     let (report, time) = (report?, start.elapsed());
@@ -65,7 +72,10 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
     let coding = match args.scales {
         _ if args.reference => ScaleCoding::Paper,
         Scales::Paper => {
-            ensure!(!has_two_level_options, "`--sub-group` and `--scale-bits` belong to `--scales two-level`");
+            ensure!(
+                !has_two_level_options,
+                "`--sub-group` and `--scale-bits` belong to `--scales two-level`"
+            );
             ScaleCoding::Paper
         }
         Scales::TwoLevel => ScaleCoding::TwoLevel {
@@ -94,7 +104,8 @@ fn resources(plan: &Plan, max_memory: u64) -> Result<Resources> {
         Some(activation_bytes) => Ok(Resources { activation_bytes }),
         None => {
             let (found, needed) = (size(max_memory), size(plan.working_bytes));
-            let message = format!("`--max-memory`: found {found}, but the largest layer takes {needed}");
+            let message =
+                format!("`--max-memory`: found {found}, but the largest layer takes {needed}");
             Err(advised(message, "activations go to a temporary file, a layer's weights do not"))
         }
     }
@@ -114,5 +125,77 @@ fn calibration(
         return Ok(Calibration { samples: Vec::new(), text_sha256: String::new(), tokens: 0 });
     }
     let tokenizer = Tokenizer::new(source.tokenizer())?;
-    Ok(Calibration::from_text(text.as_deref().unwrap_or(BUILT_IN_CALIBRATION), &tokenizer, settings)?)
+    Ok(Calibration::from_text(
+        text.as_deref().unwrap_or(BUILT_IN_CALIBRATION),
+        &tokenizer,
+        settings,
+    )?)
+}
+
+/// Shows a step of the conversion; `errors` are those of the block's layers so far.
+fn show(progress: &Progress, step: Step<'_>, errors: &mut Vec<f32>) {
+    match step {
+        Step::Layer(layer) => {
+            errors.extend(layer.error);
+            progress.detail(format_args!("{}{}", layer.name, mean_error(errors)));
+        }
+        Step::Block { done, .. } => {
+            progress.step(done, format_args!("block {}{}", done - 1, mean_error(errors)));
+            errors.clear();
+        }
+        Step::Warning(warning) => progress.warn(warning),
+    }
+}
+
+/// `, error 0.01234`, nothing if none was measured.
+fn mean_error(errors: &[f32]) -> String {
+    mean(errors).map_or_else(String::new, |error| format!(", error {error:.5}"))
+}
+
+fn mean(values: &[f32]) -> Option<f32> {
+    (!values.is_empty()).then(|| values.iter().sum::<f32>() / values.len() as f32)
+}
+
+fn describe(report: &Report, plan: &Plan, args: &ConvertArgs, time: Duration) -> String {
+    let errors: Vec<f32> = report.layers.iter().filter_map(|layer| layer.error).collect();
+    let mut lines = vec![
+        ("written", args.output.display().to_string()),
+        ("layers", plural(report.layers.len(), "quantized layer")),
+        (
+            "bits per weight",
+            format!("{:.3} in the blocks, everything counted", report.bits_per_weight),
+        ),
+    ];
+    if let Some(error) = mean(&errors) {
+        lines.push(("output error", format!("{error:.5} (relative, mean over layers)")));
+    }
+    let ratio = plan.source_bytes as f64 / report.file_bytes as f64;
+    let (before, after) = (size(plan.source_bytes), size(report.file_bytes));
+    lines.push(("size", format!("{after}, from {before}: {ratio:.2} times smaller")));
+    lines.push(("time", duration(time)));
+    let output = args.output.display();
+    facts(&lines)
+        + &format!("\ntry it:  slimllm run {output} -p \"Once upon a time\"\n")
+        + &format!("look in: slimllm inspect {output} --bits\n")
+}
+
+fn report_json(report: &Report, args: &ConvertArgs, time: Duration) -> Json {
+    let layer = |layer: &LayerReport| {
+        json!({
+            "name": layer.name,
+            "rows": layer.rows,
+            "cols": layer.cols,
+            "bits": layer.bits,
+            "bytes": layer.stored_bits / 8,
+            "error": layer.error,
+        })
+    };
+    json!({
+        "output": args.output.to_string_lossy(),
+        "file_bytes": report.file_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "seconds": time.as_secs_f64(),
+        "warnings": report.warnings,
+        "layers": report.layers.iter().map(layer).collect::<Json>(),
+    })
 }

@@ -5,12 +5,12 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use slim_runtime::{Evaluation, Model, Tokenizer, evaluate};
+use slim_runtime::{Evaluation, Model, evaluate};
 
 use crate::{
     args::EvalArgs,
     failure::advised,
-    open::{open, read_text},
+    open::{open, read_text, tokenizer},
     output::{count, facts, plural, print, print_json},
     progress::Progress,
 };
@@ -30,15 +30,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         let (ours, theirs) = (model.config().vocab_size, other.config().vocab_size);
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs} tokens");
     }
-    let tokens = Tokenizer::new(source.tokenizer())?.encode(&text)?;
+    let tokens = tokenizer(&*source)?.encode(&text)?;
     let windows = choose_windows(tokens.len(), args)?;
 
-    let progress = Progress::new(windows);
+    let progress = Progress::new("window", windows);
     let show = |done, perplexity| progress.step(done, format_args!("perplexity {perplexity:.4}"));
     let evaluation = evaluate(&model, other.as_ref(), &tokens, args.context, windows, show)?;
     progress.finish();
 
-    let text_sha256: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+    let text_sha256: String =
+        Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
     let seconds = start.elapsed().as_secs_f64();
     match args.json {
         true => print_result_json(&evaluation, args.context, &text_sha256, seconds)?,
@@ -59,7 +60,10 @@ fn choose_windows(tokens: usize, args: &EvalArgs) -> Result<usize> {
             plural(wanted, "window"),
             plural(args.context, "token"),
         );
-        return Err(advised(message, "give a longer text, fewer `--windows` or a smaller `--context`"));
+        return Err(advised(
+            message,
+            "give a longer text, fewer `--windows` or a smaller `--context`",
+        ));
     }
     Ok(wanted)
 }
@@ -109,7 +113,7 @@ fn describe(evaluation: &Evaluation, args: &EvalArgs, text_sha256: &str, seconds
         args.context,
         args.context,
     );
-    lines.push(("protocol", protocol.replace('\n', "\n                ")));
+    lines.push(("protocol", protocol));
     let text = args.text.file_name().unwrap_or_default().display();
     lines.push(("text", format!("{text}, sha256 {text_sha256}")));
     lines.push(("tokens", count(evaluation.tokens as u64)));

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use slim_formats::{ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
+use slim_runtime::Tokenizer;
 
 use crate::failure::advised;
 
@@ -38,11 +39,18 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
     if !path.exists() && is_hub_id(path) {
         let id = path.display();
         return Err(advised(
-            format!("`{id}`: there is no such file, and downloading from a hub is not supported yet"),
+            format!(
+                "`{id}`: there is no such file, and downloading from a hub is not supported yet"
+            ),
             format!("if it is a hub id, run `hf download {id} --local-dir DIR` and use DIR"),
         ));
     }
     Ok(open_model(path)?)
+}
+
+/// The tokenizer of a model.
+pub fn tokenizer(source: &dyn ModelSource) -> Result<Tokenizer> {
+    Tokenizer::new(source.tokenizer()).with_context(|| format!("`{}`", source.path().display()))
 }
 
 /// Whether a file is a GGUF file that says it is a SliM file.
@@ -58,7 +66,9 @@ fn is_hub_id(path: &Path) -> bool {
         name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(is_word)
     };
     let is_file_name = |name: &str| {
-        [".gguf", ".safetensors", ".onnx", ".json"].iter().any(|extension| name.ends_with(extension))
+        [".gguf", ".safetensors", ".onnx", ".json"]
+            .iter()
+            .any(|extension| name.ends_with(extension))
     };
     let Some((organization, name)) = path.to_str().and_then(|text| text.split_once('/')) else {
         return false;
@@ -69,7 +79,8 @@ fn is_hub_id(path: &Path) -> bool {
 
 /// Reads a text file whole.
 pub fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).with_context(|| format!("`{}`: cannot read the text", path.display()))
+    std::fs::read_to_string(path)
+        .with_context(|| format!("`{}`: cannot read the text", path.display()))
 }
 
 /// Checks, before any work is done, that `target` can be written and is none of `sources`.

@@ -58,10 +58,14 @@ pub fn plural(number: usize, noun: &str) -> String {
     format!("{} {noun}{}", count(number as u64), if number == 1 { "" } else { "s" })
 }
 
-/// Label and value of each fact, the values below each other.
+/// Label and value of each fact, the values and all their lines below each other.
 pub fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
-    facts.iter().map(|(label, value)| format!("{label:width$}  {value}\n")).collect()
+    let line_break = format!("\n{:width$}  ", "");
+    let line = |(label, value): &(&str, String)| {
+        format!("{label:width$}  {}\n", value.replace('\n', &line_break))
+    };
+    facts.iter().map(line).collect()
 }
 
 #[cfg(test)]
@@ -80,6 +84,12 @@ mod tests {
         ] {
             assert_eq!(size(bytes), text);
         }
+    }
+
+    #[test]
+    fn facts_align_every_line() {
+        let lines = [("a", "1".to_owned()), ("long", "2\n3".to_owned())];
+        assert_eq!(facts(&lines), "a     1\nlong  2\n      3\n");
     }
 
     #[test]

@@ -7,9 +7,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use slim_formats::ModelConfig;
-use slim_runtime::{
-    ChatTemplate, KvCache, Message, Model, Sampler, TextStream, Tokenizer,
-};
+use slim_runtime::{ChatTemplate, KvCache, Message, Model, Sampler, TextStream, Tokenizer};
 
 use crate::{
     args::RunArgs,
@@ -50,7 +48,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
         let message = format!("`{path}`: the model has no chat template");
         return Err(advised(message, "continue a text instead, with `-p TEXT` and no `--chat`"));
     };
-    let special = |token: Option<u32>| token.and_then(|t| tokenizer.token_text(t)).unwrap_or_default();
+    let special =
+        |token: Option<u32>| token.and_then(|t| tokenizer.token_text(t)).unwrap_or_default();
     let (bos, eos) = (special(config.bos_token_id), special(config.eos_token_ids.first().copied()));
     let template = ChatTemplate::new(template, &bos, &eos)?;
     note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
@@ -131,7 +130,10 @@ impl Session<'_> {
                 answer += &text;
             }
             if self.held.len() == self.cache.capacity() {
-                note(format_args!("\nstopped: the context of {} is full", plural(self.held.len(), "token")));
+                note(format_args!(
+                    "\nstopped: the context of {} is full",
+                    plural(self.held.len(), "token")
+                ));
                 break;
             }
             fresh = vec![token];

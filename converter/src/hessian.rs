@@ -4,7 +4,7 @@ use slim_kernels::linalg;
 
 use crate::{Activations, Result};
 
-/// `(2 / samples) * sum x^T x` over the calibration inputs; only the upper triangle is kept.
+/// `(2 / samples) * sum x^T x` over the calibration inputs, `[n, n]`.
 #[derive(Clone)]
 pub struct Hessian {
     n: usize,
@@ -27,6 +27,7 @@ impl Hessian {
         }
         let scale = 2.0 / inputs.samples() as f32;
         values.iter_mut().for_each(|value| *value *= scale);
+        linalg::mirror_upper(&mut values, n);
         Self { n, values }
     }
 
@@ -79,15 +80,7 @@ impl Hessian {
             let mut product = vec![0.0; rows.len()];
             let (left, right) = (linalg::Mat::new(rows, m, n), linalg::Mat::new(&self.values, n, n));
             linalg::matmul(&mut product, n, false, left, right);
-            // The lower triangle is zero: count what is off the diagonal twice.
-            let mut sum = 0.0;
-            for (row, product) in rows.chunks_exact(n).zip(product.chunks_exact(n)) {
-                for (j, (d, p)) in row.iter().zip(product).enumerate() {
-                    let diagonal = d * self.values[j * n + j];
-                    sum += f64::from(*d) * f64::from(2.0 * p - diagonal);
-                }
-            }
-            sum
+            rows.iter().zip(product).map(|(d, p)| f64::from(*d) * f64::from(p)).sum::<f64>()
         });
         pieces.collect::<Vec<f64>>().iter().sum()
     }

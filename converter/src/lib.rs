@@ -20,6 +20,8 @@ mod report;
 mod salience;
 mod settings;
 mod sweep;
+#[cfg(test)]
+mod tests;
 
 use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};

@@ -69,7 +69,7 @@ fn accumulate(add: bool) -> Accum {
     if add { Accum::Add } else { Accum::Replace }
 }
 
-/// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`.
+/// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the diagonal is undefined.
 pub fn add_gram(h: &mut [f32], x: &[f32], n: usize) {
     const STRIPE: usize = 96;
     let x = MatRef::from_row_major_slice(x, x.len() / n, n);
@@ -80,6 +80,15 @@ pub fn add_gram(h: &mut [f32], x: &[f32], n: usize) {
         let left = x.subcols(first, rows).transpose();
         gemm(out, Accum::Add, left, x.split_at_col(first).1, 1.0, Par::Seq);
     });
+}
+
+/// Copies the upper triangle of `h: [n, n]` to the lower one.
+pub fn mirror_upper(h: &mut [f32], n: usize) {
+    for i in 1..n {
+        for j in 0..i {
+            h[i * n + j] = h[j * n + i];
+        }
+    }
 }
 
 /// The upper triangular `u: [n, n]` with `h^-1 = u^T u`, for a symmetric `h` of which the upper triangle is read.

@@ -64,7 +64,7 @@ impl Contents {
         }
         match is_slim(path) {
             true => Self::of_slim(SlimFile::open_without_hashes(path)?),
-            false => Self::of_gguf(&GgufFile::open(path)?),
+            false => Ok(Self::of_gguf(&GgufFile::open(path)?)),
         }
     }
 
@@ -73,7 +73,8 @@ impl Contents {
         let mut tensors = Vec::new();
         for name in source.tensor_names() {
             if let Some(Weight::Dense(dense)) = source.tensor(name)? {
-                let dims = if dense.rows == 1 { vec![dense.cols] } else { vec![dense.rows, dense.cols] };
+                let dims =
+                    if dense.rows == 1 { vec![dense.cols] } else { vec![dense.rows, dense.cols] };
                 tensors.push(Tensor {
                     name: name.to_owned(),
                     dtype: type_name(dense.dtype),
@@ -124,9 +125,9 @@ impl Contents {
         })
     }
 
-    fn of_gguf(file: &GgufFile) -> Result<Self> {
+    fn of_gguf(file: &GgufFile) -> Self {
         let tensors: Vec<Tensor> = file.tensors().iter().map(Tensor::of_gguf).collect();
-        Ok(Self {
+        Self {
             format: "gguf",
             architecture: file.metadata().str("general.architecture").map(str::to_owned),
             file_bytes: file.file_bytes().len() as u64,
@@ -134,7 +135,7 @@ impl Contents {
             tensors,
             metadata: file.metadata().clone(),
             slim: None,
-        })
+        }
     }
 
     fn of_slim(file: SlimFile) -> Result<Self> {
@@ -144,7 +145,8 @@ impl Contents {
                 weights.push(WeightSize::of_slim(name, found));
             }
         }
-        Ok(Self { format: "slim", weights, slim: Some(file), ..Self::of_gguf(file.gguf())? })
+        let gguf = Self::of_gguf(file.gguf());
+        Ok(Self { format: "slim", weights, slim: Some(file), ..gguf })
     }
 
     /// The layer table of a SliM file, empty for others.
@@ -164,8 +166,9 @@ impl Contents {
     /// Bits per weight of the (quantized) linear layers of the blocks, everything counted.
     pub fn bits_per_weight(&self) -> Option<f64> {
         let counted = self.weights.iter().filter(|weight| weight.is_counted);
-        let (bits, elements) = counted
-            .fold((0, 0), |(bits, elements), weight| (bits + weight.bits, elements + weight.elements));
+        let (bits, elements) = counted.fold((0, 0), |(bits, elements), weight| {
+            (bits + weight.bits, elements + weight.elements)
+        });
         (elements > 0).then(|| bits as f64 / elements as f64)
     }
 

@@ -30,7 +30,10 @@ pub fn summary(contents: &Contents) -> String {
     if let Some(bits) = contents.bits_per_weight() {
         let layers = contents.weights.iter().filter(|weight| weight.is_counted).count();
         let layers = plural(layers, "linear layer");
-        lines.push(("bits per weight", format!("{bits:.3} in {layers} of the blocks, everything counted")));
+        lines.push((
+            "bits per weight",
+            format!("{bits:.3} in {layers} of the blocks, everything counted"),
+        ));
     }
     for (label, name) in [("embedding", "token_embd.weight"), ("output", "output.weight")] {
         if let Some(weight) = contents.weight(name) {
@@ -59,7 +62,8 @@ fn types(weights: &[WeightSize]) -> String {
 
 /// The scale codings of the layers, each once.
 fn codings(layers: &[LayerInfo]) -> String {
-    let mut codings: Vec<String> = layers.iter().map(|layer| coding(layer.layout.coding())).collect();
+    let mut codings: Vec<String> =
+        layers.iter().map(|layer| coding(layer.layout.coding())).collect();
     codings.sort();
     codings.dedup();
     codings.join("; ")
@@ -112,12 +116,9 @@ pub fn tensors(contents: &Contents) -> String {
 /// Rows of three columns to the left and one to the right.
 fn table(head: [&str; 4], rows: impl Iterator<Item = [String; 4]>) -> String {
     let rows: Vec<[String; 4]> = [head.map(str::to_owned)].into_iter().chain(rows).collect();
-    let [a, b, c, d] = [0, 1, 2, 3].map(|column| {
-        rows.iter().map(|row| row[column].len()).max().unwrap_or(0)
-    });
-    rows.iter()
-        .map(|[w, x, y, z]| format!("{w:a$}  {x:b$}  {y:c$}  {z:>d$}\n"))
-        .collect()
+    let [a, b, c, d] =
+        [0, 1, 2, 3].map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0));
+    rows.iter().map(|[w, x, y, z]| format!("{w:a$}  {x:b$}  {y:c$}  {z:>d$}\n")).collect()
 }
 
 /// A digit per group, in column order: the map of the bit-widths.
@@ -126,11 +127,13 @@ pub fn bit_widths(contents: &Contents) -> String {
     let width = layers.iter().map(|layer| short_name(layer).len()).max().unwrap_or(0);
     let mut text = match layers {
         [] => "no layers with bit-widths per group\n".to_owned(),
-        _ => "layer, mean width, relative output error | width of each group in column order\n".to_owned(),
+        _ => "layer, mean width, relative output error | width of each group in column order\n"
+            .to_owned(),
     };
     for layer in layers {
         let error = layer.error.map_or("-".to_owned(), |error| format!("{error:.5}"));
-        let head = format!("{:width$} {:5.2} bits {error:>8} | ", short_name(layer), mean_width(layer));
+        let head =
+            format!("{:width$} {:5.2} bits {error:>8} | ", short_name(layer), mean_width(layer));
         let indent = format!("\n{:1$}| ", "", head.len() - 2);
         text += &format!("{head}{}\n", digits(layer).join(&indent));
     }
@@ -168,7 +171,9 @@ fn preview(value: &Json) -> String {
         Json::Array(values) => {
             let shown: Vec<String> = values.iter().take(SHOWN_ELEMENTS).map(preview).collect();
             match values.len() > SHOWN_ELEMENTS {
-                true => format!("[{}, ...] ({} values)", shown.join(", "), count(values.len() as u64)),
+                true => {
+                    format!("[{}, ...] ({} values)", shown.join(", "), count(values.len() as u64))
+                }
                 false => format!("[{}]", shown.join(", ")),
             }
         }
