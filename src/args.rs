@@ -1,6 +1,6 @@
 //! What users type.
 
-use std::path::PathBuf;
+use std::{ops::RangeBounds, path::PathBuf};
 
 use clap::{
     Parser, Subcommand, ValueEnum,
@@ -53,7 +53,7 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
     pub group_size: usize,
 
-    /// How scales are stored
+    /// How scales are stored: as small codes under an fp16 pair per row, or as in the paper
     #[arg(long, value_enum, default_value_t = Scales::TwoLevel)]
     pub scales: Scales,
 
@@ -82,11 +82,11 @@ pub struct ConvertArgs {
     pub calibration: Option<PathBuf>,
 
     /// Calibration samples
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = range(1..=1 << 16))]
     pub samples: usize,
 
     /// Tokens per calibration sample
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..=1 << 24))]
     pub context: usize,
 
     /// Seed of the choice of samples
@@ -114,11 +114,9 @@ pub struct ConvertArgs {
 }
 
 /// How scales are stored.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, ValueEnum)]
 pub enum Scales {
-    /// Small codes per sub-group under an fp16 pair per row
     TwoLevel,
-    /// An fp16 scale and a zero point per row and group
     Paper,
 }
 
@@ -140,7 +138,7 @@ pub struct RunArgs {
     pub tokens: usize,
 
     /// Tokens that the context holds [default: as the model was made for, 4096 at most]
-    #[arg(long, value_name = "TOKENS", value_parser = from(1))]
+    #[arg(long, value_name = "TOKENS", value_parser = range(1..))]
     pub context: Option<usize>,
 
     #[command(flatten)]
@@ -228,11 +226,11 @@ pub struct EvalArgs {
     pub text: PathBuf,
 
     /// Tokens per window
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = from(2))]
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..))]
     pub context: usize,
 
     /// Measure the first N windows only [default: all]
-    #[arg(long, value_name = "N", value_parser = from(1))]
+    #[arg(long, value_name = "N", value_parser = range(1..))]
     pub windows: Option<usize>,
 
     /// Also measure the divergence from this model, usually the unquantized source
@@ -270,15 +268,15 @@ pub struct BenchArgs {
     pub model: ModelArgs,
 
     /// Tokens of the prompt
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = from(1))]
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = range(1..))]
     pub prompt: usize,
 
     /// Tokens to generate
-    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = from(1))]
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = range(1..))]
     pub generate: usize,
 
     /// Runs, of which the median counts
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = from(1))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = range(1..))]
     pub runs: usize,
 
     /// Print the result as JSON
@@ -289,9 +287,9 @@ pub struct BenchArgs {
     pub compute: Compute,
 }
 
-/// Takes whole numbers from `least` on.
-fn from(least: u64) -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(least..)
+/// Takes whole numbers of a range.
+fn range(numbers: impl RangeBounds<u64>) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(numbers)
 }
 
 /// Takes one of some whole numbers.

@@ -9,6 +9,7 @@ use slim_runtime::{KvCache, Model};
 
 use crate::{
     args::BenchArgs,
+    open::check_context,
     output::{facts, plural, print, print_json, size},
 };
 
@@ -46,7 +47,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn measure(model: &Model<'_>, args: &BenchArgs) -> Result<Measurement> {
-    let mut cache = KvCache::new(model.config(), args.prompt.max(args.generate));
+    let context = args.prompt.max(args.generate);
+    check_context(model.config(), context)?;
+    let mut cache = KvCache::new(model.config(), context);
     // Brings the weights into memory.
     model.next_logits(&tokens(model, 1), &mut cache)?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());

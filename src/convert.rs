@@ -8,16 +8,15 @@ use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
     BUILT_IN_CALIBRATION, Calibration, LayerReport, Method, Progress as Step, Report, Resources,
-    Settings,
+    Settings, convert,
 };
 use slim_formats::{ModelSource, slim::ScaleCoding};
-use slim_runtime::Tokenizer;
 
 use self::plan::Plan;
 use crate::{
     args::{ConvertArgs, Scales},
     failure::advised,
-    open::{check_target, open, read_text},
+    open::{check_target, open, read_text, tokenizer},
     output::{facts, note, plural, print, print_json, size},
     progress::{Progress, duration},
 };
@@ -45,17 +44,12 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
-    let progress = if args.quiet { Progress::silent() } else { Progress::new(plan.blocks) };
-    let mut errors = Vec::new();
-    let mut show = |step: Step<'_>| show(&progress, step, &mut errors);
-    let report = slim_converter::convert(
-        &*source,
-        &calibration,
-        &settings,
-        resources,
-        &args.output,
-        &mut show,
-    );
+    let progress =
+        if args.quiet { Progress::silent() } else { Progress::new("block", plan.blocks) };
+    let mut block = Vec::new();
+    let mut show = |step: Step<'_>| show(&progress, step, &mut block);
+    let target = &args.output;
+    let report = convert(&*source, &calibration, &settings, resources, target, &mut show);
     progress.finish();
     let (report, time) = (report?, start.elapsed());
     if args.json {
@@ -124,7 +118,7 @@ fn calibration(
         }
         return Ok(Calibration { samples: Vec::new(), text_sha256: String::new(), tokens: 0 });
     }
-    let tokenizer = Tokenizer::new(source.tokenizer())?;
+    let tokenizer = tokenizer(source)?;
     Ok(Calibration::from_text(
         text.as_deref().unwrap_or(BUILT_IN_CALIBRATION),
         &tokenizer,
@@ -132,32 +126,29 @@ fn calibration(
     )?)
 }
 
-/// Shows a step of the conversion; `errors` are those of the block's layers so far.
-fn show(progress: &Progress, step: Step<'_>, errors: &mut Vec<f32>) {
+/// Shows a step of the conversion; `block` are the errors of the block's layers so far.
+fn show(progress: &Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
+    let shown = |error: Option<f32>| error.map_or(String::new(), |e| format!(", error {e:.5}"));
     match step {
         Step::Layer(layer) => {
-            errors.extend(layer.error);
-            progress.detail(format_args!("{}{}", layer.name, mean_error(errors)));
+            block.push(layer.error);
+            progress.detail(format_args!("{}{}", layer.name, shown(layer.error)));
         }
         Step::Block { done, .. } => {
-            progress.step(done, format_args!("block {}{}", done - 1, mean_error(errors)));
-            errors.clear();
+            let layers = plural(block.len(), "layer");
+            progress.step(done, format_args!("{layers}{}", shown(mean(block.drain(..)))));
         }
         Step::Warning(warning) => progress.warn(warning),
     }
 }
 
-/// `, error 0.01234`, nothing if none was measured.
-fn mean_error(errors: &[f32]) -> String {
-    mean(errors).map_or_else(String::new, |error| format!(", error {error:.5}"))
-}
-
-fn mean(values: &[f32]) -> Option<f32> {
-    (!values.is_empty()).then(|| values.iter().sum::<f32>() / values.len() as f32)
+/// The mean of the errors that were measured.
+fn mean(errors: impl Iterator<Item = Option<f32>>) -> Option<f32> {
+    let errors: Vec<f32> = errors.flatten().collect();
+    (!errors.is_empty()).then(|| errors.iter().sum::<f32>() / errors.len() as f32)
 }
 
 fn describe(report: &Report, plan: &Plan, args: &ConvertArgs, time: Duration) -> String {
-    let errors: Vec<f32> = report.layers.iter().filter_map(|layer| layer.error).collect();
     let mut lines = vec![
         ("written", args.output.display().to_string()),
         ("layers", plural(report.layers.len(), "quantized layer")),
@@ -166,7 +157,7 @@ fn describe(report: &Report, plan: &Plan, args: &ConvertArgs, time: Duration) ->
             format!("{:.3} in the blocks, everything counted", report.bits_per_weight),
         ),
     ];
-    if let Some(error) = mean(&errors) {
+    if let Some(error) = mean(report.layers.iter().map(|layer| layer.error)) {
         lines.push(("output error", format!("{error:.5} (relative, mean over layers)")));
     }
     let ratio = plan.source_bytes as f64 / report.file_bytes as f64;

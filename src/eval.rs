@@ -30,7 +30,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         let (ours, theirs) = (model.config().vocab_size, other.config().vocab_size);
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs} tokens");
     }
-    let tokens = tokenizer(&*source)?.encode(&text)?;
+    // As Python reads a text file, which is how published figures are made.
+    let tokens = tokenizer(&*source)?.encode(&text.replace("\r\n", "\n"))?;
     let windows = choose_windows(tokens.len(), args)?;
 
     let progress = Progress::new("window", windows);
@@ -108,7 +109,8 @@ fn describe(evaluation: &Evaluation, args: &EvalArgs, text_sha256: &str, seconds
     }
     let protocol = format!(
         "exp of the mean, over {} of {} tokens that do not overlap, of the mean negative\n\
-         log-likelihood of tokens 2 to {} of each; text tokenized whole, no token put in front",
+         log-likelihood of tokens 2 to {} of each; text tokenized whole, with line ends as \\n,\n\
+         no token put in front",
         plural(evaluation.windows, "window"),
         args.context,
         args.context,

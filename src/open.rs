@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use slim_formats::{ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
+use slim_formats::{ModelConfig, ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
 use slim_runtime::Tokenizer;
 
 use crate::failure::advised;
@@ -27,11 +27,6 @@ impl ModelArgs {
             false => open(&self.model),
         }
     }
-
-    /// The path that the user typed.
-    pub fn path(&self) -> &Path {
-        &self.model
-    }
 }
 
 /// Opens a model of any supported kind.
@@ -51,6 +46,13 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
 /// The tokenizer of a model.
 pub fn tokenizer(source: &dyn ModelSource) -> Result<Tokenizer> {
     Tokenizer::new(source.tokenizer()).with_context(|| format!("`{}`", source.path().display()))
+}
+
+/// Checks that a model was made for texts of `tokens` tokens.
+pub fn check_context(config: &ModelConfig, tokens: usize) -> Result<()> {
+    let limit = config.context_length;
+    ensure!(tokens <= limit, "the model was made for a context of {limit} tokens, not {tokens}");
+    Ok(())
 }
 
 /// Whether a file is a GGUF file that says it is a SliM file.

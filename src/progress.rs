@@ -13,6 +13,8 @@ use crate::output::note;
 /// How far a command is.
 pub struct Progress {
     kind: Kind,
+    /// What a step is called.
+    noun: &'static str,
     steps: usize,
     start: Instant,
 }
@@ -24,15 +26,15 @@ enum Kind {
 }
 
 impl Progress {
-    /// Progress of `steps` steps.
-    pub fn new(steps: usize) -> Self {
-        let kind = if stderr().is_terminal() { Kind::Bar(bar(steps)) } else { Kind::Lines };
-        Self { kind, steps, start: Instant::now() }
+    /// Progress of `steps` steps called `noun`.
+    pub fn new(noun: &'static str, steps: usize) -> Self {
+        let kind = if stderr().is_terminal() { Kind::Bar(bar(noun, steps)) } else { Kind::Lines };
+        Self { kind, noun, steps, start: Instant::now() }
     }
 
     /// Progress that shows nothing but warnings.
     pub fn silent() -> Self {
-        Self { kind: Kind::Silent, steps: 0, start: Instant::now() }
+        Self { kind: Kind::Silent, noun: "", steps: 0, start: Instant::now() }
     }
 
     /// A part of a step is done: a bar shows it, lines wait for the step.
@@ -52,7 +54,8 @@ impl Progress {
             Kind::Lines => {
                 let per_step = self.start.elapsed() / done.max(1) as u32;
                 let left = duration(per_step * (self.steps - done) as u32);
-                note(format_args!("{message}, {done} of {}, {left} left", self.steps));
+                let Self { noun, steps, .. } = self;
+                note(format_args!("{noun} {done} of {steps}: {message}, {left} left"));
             }
             Kind::Silent => {}
         }
@@ -75,9 +78,10 @@ impl Progress {
     }
 }
 
-fn bar(steps: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}, {eta} left");
-    let bar = ProgressBar::new(steps as u64).with_style(style.expect("the template is valid"));
+fn bar(noun: &'static str, steps: usize) -> ProgressBar {
+    let template = "{bar:24} {prefix} {pos} of {len}: {msg}, {eta} left";
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    let bar = ProgressBar::new(steps as u64).with_style(style).with_prefix(noun);
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
 }

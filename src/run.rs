@@ -6,12 +6,13 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use slim_formats::ModelConfig;
+use slim_formats::{ModelConfig, ModelSource};
 use slim_runtime::{ChatTemplate, KvCache, Message, Model, Sampler, TextStream, Tokenizer};
 
 use crate::{
     args::RunArgs,
     failure::advised,
+    open::{check_context, tokenizer},
     output::{note, plural, print},
 };
 
@@ -23,13 +24,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let start = Instant::now();
     let source = args.model.open()?;
     let model = Model::load(&*source, backend)?;
-    let tokenizer = Tokenizer::new(source.tokenizer())?;
+    let tokenizer = tokenizer(&*source)?;
     let config = model.config();
     let context = args.context.unwrap_or(config.context_length.min(DEFAULT_CONTEXT));
-    if context > config.context_length {
-        let made_for = plural(config.context_length, "token");
-        note(format_args!("warning: the model was made for a context of {made_for}"));
-    }
+    check_context(config, context)?;
     let mut session = Session {
         cache: KvCache::new(config, context),
         held: Vec::new(),
@@ -38,22 +36,13 @@ pub fn run(args: &RunArgs) -> Result<()> {
         model,
         tokenizer: &tokenizer,
     };
-    if !args.chat {
-        let tokens = document_tokens(&tokenizer, config, args.prompt.as_deref().unwrap_or(""))?;
-        note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
-        return session.answer(&tokens).map(drop);
-    }
-    let Some(template) = source.chat_template() else {
-        let path = args.model.path().display();
-        let message = format!("`{path}`: the model has no chat template");
-        return Err(advised(message, "continue a text instead, with `-p TEXT` and no `--chat`"));
-    };
-    let special =
-        |token: Option<u32>| token.and_then(|t| tokenizer.token_text(t)).unwrap_or_default();
-    let (bos, eos) = (special(config.bos_token_id), special(config.eos_token_ids.first().copied()));
-    let template = ChatTemplate::new(template, &bos, &eos)?;
     note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
-    chat(&mut session, &template, args.prompt.clone())
+    if args.chat {
+        let template = chat_template(&*source, &tokenizer)?;
+        return chat(&mut session, &template, args.prompt.clone());
+    }
+    let prompt = args.prompt.as_deref().unwrap_or_default();
+    session.answer(&document_tokens(&tokenizer, config, prompt)?).map(drop)
 }
 
 /// The tokens of a text that the model continues, with those that the model expects in front.
@@ -66,6 +55,20 @@ fn document_tokens(tokenizer: &Tokenizer, config: &ModelConfig, text: &str) -> R
     }
     ensure!(!tokens.is_empty(), "the prompt is empty");
     Ok(tokens)
+}
+
+fn chat_template(source: &dyn ModelSource, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    let config = source.config();
+    let text_of = |token: Option<u32>| {
+        token.and_then(|token| tokenizer.token_text(token)).unwrap_or_default()
+    };
+    let bos = text_of(config.bos_token_id);
+    let eos = text_of(config.eos_token_ids.first().copied());
+    let Some(template) = source.chat_template() else {
+        let message = format!("`{}`: the model has no chat template", source.path().display());
+        return Err(advised(message, "continue a text instead: `-p TEXT` without `--chat`"));
+    };
+    Ok(ChatTemplate::new(template, &bos, &eos)?)
 }
 
 /// Answers messages from stdin, after `first`, until `/exit` or the end of the input.

@@ -64,6 +64,13 @@ impl Rope {
     }
 }
 
+const MAX_HEAD_DIM: usize = 1 << 14;
+
+/// Pairs of channels of a head; of a head that [`ModelConfig::validated`] will refuse, no more than memory can hold.
+fn rope_pairs(head_dim: usize) -> usize {
+    head_dim.min(MAX_HEAD_DIM) / 2
+}
+
 impl ModelConfig {
     /// Gives the configuration back if its numbers fit each other.
     fn validated(self, path: &Path) -> Result<Self> {
@@ -73,7 +80,7 @@ impl ModelConfig {
             ("feed-forward size", self.ffn_size, 1 << 22),
             ("head count", self.head_count, 1 << 14),
             ("key/value head count", self.kv_head_count, 1 << 14),
-            ("head size", self.head_dim, 1 << 14),
+            ("head size", self.head_dim, MAX_HEAD_DIM),
             ("vocabulary size", self.vocab_size, 1 << 26),
             ("context length", self.context_length, 1 << 30),
             ("sliding window", self.sliding_window.unwrap_or(1), 1 << 30),

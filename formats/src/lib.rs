@@ -15,6 +15,8 @@ mod model;
 mod names;
 pub mod safetensors;
 pub mod slim;
+#[cfg(test)]
+mod test_data;
 
 pub use atomic::AtomicFile;
 pub use config::{ModelConfig, Rope};

@@ -8,6 +8,8 @@ mod error;
 pub mod ggml;
 pub mod linalg;
 mod reference;
+#[cfg(test)]
+mod tests;
 pub mod weight;
 
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};

@@ -115,11 +115,9 @@ mod tests {
     #[test]
     fn f32_values_keep_their_short_form() {
         for (number, text) in
-            [(1e-5, "0.00001"), (0.1, "0.1"), (f32::MAX, "3.4028235e38"), (f32::INFINITY, "null")]
+            [(1e-5, "0.00001"), (0.1, "0.1"), (-3.5, "-3.5"), (f32::INFINITY, "null")]
         {
-            let json = f32_json(number);
-            assert_eq!(json.to_string().parse::<f32>().ok(), text.parse::<f32>().ok(), "{json}");
-            assert!(json.to_string().len() <= text.len(), "{json}");
+            assert_eq!(f32_json(number).to_string(), text);
         }
     }
 }

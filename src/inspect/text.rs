@@ -13,7 +13,7 @@ use crate::output::{count, facts, plural, size};
 
 /// Elements of an array that are shown, and characters of a string.
 const SHOWN_ELEMENTS: usize = 6;
-const SHOWN_CHARACTERS: usize = 60;
+const SHOWN_CHARACTERS: usize = 64;
 
 pub fn summary(contents: &Contents) -> String {
     let mut lines = vec![
@@ -96,10 +96,13 @@ fn width_histogram(layers: &[LayerInfo]) -> String {
 /// Where the file comes from, by its own account.
 fn provenance(contents: &Contents) -> String {
     let prefixes = ["slim.source.", "slim.quantization.", "slim.calibration."];
+    // For `--metadata`: they would fill the screen.
+    let long = ["slim.source.bytes", "slim.source.sha256"];
     let lines: Vec<(&str, String)> = contents
         .metadata
         .iter()
         .filter(|(key, _)| prefixes.iter().any(|prefix| key.starts_with(prefix)))
+        .filter(|(key, _)| !long.contains(key))
         .map(|(key, value)| (key, preview(&json::value(value))))
         .collect();
     if lines.is_empty() { String::new() } else { format!("\n{}", facts(&lines)) }
@@ -198,5 +201,41 @@ pub fn no_faults(contents: &Contents) -> String {
     match contents.format {
         "slim" => "no faults: every rule of the format and every checksum holds\n".to_owned(),
         _ => "no faults: the structure is sound; this format has no checksums\n".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use slim_formats::slim::{BitWidth, LayerLayout};
+
+    use super::*;
+
+    fn layer(groups: usize) -> LayerInfo {
+        let widths: Vec<BitWidth> =
+            (0..groups).map(|group| BitWidth::new((group % 3 + 2) as u8).unwrap()).collect();
+        let layout = LayerLayout::new(16, 64 * groups, 64, ScaleCoding::Paper, &widths).unwrap();
+        LayerInfo { name: "blk.0.attn_q.weight".to_owned(), layout, error: None }
+    }
+
+    #[test]
+    fn digits_of_many_groups_fill_lines_of_tens() {
+        assert_eq!(digits(&layer(9)), ["234234234"]);
+        assert_eq!(
+            digits(&layer(86)),
+            [
+                "2342342342 3423423423 4234234234 2342342342",
+                "3423423423 4234234234 2342342342 3423423423",
+                "423423"
+            ]
+        );
+    }
+
+    #[test]
+    fn preview_shows_the_start_and_the_length() {
+        let numbers: Vec<u32> = (0..1000).collect();
+        assert_eq!(preview(&Json::from(numbers)), "[0, 1, 2, 3, 4, 5, ...] (1,000 values)");
+        assert_eq!(preview(&Json::from("short")), "\"short\"");
+        let long = preview(&Json::from("a".repeat(5000)));
+        assert_eq!(long, format!("\"{}\"... (5,000 bytes)", "a".repeat(64)));
     }
 }

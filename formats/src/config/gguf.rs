@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{ModelConfig, Rope};
+use super::{ModelConfig, Rope, rope_pairs};
 use crate::{
     FormatError, Result,
     gguf::{Array, Metadata, Value},
@@ -164,7 +164,7 @@ fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Res
         }
         Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
     };
-    let factors = factors.unwrap_or_else(|| vec![1.0; head_dim / 2]);
+    let factors = factors.unwrap_or_else(|| vec![1.0; rope_pairs(head_dim)]);
     Ok(Rope {
         theta: theta.unwrap_or(DEFAULT_ROPE_THETA) as f32,
         factors: factors.into_iter().map(|factor| factor * scale).collect(),

@@ -4,7 +4,7 @@ use std::{f64::consts::TAU, path::Path};
 
 use serde_json::Value;
 
-use super::{ModelConfig, Rope};
+use super::{ModelConfig, Rope, rope_pairs};
 use crate::{FormatError, Result};
 
 /// What the `llama` and `mistral` classes of transformers take when `rope_theta` is absent.
@@ -116,9 +116,10 @@ fn read_rope(json: &Json<'_>, head_dim: usize) -> Result<Rope> {
     let kind_key = if scaling.has("rope_type") { "rope_type" } else { "type" };
     let kind = scaling.optional(kind_key, "a string", Value::as_str)?;
     let factors = match kind.unwrap_or("default") {
-        "default" => vec![1.0; head_dim / 2],
+        "default" => vec![1.0; rope_pairs(head_dim)],
         "linear" => {
-            vec![scaling.require("factor", "a number", Value::as_f64)? as f32; head_dim / 2]
+            let factor = scaling.require("factor", "a number", Value::as_f64)?;
+            vec![factor as f32; rope_pairs(head_dim)]
         }
         "llama3" => llama3_factors(&scaling, theta, head_dim)?,
         other => return json.unsupported(format!("RoPE scaling `{other}`"), ""),
@@ -145,7 +146,7 @@ fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec
         let kept = ((original_context / wavelength - low) / (high - low)).clamp(0.0, 1.0);
         (1.0 / ((1.0 - kept) / factor + kept)) as f32
     };
-    Ok((0..head_dim / 2).map(pair_factor).collect())
+    Ok((0..rope_pairs(head_dim)).map(pair_factor).collect())
 }
 
 /// A JSON object and the file that it comes from. A `null` counts as absent.

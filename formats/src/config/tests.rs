@@ -92,6 +92,8 @@ fn hugging_face_bad_configurations_are_refused() {
         (json!({"num_hidden_layers": 1_u64 << 40}), false, "block count"),
         (json!({"num_key_value_heads": 3}), false, "a divisor of the 4 query heads"),
         (json!({"head_dim": 15}), false, "an even number"),
+        (json!({"head_dim": i64::MAX}), false, "head size"),
+        (json!({"hidden_size": u64::MAX}), false, "hidden size"),
         (json!({"rms_norm_eps": null}), false, "key `rms_norm_eps`"),
         (json!({"rms_norm_eps": 0.0}), false, "RMS norm epsilon"),
         (json!({"rope_theta": -1.0}), false, "RoPE"),

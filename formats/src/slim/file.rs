@@ -24,6 +24,9 @@ pub const FORMAT_VERSION: u32 = 1;
 /// `general.alignment` of a SliM file (F1): a cache line, and a multiple of every block of codes.
 pub(super) const ALIGNMENT: u32 = 64;
 
+/// The GGUF version of a SliM file (F1).
+const GGUF_VERSION: u32 = 3;
+
 /// Names of metadata keys.
 pub(super) mod keys {
     pub const VERSION: &str = "slim.format.version";
@@ -94,15 +97,22 @@ impl SlimFile {
     pub fn open_without_hashes(path: &Path) -> Result<Self> {
         let gguf = GgufFile::open(path)?;
         let metadata = gguf.metadata();
-        let version = metadata.u64(keys::VERSION);
-        if version != Some(FORMAT_VERSION.into()) {
-            let found = version.map_or("none".to_owned(), |v| v.to_string());
-            let what = format!("SliM format version {found} (this program reads {FORMAT_VERSION})");
+        let version = metadata.u64(keys::VERSION).ok_or_else(|| {
+            let place = format!("key `{}`", keys::VERSION);
+            FormatError::malformed(path, place, "F2", "no number", "the version of the format")
+        })?;
+        if version != u64::from(FORMAT_VERSION) {
+            let what =
+                format!("SliM format version {version} (this program reads {FORMAT_VERSION})");
             return Err(FormatError::unsupported(path, what, "update slimllm"));
         }
+        if gguf.version() != GGUF_VERSION {
+            let (found, expected) = (gguf.version(), GGUF_VERSION.to_string());
+            return Err(FormatError::malformed(path, "the GGUF version", "F1", found, expected));
+        }
         if gguf.alignment() != u64::from(ALIGNMENT) {
-            let found = gguf.alignment();
-            return Err(FormatError::malformed(path, "general.alignment", "F1", found, "64"));
+            let (found, expected) = (gguf.alignment(), ALIGNMENT.to_string());
+            return Err(FormatError::malformed(path, "general.alignment", "F1", found, expected));
         }
         let layers = read_layers(&gguf)?;
         check_dense_tensors(&gguf, &layers)?;
@@ -301,6 +311,7 @@ fn read_layers(gguf: &GgufFile) -> Result<Vec<LayerInfo>> {
             };
             let (rows, cols, group_size) =
                 (rows[i] as usize, cols[i] as usize, group_sizes[i] as usize);
+            require_code_bytes(gguf, &names[i], cols)?;
             let widths = read_bit_widths(gguf, &names[i])?;
             let layout = LayerLayout::new(rows, cols, group_size, coding, &widths).map_err(
                 |(rule, found, expected)| {
@@ -312,6 +323,18 @@ fn read_layers(gguf: &GgufFile) -> Result<Vec<LayerInfo>> {
             Ok(LayerInfo { name: names[i].clone(), layout, error })
         })
         .collect()
+}
+
+/// Refuses a layer with less than a bit per weight, before anything is made for each of its groups.
+fn require_code_bytes(gguf: &GgufFile, layer: &str, cols: usize) -> Result<()> {
+    let info = part(gguf, layer, "codes", DType::I8)?;
+    let least = (cols * TILE_ROWS / 8) as u64;
+    if info.bytes >= least {
+        return Ok(());
+    }
+    let place = format!("tensor `{}`", info.name);
+    let (found, expected) = (format!("{} bytes", info.bytes), format!("at least {least}"));
+    Err(FormatError::malformed(gguf.path(), place, "F6", found, expected))
 }
 
 fn read_bit_widths(gguf: &GgufFile, layer: &str) -> Result<Vec<BitWidth>> {
@@ -351,6 +374,10 @@ fn check_parts(gguf: &GgufFile, layer: &str, layout: &LayerLayout) -> Result<()>
     ];
     if layout.tile_row_scale_bytes() > 0 {
         expected.push(("row_scales", DType::F16, vec![tiles, 2, TILE_ROWS as u64]));
+    } else if let Some(info) = gguf.tensor(&part_name(layer, "row_scales")) {
+        let place = format!("tensor `{}`", info.name);
+        let expected = "none beside the paper coding";
+        return Err(FormatError::malformed(gguf.path(), place, "F6", "one", expected));
     }
     for (suffix, dtype, shape) in expected {
         let info = part(gguf, layer, suffix, dtype)?;
@@ -449,6 +476,7 @@ fn padding_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
         let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
         unpack_codes(bytes, group.bit_width, &mut columns);
         columns.iter().any(|column| column[used..].iter().any(|&code| code != 0))
+            || layer.zero_points(tile, group)[used..].iter().any(|&zero| zero != 0)
             || (0..group.runs(layout.coding()).len()).any(|run| {
                 let (factor, offset) = layer.scales(tile, group, run);
                 factor[used..].iter().chain(&offset[used..]).any(|&value| value != 0.0)

@@ -92,6 +92,17 @@ impl<'a> PackedTensor<'a> {
     }
 }
 
+impl PackedTensor<'_> {
+    /// The zero points of a group; zeros where none are stored (two-level coding, 1-bit groups).
+    pub(super) fn zero_points(&self, tile: usize, group: &Group) -> CodeColumn {
+        if self.layout.coding() != ScaleCoding::Paper || group.bit_width.bits() == 1 {
+            return [0; TILE_ROWS];
+        }
+        let after_scales = group.scales_offset + 2 * TILE_ROWS;
+        zero_points(&self.tile_scales(tile)[after_scales..], group.bit_width)
+    }
+}
+
 fn chunk(bytes: &[u8], index: usize, size: usize) -> &[u8] {
     &bytes[index * size..][..size]
 }

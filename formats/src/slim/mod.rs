@@ -6,6 +6,8 @@ mod file;
 mod group;
 mod layout;
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod tests;
 mod writer;
 

@@ -14,8 +14,10 @@ macro_rules! per_isa {
 }
 
 mod attention;
+mod dequantize;
 mod elementwise;
 mod matvec;
+mod unpack;
 
 pub use elementwise::{kl_divergence, log_softmax};
 
@@ -93,11 +95,18 @@ fn matmul_by_rows(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result
         .map(|piece| {
             let first = piece * ROWS_PER_TASK;
             let n = ROWS_PER_TASK.min(rows - first);
-            let mut weights = vec![0.0; n * cols];
-            dequantize_rows(w, first..first + n, &mut weights)?;
             let mut product = vec![0.0; m * n];
-            let (x, weights) = (Mat::new(x, m, cols), Mat::new(&weights, n, cols));
-            linalg::matmul_transposed(&mut product, n, false, 1.0, x, weights);
+            let x = Mat::new(x, m, cols);
+            if let Weight::Packed(packed) = w {
+                let tiles = first / TILE_ROWS..(first + n).div_ceil(TILE_ROWS);
+                let stride = tiles.len() * TILE_ROWS;
+                let weights = dequantize::columns(packed, tiles);
+                linalg::matmul(&mut product, n, false, x, Mat::strided(&weights, cols, n, stride));
+            } else {
+                let mut weights = vec![0.0; n * cols];
+                dequantize_rows(w, first..first + n, &mut weights)?;
+                linalg::matmul_transposed(&mut product, n, false, 1.0, x, Mat::new(&weights, n, cols));
+            }
             Ok(product)
         })
         .collect::<Result<_>>()?;

@@ -1,0 +1,64 @@
+//! Many rows of a packed layer as f32, for products with many tokens.
+
+use std::ops::Range;
+
+use slim_formats::slim::{PackedTensor, TILE_ROWS};
+
+use super::unpack::{Lanes, UNIT, UnitWords, for_width};
+
+/// Columns `[cols, tiles.len() * 16]` of a layer: row `r` of the tiles is lane `r` of every column. Padding rows are zero.
+///
+/// # Accuracy
+/// Equal to [`crate::weight::dequantize_rows`] up to one rounding, where the processor fuses multiply and add.
+pub fn columns(packed: PackedTensor<'_>, tiles: Range<usize>) -> Vec<f32> {
+    let stride = tiles.len() * TILE_ROWS;
+    let mut out = vec![0.0; packed.layout().cols() * stride];
+    for (index, tile) in tiles.enumerate() {
+        tile_columns(packed, tile, &mut out[index * TILE_ROWS..], stride);
+    }
+    out
+}
+
+per_isa! {
+    fn tile_columns(packed: PackedTensor<'_>, tile: usize, out: &mut [f32], stride: usize) {
+        let layout = packed.layout();
+        let (d, m) = packed.row_scales(tile);
+        for group in layout.groups() {
+            let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+            for (run, cols) in group.runs(layout.coding()).enumerate() {
+                let (mut factor, mut offset) = packed.scales(tile, group, run);
+                for r in 0..TILE_ROWS {
+                    factor[r] *= d[r];
+                    offset[r] *= m[r];
+                }
+                let first = cols.start - group.cols.start;
+                let units = first / UNIT..(first + cols.len()) / UNIT;
+                let out = &mut out[cols.start * stride..];
+                for_width!(group.bit_width, run_columns(codes, units, &factor, &offset, out, stride));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn run_columns<const WIDTH: usize>(
+    codes: &[u8],
+    units: Range<usize>,
+    factor: &Lanes,
+    offset: &Lanes,
+    out: &mut [f32],
+    stride: usize,
+) {
+    for (index, unit) in units.enumerate() {
+        let words = UnitWords::load::<WIDTH>(codes, unit);
+        for t in 0..4 {
+            for k in 0..4 {
+                let column = words.column::<WIDTH>(t, k);
+                let out = &mut out[(UNIT * index + 4 * t + k) * stride..][..TILE_ROWS];
+                for r in 0..TILE_ROWS {
+                    out[r] = factor[r] * column[r] as i32 as f32 + offset[r];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Codes of 16 rows and 16 columns at a time, in registers.
+//!
+//! Loops over rows are written out rather than mapped: a closure that is not inlined loses the caller's instruction set.
+
+use slim_formats::slim::TILE_ROWS;
+
+/// One value for each row of a tile.
+pub type Lanes = [f32; TILE_ROWS];
+
+/// Columns that are unpacked at a time: every group is a whole number of them.
+pub const UNIT: usize = 16;
+
+/// Calls `function::<WIDTH>(arguments)` for a bit-width that is known at run time.
+macro_rules! for_width {
+    ($width:expr, $function:ident($($argument:expr),*)) => {
+        match $width.bits() {
+            1 => $function::<1>($($argument),*),
+            2 => $function::<2>($($argument),*),
+            3 => $function::<3>($($argument),*),
+            4 => $function::<4>($($argument),*),
+            5 => $function::<5>($($argument),*),
+            6 => $function::<6>($($argument),*),
+            7 => $function::<7>($($argument),*),
+            _ => $function::<8>($($argument),*),
+        }
+    };
+}
+pub(super) use for_width;
+
+/// The words of each plane that hold a unit; planes that a width lacks stay zero and unused.
+pub struct UnitWords {
+    eight: [[u32; TILE_ROWS]; 4],
+    four: [[u32; TILE_ROWS]; 2],
+    two: [u32; TILE_ROWS],
+    one: [u32; TILE_ROWS],
+}
+
+impl UnitWords {
+    /// Finds unit `unit` in the codes of a group.
+    #[inline(always)]
+    pub fn load<const WIDTH: usize>(codes: &[u8], unit: usize) -> Self {
+        let zero = [0; TILE_ROWS];
+        let mut words = Self { eight: [zero; 4], four: [zero; 2], two: zero, one: zero };
+        let cols = codes.len() / (2 * WIDTH);
+        let mut plane = codes;
+        if WIDTH & 8 != 0 {
+            for block in 0..4 {
+                words.eight[block] = load_words(plane, 4 * unit + block);
+            }
+        }
+        if WIDTH & 4 != 0 {
+            for block in 0..2 {
+                words.four[block] = load_words(plane, 2 * unit + block);
+            }
+            plane = &plane[2 * 4 * cols..];
+        }
+        if WIDTH & 2 != 0 {
+            words.two = load_words(plane, unit);
+            plane = &plane[2 * 2 * cols..];
+        }
+        if WIDTH & 1 != 0 {
+            let short = unit % 2 == 0 && (unit + 1) * UNIT == cols;
+            words.one = if short {
+                load_short_words(&plane[unit * 32..])
+            } else {
+                let mut whole = load_words(plane, unit / 2);
+                for word in &mut whole {
+                    *word >>= 4 * (unit % 2);
+                }
+                whole
+            };
+        }
+        words
+    }
+
+    /// The codes of column `4 t + k` of the unit, one for each row.
+    #[inline(always)]
+    pub fn column<const WIDTH: usize>(&self, t: usize, k: usize) -> [u32; TILE_ROWS] {
+        let mut column = [0; TILE_ROWS];
+        let mut low = 0;
+        if WIDTH & 8 != 0 {
+            low = add_field(&mut column, &self.eight[t], 8, 8 * k, low);
+        }
+        if WIDTH & 4 != 0 {
+            low = add_field(&mut column, &self.four[t / 2], 4, 8 * k + 4 * (t % 2), low);
+        }
+        if WIDTH & 2 != 0 {
+            low = add_field(&mut column, &self.two, 2, 8 * k + 2 * t, low);
+        }
+        if WIDTH & 1 != 0 {
+            add_field(&mut column, &self.one, 1, 8 * k + t, low);
+        }
+        column
+    }
+}
+
+/// Adds `bits` bits of each word, from bit `shift` on, to the codes at bit `low`; gives the next free bit.
+#[inline(always)]
+fn add_field(
+    column: &mut [u32; TILE_ROWS],
+    words: &[u32; TILE_ROWS],
+    bits: usize,
+    shift: usize,
+    low: usize,
+) -> usize {
+    for r in 0..TILE_ROWS {
+        column[r] |= ((words[r] >> shift) & ((1 << bits) - 1)) << low;
+    }
+    low + bits
+}
+
+/// Block `block` of a plane: a word for each row (F12).
+#[inline(always)]
+fn load_words(plane: &[u8], block: usize) -> [u32; TILE_ROWS] {
+    let (bytes, _) = plane[64 * block..][..64].as_chunks::<4>();
+    let mut words = [0; TILE_ROWS];
+    for r in 0..TILE_ROWS {
+        words[r] = u32::from_le_bytes(bytes[r]);
+    }
+    words
+}
+
+/// The short last block of a 1-bit plane (F13), spread so that its bits lie as in the low half of a whole block.
+#[inline(always)]
+fn load_short_words(bytes: &[u8]) -> [u32; TILE_ROWS] {
+    let (bytes, _) = bytes[..2 * TILE_ROWS].as_chunks::<2>();
+    let mut words = [0; TILE_ROWS];
+    for r in 0..TILE_ROWS {
+        let half = u32::from(u16::from_le_bytes(bytes[r]));
+        let spread = (half | half << 8) & 0x00ff_00ff;
+        words[r] = (spread | spread << 4) & 0x0f0f_0f0f;
+    }
+    words
+}

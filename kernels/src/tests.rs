@@ -1,0 +1,906 @@
+//! Parity: one suite for every backend, against expectations that are computed here in f64.
+//!
+//! Packed layers are filled from known codes and scales, and what they are worth is worked out from those by the
+//! formulas of `docs/format.md`, not by unpacking.
+
+use half::{bf16, f16};
+use slim_formats::{
+    DType, DenseTensor, RowOrder, Weight,
+    slim::{BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut},
+};
+
+use crate::{
+    AttentionShape, Backend, Cpu, KernelError, KvView, RopeAngles, Scalar, kl_divergence,
+    linalg::{self, Mat},
+    log_softmax,
+    weight::{dequantize_rows, stored_bytes},
+};
+
+/// Bounds of the normalized mean square error (`sum (found - expected)^2 / sum expected^2`) against f64.
+///
+/// Measured 1.3e-11 where a layer of one row gives a single output near zero; 1e-13 for usual ones.
+const MATMUL_NMSE: f64 = 1e-10;
+const DEQUANTIZE_NMSE: f64 = 1e-12;
+const RMS_NORM_NMSE: f64 = 1e-12;
+const ROPE_NMSE: f64 = 1e-12;
+const SWIGLU_NMSE: f64 = 1e-12;
+/// Measured 1.04e-11 for scores of several hundred, whose f32 rounding goes into the exponent; 1e-13 for usual ones.
+const ATTENTION_NMSE: f64 = 1e-10;
+const LINALG_NMSE: f64 = 1e-11;
+/// Bounds of the largest error of one value.
+const LOG_SOFTMAX_ERROR: f64 = 3e-6;
+const KL_DIVERGENCE_ERROR: f64 = 1e-7;
+const INVERSE_ERROR: f64 = 1e-4;
+
+fn backends() -> [(&'static str, &'static dyn Backend); 2] {
+    [("scalar", &Scalar), ("cpu", &Cpu)]
+}
+
+/// Numbers without a pattern, the same on every run (SplitMix64).
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Between -1 and 1.
+    fn signed(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn vector(&mut self, len: usize, scale: f32) -> Vec<f32> {
+        (0..len).map(|_| scale * self.signed()).collect()
+    }
+
+    fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.next() as usize % choices.len()]
+    }
+}
+
+/// Asserts a bound on the normalized mean square error; zeros must be met exactly.
+#[track_caller]
+fn assert_nmse(what: &str, found: &[f32], expected: &[f64], bound: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let error: f64 = found.iter().zip(expected).map(|(&f, e)| (f64::from(f) - e).powi(2)).sum();
+    let power: f64 = expected.iter().map(|e| e * e).sum();
+    assert!(error <= bound * power, "{what}: NMSE {:e}", error / power);
+}
+
+#[track_caller]
+fn assert_near(what: &str, found: &[f32], expected: &[f64], absolute: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(found) - expected).abs();
+        assert!(error <= absolute, "{what}: value {i} is {found}, not {expected}");
+    }
+}
+
+fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().copied().map(f64::from).collect()
+}
+
+/// `a[m, k] * b[n, k]^T` in f64.
+fn product(a: &[f32], b: &[f64], k: usize) -> Vec<f64> {
+    let dot = |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(&a, b)| f64::from(a) * b).sum();
+    a.chunks_exact(k).flat_map(|a| b.chunks_exact(k).map(move |b| dot(a, b))).collect()
+}
+
+/// How the codes and scales of a layer are chosen.
+#[derive(Clone, Copy)]
+enum Fill {
+    Random,
+    /// The largest code and scale everywhere, with minimum and zero point 0.
+    Highest,
+    /// Code 0 everywhere, with the largest minimum and zero point.
+    Lowest,
+    /// Random, and the scales of row 3 are 10,000 times those of the others.
+    OutlierRow,
+}
+
+const OUTLIER_ROW: usize = 3;
+
+/// A packed layer and what it is worth.
+struct Layer {
+    packed: PackedLayer,
+    /// [rows, cols].
+    weights: Vec<f64>,
+}
+
+impl Layer {
+    fn new(
+        noise: &mut Noise,
+        fill: Fill,
+        [rows, cols, group_size]: [usize; 3],
+        coding: ScaleCoding,
+        bits: &[u8],
+    ) -> Self {
+        let widths: Vec<_> = bits.iter().map(|&bits| BitWidth::new(bits).unwrap()).collect();
+        let layout = LayerLayout::new(rows, cols, group_size, coding, &widths).unwrap();
+        let mut packed = PackedLayer::zeroed(layout);
+        let mut weights = vec![0.0; rows * cols];
+        let tiles = packed.tiles_mut();
+        for (mut tile, weights) in tiles.into_iter().zip(weights.chunks_mut(TILE_ROWS * cols)) {
+            TileFiller { noise, fill, used: weights.len() / cols }.fill(&mut tile, weights);
+        }
+        Self { packed, weights }
+    }
+
+    fn weight(&self) -> Weight<'_> {
+        Weight::Packed(self.packed.view())
+    }
+}
+
+/// Fills the first `used` rows of a tile.
+struct TileFiller<'a> {
+    noise: &'a mut Noise,
+    fill: Fill,
+    used: usize,
+}
+
+impl TileFiller<'_> {
+    /// Codes, or scale codes, up to `max` for the rows in use, zero for the padding.
+    fn codes(&mut self, max: u8) -> CodeColumn {
+        self.column(max, 0)
+    }
+
+    /// Minimum codes or zero points.
+    fn offsets(&mut self, max: u8) -> CodeColumn {
+        self.column(0, max)
+    }
+
+    fn column(&mut self, highest: u8, lowest: u8) -> CodeColumn {
+        let max = highest | lowest;
+        std::array::from_fn(|r| match self.fill {
+            _ if r >= self.used => 0,
+            Fill::Highest => highest,
+            Fill::Lowest => lowest,
+            Fill::Random | Fill::OutlierRow => self.noise.next() as u8 & max,
+        })
+    }
+
+    fn scales(&mut self, size: f32) -> [f16; TILE_ROWS] {
+        std::array::from_fn(|r| {
+            let value = match self.fill {
+                _ if r >= self.used => 0.0,
+                Fill::Highest | Fill::Lowest => size,
+                Fill::Random => size * self.noise.signed(),
+                Fill::OutlierRow if r == OUTLIER_ROW => 1e4 * size,
+                Fill::OutlierRow => size * self.noise.signed(),
+            };
+            f16::from_f32(value)
+        })
+    }
+
+    fn fill(&mut self, tile: &mut TileMut<'_>, weights: &mut [f64]) {
+        let layout = tile.layout().clone();
+        let (cols, coding) = (layout.cols(), layout.coding());
+        let (d, m) = (self.scales(1.0 / 64.0), self.scales(1.0 / 64.0));
+        if coding != ScaleCoding::Paper {
+            tile.set_row_scales(&d, &m);
+        }
+        for (index, group) in layout.groups().iter().enumerate() {
+            let max = group.bit_width.max_code();
+            let codes: Vec<_> = group.cols.clone().map(|_| self.codes(max)).collect();
+            tile.set_codes(index, &codes);
+            for (run, run_cols) in group.runs(coding).enumerate() {
+                let value: Box<dyn Fn(usize, f64) -> f64> = match coding {
+                    ScaleCoding::TwoLevel { scale_bits, .. } => {
+                        let max = u8::MAX >> (8 - scale_bits);
+                        let (s, z) = (self.codes(max), self.offsets(max));
+                        tile.set_two_level(index, run, &s, &z);
+                        Box::new(move |r, code| {
+                            d[r].to_f64() * f64::from(s[r]) * code - m[r].to_f64() * f64::from(z[r])
+                        })
+                    }
+                    ScaleCoding::Paper if max == 1 => {
+                        let (scale, mean) = (self.scales(1.0), self.scales(0.5));
+                        tile.set_binary(index, &scale, &mean);
+                        Box::new(move |r, code| {
+                            mean[r].to_f64() + scale[r].to_f64() * (2.0 * code - 1.0)
+                        })
+                    }
+                    ScaleCoding::Paper => {
+                        let (scale, zero_point) = (self.scales(1.0 / 16.0), self.offsets(max));
+                        tile.set_affine(index, &scale, &zero_point);
+                        Box::new(move |r, code| {
+                            scale[r].to_f64() * (code - f64::from(zero_point[r]))
+                        })
+                    }
+                };
+                for col in run_cols {
+                    for r in 0..self.used {
+                        let code = codes[col - group.cols.start][r];
+                        weights[r * cols + col] = value(r, code.into());
+                    }
+                }
+            }
+        }
+    }
+}
+
+const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+
+fn codings() -> impl Iterator<Item = ScaleCoding> {
+    let two_level = [16, 32, 64].into_iter().flat_map(|sub_group| {
+        [4, 6].map(|scale_bits| ScaleCoding::TwoLevel { sub_group, scale_bits })
+    });
+    two_level.chain([ScaleCoding::Paper])
+}
+
+/// The bit-widths of a layer: the same for all groups, or (0) all of them in turn.
+fn bit_widths(noise: &mut Noise, bits: u8, groups: usize) -> Vec<u8> {
+    let first = noise.next() as usize;
+    (0..groups)
+        .map(|group| if bits == 0 { 1 + ((first + group) % 8) as u8 } else { bits })
+        .collect()
+}
+
+/// Multiplies with every backend.
+#[track_caller]
+fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x: &[f32]) {
+    let expected = product(x, weights, cols);
+    for (name, backend) in backends() {
+        let mut out = vec![f32::NAN; expected.len()];
+        backend.matmul(weight, x, x.len() / cols, &mut out).unwrap();
+        assert_nmse(&format!("{name}, {what}"), &out, &expected, MATMUL_NMSE);
+    }
+}
+
+#[test]
+fn matmul_packed_layers_of_every_kind_agree() {
+    let mut noise = Noise(1);
+    for coding in codings() {
+        for bits in 0..=8 {
+            for cols in [16_usize, 48, 80, 160, 576] {
+                for group_size in [16, 48, 64, 128] {
+                    let rows = noise.pick(&[1, 15, 16, 17, 33, 65, 129, 270]);
+                    let widths = bit_widths(&mut noise, bits, cols.div_ceil(group_size));
+                    let shape = [rows, cols, group_size];
+                    let layer = Layer::new(&mut noise, Fill::Random, shape, coding, &widths);
+                    for m in [1, noise.pick(&[2, 7, 130])] {
+                        let x = noise.vector(m * cols, 1.0);
+                        let what = format!("{coding:?}, {shape:?}, bits {widths:?}, m {m}");
+                        check_matmul(&what, layer.weight(), &layer.weights, cols, &x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_extreme_codes_agree() {
+    let mut noise = Noise(2);
+    for (coding, fill) in
+        codings().flat_map(|coding| [(coding, Fill::Highest), (coding, Fill::Lowest)])
+    {
+        for bits in 0..=8 {
+            let widths = bit_widths(&mut noise, bits, 5);
+            let layer = Layer::new(&mut noise, fill, [33, 272, 64], coding, &widths);
+            for m in [1, 7] {
+                let x = noise.vector(m * 272, 1.0);
+                let what = format!("{coding:?}, bits {widths:?}, m {m}");
+                check_matmul(&what, layer.weight(), &layer.weights, 272, &x);
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_zero_layer_gives_zeros() {
+    for coding in codings() {
+        let widths = [1, 3, 8].map(|bits| BitWidth::new(bits).unwrap());
+        let layout = LayerLayout::new(17, 80, 32, coding, &widths).unwrap();
+        let layer = PackedLayer::zeroed(layout);
+        for m in [1, 7] {
+            let x = Noise(3).vector(m * 80, 1e6);
+            let what = format!("{coding:?}, m {m}");
+            check_matmul(&what, Weight::Packed(layer.view()), &[0.0; 17 * 80], 80, &x);
+        }
+    }
+}
+
+#[test]
+fn matmul_outlier_inputs_agree() {
+    let mut noise = Noise(4);
+    let layer = Layer::new(&mut noise, Fill::Random, [33, 160, 64], TWO_LEVEL, &[2, 3, 4]);
+    for m in [1, 7] {
+        let mut x = noise.vector(m * 160, 1.0);
+        x[77] = 1e6;
+        check_matmul("an outlier", layer.weight(), &layer.weights, 160, &x);
+        check_matmul("no input", layer.weight(), &layer.weights, 160, &vec![0.0; m * 160]);
+    }
+}
+
+/// A large row must not cost its neighbours in the tile their accuracy.
+#[test]
+fn matmul_outlier_row_leaves_the_others_alone() {
+    let mut noise = Noise(5);
+    let (rows, cols) = (16, 160);
+    for coding in codings() {
+        let layer = Layer::new(&mut noise, Fill::OutlierRow, [rows, cols, 64], coding, &[2, 3, 4]);
+        for m in [1, 7] {
+            let x = noise.vector(m * cols, 1.0);
+            let expected = product(&x, &layer.weights, cols);
+            for (name, backend) in backends() {
+                let mut out = vec![f32::NAN; m * rows];
+                backend.matmul(layer.weight(), &x, m, &mut out).unwrap();
+                let split = |row: usize| row % rows == OUTLIER_ROW;
+                for outlier in [true, false] {
+                    let chosen = |i: &usize| split(*i) == outlier;
+                    let found: Vec<_> = (0..out.len()).filter(chosen).map(|i| out[i]).collect();
+                    let expected: Vec<_> =
+                        (0..out.len()).filter(chosen).map(|i| expected[i]).collect();
+                    let what = format!("{name}, {coding:?}, m {m}, outlier {outlier}");
+                    assert_nmse(&what, &found, &expected, MATMUL_NMSE);
+                }
+            }
+        }
+    }
+}
+
+/// The bytes of a dense tensor and what they are worth.
+fn dense_bytes(noise: &mut Noise, dtype: DType, len: usize) -> (Vec<u8>, Vec<f64>) {
+    let values = noise.vector(len, 1.0);
+    match dtype {
+        DType::F32 => (values.iter().flat_map(|v| v.to_le_bytes()).collect(), widened(&values)),
+        DType::F16 => {
+            let values: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
+            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            (bytes, values.iter().map(|v| v.to_f64()).collect())
+        }
+        DType::BF16 => {
+            let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            (bytes, values.iter().map(|v| v.to_f64()).collect())
+        }
+        DType::Q8_0 => {
+            let (mut bytes, mut worth) = (Vec::new(), Vec::new());
+            for block in values.chunks_exact(32) {
+                let d = f16::from_f32(block[0] / 64.0);
+                let codes: Vec<i8> = block.iter().map(|v| (v * 127.0) as i8).collect();
+                bytes.extend(d.to_le_bytes());
+                bytes.extend(codes.iter().map(|code| code.cast_unsigned()));
+                worth.extend(codes.iter().map(|&code| d.to_f64() * f64::from(code)));
+            }
+            (bytes, worth)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn matmul_dense_weights_agree() {
+    let mut noise = Noise(6);
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0] {
+        for (rows, cols) in [(1, 32), (15, 96), (128, 64), (129, 160), (270, 576)] {
+            let (bytes, weights) = dense_bytes(&mut noise, dtype, rows * cols);
+            let row_order = RowOrder::AsStored;
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, row_order };
+            for m in [1, 2, 7, 130] {
+                let x = noise.vector(m * cols, 1.0);
+                let what = format!("{dtype:?} [{rows}, {cols}], m {m}");
+                check_matmul(&what, Weight::Dense(tensor), &weights, cols, &x);
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_interleaved_rows_come_in_the_order_of_use() {
+    let (rows, cols, head_dim) = (136, 32, 8);
+    let mut noise = Noise(7);
+    let (bytes, stored) = dense_bytes(&mut noise, DType::F16, rows * cols);
+    let row_order = RowOrder::Interleaved { head_dim };
+    let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes: &bytes, row_order };
+    let used: Vec<f64> = (0..rows)
+        .flat_map(|row| {
+            let (head, channel) = (row / head_dim, row % head_dim);
+            let pair = channel % (head_dim / 2);
+            let stored_row = head * head_dim + 2 * pair + channel / (head_dim / 2);
+            stored[stored_row * cols..][..cols].to_vec()
+        })
+        .collect();
+    for m in [1, 7] {
+        let x = noise.vector(m * cols, 1.0);
+        check_matmul("interleaved", Weight::Dense(tensor), &used, cols, &x);
+    }
+}
+
+#[test]
+fn matmul_wrong_lengths_are_refused() {
+    let layer = Layer::new(&mut Noise(8), Fill::Random, [17, 48, 48], TWO_LEVEL, &[3]);
+    let (bytes, _) = dense_bytes(&mut Noise(8), DType::F16, 17 * 48);
+    let row_order = RowOrder::AsStored;
+    let dense = DenseTensor { dtype: DType::F16, rows: 17, cols: 48, bytes: &bytes, row_order };
+    for weight in [layer.weight(), Weight::Dense(dense)] {
+        for m in [1, 2] {
+            for (x, out) in [(-1, 0), (1, 0), (-48, 0), (0, -1), (0, 1), (48, 17)] {
+                let x = vec![0.0; (m as isize * 48 + x) as usize];
+                let mut out = vec![0.0; (m as isize * 17 + out) as usize];
+                for (name, backend) in backends() {
+                    let error = backend.matmul(weight, &x, m, &mut out).unwrap_err();
+                    assert!(matches!(error, KernelError::ShapeMismatch { .. }), "{name}: {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_weights_that_are_no_numbers_are_refused() {
+    let row_order = RowOrder::AsStored;
+    let dense = DenseTensor { dtype: DType::I8, rows: 2, cols: 16, bytes: &[0; 32], row_order };
+    for m in [1, 2] {
+        for (name, backend) in backends() {
+            let (x, mut out) = (vec![0.0; m * 16], vec![0.0; m * 2]);
+            let error = backend.matmul(Weight::Dense(dense), &x, m, &mut out).unwrap_err();
+            assert!(matches!(error, KernelError::UnsupportedType { .. }), "{name}: {error}");
+        }
+    }
+}
+
+#[test]
+fn dequantize_any_rows_gives_what_was_packed() {
+    let mut noise = Noise(9);
+    for coding in codings() {
+        for bits in 0..=8 {
+            let widths = bit_widths(&mut noise, bits, 4);
+            let layer = Layer::new(&mut noise, Fill::Random, [37, 176, 48], coding, &widths);
+            for rows in [0..37, 0..1, 15..17, 5..36, 36..37, 20..20] {
+                let mut out = vec![f32::NAN; rows.len() * 176];
+                dequantize_rows(layer.weight(), rows.clone(), &mut out).unwrap();
+                let expected = &layer.weights[rows.start * 176..rows.end * 176];
+                let what = format!("{coding:?}, bits {widths:?}, rows {rows:?}");
+                assert_nmse(&what, &out, expected, DEQUANTIZE_NMSE);
+            }
+            let (codes, scales, row_scales) = layer.packed.parts();
+            let parts = codes.len() + scales.len() + row_scales.len() + widths.len();
+            assert_eq!(stored_bytes(layer.weight()), parts as u64);
+        }
+    }
+}
+
+#[test]
+fn rms_norm_agrees() {
+    const EPSILON: f32 = 1e-5;
+    let mut noise = Noise(10);
+    for n in [1, 8, 13, 576] {
+        for (m, size) in [(1, 1.0), (3, 1e4), (130, 1e-3), (2, 1e-30), (2, 0.0)] {
+            let (x, weight) = (noise.vector(m * n, size), noise.vector(n, 2.0));
+            let expected: Vec<f64> = x
+                .chunks_exact(n)
+                .flat_map(|x| {
+                    let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+                    let scale = 1.0 / (squares / n as f64 + f64::from(EPSILON)).sqrt();
+                    let pairs = x.iter().zip(&weight);
+                    pairs
+                        .map(move |(&x, &w)| f64::from(x) * scale * f64::from(w))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            for (name, backend) in backends() {
+                let mut out = vec![f32::NAN; m * n];
+                backend.rms_norm(&x, &weight, EPSILON, &mut out);
+                let what = format!("{name}, n {n}, m {m}, values up to {size}");
+                assert_nmse(&what, &out, &expected, RMS_NORM_NMSE);
+            }
+        }
+    }
+}
+
+#[test]
+fn rope_angles_follow_the_formula() {
+    let (dim, theta, factors) = (8, 10_000.0, [1.0, 2.0, 4.0, 8.0]);
+    for (start, m) in [(0, 3), (500, 2)] {
+        let angles = RopeAngles::new(dim, theta, &factors, start, m);
+        let expected = |f: fn(f64) -> f64| -> Vec<f64> {
+            (start..start + m)
+                .flat_map(|position| {
+                    (0..dim / 2).map(move |i| {
+                        let frequency = f64::from(theta).powf(-2.0 * i as f64 / dim as f64);
+                        f(position as f64 * frequency / f64::from(factors[i]))
+                    })
+                })
+                .collect()
+        };
+        assert_near("cos", &angles.cos, &expected(f64::cos), 5e-5);
+        assert_near("sin", &angles.sin, &expected(f64::sin), 5e-5);
+    }
+}
+
+#[test]
+fn rope_agrees() {
+    let mut noise = Noise(11);
+    for (heads, dim, start, m) in [(1, 2, 0, 1), (4, 16, 0, 7), (3, 64, 1000, 130), (2, 10, 5, 1)] {
+        let angles = RopeAngles::new(dim, 10_000.0, &vec![1.0; dim / 2], start, m);
+        let x = noise.vector(m * heads * dim, 1.0);
+        let mut expected = widened(&x);
+        for (index, head) in expected.chunks_exact_mut(dim).enumerate() {
+            let at = index / heads * (dim / 2);
+            for i in 0..dim / 2 {
+                let (cos, sin) = (f64::from(angles.cos[at + i]), f64::from(angles.sin[at + i]));
+                let (a, b) = (head[i], head[i + dim / 2]);
+                (head[i], head[i + dim / 2]) = (a * cos - b * sin, b * cos + a * sin);
+            }
+        }
+        for (name, backend) in backends() {
+            let mut rotated = x.clone();
+            backend.rope(&mut rotated, heads, &angles);
+            let what = format!("{name}, {heads} heads of {dim}, m {m}");
+            assert_nmse(&what, &rotated, &expected, ROPE_NMSE);
+        }
+    }
+}
+
+fn silu(gate: f32) -> f64 {
+    let gate = f64::from(gate);
+    gate / (1.0 + (-gate).exp())
+}
+
+#[test]
+fn swiglu_agrees() {
+    let mut noise = Noise(12);
+    for (len, size) in [(1, 1.0), (7, 10.0), (4096, 1.0), (8197, 100.0)] {
+        let (gate, up) = (noise.vector(len, size), noise.vector(len, 1.0));
+        let expected: Vec<_> =
+            gate.iter().zip(&up).map(|(&gate, &up)| silu(gate) * f64::from(up)).collect();
+        for (name, backend) in backends() {
+            let mut out = gate.clone();
+            backend.swiglu(&mut out, &up);
+            assert_nmse(&format!("{name}, {len} values"), &out, &expected, SWIGLU_NMSE);
+        }
+    }
+}
+
+#[test]
+fn swiglu_large_inputs_saturate() {
+    let gate = [0.0, -0.0, -20.0, 20.0, -86.9, -87.5, -88.5, 88.5, -104.0, -1e4, 1e4, -1e6, 1e30];
+    let up = [1.5; 13];
+    for (name, backend) in backends() {
+        let mut out = gate;
+        backend.swiglu(&mut out, &up);
+        for (found, &gate) in out.iter().zip(&gate) {
+            let (found, expected) = (f64::from(*found), 1.5 * silu(gate));
+            // A result that f32 holds as a normal number is accurate; below that it only has to be tiny.
+            let bound = 1e-6 * expected.abs() + 1e-31;
+            assert!((found - expected).abs() <= bound, "{name}: silu({gate}) is {found}");
+        }
+        let mut out = [f32::MIN, f32::MAX];
+        backend.swiglu(&mut out, &[1.0; 2]);
+        assert!(out.iter().all(|value| value.is_finite()), "{name}: {out:?}");
+    }
+}
+
+/// Keys and values of random tokens; positions that no query sees are NaN.
+struct Cache {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    capacity: usize,
+}
+
+impl Cache {
+    fn new(noise: &mut Noise, shape: &AttentionShape, spare: usize) -> Self {
+        let (seen, end) = (shape.visible(0).start, shape.start + shape.m);
+        let capacity = end + spare;
+        let mut fill = || {
+            let positions = (0..shape.kv_heads).flat_map(|_| 0..capacity);
+            let vectors = positions.flat_map(|position| {
+                let size = if (seen..end).contains(&position) { 1.0 } else { f32::NAN };
+                noise.vector(shape.head_dim, size)
+            });
+            vectors.collect()
+        };
+        Self { keys: fill(), values: fill(), capacity }
+    }
+
+    fn view(&self) -> KvView<'_> {
+        KvView { keys: &self.keys, values: &self.values, capacity: self.capacity }
+    }
+}
+
+fn expected_attention(q: &[f32], cache: &Cache, shape: &AttentionShape) -> Vec<f64> {
+    let dim = shape.head_dim;
+    let mut out = Vec::new();
+    for (index, query) in q.chunks_exact(dim).enumerate() {
+        let (t, head) = (index / shape.heads, index % shape.heads);
+        let kv_head = head * shape.kv_heads / shape.heads;
+        let first = match shape.window {
+            Some(window) => (shape.start + t + 1).saturating_sub(window),
+            None => 0,
+        };
+        let at = |position: usize| (kv_head * cache.capacity + position) * dim;
+        let weights: Vec<(usize, f64)> = (first..=shape.start + t)
+            .map(|position| {
+                let key = &cache.keys[at(position)..][..dim];
+                let dot: f64 =
+                    query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                (at(position), dot / (dim as f64).sqrt())
+            })
+            .collect();
+        let max = weights.iter().fold(f64::NEG_INFINITY, |max, (_, score)| max.max(*score));
+        let sum: f64 = weights.iter().map(|(_, score)| (score - max).exp()).sum();
+        out.extend((0..dim).map(|i| {
+            let terms = weights
+                .iter()
+                .map(|(at, score)| (score - max).exp() / sum * f64::from(cache.values[at + i]));
+            terms.sum::<f64>()
+        }));
+    }
+    out
+}
+
+#[test]
+fn attention_agrees() {
+    let mut noise = Noise(13);
+    // heads, kv_heads, head_dim, start, m, window
+    for (heads, kv_heads, head_dim, start, m, window) in [
+        (1, 1, 2, 0, 1, None),
+        (4, 2, 8, 0, 5, None),
+        (6, 1, 16, 3, 7, None),
+        (2, 2, 8, 0, 127, None),
+        (2, 2, 8, 0, 128, None),
+        (8, 2, 8, 0, 129, None),
+        (4, 2, 10, 70, 257, None),
+        (2, 1, 8, 0, 129, Some(16)),
+        (2, 1, 8, 0, 5, Some(16)),
+        (4, 4, 8, 100, 130, Some(50)),
+        (4, 2, 8, 100, 130, Some(300)),
+        (2, 1, 8, 0, 300, Some(1)),
+        (2, 1, 8, 40, 1, Some(16)),
+        (4, 2, 64, 4095, 1, None),
+        (2, 1, 64, 1900, 140, Some(1024)),
+    ] {
+        let shape = AttentionShape { heads, kv_heads, head_dim, start, m, window };
+        for (spare, size) in [(0, 1.0), (9, 300.0)] {
+            let cache = Cache::new(&mut noise, &shape, spare);
+            let q = noise.vector(m * heads * head_dim, size);
+            let expected = expected_attention(&q, &cache, &shape);
+            for (name, backend) in backends() {
+                let mut out = vec![f32::NAN; q.len()];
+                backend.attention(&q, cache.view(), &shape, &mut out);
+                let what = format!("{name}, {shape:?}, queries up to {size}");
+                assert_nmse(&what, &out, &expected, ATTENTION_NMSE);
+            }
+        }
+    }
+}
+
+fn expected_log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
+    logits.iter().map(|&logit| f64::from(logit) - max - sum.ln()).collect()
+}
+
+#[test]
+fn log_softmax_agrees() {
+    let mut noise = Noise(14);
+    for (n, size) in [(1, 1.0), (7, 1.0), (320, 20.0), (320, 0.0), (128_256, 10.0)] {
+        let logits = noise.vector(n, size);
+        let mut found = logits.clone();
+        log_softmax(&mut found);
+        let what = format!("{n} logits up to {size}");
+        assert_near(&what, &found, &expected_log_softmax(&logits), LOG_SOFTMAX_ERROR);
+    }
+    let mut certain = [1e4, -1e4, 0.0, f32::NEG_INFINITY];
+    log_softmax(&mut certain);
+    assert_eq!(certain, [0.0, -2e4, -1e4, f32::NEG_INFINITY]);
+}
+
+#[test]
+fn kl_divergence_agrees() {
+    let mut noise = Noise(15);
+    for (n, difference) in [(2, 1.0), (320, 0.1), (320, 3.0), (32_000, 0.01), (128_256, 1.0)] {
+        let mut p = noise.vector(n, 10.0);
+        let mut q: Vec<f32> = p.iter().map(|p| p + difference * noise.signed()).collect();
+        log_softmax(&mut p);
+        log_softmax(&mut q);
+        let pairs = || p.iter().zip(&q).map(|(&p, &q)| (f64::from(p), f64::from(q)));
+        let expected: f64 = pairs().map(|(p, q)| p.exp() * (p - q)).sum();
+        let found = kl_divergence(&p, &q);
+        println!("{n} values: {found:e}, exactly {expected:e}");
+        assert!(
+            (found - expected).abs() <= KL_DIVERGENCE_ERROR * (1.0 + expected),
+            "{n}: {found:e}"
+        );
+        assert_eq!(kl_divergence(&p, &p), 0.0);
+    }
+}
+
+/// Every operation once, on sizes that are split among threads.
+fn run_everything() -> Vec<Vec<u32>> {
+    let mut noise = Noise(16);
+    let mut results = Vec::new();
+    let layer = Layer::new(&mut noise, Fill::Random, [270, 576, 128], TWO_LEVEL, &[1, 2, 3, 4, 5]);
+    for m in [1, 2, 130] {
+        let x = noise.vector(m * 576, 1.0);
+        let mut out = vec![0.0; m * 270];
+        Cpu.matmul(layer.weight(), &x, m, &mut out).unwrap();
+        results.push(out);
+    }
+    let (x, weight) = (noise.vector(50 * 576, 1.0), noise.vector(576, 1.0));
+    let mut out = vec![0.0; x.len()];
+    Cpu.rms_norm(&x, &weight, 1e-5, &mut out);
+    Cpu.swiglu(&mut out, &x);
+    Cpu.rope(&mut out, 9, &RopeAngles::new(64, 10_000.0, &[1.0; 32], 7, 50));
+    results.push(out);
+    let (heads, kv_heads, head_dim) = (4, 2, 16);
+    let shape = AttentionShape { heads, kv_heads, head_dim, start: 5, m: 300, window: Some(200) };
+    let cache = Cache::new(&mut noise, &shape, 0);
+    let q = noise.vector(300 * 64, 1.0);
+    let mut out = vec![0.0; q.len()];
+    Cpu.attention(&q, cache.view(), &shape, &mut out);
+    results.push(out);
+    let mut gram = vec![0.0; 300 * 300];
+    linalg::add_gram(&mut gram, &noise.vector(130 * 300, 1.0), 300);
+    results.push(gram);
+    results.into_iter().map(|values| values.into_iter().map(f32::to_bits).collect()).collect()
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let with_threads = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(run_everything)
+    };
+    let one = with_threads(1);
+    for threads in [2, 3] {
+        let many = with_threads(threads);
+        let equal: Vec<bool> = one.iter().zip(&many).map(|(one, many)| one == many).collect();
+        assert_eq!(equal, vec![true; one.len()], "{threads} threads");
+    }
+}
+
+/// A random symmetric positive definite matrix; the lower triangle, which nobody may read, is NaN in the first.
+fn positive_definite(noise: &mut Noise, n: usize) -> (Vec<f32>, Vec<f64>) {
+    let tokens = 2 * n + 3;
+    let x = noise.vector(tokens * n, 1.0);
+    let mut full = vec![0.0; n * n];
+    for row in x.chunks_exact(n) {
+        for i in 0..n {
+            for j in 0..n {
+                full[i * n + j] += f64::from(row[i]) * f64::from(row[j]) / tokens as f64;
+            }
+        }
+    }
+    let rounded: Vec<f32> = full.iter().map(|&value| value as f32).collect();
+    let upper = (0..n * n).map(|at| if at / n <= at % n { rounded[at] } else { f32::NAN });
+    (upper.collect(), widened(&rounded))
+}
+
+#[test]
+fn inverse_cholesky_inverts() {
+    let mut noise = Noise(17);
+    for n in [1, 5, 64, 200] {
+        let (h, full) = positive_definite(&mut noise, n);
+        let u = linalg::inverse_cholesky(&h, n).unwrap();
+        for i in 0..n {
+            assert!(u[i * n + i] > 0.0, "n {n}: diagonal");
+            assert!(u[i * n..][..i].iter().all(|&below| below == 0.0), "n {n}: lower triangle");
+        }
+        // u h, then u^T (u h), which is the identity.
+        let u = widened(&u);
+        let uh: Vec<f64> = (0..n * n)
+            .map(|at| (0..n).map(|k| u[at / n * n + k] * full[k * n + at % n]).sum())
+            .collect();
+        for at in 0..n * n {
+            let (i, j) = (at / n, at % n);
+            let found: f64 = (0..n).map(|k| u[k * n + i] * uh[k * n + j]).sum();
+            let error = (found - f64::from(u8::from(i == j))).abs();
+            assert!(error <= INVERSE_ERROR, "n {n}: ({i}, {j}) is off by {error:e}");
+        }
+    }
+}
+
+#[test]
+fn inverse_cholesky_not_positive_definite_is_refused() {
+    const NAN: f32 = f32::NAN;
+    for (name, n, h) in [
+        ("zero", 1, vec![0.0]),
+        ("negative", 1, vec![-1.0]),
+        ("NaN", 1, vec![NAN]),
+        ("indefinite", 2, vec![1.0, 2.0, NAN, 1.0]),
+        ("NaN beside the diagonal", 2, vec![1.0, NAN, NAN, 1.0]),
+        ("one zero channel", 3, vec![1.0, 0.0, 0.0, NAN, 0.0, 0.0, NAN, NAN, 1.0]),
+        ("infinite", 2, vec![f32::INFINITY, 0.0, NAN, 1.0]),
+        ("large and indefinite", 200, {
+            let mut h = positive_definite(&mut Noise(18), 200).0;
+            h[100 * 200 + 100] = -1e-3;
+            h
+        }),
+    ] {
+        let refused = matches!(
+            linalg::inverse_cholesky(&h, n),
+            Err(KernelError::NotPositiveDefinite { size }) if size == n
+        );
+        assert!(refused, "{name}");
+    }
+}
+
+#[test]
+fn add_gram_adds_to_the_upper_triangle() {
+    let mut noise = Noise(19);
+    for (n, tokens) in [(1, 1), (5, 3), (96, 130), (97, 1), (200, 70), (16, 0)] {
+        let start = noise.vector(n * n, 1.0);
+        let x = noise.vector(tokens * n, 1.0);
+        let mut h = start.clone();
+        linalg::add_gram(&mut h, &x, n);
+        let upper = || (0..n * n).filter(|at| at / n <= at % n);
+        let expected: Vec<f64> = upper()
+            .map(|at| {
+                let products =
+                    x.chunks_exact(n).map(|x| f64::from(x[at / n]) * f64::from(x[at % n]));
+                f64::from(start[at]) + products.sum::<f64>()
+            })
+            .collect();
+        let found: Vec<f32> = upper().map(|at| h[at]).collect();
+        assert_nmse(&format!("n {n}, {tokens} tokens"), &found, &expected, LINALG_NMSE);
+    }
+}
+
+/// The first `cols` of every `stride` values.
+fn gather<T: Copy>(values: &[T], rows: usize, cols: usize, stride: usize) -> Vec<T> {
+    (0..rows).flat_map(|row| values[row * stride..][..cols].to_vec()).collect()
+}
+
+#[test]
+fn matmul_with_strides_leaves_the_gaps_alone() {
+    let mut noise = Noise(20);
+    for [m, n, k] in [[1, 1, 1], [2, 3, 5], [7, 33, 16], [130, 17, 70]] {
+        for (gap_a, gap_b, gap_out) in [(0, 0, 0), (3, 0, 2), (0, 5, 1)] {
+            let (stride_a, stride_out) = (k + gap_a, n + gap_out);
+            let a = noise.vector(m * stride_a, 1.0);
+            let a_values = gather(&a, m, k, stride_a);
+            let start = noise.vector(m * stride_out, 1.0);
+            // `b` is [n, k] for the product with the transpose, and [k, n] for the other.
+            for transposed in [true, false] {
+                let (b_rows, b_cols) = if transposed { (n, k) } else { (k, n) };
+                let stride_b = b_cols + gap_b;
+                let b = noise.vector(b_rows * stride_b, 1.0);
+                let b_values = gather(&b, b_rows, b_cols, stride_b);
+                let b_rows_of_k: Vec<f64> = (0..n * k)
+                    .map(|at| if transposed { b_values[at] } else { b_values[at % k * n + at / k] })
+                    .map(f64::from)
+                    .collect();
+                let exact = product(&a_values, &b_rows_of_k, k);
+                for add in [true, false] {
+                    let alpha = if transposed { 0.25 } else { 1.0 };
+                    let mut out = start.clone();
+                    let (a, b) = (
+                        Mat::strided(&a, m, k, stride_a),
+                        Mat::strided(&b, b_rows, b_cols, stride_b),
+                    );
+                    if transposed {
+                        linalg::matmul_transposed(&mut out, stride_out, add, alpha, a, b);
+                    } else {
+                        linalg::matmul(&mut out, stride_out, add, a, b);
+                    }
+                    let before = gather(&start, m, n, stride_out);
+                    let expected: Vec<f64> = before
+                        .iter()
+                        .zip(&exact)
+                        .map(|(&before, exact)| {
+                            f64::from(alpha) * exact + if add { f64::from(before) } else { 0.0 }
+                        })
+                        .collect();
+                    let what = format!("{m} x {n} x {k}, transposed {transposed}, add {add}");
+                    assert_nmse(&what, &gather(&out, m, n, stride_out), &expected, LINALG_NMSE);
+                    for (row, start) in out.chunks(stride_out).zip(start.chunks(stride_out)) {
+                        assert_eq!(row[n..], start[n..], "{what}: the gap");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic]
+fn matmul_with_too_short_a_matrix_panics() {
+    let a = Mat::strided(&[0.0; 8], 3, 3, 3);
+    linalg::matmul_transposed(&mut [0.0; 9], 3, false, 1.0, a, a);
+}

@@ -1,0 +1,238 @@
+//! From a model to its packed file to its logits.
+
+use std::path::{Path, PathBuf};
+
+use slim_converter::{BUILT_IN_CALIBRATION, Calibration, Method, Resources, Settings, convert};
+use slim_formats::{
+    DType, DenseTensor, FormatError, ModelConfig, ModelSource, RowOrder, TokenizerSource, Weight,
+    open_model,
+    slim::{ScaleCoding, SlimFile},
+};
+use slim_kernels::{Backend, Cpu, Scalar, weight};
+use slim_runtime::{KvCache, Model, Tokenizer};
+
+use crate::command::{Dir, real_model, tiny_model};
+
+/// What the issue allows between a packed file and the quantizer's own weights.
+const LOGITS_TOLERANCE: f32 = 1e-3;
+
+const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+
+fn settings(bits: u8, coding: ScaleCoding, reference: bool) -> Settings {
+    Settings {
+        bits,
+        group_size: 32,
+        coding,
+        method: Method::Slim,
+        reference,
+        embed_bits: 8,
+        samples: 4,
+        context: 64,
+        seed: 0,
+    }
+}
+
+fn convert_to(source: &Path, settings: &Settings, target: &Path) {
+    let source = open_model(source).unwrap();
+    let tokenizer = Tokenizer::new(source.tokenizer()).unwrap();
+    let text = &BUILT_IN_CALIBRATION[..100_000];
+    let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
+    let resources = Resources { activation_bytes: 1 << 30 };
+    convert(&*source, &calibration, settings, resources, target, &mut |_| {}).unwrap();
+}
+
+/// A SliM file whose packed layers are served as f32.
+struct Dequantized {
+    file: SlimFile,
+    values: Vec<(String, Vec<u8>)>,
+}
+
+impl Dequantized {
+    fn open(path: &Path) -> Self {
+        let file = SlimFile::open(path).unwrap();
+        let values = file.layers().iter().map(|info| {
+            let (rows, cols) = (info.layout.rows(), info.layout.cols());
+            let mut values = vec![0.0; rows * cols];
+            let layer = Weight::Packed(file.layer(&info.name).unwrap());
+            weight::dequantize_rows(layer, 0..rows, &mut values).unwrap();
+            (info.name.clone(), values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        });
+        Self { values: values.collect(), file }
+    }
+}
+
+impl ModelSource for Dequantized {
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    fn format(&self) -> &'static str {
+        "dequantized"
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.file.config()
+    }
+
+    fn tensor_names(&self) -> Vec<&str> {
+        self.file.tensor_names()
+    }
+
+    fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>, FormatError> {
+        let Some((_, bytes)) = self.values.iter().find(|(layer, _)| layer == name) else {
+            return self.file.tensor(name);
+        };
+        let (rows, cols) = weight::shape(Weight::Packed(self.file.layer(name).unwrap()));
+        let row_order = RowOrder::AsStored;
+        Ok(Some(Weight::Dense(DenseTensor { dtype: DType::F32, rows, cols, bytes, row_order })))
+    }
+
+    fn tokenizer(&self) -> &TokenizerSource {
+        self.file.tokenizer()
+    }
+
+    fn chat_template(&self) -> Option<&str> {
+        self.file.chat_template()
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.file.files()
+    }
+}
+
+/// Logits of `tokens`: the first half in one batch, then one by one.
+fn logits(source: &dyn ModelSource, backend: &dyn Backend, tokens: &[u32]) -> Vec<f32> {
+    let model = Model::load(source, backend).unwrap();
+    let mut cache = KvCache::new(model.config(), tokens.len());
+    let (batch, rest) = tokens.split_at(tokens.len() / 2);
+    let mut logits = model.logits(&model.forward(batch, &mut cache).unwrap()).unwrap();
+    for token in rest {
+        logits.extend(model.next_logits(&[*token], &mut cache).unwrap());
+    }
+    logits
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn packed_file_runs_like_its_own_dequantized_weights() {
+    let dir = Dir::new();
+    let file = dir.path("model.slim.gguf");
+    let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 300).collect();
+    for (coding, reference) in [(TWO_LEVEL, false), (ScaleCoding::Paper, false), (ScaleCoding::Paper, true)] {
+        for bits in [2, 3, 4] {
+            for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
+                convert_to(&tiny_model(name), &settings(bits, coding, reference), &file);
+                let packed = open_model(&file).unwrap();
+                let dense = Dequantized::open(&file);
+                let expected = logits(&dense, &Scalar, &tokens);
+                for backend in [&Cpu as &dyn Backend, &Scalar] {
+                    let found = logits(&*packed, backend, &tokens);
+                    let difference = largest_difference(&found, &expected);
+                    assert!(difference < LOGITS_TOLERANCE, "{name}, {bits} bits, {coding:?}: {difference}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_real_model_runs_like_its_own_dequantized_weights() {
+    let Some(model) = real_model() else { return };
+    let dir = Dir::new();
+    let file = dir.path("model.slim.gguf");
+    convert_to(&model, &Settings { group_size: 64, ..settings(3, TWO_LEVEL, false) }, &file);
+    let tokens: Vec<u32> = (0..32).map(|i| 1000 + 37 * i).collect();
+    let packed = open_model(&file).unwrap();
+    let found = logits(&*packed, &Cpu, &tokens);
+    let expected = logits(&Dequantized::open(&file), &Cpu, &tokens);
+    let difference = largest_difference(&found, &expected);
+    println!("largest difference of logits: {difference}");
+    assert!(difference < LOGITS_TOLERANCE, "{difference}");
+}
+
+#[test]
+fn more_bits_come_closer_to_the_source() {
+    let dir = Dir::new();
+    let file = dir.path("model.slim.gguf");
+    let tokens: Vec<u32> = (0..40).map(|i| i * 11 % 300).collect();
+    let source = open_model(&tiny_model("llama")).unwrap();
+    let expected = logits(&*source, &Cpu, &tokens);
+    let mean_error = |bits| {
+        convert_to(&tiny_model("llama"), &settings(bits, TWO_LEVEL, false), &file);
+        let found = logits(&*open_model(&file).unwrap(), &Cpu, &tokens);
+        let squares = found.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2));
+        squares.sum::<f64>()
+    };
+    let errors: Vec<f64> = (1..=6).map(mean_error).collect();
+    assert!(errors.is_sorted_by(|a, b| a > b), "{errors:?}");
+}
+
+/// The options of a quick conversion of a tiny model.
+const QUICK: [&str; 6] = ["--group-size", "32", "--samples", "4", "--context", "64"];
+
+#[test]
+fn conversion_gives_the_same_bytes_again_with_any_threads_and_memory() {
+    let dir = Dir::new();
+    let source = tiny_model("llama");
+    let mut files = Vec::new();
+    for (name, options) in [
+        ("first", ["--threads", "2"]),
+        ("second", ["--threads", "2"]),
+        ("one thread", ["--threads", "1"]),
+        ("temporary file", ["--max-memory", "1MiB"]),
+    ] {
+        let target = dir.path(&format!("{name}.slim.gguf"));
+        let output = dir
+            .slimllm("convert")
+            .arg(&source)
+            .arg("-o")
+            .arg(&target)
+            .args(QUICK)
+            .args(options)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        files.push((name, std::fs::read(&target).unwrap()));
+    }
+    for (name, bytes) in &files[1..] {
+        assert!(*bytes == files[0].1, "{name}");
+    }
+}
+
+#[test]
+fn another_seed_gives_another_file() {
+    let dir = Dir::new();
+    let (first, second) = (dir.path("first"), dir.path("second"));
+    let settings = settings(2, TWO_LEVEL, false);
+    convert_to(&tiny_model("llama"), &settings, &first);
+    convert_to(&tiny_model("llama"), &Settings { seed: 1, ..settings }, &second);
+    let layer = |path: &Path| {
+        let file = SlimFile::open(path).unwrap();
+        file.layer("blk.1.ffn_down.weight").unwrap().tile_codes(0).to_vec()
+    };
+    assert_ne!(layer(&first), layer(&second));
+}
+
+#[test]
+fn killed_conversion_leaves_nothing() {
+    let Some(model) = real_model() else { return };
+    let dir = Dir::new();
+    let target = dir.path("model.slim.gguf");
+    let mut child = dir
+        .slimllm("convert")
+        .arg(&model)
+        .arg("-o")
+        .arg(&target)
+        .args(["--samples", "4", "--context", "128"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(std::fs::read_dir(dir.root()).unwrap().count(), 0);
+}
