@@ -22,7 +22,12 @@ impl Activations {
     ///
     /// # Errors
     /// `Format` if the temporary file cannot be made.
-    pub fn new(samples: usize, context: usize, width: usize, memory_left: &mut u64) -> Result<Self> {
+    pub fn new(
+        samples: usize,
+        context: usize,
+        width: usize,
+        memory_left: &mut u64,
+    ) -> Result<Self> {
         let len = samples * context * width;
         let bytes = (len * size_of::<f32>()) as u64;
         let storage = if bytes <= *memory_left {

@@ -66,13 +66,17 @@ pub fn by_predicted_loss(
             [loss(candidates[0]), loss(candidates[1]), loss(candidates[2])]
         })
         .collect();
-    let full: Vec<usize> = (0..groups.len()).filter(|&g| groups[g].len() == groups[0].len()).collect();
-    let mut gain: Vec<(f64, usize)> = full.iter().map(|&g| (losses[g][1] - losses[g][2], g)).collect();
-    let mut cost: Vec<(f64, usize)> = full.iter().map(|&g| (losses[g][0] - losses[g][1], g)).collect();
+    let full: Vec<usize> =
+        (0..groups.len()).filter(|&g| groups[g].len() == groups[0].len()).collect();
+    let mut gain: Vec<(f64, usize)> =
+        full.iter().map(|&g| (losses[g][1] - losses[g][2], g)).collect();
+    let mut cost: Vec<(f64, usize)> =
+        full.iter().map(|&g| (losses[g][0] - losses[g][1], g)).collect();
     gain.sort_by(|a, b| b.0.total_cmp(&a.0));
     cost.sort_by(|a, b| a.0.total_cmp(&b.0));
     let p = gain.iter().zip(&cost).take_while(|(gain, cost)| gain.0 > cost.0).count();
-    let take = |list: &[(f64, usize)]| list[..p].iter().map(|&(_, group)| group).collect::<Vec<_>>();
+    let take =
+        |list: &[(f64, usize)]| list[..p].iter().map(|&(_, group)| group).collect::<Vec<_>>();
     widths(groups.len(), bits, &take(&cost), &take(&gain))
 }
 
@@ -95,7 +99,8 @@ fn predicted_loss(
         let w = gather(weights, cols, tile, group.clone());
         for run in runs.clone() {
             let w = &w[run.start - group.start..run.end - group.start];
-            loss += fit(w, &importance[run], width).error.iter().map(|e| f64::from(*e)).sum::<f64>();
+            loss +=
+                fit(w, &importance[run], width).error.iter().map(|e| f64::from(*e)).sum::<f64>();
         }
     }
     loss
@@ -132,7 +137,9 @@ pub fn published_divergences(
             steps
                 .windows(2)
                 .map(|step| {
-                    for (group, cols) in groups.iter().enumerate().filter(|(g, _)| step[0][*g] != step[1][*g]) {
+                    for (group, cols) in
+                        groups.iter().enumerate().filter(|(g, _)| step[0][*g] != step[1][*g])
+                    {
                         let (old, new) = (quantized(step[0][group]), quantized(step[1][group]));
                         outputs.replace(&mut current, cols.clone(), old, new);
                     }

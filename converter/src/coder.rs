@@ -56,7 +56,9 @@ impl RunScales {
             Self::Affine { scale, zero_point } => {
                 (*scale, zip(scale, &zero_point.map(f32::from), |s, z| -(s * z)))
             }
-            Self::Binary { scale, mean } => (scale.map(|s| 2.0 * s), zip(mean, scale, |m, s| m - s)),
+            Self::Binary { scale, mean } => {
+                (scale.map(|s| 2.0 * s), zip(mean, scale, |m, s| m - s))
+            }
         }
     }
 
@@ -129,7 +131,13 @@ impl Coder {
     }
 
     /// The scales of one run of columns.
-    pub fn run(self, rows: &RowScales, w: &[Lanes], importance: &[f32], width: BitWidth) -> RunScales {
+    pub fn run(
+        self,
+        rows: &RowScales,
+        w: &[Lanes],
+        importance: &[f32],
+        width: BitWidth,
+    ) -> RunScales {
         match self {
             Self::Published => published::sqc(w, width),
             Self::Best(ScaleCoding::Paper) => best_paper(w, importance, width),

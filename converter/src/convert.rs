@@ -9,8 +9,8 @@ use slim_kernels::{Cpu, weight};
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
 use crate::{
-    Activations, Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources, Result,
-    Settings,
+    Activations, Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources,
+    Result, Settings,
     layer::{LayerInputs, QuantizedLayer, quantize_layer},
     provenance,
 };
@@ -211,7 +211,9 @@ impl Output<'_> {
     fn inputs<'a>(&mut self, name: &str, activations: &'a Activations) -> Result<LayerInputs<'a>> {
         let inputs = LayerInputs::new(activations, self.settings)?;
         if let Some(share) = inputs.extra_damping {
-            self.warn(format!("`{name}`: its Hessian needed {share} of its mean diagonal as damping"));
+            self.warn(format!(
+                "`{name}`: its Hessian needed {share} of its mean diagonal as damping"
+            ));
         }
         Ok(inputs)
     }
@@ -236,7 +238,9 @@ impl Output<'_> {
         let (rows, cols) = weight::shape(source);
         let weights = finite_weights(name, source)?;
         if !cols.is_multiple_of(16) {
-            self.warn(format!("`{name}` stays at 16 bits: its {cols} columns are no multiple of 16"));
+            self.warn(format!(
+                "`{name}` stays at 16 bits: its {cols} columns are no multiple of 16"
+            ));
             self.dense_f16(name, rows, cols, &weights)?;
             return Ok(Layer::Kept);
         }

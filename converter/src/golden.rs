@@ -38,13 +38,14 @@ impl Golden {
         let number = |key: &str| header.metadata().as_ref().unwrap()[key].parse().unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let tensors = file.tensors().into_iter().map(|(name, view)| {
-            let values = view.data().chunks_exact(view.dtype().bitsize() / 8).map(|b| match view.dtype() {
-                Dtype::F16 => f16::from_le_bytes([b[0], b[1]]).to_f32(),
-                Dtype::F32 => f32::from_le_bytes(b.try_into().unwrap()),
-                Dtype::F64 => f64::from_le_bytes(b.try_into().unwrap()) as f32,
-                Dtype::I32 => i32::from_le_bytes(b.try_into().unwrap()) as f32,
-                other => panic!("{other:?}"),
-            });
+            let values =
+                view.data().chunks_exact(view.dtype().bitsize() / 8).map(|b| match view.dtype() {
+                    Dtype::F16 => f16::from_le_bytes([b[0], b[1]]).to_f32(),
+                    Dtype::F32 => f32::from_le_bytes(b.try_into().unwrap()),
+                    Dtype::F64 => f64::from_le_bytes(b.try_into().unwrap()) as f32,
+                    Dtype::I32 => i32::from_le_bytes(b.try_into().unwrap()) as f32,
+                    other => panic!("{other:?}"),
+                });
             (name, values.collect())
         });
         Self {
@@ -67,8 +68,11 @@ impl Golden {
 
     fn activations(&self) -> Activations {
         let x = &self.tensors["x"];
-        let mut activations = Activations::new(SAMPLES, TOKENS, self.cols, &mut u64::MAX.clone()).unwrap();
-        activations.fill(|i| Ok(x[i * TOKENS * self.cols..][..TOKENS * self.cols].to_vec())).unwrap();
+        let mut activations =
+            Activations::new(SAMPLES, TOKENS, self.cols, &mut u64::MAX.clone()).unwrap();
+        activations
+            .fill(|i| Ok(x[i * TOKENS * self.cols..][..TOKENS * self.cols].to_vec()))
+            .unwrap();
         activations
     }
 }
@@ -90,7 +94,10 @@ fn assert_close(what: &str, found: &[f64], expected: &[f32], tolerance: f64) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, &expected) in found.iter().zip(expected) {
         let expected = f64::from(expected);
-        assert!((found - expected).abs() <= tolerance * expected.abs(), "{what}: {found} for {expected}");
+        assert!(
+            (found - expected).abs() <= tolerance * expected.abs(),
+            "{what}: {found} for {expected}"
+        );
     }
 }
 
@@ -116,8 +123,13 @@ fn layers_equal_the_published_ones() {
         let activations = golden.activations();
         let inputs = LayerInputs::new(&activations, &golden.settings).unwrap();
         let weights = &golden.tensors["weight"];
-        let (layout, tiles) =
-            sweep_layer(weights, golden.cols, Some(&inputs), golden.settings.bits, &golden.settings);
+        let (layout, tiles) = sweep_layer(
+            weights,
+            golden.cols,
+            Some(&inputs),
+            golden.settings.bits,
+            &golden.settings,
+        );
 
         let bits: Vec<f32> = layout.groups().iter().map(|g| g.bit_width.bits().into()).collect();
         assert_eq!(bits, golden.tensors["bits"], "{path:?}");
@@ -127,7 +139,9 @@ fn layers_equal_the_published_ones() {
             let (tile, lane) = (&tiles[row / 16], row % 16);
             for (group, _, scales) in &tile.runs {
                 let found = match scales {
-                    RunScales::Affine { scale, .. } | RunScales::Binary { scale, .. } => scale[lane],
+                    RunScales::Affine { scale, .. } | RunScales::Binary { scale, .. } => {
+                        scale[lane]
+                    }
                     RunScales::TwoLevel { .. } => unreachable!("paper coding"),
                 };
                 let expected = golden.tensors["scale"][row * layout.groups().len() + group];
@@ -135,7 +149,8 @@ fn layers_equal_the_published_ones() {
             }
             for (col, column) in tile.dequantized.iter().enumerate() {
                 let expected = golden.tensors["dequantized"][row * golden.cols + col];
-                equal += usize::from((column[lane] - expected).abs() <= 1e-3 * expected.abs().max(1e-4));
+                equal +=
+                    usize::from((column[lane] - expected).abs() <= 1e-3 * expected.abs().max(1e-4));
             }
         }
         let share = equal as f64 / weights.len() as f64;

@@ -78,7 +78,8 @@ impl Hessian {
         let pieces = rows.par_chunks(ROWS * n).map(|rows| {
             let m = rows.len() / n;
             let mut product = vec![0.0; rows.len()];
-            let (left, right) = (linalg::Mat::new(rows, m, n), linalg::Mat::new(&self.values, n, n));
+            let (left, right) =
+                (linalg::Mat::new(rows, m, n), linalg::Mat::new(&self.values, n, n));
             linalg::matmul(&mut product, n, false, left, right);
             rows.iter().zip(product).map(|(d, p)| f64::from(*d) * f64::from(p)).sum::<f64>()
         });

@@ -62,8 +62,7 @@ fn sources(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
     let (mut names, mut sizes, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
     for path in &files {
         let name = path.file_name().unwrap_or_default();
-        let (size, hash) =
-            sha256(path).map_err(|error| FormatError::io(path, "read", error))?;
+        let (size, hash) = sha256(path).map_err(|error| FormatError::io(path, "read", error))?;
         names.push(name.to_string_lossy().into_owned());
         sizes.push(size);
         hashes.push(hash);

@@ -106,13 +106,15 @@ fn power_2_4(x: f32) -> f32 {
     // log2(mantissa) = 2 / ln 2 * atanh(t), with t in 0 ..= 1/3.
     let t = (mantissa - 1.0) / (mantissa + 1.0);
     let tt = t * t;
-    let series = 1.0 + tt * (1.0 / 3.0 + tt * (0.2 + tt * (1.0 / 7.0 + tt * (1.0 / 9.0 + tt / 11.0))));
+    let series =
+        1.0 + tt * (1.0 / 3.0 + tt * (0.2 + tt * (1.0 / 7.0 + tt * (1.0 / 9.0 + tt / 11.0))));
     let log2 = exponent as f32 + 2.0 * std::f32::consts::LOG2_E * t * series;
     let y = 2.4 * log2;
     let whole = (y + 12_582_912.0) - 12_582_912.0; // 1.5 * 2^23 rounds to an integer
     let f = (y - whole) * std::f32::consts::LN_2;
     let p = 1.0
-        + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f / 720.0)))));
+        + f * (1.0
+            + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f / 720.0)))));
     p * f32::from_bits(((whole as i32 + 127) << 23) as u32)
 }
 

@@ -77,7 +77,12 @@ impl Settings {
             let fits = self.method == Method::Slim && self.coding == ScaleCoding::Paper;
             let expected = "method `slim` and scales `paper`";
             check(fits, "the reference algorithm", "other settings".into(), expected)?;
-            check((2..=7).contains(&bits), "bits of the reference algorithm", bits.to_string(), "2 to 7")?;
+            check(
+                (2..=7).contains(&bits),
+                "bits of the reference algorithm",
+                bits.to_string(),
+                "2 to 7",
+            )?;
         }
         Ok(())
     }

@@ -90,6 +90,9 @@ impl SweptTile {
         for (group, run, scales) in &self.runs {
             scales.store(tile, *group, *run);
         }
-        tile.set_row_scales(&self.rows.d.map(half::f16::from_f32), &self.rows.m.map(half::f16::from_f32));
+        tile.set_row_scales(
+            &self.rows.d.map(half::f16::from_f32),
+            &self.rows.m.map(half::f16::from_f32),
+        );
     }
 }

@@ -22,7 +22,8 @@ use slim_formats::Weight;
 /// The checks that every `matmul` makes.
 fn check_matmul(w: Weight<'_>, x: &[f32], m: usize, out: &[f32]) -> Result<()> {
     let (rows, cols) = weight::shape(w);
-    for (what, found, expected) in [("inputs", x.len(), m * cols), ("outputs", out.len(), m * rows)] {
+    for (what, found, expected) in [("inputs", x.len(), m * cols), ("outputs", out.len(), m * rows)]
+    {
         if found != expected {
             return Err(KernelError::ShapeMismatch { what, found, expected });
         }

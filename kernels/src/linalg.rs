@@ -5,9 +5,7 @@
 
 use faer::{
     Accum, MatMut, MatRef, Par,
-    linalg::{
-        cholesky::llt, matmul::matmul as gemm, triangular_inverse::invert_upper_triangular,
-    },
+    linalg::{cholesky::llt, matmul::matmul as gemm, triangular_inverse::invert_upper_triangular},
 };
 use rayon::prelude::*;
 

@@ -126,7 +126,12 @@ impl<'a> Block<'a> {
     ///
     /// # Errors
     /// A kernel refuses its arguments.
-    pub fn add_attention(&self, context: Context<'_>, attended: &[f32], x: &mut [f32]) -> Result<()> {
+    pub fn add_attention(
+        &self,
+        context: Context<'_>,
+        attended: &[f32],
+        x: &mut [f32],
+    ) -> Result<()> {
         add(x, &linear(context, self.attn_output, attended)?);
         Ok(())
     }

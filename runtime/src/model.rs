@@ -35,7 +35,8 @@ impl<'a> Model<'a> {
             true => embedding,
             false => find_weight(source, "output.weight", vocab, hidden)?,
         };
-        let blocks = (0..config.block_count).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
+        let blocks =
+            (0..config.block_count).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
         let output_norm = find_vector(source, "output_norm.weight", hidden)?;
         let context = Context { config, backend };
         Ok(Self { context, embedding, blocks, output_norm, output })

@@ -51,7 +51,8 @@ pub fn evaluate(
     let (mut total, mut positions) = (0.0, Vec::new());
     for (done, window) in chosen.iter().enumerate() {
         let scores = score_window(model, other, window)?;
-        total += scores.iter().map(|s| s.negative_log_likelihood).sum::<f64>() / scores.len() as f64;
+        total +=
+            scores.iter().map(|s| s.negative_log_likelihood).sum::<f64>() / scores.len() as f64;
         positions.extend(scores.into_iter().filter_map(|s| s.against));
         progress(done + 1, (total / (done + 1) as f64).exp());
     }
@@ -70,7 +71,11 @@ struct Score {
 }
 
 /// The scores of tokens 2 .. of a window.
-fn score_window(model: &Model<'_>, other: Option<&Model<'_>>, window: &[u32]) -> Result<Vec<Score>> {
+fn score_window(
+    model: &Model<'_>,
+    other: Option<&Model<'_>>,
+    window: &[u32],
+) -> Result<Vec<Score>> {
     let hidden_states = |model: &Model<'_>| -> Result<Vec<f32>> {
         model.forward(window, &mut KvCache::new(model.config(), window.len()))
     };

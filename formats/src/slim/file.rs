@@ -51,6 +51,8 @@ pub struct SlimFile {
     tokenizer: TokenizerSource,
     layers: Vec<LayerInfo>,
     by_name: HashMap<String, usize>,
+    /// The names of the tensors that layers are made of.
+    parts: HashSet<String>,
 }
 
 /// One row of the layer table.
@@ -115,14 +117,15 @@ impl SlimFile {
             return Err(FormatError::malformed(path, "general.alignment", "F1", found, expected));
         }
         let layers = read_layers(&gguf)?;
-        check_dense_tensors(&gguf, &layers)?;
+        let parts = part_names(&layers);
+        check_dense_tensors(&gguf, &layers, &parts)?;
         let by_name = layers.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
         let rope_factors = gguf.f32_vector("rope_freqs.weight")?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
         config.tied_embeddings = !layers.iter().any(|layer| layer.name == "output.weight")
             && gguf.tensor("output.weight").is_none();
         let tokenizer = TokenizerSource::from_gguf(metadata);
-        Ok(Self { config, tokenizer, layers, by_name, gguf })
+        Ok(Self { config, tokenizer, layers, by_name, parts, gguf })
     }
 
     /// The container.
@@ -210,17 +213,18 @@ impl ModelSource for SlimFile {
     }
 
     fn tensor_names(&self) -> Vec<&str> {
-        let parts = part_names(&self.layers);
         let dense = self.gguf.tensors().iter().map(|info| info.name.as_str());
         let layers = self.layers.iter().map(|layer| layer.name.as_str());
-        layers.chain(dense.filter(|name| !parts.contains(*name))).collect()
+        layers.chain(dense.filter(|name| !self.parts.contains(*name))).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
         if let Some(layer) = self.layer(name) {
             return Ok(Some(Weight::Packed(layer)));
         }
-        let Some(info) = self.gguf.tensor(name) else { return Ok(None) };
+        let Some(info) = self.gguf.tensor(name).filter(|_| !self.parts.contains(name)) else {
+            return Ok(None);
+        };
         let (rows, cols) = info.rows_and_cols(self.path())?;
         let bytes = self.gguf.bytes_of(info);
         let row_order = RowOrder::AsStored;
@@ -401,8 +405,11 @@ fn part_names(layers: &[LayerInfo]) -> HashSet<String> {
 }
 
 /// F7: what is not a part of a layer is a plain float tensor under a name of its own.
-fn check_dense_tensors(gguf: &GgufFile, layers: &[LayerInfo]) -> Result<()> {
-    let parts = part_names(layers);
+fn check_dense_tensors(
+    gguf: &GgufFile,
+    layers: &[LayerInfo],
+    parts: &HashSet<String>,
+) -> Result<()> {
     let layer_names: HashSet<_> = layers.iter().map(|layer| layer.name.as_str()).collect();
     for info in gguf.tensors().iter().filter(|info| !parts.contains(&info.name)) {
         let place = format!("tensor `{}`", info.name);
@@ -457,10 +464,7 @@ fn scale_fault(name: &str, layer: PackedTensor<'_>, gguf: &GgufFile) -> Option<F
 }
 
 fn first_not_finite(bytes: &[u8]) -> Option<f16> {
-    bytes
-        .chunks_exact(2)
-        .map(|b| f16::from_le_bytes([b[0], b[1]]))
-        .find(|value| !value.is_finite())
+    bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).find(|value| !value.is_finite())
 }
 
 /// F8: every weight of a padding row is stored as zeros.

@@ -102,7 +102,11 @@ impl LayerLayout {
             return Err(("F5", format!("{cols} columns"), "a multiple of 16, up to 2^28"));
         }
         if group_size == 0 || !group_size.is_multiple_of(16) {
-            return Err(("F5", format!("group size {group_size}"), "a multiple of 16, at least 16"));
+            return Err((
+                "F5",
+                format!("group size {group_size}"),
+                "a multiple of 16, at least 16",
+            ));
         }
         if let ScaleCoding::TwoLevel { sub_group, scale_bits } = coding
             && !(matches!(sub_group, 16 | 32 | 64) && matches!(scale_bits, 4 | 6))

@@ -62,7 +62,8 @@ impl<'a> PackedTensor<'a> {
 
     /// The row scales `(d, m)` of the 16 rows of a tile; ones for the paper coding, which has none.
     pub fn row_scales(&self, tile: usize) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
-        match chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes()).split_at_checked(32) {
+        match chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes()).split_at_checked(32)
+        {
             Some((d, m)) => (f16_row(d), f16_row(m)),
             None => ([1.0; TILE_ROWS], [1.0; TILE_ROWS]),
         }
@@ -144,7 +145,8 @@ fn paper_scales(record: &[u8], width: BitWidth) -> ([f32; TILE_ROWS], [f32; TILE
 fn zero_points(bytes: &[u8], width: BitWidth) -> CodeColumn {
     std::array::from_fn(|r| {
         let bit = r * usize::from(width.bits());
-        let word = u16::from(bytes[bit / 8]) | u16::from(*bytes.get(bit / 8 + 1).unwrap_or(&0)) << 8;
+        let word =
+            u16::from(bytes[bit / 8]) | u16::from(*bytes.get(bit / 8 + 1).unwrap_or(&0)) << 8;
         (word >> (bit % 8)) as u8 & width.max_code()
     })
 }
@@ -300,7 +302,13 @@ impl TileMut<'_> {
     }
 
     /// Stores scale codes and minimum codes of sub-group `sub_group` of `group` (two-level coding).
-    pub fn set_two_level(&mut self, group: usize, sub_group: usize, s: &CodeColumn, z: &CodeColumn) {
+    pub fn set_two_level(
+        &mut self,
+        group: usize,
+        sub_group: usize,
+        s: &CodeColumn,
+        z: &CodeColumn,
+    ) {
         let ScaleCoding::TwoLevel { scale_bits, .. } = self.layout.coding() else {
             panic!("two-level scales for a layer in the paper coding");
         };

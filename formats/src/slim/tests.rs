@@ -5,7 +5,13 @@ use super::*;
 
 const ROWS: usize = TILE_ROWS;
 
-fn layout(rows: usize, cols: usize, group_size: usize, coding: ScaleCoding, bits: &[u8]) -> LayerLayout {
+fn layout(
+    rows: usize,
+    cols: usize,
+    group_size: usize,
+    coding: ScaleCoding,
+    bits: &[u8],
+) -> LayerLayout {
     let widths: Vec<_> = bits.iter().map(|&bits| BitWidth::new(bits).unwrap()).collect();
     LayerLayout::new(rows, cols, group_size, coding, &widths).unwrap()
 }
@@ -48,7 +54,12 @@ fn worked_example_equals_the_specification() {
         (0..16).map(|c| std::array::from_fn(|r| ((r + c) % 8) as u8)).collect();
     for mut tile in layer.tiles_mut() {
         tile.set_codes(0, &codes);
-        tile.set_two_level(0, 0, &std::array::from_fn(|r| r as u8), &std::array::from_fn(|r| 15 - r as u8));
+        tile.set_two_level(
+            0,
+            0,
+            &std::array::from_fn(|r| r as u8),
+            &std::array::from_fn(|r| 15 - r as u8),
+        );
     }
     let specification = include_str!("../../../docs/format.md");
     let (codes, scales, _) = layer.parts();

@@ -74,10 +74,13 @@ impl SlimWriter {
         })
     }
 
-    /// Adds a dense tensor; `shape` is outermost first.
+    /// Adds a dense tensor of type F32, F16 or BF16 (F7); `shape` is outermost first.
     ///
     /// # Errors
     /// `Io` if the disk is full; `Malformed` for a second tensor of that name.
+    ///
+    /// # Panics
+    /// If `bytes` does not fill `shape`.
     pub fn dense(&mut self, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()> {
         self.claim(name)?;
         self.append(name.to_owned(), dtype, shape.to_vec(), bytes)
@@ -157,7 +160,7 @@ impl SlimWriter {
     }
 
     fn append(&mut self, name: String, dtype: DType, shape: Vec<u64>, bytes: &[u8]) -> Result<()> {
-        debug_assert_eq!(dtype.size_in_bytes(shape.iter().product()), Some(bytes.len() as u64));
+        assert_eq!(dtype.size_in_bytes(shape.iter().product()), Some(bytes.len() as u64));
         self.hashes.push(xxh3_64(bytes));
         self.tensors.push(NewTensor { name, dtype, shape });
         self.spool

@@ -8,27 +8,55 @@ fn exp(x: f32) -> f32 {
     let i = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0; // 1.5 * 2^23 rounds to an integer
     let f = (x - i * 0.693_359_4) + i * 2.121_944_4e-4; // ln 2 in two parts
     let p = 1.0
-        + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f / 720.0)))));
+        + f * (1.0
+            + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f / 720.0)))));
     p * f32::from_bits(((i as i32 + 127) << 23) as u32)
 }
 
 /// Sums over a vocabulary are f64 sums of f32 sums over pieces of this many values: their error does not grow with it.
 const PIECE: usize = 512;
 
-/// Sums in eight lanes, so that the loop vectorises.
+/// Values that are combined side by side, so that sums and maxima vectorise.
+const LANES: usize = 16;
+
 #[inline(always)]
-fn lane_sum(values: impl Iterator<Item = f32>) -> f32 {
-    let mut lanes = [0.0; 8];
-    for (i, value) in values.enumerate() {
-        lanes[i % 8] += value;
+fn sum(values: &[f32]) -> f32 {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += chunk[i];
+        }
     }
-    lanes.iter().sum()
+    let mut sum = 0.0;
+    for value in lanes.iter().chain(rest) {
+        sum += value;
+    }
+    sum
+}
+
+#[inline(always)]
+fn max(values: &[f32]) -> f32 {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    let mut max = f32::NEG_INFINITY;
+    for value in lanes.iter().chain(rest) {
+        max = max.max(*value);
+    }
+    max
 }
 
 per_isa! {
     pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
-        let mean = lane_sum(x.iter().map(|x| x * x)) / x.len() as f32;
-        let scale = 1.0 / (mean + epsilon).sqrt();
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = x * x;
+        }
+        let scale = 1.0 / (sum(out) / x.len() as f32 + epsilon).sqrt();
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = x * scale * weight;
         }
@@ -55,11 +83,11 @@ per_isa! {
 per_isa! {
     /// Turns scores into probabilities in place.
     pub fn softmax(scores: &mut [f32]) {
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = max(scores);
         for score in scores.iter_mut() {
             *score = exp(*score - max);
         }
-        let scale = 1.0 / lane_sum(scores.iter().copied());
+        let scale = 1.0 / sum(scores);
         for score in scores {
             *score *= scale;
         }
@@ -69,12 +97,16 @@ per_isa! {
 per_isa! {
     /// Turns logits into log-probabilities in place.
     pub fn log_softmax(logits: &mut [f32]) {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
+        let max = max(logits);
+        let mut powers = [0.0; PIECE];
+        let mut total = 0.0;
         for piece in logits.chunks(PIECE) {
-            sum += f64::from(lane_sum(piece.iter().map(|logit| exp(logit - max))));
+            for (power, logit) in powers.iter_mut().zip(piece) {
+                *power = exp(logit - max);
+            }
+            total += f64::from(sum(&powers[..piece.len()]));
         }
-        let log_sum = max + sum.ln() as f32;
+        let log_sum = max + total.ln() as f32;
         for logit in logits {
             *logit -= log_sum;
         }
@@ -84,10 +116,14 @@ per_isa! {
 per_isa! {
     /// KL(p || q) in nats, of log-probabilities.
     pub fn kl_divergence(log_p: &[f32], log_q: &[f32]) -> f64 {
-        let mut sum = 0.0;
+        let mut terms = [0.0; PIECE];
+        let mut total = 0.0;
         for (p, q) in log_p.chunks(PIECE).zip(log_q.chunks(PIECE)) {
-            sum += f64::from(lane_sum(p.iter().zip(q).map(|(p, q)| exp(*p) * (p - q))));
+            for ((term, p), q) in terms.iter_mut().zip(p).zip(q) {
+                *term = exp(*p) * (p - q);
+            }
+            total += f64::from(sum(&terms[..p.len()]));
         }
-        sum
+        total
     }
 }

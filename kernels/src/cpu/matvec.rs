@@ -26,16 +26,7 @@ per_isa! {
                 let units = cols.start / UNIT - first_unit..cols.end / UNIT - first_unit;
                 let sum: f32 = sums[cols.start / UNIT..cols.end / UNIT].iter().sum();
                 let x = &x[cols];
-                let dots = match group.bit_width.bits() {
-                    1 => dots::<1>(codes, units, x),
-                    2 => dots::<2>(codes, units, x),
-                    3 => dots::<3>(codes, units, x),
-                    4 => dots::<4>(codes, units, x),
-                    5 => dots::<5>(codes, units, x),
-                    6 => dots::<6>(codes, units, x),
-                    7 => dots::<7>(codes, units, x),
-                    _ => dots::<8>(codes, units, x),
-                };
+                let dots = for_width!(group.bit_width, dots(codes, units, x));
                 let (factor, offset) = packed.scales(tile, group, run);
                 for r in 0..TILE_ROWS {
                     scaled[r] += factor[r] * dots[r];

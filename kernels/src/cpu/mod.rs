@@ -46,12 +46,14 @@ impl Backend for Cpu {
         match w {
             Weight::Packed(packed) if m == 1 => {
                 let sums = matvec::column_sums(x);
-                out.par_chunks_mut(TILES_PER_TASK * TILE_ROWS).enumerate().for_each(|(task, out)| {
-                    for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-                        let values = matvec::tile(packed, task * TILES_PER_TASK + i, x, &sums);
-                        out.copy_from_slice(&values[..out.len()]);
-                    }
-                });
+                out.par_chunks_mut(TILES_PER_TASK * TILE_ROWS).enumerate().for_each(
+                    |(task, out)| {
+                        for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+                            let values = matvec::tile(packed, task * TILES_PER_TASK + i, x, &sums);
+                            out.copy_from_slice(&values[..out.len()]);
+                        }
+                    },
+                );
                 Ok(())
             }
             _ => matmul_by_rows(w, x, m, out),
@@ -105,7 +107,14 @@ fn matmul_by_rows(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result
             } else {
                 let mut weights = vec![0.0; n * cols];
                 dequantize_rows(w, first..first + n, &mut weights)?;
-                linalg::matmul_transposed(&mut product, n, false, 1.0, x, Mat::new(&weights, n, cols));
+                linalg::matmul_transposed(
+                    &mut product,
+                    n,
+                    false,
+                    1.0,
+                    x,
+                    Mat::new(&weights, n, cols),
+                );
             }
             Ok(product)
         })

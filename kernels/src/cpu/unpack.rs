@@ -59,7 +59,7 @@ impl UnitWords {
             plane = &plane[2 * 2 * cols..];
         }
         if WIDTH & 1 != 0 {
-            let short = unit % 2 == 0 && (unit + 1) * UNIT == cols;
+            let short = unit.is_multiple_of(2) && (unit + 1) * UNIT == cols;
             words.one = if short {
                 load_short_words(&plane[unit * 32..])
             } else {
