@@ -3,7 +3,7 @@
 use std::{fs::File, io::Read, path::Path};
 
 use sha2::{Digest, Sha256};
-use slim_formats::{FormatError, ModelSource, TokenizerSource, gguf::Metadata};
+use slim_formats::{FormatError, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding};
 
 use crate::{Calibration, Method, Result, Settings, calibration::hex};
 
@@ -21,6 +21,14 @@ pub fn metadata(
     metadata.insert("slim.quantization.method", method)?;
     metadata.insert("slim.quantization.bits", u32::from(settings.bits))?;
     metadata.insert("slim.quantization.group_size", settings.group_size as u32)?;
+    match settings.coding {
+        ScaleCoding::Paper => metadata.insert("slim.quantization.scales", "paper")?,
+        ScaleCoding::TwoLevel { sub_group, scale_bits } => {
+            metadata.insert("slim.quantization.scales", "two-level")?;
+            metadata.insert("slim.quantization.sub_group", sub_group as u32)?;
+            metadata.insert("slim.quantization.scale_bits", u32::from(scale_bits))?;
+        }
+    }
     metadata.insert("slim.quantization.embed_bits", u32::from(settings.embed_bits))?;
     if settings.method != Method::RoundToNearest {
         metadata.insert("slim.quantization.seed", settings.seed)?;

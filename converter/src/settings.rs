@@ -65,8 +65,11 @@ impl Settings {
         check(embed_fits, "embed bits", embed_bits.to_string(), "1 to 8, or 16 for f16")?;
         let group_fits = group_size > 0 && group_size.is_multiple_of(16);
         check(group_fits, "group size", group_size.to_string(), "a multiple of 16")?;
-        check(self.samples > 0, "samples", self.samples.to_string(), "at least 1")?;
-        check(self.context > 1, "context", self.context.to_string(), "at least 2")?;
+        // Caps that keep every product of sizes within 64 bits.
+        let samples_fit = (1..=1 << 16).contains(&self.samples);
+        check(samples_fit, "samples", self.samples.to_string(), "1 to 65536")?;
+        let context_fits = (2..=1 << 24).contains(&self.context);
+        check(context_fits, "context", self.context.to_string(), "2 to 16777216")?;
         if let ScaleCoding::TwoLevel { sub_group, scale_bits } = self.coding {
             let fits = matches!(sub_group, 16 | 32 | 64);
             check(fits, "sub-group", sub_group.to_string(), "16, 32 or 64")?;

@@ -4,11 +4,16 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::support::{Dir, command, fail, slimllm, succeed, tiny_model};
+use crate::command::{Dir, arg, command, fail, slimllm, succeed, tiny_model};
+
+/// A tiny model of the repository, as an argument.
+fn tiny(name: &str) -> String {
+    arg(&tiny_model(name))
+}
 
 /// Converts the tiny Llama model in no time.
 fn convert_tiny(target: &str, more: &[&str]) {
-    let source = tiny_model("llama");
+    let source = tiny("llama");
     let fixed = ["convert", &source, "-o", target, "--samples", "2", "--context", "32"];
     succeed(&[&fixed, more].concat());
 }
@@ -48,9 +53,9 @@ fn help_names_every_flag() {
 
 #[test]
 fn bad_arguments_are_refused_with_a_sentence() {
-    let llama = &tiny_model("llama");
+    let llama = &tiny("llama");
     let dir = Dir::new();
-    let out = &dir.path("out.gguf");
+    let out = &dir.arg("out.gguf");
     let convert = ["convert", llama, "-o", out];
     for (more, fragment) in [
         (["--bits", "9"], "9 is not in 1..=8"),
@@ -93,8 +98,8 @@ fn bad_arguments_are_refused_with_a_sentence() {
 #[test]
 fn unusable_files_are_refused_with_a_sentence() {
     let dir = Dir::new();
-    let llama = &tiny_model("llama");
-    let absent = &dir.path("absent.gguf");
+    let llama = &tiny("llama");
+    let absent = &dir.arg("absent.gguf");
     let garbage = &dir.write("garbage.gguf", "PK\x03\x04 and more");
     let cut = &dir.write("cut.gguf", b"GGUF\x03\0\0\0\x01\0\0\0");
     for (file, fragments) in [
@@ -114,22 +119,22 @@ fn unusable_files_are_refused_with_a_sentence() {
         fail(&["run", file, "-p", "a"], &fragments);
         fail(&["inspect", file], &fragments);
         fail(&["eval", llama, "--text", llama, "--against", file], &["cannot read the text"]);
-        fail(&["convert", file, "-o", &dir.path("out")], &fragments);
+        fail(&["convert", file, "-o", &dir.arg("out")], &fragments);
     }
     let hub_id = ["downloading from a hub is not supported yet", "hint: if it is a hub id"];
-    fail(&["convert", "org/name@main", "-o", &dir.path("out")], &hub_id);
+    fail(&["convert", "org/name@main", "-o", &dir.arg("out")], &hub_id);
     assert!(!dir.names().contains(&"out".to_owned()));
 }
 
 #[test]
 fn targets_are_checked_before_the_work() {
     let dir = Dir::new();
-    let model = &dir.path("tiny.slim.gguf");
+    let model = &dir.arg("tiny.slim.gguf");
     convert_tiny(model, &[]);
     let before = std::fs::read(model).unwrap();
     for (out, fragments) in [
-        (&dir.path("no/such/out"), ["there is no folder", "hint: create it with `mkdir -p"]),
-        (&dir.path(""), ["is a folder", "error: "]),
+        (&dir.arg("no/such/out"), ["there is no folder", "hint: create it with `mkdir -p"]),
+        (&dir.arg(""), ["is a folder", "error: "]),
         (model, ["is a file of the source", "overwritten"]),
     ] {
         fail(&["convert", model, "-o", out], &fragments);
@@ -141,7 +146,7 @@ fn targets_are_checked_before_the_work() {
 
 #[test]
 fn reader_that_has_gone_is_no_error() {
-    let mut child = command(&["inspect", &tiny_model("llama"), "--metadata"])
+    let mut child = command(&["inspect", &tiny("llama"), "--metadata"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -153,7 +158,7 @@ fn reader_that_has_gone_is_no_error() {
 
 #[test]
 fn inspect_directory_describes_the_model() {
-    let llama = &tiny_model("llama");
+    let llama = &tiny("llama");
     let json = succeed(&["inspect", llama, "--json", "--metadata"]).json();
     assert_eq!(json["format"], "safetensors");
     assert_eq!(json["architecture"], "llama");
@@ -177,7 +182,7 @@ fn inspect_directory_describes_the_model() {
 #[test]
 fn inspect_slim_file_describes_the_layers() {
     let dir = Dir::new();
-    let model = &dir.path("tiny.slim.gguf");
+    let model = &dir.arg("tiny.slim.gguf");
     convert_tiny(model, &["--group-size", "32"]);
     let json = succeed(&["inspect", model, "--json"]).json();
     assert_eq!(json["format"], "slim");
@@ -231,7 +236,7 @@ fn inspect_gguf_of_another_architecture_lists_what_is_there() {
 #[test]
 fn verify_says_no_to_a_damaged_file() {
     let dir = Dir::new();
-    let model = &dir.path("tiny.slim.gguf");
+    let model = &dir.arg("tiny.slim.gguf");
     convert_tiny(model, &[]);
     assert!(succeed(&["inspect", model, "--verify"]).stdout.contains("no faults"));
     assert_eq!(
@@ -261,7 +266,7 @@ fn verify_says_no_to_a_damaged_file() {
 #[test]
 fn convert_dry_run_writes_nothing() {
     let dir = Dir::new();
-    let (llama, out) = (&tiny_model("llama"), &dir.path("out"));
+    let (llama, out) = (&tiny("llama"), &dir.arg("out"));
     let plan = succeed(&["convert", llama, "-o", out, "--dry-run", "--bits", "2"]);
     for fragment in
         ["2 per code, in groups of 64", "two-level", "14 linear layers in 2 blocks", "nothing"]
@@ -279,7 +284,7 @@ fn convert_dry_run_writes_nothing() {
 #[test]
 fn convert_reports_on_stdout_unless_quiet() {
     let dir = Dir::new();
-    let (llama, out) = (&tiny_model("llama"), &dir.path("out.slim.gguf"));
+    let (llama, out) = (&tiny("llama"), &dir.arg("out.slim.gguf"));
     let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32"];
     let answer = succeed(&convert);
     for fragment in ["16 quantized layers", "bits per weight", "times smaller", "slimllm run "] {
@@ -298,7 +303,7 @@ fn convert_reports_on_stdout_unless_quiet() {
 #[test]
 fn convert_warns_of_a_source_that_is_quantized() {
     let dir = Dir::new();
-    let (once, twice) = (&dir.path("once.slim.gguf"), &dir.path("twice.slim.gguf"));
+    let (once, twice) = (&dir.arg("once.slim.gguf"), &dir.arg("twice.slim.gguf"));
     convert_tiny(once, &["--method", "rtn", "--bits", "4"]);
     let answer = succeed(&["convert", once, "-o", twice, "--method", "rtn", "--bits", "2"]);
     assert!(
@@ -311,9 +316,9 @@ fn convert_warns_of_a_source_that_is_quantized() {
 #[test]
 fn run_greedy_is_deterministic() {
     let dir = Dir::new();
-    let model = &dir.path("tiny.slim.gguf");
+    let model = &dir.arg("tiny.slim.gguf");
     convert_tiny(model, &[]);
-    for model in [&tiny_model("llama"), model] {
+    for model in [&tiny("llama"), model] {
         let run = |more: &[&str]| {
             let fixed = ["run", model, "-p", "The fox", "-n", "12", "--temperature", "0"];
             succeed(&[&fixed, more].concat())
@@ -331,7 +336,7 @@ fn run_greedy_is_deterministic() {
 
 #[test]
 fn run_stops_where_the_context_ends() {
-    let answer = succeed(&["run", &tiny_model("llama"), "-p", "a", "-n", "50", "--context", "6"]);
+    let answer = succeed(&["run", &tiny("llama"), "-p", "a", "-n", "50", "--context", "6"]);
     assert!(
         answer.stderr.contains("stopped: the context of 6 tokens is full"),
         "{}",
@@ -343,7 +348,7 @@ fn run_stops_where_the_context_ends() {
 fn chat_answers_each_message_until_exit() {
     let dir = Dir::new();
     let messages = dir.write("messages", "Hello\n\nAnd you?\n/exit\nNever read\n");
-    let answer = command(&["run", &tiny_model("llama"), "--chat", "-n", "4", "--temperature", "0"])
+    let answer = command(&["run", &tiny("llama"), "--chat", "-n", "4", "--temperature", "0"])
         .stdin(std::fs::File::open(messages).unwrap())
         .output()
         .unwrap();
@@ -356,7 +361,7 @@ fn chat_answers_each_message_until_exit() {
 fn eval_prints_the_protocol_with_the_number() {
     let dir = Dir::new();
     let text = &dir.write("text.txt", text());
-    let llama = &tiny_model("llama");
+    let llama = &tiny("llama");
     let eval = ["eval", llama, "--text", text, "--context", "32", "--windows", "3"];
     let json = succeed(&[&eval[..], &["--json", "--against", llama]].concat()).json();
     assert_eq!(
@@ -390,7 +395,7 @@ fn eval_prints_the_protocol_with_the_number() {
 
 #[test]
 fn bench_json_has_the_keys() {
-    let llama = &tiny_model("llama");
+    let llama = &tiny("llama");
     let bench =
         ["bench", llama, "--prompt", "16", "--generate", "4", "--runs", "2", "--threads", "2"];
     let json = succeed(&[&bench[..], &["--json"]].concat()).json();

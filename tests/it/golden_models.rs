@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
-use crate::support::{Dir, succeed, tiny_model};
+use crate::command::{Dir, arg, succeed, tiny_model};
 
 /// The largest difference to allow: the reference computes in f32 with other summation orders.
 const LOGIT_TOLERANCE: f32 = 2e-3;
@@ -15,7 +15,7 @@ const SUPPORTED: [&str; 2] = ["llama", "mistral"];
 #[test]
 fn logits_of_tiny_models_are_those_of_the_reference() {
     for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
-        compare(Path::new(&tiny_model(name)));
+        compare(&tiny_model(name));
     }
 }
 
@@ -63,9 +63,9 @@ fn compare(folder: &Path) {
 /// What `slimllm logits` writes.
 fn run_logits(folder: &Path, ids: &[i32]) -> Vec<f32> {
     let dir = Dir::new();
-    let out = dir.path("logits.safetensors");
+    let out = dir.arg("logits.safetensors");
     let tokens = ids.iter().map(i32::to_string).collect::<Vec<_>>().join(",");
-    succeed(&["logits", folder.to_str().unwrap(), "--tokens", &tokens, "-o", &out]);
+    succeed(&["logits", &arg(folder), "--tokens", &tokens, "-o", &out]);
     let file = std::fs::read(out).unwrap();
     let file = SafeTensors::deserialize(&file).unwrap();
     let tensor = file.tensor("logits").unwrap();

@@ -1,6 +1,7 @@
 //! The integration tests, in one binary so that they link once.
 
 mod cli; // help, errors, exit codes, output of every subcommand
+mod command; // running the command
+mod end_to_end; // from a model to its packed file to its logits
 mod golden_models; // logits against the reference implementation
-mod real_model; // perplexity of a real model, where there is one
-mod support; // running the command
+mod real_model; // a real model, where there is one

@@ -1,7 +1,7 @@
 //! Running the built command.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -16,22 +16,57 @@ impl Dir {
         Self(tempfile::tempdir().unwrap())
     }
 
-    /// The path of a file in it.
-    pub fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
+    pub fn root(&self) -> &Path {
+        self.0.path()
     }
 
-    /// Writes a file and gives its path.
+    /// The path of a file in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root().join(name)
+    }
+
+    /// The path of a file in it, as an argument.
+    pub fn arg(&self, name: &str) -> String {
+        arg(&self.path(name))
+    }
+
+    /// Writes a file and gives its path, as an argument.
     pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> String {
         std::fs::write(self.path(name), content).unwrap();
-        self.path(name)
+        self.arg(name)
     }
 
     /// The names of the files in it.
     pub fn names(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.0.path()).unwrap();
+        let entries = std::fs::read_dir(self.root()).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
+
+    /// The command, to be started in this folder by the caller.
+    pub fn slimllm(&self, subcommand: &str) -> Command {
+        let mut command = command(&[subcommand]);
+        command.current_dir(self.root());
+        command
+    }
+}
+
+/// A path as an argument.
+pub fn arg(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+/// A tiny model of the repository.
+pub fn tiny_model(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/archs").join(name)
+}
+
+/// The model that `scripts/fetch-model` fetches, if the environment tells where it is.
+pub fn real_model() -> Option<PathBuf> {
+    let model = std::env::var_os("SLIMLLM_TEST_MODEL");
+    if model.is_none() {
+        println!("skipped: SLIMLLM_TEST_MODEL is not set; run `make test`");
+    }
+    model.map(PathBuf::from)
 }
 
 /// What the command answered.
@@ -88,10 +123,4 @@ pub fn fail(args: &[&str], fragments: &[&str]) {
         );
     }
     assert_eq!(answer.stdout, "", "{args:?}: talk belongs on stderr");
-}
-
-/// A tiny model of the repository.
-pub fn tiny_model(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/archs").join(name);
-    path.to_str().unwrap().to_owned()
 }
