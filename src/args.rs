@@ -73,9 +73,9 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]
     pub reference: bool,
 
-    /// Bits of the embedding and the output layer; 16 keeps them as f16
-    #[arg(long, value_name = "BITS", default_value = "8", value_parser = one_of(["8", "16"]))]
-    pub embed_bits: usize,
+    /// Bits of the embedding and the output layer; 16 keeps them as f16 [default: 8; 16 with --reference]
+    #[arg(long, value_name = "BITS", value_parser = one_of(["8", "16"]))]
+    pub embed_bits: Option<usize>,
 
     /// Text to calibrate on [default: a built-in one]
     #[arg(long, value_name = "FILE")]

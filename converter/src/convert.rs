@@ -39,7 +39,9 @@ pub fn convert(
     };
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
-        Method::Slim | Method::Gptq => Some(Calibrator::new(source, calibration, resources)?),
+        Method::Slim | Method::Gptq => {
+            Some(Calibrator::new(source, calibration, settings, resources)?)
+        }
     };
     let blocks = source.config().block_count;
     for index in 0..blocks {
@@ -66,12 +68,16 @@ struct Calibrator<'a> {
     attended: Activations,
     /// The inputs of `ffn_down`, `[samples, tokens, ffn]`.
     ffn: Activations,
+    /// The residual before the block, for `--reference`: the published code takes the inputs of a block's layers from the
+    /// float block, and runs the quantized one afterwards.
+    before: Option<Activations>,
 }
 
 impl<'a> Calibrator<'a> {
     fn new(
         source: &'a dyn ModelSource,
         calibration: &Calibration,
+        settings: &Settings,
         resources: Resources,
     ) -> Result<Self> {
         let config = source.config();
@@ -84,12 +90,16 @@ impl<'a> Calibrator<'a> {
         let normed = activations(config.hidden_size)?;
         let attended = activations(config.head_count * config.head_dim)?;
         let ffn = activations(config.ffn_size)?;
+        let before = match settings.reference {
+            true => Some(activations(config.hidden_size)?),
+            false => None,
+        };
         let embedding = find(source, "token_embd.weight")?;
         for (index, tokens) in calibration.samples.iter().enumerate() {
             residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
         }
         let context = Context { config, backend: &Cpu };
-        Ok(Self { context, tokens_per_sample, residual, normed, attended, ffn })
+        Ok(Self { context, tokens_per_sample, residual, normed, attended, ffn, before })
     }
 
     /// Quantizes the layers of a block in the order in which data flows through them.
@@ -99,11 +109,15 @@ impl<'a> Calibrator<'a> {
         block: Block<'_>,
         output: &mut Output<'_>,
     ) -> Result<()> {
-        let Self { context, tokens_per_sample, residual, normed, attended, ffn } = self;
+        let Self { context, tokens_per_sample, residual, normed, attended, ffn, before } = self;
         let context = *context;
         let name = |layer: &str| format!("blk.{index}.{layer}.weight");
         output.norm(&name("attn_norm"), &block.attn_norm)?;
         output.norm(&name("ffn_norm"), &block.ffn_norm)?;
+        if let Some(before) = before {
+            before.fill(|i| Ok(residual.sample(i).to_vec()))?;
+        }
+        let is_sequential = before.is_none();
 
         normed.fill(|i| Ok(block.attention_input(context, residual.sample(i))))?;
         let (q, k, v) = {
@@ -114,26 +128,28 @@ impl<'a> Calibrator<'a> {
                 output.layer(&name("attn_v"), block.attn_v, Some(&inputs))?,
             )
         };
-        let block = Block {
+        let quantized = Block {
             attn_q: q.weight(block.attn_q),
             attn_k: k.weight(block.attn_k),
             attn_v: v.weight(block.attn_v),
-            ..block
+            ..block.clone()
         };
+        let running = if is_sequential { &quantized } else { &block };
 
         let angles = rope_angles(context.config, 0, *tokens_per_sample);
         let mut kv = KvBlock::new(context.config, *tokens_per_sample);
-        attended.fill(|i| Ok(block.attend(context, normed.sample(i), &mut kv, 0, &angles)?))?;
+        attended.fill(|i| Ok(running.attend(context, normed.sample(i), &mut kv, 0, &angles)?))?;
         let attn_output = {
             let inputs = output.inputs(&name("attn_output"), attended)?;
             output.layer(&name("attn_output"), block.attn_output, Some(&inputs))?
         };
-        let block = Block { attn_output: attn_output.weight(block.attn_output), ..block };
+        let quantized = Block { attn_output: attn_output.weight(block.attn_output), ..quantized };
+        let running = if is_sequential { &quantized } else { &block };
 
         for i in 0..residual.samples() {
-            block.add_attention(context, attended.sample(i), residual.sample_mut(i))?;
+            running.add_attention(context, attended.sample(i), residual.sample_mut(i))?;
         }
-        normed.fill(|i| Ok(block.ffn_input(context, residual.sample(i))))?;
+        normed.fill(|i| Ok(running.ffn_input(context, residual.sample(i))))?;
         let (gate, up) = {
             let inputs = output.inputs(&name("ffn_gate"), normed)?;
             (
@@ -141,20 +157,27 @@ impl<'a> Calibrator<'a> {
                 output.layer(&name("ffn_up"), block.ffn_up, Some(&inputs))?,
             )
         };
-        let block = Block {
+        let quantized = Block {
             ffn_gate: gate.weight(block.ffn_gate),
             ffn_up: up.weight(block.ffn_up),
-            ..block
+            ..quantized
         };
+        let running = if is_sequential { &quantized } else { &block };
 
-        ffn.fill(|i| Ok(block.ffn_activation(context, normed.sample(i))?))?;
+        ffn.fill(|i| Ok(running.ffn_activation(context, normed.sample(i))?))?;
         let down = {
             let inputs = output.inputs(&name("ffn_down"), ffn)?;
             output.layer(&name("ffn_down"), block.ffn_down, Some(&inputs))?
         };
-        let block = Block { ffn_down: down.weight(block.ffn_down), ..block };
+        let quantized = Block { ffn_down: down.weight(block.ffn_down), ..quantized };
         for i in 0..residual.samples() {
-            block.add_ffn(context, ffn.sample(i), residual.sample_mut(i))?;
+            match before {
+                None => quantized.add_ffn(context, ffn.sample(i), residual.sample_mut(i))?,
+                Some(before) => {
+                    residual.sample_mut(i).copy_from_slice(before.sample(i));
+                    quantized.forward(context, residual.sample_mut(i), &mut kv, 0, &angles)?;
+                }
+            }
         }
         Ok(())
     }
