@@ -1,7 +1,7 @@
 //! Calibration samples: runs of tokens at random places of a text.
 
 use sha2::{Digest, Sha256};
-use slim_runtime::Tokenizer;
+use slim_runtime::{SplitMix64, Tokenizer};
 
 use crate::{ConvertError, Result, Settings};
 
@@ -35,7 +35,7 @@ impl Calibration {
             });
         }
         let starts = (tokens.len() - context + 1) as u64;
-        let mut random = SplitMix64(settings.seed);
+        let mut random = SplitMix64::new(settings.seed);
         let samples = (0..settings.samples)
             .map(|_| {
                 let start = random.below(starts) as usize;
@@ -49,22 +49,4 @@ impl Calibration {
 /// Bytes as lower-case hex digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The generator of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`; the bias of the multiplication is below 2^-32 for any text.
-    fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
-    }
 }
