@@ -1,8 +1,9 @@
 //! The real-valued scale and minimum of a run of columns: weighted least squares over a search of the range.
 
 use slim_formats::slim::{BitWidth, TILE_ROWS};
+use slim_kernels::per_isa;
 
-use crate::lanes::{Lanes, nearest_codes, per_isa};
+use crate::lanes::{Lanes, nearest_codes};
 
 /// An affine quantizer for each row: a weight is `scale * code + minimum`.
 #[derive(Debug, Clone, Copy)]

@@ -4,22 +4,10 @@
 use std::ops::Range;
 
 use slim_formats::slim::TILE_ROWS;
+use slim_kernels::per_isa;
 
 /// One value for each row of a tile.
 pub type Lanes = [f32; TILE_ROWS];
-
-/// Compiles a function once for each instruction set below and picks among them at run time.
-macro_rules! per_isa {
-    ($function:item) => {
-        #[multiversion::multiversion(targets(
-            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma",
-            "x86_64+avx2+fma",
-            "aarch64+neon"
-        ))]
-        $function
-    };
-}
-pub(crate) use per_isa;
 
 /// The columns `span` of rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are zero.
 pub fn gather(weights: &[f32], cols: usize, tile: usize, span: Range<usize>) -> Vec<Lanes> {
@@ -42,10 +30,12 @@ pub fn zip(a: &Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
 /// The code that is nearest to `w` in each lane, for weights `factor * code + offset`; 0 where the factor is 0.
 #[inline(always)]
 pub fn nearest_codes(w: &Lanes, factor: &Lanes, offset: &Lanes, max_code: f32) -> Lanes {
-    std::array::from_fn(|r| {
+    let mut codes = [0.0; TILE_ROWS];
+    for r in 0..TILE_ROWS {
         let inverse = if factor[r] == 0.0 { 0.0 } else { 1.0 / factor[r] };
-        ((w[r] - offset[r]) * inverse).round_ties_even().clamp(0.0, max_code)
-    })
+        codes[r] = ((w[r] - offset[r]) * inverse).round_ties_even().clamp(0.0, max_code);
+    }
+    codes
 }
 
 per_isa! {

@@ -2,10 +2,11 @@
 //! does not say otherwise.
 
 use slim_formats::slim::{BitWidth, CodeColumn, TILE_ROWS};
+use slim_kernels::per_isa;
 
 use crate::{
     coder::RunScales,
-    lanes::{Lanes, keep_better, nearest_codes, per_isa, zip},
+    lanes::{Lanes, keep_better, nearest_codes, zip},
 };
 
 /// The damping that the published code adds to every Hessian before it ranks groups.

@@ -1,10 +1,11 @@
 //! The GPTQ sweep of one tile: quantize column by column, and push each column's error to the columns not yet done.
 
 use slim_formats::slim::{CodeColumn, LayerLayout, TILE_ROWS, TileMut};
+use slim_kernels::per_isa;
 
 use crate::{
     coder::{Coder, RowScales, RunScales},
-    lanes::{Lanes, nearest_codes, per_isa},
+    lanes::{Lanes, nearest_codes},
 };
 
 /// What the sweep weighs errors by.

@@ -2,6 +2,21 @@
 //!
 //! [`Backend`] lists the operations; [`Scalar`] is the oracle, [`Cpu`] is what runs.
 
+/// Compiles a function once for each instruction set below and picks among them at run time.
+///
+/// Closures that are not inlined into the function lose its instruction set: write hot loops out.
+#[macro_export]
+macro_rules! per_isa {
+    ($function:item) => {
+        #[$crate::multiversion::multiversion(targets(
+            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma+f16c",
+            "x86_64+avx2+fma+f16c",
+            "aarch64+neon"
+        ))]
+        $function
+    };
+}
+
 mod backend;
 mod cpu;
 mod error;
@@ -11,6 +26,9 @@ mod reference;
 #[cfg(test)]
 mod tests;
 pub mod weight;
+
+#[doc(hidden)]
+pub use multiversion;
 
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
 pub use cpu::{Cpu, kl_divergence, log_softmax};

@@ -1,18 +1,6 @@
 //! The CPU backend: loops that the compiler vectorises, in versions for AVX-512, AVX2 and NEON that are chosen once at run time
 //! (`multiversion`), and parallel over pieces of fixed size.
 
-/// Compiles a function once for each instruction set below and picks among them at run time.
-macro_rules! per_isa {
-    ($function:item) => {
-        #[multiversion::multiversion(targets(
-            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma+f16c",
-            "x86_64+avx2+fma+f16c",
-            "aarch64+neon"
-        ))]
-        $function
-    };
-}
-
 mod attention;
 mod dequantize;
 mod elementwise;
