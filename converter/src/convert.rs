@@ -248,7 +248,7 @@ impl Output<'_> {
         source: Weight<'_>,
         inputs: Option<&LayerInputs<'_>>,
     ) -> Result<Layer> {
-        self.quantize(name, source, inputs, self.settings.bits)
+        self.quantize(name, source, inputs, self.settings)
     }
 
     fn quantize(
@@ -256,7 +256,7 @@ impl Output<'_> {
         name: &str,
         source: Weight<'_>,
         inputs: Option<&LayerInputs<'_>>,
-        bits: u8,
+        settings: &Settings,
     ) -> Result<Layer> {
         let (rows, cols) = weight::shape(source);
         let weights = finite_weights(name, source)?;
@@ -267,7 +267,7 @@ impl Output<'_> {
             self.dense_f16(name, rows, cols, &weights)?;
             return Ok(Layer::Kept);
         }
-        let layer = quantize_layer(&weights, cols, inputs, bits, self.settings);
+        let layer = quantize_layer(&weights, cols, inputs, settings);
         self.writer.layer(name, &layer.packed, layer.error)?;
         let layout = layer.packed.layout();
         let report = LayerReport {
@@ -294,7 +294,7 @@ impl Output<'_> {
         for name in matrices {
             let found = find(source, name)?;
             if self.settings.embed_bits < 16 {
-                self.quantize(name, found, None, self.settings.embed_bits)?;
+                self.quantize(name, found, None, &self.settings.for_embedding())?;
             } else {
                 let (rows, cols) = weight::shape(found);
                 let weights = finite_weights(name, found)?;

@@ -123,13 +123,7 @@ fn layers_equal_the_published_ones() {
         let activations = golden.activations();
         let inputs = LayerInputs::new(&activations, &golden.settings).unwrap();
         let weights = &golden.tensors["weight"];
-        let (layout, tiles) = sweep_layer(
-            weights,
-            golden.cols,
-            Some(&inputs),
-            golden.settings.bits,
-            &golden.settings,
-        );
+        let (layout, tiles) = sweep_layer(weights, golden.cols, Some(&inputs), &golden.settings);
 
         let bits: Vec<f32> = layout.groups().iter().map(|g| g.bit_width.bits().into()).collect();
         assert_eq!(bits, golden.tensors["bits"], "{path:?}");

@@ -60,7 +60,7 @@ pub struct QuantizedLayer {
     pub error: Option<f32>,
 }
 
-/// Quantizes `weights: [rows, cols]`; without `inputs`, every weight is rounded by itself.
+/// Quantizes `weights: [rows, cols]` to `settings.bits`; without `inputs`, every weight is rounded by itself.
 ///
 /// # Panics
 /// If `cols` is not a multiple of 16.
@@ -68,10 +68,9 @@ pub fn quantize_layer(
     weights: &[f32],
     cols: usize,
     inputs: Option<&LayerInputs<'_>>,
-    bits: u8,
     settings: &Settings,
 ) -> QuantizedLayer {
-    let (layout, tiles) = sweep_layer(weights, cols, inputs, bits, settings);
+    let (layout, tiles) = sweep_layer(weights, cols, inputs, settings);
     let mut packed = PackedLayer::zeroed(layout);
     packed.tiles_mut().par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
     let error = inputs.map(|inputs| relative_error(weights, cols, &tiles, &inputs.hessian));
@@ -83,7 +82,6 @@ pub(crate) fn sweep_layer(
     weights: &[f32],
     cols: usize,
     inputs: Option<&LayerInputs<'_>>,
-    bits: u8,
     settings: &Settings,
 ) -> (LayerLayout, Vec<SweptTile>) {
     let rows = weights.len() / cols;
@@ -91,7 +89,7 @@ pub(crate) fn sweep_layer(
         Some(_) => settings.coder(),
         None => Coder::Best(settings.coding),
     };
-    let widths = bit_widths(weights, cols, inputs, bits, settings);
+    let widths = bit_widths(weights, cols, inputs, settings);
     let layout = LayerLayout::new(rows, cols, settings.group_size, coder.coding(), &widths)
         .unwrap_or_else(|(_, found, expected)| panic!("found {found}, expected {expected}"));
     let plain = vec![1.0; cols];
@@ -116,10 +114,9 @@ fn bit_widths(
     weights: &[f32],
     cols: usize,
     inputs: Option<&LayerInputs<'_>>,
-    bits: u8,
     settings: &Settings,
 ) -> Vec<BitWidth> {
-    let groups = group_columns(cols, settings.group_size);
+    let (bits, groups) = (settings.bits, group_columns(cols, settings.group_size));
     match inputs {
         Some(LayerInputs { activations, importance, search_importance: Some(search), .. }) => {
             let ranking = group_salience(weights, search, &groups);

@@ -90,6 +90,20 @@ impl Settings {
         Ok(())
     }
 
+    /// The settings of the embedding and the output layer, which are rounded to nearest.
+    ///
+    /// Two-level scales get 6-bit codes: a 4-bit minimum code would shift a grid of 256 steps by up to 8 of them
+    /// (`docs/accuracy.md` has the effect).
+    pub fn for_embedding(&self) -> Self {
+        let coding = match self.coding {
+            ScaleCoding::Paper => ScaleCoding::Paper,
+            ScaleCoding::TwoLevel { sub_group, .. } => {
+                ScaleCoding::TwoLevel { sub_group, scale_bits: 6 }
+            }
+        };
+        Self { bits: self.embed_bits, coding, ..self.clone() }
+    }
+
     /// The coder of the linear layers.
     pub(crate) fn coder(&self) -> Coder {
         if self.reference { Coder::Published } else { Coder::Best(self.coding) }

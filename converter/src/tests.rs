@@ -71,8 +71,8 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
         for bits in 1..=8 {
             let settings = settings(bits, coding, Method::Slim);
             let inputs = LayerInputs::new(&activations, &settings).unwrap();
-            let (_, tiles) = sweep_layer(&weights, COLS, Some(&inputs), bits, &settings);
-            let layer = quantize_layer(&weights, COLS, Some(&inputs), bits, &settings);
+            let (_, tiles) = sweep_layer(&weights, COLS, Some(&inputs), &settings);
+            let layer = quantize_layer(&weights, COLS, Some(&inputs), &settings);
             let packed = dequantized(&layer.packed);
             for (row, values) in packed.chunks_exact(COLS).enumerate() {
                 for (col, value) in values.iter().enumerate() {
@@ -91,7 +91,7 @@ fn error_falls_with_bits_and_with_the_sweep() {
         let error = |bits, method| {
             let settings = settings(bits, coding, method);
             let inputs = LayerInputs::new(&activations, &settings).unwrap();
-            quantize_layer(&weights, COLS, Some(&inputs), bits, &settings).error.unwrap()
+            quantize_layer(&weights, COLS, Some(&inputs), &settings).error.unwrap()
         };
         for bits in 2..=5 {
             assert!(error(bits, Method::Gptq) < error(bits, Method::RoundToNearest));
@@ -105,7 +105,7 @@ fn reported_error_is_that_of_the_layers_outputs() {
     let (weights, activations) = (noise(ROWS * COLS, 3), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
     let inputs = LayerInputs::new(&activations, &settings).unwrap();
-    let layer = quantize_layer(&weights, COLS, Some(&inputs), 3, &settings);
+    let layer = quantize_layer(&weights, COLS, Some(&inputs), &settings);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
     for sample in 0..2 {
@@ -128,7 +128,7 @@ fn zero_layer_and_zero_inputs_give_zeros() {
         for activations in [&activations(), &zero_inputs] {
             let settings = settings(2, coding, Method::Slim);
             let inputs = LayerInputs::new(activations, &settings).unwrap();
-            let layer = quantize_layer(&vec![0.0; ROWS * COLS], COLS, Some(&inputs), 2, &settings);
+            let layer = quantize_layer(&vec![0.0; ROWS * COLS], COLS, Some(&inputs), &settings);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
             assert_eq!(layer.error, Some(0.0));
         }
@@ -170,7 +170,7 @@ fn result_does_not_depend_on_the_number_of_threads() {
     let settings = settings(3, CODINGS[0], Method::Slim);
     let quantize = || {
         let inputs = LayerInputs::new(&activations, &settings).unwrap();
-        quantize_layer(&weights, COLS, Some(&inputs), 3, &settings).packed
+        quantize_layer(&weights, COLS, Some(&inputs), &settings).packed
     };
     let with_threads = |threads| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(quantize)

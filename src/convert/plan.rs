@@ -75,12 +75,14 @@ impl Plan {
             4 * (WEIGHT_COPIES * (rows * cols) as u64 + HESSIAN_COPIES * hessian_cols.pow(2));
         self.working_bytes = self.working_bytes.max(working);
 
-        let bits = if is_linear { self.settings.bits } else { self.settings.embed_bits };
-        let Some(bit_width) = BitWidth::new(bits).filter(|_| cols.is_multiple_of(16)) else {
+        let settings =
+            if is_linear { self.settings.clone() } else { self.settings.for_embedding() };
+        let Some(bit_width) = BitWidth::new(settings.bits).filter(|_| cols.is_multiple_of(16))
+        else {
             self.dense_bytes += 2 * (rows * cols) as u64;
             return Ok(());
         };
-        let Settings { group_size, coding, .. } = self.settings;
+        let Settings { group_size, coding, .. } = settings;
         let widths = vec![bit_width; cols.div_ceil(group_size)];
         let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
         let stored_bits = layout.map(|layout| layout.stored_bits());
