@@ -40,7 +40,7 @@ pub struct RopeAngles {
 }
 
 impl RopeAngles {
-    /// The angles of positions `start .. start + m`: position / (theta^(2 i / head_dim) * factors[i]).
+    /// The angles of positions `start .. start + m`: `position / (theta^(2 i / head_dim) * factors[i])`.
     pub fn new(head_dim: usize, theta: f32, factors: &[f32], start: usize, m: usize) -> Self {
         let inverse_frequencies: Vec<f32> = factors
             .iter()
