@@ -24,3 +24,14 @@ fn real_model_continues_a_sentence() {
     let run = ["run", &arg(&model), "-p", prompt, "-n", "2", "--temperature", "0"];
     assert_eq!(succeed(&run).stdout, " Paris.\n");
 }
+
+#[test]
+fn real_model_tokenizes_the_test_text_like_transformers() {
+    let Some(model) = real_model() else { return };
+    let source = slim_formats::open_model(model.as_ref()).unwrap();
+    let tokenizer = slim_runtime::Tokenizer::new(source.tokenizer()).unwrap();
+    let text = include_str!("../data/wikitext-2-test.raw").replace("\r\n", "\n");
+    let tokens = tokenizer.encode(&text).unwrap();
+    assert_eq!(tokens.len(), 301_948);
+    assert!(tokenizer.decode(&tokens).unwrap() == text);
+}
