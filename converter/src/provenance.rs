@@ -17,6 +17,9 @@ pub fn metadata(
     tokenizer(source, &mut metadata)?;
     sources(source, &mut metadata)?;
     metadata.insert("slim.quantization.tool", concat!("slimllm ", env!("CARGO_PKG_VERSION")))?;
+    if let Some(commit) = option_env!("SLIMLLM_COMMIT") {
+        metadata.insert("slim.quantization.commit", commit)?;
+    }
     let method = if settings.reference { "reference" } else { settings.method.name() };
     metadata.insert("slim.quantization.method", method)?;
     metadata.insert("slim.quantization.bits", u32::from(settings.bits))?;

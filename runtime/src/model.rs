@@ -60,7 +60,7 @@ impl<'a> Model<'a> {
         }
         let mut hidden = Vec::with_capacity(tokens.len() * self.config().hidden_size);
         for batch in tokens.chunks(PREFILL_BATCH) {
-            hidden.extend(self.forward_batch(batch, cache)?);
+            hidden.extend(in_pool(|| self.forward_batch(batch, cache))?);
         }
         Ok(hidden)
     }
@@ -81,7 +81,7 @@ impl<'a> Model<'a> {
     /// # Errors
     /// A kernel refuses its arguments.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        linear(self.context, self.output, hidden)
+        in_pool(|| linear(self.context, self.output, hidden))
     }
 
     /// Feeds `tokens` and gives the logits that follow the last one, `[vocab]`.
@@ -103,6 +103,12 @@ impl<'a> Model<'a> {
         });
         blocks.chain([self.output]).map(weight::stored_bytes).sum()
     }
+}
+
+/// Runs `work` on a thread of the pool: the hundreds of small parallel steps of a token then start there, instead of
+/// being handed over one by one from a thread outside.
+fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
 }
 
 /// The rotation angles of positions `start .. start + m`.
