@@ -20,7 +20,7 @@ demo: $(MODEL)
 	mkdir -p $(dir $(DEMO))
 	$(SLIMLLM) convert $(MODEL) -o $(DEMO) --bits 3 --samples 32 --context 512
 	$(SLIMLLM) inspect $(DEMO)
-	$(SLIMLLM) run $(DEMO) -p "The sky is blue because" -n 64 --temperature 0
+	$(SLIMLLM) run $(DEMO) -p "Once upon a time" -n 40 --temperature 0
 
 test: test-product test-peers
 
