@@ -1,17 +1,20 @@
 //! The whole conversion: one block at a time, each layer calibrated on what the quantized layers before it give.
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use half::f16;
 use rayon::prelude::*;
-use slim_formats::{DType, ModelSource, Weight, slim::SlimWriter};
+use slim_formats::{
+    DType, ModelSource, Weight,
+    slim::{PackedLayer, SlimWriter},
+};
 use slim_kernels::{Cpu, weight};
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
 use crate::{
     Activations, Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources,
     Result, Settings,
-    layer::{LayerInputs, QuantizedLayer, quantize_layer},
+    layer::{LayerInputs, quantize_layer, round_layer},
     provenance,
 };
 
@@ -214,7 +217,7 @@ struct Output<'a> {
 
 /// What became of a layer.
 enum Layer {
-    Quantized(Box<QuantizedLayer>),
+    Quantized(Box<PackedLayer>),
     /// Stored as f16: its columns do not fill groups.
     Kept,
 }
@@ -223,7 +226,7 @@ impl Layer {
     /// The weight that runs from here on.
     fn weight<'a>(&'a self, source: Weight<'a>) -> Weight<'a> {
         match self {
-            Self::Quantized(layer) => Weight::Packed(layer.packed.view()),
+            Self::Quantized(packed) => Weight::Packed(packed.view()),
             Self::Kept => source,
         }
     }
@@ -248,39 +251,53 @@ impl Output<'_> {
         source: Weight<'_>,
         inputs: Option<&LayerInputs<'_>>,
     ) -> Result<Layer> {
-        self.quantize(name, source, inputs, self.settings)
+        let (rows, cols) = weight::shape(source);
+        if !self.fits_groups(name, cols) {
+            self.keep(name, source)?;
+            return Ok(Layer::Kept);
+        }
+        let (packed, error) = match inputs {
+            Some(inputs) => {
+                let weights = finite_rows(name, source, 0..rows)?;
+                let layer = quantize_layer(&weights, inputs, self.settings);
+                (layer.packed, Some(layer.error))
+            }
+            None => (self.round(name, source, self.settings)?, None),
+        };
+        self.write(name, &packed, error)?;
+        Ok(Layer::Quantized(Box::new(packed)))
     }
 
-    fn quantize(
-        &mut self,
-        name: &str,
-        source: Weight<'_>,
-        inputs: Option<&LayerInputs<'_>>,
-        settings: &Settings,
-    ) -> Result<Layer> {
-        let (rows, cols) = weight::shape(source);
-        let weights = finite_weights(name, source)?;
-        if !cols.is_multiple_of(16) {
+    /// Whether a layer can be cut into groups; warns if not.
+    fn fits_groups(&mut self, name: &str, cols: usize) -> bool {
+        let fits = cols.is_multiple_of(16);
+        if !fits {
             self.warn(format!(
                 "`{name}` stays at 16 bits: its {cols} columns are no multiple of 16"
             ));
-            self.dense_f16(name, rows, cols, &weights)?;
-            return Ok(Layer::Kept);
         }
-        let layer = quantize_layer(&weights, cols, inputs, settings);
-        self.writer.layer(name, &layer.packed, layer.error)?;
-        let layout = layer.packed.layout();
+        fits
+    }
+
+    fn round(&self, name: &str, source: Weight<'_>, settings: &Settings) -> Result<PackedLayer> {
+        let (rows, cols) = weight::shape(source);
+        round_layer(rows, cols, settings, |rows| finite_rows(name, source, rows))
+    }
+
+    fn write(&mut self, name: &str, packed: &PackedLayer, error: Option<f32>) -> Result<()> {
+        self.writer.layer(name, packed, error)?;
+        let layout = packed.layout();
         let report = LayerReport {
             name: name.to_owned(),
-            rows,
-            cols,
+            rows: layout.rows(),
+            cols: layout.cols(),
             bits: layout.groups().iter().map(|group| group.bit_width.bits()).collect(),
             stored_bits: layout.stored_bits(),
-            error: layer.error,
+            error,
         };
         (self.progress)(Progress::Layer(&report));
         self.layers.push(report);
-        Ok(Layer::Quantized(Box::new(layer)))
+        Ok(())
     }
 
     /// Embedding, output norm, output layer and RoPE factors.
@@ -293,16 +310,15 @@ impl Output<'_> {
         }
         for name in matrices {
             let found = find(source, name)?;
-            if self.settings.embed_bits < 16 {
-                self.quantize(name, found, None, &self.settings.for_embedding())?;
+            if self.settings.embed_bits < 16 && self.fits_groups(name, weight::shape(found).1) {
+                let packed = self.round(name, found, &self.settings.for_embedding())?;
+                self.write(name, &packed, None)?;
             } else {
-                let (rows, cols) = weight::shape(found);
-                let weights = finite_weights(name, found)?;
-                self.dense_f16(name, rows, cols, &weights)?;
+                self.keep(name, found)?;
             }
         }
         let name = "output_norm.weight";
-        let values = finite_weights(name, find(source, name)?)?;
+        let values = finite_rows(name, find(source, name)?, 0..1)?;
         self.norm(name, &values)?;
         if !config.rope.is_unscaled() {
             self.norm("rope_freqs.weight", &config.rope.factors)?;
@@ -316,9 +332,15 @@ impl Output<'_> {
         Ok(self.writer.dense(name, DType::F32, &[values.len() as u64], &bytes)?)
     }
 
-    fn dense_f16(&mut self, name: &str, rows: usize, cols: usize, weights: &[f32]) -> Result<()> {
-        let bytes: Vec<u8> =
-            weights.iter().flat_map(|&weight| f16::from_f32(weight).to_le_bytes()).collect();
+    /// Writes a matrix as F16.
+    fn keep(&mut self, name: &str, source: Weight<'_>) -> Result<()> {
+        const ROWS: usize = 1024;
+        let (rows, cols) = weight::shape(source);
+        let mut bytes = Vec::with_capacity(2 * rows * cols);
+        for first in (0..rows).step_by(ROWS) {
+            let weights = finite_rows(name, source, first..rows.min(first + ROWS))?;
+            bytes.extend(weights.iter().flat_map(|&weight| f16::from_f32(weight).to_le_bytes()));
+        }
         Ok(self.writer.dense(name, DType::F16, &[rows as u64, cols as u64], &bytes)?)
     }
 
@@ -349,20 +371,20 @@ fn find<'a>(source: &'a dyn ModelSource, name: &str) -> Result<Weight<'a>> {
     })
 }
 
-/// All weights of a tensor, `[rows, cols]`.
-fn finite_weights(name: &str, source: Weight<'_>) -> Result<Vec<f32>> {
+/// Some rows of a tensor, `[rows.len(), cols]`.
+fn finite_rows(name: &str, source: Weight<'_>, rows: Range<usize>) -> Result<Vec<f32>> {
     const ROWS: usize = 64;
-    let (rows, cols) = weight::shape(source);
-    let mut weights = vec![0.0; rows * cols];
+    let (_, cols) = weight::shape(source);
+    let mut weights = vec![0.0; rows.len() * cols];
     weights.par_chunks_mut(ROWS * cols).enumerate().try_for_each(|(index, out)| {
-        let first = index * ROWS;
+        let first = rows.start + index * ROWS;
         weight::dequantize_rows(source, first..first + out.len() / cols, out)
     })?;
     match weights.iter().position(|weight| !weight.is_finite()) {
         None => Ok(weights),
         Some(at) => Err(ConvertError::NotFinite {
             tensor: name.to_owned(),
-            row: at / cols,
+            row: rows.start + at / cols,
             found: weights[at],
         }),
     }

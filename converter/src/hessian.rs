@@ -53,21 +53,12 @@ impl Hessian {
         let unit = self.mean_diagonal().max(f32::MIN_POSITIVE.sqrt());
         let mut share = share;
         loop {
-            match self.clone().damped(share * unit).factor_undamped() {
-                Ok(factor) => return Ok((factor, share)),
-                Err(error) if share >= 1.0 => return Err(error),
-                Err(_) => share *= 10.0,
+            match linalg::inverse_cholesky(&self.values, self.n, share * unit) {
+                Ok(values) => return Ok((Factor { n: self.n, values }, share)),
+                Err(error) if share >= 1.0 => return Err(error.into()),
+                Err(_) => share = (10.0 * share).max(0.01),
             }
         }
-    }
-
-    /// Factors `H` as it is.
-    ///
-    /// # Errors
-    /// `NotPositiveDefinite` if it is not.
-    pub fn factor_undamped(&self) -> Result<Factor> {
-        let values = linalg::inverse_cholesky(&self.values, self.n)?;
-        Ok(Factor { n: self.n, values })
     }
 
     /// `sum_r d_r H d_r^T` over the rows of `rows: [.., n]`: the squared output error of a weight error, times 2 / samples.

@@ -1,7 +1,9 @@
 //! One linear layer, from its weights and calibration inputs to its packed form.
 
+use std::{borrow::Cow, ops::Range};
+
 use rayon::prelude::*;
-use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, TILE_ROWS};
+use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, TILE_ROWS, TileMut};
 
 use crate::{
     Activations, Method, Result, Settings,
@@ -52,86 +54,143 @@ impl<'a> LayerInputs<'a> {
     }
 }
 
-/// A quantized layer.
+/// Rows whose quantized form is held as f32 at a time: bounds the memory that a tall layer, such as an embedding, takes.
+const SLAB_ROWS: usize = 64 * TILE_ROWS;
+
+/// A layer that was quantized on its calibration inputs.
 pub struct QuantizedLayer {
     /// As the file holds it.
     pub packed: PackedLayer,
-    /// Relative squared output error; `None` without inputs.
-    pub error: Option<f32>,
+    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`.
+    pub error: f32,
 }
 
-/// Quantizes `weights: [rows, cols]` to `settings.bits`; without `inputs`, every weight is rounded by itself.
+/// Quantizes `weights: [rows, cols]` to a mean of `settings.bits`, on the inputs that the layer takes in.
 ///
 /// # Panics
 /// If `cols` is not a multiple of 16.
 pub fn quantize_layer(
     weights: &[f32],
-    cols: usize,
-    inputs: Option<&LayerInputs<'_>>,
+    inputs: &LayerInputs<'_>,
     settings: &Settings,
 ) -> QuantizedLayer {
-    let (layout, tiles) = sweep_layer(weights, cols, inputs, settings);
-    let mut packed = PackedLayer::zeroed(layout);
-    packed.tiles_mut().par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
-    let error = inputs.map(|inputs| relative_error(weights, cols, &tiles, &inputs.hessian));
-    QuantizedLayer { packed, error }
+    let quantizer = Quantizer::calibrated(weights, inputs, settings);
+    let cols = quantizer.layout.cols();
+    let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
+    let (mut error, mut total) = (0.0, 0.0);
+    for (slab, slots) in packed.tiles_mut().chunks_mut(SLAB_ROWS / TILE_ROWS).enumerate() {
+        let rows = quantizer.slab_rows(slab);
+        let weights = &weights[rows.start * cols..rows.end * cols];
+        let tiles = quantizer.sweep(weights, slots);
+        error += inputs.hessian.quadratic(&difference(weights, cols, &tiles));
+        total += inputs.hessian.quadratic(weights);
+    }
+    QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
 }
 
-/// Allocates bit-widths and quantizes every tile.
-pub(crate) fn sweep_layer(
-    weights: &[f32],
+/// Rounds every weight of a layer by itself; `weights` gives some of its rows as f32.
+///
+/// # Errors
+/// What `weights` answers.
+///
+/// # Panics
+/// If `cols` is not a multiple of 16.
+pub fn round_layer(
+    rows: usize,
     cols: usize,
-    inputs: Option<&LayerInputs<'_>>,
     settings: &Settings,
-) -> (LayerLayout, Vec<SweptTile>) {
-    let rows = weights.len() / cols;
-    let coder = match inputs {
-        Some(_) => settings.coder(),
-        None => Coder::Best(settings.coding),
-    };
-    let widths = bit_widths(weights, cols, inputs, settings);
-    let layout = LayerLayout::new(rows, cols, settings.group_size, coder.coding(), &widths)
-        .unwrap_or_else(|(_, found, expected)| panic!("found {found}, expected {expected}"));
-    let plain = vec![1.0; cols];
-    let curvature = match inputs {
-        Some(inputs) => Curvature {
-            factor: (settings.method != Method::RoundToNearest).then(|| inputs.factor.values()),
-            importance: &inputs.importance,
-        },
-        None => Curvature { factor: None, importance: &plain },
-    };
-    let tiles = (0..layout.tiles())
-        .into_par_iter()
-        .map(|tile| {
+    weights: impl Fn(Range<usize>) -> Result<Vec<f32>>,
+) -> Result<PackedLayer> {
+    let quantizer = Quantizer::rounding(rows, cols, settings);
+    let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
+    for (slab, slots) in packed.tiles_mut().chunks_mut(SLAB_ROWS / TILE_ROWS).enumerate() {
+        quantizer.sweep(&weights(quantizer.slab_rows(slab))?, slots);
+    }
+    Ok(packed)
+}
+
+/// All that is decided before the first row is quantized.
+struct Quantizer<'a> {
+    layout: LayerLayout,
+    curvature: Curvature<'a>,
+    coder: Coder,
+}
+
+impl<'a> Quantizer<'a> {
+    fn calibrated(weights: &[f32], inputs: &'a LayerInputs<'_>, settings: &Settings) -> Self {
+        let cols = inputs.importance.len();
+        let widths = bit_widths(weights, inputs, settings);
+        let coder = settings.coder();
+        let is_swept = settings.method != Method::RoundToNearest;
+        let curvature = Curvature {
+            factor: is_swept.then(|| inputs.factor.values()),
+            importance: Cow::Borrowed(&inputs.importance),
+        };
+        let layout = layout(weights.len() / cols, cols, settings.group_size, coder, &widths);
+        Self { layout, curvature, coder }
+    }
+
+    fn rounding(rows: usize, cols: usize, settings: &Settings) -> Self {
+        let coder = Coder::Best(settings.coding);
+        let widths = uniform_widths(cols.div_ceil(settings.group_size), settings.bits);
+        let layout = layout(rows, cols, settings.group_size, coder, &widths);
+        let curvature = Curvature { factor: None, importance: Cow::Owned(vec![1.0; cols]) };
+        Self { layout, curvature, coder }
+    }
+
+    /// The rows of slab `slab`.
+    fn slab_rows(&self, slab: usize) -> Range<usize> {
+        let first = slab * SLAB_ROWS;
+        first..self.layout.rows().min(first + SLAB_ROWS)
+    }
+
+    /// Quantizes the rows in `weights` into their tiles.
+    fn sweep(&self, weights: &[f32], slots: &mut [TileMut<'_>]) -> Vec<SweptTile> {
+        let cols = self.layout.cols();
+        let rows = weights.len() / cols;
+        let quantize = |(tile, slot): (usize, &mut TileMut<'_>)| {
             let used = TILE_ROWS.min(rows - tile * TILE_ROWS);
-            sweep(gather(weights, cols, tile, 0..cols), used, &curvature, &layout, coder)
-        })
-        .collect();
-    (layout, tiles)
-}
-
-fn bit_widths(
-    weights: &[f32],
-    cols: usize,
-    inputs: Option<&LayerInputs<'_>>,
-    settings: &Settings,
-) -> Vec<BitWidth> {
-    let (bits, groups) = (settings.bits, group_columns(cols, settings.group_size));
-    match inputs {
-        Some(LayerInputs { activations, importance, search_importance: Some(search), .. }) => {
-            let ranking = group_salience(weights, search, &groups);
-            let divergences = published_divergences(weights, activations, &groups, &ranking, bits);
-            published_widths(&divergences, &group_salience(weights, importance, &groups), bits)
-        }
-        Some(inputs) if settings.method == Method::Slim => {
-            by_predicted_loss(weights, &inputs.importance, &groups, settings.coding, bits)
-        }
-        _ => vec![BitWidth::new(bits).expect("validated settings"); groups.len()],
+            let columns = gather(weights, cols, tile, 0..cols);
+            let swept = sweep(columns, used, &self.curvature, &self.layout, self.coder);
+            swept.store(slot);
+            swept
+        };
+        slots.par_iter_mut().enumerate().map(quantize).collect()
     }
 }
 
-/// `||X (What - W)^T||^2 / ||X W^T||^2`, from the Hessian of `X`.
-fn relative_error(weights: &[f32], cols: usize, tiles: &[SweptTile], hessian: &Hessian) -> f32 {
+fn layout(
+    rows: usize,
+    cols: usize,
+    group_size: usize,
+    coder: Coder,
+    widths: &[BitWidth],
+) -> LayerLayout {
+    LayerLayout::new(rows, cols, group_size, coder.coding(), widths)
+        .unwrap_or_else(|(_, found, expected)| panic!("found {found}, expected {expected}"))
+}
+
+fn uniform_widths(groups: usize, bits: u8) -> Vec<BitWidth> {
+    vec![BitWidth::new(bits).expect("validated settings"); groups]
+}
+
+fn bit_widths(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) -> Vec<BitWidth> {
+    let LayerInputs { activations, importance, search_importance, .. } = inputs;
+    let bits = settings.bits;
+    let groups = group_columns(importance.len(), settings.group_size);
+    if let Some(search) = search_importance {
+        let ranking = group_salience(weights, search, &groups);
+        let divergences = published_divergences(weights, activations, &groups, &ranking, bits);
+        return published_widths(&divergences, &group_salience(weights, importance, &groups), bits);
+    }
+    match settings.method {
+        Method::Slim => by_predicted_loss(weights, importance, &groups, settings.coding, bits),
+        Method::Gptq | Method::RoundToNearest => uniform_widths(groups.len(), bits),
+    }
+}
+
+/// `W - What`, row-major.
+fn difference(weights: &[f32], cols: usize, tiles: &[SweptTile]) -> Vec<f32> {
     let mut difference = weights.to_vec();
     difference.par_chunks_mut(TILE_ROWS * cols).zip(tiles).for_each(|(rows, tile)| {
         for (lane, row) in rows.chunks_exact_mut(cols).enumerate() {
@@ -140,6 +199,18 @@ fn relative_error(weights: &[f32], cols: usize, tiles: &[SweptTile], hessian: &H
             }
         }
     });
-    let (error, total) = (hessian.quadratic(&difference), hessian.quadratic(weights));
-    if total > 0.0 { (error / total) as f32 } else { 0.0 }
+    difference
+}
+
+/// The tiles of a layer as the quantizer sees them, for tests.
+#[cfg(test)]
+pub(crate) fn sweep_layer(
+    weights: &[f32],
+    inputs: &LayerInputs<'_>,
+    settings: &Settings,
+) -> (LayerLayout, Vec<SweptTile>) {
+    let quantizer = Quantizer::calibrated(weights, inputs, settings);
+    let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
+    let tiles = quantizer.sweep(weights, &mut packed.tiles_mut());
+    (quantizer.layout, tiles)
 }

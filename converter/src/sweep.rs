@@ -1,5 +1,7 @@
 //! The GPTQ sweep of one tile: quantize column by column, and push each column's error to the columns not yet done.
 
+use std::borrow::Cow;
+
 use slim_formats::slim::{CodeColumn, LayerLayout, TILE_ROWS, TileMut};
 use slim_kernels::per_isa;
 
@@ -13,7 +15,7 @@ pub struct Curvature<'a> {
     /// Upper triangular `[cols, cols]` with `H^-1 = U^T U`; `None` quantizes each weight by itself.
     pub factor: Option<&'a [f32]>,
     /// What an error in a column costs, `[cols]`: `1 / U_jj^2`, or ones.
-    pub importance: &'a [f32],
+    pub importance: Cow<'a, [f32]>,
 }
 
 /// A tile of 16 rows, quantized.
@@ -37,7 +39,7 @@ pub fn sweep(
     coder: Coder,
 ) -> SweptTile {
     let cols = layout.cols();
-    let mut rows = coder.rows(&w, curvature.importance, layout.groups());
+    let mut rows = coder.rows(&w, &curvature.importance, layout.groups());
     rows.d[used..].fill(0.0);
     rows.m[used..].fill(0.0);
     let mut tile = SweptTile {

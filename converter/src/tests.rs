@@ -9,7 +9,7 @@ use slim_kernels::weight;
 use crate::{
     Activations, Method, Settings,
     allocate::{by_predicted_loss, group_columns},
-    layer::{LayerInputs, quantize_layer, sweep_layer},
+    layer::{LayerInputs, quantize_layer, round_layer, sweep_layer},
 };
 
 const COLS: usize = 80;
@@ -71,8 +71,8 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
         for bits in 1..=8 {
             let settings = settings(bits, coding, Method::Slim);
             let inputs = LayerInputs::new(&activations, &settings).unwrap();
-            let (_, tiles) = sweep_layer(&weights, COLS, Some(&inputs), &settings);
-            let layer = quantize_layer(&weights, COLS, Some(&inputs), &settings);
+            let (_, tiles) = sweep_layer(&weights, &inputs, &settings);
+            let layer = quantize_layer(&weights, &inputs, &settings);
             let packed = dequantized(&layer.packed);
             for (row, values) in packed.chunks_exact(COLS).enumerate() {
                 for (col, value) in values.iter().enumerate() {
@@ -91,7 +91,7 @@ fn error_falls_with_bits_and_with_the_sweep() {
         let error = |bits, method| {
             let settings = settings(bits, coding, method);
             let inputs = LayerInputs::new(&activations, &settings).unwrap();
-            quantize_layer(&weights, COLS, Some(&inputs), &settings).error.unwrap()
+            quantize_layer(&weights, &inputs, &settings).error
         };
         for bits in 2..=5 {
             assert!(error(bits, Method::Gptq) < error(bits, Method::RoundToNearest));
@@ -105,7 +105,7 @@ fn reported_error_is_that_of_the_layers_outputs() {
     let (weights, activations) = (noise(ROWS * COLS, 3), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
     let inputs = LayerInputs::new(&activations, &settings).unwrap();
-    let layer = quantize_layer(&weights, COLS, Some(&inputs), &settings);
+    let layer = quantize_layer(&weights, &inputs, &settings);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
     for sample in 0..2 {
@@ -117,7 +117,7 @@ fn reported_error_is_that_of_the_layers_outputs() {
             }
         }
     }
-    let reported = f64::from(layer.error.unwrap());
+    let reported = f64::from(layer.error);
     assert!((reported / (error / total) - 1.0).abs() < 1e-3, "{reported} for {}", error / total);
 }
 
@@ -128,9 +128,9 @@ fn zero_layer_and_zero_inputs_give_zeros() {
         for activations in [&activations(), &zero_inputs] {
             let settings = settings(2, coding, Method::Slim);
             let inputs = LayerInputs::new(activations, &settings).unwrap();
-            let layer = quantize_layer(&vec![0.0; ROWS * COLS], COLS, Some(&inputs), &settings);
+            let layer = quantize_layer(&vec![0.0; ROWS * COLS], &inputs, &settings);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
-            assert_eq!(layer.error, Some(0.0));
+            assert_eq!(layer.error, 0.0);
         }
     }
 }
@@ -170,10 +170,33 @@ fn result_does_not_depend_on_the_number_of_threads() {
     let settings = settings(3, CODINGS[0], Method::Slim);
     let quantize = || {
         let inputs = LayerInputs::new(&activations, &settings).unwrap();
-        quantize_layer(&weights, COLS, Some(&inputs), &settings).packed
+        quantize_layer(&weights, &inputs, &settings).packed
     };
     let with_threads = |threads| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(quantize)
     };
     assert_eq!(with_threads(1), with_threads(3));
+}
+
+#[test]
+fn tall_layer_is_the_same_in_slabs() {
+    const TALL: usize = 2 * 1024 + 40;
+    let weights = noise(TALL * 16, 8);
+    let settings = settings(8, CODINGS[1], Method::RoundToNearest);
+    let rows = |rows: std::ops::Range<usize>| Ok(weights[rows.start * 16..rows.end * 16].to_vec());
+    let tall = round_layer(TALL, 16, &settings, rows).unwrap();
+    let last = |range: std::ops::Range<usize>| rows(range.start + TALL - 40..range.end + TALL - 40);
+    let last = round_layer(40, 16, &settings, last).unwrap();
+    for tile in 0..3 {
+        assert_eq!(tall.view().tile_codes(TALL / 16 - 2 + tile), last.view().tile_codes(tile));
+    }
+}
+
+#[test]
+fn inputs_that_are_not_finite_are_refused() {
+    for value in [f32::NAN, f32::INFINITY, f32::MAX] {
+        let mut activations = activations();
+        activations.sample_mut(1)[17] = value;
+        assert!(LayerInputs::new(&activations, &settings(3, CODINGS[0], Method::Slim)).is_err());
+    }
 }

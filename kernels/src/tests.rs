@@ -777,7 +777,7 @@ fn inverse_cholesky_inverts() {
     let mut noise = Noise(17);
     for n in [1, 5, 64, 200] {
         let (h, full) = positive_definite(&mut noise, n);
-        let u = linalg::inverse_cholesky(&h, n).unwrap();
+        let u = linalg::inverse_cholesky(&h, n, 0.0).unwrap();
         for i in 0..n {
             assert!(u[i * n + i] > 0.0, "n {n}: diagonal");
             assert!(u[i * n..][..i].iter().all(|&below| below == 0.0), "n {n}: lower triangle");
@@ -814,7 +814,7 @@ fn inverse_cholesky_not_positive_definite_is_refused() {
         }),
     ] {
         let refused = matches!(
-            linalg::inverse_cholesky(&h, n),
+            linalg::inverse_cholesky(&h, n, 0.0),
             Err(KernelError::NotPositiveDefinite { size }) if size == n
         );
         assert!(refused, "{name}");

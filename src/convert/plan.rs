@@ -11,10 +11,14 @@ use slim_kernels::weight;
 
 use crate::output::{facts, plural, size};
 
-/// Copies of a layer's weights in f32 that the converter holds at a time: the weights, the quantized ones, their difference.
-const WEIGHT_COPIES: u64 = 3;
-/// Matrices of a Hessian's size that the converter holds at a time: the Hessian, two damped copies, its factor.
-const HESSIAN_COPIES: u64 = 4;
+/// Copies of a linear layer's weights in f32 that the published search holds besides the weights: one for each width.
+const SEARCH_COPIES: u64 = 3;
+/// Rows that are quantized at a time, and the f32 copies of them: weights, quantized weights, their difference.
+const SLAB_ROWS: u64 = 1024;
+const SLAB_COPIES: u64 = 3;
+/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian, its factor and the inverse of that
+/// in f64.
+const HESSIAN_COPIES: u64 = 5;
 
 /// The resolved settings, and what they lead to.
 pub struct Plan {
@@ -70,9 +74,7 @@ impl Plan {
             return Ok(());
         }
         let is_linear = name.starts_with("blk.");
-        let hessian_cols = if is_linear && self.is_calibrated() { cols as u64 } else { 0 };
-        let working =
-            4 * (WEIGHT_COPIES * (rows * cols) as u64 + HESSIAN_COPIES * hessian_cols.pow(2));
+        let working = self.working_bytes_of(rows as u64, cols as u64, is_linear);
         self.working_bytes = self.working_bytes.max(working);
 
         let settings =
@@ -98,6 +100,18 @@ impl Plan {
             quantized_source,
         });
         Ok(())
+    }
+
+    /// Memory to quantize a layer in: a calibrated one is held whole, others a slab at a time; a code takes a byte at most.
+    fn working_bytes_of(&self, rows: u64, cols: u64, is_linear: bool) -> u64 {
+        let weights = match is_linear && self.is_calibrated() {
+            true if self.settings.reference => (1 + SEARCH_COPIES) * rows * cols,
+            true => rows * cols,
+            false => 0,
+        };
+        let hessians = if weights > 0 { HESSIAN_COPIES * cols.pow(2) } else { 0 };
+        let slab = SLAB_COPIES * rows.min(SLAB_ROWS) * cols;
+        rows * cols + 4 * (weights + hessians + slab)
     }
 
     fn is_calibrated(&self) -> bool {
