@@ -58,7 +58,7 @@ pub fn check_context(config: &ModelConfig, tokens: usize) -> Result<()> {
 /// Whether a file is a GGUF file that says it is a SliM file.
 pub fn is_slim(path: &Path) -> bool {
     path.is_file()
-        && GgufFile::open(path).is_ok_and(|file| file.metadata().contains("slim.format.version"))
+        && GgufFile::open(path).is_ok_and(|file| SlimFile::is_described_by(file.metadata()))
 }
 
 /// Whether a path could be `org/name[@revision]` of a model hub.

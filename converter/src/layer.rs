@@ -55,7 +55,7 @@ impl<'a> LayerInputs<'a> {
 }
 
 /// Rows whose quantized form is held as f32 at a time: bounds the memory that a tall layer, such as an embedding, takes.
-const SLAB_ROWS: usize = 64 * TILE_ROWS;
+pub const SLAB_ROWS: usize = 64 * TILE_ROWS;
 
 /// A layer that was quantized on its calibration inputs.
 pub struct QuantizedLayer {

@@ -27,5 +27,6 @@ use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
 pub use convert::convert;
 pub use error::{ConvertError, Result};
+pub use layer::SLAB_ROWS;
 pub use report::{LayerReport, Progress, Report};
 pub use settings::{Method, Resources, Settings};

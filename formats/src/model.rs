@@ -121,7 +121,7 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
         return Ok(Box::new(HfDirectory::open(path)?));
     }
     if MappedFile::open(path)?.starts_with(&gguf::MAGIC) {
-        return match GgufFile::open(path)?.metadata().contains("slim.format.version") {
+        return match SlimFile::is_described_by(GgufFile::open(path)?.metadata()) {
             true => Ok(Box::new(SlimFile::open(path)?)),
             false => Ok(Box::new(GgufModel::open(path)?)),
         };

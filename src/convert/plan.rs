@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
-use slim_converter::{Method, Settings};
+use slim_converter::{Method, SLAB_ROWS, Settings};
 use slim_formats::{
     ModelSource, Weight,
     slim::{BitWidth, LayerLayout, ScaleCoding},
@@ -13,8 +13,7 @@ use crate::output::{facts, plural, size};
 
 /// Copies of a linear layer's weights in f32 that the published search holds besides the weights: one for each width.
 const SEARCH_COPIES: u64 = 3;
-/// Rows that are quantized at a time, and the f32 copies of them: weights, quantized weights, their difference.
-const SLAB_ROWS: u64 = 1024;
+/// Copies in f32 of the rows that are quantized at a time: weights, quantized weights, their difference.
 const SLAB_COPIES: u64 = 3;
 /// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian, its factor and the inverse of that
 /// in f64.
@@ -110,7 +109,7 @@ impl Plan {
             false => 0,
         };
         let hessians = if weights > 0 { HESSIAN_COPIES * cols.pow(2) } else { 0 };
-        let slab = SLAB_COPIES * rows.min(SLAB_ROWS) * cols;
+        let slab = SLAB_COPIES * rows.min(SLAB_ROWS as u64) * cols;
         rows * cols + 4 * (weights + hessians + slab)
     }
 

@@ -128,6 +128,11 @@ impl SlimFile {
         Ok(Self { config, tokenizer, layers, by_name, parts, gguf })
     }
 
+    /// Whether the metadata of a GGUF file says that it is a SliM file (F2).
+    pub fn is_described_by(metadata: &Metadata) -> bool {
+        metadata.contains(keys::VERSION)
+    }
+
     /// The container.
     pub fn gguf(&self) -> &GgufFile {
         &self.gguf
