@@ -1,0 +1,319 @@
+// A SliM layer as it lies in the file (docs/format.md), and how a warp turns it into operands of a matrix product.
+//
+//   tile (16 rows) = groups of columns; a group = planes of 8, 4, 2, 1 bits; a plane = 64-byte blocks, a word per row
+//
+// A warp takes an *item*, up to 128 columns of one group, in one or two *steps*. In a step lane (g, q) = (lane / 4, lane % 4)
+// holds rows 2g and 2g + 1 of one *unit* of 16 columns: of the 2-bit plane that is one aligned 8-byte load. Four products of
+// 16 x 16 x tokens then use up the step: product t = 2 * half + i takes columns 4t .. 4t + 3 of every lane's unit. Row g of
+// the product is row 2g of the tile, row g + 8 is row 2g + 1. Lane q takes units `lane_units * q` and the next, which share
+// their scales unless sub-groups have 16 columns.
+//
+// A code is used as the fp16 number with the same bits, the subnormal code * 2^-24: no conversion, one fma per two weights:
+//   operand = code * (factor * 2^E) + offset * 2^(E - 24),  weight = unit * 2^(24 - E) * operand
+// with the row's unit (docs/kernels.md) such that nothing leaves the range of fp16.
+#pragma once
+
+#include "primitives.cuh"
+
+constexpr int TILE_ROWS = 16;
+constexpr int UNIT_COLS = 16;
+constexpr int STEP_COLS = 64;
+constexpr int ITEM_COLS = 128;
+
+enum Coding : u32 { PAPER = 0, TWO_LEVEL_4 = 1, TWO_LEVEL_6 = 2 };
+
+// Up to ITEM_COLS columns of a group, never of two.
+struct alignas(16) Item {
+    u32 codes;    // offset of the group's codes in a tile, bytes
+    u32 scales;   // offset of the item's first scale record in a tile, bytes
+    u16 col16;    // first column / 16
+    u16 start16;  // first column within the group / 16, a multiple of 8
+    u16 group16;  // columns of the group / 16
+    u8 width;     // bits per code
+    u8 units;     // columns of the item / 16, 1 to 8
+};
+
+// A packed layer in device memory. `codes`, `scales`, `row_scales` are the file's tensors, 16-byte aligned and readable
+// for 16 bytes past their ends.
+struct PackedMatrix {
+    const u8* codes;        // [tiles, tile_code_bytes]
+    const u8* scales;       // [tiles, tile_scale_bytes]
+    const u16* row_scales;  // fp16 [tiles, 2, 16]; unused by the paper coding
+    const float* units;     // [tiles * 16]
+    const Item* items;      // [item_count], in column order
+    u32 rows;
+    u32 cols;
+    u32 item_count;
+    u32 tile_code_bytes;
+    u32 tile_scale_bytes;
+    u32 coding;          // Coding
+    u32 sub_group_log2;  // two-level: log2 of the columns of a sub-group
+    u32 max_width;       // the largest width of an item
+};
+
+__device__ inline u32 lane_units(const Item& item) { return (item.units + 3) / 4; }
+
+// ---- an item in shared memory ----
+
+// What one item takes: its planes one after the other, then its scale records from the last 16-byte boundary before them.
+constexpr u32 SCALE_SLOT_BYTES = 256;
+__device__ inline u32 slot_bytes(u32 max_width) { return max_width * 2 * ITEM_COLS + SCALE_SLOT_BYTES; }
+
+__device__ inline u32 record_bytes(u32 coding, u32 width) {
+    if (coding == TWO_LEVEL_4) return 16;
+    if (coding == TWO_LEVEL_6) return 24;
+    return width == 1 ? 64 : 32 + 2 * width;
+}
+
+__device__ constexpr u32 log2_of(u32 bits) { return bits == 8 ? 3 : bits == 4 ? 2 : bits == 2 ? 1 : 0; }
+
+// Where chunk `chunk` (16 bytes) of a plane lies in a slot. In the plane's own order the lanes q = 0..3 would read from
+// places a multiple of 128 bytes apart, the same banks.
+template <u32 BITS>
+__device__ inline u32 slot_chunk(u32 chunk, const Item& item) {
+    const u32 log2_chunks_per_lane = max(log2_of(BITS) + lane_units(item), 2u);
+    const u32 swap = item.units % 4 == 0 ? (chunk >> log2_chunks_per_lane & 3) << 1 : 0;
+    return chunk ^ swap;
+}
+
+template <u32 BITS>
+__device__ inline void copy_plane(const u8*& plane, u8*& slot, const Item& item) {
+    if (!(item.width & BITS)) return;
+    const u8* from = plane + 2 * BITS * UNIT_COLS * item.start16;
+    const u32 chunks = 2 * BITS * item.units;
+    for (u32 i = threadIdx.x % WARP; i < chunks; i += WARP) copy16_async(slot + 16 * slot_chunk<BITS>(i, item), from + 16 * i);
+    plane += 2 * BITS * UNIT_COLS * item.group16;
+    slot += 16 * chunks;
+}
+
+// Starts to copy an item of a tile to `slot` (16-byte aligned). The whole warp must call; a commit must follow.
+__device__ inline void copy_item(const PackedMatrix& w, u32 tile, const Item& item, u8* slot) {
+    const u8* plane = w.codes + u64(tile) * w.tile_code_bytes + item.codes;
+    copy_plane<8>(plane, slot, item);
+    copy_plane<4>(plane, slot, item);
+    copy_plane<2>(plane, slot, item);
+    copy_plane<1>(plane, slot, item);
+    const u32 lane = threadIdx.x % WARP;
+    const u32 runs = w.coding == PAPER ? 1 : (((item.units * UNIT_COLS - 1) >> w.sub_group_log2) + 1);
+    const u64 first = u64(tile) * w.tile_scale_bytes + item.scales;
+    const u32 bytes = u32(first & 15) + runs * record_bytes(w.coding, item.width);
+    if (16 * lane < bytes) copy16_async(slot + 16 * lane, w.scales + (first & ~u64(15)) + 16 * lane);
+}
+
+// The scale records of an item that `copy_item` brought to `slot`.
+__device__ inline const u8* records_of(const PackedMatrix& w, u32 tile, const Item& item, const u8* slot) {
+    return slot + 2 * item.width * UNIT_COLS * item.units + ((tile * w.tile_scale_bytes + item.scales) & 15);
+}
+
+// ---- scales ----
+
+// What a scale record says about one row, before the row scales: weight = (d * factor) * code + m * offset.
+struct StoredScale {
+    float factor;
+    float offset;
+};
+
+__device__ inline float half_at(const u8* bytes) { return half_to_float(u16(bytes[0] | bytes[1] << 8)); }
+
+// F16 and F17.
+__device__ inline StoredScale paper_scale(const u8* record, u32 width, u32 row) {
+    const float scale = half_at(record + 2 * row);
+    const u8* after = record + 2 * TILE_ROWS;
+    if (width == 1) return {2.0f * scale, half_at(after + 2 * row) - scale};
+    const u32 bit = row * width;
+    // The second byte may be past the last zero point; it is readable.
+    const u32 word = after[bit / 8] | after[bit / 8 + 1] << 8;
+    return {scale, -rounded_product(scale, float(word >> (bit % 8) & ((1u << width) - 1)))};
+}
+
+// 2^E of the formula above, as large as the largest factor allows: 15 or 63 scale codes, or 1 unit.
+__device__ inline float factor_scale(u32 coding) {
+    return coding == TWO_LEVEL_4 ? 2048.0f : coding == TWO_LEVEL_6 ? 512.0f : 32768.0f;
+}
+constexpr float CODE_SCALE = 16777216.0f;
+__device__ inline float operand_unit(u32 coding) { return CODE_SCALE / factor_scale(coding); }
+
+__device__ inline u32 both_halves(float value) {
+    const u32 half = half_from_float(value);
+    return half | half << 16;
+}
+
+// What turns a lane's scale codes into `Factors`, for its two rows: two-level: d / unit * 2^E and -m / unit * 2^(E - 24) as
+// fp16 pairs, and what the magic number below makes of them; paper: 2^E / unit, the bits of an f32.
+struct RowScales {
+    u32 d[2];
+    u32 d_magic[2];
+    u32 m[2];
+    u32 m_magic[2];
+};
+
+// The fp16 number that has room for a scale code just below its leading bit: with the code's bits put there it is the sum of
+// both, and one fma by `d` and `d_magic` takes it off again.
+__device__ inline float magic_number(u32 coding) { return coding == TWO_LEVEL_4 ? 16.0f : 64.0f; }
+
+__device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
+    const u32 row = threadIdx.x % WARP / 4 * 2;
+    RowScales scales = {};
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+        const float unit = factor_scale(w.coding) / w.units[tile * TILE_ROWS + row + r];
+        if (w.coding == PAPER) {
+            scales.d[r] = float_bits(unit);
+            continue;
+        }
+        const u16* pair = w.row_scales + u64(tile) * 2 * TILE_ROWS + row + r;
+        scales.d[r] = both_halves(half_to_float(pair[0]) * unit);
+        scales.m[r] = both_halves(half_to_float(pair[TILE_ROWS]) * unit * (-1.0f / CODE_SCALE));
+        scales.d_magic[r] = both_halves(-magic_number(w.coding) * half_to_float(u16(scales.d[r])));
+        scales.m_magic[r] = both_halves(-magic_number(w.coding) * half_to_float(u16(scales.m[r])));
+    }
+    return scales;
+}
+
+// The factors and offsets of a lane's two rows for a unit, fp16 pairs with the same number in both halves.
+struct Factors {
+    u32 factor[2];
+    u32 offset[2];
+};
+
+// `records` are the item's scale records in shared memory.
+__device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, const u8* records, u32 unit, const RowScales& rows) {
+    const u32 row = threadIdx.x % WARP / 4 * 2;
+    Factors out;
+    if (w.coding == PAPER) {
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) {
+            const StoredScale scale = paper_scale(records, item.width, row + r);
+            out.factor[r] = both_halves(scale.factor * float_from_bits(rows.d[r]));
+            out.offset[r] = both_halves(scale.offset * float_from_bits(rows.d[r]) * (1.0f / CODE_SCALE));
+        }
+        return out;
+    }
+    const bool has_high_bits = w.coding == TWO_LEVEL_6;
+    const u8* record = records + ((unit * UNIT_COLS) >> w.sub_group_log2) * record_bytes(w.coding, item.width);
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+        u32 s, z;  // added to the magic number: 16 has 6 bits below one, 64 has 4
+        const u32 codes = record[row + r] * 0x00010001u;
+        if (has_high_bits) {
+            const u32 high = (record[TILE_ROWS + row % 8 + r] >> (4 * (row / 8))) * 0x00010001u;
+            s = 0x54005400u | (codes & 0x000f000f) << 4 | (high & 0x00030003) << 8;
+            z = 0x54005400u | (codes & 0x00f000f0) | (high & 0x000c000c) << 6;
+        } else {
+            s = 0x4c004c00u | (codes & 0x000f000f) << 6;
+            z = 0x4c004c00u | (codes & 0x00f000f0) << 2;
+        }
+        out.factor[r] = half2_fma(s, rows.d[r], rows.d_magic[r]);
+        out.offset[r] = half2_fma(z, rows.m[r], rows.m_magic[r]);
+    }
+    return out;
+}
+
+// ---- codes ----
+
+// Bits by which the codes of product i = 1 may stay higher than those of i = 0, which saves their shift: what is left of an
+// fp16 number's 10 bits.
+template <int WIDTH>
+constexpr u32 IN_PLACE = WIDTH == 4 ? 4 : WIDTH == 2 || WIDTH == 3 ? 2 : WIDTH == 1 ? 1 : 0;
+
+// The words that hold half of a lane's unit: rows 2g and 2g + 1, columns 8 * half .. 8 * half + 7, the two products
+// t = 2 * half + i. Planes that WIDTH lacks are never read.
+template <int WIDTH>
+struct HalfUnit {
+    u32 eight[2][2];  // [i][row]
+    u32 four[2];
+    u32 two[2];
+    u32 one[2];
+
+    // From an item in shared memory.
+    __device__ void load(const u8* slot, const Item& item, u32 unit, u32 half) {
+        if (WIDTH & 8) {
+            block<8>(eight[0], slot, item, 4 * unit + 2 * half);
+            block<8>(eight[1], slot, item, 4 * unit + 2 * half + 1);
+        }
+        if (WIDTH & 4) {
+            block<4>(four, slot, item, 2 * unit + half);
+            slot += 2 * 4 * UNIT_COLS * item.units;
+        }
+        if (WIDTH & 2) {
+            block<2>(two, slot, item, unit);
+            two[0] >>= 4 * half;
+            two[1] >>= 4 * half;
+            slot += 2 * 2 * UNIT_COLS * item.units;
+        }
+        if (WIDTH & 1) {
+            // The last block of a plane with 16 columns left has 2 bytes per row (F13).
+            const bool is_short = unit % 2 == 0 && item.start16 + unit + 1 == item.group16;
+            if (is_short) {
+                const u32 halves = *reinterpret_cast<const u32*>(slot + unit * 32 + threadIdx.x % WARP / 4 * 4);
+                one[0] = spread(halves & 0xffff) >> (2 * half);
+                one[1] = spread(halves >> 16) >> (2 * half);
+            } else {
+                block<1>(one, slot, item, unit / 2);
+                one[0] >>= 4 * (unit % 2) + 2 * half;
+                one[1] >>= 4 * (unit % 2) + 2 * half;
+            }
+        }
+    }
+
+    // Two codes of row 2g + r, times 2^(i * IN_PLACE): columns 4t + odd and 4t + odd + 2 of the unit.
+    __device__ u32 codes(u32 r, u32 i, u32 odd) const {
+        if (WIDTH == 8) return eight[i][r] >> (8 * odd) & 0x00ff00ff;
+        const u32 at = i * IN_PLACE<WIDTH>;
+        u32 low = at, value = 0;
+        if (WIDTH & 4) {
+            value = shifted(four[r] >> (8 * odd), int(low) - int(4 * i)) & (0x000f000fu << low);
+            low += 4;
+        }
+        if (WIDTH & 2) {
+            value |= shifted(two[r] >> (8 * odd), int(low) - int(2 * i)) & (0x00030003u << low);
+            low += 2;
+        }
+        if (WIDTH & 1) value |= shifted(one[r], int(low) - int(8 * odd + i)) & (0x00010001u << low);
+        return value;
+    }
+
+private:
+    // The lane's two words of a block of a plane.
+    template <u32 BITS>
+    __device__ static void block(u32 (&words)[2], const u8* plane, const Item& item, u32 block) {
+        const u32 g = threadIdx.x % WARP / 4;
+        const u64 both = *reinterpret_cast<const u64*>(plane + 16 * slot_chunk<BITS>(4 * block + g / 2, item) + g % 2 * 8);
+        words[0] = u32(both);
+        words[1] = u32(both >> 32);
+    }
+
+    // 16 bits of a short block as the low half of a whole block's word.
+    __device__ static u32 spread(u32 half) {
+        half = (half | half << 8) & 0x00ff00ff;
+        return (half | half << 4) & 0x0f0f0f0f;
+    }
+
+    __device__ static u32 shifted(u32 word, int left) { return left >= 0 ? word << left : word >> -left; }
+};
+
+// Operands of product t = 2 * half + i: a[0], a[2] of row 2g, a[1], a[3] of row 2g + 1.
+template <int WIDTH>
+__device__ inline void operands(u32 (&a)[4], const HalfUnit<WIDTH>& words, const Factors& scales, u32 i) {
+    u32 factor[2] = {scales.factor[0], scales.factor[1]};
+    if (i == 1 && IN_PLACE<WIDTH> > 0) {
+        // 2^-IN_PLACE in both halves: an exponent of 15 - IN_PLACE.
+        const u32 down = (15 - IN_PLACE<WIDTH>) * 0x04000400u;
+        for (u32 r = 0; r < 2; ++r) factor[r] = half2_fma(factor[r], down, 0);
+    }
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) a[k] = half2_fma(words.codes(k % 2, i, k / 2), factor[k % 2], scales.offset[k % 2]);
+}
+
+// Calls `body<WIDTH>(...)` for a width known at run time.
+#define FOR_WIDTH(width, body, ...)                \
+    switch (width) {                               \
+        case 1: body<1>(__VA_ARGS__); break;       \
+        case 2: body<2>(__VA_ARGS__); break;       \
+        case 3: body<3>(__VA_ARGS__); break;       \
+        case 4: body<4>(__VA_ARGS__); break;       \
+        case 5: body<5>(__VA_ARGS__); break;       \
+        case 6: body<6>(__VA_ARGS__); break;       \
+        case 7: body<7>(__VA_ARGS__); break;       \
+        default: body<8>(__VA_ARGS__);             \
+    }
