@@ -138,8 +138,8 @@ __device__ inline u32 both_halves(float value) {
     return half | half << 16;
 }
 
-// What turns a lane's scale codes into `Factors`, for its two rows: two-level: d / unit * 2^E and -m / unit * 2^(E - 24) as
-// fp16 pairs, and what the magic number below makes of them; paper: 2^E / unit, the bits of an f32.
+// What turns a lane's scale codes into `Factors`, for its two rows, fp16 pairs: `d` = d / unit * 2^E and `m` = -m / unit *
+// 2^(E - 24) * MAGIC, and what one fma takes off again (see `magic_number`). Paper: `d` = 2^E / unit, the bits of an f32.
 struct RowScales {
     u32 d[2];
     u32 d_magic[2];
@@ -148,7 +148,7 @@ struct RowScales {
 };
 
 // The fp16 number that has room for a scale code just below its leading bit: with the code's bits put there it is the sum of
-// both, and one fma by `d` and `d_magic` takes it off again.
+// both. Minimum codes are put below 1 instead, which makes them fractions of it: so small numbers `m` stay normal.
 __device__ inline float magic_number(u32 coding) { return coding == TWO_LEVEL_4 ? 16.0f : 64.0f; }
 
 __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
@@ -163,9 +163,9 @@ __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
         }
         const u16* pair = w.row_scales + u64(tile) * 2 * TILE_ROWS + row + r;
         scales.d[r] = both_halves(half_to_float(pair[0]) * unit);
-        scales.m[r] = both_halves(half_to_float(pair[TILE_ROWS]) * unit * (-1.0f / CODE_SCALE));
+        scales.m[r] = both_halves(half_to_float(pair[TILE_ROWS]) * unit * (-magic_number(w.coding) / CODE_SCALE));
         scales.d_magic[r] = both_halves(-magic_number(w.coding) * half_to_float(u16(scales.d[r])));
-        scales.m_magic[r] = both_halves(-magic_number(w.coding) * half_to_float(u16(scales.m[r])));
+        scales.m_magic[r] = both_halves(-half_to_float(u16(scales.m[r])));
     }
     return scales;
 }
@@ -193,15 +193,15 @@ __device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, co
     const u8* record = records + ((unit * UNIT_COLS) >> w.sub_group_log2) * record_bytes(w.coding, item.width);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-        u32 s, z;  // added to the magic number: 16 has 6 bits below one, 64 has 4
+        u32 s, z;
         const u32 codes = record[row + r] * 0x00010001u;
         if (has_high_bits) {
             const u32 high = (record[TILE_ROWS + row % 8 + r] >> (4 * (row / 8))) * 0x00010001u;
             s = 0x54005400u | (codes & 0x000f000f) << 4 | (high & 0x00030003) << 8;
-            z = 0x54005400u | (codes & 0x00f000f0) | (high & 0x000c000c) << 6;
+            z = 0x3c003c00u | (codes & 0x00f000f0) | (high & 0x000c000c) << 6;
         } else {
             s = 0x4c004c00u | (codes & 0x000f000f) << 6;
-            z = 0x4c004c00u | (codes & 0x00f000f0) << 2;
+            z = 0x3c003c00u | (codes & 0x00f000f0) << 2;
         }
         out.factor[r] = half2_fma(s, rows.d[r], rows.d_magic[r]);
         out.offset[r] = half2_fma(z, rows.m[r], rows.m_magic[r]);

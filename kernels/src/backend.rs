@@ -22,7 +22,16 @@ pub trait Backend: Send + Sync {
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles);
 
     /// Causal attention of `q` over the cached keys and values; `out`: [m, heads, head_dim].
-    fn attention(&self, q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]);
+    ///
+    /// # Errors
+    /// Those of the device that computes.
+    fn attention(
+        &self,
+        q: &[f32],
+        kv: KvView<'_>,
+        shape: &AttentionShape,
+        out: &mut [f32],
+    ) -> Result<()>;
 
     /// `gate = silu(gate) * up`, element by element.
     fn swiglu(&self, gate: &mut [f32], up: &[f32]);

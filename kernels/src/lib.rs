@@ -19,6 +19,7 @@ macro_rules! per_isa {
 
 mod backend;
 mod cpu;
+pub mod cuda;
 mod error;
 pub mod ggml;
 pub mod linalg;

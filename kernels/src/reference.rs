@@ -49,7 +49,13 @@ impl Backend for Scalar {
         }
     }
 
-    fn attention(&self, q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+    fn attention(
+        &self,
+        q: &[f32],
+        kv: KvView<'_>,
+        shape: &AttentionShape,
+        out: &mut [f32],
+    ) -> Result<()> {
         let dim = shape.head_dim;
         let scale = 1.0 / (dim as f64).sqrt();
         for t in 0..shape.m {
@@ -72,6 +78,7 @@ impl Backend for Scalar {
                 }
             }
         }
+        Ok(())
     }
 
     fn swiglu(&self, gate: &mut [f32], up: &[f32]) {

@@ -3,6 +3,8 @@
 //! Packed layers are filled from known codes and scales, and what they are worth is worked out from those by the
 //! formulas of `docs/format.md`, not by unpacking.
 
+mod cuda;
+
 use half::{bf16, f16};
 use slim_formats::{
     DType, DenseTensor, RowOrder, Weight,
@@ -662,7 +664,7 @@ fn attention_agrees() {
             let expected = expected_attention(&q, &cache, &shape);
             for (name, backend) in backends() {
                 let mut out = vec![f32::NAN; q.len()];
-                backend.attention(&q, cache.view(), &shape, &mut out);
+                backend.attention(&q, cache.view(), &shape, &mut out).unwrap();
                 let what = format!("{name}, {shape:?}, queries up to {size}");
                 assert_nmse(&what, &out, &expected, ATTENTION_NMSE);
             }
@@ -733,7 +735,7 @@ fn run_everything() -> Vec<Vec<u32>> {
     let cache = Cache::new(&mut noise, &shape, 0);
     let q = noise.vector(300 * 64, 1.0);
     let mut out = vec![0.0; q.len()];
-    Cpu.attention(&q, cache.view(), &shape, &mut out);
+    Cpu.attention(&q, cache.view(), &shape, &mut out).unwrap();
     results.push(out);
     let mut gram = vec![0.0; 300 * 300];
     linalg::add_gram(&mut gram, &noise.vector(130 * 300, 1.0), 300);

@@ -50,6 +50,11 @@ impl<'a> PackedTensor<'a> {
         self.layout
     }
 
+    /// The codes, scales and row scales as they lie in the file.
+    pub fn parts(&self) -> (&'a [u8], &'a [u8], &'a [u8]) {
+        (self.codes, self.scales, self.row_scales)
+    }
+
     /// The codes of one tile.
     pub fn tile_codes(&self, tile: usize) -> &'a [u8] {
         chunk(self.codes, tile, self.layout.tile_code_bytes())

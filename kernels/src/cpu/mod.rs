@@ -65,8 +65,15 @@ impl Backend for Cpu {
         });
     }
 
-    fn attention(&self, q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+    fn attention(
+        &self,
+        q: &[f32],
+        kv: KvView<'_>,
+        shape: &AttentionShape,
+        out: &mut [f32],
+    ) -> Result<()> {
         attention::attention(q, kv, shape, out);
+        Ok(())
     }
 
     fn swiglu(&self, gate: &mut [f32], up: &[f32]) {

@@ -1,0 +1,230 @@
+//! What kernels take as arguments, byte for byte.
+
+use super::{
+    Device, Matrix,
+    device::{Kernel, shared},
+    matrix::{Packed, Storage},
+};
+
+/// Matrices that one launch of `matvec_*` takes.
+pub(super) const MATVEC_MATRICES: usize = 3;
+
+/// What a product does with its sums: `mode` of `matvec.cu` and `matmul.cu`.
+#[derive(Clone, Copy)]
+pub(super) enum Mode {
+    Store = 0,
+    Add = 1,
+    SwiGlu = 2,
+}
+
+/// `PackedMatrix` of `packed.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct PackedArgs {
+    pub codes: u64,
+    pub scales: u64,
+    pub row_scales: u64,
+    pub units: u64,
+    pub items: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub item_count: u32,
+    pub tile_code_bytes: u32,
+    pub tile_scale_bytes: u32,
+    pub coding: u32,
+    sub_group_log2: u32,
+    pub max_width: u32,
+}
+
+/// `DenseMatrix` of `dense.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct DenseArgs {
+    pub fragments: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub steps: u32,
+    pub unused: u32,
+}
+
+/// `Matvec` of `matvec.cu`.
+#[repr(C)]
+pub(super) struct MatvecArgs<M> {
+    pub w: [M; MATVEC_MATRICES],
+    pub x: u64,
+    pub x_stride: u32,
+    pub m: u32,
+    pub matrices: u32,
+    pub mode: u32,
+    pub out: [u64; MATVEC_MATRICES],
+    pub operands: u64,
+    pub operand_stride: u32,
+    pub unused: u32,
+    pub norm_weight: u64,
+    pub normed: u64,
+    pub normed_stride: u32,
+    pub epsilon: f32,
+    pub counter: u64,
+}
+
+/// `Matmul` of `matmul.cu`.
+#[repr(C)]
+pub(super) struct MatmulArgs<M> {
+    pub w: M,
+    pub x: u64,
+    pub x_stride: u32,
+    pub m: u32,
+    pub mode: u32,
+    pub stages: u32,
+    pub out: u64,
+}
+
+/// `GemmArgs` of `gemm.cu`.
+#[repr(C)]
+pub(super) struct GemmArgs {
+    pub a: u64,
+    pub b: u64,
+    pub c: u64,
+    pub a_row: u64,
+    pub a_col: u64,
+    pub b_row: u64,
+    pub b_col: u64,
+    pub c_row: u64,
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
+    pub alpha: f32,
+    pub beta: f32,
+    pub unused: u32,
+}
+
+/// `KvCache` of `kv_cache.cuh`.
+#[repr(C)]
+pub(super) struct KvCacheArgs {
+    pub keys: u64,
+    pub values: u64,
+    pub key_scales: u64,
+    pub value_scales: u64,
+    pub capacity: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    pub unused: u32,
+}
+
+/// A storage of weights, and the kernels that multiply with it.
+pub(super) trait Kind: Sized + Copy {
+    /// What the kernels take of a matrix, which must be of this kind.
+    fn of(device: &Device, w: &Matrix) -> Self;
+    fn matvec(device: &Device) -> &Kernel;
+    fn matmul(device: &Device) -> &Kernel;
+    /// Bytes of shared memory for an item of a tile.
+    fn slot_bytes(&self) -> u32;
+}
+
+impl Kind for PackedArgs {
+    fn of(device: &Device, w: &Matrix) -> Self {
+        let Storage::Packed(packed) = &w.storage else { unreachable!("a packed matrix") };
+        let Packed { codes, scales, row_scales, units, items, .. } = packed;
+        Self {
+            codes: device.input(codes.view()),
+            scales: device.input(scales.view()),
+            row_scales: device.input(row_scales.view()),
+            units: device.input(units.view()),
+            items: device.input(items.view()),
+            rows: w.rows() as u32,
+            cols: w.cols() as u32,
+            item_count: items.len() as u32,
+            tile_code_bytes: packed.tile_code_bytes,
+            tile_scale_bytes: packed.tile_scale_bytes,
+            coding: packed.coding,
+            sub_group_log2: packed.sub_group_log2,
+            max_width: packed.max_width,
+        }
+    }
+
+    fn matvec(device: &Device) -> &Kernel {
+        &device.kernels.matvec_packed
+    }
+
+    fn matmul(device: &Device) -> &Kernel {
+        &device.kernels.matmul_packed
+    }
+
+    fn slot_bytes(&self) -> u32 {
+        shared::slot(self.max_width)
+    }
+}
+
+impl Kind for DenseArgs {
+    fn of(device: &Device, w: &Matrix) -> Self {
+        let Storage::Dense(dense) = &w.storage else { unreachable!("a dense matrix") };
+        Self {
+            fragments: device.input(dense.fragments.view()),
+            rows: w.rows() as u32,
+            cols: w.cols() as u32,
+            steps: dense.steps,
+            unused: 0,
+        }
+    }
+
+    fn matvec(device: &Device) -> &Kernel {
+        &device.kernels.matvec_dense
+    }
+
+    fn matmul(device: &Device) -> &Kernel {
+        &device.kernels.matmul_dense
+    }
+
+    fn slot_bytes(&self) -> u32 {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::device::PTX;
+
+    /// Bytes of each parameter that the PTX declares for a kernel.
+    fn declared_parameters(kernel: &str) -> Vec<usize> {
+        let entry = format!(".entry {kernel}(");
+        let (_, after) =
+            PTX.split_once(&entry).unwrap_or_else(|| panic!("no `{kernel}` in the PTX"));
+        let (parameters, _) = after.split_once(')').unwrap();
+        let bytes_of = |parameter: &str| match parameter.split_once('[') {
+            Some((_, count)) => count.trim_end_matches(']').parse().unwrap(),
+            None if parameter.contains(".u64") => 8,
+            None => 4,
+        };
+        parameters.split(',').map(|parameter| bytes_of(parameter.trim())).collect()
+    }
+
+    /// The driver takes as many bytes from each argument as the PTX says.
+    #[test]
+    fn parameters_are_those_of_the_ptx() {
+        let cache = size_of::<KvCacheArgs>();
+        let (packed, dense) = (size_of::<PackedArgs>(), size_of::<DenseArgs>());
+        let kernels: [(&str, &[usize]); 16] = [
+            ("attention_decode_f16", &[8, cache, 8, 4, 4, 8, 8, 8]),
+            ("attention_decode_q8", &[8, cache, 8, 4, 4, 8, 8, 8]),
+            ("attention_prefill_f16", &[8, cache, 8, 4, 4, 4, 8, 4]),
+            ("attention_prefill_q8", &[8, cache, 8, 4, 4, 4, 8, 4]),
+            ("embed_dense", &[dense, 8, 8]),
+            ("embed_packed", &[packed, 8, 8]),
+            ("gemm_f32", &[size_of::<GemmArgs>()]),
+            ("matmul_dense", &[size_of::<MatmulArgs<DenseArgs>>()]),
+            ("matmul_packed", &[size_of::<MatmulArgs<PackedArgs>>()]),
+            ("matvec_dense", &[size_of::<MatvecArgs<DenseArgs>>()]),
+            ("matvec_packed", &[size_of::<MatvecArgs<PackedArgs>>()]),
+            ("rms_norm", &[8, 8, 4, 4, 8, 4]),
+            ("rope_store_f16", &[8, 8, 8, 8, 8, 8, 4, cache]),
+            ("rope_store_q8", &[8, 8, 8, 8, 8, 8, 4, cache]),
+            ("swiglu", &[8, 8, 4, 8, 4]),
+            ("top_k", &[8, 4, 4, 8, 8, 8, 8]),
+        ];
+        for (kernel, expected) in kernels {
+            assert_eq!(declared_parameters(kernel), expected, "{kernel}");
+        }
+        assert_eq!(PTX.matches(".entry ").count(), kernels.len());
+    }
+}

@@ -1,0 +1,764 @@
+//! Every kernel, launched: what it needs of its arguments is checked here, and nowhere else.
+#![allow(unsafe_code, reason = "the driver cannot check what a kernel does with its arguments")]
+
+use std::{ffi::c_void, ptr, sync::Arc};
+
+use cudarc::driver::result;
+
+use super::{
+    Attention, Device, KvCache, KvType, Matrix, Operands, RopeTables, Tokens, TopK, View, ViewMut,
+    arguments::{
+        DenseArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_MATRICES, MatmulArgs, MatvecArgs, Mode,
+        PackedArgs,
+    },
+    check_equal, check_limit,
+    device::{Kernel, shared},
+    driver::{address, refused},
+    matrix::Storage,
+};
+use crate::{KernelError, Result};
+
+/// Tokens of a product that one launch of `matvec_*` takes.
+const MATVEC_TOKENS: usize = 8;
+/// Rows (in tiles) and tokens of a block of `matmul_*`.
+const MATMUL_TILES: usize = 8;
+const MATMUL_TOKENS: usize = 128;
+/// Columns of a block of `embed_*`, `swiglu` and `gemm_f32`.
+const EMBED_COLS: usize = 128;
+const SWIGLU_COLS: usize = 256;
+/// Heads of a block of `rope_store_*`.
+const ROPE_WARPS: usize = 4;
+/// Queries of a block of `attention_prefill_*`, those of all heads that share a kv head counted.
+const PREFILL_ROWS: usize = 64;
+const GEMM_TILE: usize = 128;
+
+/// A norm that follows a product.
+pub struct Norm<'a> {
+    /// [rows of the product].
+    pub weight: View<'a, f32>,
+    /// Added to the mean square.
+    pub epsilon: f32,
+    /// [m, rows of the product], overwritten.
+    pub out: &'a mut Operands,
+}
+
+/// A matrix in f32 whose rows and columns lie any number of floats apart.
+#[derive(Clone, Copy)]
+pub struct Strided<'a> {
+    /// Where it lies, from its first value on.
+    pub values: View<'a, f32>,
+    /// Its rows.
+    pub rows: usize,
+    /// Its columns.
+    pub cols: usize,
+    /// Floats from one row to the next.
+    pub row_stride: usize,
+    /// Floats from one column to the next.
+    pub col_stride: usize,
+}
+
+impl<'a> Strided<'a> {
+    /// A row-major matrix without gaps.
+    pub fn new(values: View<'a, f32>, rows: usize, cols: usize) -> Self {
+        Self { values, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Rows as columns.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self {
+            values: self.values,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+
+    fn check(self, what: &'static str) -> Result<()> {
+        match (self.rows.checked_sub(1), self.cols.checked_sub(1)) {
+            (Some(row), Some(col)) => {
+                let last = row
+                    .saturating_mul(self.row_stride)
+                    .saturating_add(col.saturating_mul(self.col_stride));
+                check_room(what, self.values, last.saturating_add(1))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Device {
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to three matrices of a kind and up to eight tokens.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the numbers of matrices and outputs, `x` or an output do not fit; `Driver`.
+    pub fn matmul(
+        &self,
+        w: &[&Matrix],
+        x: &Operands,
+        m: usize,
+        out: &mut [ViewMut<'_, f32>],
+    ) -> Result<()> {
+        check_equal("outputs", out.len(), w.len())?;
+        for (w, out) in w.iter().zip(out.iter()) {
+            check_input(w, x, m)?;
+            check_room("outputs", out.as_view(), m * w.rows())?;
+        }
+        let (packed, dense): (Vec<_>, Vec<_>) =
+            w.iter().copied().zip(out).partition(|(w, _)| matches!(w.storage, Storage::Packed(_)));
+        self.store::<PackedArgs>(packed, x, m)?;
+        self.store::<DenseArgs>(dense, x, m)
+    }
+
+    /// `out[m, rows] += x[m, cols] * w^T`, and the norm of the sums, if one follows.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if `x`, `out` or the norm do not fit, or if norms do not take so many rows; `Driver`.
+    ///
+    /// # Panics
+    /// If `out` or the norm's weight do not start on a 16-byte boundary.
+    pub fn matmul_add(
+        &self,
+        w: &Matrix,
+        x: &Operands,
+        m: usize,
+        out: &mut ViewMut<'_, f32>,
+        norm: Option<Norm<'_>>,
+    ) -> Result<()> {
+        check_input(w, x, m)?;
+        check_room("outputs", out.as_view(), m * w.rows())?;
+        if let Some(norm) = &norm {
+            check_equal("weights of the norm", norm.weight.len(), w.rows())?;
+            check_norm(norm.weight)?;
+            check_operands(norm.out, w.rows(), m)?;
+        }
+        match &w.storage {
+            Storage::Packed(_) => self.add::<PackedArgs>(w, x, m, out, norm),
+            Storage::Dense(_) => self.add::<DenseArgs>(w, x, m, out, norm),
+        }
+    }
+
+    /// `out = silu(x * gate^T) * (x * up^T)`, `[m, rows]`. Both products pass through `scratch: [m, rows]` each,
+    /// unless they can stay in registers.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
+    pub fn matmul_swiglu(
+        &self,
+        [gate, up]: [&Matrix; 2],
+        x: &Operands,
+        m: usize,
+        scratch: [&mut ViewMut<'_, f32>; 2],
+        out: &mut Operands,
+    ) -> Result<()> {
+        check_equal("rows of the matrices", up.rows(), gate.rows())?;
+        for w in [gate, up] {
+            check_input(w, x, m)?;
+        }
+        check_operands(out, gate.rows(), m)?;
+        if m <= MATVEC_TOKENS {
+            match (&gate.storage, &up.storage) {
+                (Storage::Packed(_), Storage::Packed(_)) => {
+                    return self.matvec::<PackedArgs>(&[gate, up], x, m, Target::SwiGlu(out));
+                }
+                (Storage::Dense(_), Storage::Dense(_)) => {
+                    return self.matvec::<DenseArgs>(&[gate, up], x, m, Target::SwiGlu(out));
+                }
+                _ => {}
+            }
+        }
+        let [gate_out, up_out] = scratch;
+        self.matmul(&[gate, up], x, m, &mut [gate_out.reborrow(), up_out.reborrow()])?;
+        self.swiglu(gate_out.as_view(), up_out.as_view(), gate.rows(), m, out)
+    }
+
+    /// Adds the product with a matrix of kind `K`.
+    fn add<K: Kind>(
+        &self,
+        w: &Matrix,
+        x: &Operands,
+        m: usize,
+        out: &mut ViewMut<'_, f32>,
+        norm: Option<Norm<'_>>,
+    ) -> Result<()> {
+        if m <= MATVEC_TOKENS {
+            return self.matvec::<K>(
+                &[w],
+                x,
+                m,
+                Target::Add { out: self.vector_input(out.as_view()), norm },
+            );
+        }
+        self.multiply_many::<K>(w, x, m, Mode::Add, out)?;
+        match norm {
+            Some(norm) => self.rms_norm(out.as_view(), norm.weight, norm.epsilon, m, norm.out),
+            None => Ok(()),
+        }
+    }
+
+    /// Stores the products with matrices of one kind.
+    fn store<K: Kind>(
+        &self,
+        mut products: Vec<(&Matrix, &mut ViewMut<'_, f32>)>,
+        x: &Operands,
+        m: usize,
+    ) -> Result<()> {
+        if m > MATVEC_TOKENS {
+            let multiply = |(w, out)| self.multiply_many::<K>(w, x, m, Mode::Store, out);
+            return products.into_iter().try_for_each(multiply);
+        }
+        for products in products.chunks_mut(MATVEC_MATRICES) {
+            let mut out = [0; MATVEC_MATRICES];
+            for (place, (_, out)) in out.iter_mut().zip(products.iter_mut()) {
+                *place = self.output(out);
+            }
+            let w: Vec<&Matrix> = products.iter().map(|(w, _)| *w).collect();
+            self.matvec::<K>(&w, x, m, Target::Store(out))?;
+        }
+        Ok(())
+    }
+
+    /// Up to eight tokens with matrices of one kind. All shapes have been checked.
+    fn matvec<K: Kind>(
+        &self,
+        w: &[&Matrix],
+        x: &Operands,
+        m: usize,
+        target: Target<'_>,
+    ) -> Result<()> {
+        if m == 0 {
+            return Ok(());
+        }
+        let kinds: Vec<K> = w.iter().map(|w| K::of(self, w)).collect();
+        let is_swiglu = matches!(target, Target::SwiGlu(_));
+        let tiles: usize =
+            w.iter().take(if is_swiglu { 1 } else { w.len() }).map(|w| w.tiles()).sum();
+        let slot_bytes = kinds.iter().map(Kind::slot_bytes).max().unwrap_or(0);
+        let mut args = MatvecArgs {
+            w: std::array::from_fn(|i| kinds[i.min(kinds.len() - 1)]),
+            x: self.input(x.values.view()),
+            x_stride: x.stride() as u32,
+            m: m as u32,
+            matrices: w.len() as u32,
+            mode: Mode::Store as u32,
+            out: [0; MATVEC_MATRICES],
+            operands: 0,
+            operand_stride: 0,
+            unused: 0,
+            norm_weight: 0,
+            normed: 0,
+            normed_stride: 0,
+            epsilon: 0.0,
+            counter: self.counter(),
+        };
+        match target {
+            Target::Store(out) => args.out = out,
+            Target::Add { out, norm } => {
+                args.mode = Mode::Add as u32;
+                args.out[0] = out;
+                if let Some(norm) = norm {
+                    args.norm_weight = self.vector_input(norm.weight);
+                    args.normed_stride = norm.out.stride() as u32;
+                    args.normed = self.output(&mut norm.out.values.view_mut());
+                    args.epsilon = norm.epsilon;
+                }
+            }
+            Target::SwiGlu(out) => {
+                args.mode = Mode::SwiGlu as u32;
+                args.operand_stride = out.stride() as u32;
+                args.operands = self.output(&mut out.values.view_mut());
+            }
+        }
+        let shared = shared::matvec(slot_bytes);
+        // SAFETY: `matvec_*(Matvec args)`. w: one to three matrices of the kernel's kind, as `Matrix` lays them out;
+        // x: m <= 8 rows of their columns, padded; out, operands, normed: m rows of their rows; norm_weight: as many;
+        // counter: zero. The callers have checked the shapes.
+        unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, shared, &mut [argument(&args)]) }
+    }
+
+    /// Any number of tokens with one matrix. All shapes have been checked.
+    fn multiply_many<K: Kind>(
+        &self,
+        w: &Matrix,
+        x: &Operands,
+        m: usize,
+        mode: Mode,
+        out: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
+        let kind = K::of(self, w);
+        let slot_bytes = kind.slot_bytes();
+        let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
+        let args = MatmulArgs {
+            w: kind,
+            x: self.input(x.values.view()),
+            x_stride: x.stride() as u32,
+            m: m as u32,
+            mode: mode as u32,
+            stages,
+            out: self.output(out),
+        };
+        let grid = [w.tiles().div_ceil(MATMUL_TILES), m.div_ceil(MATMUL_TOKENS), 1];
+        let shared = shared::matmul(slot_bytes, stages);
+        // SAFETY: `matmul_*(Matmul args)`. w: a matrix of the kernel's kind, as `Matrix` lays it out; x: m rows of
+        // its columns, padded; out: m rows of its rows. The callers have checked the shapes.
+        unsafe { self.launch(K::matmul(self), grid, 256, shared, &mut [argument(&args)]) }
+    }
+
+    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens; `x: [m, weight.len()]`.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if `x` or `out` do not fit `weight` and `m`, or if `weight.len()` is not a multiple of 4;
+    /// `Driver`.
+    ///
+    /// # Panics
+    /// If `x` or `weight` do not start on a 16-byte boundary.
+    pub fn rms_norm(
+        &self,
+        x: View<'_, f32>,
+        weight: View<'_, f32>,
+        epsilon: f32,
+        m: usize,
+        out: &mut Operands,
+    ) -> Result<()> {
+        let n = weight.len();
+        check_norm(weight)?;
+        check_room("inputs", x, m * n)?;
+        check_operands(out, n, m)?;
+        let (x, weight, stride) =
+            (self.vector_input(x), self.vector_input(weight), out.stride() as u32);
+        let (out, n) = (self.output(&mut out.values.view_mut()), n as u32);
+        let args = &mut [
+            argument(&x),
+            argument(&weight),
+            argument(&epsilon),
+            argument(&n),
+            argument(&out),
+            argument(&stride),
+        ];
+        // SAFETY: `rms_norm(x, weight, epsilon, n, out, stride)`. x: m rows of n; weight: n; out: m rows of n,
+        // `stride` apart.
+        unsafe { self.launch(&self.kernels.rms_norm, [m, 1, 1], 256, 0, args) }
+    }
+
+    /// `out = silu(gate) * up`; all `[m, n]`.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
+    pub fn swiglu(
+        &self,
+        gate: View<'_, f32>,
+        up: View<'_, f32>,
+        n: usize,
+        m: usize,
+        out: &mut Operands,
+    ) -> Result<()> {
+        check_room("gates", gate, m * n)?;
+        check_room("inputs", up, m * n)?;
+        check_operands(out, n, m)?;
+        let (gate, up, stride) = (self.input(gate), self.input(up), out.stride() as u32);
+        let (out, width) = (self.output(&mut out.values.view_mut()), n as u32);
+        let args = &mut [
+            argument(&gate),
+            argument(&up),
+            argument(&width),
+            argument(&out),
+            argument(&stride),
+        ];
+        // SAFETY: `swiglu(gate, up, n, out, stride)`. gate, up: m rows of n; out: m rows of n, `stride` apart.
+        unsafe { self.launch(&self.kernels.swiglu, [n.div_ceil(SWIGLU_COLS), m, 1], 256, 0, args) }
+    }
+
+    /// Rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and stores keys (rotated) and
+    /// values `[m, kv_heads, head_dim]` in the cache.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the cache has not;
+    /// `Driver`.
+    ///
+    /// # Panics
+    /// Inside [`Device::capture`], for more than one token.
+    pub fn rope_store(
+        &self,
+        attention: &Attention,
+        q: &mut ViewMut<'_, f32>,
+        [k, v]: [View<'_, f32>; 2],
+        tables: &RopeTables,
+        tokens: Tokens<'_>,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        self.check_tokens(attention, cache, tokens)?;
+        check_equal("channels of the angles", tables.head_dim, cache.head_dim)?;
+        check_limit("positions", tokens.position.capacity(), tables.positions())?;
+        let (m, heads, kv_heads) = (tokens.m, attention.heads, cache.kv_heads);
+        check_room("queries", q.as_view(), m * heads * cache.head_dim)?;
+        for (what, x) in [("keys", k), ("values", v)] {
+            check_room(what, x, m * kv_heads * cache.head_dim)?;
+        }
+        let (q, k, v) = (self.output(q), self.input(k), self.input(v));
+        let (cos, sin) = (self.input(tables.cos.view()), self.input(tables.sin.view()));
+        let position = self.input(tokens.position.buffer.view());
+        let (width, args) = (heads as u32, self.cache(cache));
+        let kernel = match cache.kv_type {
+            KvType::F16 => &self.kernels.rope_store_f16,
+            KvType::Q8 => &self.kernels.rope_store_q8,
+        };
+        let grid = [(heads + 2 * kv_heads).div_ceil(ROPE_WARPS), m, 1];
+        let args = &mut [
+            argument(&q),
+            argument(&k),
+            argument(&v),
+            argument(&cos),
+            argument(&sin),
+            argument(&position),
+            argument(&width),
+            argument(&args),
+        ];
+        // SAFETY: `rope_store_*(q, k, v, cos, sin, position, heads, cache)`. q: m rows of all heads; k, v: m rows of
+        // the cache's heads; cos, sin: up to the last position that `position` can hold; cache: of the kernel's type,
+        // with m positions from there on (`check_tokens`).
+        unsafe { self.launch(kernel, grid, ROPE_WARPS as u32 * 32, 0, args) }
+    }
+
+    /// Causal attention of `q: [m, heads, head_dim]` over the cache, which holds the positions of all tokens.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the cache has not;
+    /// `Driver`.
+    ///
+    /// # Panics
+    /// Inside [`Device::capture`], for more than one token.
+    pub fn attention(
+        &self,
+        attention: &mut Attention,
+        q: View<'_, f32>,
+        cache: &KvCache,
+        tokens: Tokens<'_>,
+        out: &mut Operands,
+    ) -> Result<()> {
+        self.check_tokens(attention, cache, tokens)?;
+        let (m, width) = (tokens.m, attention.heads * attention.head_dim);
+        check_room("queries", q, m * width)?;
+        check_operands(out, width, m)?;
+        match m {
+            1 => self.attention_decode(attention, q, cache, tokens, out),
+            _ => self.attention_prefill(attention, q, cache, tokens, out),
+        }
+    }
+
+    fn attention_decode(
+        &self,
+        attention: &mut Attention,
+        q: View<'_, f32>,
+        cache: &KvCache,
+        tokens: Tokens<'_>,
+        out: &mut Operands,
+    ) -> Result<()> {
+        let (q, position) = (self.vector_input(q), self.input(tokens.position.buffer.view()));
+        let (args, heads, window) = (self.cache(cache), attention.heads as u32, attention.window);
+        let partial = self.output(&mut attention.partial.view_mut());
+        let counters = self.output(&mut attention.counters.view_mut());
+        let out = self.output(&mut out.values.view_mut());
+        let kernel = match cache.kv_type {
+            KvType::F16 => &self.kernels.attention_decode_f16,
+            KvType::Q8 => &self.kernels.attention_decode_q8,
+        };
+        let grid = [attention.kv_heads, attention.splits, attention.head_groups()];
+        let args = &mut [
+            argument(&q),
+            argument(&args),
+            argument(&position),
+            argument(&heads),
+            argument(&window),
+            argument(&partial),
+            argument(&counters),
+            argument(&out),
+        ];
+        // SAFETY: `attention_decode_*(q, cache, position, heads, window, partial, counters, out)`. q, out: one row of
+        // all heads; cache: of the kernel's type, with the position (`check_tokens`); partial, counters: as large as
+        // the grid asks for (`Attention::new`), the counters zero.
+        unsafe { self.launch(kernel, grid, 128, 0, args) }
+    }
+
+    fn attention_prefill(
+        &self,
+        attention: &Attention,
+        q: View<'_, f32>,
+        cache: &KvCache,
+        tokens: Tokens<'_>,
+        out: &mut Operands,
+    ) -> Result<()> {
+        let (q, position) = (self.vector_input(q), self.input(tokens.position.buffer.view()));
+        let (args, heads, window) = (self.cache(cache), attention.heads as u32, attention.window);
+        let (m, stride) = (tokens.m as u32, out.stride() as u32);
+        let out = self.output(&mut out.values.view_mut());
+        let kernel = match cache.kv_type {
+            KvType::F16 => &self.kernels.attention_prefill_f16,
+            KvType::Q8 => &self.kernels.attention_prefill_q8,
+        };
+        let rows = tokens.m * (attention.heads / attention.kv_heads);
+        let grid = [rows.div_ceil(PREFILL_ROWS), attention.kv_heads, 1];
+        let shared = shared::prefill(attention.head_dim as u32);
+        let args = &mut [
+            argument(&q),
+            argument(&args),
+            argument(&position),
+            argument(&m),
+            argument(&heads),
+            argument(&window),
+            argument(&out),
+            argument(&stride),
+        ];
+        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, window, out, stride)`. q: m rows of all heads;
+        // out: the same, `stride` apart; cache: of the kernel's type, with m positions from `position` on
+        // (`check_tokens`).
+        unsafe { self.launch(kernel, grid, 128, shared, args) }
+    }
+
+    /// Whether the positions of the tokens are in a cache that `attention` is made for, now and when a graph is
+    /// launched again.
+    fn check_tokens(
+        &self,
+        attention: &Attention,
+        cache: &KvCache,
+        tokens: Tokens<'_>,
+    ) -> Result<()> {
+        let Tokens { position, m } = tokens;
+        check_equal("kv heads of the cache", cache.kv_heads, attention.kv_heads)?;
+        check_equal("channels of a head", cache.head_dim, attention.head_dim)?;
+        check_limit("positions", position.capacity(), cache.capacity)?;
+        check_limit("positions", position.value().saturating_add(m), position.capacity())?;
+        assert!(
+            m == 1 || !self.is_capturing(),
+            "a graph of several tokens, which may be launched at any position"
+        );
+        Ok(())
+    }
+
+    fn cache(&self, cache: &KvCache) -> KvCacheArgs {
+        KvCacheArgs {
+            keys: self.input(cache.keys.view()),
+            values: self.input(cache.values.view()),
+            key_scales: self.input(cache.key_scales.view()),
+            value_scales: self.input(cache.value_scales.view()),
+            capacity: cache.capacity as u32,
+            kv_heads: cache.kv_heads as u32,
+            head_dim: cache.head_dim as u32,
+            unused: 0,
+        }
+    }
+
+    /// `x[t] = w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that `w` has no row
+    /// for.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if `x` does not fit; `TooLarge` for more than 65535 tokens; `Driver`.
+    pub fn embed(&self, w: &Matrix, tokens: View<'_, u32>, x: &mut ViewMut<'_, f32>) -> Result<()> {
+        let m = tokens.len();
+        check_room("outputs", x.as_view(), m * w.cols())?;
+        let (tokens, x) = (self.input(tokens), self.output(x));
+        match &w.storage {
+            Storage::Packed(_) => {
+                let packed = PackedArgs::of(self, w);
+                let args = &mut [argument(&packed), argument(&tokens), argument(&x)];
+                let grid = [packed.item_count as usize, m, 1];
+                // SAFETY: `embed_packed(w, tokens, x)`. w: as `Matrix` lays it out; tokens: m, looked up if w has
+                // such a row; x: m rows of w's columns.
+                unsafe { self.launch(&self.kernels.embed_packed, grid, 128, 0, args) }
+            }
+            Storage::Dense(_) => {
+                let dense = DenseArgs::of(self, w);
+                let args = &mut [argument(&dense), argument(&tokens), argument(&x)];
+                let grid = [w.cols().div_ceil(EMBED_COLS), m, 1];
+                // SAFETY: `embed_dense(w, tokens, x)`, as above.
+                unsafe { self.launch(&self.kernels.embed_dense, grid, 128, 0, args) }
+            }
+        }
+    }
+
+    /// The `k` largest of `logits`, where [`TopK::read`] finds them.
+    ///
+    /// # Errors
+    /// `TooLarge` for more than 2^26 logits; `Driver`.
+    pub fn top_k(&self, logits: View<'_, f32>, out: &mut TopK) -> Result<()> {
+        check_limit("logits", logits.len(), TopK::MAX_LOGITS)?;
+        let (n, k) = (logits.len() as u32, out.k() as u32);
+        let blocks = TopK::blocks(logits.len());
+        let logits = self.input(logits);
+        let partial = self.output(&mut out.partial.view_mut());
+        let counter = self.counter();
+        let tokens = self.output(&mut out.tokens.view_mut());
+        let values = self.output(&mut out.values.view_mut());
+        let args = &mut [
+            argument(&logits),
+            argument(&n),
+            argument(&k),
+            argument(&partial),
+            argument(&counter),
+            argument(&tokens),
+            argument(&values),
+        ];
+        // SAFETY: `top_k(logits, n, k, partial, counter, tokens, values)`. logits: n; partial: k for each of
+        // `blocks`, at most as many as `TopK` has room for; counter: zero; tokens, values: k. k is 1 to 128
+        // (`TopK::new`).
+        unsafe { self.launch(&self.kernels.top_k, [blocks, 1, 1], 1024, 0, args) }
+    }
+
+    /// `c[i, j] = beta * c[i, j] + alpha * sum over l of a[i, l] * b[j, l]`; rows of `c: [a.rows, b.rows]` lie
+    /// `c_row` floats apart. `c` is not read if `beta` is 0.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for more than 2^32 rows or columns;
+    /// `Driver`.
+    pub fn gemm(
+        &self,
+        alpha: f32,
+        a: Strided<'_>,
+        b: Strided<'_>,
+        beta: f32,
+        c: &mut ViewMut<'_, f32>,
+        c_row: usize,
+    ) -> Result<()> {
+        let (m, n, k) = (a.rows, b.rows, a.cols);
+        check_equal("columns of b", b.cols, k)?;
+        a.check("values of a")?;
+        b.check("values of b")?;
+        Strided { values: c.as_view(), rows: m, cols: n, row_stride: c_row, col_stride: 1 }
+            .check("values of c")?;
+        if c_row < n {
+            return Err(KernelError::ShapeMismatch {
+                what: "floats of a row of c",
+                found: c_row,
+                expected: n,
+            });
+        }
+        for (what, size) in [("rows of a", m), ("rows of b", n), ("columns of a", k)] {
+            check_limit(what, size, u32::MAX as usize)?;
+        }
+        let args = GemmArgs {
+            a: self.input(a.values),
+            b: self.input(b.values),
+            c: self.output(c),
+            a_row: a.row_stride as u64,
+            a_col: a.col_stride as u64,
+            b_row: b.row_stride as u64,
+            b_col: b.col_stride as u64,
+            c_row: c_row as u64,
+            m: m as u32,
+            n: n as u32,
+            k: k as u32,
+            alpha,
+            beta,
+            unused: 0,
+        };
+        let grid = [n.div_ceil(GEMM_TILE), m.div_ceil(GEMM_TILE), 1];
+        // SAFETY: `gemm_f32(GemmArgs args)`. a: [m, k], b: [n, k], c: [m, n], all inside their views (checked above),
+        // c apart from the others (borrowed mutably).
+        unsafe { self.launch(&self.kernels.gemm_f32, grid, 256, 0, &mut [argument(&args)]) }
+    }
+}
+
+/// Where the sums of `matvec` go.
+enum Target<'a> {
+    Store([u64; MATVEC_MATRICES]),
+    Add { out: u64, norm: Option<Norm<'a>> },
+    SwiGlu(&'a mut Operands),
+}
+
+impl Device {
+    /// The address of what a kernel reads. It stays in use until the work on the stream is done: memory is freed in
+    /// the order of the stream, and a graph keeps it.
+    pub(super) fn input<T>(&self, view: View<'_, T>) -> u64 {
+        assert!(ptr::eq(self, Arc::as_ptr(view.device())), "memory of another device");
+        self.keep_for_graph(view.memory());
+        address(view.memory(), view.bytes().start)
+    }
+
+    /// The address of what a kernel reads 16 bytes at a time.
+    fn vector_input(&self, view: View<'_, f32>) -> u64 {
+        assert!(
+            view.bytes().start.is_multiple_of(16),
+            "a view that does not start on a 16-byte boundary"
+        );
+        self.input(view)
+    }
+
+    /// The address of what a kernel writes.
+    fn output<T>(&self, view: &mut ViewMut<'_, T>) -> u64 {
+        self.input(view.as_view())
+    }
+
+    /// The address of a zero that a kernel counts its blocks in, and leaves as zero.
+    fn counter(&self) -> u64 {
+        self.keep_for_graph(&self.counters);
+        address(&self.counters, 0)
+    }
+
+    /// Starts a kernel, unless there are no blocks of it.
+    ///
+    /// # Safety
+    /// `arguments` point to the kernel's parameters, in order and of its types. Addresses among them come from
+    /// `input`, `output` and `counter`, and what the kernel reads and writes there is inside the views that they were
+    /// made of.
+    unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        grid: [usize; 3],
+        threads: u32,
+        shared_bytes: u32,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        for (blocks, limit) in grid.into_iter().zip([i32::MAX as usize, 65535, 65535]) {
+            check_limit("blocks of threads", blocks, limit)?;
+        }
+        let grid = (grid[0] as u32, grid[1] as u32, grid[2] as u32);
+        let (function, stream) = (kernel.function.cu_function(), &self.stream);
+        let mut start = || {
+            stream.context().bind_to_thread()?;
+            // SAFETY: the caller's promise; the module lives as long as the kernel.
+            unsafe {
+                result::launch_kernel(
+                    function,
+                    grid,
+                    (threads, 1, 1),
+                    shared_bytes,
+                    stream.cu_stream(),
+                    arguments,
+                )
+            }
+        };
+        start().map_err(refused(format!("launch kernel `{}`", kernel.name)))?;
+        self.launched(kernel)
+    }
+}
+
+/// A parameter of a kernel.
+fn argument<T>(value: &T) -> *mut c_void {
+    ptr::from_ref(value).cast_mut().cast()
+}
+
+/// Whether a view has room for `expected` numbers; it may be longer.
+fn check_room<T>(what: &'static str, view: View<'_, T>, expected: usize) -> Result<()> {
+    match view.len() >= expected {
+        true => Ok(()),
+        false => Err(KernelError::ShapeMismatch { what, found: view.len(), expected }),
+    }
+}
+
+/// Whether `operands` hold `m` vectors of `cols` numbers.
+fn check_operands(operands: &Operands, cols: usize, m: usize) -> Result<()> {
+    check_equal("columns of the operands", operands.cols(), cols)?;
+    operands.check(m)
+}
+
+/// Whether norms take so many weights.
+fn check_norm(weight: View<'_, f32>) -> Result<()> {
+    check_equal("weights of the norm", weight.len(), weight.len().next_multiple_of(4))
+}
+
+fn check_input(w: &Matrix, x: &Operands, m: usize) -> Result<()> {
+    check_operands(x, w.cols(), m)
+}

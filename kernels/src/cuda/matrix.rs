@@ -1,0 +1,359 @@
+//! A weight on the device.
+
+use std::{ops::RangeInclusive, sync::Arc};
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+use rayon::prelude::*;
+use slim_formats::{
+    Weight,
+    slim::{Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS},
+};
+
+use super::{Buffer, Device, check_limit};
+use crate::{
+    KernelError, Result,
+    weight::{dequantize_rows, shape},
+};
+
+/// Columns that kernels count together.
+const UNIT_COLS: usize = 16;
+/// Columns of an item at most.
+const ITEM_COLS: usize = 128;
+/// Columns of a step.
+const STEP_COLS: usize = 64;
+/// The words of a step of a tile in fragment order.
+const STEP_WORDS: usize = TILE_ROWS * STEP_COLS / 2;
+/// Units of columns that the kernels can count.
+const MAX_UNITS: usize = u16::MAX as usize;
+/// What fp16 can represent.
+const FP16: RangeInclusive<f32> = -65504.0..=65504.0;
+/// Bytes of fragments that the host holds at a time.
+const FRAGMENT_PIECE_BYTES: usize = 32 << 20;
+
+/// A weight matrix in device memory.
+///
+/// A packed layer lies there as in its file, with a table of what the kernels work on at a time; any other weight is
+/// fp16, in the order in which the kernels use it.
+pub struct Matrix {
+    rows: usize,
+    cols: usize,
+    pub(super) storage: Storage,
+}
+
+pub(super) enum Storage {
+    Packed(Packed),
+    Dense(Dense),
+}
+
+/// `PackedMatrix` of `kernels/cuda/packed.cuh`.
+pub(super) struct Packed {
+    pub codes: Buffer<u8>,
+    pub scales: Buffer<u8>,
+    pub row_scales: Buffer<u8>,
+    pub units: Buffer<f32>,
+    pub items: Buffer<Item>,
+    pub tile_code_bytes: u32,
+    pub tile_scale_bytes: u32,
+    pub coding: u32,
+    pub sub_group_log2: u32,
+    pub max_width: u32,
+}
+
+/// `DenseMatrix` of `kernels/cuda/dense.cuh`.
+pub(super) struct Dense {
+    pub fragments: Buffer<u32>,
+    pub steps: u32,
+}
+
+/// Up to 128 columns of a group: `Item` of `kernels/cuda/packed.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Item {
+    codes: u32,
+    scales: u32,
+    col16: u16,
+    start16: u16,
+    group16: u16,
+    width: u8,
+    units: u8,
+}
+
+const _: () = assert!(size_of::<Item>() == 16);
+
+impl Matrix {
+    /// Copies a weight to the device.
+    ///
+    /// # Errors
+    /// `TooLarge`; `Unrepresentable` for a scale that is not finite, or a value of a dense weight beyond 65504 either
+    /// way; `UnsupportedType` for element types that hold no weights; `OutOfDeviceMemory`; `Driver`.
+    ///
+    /// # Panics
+    /// Inside [`Device::capture`].
+    pub fn upload(device: &Arc<Device>, weight: Weight<'_>) -> Result<Self> {
+        let (rows, cols) = shape(weight);
+        check_limit("columns", cols, MAX_UNITS * UNIT_COLS)?;
+        check_limit("rows", rows, 1 << 28)?;
+        let storage = match weight {
+            Weight::Packed(packed) => Storage::Packed(Packed::upload(device, packed)?),
+            Weight::Dense(_) => Storage::Dense(Dense::upload(device, weight)?),
+        };
+        Ok(Self { rows, cols, storage })
+    }
+
+    /// Output channels.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input channels.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of device memory that it takes.
+    pub fn device_bytes(&self) -> u64 {
+        match &self.storage {
+            Storage::Packed(w) => {
+                let bytes = [&w.codes, &w.scales, &w.row_scales].map(Buffer::device_bytes);
+                bytes.iter().sum::<u64>() + w.units.device_bytes() + w.items.device_bytes()
+            }
+            Storage::Dense(w) => w.fragments.device_bytes(),
+        }
+    }
+
+    /// Tiles of 16 rows, the last one padded.
+    pub(super) fn tiles(&self) -> usize {
+        self.rows.div_ceil(TILE_ROWS)
+    }
+}
+
+impl Packed {
+    fn upload(device: &Arc<Device>, w: PackedTensor<'_>) -> Result<Self> {
+        let layout = w.layout();
+        let (coding, sub_group_log2) = match layout.coding() {
+            ScaleCoding::Paper => (0, 0),
+            ScaleCoding::TwoLevel { sub_group, scale_bits } => {
+                (if scale_bits == 6 { 2 } else { 1 }, sub_group.ilog2())
+            }
+        };
+        let max_width = layout.groups().iter().map(|group| group.bit_width.bits()).max();
+        check_limit("bytes of a tile's scales", layout.tile_scale_bytes(), u32::MAX as usize)?;
+        let (codes, scales, row_scales) = w.parts();
+        Ok(Self {
+            units: Buffer::upload(device, &units(w)?)?,
+            items: Buffer::upload(device, &items(layout))?,
+            codes: Buffer::upload(device, codes)?,
+            scales: Buffer::upload(device, scales)?,
+            row_scales: Buffer::upload(device, row_scales)?,
+            // At most 2 * 8 bytes for each of the columns, which are limited.
+            tile_code_bytes: layout.tile_code_bytes() as u32,
+            tile_scale_bytes: layout.tile_scale_bytes() as u32,
+            coding,
+            sub_group_log2,
+            max_width: max_width.unwrap_or(1).into(),
+        })
+    }
+}
+
+/// The columns of a layer, cut into what a warp takes at a time.
+fn items(layout: &LayerLayout) -> Vec<Item> {
+    layout.groups().iter().flat_map(|group| group_items(layout.coding(), group)).collect()
+}
+
+/// Offsets and counts fit their types: `Matrix::upload` limits columns.
+fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item> {
+    let (run_cols, record_bytes) = match coding {
+        // One record for the whole group.
+        ScaleCoding::Paper => (ITEM_COLS, 0),
+        ScaleCoding::TwoLevel { sub_group, scale_bits: 6 } => (sub_group, 24),
+        ScaleCoding::TwoLevel { sub_group, .. } => (sub_group, 16),
+    };
+    (0..group.cols.len()).step_by(ITEM_COLS).map(move |start| Item {
+        codes: group.codes_offset as u32,
+        scales: (group.scales_offset + start / run_cols * record_bytes) as u32,
+        col16: ((group.cols.start + start) / UNIT_COLS) as u16,
+        start16: (start / UNIT_COLS) as u16,
+        group16: (group.cols.len() / UNIT_COLS) as u16,
+        width: group.bit_width.bits(),
+        units: (ITEM_COLS.min(group.cols.len() - start) / UNIT_COLS) as u8,
+    })
+}
+
+/// What the operands of each row are counted in, `[tiles * 16]`: weight = unit * 2^(24 - E) * operand (`packed.cuh`).
+///
+/// A power of two: what the file stores in fp16 keeps all its bits when it is divided by it. No factor of the row is
+/// larger (before it is multiplied with a scale code), and no offset so much larger that fp16 could not hold both.
+fn units(w: PackedTensor<'_>) -> Result<Vec<f32>> {
+    let of_tile = |tile| -> [f32; TILE_ROWS] {
+        let (factor, offset) = match w.layout().coding() {
+            ScaleCoding::Paper => largest_of_groups(w, tile),
+            ScaleCoding::TwoLevel { .. } => w.row_scales(tile),
+        };
+        std::array::from_fn(|r| unit(factor[r], offset[r]))
+    };
+    let units: Vec<_> = (0..w.layout().tiles()).into_par_iter().map(of_tile).collect();
+    let units = units.into_flattened();
+    match units.iter().position(|unit| !unit.is_finite()) {
+        Some(row) => Err(KernelError::Unrepresentable { row, value: units[row] }),
+        None => Ok(units),
+    }
+}
+
+/// The unit of a row; 1 if all its weights are 0.
+fn unit(factor: f32, offset: f32) -> f32 {
+    const MAX_OFFSET: f32 = (1 << 20) as f32;
+    match factor.abs() + offset.abs() / MAX_OFFSET {
+        0.0 => 1.0,
+        sum if !sum.is_finite() => sum,
+        // Rounds up to the next power of two, by the bits of an f32.
+        _ => {
+            let needed = factor.abs().max(offset.abs() / MAX_OFFSET);
+            f32::from_bits((needed.to_bits() + 0x007f_ffff) & 0xff80_0000)
+        }
+    }
+}
+
+/// The largest factor and the largest offset of each row of a tile, NaN if there is one.
+fn largest_of_groups(w: PackedTensor<'_>, tile: usize) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
+    let larger = |a: f32, b: f32| if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b.abs()) };
+    let mut largest = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
+    for group in w.layout().groups() {
+        let (factor, offset) = w.scales(tile, group, 0);
+        for r in 0..TILE_ROWS {
+            largest.0[r] = larger(largest.0[r], factor[r]);
+            largest.1[r] = larger(largest.1[r], offset[r]);
+        }
+    }
+    largest
+}
+
+impl Dense {
+    fn upload(device: &Arc<Device>, weight: Weight<'_>) -> Result<Self> {
+        let (rows, cols) = shape(weight);
+        let tiles = rows.div_ceil(TILE_ROWS);
+        let tile_words = cols.div_ceil(STEP_COLS) * STEP_WORDS;
+        let mut fragments = Buffer::zeros(device, tiles * tile_words)?;
+        let piece_tiles = (FRAGMENT_PIECE_BYTES / size_of::<u32>() / tile_words).max(1);
+        let mut piece = vec![0; piece_tiles.min(tiles) * tile_words];
+        for first in (0..tiles).step_by(piece_tiles) {
+            let words = &mut piece[..piece_tiles.min(tiles - first) * tile_words];
+            words
+                .par_chunks_mut(tile_words)
+                .enumerate()
+                .try_for_each(|(i, words)| write_fragments(weight, first + i, words))?;
+            let start = first * tile_words;
+            fragments.view_mut().slice(start..start + words.len()).write(words)?;
+        }
+        Ok(Self { fragments, steps: cols.div_ceil(STEP_COLS) as u32 })
+    }
+}
+
+/// Tile `tile` of a weight in fragment order (`kernels/cuda/dense.cuh`): `[steps][4 products][32 lanes][4 words]`.
+fn write_fragments(weight: Weight<'_>, tile: usize, words: &mut [u32]) -> Result<()> {
+    let (rows, cols) = shape(weight);
+    let stride = cols.next_multiple_of(STEP_COLS);
+    let first_row = tile * TILE_ROWS;
+    let mut values = vec![0.0; TILE_ROWS * stride];
+    for (row, values) in (first_row..rows).zip(values.chunks_exact_mut(stride)) {
+        let values = &mut values[..cols];
+        dequantize_rows(weight, row..row + 1, values)?;
+        if let Some(&value) = values.iter().find(|value| !FP16.contains(value)) {
+            return Err(KernelError::Unrepresentable { row, value });
+        }
+    }
+    let half =
+        |row: usize, col: usize| u32::from(f16::from_f32(values[row * stride + col]).to_bits());
+    for (i, word) in words.iter_mut().enumerate() {
+        let (step, product, lane, k) = (i / STEP_WORDS, i / 128 % 4, i / 4 % 32, i % 4);
+        let row = lane / 4 * 2 + k % 2;
+        let col = step * STEP_COLS + lane % 4 * UNIT_COLS + 4 * product + k / 2;
+        *word = half(row, col) | half(row, col + 2) << 16;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use slim_formats::{
+        DType, DenseTensor, RowOrder,
+        slim::{BitWidth, PackedLayer},
+    };
+
+    use super::*;
+
+    fn layout(cols: usize, group_size: usize, coding: ScaleCoding, bits: &[u8]) -> LayerLayout {
+        let widths: Vec<_> = bits.iter().map(|&bits| BitWidth::new(bits).unwrap()).collect();
+        LayerLayout::new(16, cols, group_size, coding, &widths).unwrap()
+    }
+
+    #[test]
+    fn items_cover_each_column_once_and_never_two_groups() {
+        let two_level = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 6 };
+        for coding in [ScaleCoding::Paper, two_level] {
+            let layout = layout(656, 304, coding, &[3, 2, 8]);
+            let found: Vec<_> =
+                items(&layout).iter().map(|i| (i.col16, i.start16, i.group16, i.units)).collect();
+            let expected =
+                [(0, 0, 19, 8), (8, 8, 19, 8), (16, 16, 19, 3), (19, 0, 19, 8), (27, 8, 19, 8)];
+            assert_eq!(found[..5], expected);
+            assert_eq!(found[5..], [(35, 16, 19, 3), (38, 0, 3, 3)]);
+            // 304 columns of 3 bits take 1824 bytes of a tile; item 1 starts at the fifth record.
+            let (codes, scales) = (items(&layout)[4].codes, items(&layout)[4].scales);
+            assert_eq!(
+                (codes, scales),
+                (1824, if coding == ScaleCoding::Paper { 38 } else { 10 * 24 + 4 * 24 })
+            );
+        }
+    }
+
+    #[test]
+    fn units_keep_operands_in_the_range_of_fp16() {
+        let two_level = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 };
+        let mut packed = PackedLayer::zeroed(layout(16, 16, two_level, &[2]));
+        let (mut d, mut m) = ([f16::ONE; TILE_ROWS], [f16::ONE; TILE_ROWS]);
+        (d[0], m[0]) = (f16::ZERO, f16::ZERO);
+        (d[1], m[1]) = (f16::ZERO, f16::from_f32(-0.5));
+        (d[2], m[2]) = (f16::from_f32(-0.25), f16::ZERO);
+        (d[3], m[3]) = (f16::MIN_POSITIVE_SUBNORMAL, f16::from_f32(4.0));
+        packed.tiles_mut()[0].set_row_scales(&d, &m);
+        let tiny = 4.0 / 1_048_576.0;
+        assert_eq!(units(packed.view()).unwrap()[..5], [1.0, 0.5 / 1_048_576.0, 0.25, tiny, 1.0]);
+
+        let mut packed = PackedLayer::zeroed(layout(32, 16, ScaleCoding::Paper, &[2, 1]));
+        let [mut scale, mut mean] = [[f16::ZERO; TILE_ROWS]; 2];
+        (scale[0], mean[0]) = (f16::from_f32(-3.0), f16::ONE);
+        mean[1] = f16::from_f32(4096.0);
+        packed.tiles_mut()[0].set_binary(1, &scale, &mean);
+        assert_eq!(units(packed.view()).unwrap()[..3], [8.0, 4096.0 / 1_048_576.0, 1.0]);
+
+        mean[9] = f16::NAN;
+        packed.tiles_mut()[0].set_binary(1, &scale, &mean);
+        let error = units(packed.view()).err().unwrap();
+        assert!(matches!(error, KernelError::Unrepresentable { row: 9, .. }), "{error}");
+    }
+
+    #[test]
+    fn fragments_lie_as_the_kernels_read_them() {
+        let (rows, cols) = (18, 80);
+        let value = |row: usize, col: usize| (row * cols + col) as f32;
+        let bytes: Vec<u8> =
+            (0..rows * cols).flat_map(|i| value(i / cols, i % cols).to_le_bytes()).collect();
+        let (dtype, row_order) = (DType::F32, RowOrder::AsStored);
+        let weight = Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, row_order });
+        let mut words = vec![0; 2 * STEP_WORDS];
+        write_fragments(weight, 1, &mut words).unwrap();
+        let pair = |low: f32, high: f32| {
+            u32::from(f16::from_f32(low).to_bits()) | u32::from(f16::from_f32(high).to_bits()) << 16
+        };
+        // Step 0, product 2, lane 1: rows 16 and 17, columns 16 + 8 ...
+        let at = (2 * 32 + 1) * 4;
+        let expected = [(16, 24), (17, 24), (16, 25), (17, 25)];
+        let expected = expected.map(|(row, col)| pair(value(row, col), value(row, col + 2)));
+        assert_eq!(words[at..at + 4], expected);
+        // Step 1 has 16 columns, the rest is zero; so are rows from 18 on.
+        assert_eq!(words[STEP_WORDS], pair(value(16, 64), value(16, 66)));
+        assert_eq!(words[STEP_WORDS + 4..STEP_WORDS + 8], [0; 4]);
+        assert_eq!(words[16..20], [0; 4]);
+    }
+}

@@ -1,0 +1,636 @@
+//! The CUDA layer against the scalar reference. Without a driver the tests pass and say so, unless SLIMLLM_TEST_CUDA=1
+//! asks for them; `scripts/cuda-emulator` builds a driver that needs no card.
+
+use std::sync::{Arc, OnceLock};
+
+use super::*;
+use crate::cuda::{
+    Attention, Buffer, CudaBackend, Device, KvCache, KvType, Matrix, Norm, Operands, Position,
+    RopeTables, Strided, Tokens, TopK,
+};
+
+/// Bounds of the normalized mean square error. fp16 rounds inputs and weights to 11 bits.
+///
+/// Measured 1.8e-6 for five sums of 160 products that nearly cancel; 3e-7 for usual ones.
+const PRODUCT_NMSE: f64 = 4e-6;
+/// Measured 3.1e-7, for attention in tiles.
+const HALF_NMSE: f64 = 1e-6;
+/// Keys and values of 8 bits. Measured 6.9e-5.
+const Q8_NMSE: f64 = 2e-4;
+/// Where everything is f32. Measured 4e-14.
+const FLOAT_NMSE: f64 = 1e-12;
+
+/// The first device, opened once for all tests.
+fn device() -> Option<Arc<Device>> {
+    static DEVICE: OnceLock<Option<Arc<Device>>> = OnceLock::new();
+    DEVICE.get_or_init(open).clone()
+}
+
+fn open() -> Option<Arc<Device>> {
+    match Device::open(0) {
+        Ok(device) => {
+            println!("on {}", device.name());
+            Some(device)
+        }
+        Err(KernelError::NoDriver)
+            if std::env::var_os("SLIMLLM_TEST_CUDA").is_none_or(|v| v != "1") =>
+        {
+            println!("skipped: no NVIDIA driver was found");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+macro_rules! device_or_skip {
+    () => {
+        match device() {
+            Some(device) => device,
+            None => return,
+        }
+    };
+}
+
+fn operands(device: &Arc<Device>, x: &[f32], m: usize) -> Operands {
+    let mut operands = Operands::zeros(device, m, x.len() / m).unwrap();
+    operands.write(x, m).unwrap();
+    operands
+}
+
+/// What the scalar reference gets for `x * w^T`.
+fn reference(w: Weight<'_>, x: &[f32], m: usize) -> Vec<f64> {
+    let mut out = vec![0.0; m * crate::weight::shape(w).0];
+    Scalar.matmul(w, x, m, &mut out).unwrap();
+    widened(&out)
+}
+
+fn product(device: &Arc<Device>, w: &Matrix, x: &[f32], m: usize) -> Vec<f32> {
+    let x = operands(device, x, m);
+    let mut out = Buffer::upload(device, &vec![f32::NAN; m * w.rows()]).unwrap();
+    device.matmul(&[w], &x, m, &mut [out.view_mut()]).unwrap();
+    out.view().read().unwrap()
+}
+
+fn half_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect()
+}
+
+fn dense(bytes: &[u8], dtype: DType, rows: usize, cols: usize) -> Weight<'_> {
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, row_order: RowOrder::AsStored })
+}
+
+fn layer(noise: &mut Noise, shape: [usize; 3], coding: ScaleCoding, bits: &[u8]) -> Layer {
+    Layer::new(noise, Fill::Random, shape, coding, bits)
+}
+
+#[test]
+fn open_past_the_last_device_is_refused() {
+    let _ = device_or_skip!();
+    let count = Device::count().unwrap();
+    let error = Device::open(99).err().unwrap();
+    assert!(
+        matches!(error, KernelError::NoSuchDevice { ordinal: 99, count: found } if found == count),
+        "{error}"
+    );
+}
+
+/// cudarc by itself panics.
+#[test]
+fn open_without_a_driver_is_an_error() {
+    if device().is_none() {
+        assert!(matches!(Device::count(), Err(KernelError::NoDriver)));
+        assert!(matches!(Device::open(0), Err(KernelError::NoDriver)));
+    }
+}
+
+#[test]
+fn buffer_larger_than_the_staging_memory_comes_back() {
+    let device = device_or_skip!();
+    let mut values: Vec<u32> =
+        (0..(40 << 20) / 4 + 3_u32).map(|i| 2654435761_u32.wrapping_mul(i)).collect();
+    let mut buffer = Buffer::upload(&device, &values).unwrap();
+    assert!(buffer.view().read().unwrap() == values);
+    let part = 1000..(20 << 20) / 4;
+    values[part.clone()].fill(7);
+    buffer.view_mut().slice(part.clone()).write(&values[part]).unwrap();
+    assert!(buffer.view().read().unwrap() == values);
+    assert!(matches!(buffer.view_mut().write(&[1]), Err(KernelError::ShapeMismatch { .. })));
+    assert_eq!(buffer.device_bytes(), 4 * values.len() as u64 + 16);
+}
+
+#[test]
+fn buffer_past_the_memory_is_refused() {
+    let device = device_or_skip!();
+    let bytes = 2 * device.total_memory() as usize;
+    match Buffer::<u8>::zeros(&device, bytes).err().unwrap() {
+        KernelError::OutOfDeviceMemory { asked, free, total } => {
+            assert!(asked as usize >= bytes && free <= total && total == device.total_memory());
+        }
+        error => panic!("{error}"),
+    }
+}
+
+#[test]
+fn device_says_what_it_is() {
+    let device = device_or_skip!();
+    assert!(!device.name().is_empty() && device.compute_capability() >= (8, 0));
+    assert!(device.multiprocessors() > 0 && device.free_memory().unwrap() <= device.total_memory());
+    assert!(device.copy_bandwidth(1 << 20).unwrap() > 0.0);
+}
+
+#[test]
+fn errors_say_what_is_wrong_and_what_helps() {
+    let name = "Tesla V100".into();
+    for (error, message, hint) in [
+        (KernelError::NoDriver, "no NVIDIA driver was found", "525"),
+        (
+            KernelError::DriverTooOld { found: (11, 8), needed: (12, 0) },
+            "the NVIDIA driver supports CUDA 11.8, the kernels need 12.0",
+            "525",
+        ),
+        (
+            KernelError::NoSuchDevice { ordinal: 2, count: 2 },
+            "there is no CUDA device 2: this machine has 2, numbers 0 to 1",
+            "nvidia-smi",
+        ),
+        (
+            KernelError::DeviceTooOld { name, found: (7, 0), needed: (8, 0) },
+            "`Tesla V100` has compute capability 7.0, the kernels need 8.0",
+            "Ampere",
+        ),
+        (
+            KernelError::OutOfDeviceMemory { asked: 3 << 20, free: 1, total: 2 << 20 },
+            "cannot allocate 3 MiB of device memory: 1 of 2 MiB are free",
+            "smaller context",
+        ),
+    ] {
+        assert_eq!(error.to_string(), message);
+        assert!(error.hint().unwrap().contains(hint), "{message}");
+    }
+}
+
+#[test]
+fn matmul_packed_layers_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(101);
+    for coding in codings() {
+        for bits in 0..=8 {
+            let (cols, group_size) =
+                noise.pick(&[(16_usize, 16_usize), (80, 48), (272, 64), (432, 256), (384, 128)]);
+            let rows = noise.pick(&[7, 17, 33]);
+            let widths = bit_widths(&mut noise, bits, cols.div_ceil(group_size));
+            let layer = layer(&mut noise, [rows, cols, group_size], coding, &widths);
+            let matrix = Matrix::upload(&device, layer.weight()).unwrap();
+            assert_eq!((matrix.rows(), matrix.cols()), (rows, cols));
+            for m in [1, noise.pick(&[2, 7, 8]), 9] {
+                let x = noise.vector(m * cols, 1.0);
+                let what = format!(
+                    "{coding:?}, {rows} x {cols}, groups of {group_size}, bits {widths:?}, m {m}"
+                );
+                let found = product(&device, &matrix, &x, m);
+                assert_nmse(&what, &found, &reference(layer.weight(), &x, m), PRODUCT_NMSE);
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_packed_extreme_codes_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(102);
+    for coding in codings() {
+        for fill in [Fill::Highest, Fill::Lowest, Fill::OutlierRow] {
+            let layer = Layer::new(&mut noise, fill, [17, 144, 64], coding, &[8, 1, 3]);
+            let matrix = Matrix::upload(&device, layer.weight()).unwrap();
+            let x = noise.vector(2 * 144, 1.0);
+            let found = product(&device, &matrix, &x, 2);
+            assert_nmse(
+                &format!("{coding:?}"),
+                &found,
+                &reference(layer.weight(), &x, 2),
+                PRODUCT_NMSE,
+            );
+        }
+    }
+}
+
+#[test]
+fn matmul_dense_weights_of_every_type_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(103);
+    for (rows, cols) in [(1, 1), (16, 64), (33, 100), (17, 192)] {
+        let values = noise.vector(rows * cols, 1.0);
+        let f32_bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let bf16_bytes: Vec<u8> =
+            values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+        let f16_bytes = half_bytes(&values);
+        for (bytes, dtype) in
+            [(&f32_bytes, DType::F32), (&bf16_bytes, DType::BF16), (&f16_bytes, DType::F16)]
+        {
+            let weight = dense(bytes, dtype, rows, cols);
+            let matrix = Matrix::upload(&device, weight).unwrap();
+            for m in [1, 8, 9, 130] {
+                let x = noise.vector(m * cols, 1.0);
+                let found = product(&device, &matrix, &x, m);
+                let what = format!("{dtype:?}, {rows} x {cols}, m {m}");
+                assert_nmse(&what, &found, &reference(weight, &x, m), PRODUCT_NMSE);
+            }
+        }
+    }
+}
+
+#[test]
+fn upload_of_weights_outside_fp16_names_the_row() {
+    let device = device_or_skip!();
+    for value in [f32::NAN, 7e4, f32::NEG_INFINITY] {
+        let mut values = vec![65504.0_f32; 20 * 8];
+        values[18 * 8 + 5] = value;
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let error = Matrix::upload(&device, dense(&bytes, DType::F32, 20, 8)).err().unwrap();
+        assert!(matches!(error, KernelError::Unrepresentable { row: 18, .. }), "{error}");
+    }
+    let layout =
+        LayerLayout::new(17, 16, 16, ScaleCoding::Paper, &[BitWidth::new(2).unwrap()]).unwrap();
+    let mut packed = PackedLayer::zeroed(layout);
+    let mut scales = [f16::ONE; TILE_ROWS];
+    scales[0] = f16::INFINITY;
+    packed.tiles_mut()[1].set_affine(0, &scales, &[0; TILE_ROWS]);
+    let error = Matrix::upload(&device, Weight::Packed(packed.view())).err().unwrap();
+    assert!(matches!(error, KernelError::Unrepresentable { row: 16, .. }), "{error}");
+}
+
+#[test]
+fn matmul_of_packed_and_dense_together_agrees() {
+    let device = device_or_skip!();
+    let mut noise = Noise(104);
+    let cols = 160;
+    let packed: Vec<Layer> = [17, 32, 5, 48]
+        .map(|rows| layer(&mut noise, [rows, cols, 64], TWO_LEVEL, &[2, 3, 4]))
+        .into();
+    let bytes = half_bytes(&noise.vector(20 * cols, 1.0));
+    let mut weights: Vec<Weight<'_>> = packed.iter().map(Layer::weight).collect();
+    weights.insert(1, dense(&bytes, DType::F16, 20, cols));
+    let matrices: Vec<Matrix> =
+        weights.iter().map(|&w| Matrix::upload(&device, w).unwrap()).collect();
+    for m in [1, 5, 12] {
+        let x = noise.vector(m * cols, 1.0);
+        let mut out: Vec<Buffer<f32>> =
+            matrices.iter().map(|w| Buffer::zeros(&device, m * w.rows()).unwrap()).collect();
+        let mut views: Vec<_> = out.iter_mut().map(Buffer::view_mut).collect();
+        let matrices: Vec<&Matrix> = matrices.iter().collect();
+        device.matmul(&matrices, &operands(&device, &x, m), m, &mut views).unwrap();
+        for (i, (&w, out)) in weights.iter().zip(&out).enumerate() {
+            let found = out.view().read().unwrap();
+            assert_nmse(&format!("matrix {i}, m {m}"), &found, &reference(w, &x, m), PRODUCT_NMSE);
+        }
+    }
+}
+
+#[test]
+fn matmul_add_and_its_norm_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(105);
+    let (rows, cols) = (72, 160);
+    let packed = layer(&mut noise, [rows, cols, 64], TWO_LEVEL, &[2, 3, 4]);
+    let bytes = half_bytes(&noise.vector(rows * cols, 1.0));
+    for weight in [packed.weight(), dense(&bytes, DType::F16, rows, cols)] {
+        let matrix = Matrix::upload(&device, weight).unwrap();
+        for m in [1, 3, 8, 11] {
+            let (x, residual) = (noise.vector(m * cols, 1.0), noise.vector(m * rows, 1.0));
+            let norm_weight = noise.vector(rows, 1.0);
+            let mut out = Buffer::upload(&device, &residual).unwrap();
+            let mut normed = Operands::zeros(&device, m, rows).unwrap();
+            let norm_buffer = Buffer::upload(&device, &norm_weight).unwrap();
+            let norm = Norm { weight: norm_buffer.view(), epsilon: 1e-5, out: &mut normed };
+            let x_device = operands(&device, &x, m);
+            device.matmul_add(&matrix, &x_device, m, &mut out.view_mut(), Some(norm)).unwrap();
+            let mut expected = reference(weight, &x, m);
+            expected.iter_mut().zip(&residual).for_each(|(sum, &x)| *sum += f64::from(x));
+            assert_nmse(
+                &format!("sums, m {m}"),
+                &out.view().read().unwrap(),
+                &expected,
+                PRODUCT_NMSE,
+            );
+            let sums: Vec<f32> = expected.iter().map(|&x| x as f32).collect();
+            let mut expected = vec![0.0; m * rows];
+            Scalar.rms_norm(&sums, &norm_weight, 1e-5, &mut expected);
+            assert_nmse(
+                &format!("norm, m {m}"),
+                &normed.read(m).unwrap(),
+                &widened(&expected),
+                HALF_NMSE,
+            );
+            device.matmul_add(&matrix, &x_device, m, &mut out.view_mut(), None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn matmul_swiglu_agrees() {
+    let device = device_or_skip!();
+    let mut noise = Noise(106);
+    let (rows, cols) = (40, 160);
+    let packed =
+        [0, 1].map(|_| layer(&mut noise, [rows, cols, 64], ScaleCoding::Paper, &[2, 3, 4]));
+    let bytes = half_bytes(&noise.vector(rows * cols, 0.1));
+    let half = dense(&bytes, DType::F16, rows, cols);
+    for [gate, up] in
+        [[packed[0].weight(), packed[1].weight()], [half, half], [packed[0].weight(), half]]
+    {
+        let matrices = [gate, up].map(|w| Matrix::upload(&device, w).unwrap());
+        for m in [1, 8, 9] {
+            let x = noise.vector(m * cols, 1.0);
+            let mut scratch = [0, 1].map(|_| Buffer::<f32>::zeros(&device, m * rows).unwrap());
+            let [a, b] = &mut scratch;
+            let mut out = Operands::zeros(&device, m, rows).unwrap();
+            device
+                .matmul_swiglu(
+                    [&matrices[0], &matrices[1]],
+                    &operands(&device, &x, m),
+                    m,
+                    [&mut a.view_mut(), &mut b.view_mut()],
+                    &mut out,
+                )
+                .unwrap();
+            let [mut expected, up] = [gate, up].map(|w| {
+                let mut out = vec![0.0; m * rows];
+                Scalar.matmul(w, &x, m, &mut out).unwrap();
+                out
+            });
+            Scalar.swiglu(&mut expected, &up);
+            assert_nmse(
+                &format!("m {m}"),
+                &out.read(m).unwrap(),
+                &widened(&expected),
+                PRODUCT_NMSE,
+            );
+        }
+    }
+}
+
+#[test]
+fn arguments_that_do_not_fit_are_refused() {
+    let device = device_or_skip!();
+    let mut noise = Noise(107);
+    let layer = layer(&mut noise, [17, 32, 32], TWO_LEVEL, &[2]);
+    let w = Matrix::upload(&device, layer.weight()).unwrap();
+    let mut out = Buffer::<f32>::zeros(&device, 33).unwrap();
+    for (tokens, cols, m) in [(2, 48, 2), (1, 32, 2), (2, 32, 2)] {
+        let x = Operands::zeros(&device, tokens, cols).unwrap();
+        let error = device.matmul(&[&w], &x, m, &mut [out.view_mut()]).err().unwrap();
+        assert!(matches!(error, KernelError::ShapeMismatch { .. }), "{error}");
+    }
+}
+
+#[test]
+fn rms_norm_and_swiglu_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(108);
+    for (m, n) in [(1, 64), (3, 100), (2, 1028)] {
+        let (x, y, weight) =
+            (noise.vector(m * n, 3.0), noise.vector(m * n, 3.0), noise.vector(n, 1.0));
+        let [x_device, y_device, weight_device] =
+            [&x, &y, &weight].map(|v| Buffer::upload(&device, v).unwrap());
+        let mut out = Operands::zeros(&device, m, n).unwrap();
+        device.rms_norm(x_device.view(), weight_device.view(), 1e-5, m, &mut out).unwrap();
+        let mut expected = vec![0.0; m * n];
+        Scalar.rms_norm(&x, &weight, 1e-5, &mut expected);
+        assert_nmse("rms_norm", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
+        device.swiglu(x_device.view(), y_device.view(), n, m, &mut out).unwrap();
+        let mut expected = x.clone();
+        Scalar.swiglu(&mut expected, &y);
+        assert_nmse("swiglu", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
+    }
+}
+
+#[test]
+fn embed_gives_rows() {
+    let device = device_or_skip!();
+    let mut noise = Noise(109);
+    let (rows, cols) = (40, 176);
+    let packed = layer(&mut noise, [rows, cols, 64], TWO_LEVEL, &[2, 5, 8]);
+    let bytes = half_bytes(&noise.vector(rows * cols, 1.0));
+    for weight in [packed.weight(), dense(&bytes, DType::F16, rows, cols)] {
+        let matrix = Matrix::upload(&device, weight).unwrap();
+        let tokens = [39, 0, 17, 17];
+        let mut x = Buffer::zeros(&device, tokens.len() * cols).unwrap();
+        let tokens_device = Buffer::upload(&device, &tokens).unwrap();
+        device.embed(&matrix, tokens_device.view(), &mut x.view_mut()).unwrap();
+        let found = x.view().read().unwrap();
+        for (found, token) in found.chunks_exact(cols).zip(tokens) {
+            let mut row = vec![0.0; cols];
+            dequantize_rows(weight, token as usize..token as usize + 1, &mut row).unwrap();
+            assert_eq!(found, row);
+        }
+    }
+}
+
+#[test]
+fn top_k_is_sorted() {
+    let device = device_or_skip!();
+    let mut noise = Noise(110);
+    for (n, k) in [(1, 3), (5000, 1), (5000, 128)] {
+        let logits = noise.vector(n, 8.0);
+        let mut top = TopK::new(&device, k).unwrap();
+        device.top_k(Buffer::upload(&device, &logits).unwrap().view(), &mut top).unwrap();
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        let expected: Vec<(u32, f32)> =
+            order.into_iter().take(k).map(|i| (i as u32, logits[i])).collect();
+        assert_eq!(top.read().unwrap(), expected);
+    }
+    assert!(matches!(TopK::new(&device, 129), Err(KernelError::TooLarge { .. })));
+}
+
+#[test]
+fn gemm_of_strided_matrices_agrees() {
+    let device = device_or_skip!();
+    let mut noise = Noise(111);
+    let (m, n, k) = (5, 130, 37);
+    let (a, b) = (noise.vector(m * k, 1.0), noise.vector(n * k, 1.0));
+    let c = noise.vector(m * (n + 3), 1.0);
+    let [a_device, b_device] = [&a, &b].map(|v| Buffer::upload(&device, v).unwrap());
+    let mut c_device = Buffer::upload(&device, &c).unwrap();
+    let a_view = Strided::new(a_device.view(), k, m).transposed();
+    let b_view = Strided::new(b_device.view(), n, k);
+    device.gemm(2.0, a_view, b_view, 0.5, &mut c_device.view_mut(), n + 3).unwrap();
+    let mut expected = widened(&c);
+    for i in 0..m {
+        for j in 0..n {
+            let sum: f64 = (0..k).map(|l| f64::from(a[l * m + i]) * f64::from(b[j * k + l])).sum();
+            expected[i * (n + 3) + j] = 0.5 * f64::from(c[i * (n + 3) + j]) + 2.0 * sum;
+        }
+    }
+    assert_nmse("gemm", &c_device.view().read().unwrap(), &expected, FLOAT_NMSE);
+    assert!(
+        device.gemm(1.0, a_view, b_view, 0.0, &mut c_device.view_mut().slice(0..9), n).is_err()
+    );
+}
+
+/// Rotates, stores and attends: first `m` tokens, then one more.
+#[test]
+fn rope_and_attention_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(112);
+    for (heads, kv_heads, dim, window) in
+        [(4, 2, 64, None), (3, 1, 40, Some(5)), (8, 8, 128, Some(70)), (10, 1, 16, None)]
+    {
+        for kv_type in [KvType::F16, KvType::Q8] {
+            let (m, capacity) = (75, 80);
+            let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], 0, capacity);
+            let tables = RopeTables::upload(&device, &angles).unwrap();
+            let mut cache = KvCache::new(&device, kv_type, kv_heads, capacity, dim).unwrap();
+            let mut attention = Attention::new(&device, heads, window, &cache).unwrap();
+            let mut position = Position::new(&device, capacity).unwrap();
+            let (mut keys, mut values) =
+                (vec![0.0; kv_heads * capacity * dim], vec![0.0; kv_heads * capacity * dim]);
+            for (start, m) in [(0, m), (m, 1)] {
+                position.set(start).unwrap();
+                let tokens = Tokens { position: &position, m };
+                let mut q = noise.vector(m * heads * dim, 3.0);
+                let mut k = noise.vector(m * kv_heads * dim, 3.0);
+                let v = noise.vector(m * kv_heads * dim, 3.0);
+                let [mut q_device, k_device, v_device] =
+                    [&q, &k, &v].map(|x| Buffer::upload(&device, x).unwrap());
+                let kv = [k_device.view(), v_device.view()];
+                device
+                    .rope_store(
+                        &attention,
+                        &mut q_device.view_mut(),
+                        kv,
+                        &tables,
+                        tokens,
+                        &mut cache,
+                    )
+                    .unwrap();
+                let mut out = Operands::zeros(&device, m, heads * dim).unwrap();
+                device
+                    .attention(&mut attention, q_device.view(), &cache, tokens, &mut out)
+                    .unwrap();
+
+                let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], start, m);
+                Scalar.rope(&mut q, heads, &angles);
+                Scalar.rope(&mut k, kv_heads, &angles);
+                assert_nmse("rope", &q_device.view().read().unwrap(), &widened(&q), FLOAT_NMSE);
+                for (cache, new) in [(&mut keys, &k), (&mut values, &v)] {
+                    for (i, row) in new.chunks_exact(dim).enumerate() {
+                        let (t, head) = (i / kv_heads, i % kv_heads);
+                        cache[(head * capacity + start + t) * dim..][..dim].copy_from_slice(row);
+                    }
+                }
+                let shape = AttentionShape { heads, kv_heads, head_dim: dim, start, m, window };
+                let mut expected = vec![0.0; m * heads * dim];
+                let kv = KvView { keys: &keys, values: &values, capacity };
+                Scalar.attention(&q, kv, &shape, &mut expected).unwrap();
+                let bound = if kv_type == KvType::F16 { HALF_NMSE } else { Q8_NMSE };
+                let what = format!(
+                    "{heads}/{kv_heads} heads of {dim}, window {window:?}, {kv_type:?}, m {m}"
+                );
+                assert_nmse(&what, &out.read(m).unwrap(), &widened(&expected), bound);
+            }
+            let past = Tokens { position: &position, m: 6 };
+            let (q, mut out) = (
+                Buffer::zeros(&device, 6 * heads * dim).unwrap(),
+                Operands::zeros(&device, 6, heads * dim).unwrap(),
+            );
+            let error =
+                device.attention(&mut attention, q.view(), &cache, past, &mut out).err().unwrap();
+            assert!(matches!(error, KernelError::TooLarge { found: 81, limit: 80, .. }), "{error}");
+        }
+    }
+}
+
+#[test]
+fn graph_runs_its_kernels_each_time_and_keeps_their_memory() {
+    // Other tests allocate, which nobody may do on this one.
+    let Some(device) = open() else { return };
+    let mut noise = Noise(113);
+    let layer = layer(&mut noise, [17, 32, 32], TWO_LEVEL, &[3]);
+    let x = noise.vector(32, 1.0);
+    let mut out = Buffer::<f32>::zeros(&device, 17).unwrap();
+    let matrix = Matrix::upload(&device, layer.weight()).unwrap();
+    let inputs = operands(&device, &x, 1);
+    let graph = device
+        .capture(|| {
+            device.matmul_add(&matrix, &inputs, 1, &mut out.view_mut(), None)?;
+            drop((matrix, inputs));
+            Ok::<_, KernelError>(())
+        })
+        .unwrap();
+    // Would take the place of the weights, were they gone.
+    let _other = Buffer::<u8>::zeros(&device, 1 << 20).unwrap();
+    assert_eq!(out.view().read().unwrap(), [0.0; 17]);
+    for times in 1..4 {
+        graph.launch().unwrap();
+        let mut expected = reference(layer.weight(), &x, 1);
+        expected.iter_mut().for_each(|value| *value *= f64::from(times));
+        assert_nmse("graph", &out.view().read().unwrap(), &expected, PRODUCT_NMSE);
+    }
+    let refused = device.capture(|| Err(KernelError::NoDriver));
+    assert!(matches!(refused, Err(KernelError::NoDriver)));
+    device.capture::<KernelError>(|| Ok(())).unwrap().launch().unwrap();
+}
+
+#[test]
+fn backend_agrees_and_holds_weights() {
+    let device = device_or_skip!();
+    let backend = CudaBackend::new(device);
+    let mut noise = Noise(114);
+    let (rows, cols) = (40, 96);
+    let packed = layer(&mut noise, [rows, cols, 32], TWO_LEVEL, &[2, 3, 4]);
+    let bytes: Vec<u8> =
+        noise.vector(rows * cols, 1.0).iter().flat_map(|x| x.to_le_bytes()).collect();
+    for (weight, bound) in
+        [(packed.weight(), PRODUCT_NMSE), (dense(&bytes, DType::F32, rows, cols), FLOAT_NMSE)]
+    {
+        for m in [1, 9, 600] {
+            let x = noise.vector(m * cols, 1.0);
+            let expected = reference(weight, &x, m);
+            let mut out = vec![f32::NAN; m * rows];
+            backend.matmul(weight, &x, m, &mut out).unwrap();
+            assert_nmse("copied", &out, &expected, bound);
+            let _held = backend.hold(weight).unwrap();
+            out.fill(f32::NAN);
+            backend.matmul(weight, &x, m, &mut out).unwrap();
+            assert_nmse("held", &out, &expected, bound);
+        }
+    }
+}
+
+#[test]
+fn backend_attention_and_gram_agree() {
+    let device = device_or_skip!();
+    let backend = CudaBackend::new(device);
+    let mut noise = Noise(115);
+    let (heads, kv_heads, dim, capacity) = (4, 2, 32, 50);
+    let (keys, values) = (
+        noise.vector(kv_heads * capacity * dim, 1.0),
+        noise.vector(kv_heads * capacity * dim, 1.0),
+    );
+    let kv = KvView { keys: &keys, values: &values, capacity };
+    for (start, m) in [(0, 20), (19, 1), (10, 30)] {
+        let shape = AttentionShape { heads, kv_heads, head_dim: dim, start, m, window: None };
+        let q = noise.vector(m * heads * dim, 1.0);
+        let (mut found, mut expected) = (vec![f32::NAN; q.len()], vec![0.0; q.len()]);
+        backend.attention(&q, kv, &shape, &mut found).unwrap();
+        Scalar.attention(&q, kv, &shape, &mut expected).unwrap();
+        assert_nmse("attention", &found, &widened(&expected), HALF_NMSE);
+        let mut cpu = expected.clone();
+        Cpu.attention(&q, kv, &shape, &mut cpu).unwrap();
+        assert_ne!(found, cpu, "the device has left it to the processor");
+    }
+    let n = 70;
+    let mut gram = backend.gram(n).unwrap();
+    let mut expected = vec![0.0; n * n];
+    for m in [1, 40] {
+        let x = noise.vector(m * n, 1.0);
+        gram.add(&x).unwrap();
+        for row in x.chunks_exact(n) {
+            for (i, expected) in expected.iter_mut().enumerate() {
+                *expected += f64::from(row[i / n]) * f64::from(row[i % n]);
+            }
+        }
+    }
+    assert_nmse("gram", &gram.read().unwrap(), &expected, FLOAT_NMSE);
+}
