@@ -64,6 +64,12 @@ impl<'a> Block<'a> {
         })
     }
 
+    /// Its linear layers.
+    pub fn weights(&self) -> [Weight<'a>; 7] {
+        let Self { attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, .. } = self;
+        [*attn_q, *attn_k, *attn_v, *attn_output, *ffn_gate, *ffn_up, *ffn_down]
+    }
+
     /// The whole block: `x: [m, hidden]` is updated in place.
     ///
     /// # Errors
@@ -118,7 +124,7 @@ impl<'a> Block<'a> {
             window: config.sliding_window,
         };
         let mut out = vec![0.0; q.len()];
-        backend.attention(&q, kv.view(), &shape, &mut out);
+        backend.attention(&q, kv.view(), &shape, &mut out)?;
         Ok(out)
     }
 

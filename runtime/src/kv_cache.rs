@@ -3,6 +3,8 @@
 use slim_formats::ModelConfig;
 use slim_kernels::KvView;
 
+use crate::cuda::Session;
+
 /// The cache of one block.
 pub struct KvBlock {
     /// [kv_heads, capacity, head_dim].
@@ -40,20 +42,17 @@ impl KvBlock {
     }
 }
 
-/// The cache of a model.
+/// The cache of a model: [`crate::Model::new_cache`] makes it.
 pub struct KvCache {
+    /// Of the blocks on the CPU.
     pub(crate) blocks: Vec<KvBlock>,
+    /// Of the blocks on each CUDA device.
+    pub(crate) sessions: Vec<Session>,
     pub(crate) capacity: usize,
     pub(crate) position: usize,
 }
 
 impl KvCache {
-    /// Room for `capacity` positions in every block.
-    pub fn new(config: &ModelConfig, capacity: usize) -> Self {
-        let blocks = (0..config.block_count).map(|_| KvBlock::new(config, capacity)).collect();
-        Self { blocks, capacity, position: 0 }
-    }
-
     /// Tokens held.
     pub fn position(&self) -> usize {
         self.position
@@ -67,11 +66,5 @@ impl KvCache {
     /// Forgets all tokens.
     pub fn clear(&mut self) {
         self.position = 0;
-    }
-
-    /// Bytes of one position, over all blocks.
-    pub fn bytes_per_position(config: &ModelConfig) -> u64 {
-        let floats = 2 * config.block_count * config.kv_head_count * config.head_dim;
-        (floats * size_of::<f32>()) as u64
     }
 }

@@ -2,10 +2,12 @@
 
 mod block;
 mod chat;
+mod cuda;
 mod error;
 mod kv_cache;
 mod model;
 mod perplexity;
+mod placement;
 mod random;
 mod sampler;
 mod tokenizer;
@@ -16,6 +18,7 @@ pub use error::{Result, RuntimeError};
 pub use kv_cache::{KvBlock, KvCache};
 pub use model::{Model, embed, rope_angles};
 pub use perplexity::{Divergence, Evaluation, evaluate};
+pub use placement::CudaSettings;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -1,22 +1,36 @@
 //! A model ready to run: embedding, blocks, output.
 
+use std::{ops::Range, sync::Arc};
+
 use slim_formats::{ModelConfig, ModelSource, Weight};
-use slim_kernels::{Backend, RopeAngles, weight};
+use slim_kernels::{
+    Backend, Cpu, RopeAngles,
+    cuda::{Device, KvType},
+    weight,
+};
 
 use crate::{
-    KvCache, Result, RuntimeError,
+    CudaSettings, KvBlock, KvCache, Result, RuntimeError, Sampler,
     block::{Block, Context, find_vector, find_weight, linear, rms_norm},
+    cuda::{Input, Part, Session},
 };
 
 /// Tokens that go through the blocks together: bounds the memory of activations, fills the matrix products.
-const PREFILL_BATCH: usize = 512;
+pub(crate) const PREFILL_BATCH: usize = 512;
 
-/// The weights of a model, where they lie in its source.
+/// The most likely tokens that a CUDA device can sort out.
+const MAX_TOP: usize = 128;
+
+/// A model: the weights of blocks on the CPU where they lie in its source, copies of the others on CUDA devices.
 pub struct Model<'a> {
     context: Context<'a>,
     /// `[vocab, hidden]`.
     embedding: Weight<'a>,
+    /// The first blocks, on the CPU.
     blocks: Vec<Block<'a>>,
+    /// The other blocks, on CUDA devices.
+    parts: Vec<Arc<Part>>,
+    kv_type: KvType,
     output_norm: Vec<f32>,
     /// `[vocab, hidden]`; the embedding itself in models that tie them.
     output: Weight<'a>,
@@ -39,7 +53,27 @@ impl<'a> Model<'a> {
             (0..config.block_count).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
         let output_norm = find_vector(source, "output_norm.weight", hidden)?;
         let context = Context { config, backend };
-        Ok(Self { context, embedding, blocks, output_norm, output })
+        let (parts, kv_type) = (Vec::new(), KvType::F16);
+        Ok(Self { context, embedding, blocks, parts, kv_type, output_norm, output })
+    }
+
+    /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; `InvalidArgument` if not as many blocks fit as were asked for; `Kernel` if a device refuses.
+    pub fn load_on_cuda(source: &'a dyn ModelSource, settings: &CudaSettings) -> Result<Self> {
+        let mut model = Self::load(source, &Cpu)?;
+        let ranges = settings.place(source)?;
+        model.blocks.truncate(ranges.first().map_or(model.blocks.len(), |range| range.start));
+        model.kv_type = settings.kv_type;
+        for ((number, device), range) in settings.devices.iter().zip(ranges) {
+            if !range.is_empty() {
+                let name = format!("cuda:{number}");
+                let part = Part::load(source, Arc::clone(device), name, range)?;
+                model.parts.push(Arc::new(part));
+            }
+        }
+        Ok(model)
     }
 
     /// Hyperparameters.
@@ -47,33 +81,43 @@ impl<'a> Model<'a> {
         self.context.config
     }
 
+    /// Where the blocks run: the name of a device and its blocks, in their order.
+    pub fn placement(&self) -> Vec<(String, Range<usize>)> {
+        let cpu = ("cpu".to_owned(), 0..self.blocks.len());
+        let parts = self.parts.iter().map(|part| (part.device_name(), part.range()));
+        std::iter::once(cpu).chain(parts).filter(|(_, range)| !range.is_empty()).collect()
+    }
+
+    /// The CUDA devices that it runs on, in the order of their blocks.
+    pub fn devices(&self) -> impl Iterator<Item = &Arc<Device>> {
+        self.parts.iter().map(|part| part.device())
+    }
+
+    /// An empty cache for texts of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// `Kernel` if a device has no memory for it.
+    pub fn new_cache(&self, capacity: usize) -> Result<KvCache> {
+        let blocks = self.blocks.iter().map(|_| KvBlock::new(self.config(), capacity)).collect();
+        let sessions = self.parts.iter().map(|part| Session::new(part, capacity, self.kv_type));
+        Ok(KvCache { blocks, sessions: sessions.collect::<Result<_>>()?, capacity, position: 0 })
+    }
+
     /// Feeds `tokens` after those that `cache` holds; gives the normed last hidden states, `[tokens.len(), hidden]`.
     ///
     /// # Errors
-    /// `InvalidArgument` for a token outside the vocabulary or a full cache.
+    /// `InvalidArgument` for a token outside the vocabulary or a full cache; `Kernel` if a device refuses.
     pub fn forward(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        let free = cache.capacity - cache.position;
-        if tokens.len() > free {
-            let expected = format!("at most {}, the size of the context", cache.capacity);
-            let found = cache.position + tokens.len();
-            return Err(RuntimeError::invalid_argument("tokens", found, expected));
-        }
+        self.check(tokens, cache)?;
         let mut hidden = Vec::with_capacity(tokens.len() * self.config().hidden_size);
         for batch in tokens.chunks(PREFILL_BATCH) {
-            hidden.extend(in_pool(|| self.forward_batch(batch, cache))?);
+            let x = match self.feed(batch, cache)? {
+                Residual::OnHost(x) => x,
+                Residual::OnDevice(session) => session.residual(batch.len())?,
+            };
+            hidden.extend(in_pool(|| rms_norm(self.context, &x, &self.output_norm)));
         }
         Ok(hidden)
-    }
-
-    fn forward_batch(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        let start = cache.position;
-        let angles = rope_angles(self.config(), start, tokens.len());
-        let mut x = embed(self.embedding, tokens)?;
-        for (block, kv) in self.blocks.iter().zip(&mut cache.blocks) {
-            block.forward(self.context, &mut x, kv, start, &angles)?;
-        }
-        cache.position += tokens.len();
-        Ok(rms_norm(self.context, &x, &self.output_norm))
     }
 
     /// Logits of hidden states: `[m, hidden]` to `[m, vocab]`.
@@ -81,7 +125,10 @@ impl<'a> Model<'a> {
     /// # Errors
     /// A kernel refuses its arguments.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        in_pool(|| linear(self.context, self.output, hidden))
+        match self.parts.last() {
+            Some(part) => part.logits(hidden),
+            None => in_pool(|| linear(self.context, self.output, hidden)),
+        }
     }
 
     /// Feeds `tokens` and gives the logits that follow the last one, `[vocab]`.
@@ -89,19 +136,114 @@ impl<'a> Model<'a> {
     /// # Errors
     /// As [`Self::forward`]; `InvalidArgument` if there are no tokens.
     pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        let hidden = self.forward(tokens, cache)?;
-        let last = hidden.len().checked_sub(self.config().hidden_size);
-        let last =
-            last.ok_or_else(|| RuntimeError::invalid_argument("tokens", 0, "at least one"))?;
-        self.logits(&hidden[last..])
+        match self.feed_all(tokens, cache)? {
+            Residual::OnHost(x) => self.logits_of_last(&x),
+            Residual::OnDevice(session) => session.logits(),
+        }
+    }
+
+    /// Feeds `tokens` and lets `sampler` draw the next one; `recent` are the tokens so far, `tokens` included.
+    ///
+    /// # Errors
+    /// As [`Self::next_logits`] and [`Sampler::sample`].
+    pub fn next_token(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache,
+        sampler: &mut Sampler,
+        recent: &[u32],
+    ) -> Result<u32> {
+        match (self.feed_all(tokens, cache)?, sampler.deciding_tokens()) {
+            (Residual::OnHost(x), _) => sampler.sample(&self.logits_of_last(&x)?, recent),
+            // The device sorts; a hundred logits come to the host instead of a hundred thousand.
+            (Residual::OnDevice(session), Some(k)) if k <= MAX_TOP => {
+                sampler.sample_top(&session.top(k)?)
+            }
+            (Residual::OnDevice(session), _) => sampler.sample(&session.logits()?, recent),
+        }
     }
 
     /// Bytes of weights that decoding one token reads: every layer, and one row of the embedding.
     pub fn bytes_per_token(&self) -> u64 {
-        let blocks = self.blocks.iter().flat_map(|b| {
-            [b.attn_q, b.attn_k, b.attn_v, b.attn_output, b.ffn_gate, b.ffn_up, b.ffn_down]
-        });
-        blocks.chain([self.output]).map(weight::stored_bytes).sum()
+        let on_cpu = self.blocks.iter().flat_map(Block::weights);
+        let on_devices: u64 = self.parts.iter().map(|part| part.bytes_per_token()).sum();
+        let output = if self.parts.is_empty() { Some(self.output) } else { None };
+        on_cpu.chain(output).map(weight::stored_bytes).sum::<u64>() + on_devices
+    }
+
+    fn check(&self, tokens: &[u32], cache: &KvCache) -> Result<()> {
+        let needed = cache.position + tokens.len();
+        if needed > cache.capacity {
+            let expected = format!("at most {}, the size of the context", cache.capacity);
+            return Err(RuntimeError::invalid_argument("tokens", needed, expected));
+        }
+        check_tokens(tokens, self.config().vocab_size)
+    }
+
+    /// Runs all `tokens` through the blocks, of which there must be one.
+    fn feed_all<'c>(&self, tokens: &[u32], cache: &'c mut KvCache) -> Result<Residual<'c>> {
+        self.check(tokens, cache)?;
+        let last = tokens.len().saturating_sub(1) / PREFILL_BATCH * PREFILL_BATCH;
+        let (first, last) = tokens.split_at(last);
+        if last.is_empty() {
+            return Err(RuntimeError::invalid_argument("tokens", 0, "at least one"));
+        }
+        for batch in first.chunks(PREFILL_BATCH) {
+            self.feed(batch, cache)?;
+        }
+        self.feed(last, cache)
+    }
+
+    /// Runs a batch of tokens through the blocks.
+    fn feed<'c>(&self, tokens: &[u32], cache: &'c mut KvCache) -> Result<Residual<'c>> {
+        let start = cache.position;
+        cache.position += tokens.len();
+        let KvCache { blocks, sessions, .. } = cache;
+        let mut x = match (self.blocks.is_empty(), self.parts.is_empty()) {
+            (true, false) => None,
+            _ => Some(in_pool(|| self.feed_cpu(tokens, blocks, start))?),
+        };
+        let Some((last, others)) = sessions.split_last_mut() else {
+            return Ok(Residual::OnHost(x.unwrap_or_default()));
+        };
+        for session in others {
+            session.forward(input(tokens, &x), start, tokens.len())?;
+            x = Some(session.residual(tokens.len())?);
+        }
+        last.forward(input(tokens, &x), start, tokens.len())?;
+        Ok(Residual::OnDevice(last))
+    }
+
+    /// Embeds a batch of tokens and runs it through the blocks on the CPU.
+    fn feed_cpu(&self, tokens: &[u32], kv: &mut [KvBlock], start: usize) -> Result<Vec<f32>> {
+        let angles = rope_angles(self.config(), start, tokens.len());
+        let mut x = embed(self.embedding, tokens)?;
+        for (block, kv) in self.blocks.iter().zip(kv) {
+            block.forward(self.context, &mut x, kv, start, &angles)?;
+        }
+        Ok(x)
+    }
+
+    /// The logits that follow the last token of a residual stream.
+    fn logits_of_last(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let last = &x[x.len() - self.config().hidden_size..];
+        let hidden = rms_norm(self.context, last, &self.output_norm);
+        in_pool(|| linear(self.context, self.output, &hidden))
+    }
+}
+
+/// Where the residual stream is after the last block.
+enum Residual<'c> {
+    /// `[m, hidden]`.
+    OnHost(Vec<f32>),
+    OnDevice(&'c mut Session),
+}
+
+/// What the next session gets in: what came out before, or the tokens.
+fn input<'x>(tokens: &'x [u32], x: &'x Option<Vec<f32>>) -> Input<'x> {
+    match x {
+        Some(x) => Input::Residual(x),
+        None => Input::Tokens(tokens),
     }
 }
 
@@ -122,14 +264,21 @@ pub fn rope_angles(config: &ModelConfig, start: usize, m: usize) -> RopeAngles {
 /// `InvalidArgument` for a token outside the vocabulary.
 pub fn embed(embedding: Weight<'_>, tokens: &[u32]) -> Result<Vec<f32>> {
     let (vocab, hidden) = weight::shape(embedding);
+    check_tokens(tokens, vocab)?;
     let mut x = vec![0.0; tokens.len() * hidden];
     for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
         let token = token as usize;
-        if token >= vocab {
-            let expected = format!("less than {vocab}, the size of the vocabulary");
-            return Err(RuntimeError::invalid_argument("token", token, expected));
-        }
         weight::dequantize_rows(embedding, token..token + 1, row)?;
     }
     Ok(x)
+}
+
+fn check_tokens(tokens: &[u32], vocab: usize) -> Result<()> {
+    match tokens.iter().find(|&&token| token as usize >= vocab) {
+        None => Ok(()),
+        Some(token) => {
+            let expected = format!("less than {vocab}, the size of the vocabulary");
+            Err(RuntimeError::invalid_argument("token", token, expected))
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use slim_kernels::{kl_divergence, log_softmax};
 
-use crate::{KvCache, Model, Result};
+use crate::{Model, Result};
 
 /// Positions whose logits are held at a time.
 const POSITIONS: usize = 128;
@@ -77,7 +77,7 @@ fn score_window(
     window: &[u32],
 ) -> Result<Vec<Score>> {
     let hidden_states = |model: &Model<'_>| -> Result<Vec<f32>> {
-        model.forward(window, &mut KvCache::new(model.config(), window.len()))
+        model.forward(window, &mut model.new_cache(window.len())?)
     };
     let hidden = hidden_states(model)?;
     let other = match other {

@@ -97,8 +97,30 @@ impl Sampler {
     /// # Errors
     /// `InvalidArgument` if a logit is NaN or plus infinity, or if every token is ruled out.
     pub fn sample(&mut self, logits: &[f32], recent: &[u32]) -> Result<u32> {
-        let mut candidates = candidates(logits)?;
+        let mut candidates = candidates((0..).zip(logits.iter().copied()))?;
         self.penalize(&mut candidates, recent);
+        self.choose(candidates)
+    }
+
+    /// How many of the most likely tokens decide the draw, if that is a number known before.
+    pub fn deciding_tokens(&self) -> Option<usize> {
+        match &self.settings {
+            settings if settings.repeat_penalty != 1.0 => None,
+            settings if settings.temperature == 0.0 => Some(1),
+            settings => Some(settings.top_k).filter(|&k| k > 0),
+        }
+    }
+
+    /// Draws the next token as [`Self::sample`] does, from the [`Self::deciding_tokens`] most likely ones: token and logit.
+    ///
+    /// # Errors
+    /// As [`Self::sample`].
+    pub fn sample_top(&mut self, top: &[(u32, f32)]) -> Result<u32> {
+        self.choose(candidates(top.iter().copied())?)
+    }
+
+    /// Draws from all candidates, in any order.
+    fn choose(&mut self, mut candidates: Vec<Candidate>) -> Result<u32> {
         candidates.retain(|candidate| candidate.logit > f32::NEG_INFINITY);
         if candidates.is_empty() {
             return Err(RuntimeError::invalid_argument("logits", "no token possible", "one"));
@@ -147,16 +169,16 @@ impl Sampler {
     }
 }
 
-/// All tokens in the order of their ids.
-fn candidates(logits: &[f32]) -> Result<Vec<Candidate>> {
-    let check = |(token, &logit): (u32, &f32)| match logit < f32::INFINITY {
+/// Tokens with their logits, in the order given.
+fn candidates(logits: impl Iterator<Item = (u32, f32)>) -> Result<Vec<Candidate>> {
+    let check = |(token, logit): (u32, f32)| match logit < f32::INFINITY {
         true => Ok(Candidate { token, logit }),
         false => {
             let what = format!("logit of token {token}");
             Err(RuntimeError::invalid_argument(what, logit, "a number below infinity"))
         }
     };
-    (0..).zip(logits).map(check).collect()
+    logits.map(check).collect()
 }
 
 /// Sorts by falling logit and drops all after the first `k`.
@@ -255,6 +277,24 @@ mod tests {
         assert_eq!(exp_of_negative(-0.0), 1.0);
         assert_eq!(exp_of_negative(-800.0), 0.0);
         assert_eq!(exp_of_negative(f64::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn deciding_tokens_alone_give_the_same_draws() {
+        let logits: Vec<f32> = (0..100).map(|token| ((token * 37) % 100) as f32 * 0.1).collect();
+        for settings in [SamplerSettings::default(), SamplerSettings::greedy()] {
+            let [mut of_all, mut of_top] = [0, 1].map(|_| Sampler::new(settings.clone()).unwrap());
+            let count = of_top.deciding_tokens().unwrap();
+            let mut top: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+            top.sort_by(|a, b| b.1.total_cmp(&a.1));
+            top.truncate(count);
+            for _ in 0..100 {
+                assert_eq!(of_top.sample_top(&top).unwrap(), of_all.sample(&logits, &[]).unwrap());
+            }
+        }
+        assert_eq!(Sampler::new(plain()).unwrap().deciding_tokens(), None);
+        let penalty = SamplerSettings { repeat_penalty: 1.1, ..SamplerSettings::default() };
+        assert_eq!(Sampler::new(penalty).unwrap().deciding_tokens(), None);
     }
 
     #[test]
