@@ -8,12 +8,12 @@ use slim_formats::{
     DType, ModelSource, Weight,
     slim::{PackedLayer, SlimWriter},
 };
-use slim_kernels::{Cpu, weight};
+use slim_kernels::weight;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
 use crate::{
-    Activations, Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources,
-    Result, Settings,
+    Activations, Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report,
+    Resources, Result, Settings,
     layer::{LayerInputs, quantize_layer, round_layer},
     provenance,
 };
@@ -43,7 +43,7 @@ pub fn convert(
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::Gptq => {
-            Some(Calibrator::new(source, calibration, settings, resources)?)
+            Some(Calibrator::new(source, calibration, settings, &resources)?)
         }
     };
     let blocks = source.config().block_count;
@@ -61,6 +61,7 @@ pub fn convert(
 
 /// The activations of all samples on their way through the blocks.
 struct Calibrator<'a> {
+    engine: &'a Engine,
     context: Context<'a>,
     tokens_per_sample: usize,
     /// The residual stream, `[samples, tokens, hidden]`.
@@ -81,7 +82,7 @@ impl<'a> Calibrator<'a> {
         source: &'a dyn ModelSource,
         calibration: &Calibration,
         settings: &Settings,
-        resources: Resources,
+        resources: &'a Resources,
     ) -> Result<Self> {
         let config = source.config();
         let samples = calibration.samples.len();
@@ -101,8 +102,9 @@ impl<'a> Calibrator<'a> {
         for (index, tokens) in calibration.samples.iter().enumerate() {
             residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
         }
-        let context = Context { config, backend: &Cpu };
-        Ok(Self { context, tokens_per_sample, residual, normed, attended, ffn, before })
+        let engine = &resources.engine;
+        let context = Context { config, backend: engine.backend() };
+        Ok(Self { engine, context, tokens_per_sample, residual, normed, attended, ffn, before })
     }
 
     /// Quantizes the layers of a block in the order in which data flows through them.
@@ -112,7 +114,8 @@ impl<'a> Calibrator<'a> {
         block: Block<'_>,
         output: &mut Output<'_>,
     ) -> Result<()> {
-        let Self { context, tokens_per_sample, residual, normed, attended, ffn, before } = self;
+        let Self { engine, context, tokens_per_sample, residual, normed, attended, ffn, before } =
+            self;
         let context = *context;
         let name = |layer: &str| format!("blk.{index}.{layer}.weight");
         output.norm(&name("attn_norm"), &block.attn_norm)?;
@@ -124,7 +127,7 @@ impl<'a> Calibrator<'a> {
 
         normed.fill(|i| Ok(block.attention_input(context, residual.sample(i))))?;
         let (q, k, v) = {
-            let inputs = output.inputs(&name("attn_q"), normed)?;
+            let inputs = output.inputs(&name("attn_q"), normed, engine)?;
             (
                 output.layer(&name("attn_q"), block.attn_q, Some(&inputs))?,
                 output.layer(&name("attn_k"), block.attn_k, Some(&inputs))?,
@@ -141,20 +144,24 @@ impl<'a> Calibrator<'a> {
 
         let angles = rope_angles(context.config, 0, *tokens_per_sample);
         let mut kv = KvBlock::new(context.config, *tokens_per_sample);
+        let held = engine.hold(&[running.attn_q, running.attn_k, running.attn_v])?;
         attended.fill(|i| Ok(running.attend(context, normed.sample(i), &mut kv, 0, &angles)?))?;
+        drop(held);
         let attn_output = {
-            let inputs = output.inputs(&name("attn_output"), attended)?;
+            let inputs = output.inputs(&name("attn_output"), attended, engine)?;
             output.layer(&name("attn_output"), block.attn_output, Some(&inputs))?
         };
         let quantized = Block { attn_output: attn_output.weight(block.attn_output), ..quantized };
         let running = if is_sequential { &quantized } else { &block };
 
+        let held = engine.hold(&[running.attn_output])?;
         for i in 0..residual.samples() {
             running.add_attention(context, attended.sample(i), residual.sample_mut(i))?;
         }
+        drop(held);
         normed.fill(|i| Ok(running.ffn_input(context, residual.sample(i))))?;
         let (gate, up) = {
-            let inputs = output.inputs(&name("ffn_gate"), normed)?;
+            let inputs = output.inputs(&name("ffn_gate"), normed, engine)?;
             (
                 output.layer(&name("ffn_gate"), block.ffn_gate, Some(&inputs))?,
                 output.layer(&name("ffn_up"), block.ffn_up, Some(&inputs))?,
@@ -167,12 +174,18 @@ impl<'a> Calibrator<'a> {
         };
         let running = if is_sequential { &quantized } else { &block };
 
+        let held = engine.hold(&[running.ffn_gate, running.ffn_up])?;
         ffn.fill(|i| Ok(running.ffn_activation(context, normed.sample(i))?))?;
+        drop(held);
         let down = {
-            let inputs = output.inputs(&name("ffn_down"), ffn)?;
+            let inputs = output.inputs(&name("ffn_down"), ffn, engine)?;
             output.layer(&name("ffn_down"), block.ffn_down, Some(&inputs))?
         };
         let quantized = Block { ffn_down: down.weight(block.ffn_down), ..quantized };
+        let _held = match is_sequential {
+            true => engine.hold(&[quantized.ffn_down])?,
+            false => engine.hold(&quantized.weights())?,
+        };
         for i in 0..residual.samples() {
             match before {
                 None => quantized.add_ffn(context, ffn.sample(i), residual.sample_mut(i))?,
@@ -234,8 +247,13 @@ impl Layer {
 
 impl Output<'_> {
     /// The Hessian of the layers that take `activations` in, of which `name` is the first.
-    fn inputs<'a>(&mut self, name: &str, activations: &'a Activations) -> Result<LayerInputs<'a>> {
-        let inputs = LayerInputs::new(activations, self.settings)?;
+    fn inputs<'a>(
+        &mut self,
+        name: &str,
+        activations: &'a Activations,
+        engine: &Engine,
+    ) -> Result<LayerInputs<'a>> {
+        let inputs = LayerInputs::new(activations, self.settings, engine)?;
         if let Some(share) = inputs.extra_damping {
             self.warn(format!(
                 "`{name}`: its Hessian needed {share} of its mean diagonal as damping"

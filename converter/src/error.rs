@@ -17,7 +17,7 @@ pub enum ConvertError {
     /// The model could not be run on the calibration text.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    /// A kernel refused its arguments.
+    /// A kernel refused its arguments, or a device failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// A weight that is not a number.

@@ -11,7 +11,7 @@ use safetensors::{Dtype, SafeTensors};
 use slim_formats::slim::ScaleCoding;
 
 use crate::{
-    Activations, Method, Settings,
+    Activations, Engine, Method, Settings,
     allocate::{group_columns, published_divergences},
     coder::RunScales,
     hessian::Hessian,
@@ -107,7 +107,8 @@ fn salience_and_search_equal_the_published_ones() {
         let golden = Golden::read(&path);
         let (weights, activations) = (&golden.tensors["weight"], golden.activations());
         let groups = group_columns(golden.cols, golden.settings.group_size);
-        let search = Hessian::of(&activations).damped(ABSOLUTE_DAMPING).factor(0.0).unwrap().0;
+        let hessian = Hessian::of(&activations, &Engine::Cpu).unwrap();
+        let search = hessian.damped(ABSOLUTE_DAMPING).factor(0.0).unwrap().0;
         let salience = group_salience(weights, &search.importance(), &groups);
         assert_close("salience", &salience, &golden.tensors["group_salience_sba"], 1e-3);
         let bits = golden.settings.bits;
@@ -121,7 +122,7 @@ fn layers_equal_the_published_ones() {
     for path in golden_layers() {
         let golden = Golden::read(&path);
         let activations = golden.activations();
-        let inputs = LayerInputs::new(&activations, &golden.settings).unwrap();
+        let inputs = LayerInputs::new(&activations, &golden.settings, &Engine::Cpu).unwrap();
         let weights = &golden.tensors["weight"];
         let (layout, tiles) = sweep_layer(weights, &inputs, &golden.settings);
 

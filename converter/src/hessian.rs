@@ -2,7 +2,7 @@
 
 use slim_kernels::linalg;
 
-use crate::{Activations, Result};
+use crate::{Activations, Engine, Result};
 
 /// `(2 / samples) * sum x^T x` over the calibration inputs, `[n, n]`.
 #[derive(Clone)]
@@ -19,16 +19,16 @@ pub struct Factor {
 
 impl Hessian {
     /// From the inputs of a layer.
-    pub fn of(inputs: &Activations) -> Self {
+    ///
+    /// # Errors
+    /// `Kernel` if a device fails.
+    pub fn of(inputs: &Activations, engine: &Engine) -> Result<Self> {
         let n = inputs.width();
-        let mut values = vec![0.0; n * n];
-        for sample in 0..inputs.samples() {
-            linalg::add_gram(&mut values, inputs.sample(sample), n);
-        }
+        let mut values = engine.gram(inputs)?;
         let scale = 2.0 / inputs.samples() as f32;
         values.iter_mut().for_each(|value| *value *= scale);
         linalg::mirror_upper(&mut values, n);
-        Self { n, values }
+        Ok(Self { n, values })
     }
 
     /// Adds `damping` to the diagonal.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, TILE_ROWS, TileMut};
 
 use crate::{
-    Activations, Method, Result, Settings,
+    Activations, Engine, Method, Result, Settings,
     allocate::{by_predicted_loss, group_columns, published_divergences, published_widths},
     coder::Coder,
     hessian::{Factor, Hessian},
@@ -35,9 +35,9 @@ impl<'a> LayerInputs<'a> {
     /// Computes the Hessian of the inputs and factors it.
     ///
     /// # Errors
-    /// `Kernel` if the inputs are not finite.
-    pub fn new(activations: &'a Activations, settings: &Settings) -> Result<Self> {
-        let hessian = Hessian::of(activations);
+    /// `Kernel` if the inputs are not finite, or if a device fails.
+    pub fn new(activations: &'a Activations, settings: &Settings, engine: &Engine) -> Result<Self> {
+        let hessian = Hessian::of(activations, engine)?;
         // The published code damps in place for its ranking, and again for the sweep.
         let damped = match settings.reference {
             true => hessian.clone().damped(ABSOLUTE_DAMPING),

@@ -7,6 +7,7 @@ mod allocate;
 mod calibration;
 mod coder;
 mod convert;
+mod engine;
 mod error;
 mod fit;
 #[cfg(test)]
@@ -26,6 +27,7 @@ mod tests;
 use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
 pub use convert::convert;
+pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
 pub use report::{LayerReport, Progress, Report};

@@ -2,7 +2,7 @@
 
 use slim_formats::slim::ScaleCoding;
 
-use crate::{ConvertError, Result, coder::Coder};
+use crate::{ConvertError, Engine, Result, coder::Coder};
 
 /// How layers are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ impl Method {
     }
 }
 
-/// Everything that decides the bytes of the result, besides the source and the calibration text.
+/// Everything that decides the bytes of the result, besides the source, the calibration text and the [`Engine`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Mean bits per code of the linear layers, 1 to 8.
@@ -110,9 +110,10 @@ impl Settings {
     }
 }
 
-/// How a conversion reads and writes, which does not decide the bytes of the result.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a conversion works with.
 pub struct Resources {
-    /// Bytes of activations to hold in memory; the rest goes to a temporary file.
+    /// What computes the calibration.
+    pub engine: Engine,
+    /// Bytes of activations to hold in memory; the rest goes to a temporary file. They do not decide the bytes of the result.
     pub activation_bytes: u64,
 }

@@ -7,7 +7,7 @@ use slim_formats::{
 use slim_kernels::weight;
 
 use crate::{
-    Activations, Method, Settings,
+    Activations, Engine, Method, Settings,
     allocate::{by_predicted_loss, group_columns},
     layer::{LayerInputs, quantize_layer, round_layer, sweep_layer},
 };
@@ -70,7 +70,7 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
     for coding in CODINGS {
         for bits in 1..=8 {
             let settings = settings(bits, coding, Method::Slim);
-            let inputs = LayerInputs::new(&activations, &settings).unwrap();
+            let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
             let (_, tiles) = sweep_layer(&weights, &inputs, &settings);
             let layer = quantize_layer(&weights, &inputs, &settings);
             let packed = dequantized(&layer.packed);
@@ -90,7 +90,7 @@ fn error_falls_with_bits_and_with_the_sweep() {
     for coding in CODINGS {
         let error = |bits, method| {
             let settings = settings(bits, coding, method);
-            let inputs = LayerInputs::new(&activations, &settings).unwrap();
+            let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
             quantize_layer(&weights, &inputs, &settings).error
         };
         for bits in 2..=5 {
@@ -104,7 +104,7 @@ fn error_falls_with_bits_and_with_the_sweep() {
 fn reported_error_is_that_of_the_layers_outputs() {
     let (weights, activations) = (noise(ROWS * COLS, 3), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
-    let inputs = LayerInputs::new(&activations, &settings).unwrap();
+    let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
     let layer = quantize_layer(&weights, &inputs, &settings);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
@@ -127,7 +127,7 @@ fn zero_layer_and_zero_inputs_give_zeros() {
     for coding in CODINGS {
         for activations in [&activations(), &zero_inputs] {
             let settings = settings(2, coding, Method::Slim);
-            let inputs = LayerInputs::new(activations, &settings).unwrap();
+            let inputs = LayerInputs::new(activations, &settings, &Engine::Cpu).unwrap();
             let layer = quantize_layer(&vec![0.0; ROWS * COLS], &inputs, &settings);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
             assert_eq!(layer.error, 0.0);
@@ -169,7 +169,7 @@ fn result_does_not_depend_on_the_number_of_threads() {
     let (weights, activations) = (noise(ROWS * COLS, 6), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
     let quantize = || {
-        let inputs = LayerInputs::new(&activations, &settings).unwrap();
+        let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
         quantize_layer(&weights, &inputs, &settings).packed
     };
     let with_threads = |threads| {
@@ -197,6 +197,9 @@ fn inputs_that_are_not_finite_are_refused() {
     for value in [f32::NAN, f32::INFINITY, f32::MAX] {
         let mut activations = activations();
         activations.sample_mut(1)[17] = value;
-        assert!(LayerInputs::new(&activations, &settings(3, CODINGS[0], Method::Slim)).is_err());
+        assert!(
+            LayerInputs::new(&activations, &settings(3, CODINGS[0], Method::Slim), &Engine::Cpu)
+                .is_err()
+        );
     }
 }

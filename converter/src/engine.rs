@@ -1,0 +1,58 @@
+//! What calibration is computed with: the forward passes, and the sums that Hessians are made of.
+
+use slim_formats::Weight;
+use slim_kernels::{
+    Backend, Cpu,
+    cuda::{CudaBackend, Held},
+    linalg,
+};
+
+use crate::{Activations, Result};
+
+/// The processor or a CUDA device. Each gives the same bytes every time, but not those of the other.
+pub enum Engine {
+    /// The processor.
+    Cpu,
+    /// A CUDA device.
+    Cuda(CudaBackend),
+}
+
+impl Engine {
+    /// Where the operations of the forward passes run.
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        match self {
+            Self::Cpu => &Cpu,
+            Self::Cuda(backend) => backend,
+        }
+    }
+
+    /// Keeps weights on the device, so that they need not be copied to it for each sample.
+    pub(crate) fn hold<'w>(&self, weights: &[Weight<'w>]) -> Result<Vec<Held<'w>>> {
+        match self {
+            Self::Cpu => Ok(Vec::new()),
+            Self::Cuda(backend) => {
+                Ok(weights.iter().map(|&weight| backend.hold(weight)).collect::<Result<_, _>>()?)
+            }
+        }
+    }
+
+    /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined.
+    pub(crate) fn gram(&self, inputs: &Activations) -> Result<Vec<f32>> {
+        let n = inputs.width();
+        let samples = (0..inputs.samples()).map(|sample| inputs.sample(sample));
+        match self {
+            Self::Cpu => {
+                let mut sum = vec![0.0; n * n];
+                samples.for_each(|x| linalg::add_gram(&mut sum, x, n));
+                Ok(sum)
+            }
+            Self::Cuda(backend) => {
+                let mut sum = backend.gram(n)?;
+                for x in samples {
+                    sum.add(x)?;
+                }
+                Ok(sum.read()?)
+            }
+        }
+    }
+}
