@@ -1,8 +1,9 @@
 # Runs from a fresh clone with cargo, a C toolchain, and python3 with pip.
 #
-#   make demo    fetch a small model, quantize it to 3 bits, look at the file, generate text with it
-#   make test    set up what the tests need and run them all
-#   make ci      what a change must pass: formatting, lints, docs, tests
+#   make demo        fetch a small model, quantize it to 3 bits, look at the file, generate text with it
+#   make test        set up what the tests need and run them all
+#   make gpu-check   build the program that tests and measures on a GPU
+#   make ci          what a change must pass: formatting, lints, docs, tests
 
 MODEL    := target/models/smollm2-135m-instruct.gguf
 DEMO     := target/demo/smollm2-3bit.slim.gguf
@@ -10,9 +11,11 @@ PEER     := target/peers/llama.slim.gguf
 VENV     := target/venv
 PYTHON   := $(VENV)/bin/python
 GGUF     := gguf==0.19.0
-SLIMLLM  := $(or $(CARGO_TARGET_DIR),target)/release/slimllm
+RELEASE  := $(or $(CARGO_TARGET_DIR),target)/release
+SLIMLLM  := $(RELEASE)/slimllm
+EMULATOR := $(CURDIR)/target/cuda-emulator
 
-.PHONY: demo test test-product test-peers ci
+.PHONY: demo test test-product test-cuda test-peers gpu-check ci
 .NOTPARALLEL:
 
 demo: $(MODEL)
@@ -22,10 +25,25 @@ demo: $(MODEL)
 	$(SLIMLLM) inspect $(DEMO)
 	$(SLIMLLM) run $(DEMO) -p "Once upon a time" -n 40 --temperature 0
 
-test: test-product test-peers
+test: test-product test-cuda test-peers
 
 test-product: $(MODEL) $(VENV)/ready
 	SLIMLLM_TEST_MODEL="$(CURDIR)/$(MODEL)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" cargo test
+
+# The CUDA kernels and all that calls them, on an emulated driver: no GPU is needed.
+test-cuda: export LD_LIBRARY_PATH := $(EMULATOR)
+test-cuda: export SLIMLLM_TEST_CUDA := 1
+test-cuda:
+	scripts/cuda-emulator
+	cargo test --package slim-kernels --package slim-converter cuda
+	cargo test --test it cuda
+	cargo run --quiet --package slim-gpu-check -- --smoke
+
+# One program that tests and measures the CUDA kernels on a machine with a GPU, which needs nothing but the driver.
+gpu-check:
+	cargo build --release --package slim-gpu-check
+	strip $(RELEASE)/gpu-check
+	@ls -l $(RELEASE)/gpu-check
 
 # Two GGUF readers that are not ours must find in a SliM file what `inspect` says.
 test-peers: $(VENV)/ready

@@ -9,7 +9,10 @@ use clap::{
 use slim_converter::Method;
 use slim_runtime::SamplerSettings;
 
-use crate::{compute::Compute, open::ModelArgs};
+use crate::{
+    compute::{Compute, Execution},
+    open::ModelArgs,
+};
 
 /// The command line.
 #[derive(Parser)]
@@ -145,7 +148,7 @@ pub struct RunArgs {
     pub sampling: SamplingArgs,
 
     #[command(flatten)]
-    pub compute: Compute,
+    pub execution: Execution,
 }
 
 #[derive(clap::Args)]
@@ -242,7 +245,7 @@ pub struct EvalArgs {
     pub json: bool,
 
     #[command(flatten)]
-    pub compute: Compute,
+    pub execution: Execution,
 }
 
 #[derive(clap::Args)]
@@ -259,7 +262,7 @@ pub struct LogitsArgs {
     pub output: PathBuf,
 
     #[command(flatten)]
-    pub compute: Compute,
+    pub execution: Execution,
 }
 
 #[derive(clap::Args)]
@@ -284,7 +287,7 @@ pub struct BenchArgs {
     pub json: bool,
 
     #[command(flatten)]
-    pub compute: Compute,
+    pub execution: Execution,
 }
 
 /// Takes whole numbers of a range.

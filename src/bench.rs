@@ -1,14 +1,16 @@
 //! `slimllm bench`: how fast a model runs, and how close that is to what the memory allows.
 
-use std::{hint::black_box, time::Instant};
+use std::{hint::black_box, sync::Arc, time::Instant};
 
 use anyhow::Result;
 use rayon::prelude::*;
 use serde_json::json;
+use slim_kernels::cuda::Device;
 use slim_runtime::{KvCache, Model};
 
 use crate::{
     args::BenchArgs,
+    compute::device_names,
     open::check_context,
     output::{facts, plural, print, print_json, size},
 };
@@ -26,6 +28,10 @@ struct Measurement {
     bandwidth_bytes_per_s: f64,
     /// `None` where the system does not tell.
     peak_memory_bytes: Option<u64>,
+    /// In use on the GPUs, by everybody; `None` without them.
+    device_memory_bytes: Option<u64>,
+    /// What computes.
+    device: String,
 }
 
 impl Measurement {
@@ -36,9 +42,12 @@ impl Measurement {
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let backend = args.compute.start()?;
+    args.execution.start()?;
     let source = args.model.open()?;
-    let measurement = measure(&Model::load(&*source, backend)?, args)?;
+    let context = args.prompt.max(args.generate);
+    check_context(source.config(), context)?;
+    let model = args.execution.load(&*source, context)?;
+    let measurement = measure(&model, context, args)?;
     match args.json {
         true => print_result_json(&measurement, args)?,
         false => print(&describe(&measurement, args))?,
@@ -46,10 +55,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
-fn measure(model: &Model<'_>, args: &BenchArgs) -> Result<Measurement> {
-    let context = args.prompt.max(args.generate);
-    check_context(model.config(), context)?;
-    let mut cache = KvCache::new(model.config(), context);
+fn measure(model: &Model<'_>, context: usize, args: &BenchArgs) -> Result<Measurement> {
+    let mut cache = model.new_cache(context)?;
     // Brings the weights into memory.
     model.next_logits(&tokens(model, 1), &mut cache)?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
@@ -63,7 +70,12 @@ fn measure(model: &Model<'_>, args: &BenchArgs) -> Result<Measurement> {
         bytes_per_token: model.bytes_per_token(),
         // Before the bandwidth is measured, which takes memory of its own.
         peak_memory_bytes: peak_memory_bytes(),
-        bandwidth_bytes_per_s: bandwidth_bytes_per_s(),
+        device_memory_bytes: device_memory_bytes(model)?,
+        bandwidth_bytes_per_s: match model.devices().next() {
+            Some(device) => device.copy_bandwidth(BANDWIDTH_WORDS * size_of::<u64>())?,
+            None => bandwidth_bytes_per_s(),
+        },
+        device: device_names(model),
     })
 }
 
@@ -111,6 +123,12 @@ fn bandwidth_bytes_per_s() -> f64 {
     size_of_val(words.as_slice()) as f64 / seconds.fold(f64::INFINITY, f64::min)
 }
 
+fn device_memory_bytes(model: &Model<'_>) -> Result<Option<u64>> {
+    let used = |device: &Arc<Device>| Ok(device.total_memory() - device.free_memory()?);
+    let used: Vec<u64> = model.devices().map(used).collect::<Result<_>>()?;
+    Ok((!used.is_empty()).then(|| used.iter().sum()))
+}
+
 /// The most memory that this process has had at a time, mapped files included.
 fn peak_memory_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -127,7 +145,8 @@ fn print_result_json(measurement: &Measurement, args: &BenchArgs) -> std::io::Re
         "bandwidth_bytes_per_s": measurement.bandwidth_bytes_per_s,
         "bandwidth_fraction": measurement.bandwidth_fraction(),
         "peak_memory_bytes": measurement.peak_memory_bytes,
-        "device": args.compute.device(),
+        "device_memory_bytes": measurement.device_memory_bytes,
+        "device": measurement.device,
         "threads": rayon::current_num_threads(),
         "prompt": args.prompt,
         "generate": args.generate,
@@ -145,14 +164,15 @@ fn describe(measurement: &Measurement, args: &BenchArgs) -> String {
         measurement.bandwidth_bytes_per_s / 1e9,
         100.0 * measurement.bandwidth_fraction()
     );
-    let device =
-        format!("{}, {}", args.compute.device(), plural(rayon::current_num_threads(), "thread"));
-    facts(&[
+    let threads = plural(rayon::current_num_threads(), "thread");
+    let mut lines = vec![
         ("prefill", speed(measurement.prefill_tokens_per_s, args.prompt, "at once")),
         ("decode", speed(measurement.decode_tokens_per_s, args.generate, "one by one")),
         ("per token", format!("{} of weights", size(measurement.bytes_per_token))),
         ("bandwidth", bandwidth),
         ("peak memory", measurement.peak_memory_bytes.map_or("unknown".to_owned(), size)),
-        ("device", device),
-    ])
+    ];
+    lines.extend(measurement.device_memory_bytes.map(|bytes| ("GPU memory", size(bytes))));
+    lines.push(("device", format!("{}, {threads}", measurement.device)));
+    facts(&lines)
 }

@@ -1,8 +1,15 @@
 //! Where and on how many threads a command computes.
 
-use anyhow::Context as _;
-use clap::builder::RangedU64ValueParser;
-use slim_kernels::{Backend, Cpu};
+use anyhow::{Context as _, Result, ensure};
+use clap::{ValueEnum, builder::RangedU64ValueParser};
+use slim_formats::ModelSource;
+use slim_kernels::{
+    Cpu, KernelError,
+    cuda::{Device, KvType},
+};
+use slim_runtime::{CudaSettings, Model};
+
+use crate::output::{note, plural};
 
 /// The flags of every command that computes.
 #[derive(clap::Args)]
@@ -11,41 +18,142 @@ pub struct Compute {
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     threads: Option<usize>,
 
-    /// Where to compute: auto or cpu
+    /// Where to compute: auto (an NVIDIA GPU if there is one), cpu, cuda, or cuda:0,1,... for some of the GPUs
     #[arg(long, default_value = "auto", value_parser = parse_device)]
-    device: Device,
+    pub device: Choice,
+}
+
+/// The flags of every command that runs a model.
+#[derive(clap::Args)]
+pub struct Execution {
+    #[command(flatten)]
+    compute: Compute,
+
+    /// Blocks to run on the GPU, the last ones of the model [default: as many as fit]
+    #[arg(long, value_name = "N")]
+    gpu_layers: Option<usize>,
+
+    /// How the GPU stores keys and values: 16-bit numbers, or 8-bit codes in half the memory
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvCacheType::F16)]
+    kv_cache: KvCacheType,
 }
 
 /// A place to compute.
-#[derive(Clone, Copy)]
-enum Device {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Choice {
+    /// On GPUs if there are any that work.
+    Auto,
     Cpu,
+    /// On the GPUs with these numbers; on as many as the model needs if there are none.
+    Cuda(Vec<usize>),
+}
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvCacheType {
+    F16,
+    Q8,
 }
 
 impl Compute {
     /// Starts the threads; call once, before anything is computed.
-    pub fn start(&self) -> anyhow::Result<&'static dyn Backend> {
+    pub fn start(&self) -> Result<()> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or(0));
-        pool.build_global().context("cannot start the threads")?;
-        Ok(match self.device {
-            Device::Cpu => &Cpu,
-        })
-    }
-
-    /// The name of the device.
-    pub fn device(&self) -> &'static str {
-        match self.device {
-            Device::Cpu => "cpu",
-        }
+        pool.build_global().context("cannot start the threads")
     }
 }
 
-fn parse_device(name: &str) -> Result<Device, String> {
-    match name {
-        "auto" | "cpu" => Ok(Device::Cpu),
-        _ if name == "cuda" || name.starts_with("cuda:") => {
-            Err("this build runs on the CPU; leave the option out".to_owned())
+impl Execution {
+    /// Starts the threads; call once, before anything is computed.
+    pub fn start(&self) -> Result<()> {
+        self.compute.start()
+    }
+
+    /// Loads a model for texts of up to `context` tokens, and says what runs where unless all is on the CPU.
+    pub fn load<'a>(&self, source: &'a dyn ModelSource, context: usize) -> Result<Model<'a>> {
+        let model = match &self.compute.device {
+            Choice::Cpu => self.load_on_cpu(source)?,
+            Choice::Cuda(numbers) => self.load_on_cuda(source, context, numbers)?,
+            // Without a GPU there is nothing to say.
+            Choice::Auto if matches!(Device::count(), Ok(0) | Err(KernelError::NoDriver)) => {
+                self.load_on_cpu(source)?
+            }
+            Choice::Auto => match self.load_on_cuda(source, context, &[]) {
+                Ok(model) => model,
+                Err(error) if self.gpu_layers.is_some() => return Err(error),
+                Err(error) => {
+                    note(format_args!("computing on the CPU: {error:#}"));
+                    self.load_on_cpu(source)?
+                }
+            },
+        };
+        let places = model.placement();
+        if places.iter().any(|(device, _)| device != "cpu") {
+            let blocks = |(device, range): &(String, std::ops::Range<usize>)| {
+                format!("{} on {device}", plural(range.len(), "block"))
+            };
+            note(places.iter().map(blocks).collect::<Vec<_>>().join(", "));
         }
-        _ => Err("expected `auto` or `cpu`".to_owned()),
+        Ok(model)
+    }
+
+    fn load_on_cpu<'a>(&self, source: &'a dyn ModelSource) -> Result<Model<'a>> {
+        ensure!(
+            self.gpu_layers.unwrap_or(0) == 0 && self.kv_cache == KvCacheType::F16,
+            "`--gpu-layers` and `--kv-cache` need a GPU"
+        );
+        Ok(Model::load(source, &Cpu)?)
+    }
+
+    fn load_on_cuda<'a>(
+        &self,
+        source: &'a dyn ModelSource,
+        context: usize,
+        numbers: &[usize],
+    ) -> Result<Model<'a>> {
+        let open = |&number: &usize| anyhow::Ok((number, Device::open(number)?));
+        let mut settings = CudaSettings {
+            devices: vec![open(numbers.first().unwrap_or(&0))?],
+            blocks: self.gpu_layers,
+            kv_type: match self.kv_cache {
+                KvCacheType::F16 => KvType::F16,
+                KvCacheType::Q8 => KvType::Q8,
+            },
+            context,
+        };
+        let others = match numbers {
+            [] if settings.holds_all(source)? => Vec::new(),
+            [] => (1..Device::count()?).collect(),
+            [_, others @ ..] => others.to_vec(),
+        };
+        for number in &others {
+            settings.devices.push(open(number)?);
+        }
+        Ok(Model::load_on_cuda(source, &settings)?)
+    }
+}
+
+/// What computes, in one word or a few: the devices of a model.
+pub fn device_names(model: &Model<'_>) -> String {
+    model.placement().into_iter().map(|(device, _)| device).collect::<Vec<_>>().join(", ")
+}
+
+fn parse_device(name: &str) -> Result<Choice, String> {
+    let expected = "expected `auto`, `cpu`, `cuda`, or `cuda:` and numbers such as `0,1`";
+    match (name, name.strip_prefix("cuda:")) {
+        ("auto", _) => Ok(Choice::Auto),
+        ("cpu", _) => Ok(Choice::Cpu),
+        ("cuda", _) => Ok(Choice::Cuda(Vec::new())),
+        (_, Some(numbers)) => {
+            let numbers = numbers.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
+            let mut numbers = numbers.map_err(|_| expected)?;
+            let asked = numbers.len();
+            numbers.dedup();
+            match numbers.len() == asked {
+                true => Ok(Choice::Cuda(numbers)),
+                false => Err("each GPU once".to_owned()),
+            }
+        }
+        _ => Err(expected.to_owned()),
     }
 }

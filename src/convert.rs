@@ -7,14 +7,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Calibration, LayerReport, Method, Progress as Step, Report, Resources,
-    Settings, convert,
+    BUILT_IN_CALIBRATION, Calibration, Engine, LayerReport, Method, Progress as Step, Report,
+    Resources, Settings, convert,
 };
 use slim_formats::{ModelSource, slim::ScaleCoding};
+use slim_kernels::{
+    KernelError,
+    cuda::{CudaBackend, Device},
+};
 
 use self::plan::Plan;
 use crate::{
     args::{ConvertArgs, Scales},
+    compute::Choice,
     failure::advised,
     open::{check_target, open, read_text, tokenizer},
     output::{facts, note, plural, print, print_json, size},
@@ -30,7 +35,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let source = open(&args.source)?;
     check_target(&args.output, &source.files())?;
     let plan = Plan::new(&*source, &settings)?;
-    let resources = resources(&plan, args.max_memory)?;
+    let activation_bytes = activation_bytes(&plan, args.max_memory)?;
     if let Some(warning) = plan.quantized_source_warning() {
         note(format_args!("warning: {warning}"));
     }
@@ -44,18 +49,20 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
+    let (engine, device) = engine(&settings, &args.compute.device)?;
     let progress =
         if args.quiet { Progress::silent() } else { Progress::new("block", plan.blocks) };
     let mut block = Vec::new();
     let mut show = |step: Step<'_>| show(&progress, step, &mut block);
     let target = &args.output;
+    let resources = Resources { engine, activation_bytes };
     let report = convert(&*source, &calibration, &settings, resources, target, &mut show);
     progress.finish();
     let (report, time) = (report?, start.elapsed());
     if args.json {
-        print_json(&report_json(&report, args, time))?;
+        print_json(&report_json(&report, &device, args, time))?;
     } else if !args.quiet {
-        print(&describe(&report, &plan, args, time))?;
+        print(&describe(&report, &plan, device, args, time))?;
     }
     Ok(())
 }
@@ -93,9 +100,9 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
 }
 
 /// Leaves to the activations what the rest of the work does not take.
-fn resources(plan: &Plan, max_memory: u64) -> Result<Resources> {
+fn activation_bytes(plan: &Plan, max_memory: u64) -> Result<u64> {
     match max_memory.checked_sub(plan.working_bytes) {
-        Some(activation_bytes) => Ok(Resources { activation_bytes }),
+        Some(activation_bytes) => Ok(activation_bytes),
         None => {
             let (found, needed) = (size(max_memory), size(plan.working_bytes));
             let message =
@@ -126,6 +133,38 @@ fn calibration(
     )?)
 }
 
+/// What computes the calibration, and its name.
+fn engine(settings: &Settings, choice: &Choice) -> Result<(Engine, String)> {
+    let on_cpu = || (Engine::Cpu, "cpu".to_owned());
+    let on_cuda = |number| -> Result<_, KernelError> {
+        let device = Device::open(number)?;
+        let name = format!("cuda:{number} ({})", device.name());
+        Ok((Engine::Cuda(CudaBackend::new(device)), name))
+    };
+    let is_calibrated = settings.method != Method::RoundToNearest;
+    match choice {
+        Choice::Cpu => Ok(on_cpu()),
+        Choice::Cuda(_) if !is_calibrated => {
+            bail!("`--device`: round to nearest computes on the CPU")
+        }
+        Choice::Cuda(numbers) => match numbers[..] {
+            [] => Ok(on_cuda(0)?),
+            [number] => Ok(on_cuda(number)?),
+            _ => bail!("`--device`: found {} GPUs, `convert` computes on one", numbers.len()),
+        },
+        // The result of `--reference` does not depend on the machine.
+        Choice::Auto if settings.reference || !is_calibrated => Ok(on_cpu()),
+        Choice::Auto => Ok(match Device::count() {
+            // Without a GPU there is nothing to say.
+            Ok(0) | Err(KernelError::NoDriver) => on_cpu(),
+            _ => on_cuda(0).unwrap_or_else(|error| {
+                note(format_args!("computing on the CPU: {error}"));
+                on_cpu()
+            }),
+        }),
+    }
+}
+
 /// Shows a step of the conversion; `block` are the errors of the block's layers so far.
 fn show(progress: &Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
     let shown = |error: Option<f32>| error.map_or(String::new(), |e| format!(", error {e:.5}"));
@@ -148,7 +187,13 @@ fn mean(errors: impl Iterator<Item = Option<f32>>) -> Option<f32> {
     (!errors.is_empty()).then(|| errors.iter().sum::<f32>() / errors.len() as f32)
 }
 
-fn describe(report: &Report, plan: &Plan, args: &ConvertArgs, time: Duration) -> String {
+fn describe(
+    report: &Report,
+    plan: &Plan,
+    device: String,
+    args: &ConvertArgs,
+    time: Duration,
+) -> String {
     let mut lines = vec![
         ("written", args.output.display().to_string()),
         ("layers", plural(report.layers.len(), "quantized layer")),
@@ -163,6 +208,7 @@ fn describe(report: &Report, plan: &Plan, args: &ConvertArgs, time: Duration) ->
     let ratio = plan.source_bytes as f64 / report.file_bytes as f64;
     let (before, after) = (size(plan.source_bytes), size(report.file_bytes));
     lines.push(("size", format!("{after}, from {before}: {ratio:.2} times smaller")));
+    lines.push(("device", device));
     lines.push(("time", duration(time)));
     let output = args.output.display();
     facts(&lines)
@@ -170,7 +216,7 @@ fn describe(report: &Report, plan: &Plan, args: &ConvertArgs, time: Duration) ->
         + &format!("look in: slimllm inspect {output} --bits\n")
 }
 
-fn report_json(report: &Report, args: &ConvertArgs, time: Duration) -> Json {
+fn report_json(report: &Report, device: &str, args: &ConvertArgs, time: Duration) -> Json {
     let layer = |layer: &LayerReport| {
         json!({
             "name": layer.name,
@@ -185,6 +231,7 @@ fn report_json(report: &Report, args: &ConvertArgs, time: Duration) -> Json {
         "output": args.output.to_string_lossy(),
         "file_bytes": report.file_bytes,
         "bits_per_weight": report.bits_per_weight,
+        "device": device,
         "seconds": time.as_secs_f64(),
         "warnings": report.warnings,
         "layers": report.layers.iter().map(layer).collect::<Json>(),

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use slim_runtime::{Evaluation, Model, evaluate};
+use slim_runtime::{Evaluation, evaluate};
 
 use crate::{
     args::EvalArgs,
@@ -16,14 +16,14 @@ use crate::{
 };
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let backend = args.compute.start()?;
+    args.execution.start()?;
     let start = Instant::now();
     let text = read_text(&args.text)?;
     let source = args.model.open()?;
-    let model = Model::load(&*source, backend)?;
+    let model = args.execution.load(&*source, args.context)?;
     let other_source = args.against.as_deref().map(open).transpose()?;
     let other = match &other_source {
-        Some(source) => Some(Model::load(&**source, backend)?),
+        Some(source) => Some(args.execution.load(&**source, args.context)?),
         None => None,
     };
     if let Some(other) = &other {

@@ -4,6 +4,7 @@ use std::{error::Error, fmt, io};
 
 use slim_converter::ConvertError;
 use slim_formats::FormatError;
+use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
 
 use crate::output::note;
@@ -43,21 +44,38 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
-    match cause.downcast_ref::<Advised>() {
-        Some(advised) => Some(advised.hint.clone()),
-        None => format_error(cause)?.hint(),
+    if let Some(advised) = cause.downcast_ref::<Advised>() {
+        return Some(advised.hint.clone());
+    }
+    match inner(cause) {
+        Inner::Format(error) => error.hint(),
+        Inner::Kernel(error) => error.hint(),
+        Inner::Other => None,
     }
 }
 
-/// The error of `slim_formats` in an error of the crates above it, which pass it on without a level of their own.
-fn format_error<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a FormatError> {
+/// The error of a lower crate in an error of the crates above it, which pass it on without a level of their own.
+enum Inner<'a> {
+    Format(&'a FormatError),
+    Kernel(&'a KernelError),
+    Other,
+}
+
+fn inner<'a>(cause: &'a (dyn Error + 'static)) -> Inner<'a> {
     let runtime = match cause.downcast_ref::<ConvertError>() {
-        Some(ConvertError::Format(error)) => return Some(error),
+        Some(ConvertError::Format(error)) => return Inner::Format(error),
+        Some(ConvertError::Kernel(error)) => return Inner::Kernel(error),
         Some(ConvertError::Runtime(error)) => Some(error),
         _ => cause.downcast_ref::<RuntimeError>(),
     };
     match runtime {
-        Some(RuntimeError::Format(error)) => Some(error),
-        _ => cause.downcast_ref::<FormatError>(),
+        Some(RuntimeError::Format(error)) => return Inner::Format(error),
+        Some(RuntimeError::Kernel(error)) => return Inner::Kernel(error),
+        _ => {}
+    }
+    match (cause.downcast_ref(), cause.downcast_ref()) {
+        (Some(error), _) => Inner::Format(error),
+        (_, Some(error)) => Inner::Kernel(error),
+        _ => Inner::Other,
     }
 }

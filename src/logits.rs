@@ -5,16 +5,15 @@ use std::io::Write;
 use anyhow::{Context as _, Result};
 use safetensors::{Dtype, tensor::TensorView};
 use slim_formats::AtomicFile;
-use slim_runtime::{KvCache, Model};
 
 use crate::{args::LogitsArgs, open::check_target};
 
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let backend = args.compute.start()?;
+    args.execution.start()?;
     let source = args.model.open()?;
     check_target(&args.output, &source.files())?;
-    let model = Model::load(&*source, backend)?;
-    let mut cache = KvCache::new(model.config(), args.tokens.len());
+    let model = args.execution.load(&*source, args.tokens.len())?;
+    let mut cache = model.new_cache(args.tokens.len())?;
     let hidden = model.forward(&args.tokens, &mut cache)?;
     let logits = model.logits(&hidden)?;
 

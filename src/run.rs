@@ -20,16 +20,16 @@ use crate::{
 const DEFAULT_CONTEXT: usize = 4096;
 
 pub fn run(args: &RunArgs) -> Result<()> {
-    let backend = args.compute.start()?;
+    args.execution.start()?;
     let start = Instant::now();
     let source = args.model.open()?;
-    let model = Model::load(&*source, backend)?;
     let tokenizer = tokenizer(&*source)?;
-    let config = model.config();
+    let config = source.config();
     let context = args.context.unwrap_or(config.context_length.min(DEFAULT_CONTEXT));
     check_context(config, context)?;
+    let model = args.execution.load(&*source, context)?;
     let mut session = Session {
-        cache: KvCache::new(config, context),
+        cache: model.new_cache(context)?,
         held: Vec::new(),
         sampler: Sampler::new(args.sampling.settings())?,
         limit: args.tokens,
@@ -169,9 +169,8 @@ impl Session<'_> {
             );
             return Err(advised(message, "raise `--context`"));
         }
-        let logits = self.model.next_logits(fresh, &mut self.cache)?;
         self.held.extend(fresh);
-        Ok(self.sampler.sample(&logits, &self.held)?)
+        Ok(self.model.next_token(fresh, &mut self.cache, &mut self.sampler, &self.held)?)
     }
 }
 

@@ -1,0 +1,189 @@
+//! Rotation, the cache, and attention over it.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use half::f16;
+use slim_kernels::{
+    AttentionShape, Backend, KvView, RopeAngles, Scalar,
+    cuda::{Attention, Buffer, Device, KvCache, KvType, Operands, Position, RopeTables, Tokens},
+};
+
+use super::Check;
+use crate::weights::vector;
+
+const THETA: f32 = 1e4;
+
+/// `m` queries after `start` tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub start: usize,
+    pub m: usize,
+    pub window: Option<usize>,
+    pub kv_type: KvType,
+}
+
+impl Case {
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        Self { heads, kv_heads, head_dim, start: 100, m: 1, window: None, kv_type: KvType::F16 }
+    }
+}
+
+/// One query at a time.
+pub fn decode(device: &Arc<Device>, check: &mut Check, kv_type: KvType) -> Result<()> {
+    let heads = [(4, 4), (4, 2), (12, 4), (8, 1), (32, 1)];
+    for ((heads, kv_heads), head_dim) in heads.into_iter().cycle().zip([8, 16, 64, 80, 128, 256]) {
+        for (start, window) in
+            [(0, None), (5, Some(1)), (63, None), (64, Some(7)), (300, Some(130))]
+        {
+            let case = Case { start, window, kv_type, ..Case::new(heads, kv_heads, head_dim) };
+            compare(device, check, &case)?;
+        }
+    }
+    for (heads, kv_heads, window) in [(32, 1, None), (40, 2, Some(1000)), (3, 3, None)] {
+        let case = Case { start: 2047, window, kv_type, ..Case::new(heads, kv_heads, 64) };
+        compare(device, check, &case)?;
+    }
+    Ok(())
+}
+
+/// Many queries at once.
+pub fn prefill(device: &Arc<Device>, check: &mut Check, kv_type: KvType) -> Result<()> {
+    let heads = [(4, 4), (4, 2), (12, 4), (8, 1), (3, 1)];
+    for ((heads, kv_heads), head_dim) in heads.into_iter().cycle().zip([8, 16, 64, 80, 128, 256]) {
+        for (start, m, window) in [(0, 2, None), (0, 70, None), (61, 17, Some(9)), (130, 33, None)]
+        {
+            let case = Case { start, m, window, kv_type, ..Case::new(heads, kv_heads, head_dim) };
+            compare(device, check, &case)?;
+        }
+    }
+    for window in [None, Some(150)] {
+        let case = Case { start: 1000, m: 40, window, kv_type, ..Case::new(4, 2, 64) };
+        compare(device, check, &case)?;
+    }
+    Ok(())
+}
+
+fn compare(device: &Arc<Device>, check: &mut Check, case: &Case) -> Result<()> {
+    let Case { heads, kv_heads, head_dim, start, m, window, kv_type } = *case;
+    let mut on_device = OnDevice::new(device, case)?;
+    on_device.launch(device)?;
+
+    let positions = start + m;
+    let angles = |start, m| RopeAngles::new(head_dim, THETA, &vec![1.0; head_dim / 2], start, m);
+    let [mut q, mut k, v] = numbers(case);
+    Scalar.rope(&mut q, heads, &angles(start, m));
+    Scalar.rope(&mut k, kv_heads, &angles(0, positions));
+    check.near(format_args!("rotated queries, {case:?}"), &on_device.q.view().read()?, &q);
+    let [keys, values] = [k, v].map(|x| cached(&x, case));
+    let kv = KvView { keys: &keys, values: &values, capacity: positions };
+    let shape = AttentionShape { heads, kv_heads, head_dim, start, m, window };
+    let mut expected = vec![0.0; q.len()];
+    Scalar.attention(&q, kv, &shape, &mut expected)?;
+    check.near(format_args!("{kv_type:?}, {case:?}"), &on_device.out.read(m)?, &expected);
+    Ok(())
+}
+
+/// Queries `[m, heads, head_dim]`; keys and values of all positions, `[start + m, kv_heads, head_dim]`.
+fn numbers(case: &Case) -> [Vec<f32>; 3] {
+    let kv_len = (case.start + case.m) * case.kv_heads * case.head_dim;
+    let q = vector(31, case.m * case.heads * case.head_dim, 2.0);
+    [q, vector(32, kv_len, 1.0), vector(33, kv_len, 1.0)]
+}
+
+/// `[positions, kv_heads, head_dim]` as a cache holds it, `[kv_heads, positions, head_dim]`, rounded as the cache does:
+/// what 8 bits cost is not an error of the kernels.
+fn cached(x: &[f32], case: &Case) -> Vec<f32> {
+    let Case { kv_heads, head_dim, kv_type, .. } = *case;
+    let positions = x.len() / (kv_heads * head_dim);
+    let mut cached = Vec::with_capacity(x.len());
+    for head in 0..kv_heads {
+        for position in 0..positions {
+            let row = &x[(position * kv_heads + head) * head_dim..][..head_dim];
+            let scale = row.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
+            cached.extend(row.iter().map(|&x| match kv_type {
+                KvType::F16 => f16::from_f32(x).to_f32(),
+                KvType::Q8 => scale * (x / scale).round_ties_even(),
+            }));
+        }
+    }
+    cached
+}
+
+/// A case whose first `start` tokens are in the cache.
+pub struct OnDevice {
+    attention: Attention,
+    cache: KvCache,
+    tables: RopeTables,
+    position: Position,
+    m: usize,
+    /// The queries as they come, and rotated after a launch.
+    fresh_q: Vec<f32>,
+    q: Buffer<f32>,
+    k: Buffer<f32>,
+    v: Buffer<f32>,
+    out: Operands,
+}
+
+impl OnDevice {
+    pub fn new(device: &Arc<Device>, case: &Case) -> Result<Self> {
+        let Case { heads, kv_heads, head_dim, start, m, window, kv_type } = *case;
+        let capacity = start + m + 3;
+        let angles = RopeAngles::new(head_dim, THETA, &vec![1.0; head_dim / 2], 0, capacity);
+        let mut cache = KvCache::new(device, kv_type, kv_heads, capacity, head_dim)?;
+        let attention = Attention::new(device, heads, window, &cache)?;
+        let tables = RopeTables::upload(device, &angles)?;
+        let mut position = Position::new(device, capacity)?;
+        let [q, k, v] = numbers(case);
+        let kv_row = kv_heads * head_dim;
+        if start > 0 {
+            let (k, v) = (&k[..start * kv_row], &v[..start * kv_row]);
+            let (k, v) = (Buffer::upload(device, k)?, Buffer::upload(device, v)?);
+            let mut q = Buffer::zeros(device, start * heads * head_dim)?;
+            let tokens = Tokens { position: &position, m: start };
+            let kv = [k.view(), v.view()];
+            device.rope_store(&attention, &mut q.view_mut(), kv, &tables, tokens, &mut cache)?;
+        }
+        position.set(start)?;
+        Ok(Self {
+            attention,
+            cache,
+            tables,
+            position,
+            m,
+            q: Buffer::upload(device, &q)?,
+            fresh_q: q,
+            k: Buffer::upload(device, &k[start * kv_row..])?,
+            v: Buffer::upload(device, &v[start * kv_row..])?,
+            out: Operands::zeros(device, m, heads * head_dim)?,
+        })
+    }
+
+    /// Stores the keys and values of the new tokens, and attends.
+    pub fn launch(&mut self, device: &Arc<Device>) -> slim_kernels::Result<()> {
+        let tokens = Tokens { position: &self.position, m: self.m };
+        let kv = [self.k.view(), self.v.view()];
+        let q = &mut self.q.view_mut();
+        device.rope_store(&self.attention, q, kv, &self.tables, tokens, &mut self.cache)?;
+        device.attention(&mut self.attention, q.as_view(), &self.cache, tokens, &mut self.out)
+    }
+
+    /// Makes the queries fresh, and puts them elsewhere.
+    pub fn set_position(&mut self, position: usize) -> Result<()> {
+        self.q.view_mut().write(&self.fresh_q)?;
+        Ok(self.position.set(position)?)
+    }
+
+    /// The bits of the result.
+    pub fn read(&self) -> Result<Vec<u32>> {
+        Ok(self.out.read(self.m)?.into_iter().map(f32::to_bits).collect())
+    }
+
+    pub fn attend(mut self, device: &Arc<Device>) -> Result<Vec<u32>> {
+        self.launch(device)?;
+        self.read()
+    }
+}

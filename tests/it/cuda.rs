@@ -1,0 +1,210 @@
+//! The command on a CUDA device: the emulator of `kernels/cuda/emulator` in `LD_LIBRARY_PATH`.
+//!
+//! `make test-cuda` builds it and sets `SLIMLLM_TEST_CUDA=1`; without that these tests are skipped.
+
+use std::{path::Path, process::Command};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::command::{Dir, arg, tiny_model};
+
+/// Whole models, with weights and inputs of products rounded to fp16: measured 1.2e-3 at most.
+const LOGITS_ERROR: f64 = 2e-3;
+/// The same with keys and values of 8 bits: measured 3.4e-3 at most.
+const Q8_LOGITS_ERROR: f64 = 6e-3;
+
+const TOKENS: &str = "1,17,42,5,99,250,7,3,128,64,32,200,11,90";
+
+/// Skips a test on a machine that has not been asked to run it.
+macro_rules! need_device {
+    () => {
+        if std::env::var_os("SLIMLLM_TEST_CUDA").is_none() {
+            eprintln!("skipped: SLIMLLM_TEST_CUDA is not set, `make test-cuda` sets it");
+            return;
+        }
+    };
+}
+
+/// A packed tiny model.
+fn packed(dir: &Dir, name: &str) -> String {
+    let file = dir.arg("model.slim.gguf");
+    let source = arg(&tiny_model(name));
+    run(dir.slimllm("convert").args([&source, "-o", &file]).args([
+        "--bits",
+        "3",
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+        "--context",
+        "64",
+        "--device",
+        "cpu",
+    ]));
+    file
+}
+
+/// Runs a command that must succeed; gives what it wrote to stdout and stderr.
+fn run(command: &mut Command) -> (String, String) {
+    let output = command.output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let stderr = text(output.stderr);
+    assert!(output.status.success(), "{command:?}: {stderr}");
+    (text(output.stdout), stderr)
+}
+
+/// The logits of `model` with some flags, and what the command said.
+fn logits(dir: &Dir, model: &str, flags: &[&str]) -> (Vec<f64>, String) {
+    let file = dir.path("logits.safetensors");
+    let command = &mut dir.slimllm("logits");
+    command.args([model, "--tokens", TOKENS, "-o"]).arg(&file).args(flags);
+    let (_, stderr) = run(command);
+    (read_logits(&file), stderr)
+}
+
+fn read_logits(file: &Path) -> Vec<f64> {
+    let bytes = std::fs::read(file).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let (values, _) = tensors.tensor("logits").unwrap().data().as_chunks::<4>();
+    values.iter().map(|value| f64::from(f32::from_le_bytes(*value))).collect()
+}
+
+/// `||found - expected|| / ||expected||`.
+fn error(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let difference: f64 = found.iter().zip(expected).map(|(f, e)| (f - e).powi(2)).sum();
+    (difference / expected.iter().map(|e| e * e).sum::<f64>()).sqrt()
+}
+
+#[track_caller]
+fn assert_close(what: &str, found: &[f64], expected: &[f64], bound: f64) {
+    let error = error(found, expected);
+    assert!(error <= bound, "{what}: relative error {error:e}");
+}
+
+#[test]
+fn logits_on_the_device_are_those_of_the_cpu() {
+    need_device!();
+    for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
+        let dir = Dir::new();
+        for model in [arg(&tiny_model(name)), packed(&dir, name)] {
+            let (expected, _) = logits(&dir, &model, &["--device", "cpu"]);
+            let (found, said) = logits(&dir, &model, &["--device", "cuda"]);
+            assert!(said.contains("on cuda:0 ("), "{said}");
+            assert_close(&model, &found, &expected, LOGITS_ERROR);
+            let (found, _) = logits(&dir, &model, &["--device", "cuda", "--kv-cache", "q8"]);
+            assert_close(&model, &found, &expected, Q8_LOGITS_ERROR);
+        }
+    }
+}
+
+#[test]
+fn blocks_split_between_cpu_and_device_give_the_same_logits() {
+    need_device!();
+    let dir = Dir::new();
+    let model = packed(&dir, "llama");
+    let (expected, _) = logits(&dir, &model, &["--device", "cpu"]);
+    let (found, said) = logits(&dir, &model, &["--device", "cuda", "--gpu-layers", "1"]);
+    assert!(said.contains("1 block on cpu, 1 block on cuda:0 ("), "{said}");
+    assert_close("one block on the device", &found, &expected, LOGITS_ERROR);
+}
+
+#[test]
+fn two_devices_share_the_blocks() {
+    need_device!();
+    let dir = Dir::new();
+    let model = packed(&dir, "llama");
+    let (expected, _) = logits(&dir, &model, &["--device", "cpu"]);
+    let command = &mut dir.slimllm("logits");
+    let file = dir.path("two.safetensors");
+    command.args([&model, "--tokens", TOKENS, "--device", "cuda:0,1", "-o"]).arg(&file);
+    let (_, said) = run(command.env("SLIMLLM_EMULATOR_DEVICES", "2"));
+    assert!(said.contains("1 block on cuda:0 (") && said.contains("1 block on cuda:1 ("), "{said}");
+    assert_close("two devices", &read_logits(&file), &expected, LOGITS_ERROR);
+}
+
+#[test]
+fn text_on_the_device_is_that_of_the_cpu() {
+    need_device!();
+    let dir = Dir::new();
+    let model = packed(&dir, "llama");
+    // Greedy; some of the most likely tokens, sorted on the device; all of them, sorted on the host.
+    for flags in [["--temperature", "0"], ["--top-k", "5"], ["--repeat-penalty", "1.1"]] {
+        let text = |device: &str| {
+            let command = &mut dir.slimllm("run");
+            command.args([&model, "-p", "the quick brown", "-n", "24", "--device", device]);
+            run(command.args(flags)).0
+        };
+        assert_eq!(text("cuda"), text("cpu"), "{flags:?}");
+    }
+}
+
+#[test]
+fn eval_on_the_device_gives_the_perplexity_of_the_cpu() {
+    need_device!();
+    let dir = Dir::new();
+    let model = packed(&dir, "llama");
+    let text = dir.write("text", "It was a bright cold day in April. ".repeat(40));
+    let perplexity = |device: &str| {
+        let command = &mut dir.slimllm("eval");
+        command.args([&model, "--text", &text, "--context", "128", "--json", "--device", device]);
+        let json: Value = serde_json::from_str(&run(command).0).unwrap();
+        json["perplexity"].as_f64().unwrap()
+    };
+    let ratio = perplexity("cuda") / perplexity("cpu");
+    assert!((ratio - 1.0).abs() < 2e-3, "{ratio}");
+}
+
+#[test]
+fn bench_on_the_device_names_it() {
+    need_device!();
+    let dir = Dir::new();
+    let model = packed(&dir, "llama");
+    let command = &mut dir.slimllm("bench");
+    command.args([&model, "--prompt", "8", "--generate", "4", "--runs", "1", "--device", "cuda"]);
+    let json: Value = serde_json::from_str(&run(command.arg("--json")).0).unwrap();
+    assert!(json["device"].as_str().unwrap().starts_with("cuda:0 ("), "{json}");
+    assert!(json["decode_tokens_per_s"].as_f64().unwrap() > 0.0);
+    assert!(json["device_memory_bytes"].as_u64().unwrap() > 0);
+}
+
+/// Runs a command that must fail; gives what it said.
+#[track_caller]
+fn refusal(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{command:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn devices_that_are_not_there_are_refused() {
+    need_device!();
+    let dir = Dir::new();
+    let model = arg(&tiny_model("llama"));
+    let command = |device: &str| {
+        let mut command = dir.slimllm("logits");
+        command.args([&model, "--tokens", "1,2", "-o", "out", "--device", device]);
+        command
+    };
+    let said = refusal(&mut command("cuda:7"));
+    assert!(said.contains("there is no CUDA device 7: this machine has one"), "{said}");
+    let said = refusal(command("cuda").env("SLIMLLM_EMULATOR_DEVICES", "0"));
+    assert!(said.contains("this machine has none") && said.contains("hint:"), "{said}");
+    let said = refusal(command("cuda").env("SLIMLLM_EMULATOR_MEMORY", (64 << 20).to_string()));
+    assert!(said.contains("free device memory: found 6"), "{said}");
+    let said = refusal(command("cuda").env("SLIMLLM_EMULATOR_CUDA", "11080"));
+    assert!(said.contains("supports CUDA 11.8") && said.contains("525 or later"), "{said}");
+    let said = refusal(command("cuda").env("SLIMLLM_EMULATOR_COMPUTE", "75"));
+    assert!(said.contains("compute capability 7.5") && said.contains("Ampere"), "{said}");
+    let said = refusal(command("cuda").env_remove("LD_LIBRARY_PATH"));
+    assert!(said.contains("no NVIDIA driver was found") && said.contains("hint:"), "{said}");
+    let said = refusal(command("cuda").args(["--gpu-layers", "3"]));
+    assert!(said.contains("found 3, expected at most 2"), "{said}");
+
+    // `auto` goes on without them, and says why if there is something to mend.
+    let said = run(command("auto").env("SLIMLLM_EMULATOR_DEVICES", "0")).1;
+    assert_eq!(said, "");
+    let said = run(command("auto").env("SLIMLLM_EMULATOR_CUDA", "11080")).1;
+    assert!(said.contains("computing on the CPU: the NVIDIA driver supports CUDA 11.8"), "{said}");
+}
