@@ -35,8 +35,8 @@ test-cuda: export LD_LIBRARY_PATH := $(EMULATOR)
 test-cuda: export SLIMLLM_TEST_CUDA := 1
 test-cuda:
 	scripts/cuda-emulator
-	cargo test --package slim-kernels --package slim-converter cuda
-	cargo test --test it cuda
+	cargo test --package slim-kernels cuda
+	cargo test --test it -- cuda on_a_device
 	cargo run --quiet --package slim-gpu-check -- --smoke
 
 # One program that tests and measures the CUDA kernels on a machine with a GPU, which needs nothing but the driver.
