@@ -124,20 +124,31 @@ fn two_devices_share_the_blocks() {
     assert_close("two devices", &read_logits(&file), &expected, LOGITS_ERROR);
 }
 
+/// The text that a model makes of a prompt.
+fn text(dir: &Dir, model: &str, flags: &[&str]) -> String {
+    run(dir.slimllm("run").args([model, "-p", "the quick brown", "-n", "24"]).args(flags)).0
+}
+
 #[test]
-fn text_on_the_device_is_that_of_the_cpu() {
+fn greedy_text_on_the_device_is_that_of_the_cpu() {
     need_device!();
     let dir = Dir::new();
     let model = packed(&dir, "llama");
-    // Greedy; some of the most likely tokens, sorted on the device; all of them, sorted on the host.
-    for flags in [["--temperature", "0"], ["--top-k", "5"], ["--repeat-penalty", "1.1"]] {
-        let text = |device: &str| {
-            let command = &mut dir.slimllm("run");
-            command.args([&model, "-p", "the quick brown", "-n", "24", "--device", device]);
-            run(command.args(flags)).0
-        };
-        assert_eq!(text("cuda"), text("cpu"), "{flags:?}");
-    }
+    let greedy = |device| text(&dir, &model, &["--temperature", "0", "--device", device]);
+    assert_eq!(greedy("cuda"), greedy("cpu"));
+}
+
+#[test]
+fn draws_from_tokens_sorted_by_the_device_are_those_from_all_logits() {
+    need_device!();
+    let dir = Dir::new();
+    let model = packed(&dir, "llama");
+    // Next to no penalty, but with one the host wants all logits.
+    let drawn = |penalty| {
+        let flags = ["--top-k", "5", "--device", "cuda", "--repeat-penalty", penalty];
+        text(&dir, &model, &flags)
+    };
+    assert_eq!(drawn("1"), drawn("1.0000001"));
 }
 
 #[test]
