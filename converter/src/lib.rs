@@ -4,6 +4,7 @@
 
 mod activations;
 mod allocate;
+pub mod backward;
 mod calibration;
 mod coder;
 mod convert;

@@ -1,0 +1,177 @@
+//! Causal attention over whole sequences, and its reverse, which computes the scores again, a block of queries of one head at a
+//! time.
+
+use rayon::prelude::*;
+use slim_formats::ModelConfig;
+use slim_kernels::{
+    AttentionShape, Backend, Cpu, KvView,
+    linalg::{self, Mat},
+    log_softmax,
+};
+
+use super::{elementwise::reverse_softmax, product::transposed};
+
+/// Queries whose probabilities are held at a time.
+const QUERY_BLOCK: usize = 128;
+
+/// Rotated queries and keys, and values of equally long sequences that follow each other; `m` tokens in all.
+pub struct Attention<'s> {
+    /// Of one sequence.
+    shape: AttentionShape,
+    /// `[m, heads * head_dim]`.
+    q: &'s [f32],
+    /// `[m, kv_heads * head_dim]`.
+    k: &'s [f32],
+    /// `[m, kv_heads * head_dim]`.
+    v: &'s [f32],
+}
+
+/// Gradients in the shapes of the queries, keys and values.
+pub struct Gradients {
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+}
+
+impl<'s> Attention<'s> {
+    /// Of sequences of `context` tokens; shapes as above.
+    pub fn new(
+        config: &ModelConfig,
+        context: usize,
+        q: &'s [f32],
+        k: &'s [f32],
+        v: &'s [f32],
+    ) -> Self {
+        let shape = AttentionShape {
+            heads: config.head_count,
+            kv_heads: config.kv_head_count,
+            head_dim: config.head_dim,
+            start: 0,
+            m: context,
+            window: config.sliding_window,
+        };
+        Self { shape, q, k, v }
+    }
+
+    /// The outputs, `[m, heads * head_dim]`.
+    pub fn forward(&self) -> Vec<f32> {
+        let Self { shape, q, k, v } = self;
+        let q_len = shape.m * shape.query_stride();
+        let kv_len = shape.m * self.kv_stride();
+        let mut out = vec![0.0; q.len()];
+        let queries = out.chunks_exact_mut(q_len).zip(q.chunks_exact(q_len));
+        let cached = k.chunks_exact(kv_len).zip(v.chunks_exact(kv_len));
+        for ((out, q), (k, v)) in queries.zip(cached) {
+            let (keys, values) = (self.heads_first(k), self.heads_first(v));
+            let kv = KvView { keys: &keys, values: &values, capacity: shape.m };
+            let computed = Cpu.attention(q, kv, shape, out);
+            computed.expect("the processor takes every shape");
+        }
+        out
+    }
+
+    /// The gradients for the gradient `dy` at the outputs `y`, both `[m, heads * head_dim]`.
+    pub fn reverse(&self, y: &[f32], dy: &[f32]) -> Gradients {
+        let AttentionShape { heads, head_dim: dim, m: context, .. } = self.shape;
+        let sequences = self.q.len() / (context * heads * dim);
+        let tasks: Vec<(usize, usize)> = (0..sequences)
+            .flat_map(|sequence| (0..heads).map(move |head| (sequence, head)))
+            .collect();
+        let parts: Vec<Gradients> = tasks
+            .par_iter()
+            .map(|&(sequence, head)| self.reverse_head(sequence, head, y, dy))
+            .collect();
+        let mut sum = Gradients {
+            q: vec![0.0; self.q.len()],
+            k: vec![0.0; self.k.len()],
+            v: vec![0.0; self.v.len()],
+        };
+        for (&(sequence, head), part) in tasks.iter().zip(&parts) {
+            let (q_at, kv_at) = self.places(sequence, head);
+            add_head(&mut sum.q[q_at..], self.shape.query_stride(), &part.q, dim);
+            add_head(&mut sum.k[kv_at..], self.kv_stride(), &part.k, dim);
+            add_head(&mut sum.v[kv_at..], self.kv_stride(), &part.v, dim);
+        }
+        sum
+    }
+
+    /// One query head's part of the gradients, each `[context, head_dim]`.
+    fn reverse_head(&self, sequence: usize, head: usize, y: &[f32], dy: &[f32]) -> Gradients {
+        let AttentionShape { head_dim: dim, m: context, .. } = self.shape;
+        let (q_stride, kv_stride) = (self.shape.query_stride(), self.kv_stride());
+        let (q_at, kv_at) = self.places(sequence, head);
+        let scale = 1.0 / (dim as f32).sqrt();
+        let zeros = || vec![0.0; context * dim];
+        let mut gradients = Gradients { q: zeros(), k: zeros(), v: zeros() };
+        for first in (0..context).step_by(QUERY_BLOCK) {
+            let block = QUERY_BLOCK.min(context - first);
+            let seen = self.shape.visible(first).start..self.shape.visible(first + block - 1).end;
+            let len = seen.len();
+            let (q_at, k_at) = (q_at + first * q_stride, kv_at + seen.start * kv_stride);
+            let q = Mat::strided(&self.q[q_at..], block, dim, q_stride);
+            let k = Mat::strided(&self.k[k_at..], len, dim, kv_stride);
+            let v = Mat::strided(&self.v[k_at..], len, dim, kv_stride);
+            let dy_block = Mat::strided(&dy[q_at..], block, dim, q_stride);
+
+            let mut probabilities = vec![0.0; block * len];
+            linalg::matmul_transposed(&mut probabilities, len, false, scale, q, k);
+            let mut d_scores = vec![0.0; block * len];
+            linalg::matmul_transposed(&mut d_scores, len, false, scale, dy_block, v);
+            let rows = probabilities.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len));
+            for (t, (probabilities, d_scores)) in (first..).zip(rows) {
+                let visible = self.shape.visible(t);
+                let visible = visible.start - seen.start..visible.end - seen.start;
+                let at = q_at + (t - first) * q_stride;
+                let mean = scale * dot(&y[at..][..dim], &dy[at..][..dim]);
+                let of_visible = &mut probabilities[visible.clone()];
+                log_softmax(of_visible);
+                reverse_softmax(of_visible, &mut d_scores[visible.clone()], mean);
+                for row in [probabilities, d_scores] {
+                    row[..visible.start].fill(0.0);
+                    row[visible.end..].fill(0.0);
+                }
+            }
+
+            let d_q = &mut gradients.q[first * dim..][..block * dim];
+            linalg::matmul(d_q, dim, false, Mat::new(&d_scores, block, len), k);
+            let d_scores = transposed(&d_scores, block, len, len);
+            let d_k = &mut gradients.k[seen.start * dim..seen.end * dim];
+            linalg::matmul(d_k, dim, true, Mat::new(&d_scores, len, block), q);
+            let probabilities = transposed(&probabilities, block, len, len);
+            let d_v = &mut gradients.v[seen.start * dim..seen.end * dim];
+            linalg::matmul(d_v, dim, true, Mat::new(&probabilities, len, block), dy_block);
+        }
+        gradients
+    }
+
+    /// Where the first query of a head lies, and its first key and value.
+    fn places(&self, sequence: usize, head: usize) -> (usize, usize) {
+        let AttentionShape { heads, kv_heads, head_dim: dim, m: context, .. } = self.shape;
+        let q_at = sequence * context * self.shape.query_stride() + head * dim;
+        let kv_at = sequence * context * self.kv_stride() + head / (heads / kv_heads) * dim;
+        (q_at, kv_at)
+    }
+
+    /// Floats from one key to the next.
+    fn kv_stride(&self) -> usize {
+        self.shape.kv_heads * self.shape.head_dim
+    }
+
+    /// `[context, kv_heads, head_dim]` to `[kv_heads, context, head_dim]`.
+    fn heads_first(&self, x: &[f32]) -> Vec<f32> {
+        let dim = self.shape.head_dim;
+        let head = |head: usize| x.chunks_exact(dim).skip(head).step_by(self.shape.kv_heads);
+        (0..self.shape.kv_heads).flat_map(head).flatten().copied().collect()
+    }
+}
+
+/// Adds `part: [m, dim]` to the head at the start of `sum`, whose tokens lie `stride` apart.
+fn add_head(sum: &mut [f32], stride: usize, part: &[f32], dim: usize) {
+    for (sum, part) in sum.chunks_mut(stride).zip(part.chunks_exact(dim)) {
+        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32
+}

@@ -1,0 +1,191 @@
+//! One block forward with all that its gradients need, then the reverse in mirrored order.
+
+use rayon::prelude::*;
+use slim_formats::{ModelConfig, Weight};
+use slim_kernels::{Backend, Cpu, RopeAngles, weight};
+use slim_runtime::{Block, rope_angles};
+
+use super::{
+    Gradient, Linear, Norm, Visitor,
+    attention::{Attention, Gradients},
+    elementwise, product,
+};
+use crate::Result;
+
+/// Tokens per task in sums over tokens.
+const TOKENS_PER_TASK: usize = 64;
+
+/// A block on the way back.
+pub struct Walk<'b> {
+    pub config: &'b ModelConfig,
+    pub block: &'b Block<'b>,
+    pub index: usize,
+    /// Tokens of each sequence.
+    pub context: usize,
+}
+
+/// The activations of a block; `m` is the number of tokens of all sequences.
+struct Activations {
+    /// `[m, hidden]`: input of `attn_q`, `attn_k`, `attn_v`.
+    normed: Vec<f32>,
+    /// `[m, heads * head_dim]`, rotated.
+    q: Vec<f32>,
+    /// `[m, kv_heads * head_dim]`, rotated.
+    k: Vec<f32>,
+    /// `[m, kv_heads * head_dim]`.
+    v: Vec<f32>,
+    /// `[m, heads * head_dim]`: input of `attn_output`.
+    attended: Vec<f32>,
+    /// `[m, hidden]`: the residual stream between attention and feed-forward network.
+    middle: Vec<f32>,
+    /// `[m, hidden]`: input of `ffn_gate`, `ffn_up`.
+    ffn_input: Vec<f32>,
+    /// `[m, ffn]`.
+    gate: Vec<f32>,
+    /// `[m, ffn]`.
+    up: Vec<f32>,
+    /// `[m, ffn]`: input of `ffn_down`.
+    activation: Vec<f32>,
+}
+
+impl Walk<'_> {
+    /// Turns the gradient `dx` at the block's output into that at its input `x`; both `[m, hidden]`.
+    pub fn reverse(&self, x: &[f32], dx: &mut [f32], visit: &mut Visitor<'_>) -> Result<()> {
+        let Self { config, block, index, context } = *self;
+        let angles = rope_angles(config, 0, context);
+        let Activations {
+            normed,
+            q,
+            k,
+            v,
+            attended,
+            middle,
+            ffn_input,
+            mut gate,
+            mut up,
+            activation,
+        } = self.forward(x, &angles)?;
+
+        visit(self.linear(Linear::FfnDown, &activation, dx))?;
+        let mut d_activation = activation;
+        d_activation.fill(0.0);
+        product::add(&mut d_activation, dx, block.ffn_down)?;
+        reverse_swiglu(&mut gate, &mut up, &d_activation);
+        drop(d_activation);
+        let (d_gate, d_up) = (gate, up);
+
+        visit(self.linear(Linear::FfnGate, &ffn_input, &d_gate))?;
+        visit(self.linear(Linear::FfnUp, &ffn_input, &d_up))?;
+        let mut d_ffn_input = vec![0.0; x.len()];
+        product::add(&mut d_ffn_input, &d_gate, block.ffn_gate)?;
+        product::add(&mut d_ffn_input, &d_up, block.ffn_up)?;
+        let epsilon = config.norm_epsilon;
+        let d_ffn_norm = reverse_rms_norm(&middle, &block.ffn_norm, epsilon, &d_ffn_input, dx);
+        visit(Gradient::Norm(Norm::Ffn(index), &d_ffn_norm))?;
+
+        visit(self.linear(Linear::AttnOutput, &attended, dx))?;
+        let mut d_attended = vec![0.0; attended.len()];
+        product::add(&mut d_attended, dx, block.attn_output)?;
+        let attention = Attention::new(config, context, &q, &k, &v);
+        let Gradients { q: mut d_q, k: mut d_k, v: d_v } =
+            attention.reverse(&attended, &d_attended);
+        let back = RopeAngles { sin: angles.sin.iter().map(|sin| -sin).collect(), ..angles };
+        rotate(&mut d_q, config.head_count, &back);
+        rotate(&mut d_k, config.kv_head_count, &back);
+
+        visit(self.linear(Linear::AttnQ, &normed, &d_q))?;
+        visit(self.linear(Linear::AttnK, &normed, &d_k))?;
+        visit(self.linear(Linear::AttnV, &normed, &d_v))?;
+        let mut d_normed = vec![0.0; x.len()];
+        product::add(&mut d_normed, &d_q, block.attn_q)?;
+        product::add(&mut d_normed, &d_k, block.attn_k)?;
+        product::add(&mut d_normed, &d_v, block.attn_v)?;
+        let d_attn_norm = reverse_rms_norm(x, &block.attn_norm, epsilon, &d_normed, dx);
+        visit(Gradient::Norm(Norm::Attn(index), &d_attn_norm))
+    }
+
+    fn linear<'g>(&self, layer: Linear, x: &'g [f32], dy: &'g [f32]) -> Gradient<'g> {
+        Gradient::Linear { block: self.index, layer, x, dy }
+    }
+
+    /// The stages of [`Block::forward`], but the last product.
+    fn forward(&self, x: &[f32], angles: &RopeAngles) -> Result<Activations> {
+        let Self { config, block, context, .. } = *self;
+        let norm = |x: &[f32], weight: &[f32]| {
+            let mut out = vec![0.0; x.len()];
+            Cpu.rms_norm(x, weight, config.norm_epsilon, &mut out);
+            out
+        };
+        let normed = norm(x, &block.attn_norm);
+        let mut q = linear(block.attn_q, &normed)?;
+        let mut k = linear(block.attn_k, &normed)?;
+        let v = linear(block.attn_v, &normed)?;
+        rotate(&mut q, config.head_count, angles);
+        rotate(&mut k, config.kv_head_count, angles);
+        let attended = Attention::new(config, context, &q, &k, &v).forward();
+        let mut middle = linear(block.attn_output, &attended)?;
+        middle.iter_mut().zip(x).for_each(|(middle, x)| *middle += x);
+        let ffn_input = norm(&middle, &block.ffn_norm);
+        let gate = linear(block.ffn_gate, &ffn_input)?;
+        let up = linear(block.ffn_up, &ffn_input)?;
+        let mut activation = gate.clone();
+        Cpu.swiglu(&mut activation, &up);
+        Ok(Activations { normed, q, k, v, attended, middle, ffn_input, gate, up, activation })
+    }
+}
+
+/// `[m, cols]` to `[m, rows]`.
+fn linear(w: Weight<'_>, x: &[f32]) -> Result<Vec<f32>> {
+    let (rows, cols) = weight::shape(w);
+    let m = x.len() / cols;
+    let mut out = vec![0.0; m * rows];
+    Cpu.matmul(w, x, m, &mut out)?;
+    Ok(out)
+}
+
+/// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.
+fn rotate(x: &mut [f32], heads: usize, angles: &RopeAngles) {
+    let context = angles.cos.len() / (angles.head_dim / 2);
+    for sequence in x.chunks_exact_mut(context * heads * angles.head_dim) {
+        Cpu.rope(sequence, heads, angles);
+    }
+}
+
+/// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all of one length.
+fn reverse_swiglu(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    const PIECE: usize = 1 << 12;
+    let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(dy.par_chunks(PIECE));
+    pieces.for_each(|((gate, up), dy)| elementwise::reverse_swiglu(gate, up, dy));
+}
+
+/// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output, all `[m, hidden]`; gives the
+/// gradient at its `weight`, `[hidden]`.
+pub fn reverse_rms_norm(
+    x: &[f32],
+    weight: &[f32],
+    epsilon: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+) -> Vec<f64> {
+    let n = weight.len();
+    let piece = TOKENS_PER_TASK * n;
+    let pieces = dx.par_chunks_mut(piece).zip(x.par_chunks(piece)).zip(dy.par_chunks(piece));
+    let sums = pieces.map(|((dx, x), dy)| {
+        let mut d_weight = vec![0.0; n];
+        let tokens = dx.chunks_exact_mut(n).zip(x.chunks_exact(n)).zip(dy.chunks_exact(n));
+        for ((dx, x), dy) in tokens {
+            elementwise::reverse_rms_norm(x, weight, epsilon, dy, dx, &mut d_weight);
+        }
+        d_weight
+    });
+    add_up(sums.collect(), n)
+}
+
+/// The sum of vectors of `n` values, in their order.
+pub fn add_up(parts: Vec<Vec<f64>>, n: usize) -> Vec<f64> {
+    let mut sum = vec![0.0; n];
+    for part in parts {
+        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    sum
+}

@@ -1,0 +1,297 @@
+//! Gradients of a loss: a model run forward, then walked backwards block by block.
+//!
+//! The way forward keeps one residual stream per block; on the way back a block is computed again with all that its
+//! gradients need (`block.rs`), so that one block's activations live at a time. Gradients are handed to a
+//! visitor and forgotten.
+
+mod attention;
+mod block;
+mod elementwise;
+mod product;
+mod sensitivities;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+use slim_formats::{DType, DenseTensor, ModelConfig, ModelSource, RowOrder, Weight};
+use slim_kernels::{Backend, Cpu, kl_divergence, log_softmax, weight};
+use slim_runtime::{Block, Context, KvBlock, Model, embed, rope_angles};
+
+use crate::{ConvertError, Result};
+pub use product::weight_gradient;
+pub use sensitivities::{Sensitivities, sensitivities};
+
+/// Tokens whose logits are held at a time.
+const LOGIT_TOKENS: usize = 256;
+
+/// A model of the Llama family whose gradients are wanted. Any part can be replaced by another of the same shape.
+#[derive(Clone)]
+pub struct Backward<'a> {
+    /// Hyperparameters.
+    pub config: &'a ModelConfig,
+    /// `[vocab, hidden]`.
+    pub embedding: Weight<'a>,
+    /// The transformer blocks.
+    pub blocks: Vec<Block<'a>>,
+    /// `[hidden]`.
+    pub output_norm: Vec<f32>,
+    /// `[vocab, hidden]`; the embedding itself in models that tie them.
+    pub output: Weight<'a>,
+}
+
+/// What is differentiated.
+pub enum Loss<'t> {
+    /// The negative log-likelihood of tokens 2 .. of each sequence, summed, in nats.
+    CrossEntropy,
+    /// The mean over all tokens of KL(teacher || model), in nats. Called with a range of the tokens of the batch, counted
+    /// through its sequences, the teacher gives their logits or log-probabilities, `[range.len(), vocab]`.
+    Divergence(&'t mut dyn FnMut(Range<usize>) -> Result<Vec<f32>>),
+}
+
+/// The linear layers of a block, in the order of [`Block::weights`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Linear {
+    /// `[heads * head_dim, hidden]`.
+    AttnQ,
+    /// `[kv_heads * head_dim, hidden]`.
+    AttnK,
+    /// `[kv_heads * head_dim, hidden]`.
+    AttnV,
+    /// `[hidden, heads * head_dim]`.
+    AttnOutput,
+    /// `[ffn, hidden]`.
+    FfnGate,
+    /// `[ffn, hidden]`.
+    FfnUp,
+    /// `[hidden, ffn]`.
+    FfnDown,
+}
+
+impl Linear {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::AttnQ,
+        Self::AttnK,
+        Self::AttnV,
+        Self::AttnOutput,
+        Self::FfnGate,
+        Self::FfnUp,
+        Self::FfnDown,
+    ];
+
+    /// Its part of a tensor's name: `attn_q` in `blk.0.attn_q.weight`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AttnQ => "attn_q",
+            Self::AttnK => "attn_k",
+            Self::AttnV => "attn_v",
+            Self::AttnOutput => "attn_output",
+            Self::FfnGate => "ffn_gate",
+            Self::FfnUp => "ffn_up",
+            Self::FfnDown => "ffn_down",
+        }
+    }
+}
+
+/// The vectors of weights of RMS norms, `[hidden]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Norm {
+    /// `attn_norm` of a block.
+    Attn(usize),
+    /// `ffn_norm` of a block.
+    Ffn(usize),
+    /// `output_norm`.
+    Output,
+}
+
+/// What a visitor is told, from the output of the model to its input.
+#[derive(Clone, Copy)]
+pub enum Gradient<'g> {
+    /// Of a linear layer `y = x w^T`.
+    Linear {
+        /// The block it is in.
+        block: usize,
+        /// Which layer of the block.
+        layer: Linear,
+        /// Its inputs, `[tokens, cols]`.
+        x: &'g [f32],
+        /// The gradient of the loss at its outputs, `[tokens, rows]`; of `attn_q` and `attn_k`, before the rotation.
+        dy: &'g [f32],
+    },
+    /// The gradient of the loss at the weights of a norm, `[hidden]`.
+    Norm(Norm, &'g [f64]),
+}
+
+/// What is called with each gradient.
+pub type Visitor<'v> = dyn FnMut(Gradient<'_>) -> Result<()> + 'v;
+
+impl<'a> Backward<'a> {
+    /// The model as it is in its source.
+    ///
+    /// # Errors
+    /// `Runtime` if a tensor is missing or has the wrong shape.
+    pub fn load(source: &'a dyn ModelSource) -> Result<Self> {
+        Model::load(source, &Cpu)?; // finds and checks every tensor
+        let find = |name: &str| -> Result<Weight<'a>> {
+            Ok(source.tensor(name)?.expect("a tensor that was found before"))
+        };
+        let config = source.config();
+        let embedding = find("token_embd.weight")?;
+        let output = match config.tied_embeddings {
+            true => embedding,
+            false => find("output.weight")?,
+        };
+        let blocks = (0..config.block_count)
+            .map(|index| Ok(Block::load(source, index)?))
+            .collect::<Result<_>>()?;
+        let mut output_norm = vec![0.0; config.hidden_size];
+        weight::dequantize_rows(find("output_norm.weight")?, 0..1, &mut output_norm)?;
+        Ok(Self { config, embedding, blocks, output_norm, output })
+    }
+
+    /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`, from the last layer to
+    /// the first.
+    ///
+    /// # Memory
+    /// In floats, `tokens * hidden` per block, the activations of one block, and 256 tokens' logits up to three times.
+    ///
+    /// # Errors
+    /// `InvalidSetting` if the sequences are empty or not equally long; `Runtime` for a token outside the vocabulary;
+    /// `Kernel` for a weight that is not a number; those of the visitor and of the teacher.
+    pub fn run(
+        &self,
+        sequences: &[&[u32]],
+        loss: &mut Loss<'_>,
+        visit: &mut Visitor<'_>,
+    ) -> Result<f64> {
+        let context = sequences.first().map_or(0, |sequence| sequence.len());
+        if context == 0 || sequences.iter().any(|sequence| sequence.len() != context) {
+            let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len()).collect();
+            return Err(ConvertError::InvalidSetting {
+                what: "tokens in sequences",
+                found: format!("{lengths:?}"),
+                expected: "equal lengths of at least 1".into(),
+            });
+        }
+        let mut residuals = self.forward(sequences, context)?;
+        let x = residuals.pop().expect("the output of the last block");
+        let (loss, mut dx) = self.reverse_output(&x, sequences, loss, visit)?;
+        drop(x);
+        for (index, block) in self.blocks.iter().enumerate().rev() {
+            let x = residuals.pop().expect("the input of each block");
+            let walk = block::Walk { config: self.config, block, index, context };
+            walk.reverse(&x, &mut dx, visit)?;
+        }
+        Ok(loss)
+    }
+
+    /// The residual stream before each block and behind the last one, each `[tokens, hidden]`.
+    fn forward(&self, sequences: &[&[u32]], context: usize) -> Result<Vec<Vec<f32>>> {
+        let stages = Context { config: self.config, backend: &Cpu };
+        let angles = rope_angles(self.config, 0, context);
+        let mut kv = KvBlock::new(self.config, context);
+        let mut x = embed(self.embedding, &sequences.concat())?;
+        let mut residuals = vec![x.clone()];
+        for block in &self.blocks {
+            for x in x.chunks_exact_mut(context * self.config.hidden_size) {
+                block.forward(stages, x, &mut kv, 0, &angles)?;
+            }
+            residuals.push(x.clone());
+        }
+        Ok(residuals)
+    }
+
+    /// The loss, and its gradient at the output `x: [tokens, hidden]` of the last block.
+    fn reverse_output(
+        &self,
+        x: &[f32],
+        sequences: &[&[u32]],
+        loss: &mut Loss<'_>,
+        visit: &mut Visitor<'_>,
+    ) -> Result<(f64, Vec<f32>)> {
+        let ModelConfig { hidden_size: hidden, vocab_size: vocab, norm_epsilon, .. } = *self.config;
+        let mut normed = vec![0.0; x.len()];
+        Cpu.rms_norm(x, &self.output_norm, norm_epsilon, &mut normed);
+        let targets = next_tokens(sequences);
+        let mut d_normed = vec![0.0; x.len()];
+        let mut total = 0.0;
+        for first in (0..targets.len()).step_by(LOGIT_TOKENS) {
+            let tokens = first..targets.len().min(first + LOGIT_TOKENS);
+            let piece = tokens.start * hidden..tokens.end * hidden;
+            let mut logits = vec![0.0; tokens.len() * vocab];
+            Cpu.matmul(self.output, &normed[piece.clone()], tokens.len(), &mut logits)?;
+            total += match loss {
+                Loss::CrossEntropy => reverse_cross_entropy(&mut logits, vocab, &targets[tokens]),
+                Loss::Divergence(teacher) => {
+                    let teacher = teacher(tokens.clone())?;
+                    reverse_divergence(&mut logits, vocab, teacher, targets.len())
+                }
+            };
+            product::add(&mut d_normed[piece], &logits, self.output)?;
+        }
+        let mut dx = vec![0.0; x.len()];
+        let d_weight =
+            block::reverse_rms_norm(x, &self.output_norm, norm_epsilon, &d_normed, &mut dx);
+        visit(Gradient::Norm(Norm::Output, &d_weight))?;
+        Ok((total, dx))
+    }
+}
+
+/// A borrowed matrix `[rows, cols]` as the weight of a layer.
+///
+/// # Panics
+/// If `values` has another length.
+pub fn dense(values: &[f32], rows: usize, cols: usize) -> Weight<'_> {
+    assert_eq!(values.len(), rows * cols);
+    let (dtype, bytes) = (DType::F32, bytemuck::cast_slice(values));
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, row_order: RowOrder::AsStored })
+}
+
+/// What follows each token; nothing behind the last one of a sequence.
+fn next_tokens(sequences: &[&[u32]]) -> Vec<Option<u32>> {
+    let mut targets = Vec::new();
+    for sequence in sequences {
+        targets.extend(sequence.iter().skip(1).map(|&next| Some(next)));
+        targets.push(None);
+    }
+    targets
+}
+
+/// Turns logits `[targets.len(), vocab]` into gradients `softmax - one-hot`; gives the loss.
+fn reverse_cross_entropy(logits: &mut [f32], vocab: usize, targets: &[Option<u32>]) -> f64 {
+    let losses = logits.par_chunks_mut(vocab).zip(targets).map(|(row, target)| {
+        let Some(target) = target else {
+            row.fill(0.0);
+            return 0.0;
+        };
+        let target = *target as usize;
+        log_softmax(row);
+        let loss = -f64::from(row[target]);
+        elementwise::exponentiate(row);
+        row[target] -= 1.0;
+        loss
+    });
+    losses.collect::<Vec<f64>>().iter().sum()
+}
+
+/// Turns logits `[m, vocab]` into gradients `(softmax - teacher's softmax) / tokens`; gives these tokens' part of the loss.
+fn reverse_divergence(
+    logits: &mut [f32],
+    vocab: usize,
+    mut teacher: Vec<f32>,
+    tokens: usize,
+) -> f64 {
+    assert_eq!(teacher.len(), logits.len(), "the teacher's logits");
+    let share = 1.0 / tokens as f32;
+    let rows = logits.par_chunks_mut(vocab).zip(teacher.par_chunks_mut(vocab));
+    let losses = rows.map(|(row, teacher)| {
+        log_softmax(row);
+        log_softmax(teacher);
+        let loss = kl_divergence(teacher, row);
+        elementwise::reverse_divergence(row, teacher, share);
+        loss
+    });
+    losses.collect::<Vec<f64>>().iter().sum::<f64>() / tokens as f64
+}

@@ -1,0 +1,408 @@
+//! Gradients against finite differences of an oracle in f64.
+
+use std::{collections::HashMap, path::Path};
+
+use slim_formats::{ModelConfig, ModelSource, open_model};
+use slim_kernels::{Cpu, log_softmax, weight};
+use slim_runtime::{Block, Model};
+
+use super::*;
+
+const MODELS: [&str; 3] = ["llama", "llama-tied-rope3", "mistral-swa"];
+
+fn open(name: &str) -> Box<dyn ModelSource> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs");
+    open_model(&folder.join(name)).unwrap()
+}
+
+/// Numbers in -0.5 .. 0.5.
+fn noise(len: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn tokens(len: usize, seed: u32) -> Vec<u32> {
+    noise(len, seed).iter().map(|x| ((x + 0.5) * 256.0) as u32).collect()
+}
+
+/// The tensors of a model, far enough from those of the file that attention prefers some tokens and norms are uneven.
+fn perturbed(source: &dyn ModelSource) -> HashMap<String, Vec<f32>> {
+    let values = |(seed, name): (usize, &str)| {
+        let (rows, cols) = weight::shape(source.tensor(name).unwrap().unwrap());
+        let mut values = vec![0.0; rows * cols];
+        weight::dequantize_rows(source.tensor(name).unwrap().unwrap(), 0..rows, &mut values)
+            .unwrap();
+        for (value, noise) in values.iter_mut().zip(noise(rows * cols, seed as u32)) {
+            *value += if rows == 1 { noise } else { 0.6 * noise };
+        }
+        (name.to_owned(), values)
+    };
+    source.tensor_names().into_iter().enumerate().map(values).collect()
+}
+
+fn model<'a>(config: &'a ModelConfig, tensors: &'a HashMap<String, Vec<f32>>) -> Backward<'a> {
+    let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+    let matrix = |name: &str, rows| dense(&tensors[name], rows, tensors[name].len() / rows);
+    let block = |index| {
+        let name = |part: &str| format!("blk.{index}.{part}.weight");
+        let kv_rows = config.kv_head_count * config.head_dim;
+        Block {
+            attn_norm: tensors[&name("attn_norm")].clone(),
+            attn_q: matrix(&name("attn_q"), config.head_count * config.head_dim),
+            attn_k: matrix(&name("attn_k"), kv_rows),
+            attn_v: matrix(&name("attn_v"), kv_rows),
+            attn_output: matrix(&name("attn_output"), hidden),
+            ffn_norm: tensors[&name("ffn_norm")].clone(),
+            ffn_gate: matrix(&name("ffn_gate"), config.ffn_size),
+            ffn_up: matrix(&name("ffn_up"), config.ffn_size),
+            ffn_down: matrix(&name("ffn_down"), hidden),
+        }
+    };
+    let output = if config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
+    Backward {
+        config,
+        embedding: matrix("token_embd.weight", vocab),
+        blocks: (0..config.block_count).map(block).collect(),
+        output_norm: tensors["output_norm.weight"].clone(),
+        output: matrix(output, vocab),
+    }
+}
+
+/// The loss and the gradients of all weights of the blocks and norms, by tensor name.
+fn gradients(
+    model: &Backward<'_>,
+    sequences: &[&[u32]],
+    loss: &mut Loss<'_>,
+) -> (f64, HashMap<String, Vec<f64>>) {
+    let mut found = HashMap::new();
+    let loss = model.run(sequences, loss, &mut |gradient| {
+        let (name, values) = match gradient {
+            Gradient::Linear { block, layer, x, dy } => {
+                let (rows, cols) = weight::shape(model.blocks[block].weights()[layer as usize]);
+                let dw = weight_gradient(x, dy, rows, cols);
+                let name = format!("blk.{block}.{}.weight", layer.name());
+                (name, dw.into_iter().map(f64::from).collect())
+            }
+            Gradient::Norm(Norm::Attn(block), dw) => {
+                (format!("blk.{block}.attn_norm.weight"), dw.to_vec())
+            }
+            Gradient::Norm(Norm::Ffn(block), dw) => {
+                (format!("blk.{block}.ffn_norm.weight"), dw.to_vec())
+            }
+            Gradient::Norm(Norm::Output, dw) => ("output_norm.weight".to_owned(), dw.to_vec()),
+        };
+        assert!(found.insert(name, values).is_none());
+        Ok(())
+    });
+    (loss.unwrap(), found)
+}
+
+/// The forward pass as its formulas read, in f64.
+struct Oracle<'a> {
+    config: &'a ModelConfig,
+    tensors: HashMap<String, Vec<f64>>,
+}
+
+impl<'a> Oracle<'a> {
+    fn new(config: &'a ModelConfig, tensors: &HashMap<String, Vec<f32>>) -> Self {
+        let widen = |values: &Vec<f32>| values.iter().map(|&value| f64::from(value)).collect();
+        let tensors = tensors.iter().map(|(name, values)| (name.clone(), widen(values))).collect();
+        Self { config, tensors }
+    }
+
+    /// The derivative of the loss with respect to one weight, by central differences.
+    fn derivative(&mut self, name: &str, at: usize, loss: impl Fn(&Self) -> f64) -> f64 {
+        const STEP: f64 = 1e-5;
+        let mut moved = |by: f64| {
+            self.tensors.get_mut(name).unwrap()[at] += by;
+            let loss = loss(self);
+            self.tensors.get_mut(name).unwrap()[at] -= by;
+            loss
+        };
+        (moved(STEP) - moved(-STEP)) / (2.0 * STEP)
+    }
+
+    fn cross_entropy(&self, sequences: &[&[u32]]) -> f64 {
+        let of = |sequence: &&[u32]| -> f64 {
+            let rows = self.log_probabilities(sequence);
+            rows.iter().zip(&sequence[1..]).map(|(row, &next)| -row[next as usize]).sum()
+        };
+        sequences.iter().map(of).sum()
+    }
+
+    fn divergence(&self, sequences: &[&[u32]], teacher: &[f32]) -> f64 {
+        let vocab = self.config.vocab_size;
+        let rows = sequences.iter().flat_map(|sequence| self.log_probabilities(sequence));
+        let of = |(row, teacher): (Vec<f64>, &[f32])| -> f64 {
+            let teacher = log_softmax_f64(teacher.iter().map(|&x| f64::from(x)).collect());
+            teacher.iter().zip(row).map(|(p, q)| p.exp() * (p - q)).sum()
+        };
+        let tokens = teacher.len() / vocab;
+        rows.zip(teacher.chunks_exact(vocab)).map(of).sum::<f64>() / tokens as f64
+    }
+
+    fn log_probabilities(&self, sequence: &[u32]) -> Vec<Vec<f64>> {
+        let config = self.config;
+        let embedding = &self.tensors["token_embd.weight"];
+        let row =
+            |&t: &u32| embedding[t as usize * config.hidden_size..][..config.hidden_size].to_vec();
+        let mut x: Vec<Vec<f64>> = sequence.iter().map(row).collect();
+        for index in 0..config.block_count {
+            let name = |part: &str| format!("blk.{index}.{part}.weight");
+            let normed = self.norm(&name("attn_norm"), &x);
+            let rotated = |part: &str| -> Vec<Vec<f64>> {
+                let rows = self.linear(&name(part), &normed);
+                rows.into_iter().enumerate().map(|(t, row)| self.rotated(row, t)).collect()
+            };
+            let (q, k) = (rotated("attn_q"), rotated("attn_k"));
+            let v = self.linear(&name("attn_v"), &normed);
+            let attended: Vec<Vec<f64>> =
+                (0..x.len()).map(|t| self.attended(&q[t], &k, &v, t)).collect();
+            add_rows(&mut x, self.linear(&name("attn_output"), &attended));
+            let normed = self.norm(&name("ffn_norm"), &x);
+            let mut gate = self.linear(&name("ffn_gate"), &normed);
+            let up = self.linear(&name("ffn_up"), &normed);
+            for (gate, up) in gate.iter_mut().flatten().zip(up.iter().flatten()) {
+                *gate = *gate / (1.0 + (-*gate).exp()) * up;
+            }
+            add_rows(&mut x, self.linear(&name("ffn_down"), &gate));
+        }
+        let output = if config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
+        let logits = self.linear(output, &self.norm("output_norm.weight", &x));
+        logits.into_iter().map(log_softmax_f64).collect()
+    }
+
+    fn linear(&self, name: &str, x: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let rows =
+            |x: &Vec<f64>| self.tensors[name].chunks_exact(x.len()).map(|w| dot(w, x)).collect();
+        x.iter().map(rows).collect()
+    }
+
+    fn norm(&self, name: &str, x: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let of = |x: &Vec<f64>| {
+            let mean = dot(x, x) / x.len() as f64;
+            let scale = 1.0 / (mean + f64::from(self.config.norm_epsilon)).sqrt();
+            x.iter().zip(&self.tensors[name]).map(|(x, w)| x * scale * w).collect()
+        };
+        x.iter().map(of).collect()
+    }
+
+    fn rotated(&self, mut row: Vec<f64>, position: usize) -> Vec<f64> {
+        let (dim, rope) = (self.config.head_dim, &self.config.rope);
+        for head in row.chunks_exact_mut(dim) {
+            for i in 0..dim / 2 {
+                let frequency = f64::from(rope.theta).powf(-2.0 * i as f64 / dim as f64);
+                let angle = position as f64 * frequency / f64::from(rope.factors[i]);
+                let (sin, cos) = angle.sin_cos();
+                let (a, b) = (head[i], head[i + dim / 2]);
+                (head[i], head[i + dim / 2]) = (a * cos - b * sin, b * cos + a * sin);
+            }
+        }
+        row
+    }
+
+    fn attended(&self, q: &[f64], k: &[Vec<f64>], v: &[Vec<f64>], t: usize) -> Vec<f64> {
+        let config = self.config;
+        let dim = config.head_dim;
+        let first = config.sliding_window.map_or(0, |window| (t + 1).saturating_sub(window));
+        let mut out = Vec::new();
+        for (head, q) in q.chunks_exact(dim).enumerate() {
+            let at = head / (config.head_count / config.kv_head_count) * dim;
+            let score = |s: usize| dot(q, &k[s][at..][..dim]) / (dim as f64).sqrt();
+            let mut weights = log_softmax_f64((first..=t).map(score).collect());
+            weights.iter_mut().for_each(|weight| *weight = weight.exp());
+            let weighted = |i: usize| (first..=t).zip(&weights).map(move |(s, p)| p * v[s][at + i]);
+            out.extend((0..dim).map(|i| weighted(i).sum::<f64>()));
+        }
+        out
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut lanes = [0.0; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += a * b);
+    }
+    lanes.iter().sum()
+}
+
+fn add_rows(x: &mut [Vec<f64>], y: Vec<Vec<f64>>) {
+    x.iter_mut().flatten().zip(y.into_iter().flatten()).for_each(|(x, y)| *x += y);
+}
+
+fn log_softmax_f64(mut row: Vec<f64>) -> Vec<f64> {
+    let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
+    row.iter_mut().for_each(|x| *x -= log_sum);
+    row
+}
+
+/// Compares `per_tensor` random entries of each gradient; gives the largest error, as a share of the tensor's RMS gradient.
+fn largest_error(
+    oracle: &mut Oracle<'_>,
+    found: &HashMap<String, Vec<f64>>,
+    per_tensor: usize,
+    loss: impl Fn(&Oracle<'_>) -> f64,
+) -> f64 {
+    let mut largest = 0f64;
+    for (name, values) in found {
+        let rms = (dot(values, values) / values.len() as f64).sqrt();
+        assert!(rms > 0.0, "{name}");
+        for place in noise(per_tensor, name.len() as u32) {
+            let at = ((place + 0.5) * values.len() as f32) as usize;
+            let expected = oracle.derivative(name, at, &loss);
+            largest = largest.max((values[at] - expected).abs() / rms);
+        }
+    }
+    largest
+}
+
+#[test]
+fn loss_is_that_of_the_running_model() {
+    for name in MODELS {
+        let source = open(name);
+        let (a, b) = (tokens(40, 1), tokens(40, 2));
+        let running = Model::load(&*source, &Cpu).unwrap();
+        let mut expected = 0.0;
+        for sequence in [&a, &b] {
+            let hidden = running.forward(sequence, &mut running.new_cache(40).unwrap()).unwrap();
+            let mut logits = running.logits(&hidden).unwrap();
+            let rows = logits.chunks_exact_mut(running.config().vocab_size);
+            for (row, &next) in rows.zip(&sequence[1..]) {
+                log_softmax(row);
+                expected -= f64::from(row[next as usize]);
+            }
+        }
+        let model = Backward::load(&*source).unwrap();
+        let loss = model.run(&[&a, &b], &mut Loss::CrossEntropy, &mut |_| Ok(())).unwrap();
+        assert!((loss / expected - 1.0).abs() < 1e-6, "{name}: {loss} for {expected}");
+    }
+}
+
+#[test]
+fn cross_entropy_gradients_are_finite_differences() {
+    for name in MODELS {
+        let source = open(name);
+        let tensors = perturbed(&*source);
+        let (a, b) = (tokens(24, 3), tokens(24, 4));
+        let sequences = [&a[..], &b[..]];
+        let model = model(source.config(), &tensors);
+        let (loss, found) = gradients(&model, &sequences, &mut Loss::CrossEntropy);
+        assert_eq!(found.len(), 9 * source.config().block_count + 1);
+        let mut oracle = Oracle::new(source.config(), &tensors);
+        let expected = oracle.cross_entropy(&sequences);
+        assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");
+        let error = largest_error(&mut oracle, &found, 3, |o| o.cross_entropy(&sequences));
+        println!("{name}: {error:.1e}");
+        assert!(error < 1e-3, "{name}: {error}");
+    }
+}
+
+#[test]
+fn divergence_gradients_are_finite_differences() {
+    for name in MODELS {
+        let source = open(name);
+        let (config, tensors) = (source.config(), perturbed(&*source));
+        let (a, b) = (tokens(24, 5), tokens(24, 6));
+        let sequences = [&a[..], &b[..]];
+        let mut teacher = noise(48 * config.vocab_size, 7);
+        teacher.iter_mut().for_each(|logit| *logit *= 8.0);
+        let vocab = config.vocab_size;
+        let mut ask =
+            |range: Range<usize>| Ok(teacher[range.start * vocab..range.end * vocab].to_vec());
+        let model = model(config, &tensors);
+        let (loss, found) = gradients(&model, &sequences, &mut Loss::Divergence(&mut ask));
+        let mut oracle = Oracle::new(config, &tensors);
+        let expected = oracle.divergence(&sequences, &teacher);
+        assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");
+        let error = largest_error(&mut oracle, &found, 3, |o| o.divergence(&sequences, &teacher));
+        println!("{name}: {error:.1e}");
+        assert!(error < 1e-3, "{name}: {error}");
+    }
+}
+
+/// Longer than the pieces of queries, of products and of logits.
+#[test]
+fn long_sequences_gradients_are_finite_differences() {
+    for (name, window) in [("llama", None), ("mistral-swa", Some(16)), ("mistral-swa", Some(140))] {
+        let source = open(name);
+        let tensors = perturbed(&*source);
+        let config = ModelConfig { sliding_window: window, ..source.config().clone() };
+        let (a, b) = (tokens(150, 8), tokens(150, 9));
+        let sequences = [&a[..], &b[..]];
+        let model = model(&config, &tensors);
+        let (loss, found) = gradients(&model, &sequences, &mut Loss::CrossEntropy);
+        let mut oracle = Oracle::new(&config, &tensors);
+        let expected = oracle.cross_entropy(&sequences);
+        assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");
+        let first_block = found.into_iter().filter(|(name, _)| name.starts_with("blk.0.attn_"));
+        let first_block = first_block.collect();
+        let error = largest_error(&mut oracle, &first_block, 1, |o| o.cross_entropy(&sequences));
+        println!("{name} {window:?}: {error:.1e}");
+        assert!(error < 1e-3, "{name}: {error}");
+    }
+}
+
+#[test]
+fn divergence_from_itself_is_zero_with_zero_gradients() {
+    let source = open("llama");
+    let running = Model::load(&*source, &Cpu).unwrap();
+    let (vocab, sequence) = (source.config().vocab_size, tokens(30, 10));
+    let hidden = running.forward(&sequence, &mut running.new_cache(30).unwrap()).unwrap();
+    let logits = running.logits(&hidden).unwrap();
+    let mut ask = |range: Range<usize>| Ok(logits[range.start * vocab..range.end * vocab].to_vec());
+    let model = Backward::load(&*source).unwrap();
+    let (loss, found) = gradients(&model, &[&sequence], &mut Loss::Divergence(&mut ask));
+    assert!(loss.abs() < 1e-6, "{loss}");
+    assert!(found.values().flatten().all(|value| value.abs() < 1e-6));
+}
+
+#[test]
+fn sensitivities_are_mean_squares_of_output_gradients() {
+    let source = open("mistral-swa");
+    let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
+    let found = sensitivities(&*source, &samples).unwrap();
+    let model = Backward::load(&*source).unwrap();
+    let (mut expected, mut loss) = (0.0, 0.0);
+    for sample in &samples {
+        loss += model
+            .run(&[sample], &mut Loss::CrossEntropy, &mut |gradient| {
+                if let Gradient::Linear { block: 1, layer: Linear::AttnK, dy, .. } = gradient {
+                    let rows = found.of(1, Linear::AttnK).len();
+                    expected +=
+                        dy.iter().skip(5).step_by(rows).map(|dy| f64::from(dy * dy)).sum::<f64>();
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+    expected /= 1200.0;
+    assert!((found.of(1, Linear::AttnK)[5] / expected - 1.0).abs() < 1e-4);
+    assert!((found.loss * 1197.0 / loss - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn sensitivities_do_not_depend_on_the_number_of_threads() {
+    let source = open("llama");
+    let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
+    let with_threads = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| sensitivities(&*source, &samples).unwrap())
+    };
+    assert_eq!(with_threads(1), with_threads(2));
+}
+
+#[test]
+fn sequences_of_unequal_or_no_length_are_refused() {
+    let source = open("llama");
+    let model = Backward::load(&*source).unwrap();
+    for sequences in [&[][..], &[&[][..]], &[&[1, 2], &[3][..]]] {
+        assert!(model.run(sequences, &mut Loss::CrossEntropy, &mut |_| Ok(())).is_err());
+    }
+    assert!(sensitivities(&*source, &[]).is_err());
+    assert!(sensitivities(&*source, &[vec![1]]).is_err());
+}
