@@ -52,6 +52,10 @@ pub struct ConvertArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub bits: u8,
 
+    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take
+    #[arg(long, value_name = "BITS", conflicts_with_all = ["bits", "reference"], value_parser = parse_bits_per_weight)]
+    pub target_bpw: Option<f64>,
+
     /// Columns that share a bit-width, a multiple of 16
     #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
     pub group_size: usize,
@@ -68,9 +72,13 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "BITS", value_parser = one_of(["4", "6"]))]
     pub scale_bits: Option<usize>,
 
-    /// How layers are quantized: slim, gptq or rtn
+    /// How layers are quantized: slim, slim+ (scales and norms trained afterwards), gptq or rtn
     #[arg(long, default_value = "slim", value_parser = parse_method)]
     pub method: Method,
+
+    /// Steps of training, with --method slim+ [default: 100]
+    #[arg(long, value_name = "N", value_parser = range(1..=1 << 20))]
+    pub steps: Option<usize>,
 
     /// Follow the published algorithm to the letter, in the paper coding
     #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]
@@ -300,13 +308,20 @@ fn one_of<const N: usize>(numbers: [&'static str; N]) -> impl TypedValueParser<V
     PossibleValuesParser::new(numbers).try_map(|number| number.parse::<usize>())
 }
 
+fn parse_bits_per_weight(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(bits) if (1.2..=8.0).contains(&bits) => Ok(bits),
+        _ => Err("expected 1.2 to 8".to_owned()),
+    }
+}
+
 fn parse_method(name: &str) -> Result<Method, String> {
     match name {
         "slim" => Ok(Method::Slim),
         "gptq" => Ok(Method::Gptq),
         "rtn" => Ok(Method::RoundToNearest),
-        "slim+" => Err("`slim+` is not supported yet; use `slim`, `gptq` or `rtn`".to_owned()),
-        _ => Err("expected `slim`, `gptq` or `rtn`".to_owned()),
+        "slim+" => Ok(Method::SlimPlus),
+        _ => Err("expected `slim`, `slim+`, `gptq` or `rtn`".to_owned()),
     }
 }
 

@@ -28,6 +28,7 @@ use crate::{
 
 const DEFAULT_SUB_GROUP: usize = 32;
 const DEFAULT_SCALE_BITS: usize = 4;
+const DEFAULT_STEPS: usize = 100;
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
     args.compute.start()?;
@@ -50,10 +51,10 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
     let (engine, device) = engine(&settings, &args.compute.device)?;
-    let progress =
+    let mut progress =
         if args.quiet { Progress::silent() } else { Progress::new("block", plan.blocks) };
     let mut block = Vec::new();
-    let mut show = |step: Step<'_>| show(&progress, step, &mut block);
+    let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
     let target = &args.output;
     let resources = Resources { engine, activation_bytes };
     let report = convert(&*source, &calibration, &settings, resources, target, &mut show);
@@ -84,8 +85,16 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
             scale_bits: args.scale_bits.unwrap_or(DEFAULT_SCALE_BITS) as u8,
         },
     };
+    ensure!(
+        args.steps.is_none() || args.method == Method::SlimPlus,
+        "`--steps` belongs to `--method slim+`"
+    );
+    let is_slim = matches!(args.method, Method::Slim | Method::SlimPlus);
+    ensure!(args.target_bpw.is_none() || is_slim, "`--target-bpw` belongs to `--method slim`");
     let settings = Settings {
-        bits: args.bits,
+        // Around this width the budget looks for others.
+        bits: args.target_bpw.map_or(args.bits, |target| (target - 0.3).round() as u8),
+        target_bits_per_weight: args.target_bpw,
         group_size: args.group_size,
         coding,
         method: args.method,
@@ -94,6 +103,7 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
         samples: args.samples,
         context: args.context,
         seed: args.seed,
+        steps: args.steps.unwrap_or(DEFAULT_STEPS),
     };
     settings.validate()?;
     Ok(settings)
@@ -123,7 +133,11 @@ fn calibration(
         if text.is_some() {
             bail!("`--calibration`: round to nearest uses no calibration text");
         }
-        return Ok(Calibration { samples: Vec::new(), text_sha256: String::new(), tokens: 0 });
+        return Ok(Calibration {
+            samples: Vec::new(),
+            text_sha256: String::new(),
+            text: Vec::new(),
+        });
     }
     let tokenizer = tokenizer(source)?;
     Ok(Calibration::from_text(
@@ -166,7 +180,7 @@ fn engine(settings: &Settings, choice: &Choice) -> Result<(Engine, String)> {
 }
 
 /// Shows a step of the conversion; `block` are the errors of the block's layers so far.
-fn show(progress: &Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
+fn show(progress: &mut Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
     let shown = |error: Option<f32>| error.map_or(String::new(), |e| format!(", error {e:.5}"));
     match step {
         Step::Layer(layer) => {
@@ -176,6 +190,10 @@ fn show(progress: &Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
         Step::Block { done, .. } => {
             let layers = plural(block.len(), "layer");
             progress.step(done, format_args!("{layers}{}", shown(mean(block.drain(..)))));
+        }
+        Step::Step { done, of, loss } => {
+            progress.begin("step", of);
+            progress.step(done, format_args!("divergence {loss:.4}"));
         }
         Step::Warning(warning) => progress.warn(warning),
     }

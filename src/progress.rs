@@ -32,6 +32,14 @@ impl Progress {
         Self { kind, noun, steps, start: Instant::now() }
     }
 
+    /// Goes on to `steps` steps called `noun`, if it is not there yet.
+    pub fn begin(&mut self, noun: &'static str, steps: usize) {
+        if self.noun != noun && !matches!(self.kind, Kind::Silent) {
+            self.finish();
+            *self = Self::new(noun, steps);
+        }
+    }
+
     /// Progress that shows nothing but warnings.
     pub fn silent() -> Self {
         Self { kind: Kind::Silent, noun: "", steps: 0, start: Instant::now() }

@@ -16,7 +16,6 @@ use slim_kernels::{
 
 use crate::{
     Activations,
-    fit::fit,
     lanes::{Lanes, gather, nearest_codes},
     published,
 };
@@ -24,6 +23,19 @@ use crate::{
 /// The columns of each group.
 pub fn group_columns(cols: usize, group_size: usize) -> Vec<Range<usize>> {
     (0..cols).step_by(group_size).map(|first| first..cols.min(first + group_size)).collect()
+}
+
+/// The columns of each run of a group that shares scales.
+pub fn run_columns(
+    group: &Range<usize>,
+    coding: ScaleCoding,
+) -> impl Iterator<Item = Range<usize>> {
+    let run = match coding {
+        ScaleCoding::TwoLevel { sub_group, .. } => sub_group,
+        ScaleCoding::Paper => group.len(),
+    };
+    let end = group.end;
+    group.clone().step_by(run).map(move |first| first..end.min(first + run))
 }
 
 /// The widths of `n` groups: `bits - 1` for the groups `low`, `bits + 1` for the groups `high`.
@@ -39,71 +51,6 @@ fn ranking(salience: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..salience.len()).collect();
     order.sort_by(|&a, &b| salience[a].total_cmp(&salience[b]));
     order
-}
-
-/// Our allocation: pairs of groups swap a bit as long as the predicted loss falls.
-///
-/// The loss of a group at a width is the importance-weighted squared error of the best affine fit of each run of
-/// columns that share a scale; short groups count per column, so that a swap never raises the mean width.
-pub fn by_predicted_loss(
-    weights: &[f32],
-    importance: &[f32],
-    groups: &[Range<usize>],
-    coding: ScaleCoding,
-    bits: u8,
-) -> Vec<BitWidth> {
-    let candidates: Vec<u8> = (bits.max(2) - 1..=(bits + 1).min(8)).collect();
-    if candidates.len() < 3 {
-        return widths(groups.len(), bits, &[], &[]);
-    }
-    let losses: Vec<[f64; 3]> = groups
-        .par_iter()
-        .map(|group| {
-            let loss = |bits: u8| {
-                let width = BitWidth::new(bits).expect("a width of 1 to 8");
-                predicted_loss(weights, importance, group.clone(), coding, width)
-            };
-            [loss(candidates[0]), loss(candidates[1]), loss(candidates[2])]
-        })
-        .collect();
-    let full: Vec<usize> =
-        (0..groups.len()).filter(|&g| groups[g].len() == groups[0].len()).collect();
-    let mut gain: Vec<(f64, usize)> =
-        full.iter().map(|&g| (losses[g][1] - losses[g][2], g)).collect();
-    let mut cost: Vec<(f64, usize)> =
-        full.iter().map(|&g| (losses[g][0] - losses[g][1], g)).collect();
-    gain.sort_by(|a, b| b.0.total_cmp(&a.0));
-    cost.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let p = gain.iter().zip(&cost).take_while(|(gain, cost)| gain.0 > cost.0).count();
-    let take =
-        |list: &[(f64, usize)]| list[..p].iter().map(|&(_, group)| group).collect::<Vec<_>>();
-    widths(groups.len(), bits, &take(&cost), &take(&gain))
-}
-
-fn predicted_loss(
-    weights: &[f32],
-    importance: &[f32],
-    group: Range<usize>,
-    coding: ScaleCoding,
-    width: BitWidth,
-) -> f64 {
-    let cols = importance.len();
-    let tiles = (weights.len() / cols).div_ceil(TILE_ROWS);
-    let run = match coding {
-        ScaleCoding::TwoLevel { sub_group, .. } => sub_group,
-        ScaleCoding::Paper => group.len(),
-    };
-    let runs = group.clone().step_by(run).map(|first| first..group.end.min(first + run));
-    let mut loss = 0.0;
-    for tile in 0..tiles {
-        let w = gather(weights, cols, tile, group.clone());
-        for run in runs.clone() {
-            let w = &w[run.start - group.start..run.end - group.start];
-            loss +=
-                fit(w, &importance[run], width).error.iter().map(|e| f64::from(*e)).sum::<f64>();
-        }
-    }
-    loss
 }
 
 /// The published search: for each `p` from 1 to half the groups less one, the divergence of the layer's outputs.

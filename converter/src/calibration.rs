@@ -15,8 +15,8 @@ pub struct Calibration {
     pub samples: Vec<Vec<u32>>,
     /// SHA-256 of the text, in hex.
     pub text_sha256: String,
-    /// Tokens of the whole text.
-    pub tokens: usize,
+    /// The tokens of the whole text.
+    pub text: Vec<u32>,
 }
 
 impl Calibration {
@@ -42,7 +42,7 @@ impl Calibration {
                 tokens[start..start + context].to_vec()
             })
             .collect();
-        Ok(Self { samples, text_sha256: hex(&Sha256::digest(text)), tokens: tokens.len() })
+        Ok(Self { samples, text_sha256: hex(&Sha256::digest(text)), text: tokens })
     }
 }
 

@@ -1,19 +1,23 @@
 //! The whole conversion: one block at a time, each layer calibrated on what the quantized layers before it give.
 
-use std::{ops::Range, path::Path};
+use std::{collections::HashMap, ops::Range, path::Path};
 
 use half::f16;
 use rayon::prelude::*;
 use slim_formats::{
     DType, ModelSource, Weight,
-    slim::{PackedLayer, SlimWriter},
+    slim::{BitWidth, PackedLayer, SlimWriter},
 };
 use slim_kernels::weight;
-use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
+use slim_runtime::Block;
 
 use crate::{
     Activations, Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report,
     Resources, Result, Settings,
+    backward::Linear,
+    budget,
+    calibrator::{Calibrator, Layer, Visitor},
+    distill::convert_and_distill,
     layer::{LayerInputs, quantize_layer, round_layer},
     provenance,
 };
@@ -31,26 +35,35 @@ pub fn convert(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
     settings.validate()?;
+    if settings.method == Method::SlimPlus {
+        return convert_and_distill(source, calibration, settings, resources, target, progress);
+    }
     let metadata = provenance::metadata(source, calibration, settings)?;
     let mut output = Output {
         writer: SlimWriter::create(target)?,
         source,
         settings,
+        widths: HashMap::new(),
         layers: Vec::new(),
         warnings: Vec::new(),
         progress,
     };
+    if settings.method == Method::Slim && !settings.reference {
+        output.widths = budget::bit_widths(source, calibration, settings, &resources)?;
+    }
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
-        Method::Slim | Method::Gptq => {
+        Method::Slim | Method::SlimPlus | Method::Gptq => {
             Some(Calibrator::new(source, calibration, settings, &resources)?)
         }
     };
     let blocks = source.config().block_count;
     for index in 0..blocks {
         let block = Block::load(source, index)?;
+        output.norm(&format!("blk.{index}.attn_norm.weight"), &block.attn_norm)?;
+        output.norm(&format!("blk.{index}.ffn_norm.weight"), &block.ffn_norm)?;
         match &mut calibrator {
-            Some(calibrator) => calibrator.quantize_block(index, block, &mut output)?,
+            Some(calibrator) => calibrator.pass_block(index, &block, &mut output)?,
             None => round_block(index, &block, &mut output)?,
         }
         (output.progress)(Progress::Block { done: index + 1, of: blocks });
@@ -59,161 +72,16 @@ pub fn convert(
     output.finish(metadata)
 }
 
-/// The activations of all samples on their way through the blocks.
-struct Calibrator<'a> {
-    engine: &'a Engine,
-    context: Context<'a>,
-    tokens_per_sample: usize,
-    /// The residual stream, `[samples, tokens, hidden]`.
-    residual: Activations,
-    /// The normed residual, `[samples, tokens, hidden]`.
-    normed: Activations,
-    /// The inputs of `attn_output`, `[samples, tokens, heads * head_dim]`.
-    attended: Activations,
-    /// The inputs of `ffn_down`, `[samples, tokens, ffn]`.
-    ffn: Activations,
-    /// The residual before the block, for `--reference`: the published code takes the inputs of a block's layers from the
-    /// float block, and runs the quantized one afterwards.
-    before: Option<Activations>,
-}
-
-impl<'a> Calibrator<'a> {
-    fn new(
-        source: &'a dyn ModelSource,
-        calibration: &Calibration,
-        settings: &Settings,
-        resources: &'a Resources,
-    ) -> Result<Self> {
-        let config = source.config();
-        let samples = calibration.samples.len();
-        let tokens_per_sample = calibration.samples.first().map_or(0, Vec::len);
-        let mut memory_left = resources.activation_bytes;
-        let mut activations =
-            |width| Activations::new(samples, tokens_per_sample, width, &mut memory_left);
-        let mut residual = activations(config.hidden_size)?;
-        let normed = activations(config.hidden_size)?;
-        let attended = activations(config.head_count * config.head_dim)?;
-        let ffn = activations(config.ffn_size)?;
-        let before = match settings.reference {
-            true => Some(activations(config.hidden_size)?),
-            false => None,
-        };
-        let embedding = find(source, "token_embd.weight")?;
-        for (index, tokens) in calibration.samples.iter().enumerate() {
-            residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
-        }
-        let engine = &resources.engine;
-        let context = Context { config, backend: engine.backend() };
-        Ok(Self { engine, context, tokens_per_sample, residual, normed, attended, ffn, before })
-    }
-
-    /// Quantizes the layers of a block in the order in which data flows through them.
-    fn quantize_block(
-        &mut self,
-        index: usize,
-        block: Block<'_>,
-        output: &mut Output<'_>,
-    ) -> Result<()> {
-        let Self { engine, context, tokens_per_sample, residual, normed, attended, ffn, before } =
-            self;
-        let context = *context;
-        let name = |layer: &str| format!("blk.{index}.{layer}.weight");
-        output.norm(&name("attn_norm"), &block.attn_norm)?;
-        output.norm(&name("ffn_norm"), &block.ffn_norm)?;
-        if let Some(before) = before {
-            before.fill(|i| Ok(residual.sample(i).to_vec()))?;
-        }
-        let is_sequential = before.is_none();
-
-        normed.fill(|i| Ok(block.attention_input(context, residual.sample(i))))?;
-        let (q, k, v) = {
-            let inputs = output.inputs(&name("attn_q"), normed, engine)?;
-            (
-                output.layer(&name("attn_q"), block.attn_q, Some(&inputs))?,
-                output.layer(&name("attn_k"), block.attn_k, Some(&inputs))?,
-                output.layer(&name("attn_v"), block.attn_v, Some(&inputs))?,
-            )
-        };
-        let quantized = Block {
-            attn_q: q.weight(block.attn_q),
-            attn_k: k.weight(block.attn_k),
-            attn_v: v.weight(block.attn_v),
-            ..block.clone()
-        };
-        let running = if is_sequential { &quantized } else { &block };
-
-        let angles = rope_angles(context.config, 0, *tokens_per_sample);
-        let mut kv = KvBlock::new(context.config, *tokens_per_sample);
-        let held = engine.hold(&[running.attn_q, running.attn_k, running.attn_v])?;
-        attended.fill(|i| Ok(running.attend(context, normed.sample(i), &mut kv, 0, &angles)?))?;
-        drop(held);
-        let attn_output = {
-            let inputs = output.inputs(&name("attn_output"), attended, engine)?;
-            output.layer(&name("attn_output"), block.attn_output, Some(&inputs))?
-        };
-        let quantized = Block { attn_output: attn_output.weight(block.attn_output), ..quantized };
-        let running = if is_sequential { &quantized } else { &block };
-
-        let held = engine.hold(&[running.attn_output])?;
-        for i in 0..residual.samples() {
-            running.add_attention(context, attended.sample(i), residual.sample_mut(i))?;
-        }
-        drop(held);
-        normed.fill(|i| Ok(running.ffn_input(context, residual.sample(i))))?;
-        let (gate, up) = {
-            let inputs = output.inputs(&name("ffn_gate"), normed, engine)?;
-            (
-                output.layer(&name("ffn_gate"), block.ffn_gate, Some(&inputs))?,
-                output.layer(&name("ffn_up"), block.ffn_up, Some(&inputs))?,
-            )
-        };
-        let quantized = Block {
-            ffn_gate: gate.weight(block.ffn_gate),
-            ffn_up: up.weight(block.ffn_up),
-            ..quantized
-        };
-        let running = if is_sequential { &quantized } else { &block };
-
-        let held = engine.hold(&[running.ffn_gate, running.ffn_up])?;
-        ffn.fill(|i| Ok(running.ffn_activation(context, normed.sample(i))?))?;
-        drop(held);
-        let down = {
-            let inputs = output.inputs(&name("ffn_down"), ffn, engine)?;
-            output.layer(&name("ffn_down"), block.ffn_down, Some(&inputs))?
-        };
-        let quantized = Block { ffn_down: down.weight(block.ffn_down), ..quantized };
-        let _held = match is_sequential {
-            true => engine.hold(&[quantized.ffn_down])?,
-            false => engine.hold(&quantized.weights())?,
-        };
-        for i in 0..residual.samples() {
-            match before {
-                None => quantized.add_ffn(context, ffn.sample(i), residual.sample_mut(i))?,
-                Some(before) => {
-                    residual.sample_mut(i).copy_from_slice(before.sample(i));
-                    quantized.forward(context, residual.sample_mut(i), &mut kv, 0, &angles)?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
 /// Quantizes a block without calibration.
 fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Result<()> {
-    let name = |layer: &str| format!("blk.{index}.{layer}.weight");
-    output.norm(&name("attn_norm"), &block.attn_norm)?;
-    output.norm(&name("ffn_norm"), &block.ffn_norm)?;
-    for (layer, weight) in [
-        ("attn_q", block.attn_q),
-        ("attn_k", block.attn_k),
-        ("attn_v", block.attn_v),
-        ("attn_output", block.attn_output),
-        ("ffn_gate", block.ffn_gate),
-        ("ffn_up", block.ffn_up),
-        ("ffn_down", block.ffn_down),
-    ] {
-        output.layer(&name(layer), weight, None)?;
+    for (layer, weight) in Linear::ALL.into_iter().zip(block.weights()) {
+        let name = layer.tensor_name(index);
+        if output.fits_groups(&name, weight) {
+            let packed = output.round(&name, weight, output.settings)?;
+            output.write(&name, &packed, None)?;
+        } else {
+            output.keep(&name, weight)?;
+        }
     }
     Ok(())
 }
@@ -223,30 +91,14 @@ struct Output<'a> {
     writer: SlimWriter,
     source: &'a dyn ModelSource,
     settings: &'a Settings,
+    /// The bit-widths of layers that the budget has decided, by name.
+    widths: HashMap<String, Vec<BitWidth>>,
     layers: Vec<LayerReport>,
     warnings: Vec<String>,
     progress: &'a mut dyn FnMut(Progress<'_>),
 }
 
-/// What became of a layer.
-enum Layer {
-    Quantized(Box<PackedLayer>),
-    /// Stored as f16: its columns do not fill groups.
-    Kept,
-}
-
-impl Layer {
-    /// The weight that runs from here on.
-    fn weight<'a>(&'a self, source: Weight<'a>) -> Weight<'a> {
-        match self {
-            Self::Quantized(packed) => Weight::Packed(packed.view()),
-            Self::Kept => source,
-        }
-    }
-}
-
-impl Output<'_> {
-    /// The Hessian of the layers that take `activations` in, of which `name` is the first.
+impl Visitor for Output<'_> {
     fn inputs<'a>(
         &mut self,
         name: &str,
@@ -262,32 +114,22 @@ impl Output<'_> {
         Ok(inputs)
     }
 
-    /// Quantizes and writes a linear layer of a block.
-    fn layer(
-        &mut self,
-        name: &str,
-        source: Weight<'_>,
-        inputs: Option<&LayerInputs<'_>>,
-    ) -> Result<Layer> {
-        let (rows, cols) = weight::shape(source);
-        if !self.fits_groups(name, cols) {
+    fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {
+        if !self.fits_groups(name, source) {
             self.keep(name, source)?;
             return Ok(Layer::Kept);
         }
-        let (packed, error) = match inputs {
-            Some(inputs) => {
-                let weights = finite_rows(name, source, 0..rows)?;
-                let layer = quantize_layer(&weights, inputs, self.settings);
-                (layer.packed, Some(layer.error))
-            }
-            None => (self.round(name, source, self.settings)?, None),
-        };
-        self.write(name, &packed, error)?;
-        Ok(Layer::Quantized(Box::new(packed)))
+        let weights = finite_rows(name, source, 0..weight::shape(source).0)?;
+        let layer = quantize_layer(&weights, inputs, self.settings, self.widths.get(name));
+        self.write(name, &layer.packed, Some(layer.error))?;
+        Ok(Layer::Quantized(Box::new(layer.packed)))
     }
+}
 
+impl Output<'_> {
     /// Whether a layer can be cut into groups; warns if not.
-    fn fits_groups(&mut self, name: &str, cols: usize) -> bool {
+    fn fits_groups(&mut self, name: &str, source: Weight<'_>) -> bool {
+        let (_, cols) = weight::shape(source);
         let fits = cols.is_multiple_of(16);
         if !fits {
             self.warn(format!(
@@ -328,7 +170,7 @@ impl Output<'_> {
         }
         for name in matrices {
             let found = find(source, name)?;
-            if self.settings.embed_bits < 16 && self.fits_groups(name, weight::shape(found).1) {
+            if self.settings.embed_bits < 16 && self.fits_groups(name, found) {
                 let packed = self.round(name, found, &self.settings.for_embedding())?;
                 self.write(name, &packed, None)?;
             } else {
@@ -382,15 +224,16 @@ impl Output<'_> {
     }
 }
 
-fn find<'a>(source: &'a dyn ModelSource, name: &str) -> Result<Weight<'a>> {
+/// A tensor that must be there.
+pub fn find<'a>(source: &'a dyn ModelSource, name: &str) -> Result<Weight<'a>> {
     source.tensor(name)?.ok_or_else(|| {
         let place = format!("tensor `{name}`");
         slim_formats::FormatError::malformed(source.path(), place, "", "none", "a tensor").into()
     })
 }
 
-/// Some rows of a tensor, `[rows.len(), cols]`.
-fn finite_rows(name: &str, source: Weight<'_>, rows: Range<usize>) -> Result<Vec<f32>> {
+/// Some rows of the tensor `name`, `[rows.len(), cols]`.
+pub fn finite_rows(name: &str, source: Weight<'_>, rows: Range<usize>) -> Result<Vec<f32>> {
     const ROWS: usize = 64;
     let (_, cols) = weight::shape(source);
     let mut weights = vec![0.0; rows.len() * cols];

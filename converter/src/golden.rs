@@ -61,6 +61,8 @@ impl Golden {
                 samples: SAMPLES,
                 context: TOKENS,
                 seed: 0,
+                steps: 0,
+                target_bits_per_weight: None,
             },
             tensors: tensors.collect(),
         }

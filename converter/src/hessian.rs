@@ -38,6 +38,28 @@ impl Hessian {
         self
     }
 
+    /// `[n, n]`, row-major.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Rows and columns.
+    pub fn size(&self) -> usize {
+        self.n
+    }
+
+    /// The diagonal.
+    pub fn diagonal(&self) -> Vec<f32> {
+        self.values.iter().step_by(self.n + 1).copied().collect()
+    }
+
+    /// Row and column `order[i]` as row and column `i`.
+    #[must_use]
+    pub fn reordered(&self, order: &[usize]) -> Self {
+        let row = |&i: &usize| order.iter().map(move |&j| self.values[i * self.n + j]);
+        Self { n: self.n, values: order.iter().flat_map(row).collect() }
+    }
+
     /// The mean of the diagonal.
     pub fn mean_diagonal(&self) -> f32 {
         let sum: f64 = self.values.iter().step_by(self.n + 1).map(|&value| f64::from(value)).sum();

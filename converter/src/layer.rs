@@ -7,7 +7,7 @@ use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, TILE_ROWS, TileMut}
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
-    allocate::{by_predicted_loss, group_columns, published_divergences, published_widths},
+    allocate::{group_columns, published_divergences, published_widths, run_columns},
     coder::Coder,
     hessian::{Factor, Hessian},
     lanes::gather,
@@ -25,6 +25,10 @@ pub struct LayerInputs<'a> {
     hessian: Hessian,
     factor: Factor,
     importance: Vec<f32>,
+    /// Columns in the order of the sweep.
+    order: Vec<usize>,
+    /// The damped Hessian, its rows and columns in that order.
+    reordered: Hessian,
     /// The ranking of the published search; only for `--reference`.
     search_importance: Option<Vec<f32>>,
     /// The share of the mean diagonal that was needed to factor the Hessian, if more than usual.
@@ -47,11 +51,48 @@ impl<'a> LayerInputs<'a> {
             true => Some(damped.factor(0.0)?.0.importance()),
             false => None,
         };
-        let (factor, share) = damped.factor(DAMPING)?;
-        let importance = factor.importance();
+        let order = match settings.reference {
+            true => (0..hessian.size()).collect(),
+            false => sweep_order(&hessian.diagonal(), settings),
+        };
+        let reordered = damped.reordered(&order);
+        let (factor, share) = reordered.factor(DAMPING)?;
+        let damping = share * reordered.mean_diagonal();
+        let reordered = reordered.damped(damping);
+        let mut importance = vec![0.0; order.len()];
+        for (&col, cost) in order.iter().zip(factor.importance()) {
+            importance[col] = cost;
+        }
         let extra_damping = (share > DAMPING).then_some(share);
-        Ok(Self { activations, hessian, factor, importance, search_importance, extra_damping })
+        Ok(Self {
+            activations,
+            hessian,
+            factor,
+            importance,
+            order,
+            reordered,
+            search_importance,
+            extra_damping,
+        })
     }
+
+    /// What an error in each column costs.
+    pub fn importance(&self) -> &[f32] {
+        &self.importance
+    }
+}
+
+/// Runs of columns that share scales, those with the largest inputs first: what is quantized first has the most columns left
+/// that make up for its error.
+fn sweep_order(diagonal: &[f32], settings: &Settings) -> Vec<usize> {
+    let groups = group_columns(diagonal.len(), settings.group_size);
+    let mut runs: Vec<Range<usize>> =
+        groups.iter().flat_map(|group| run_columns(group, settings.coding)).collect();
+    let size = |run: &Range<usize>| {
+        diagonal[run.clone()].iter().map(|&x| f64::from(x)).sum::<f64>() / run.len() as f64
+    };
+    runs.sort_by(|a, b| size(b).total_cmp(&size(a)));
+    runs.into_iter().flatten().collect()
 }
 
 /// Rows whose quantized form is held as f32 at a time: bounds the memory that a tall layer, such as an embedding, takes.
@@ -73,8 +114,9 @@ pub fn quantize_layer(
     weights: &[f32],
     inputs: &LayerInputs<'_>,
     settings: &Settings,
+    widths: Option<&Vec<BitWidth>>,
 ) -> QuantizedLayer {
-    let quantizer = Quantizer::calibrated(weights, inputs, settings);
+    let quantizer = Quantizer::calibrated(weights, inputs, settings, widths);
     let cols = quantizer.layout.cols();
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
     let (mut error, mut total) = (0.0, 0.0);
@@ -117,14 +159,21 @@ struct Quantizer<'a> {
 }
 
 impl<'a> Quantizer<'a> {
-    fn calibrated(weights: &[f32], inputs: &'a LayerInputs<'_>, settings: &Settings) -> Self {
+    fn calibrated(
+        weights: &[f32],
+        inputs: &'a LayerInputs<'_>,
+        settings: &Settings,
+        widths: Option<&Vec<BitWidth>>,
+    ) -> Self {
         let cols = inputs.importance.len();
-        let widths = bit_widths(weights, inputs, settings);
+        let widths = widths.cloned().unwrap_or_else(|| own_widths(weights, inputs, settings));
         let coder = settings.coder();
         let is_swept = settings.method != Method::RoundToNearest;
         let curvature = Curvature {
             factor: is_swept.then(|| inputs.factor.values()),
             importance: Cow::Borrowed(&inputs.importance),
+            order: Cow::Borrowed(&inputs.order),
+            hessian: (is_swept && !settings.reference).then(|| inputs.reordered.values()),
         };
         let layout = layout(weights.len() / cols, cols, settings.group_size, coder, &widths);
         Self { layout, curvature, coder }
@@ -134,7 +183,12 @@ impl<'a> Quantizer<'a> {
         let coder = Coder::Best(settings.coding);
         let widths = uniform_widths(cols.div_ceil(settings.group_size), settings.bits);
         let layout = layout(rows, cols, settings.group_size, coder, &widths);
-        let curvature = Curvature { factor: None, importance: Cow::Owned(vec![1.0; cols]) };
+        let curvature = Curvature {
+            factor: None,
+            importance: Cow::Owned(vec![1.0; cols]),
+            order: Cow::Owned((0..cols).collect()),
+            hessian: None,
+        };
         Self { layout, curvature, coder }
     }
 
@@ -151,7 +205,7 @@ impl<'a> Quantizer<'a> {
         let quantize = |(tile, slot): (usize, &mut TileMut<'_>)| {
             let used = TILE_ROWS.min(rows - tile * TILE_ROWS);
             let columns = gather(weights, cols, tile, 0..cols);
-            let swept = sweep(columns, used, &self.curvature, &self.layout, self.coder);
+            let swept = sweep(&columns, used, &self.curvature, &self.layout, self.coder);
             swept.store(slot);
             swept
         };
@@ -174,19 +228,16 @@ fn uniform_widths(groups: usize, bits: u8) -> Vec<BitWidth> {
     vec![BitWidth::new(bits).expect("validated settings"); groups]
 }
 
-fn bit_widths(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) -> Vec<BitWidth> {
+/// The widths of a layer that no budget has decided: as published, or all the same.
+fn own_widths(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) -> Vec<BitWidth> {
     let LayerInputs { activations, importance, search_importance, .. } = inputs;
-    let bits = settings.bits;
     let groups = group_columns(importance.len(), settings.group_size);
-    if let Some(search) = search_importance {
-        let ranking = group_salience(weights, search, &groups);
-        let divergences = published_divergences(weights, activations, &groups, &ranking, bits);
-        return published_widths(&divergences, &group_salience(weights, importance, &groups), bits);
-    }
-    match settings.method {
-        Method::Slim => by_predicted_loss(weights, importance, &groups, settings.coding, bits),
-        Method::Gptq | Method::RoundToNearest => uniform_widths(groups.len(), bits),
-    }
+    let Some(search) = search_importance else {
+        return uniform_widths(groups.len(), settings.bits);
+    };
+    let ranking = group_salience(weights, search, &groups);
+    let divergences = published_divergences(weights, activations, &groups, &ranking, settings.bits);
+    published_widths(&divergences, &group_salience(weights, importance, &groups), settings.bits)
 }
 
 /// `W - What`, row-major.
@@ -209,7 +260,7 @@ pub(crate) fn sweep_layer(
     inputs: &LayerInputs<'_>,
     settings: &Settings,
 ) -> (LayerLayout, Vec<SweptTile>) {
-    let quantizer = Quantizer::calibrated(weights, inputs, settings);
+    let quantizer = Quantizer::calibrated(weights, inputs, settings, None);
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
     let tiles = quantizer.sweep(weights, &mut packed.tiles_mut());
     (quantizer.layout, tiles)

@@ -5,9 +5,12 @@
 mod activations;
 mod allocate;
 pub mod backward;
+mod budget;
 mod calibration;
+mod calibrator;
 mod coder;
 mod convert;
+mod distill;
 mod engine;
 mod error;
 mod fit;

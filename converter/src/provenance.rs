@@ -36,9 +36,12 @@ pub fn metadata(
     if settings.method != Method::RoundToNearest {
         metadata.insert("slim.quantization.seed", settings.seed)?;
         metadata.insert("slim.calibration.text_sha256", calibration.text_sha256.as_str())?;
-        metadata.insert("slim.calibration.text_tokens", calibration.tokens as u64)?;
+        metadata.insert("slim.calibration.text_tokens", calibration.text.len() as u64)?;
         metadata.insert("slim.calibration.samples", settings.samples as u32)?;
         metadata.insert("slim.calibration.context", settings.context as u32)?;
+    }
+    if settings.method == Method::SlimPlus {
+        metadata.insert("slim.quantization.steps", settings.steps as u32)?;
     }
     Ok(metadata)
 }

@@ -12,6 +12,15 @@ pub enum Progress<'a> {
         /// Blocks of the model.
         of: usize,
     },
+    /// A step of the training of scales and norms is done.
+    Step {
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        of: usize,
+        /// The divergence from the source before the step, in nats per token.
+        loss: f64,
+    },
     /// Something that the user should know.
     Warning(&'a str),
 }

@@ -9,6 +9,8 @@ use crate::{ConvertError, Engine, Result, coder::Coder};
 pub enum Method {
     /// SliM-LLM: bit-widths by salience (SBA), salience-weighted scales, GPTQ sweep.
     Slim,
+    /// [`Self::Slim`], then scales and norms trained towards the distributions of the source.
+    SlimPlus,
     /// One bit-width, GPTQ sweep.
     Gptq,
     /// One bit-width, every weight rounded by itself; needs no calibration.
@@ -20,6 +22,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Self::Slim => "slim",
+            Self::SlimPlus => "slim+",
             Self::Gptq => "gptq",
             Self::RoundToNearest => "rtn",
         }
@@ -31,6 +34,9 @@ impl Method {
 pub struct Settings {
     /// Mean bits per code of the linear layers, 1 to 8.
     pub bits: u8,
+    /// Bits per weight of the linear layers, everything counted, that method `slim` may take; `None` for as many as
+    /// `bits` everywhere would.
+    pub target_bits_per_weight: Option<f64>,
     /// Columns that share a bit-width: a multiple of 16.
     pub group_size: usize,
     /// How scales are stored.
@@ -47,6 +53,8 @@ pub struct Settings {
     pub context: usize,
     /// Seed of the choice of samples.
     pub seed: u64,
+    /// Steps of training, for [`Method::SlimPlus`].
+    pub steps: usize,
 }
 
 impl Settings {
@@ -75,6 +83,12 @@ impl Settings {
             check(fits, "sub-group", sub_group.to_string(), "16, 32 or 64")?;
             let fits = matches!(scale_bits, 4 | 6);
             check(fits, "scale bits", scale_bits.to_string(), "4 or 6")?;
+        }
+        if self.method == Method::SlimPlus {
+            let fits = self.coding != ScaleCoding::Paper;
+            check(fits, "scales of method `slim+`", "`paper`".into(), "`two-level`")?;
+            let fits = (1..=1 << 20).contains(&self.steps);
+            check(fits, "steps", self.steps.to_string(), "1 to 1048576")?;
         }
         if self.reference {
             let fits = self.method == Method::Slim && self.coding == ScaleCoding::Paper;

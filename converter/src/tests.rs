@@ -1,26 +1,22 @@
 //! Properties of one layer's quantization, on random layers.
 
-use slim_formats::{
-    Weight,
-    slim::{BitWidth, ScaleCoding},
-};
+use slim_formats::{Weight, slim::ScaleCoding};
 use slim_kernels::weight;
 
 use crate::{
     Activations, Engine, Method, Settings,
-    allocate::{by_predicted_loss, group_columns},
     layer::{LayerInputs, quantize_layer, round_layer, sweep_layer},
 };
 
 const COLS: usize = 80;
 const ROWS: usize = 40;
-const CODINGS: [ScaleCoding; 3] = [
+pub const CODINGS: [ScaleCoding; 3] = [
     ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 },
     ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 },
     ScaleCoding::Paper,
 ];
 
-fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
+pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
     Settings {
         bits,
         group_size: 32,
@@ -31,11 +27,13 @@ fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         samples: 2,
         context: 96,
         seed: 0,
+        steps: 0,
+        target_bits_per_weight: None,
     }
 }
 
 /// Values with roughly the bell shape of weights.
-fn noise(len: usize, seed: u32) -> Vec<f32> {
+pub fn noise(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
     let mut uniform = move || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -72,7 +70,7 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
             let settings = settings(bits, coding, Method::Slim);
             let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
             let (_, tiles) = sweep_layer(&weights, &inputs, &settings);
-            let layer = quantize_layer(&weights, &inputs, &settings);
+            let layer = quantize_layer(&weights, &inputs, &settings, None);
             let packed = dequantized(&layer.packed);
             for (row, values) in packed.chunks_exact(COLS).enumerate() {
                 for (col, value) in values.iter().enumerate() {
@@ -91,7 +89,7 @@ fn error_falls_with_bits_and_with_the_sweep() {
         let error = |bits, method| {
             let settings = settings(bits, coding, method);
             let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
-            quantize_layer(&weights, &inputs, &settings).error
+            quantize_layer(&weights, &inputs, &settings, None).error
         };
         for bits in 2..=5 {
             assert!(error(bits, Method::Gptq) < error(bits, Method::RoundToNearest));
@@ -105,7 +103,7 @@ fn reported_error_is_that_of_the_layers_outputs() {
     let (weights, activations) = (noise(ROWS * COLS, 3), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
     let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
-    let layer = quantize_layer(&weights, &inputs, &settings);
+    let layer = quantize_layer(&weights, &inputs, &settings, None);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
     for sample in 0..2 {
@@ -128,39 +126,10 @@ fn zero_layer_and_zero_inputs_give_zeros() {
         for activations in [&activations(), &zero_inputs] {
             let settings = settings(2, coding, Method::Slim);
             let inputs = LayerInputs::new(activations, &settings, &Engine::Cpu).unwrap();
-            let layer = quantize_layer(&vec![0.0; ROWS * COLS], &inputs, &settings);
+            let layer = quantize_layer(&vec![0.0; ROWS * COLS], &inputs, &settings, None);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
             assert_eq!(layer.error, 0.0);
         }
-    }
-}
-
-#[test]
-fn allocation_of_equal_groups_is_uniform() {
-    let group = noise(ROWS * 32, 4);
-    let mut weights = Vec::new();
-    for row in group.chunks_exact(32) {
-        weights.extend([row, row, row, row].concat());
-    }
-    let groups = group_columns(128, 32);
-    for bits in 1..=8 {
-        let widths = by_predicted_loss(&weights, &[1.0; 128], &groups, CODINGS[0], bits);
-        assert_eq!(widths, vec![BitWidth::new(bits).unwrap(); 4]);
-    }
-}
-
-#[test]
-fn allocation_keeps_the_mean_and_favours_the_costly_group() {
-    let weights = noise(ROWS * COLS, 5);
-    let mut importance = [1.0; COLS];
-    importance[..32].fill(100.0);
-    let groups = group_columns(COLS, 16);
-    for bits in 2..=7 {
-        let widths = by_predicted_loss(&weights, &importance, &groups, CODINGS[0], bits);
-        let sum: u32 = widths.iter().map(|width| u32::from(width.bits())).sum();
-        assert_eq!(sum, 5 * u32::from(bits));
-        assert_eq!(widths[0].bits(), bits + 1);
-        assert_eq!(widths[1].bits(), bits + 1);
     }
 }
 
@@ -170,7 +139,7 @@ fn result_does_not_depend_on_the_number_of_threads() {
     let settings = settings(3, CODINGS[0], Method::Slim);
     let quantize = || {
         let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
-        quantize_layer(&weights, &inputs, &settings).packed
+        quantize_layer(&weights, &inputs, &settings, None).packed
     };
     let with_threads = |threads| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(quantize)

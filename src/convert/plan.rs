@@ -167,6 +167,9 @@ impl Plan {
             let samples = plural(samples, "sample");
             lines.push(("calibration", format!("{samples} of {context} tokens, seed {seed}")));
         }
+        if self.settings.method == Method::SlimPlus {
+            lines.push(("training", plural(self.settings.steps, "step")));
+        }
         lines.push(("layers", format!("{linear} in {blocks}")));
         lines.push((
             "bits per weight",
@@ -217,7 +220,9 @@ fn activation_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     let width = 2 * config.hidden_size + config.head_count * config.head_dim + config.ffn_size;
     match settings.method {
         Method::RoundToNearest => 0,
-        Method::Slim | Method::Gptq => 4 * (settings.samples * settings.context * width) as u64,
+        Method::Slim | Method::SlimPlus | Method::Gptq => {
+            4 * (settings.samples * settings.context * width) as u64
+        }
     }
 }
 

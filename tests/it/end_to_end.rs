@@ -12,9 +12,9 @@ use slim_formats::{
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
-use slim_runtime::{Model, Tokenizer};
+use slim_runtime::{Model, Tokenizer, evaluate};
 
-use crate::command::{Dir, arg, real_model, succeed, tiny_model};
+use crate::command::{Dir, arg, fail, real_model, succeed, tiny_model};
 
 /// What the issue allows between a packed file and the quantizer's own weights.
 const LOGITS_TOLERANCE: f32 = 1e-3;
@@ -32,6 +32,8 @@ fn settings(bits: u8, coding: ScaleCoding, reference: bool) -> Settings {
         samples: 4,
         context: 64,
         seed: 0,
+        steps: 0,
+        target_bits_per_weight: None,
     }
 }
 
@@ -273,6 +275,76 @@ fn mean_error(reports: &[Value]) -> f64 {
 /// The bit-widths of all groups.
 fn widths(reports: &[Value]) -> Vec<&Value> {
     layers(reports).flat_map(|layer| layer["bits"].as_array().unwrap()).collect()
+}
+
+/// The mean divergence of a file from the model that it was made of, on text that is not the calibration text.
+fn divergence(file: &Path, source: &Path) -> f64 {
+    let (file, source) = (open_model(file).unwrap(), open_model(source).unwrap());
+    let (model, other) = (Model::load(&*file, &Cpu), Model::load(&*source, &Cpu));
+    let tokenizer = Tokenizer::new(source.tokenizer()).unwrap();
+    let tokens = tokenizer.encode(&BUILT_IN_CALIBRATION[200_000..220_000]).unwrap();
+    let evaluation =
+        evaluate(&model.unwrap(), Some(&other.unwrap()), &tokens, 64, 8, |_, _| {}).unwrap();
+    evaluation.divergence.unwrap().kl_mean
+}
+
+#[test]
+fn slim_plus_changes_scales_and_norms_only_and_comes_nearer_to_the_source() {
+    let dir = Dir::new();
+    let (before, after) = (dir.path("before"), dir.path("after"));
+    let six_bits = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 };
+    let source = tiny_model("llama");
+    for coding in [TWO_LEVEL, six_bits] {
+        let settings = Settings { steps: 40, ..settings(2, coding, false) };
+        convert_to(&source, &settings, &before);
+        convert_to(&source, &Settings { method: Method::SlimPlus, ..settings }, &after);
+        assert_eq!(std::fs::read_dir(before.parent().unwrap()).unwrap().count(), 2);
+        let (old, new) = (SlimFile::open(&before).unwrap(), SlimFile::open(&after).unwrap());
+        assert!(new.verify().is_empty(), "{:?}", new.verify());
+        let metadata = new.gguf().metadata();
+        assert_eq!(metadata.str("slim.quantization.method"), Some("slim+"));
+        assert_eq!(metadata.u64("slim.quantization.steps"), Some(40));
+        let mut changed_scales = 0;
+        for (old_info, info) in old.gguf().tensors().iter().zip(new.gguf().tensors()) {
+            assert_eq!((&old_info.name, &old_info.shape), (&info.name, &info.shape));
+            let is_trained = ["scales", "norm.weight"].iter().any(|end| info.name.ends_with(end))
+                && !info.name.starts_with("token_embd")
+                && !info.name.starts_with("output.");
+            let is_same = old.gguf().bytes_of(old_info) == new.gguf().bytes_of(info);
+            assert!(is_same || is_trained, "{}", info.name);
+            changed_scales += usize::from(!is_same && info.name.ends_with(".scales"));
+        }
+        assert_eq!(old.gguf().tensors().len(), new.gguf().tensors().len());
+        assert!(changed_scales >= 7, "{changed_scales}");
+        let (was, is) = (divergence(&before, &source), divergence(&after, &source));
+        println!("{coding:?}: {was:.4} {is:.4}");
+        assert!(is < 0.9 * was, "{coding:?}: {is} after {was}");
+    }
+}
+
+#[test]
+fn slim_plus_gives_the_same_bytes_for_any_number_of_threads() {
+    let dir = Dir::new();
+    let model = tiny_model("mistral-swa");
+    let settings = Settings { method: Method::SlimPlus, steps: 3, ..settings(2, TWO_LEVEL, false) };
+    let bytes = |name: &str, threads| {
+        let file = dir.path(name);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| convert_to(&model, &settings, &file));
+        std::fs::read(file).unwrap()
+    };
+    let first = bytes("first", 1);
+    assert!(first == bytes("second", 1));
+    assert!(first == bytes("third", 2));
+}
+
+#[test]
+fn slim_plus_refuses_the_paper_coding() {
+    let dir = Dir::new();
+    let out = dir.arg("out");
+    let source = &arg(&tiny_model("llama"));
+    let args = ["convert", source, "-o", &out, "--scales", "paper", "--method", "slim+"];
+    fail(&args, &["scales of method `slim+`: found `paper`, expected `two-level`"]);
 }
 
 #[test]

@@ -81,6 +81,11 @@ impl Linear {
         Self::FfnDown,
     ];
 
+    /// The tensor of block `block`.
+    pub fn tensor_name(self, block: usize) -> String {
+        format!("blk.{block}.{}.weight", self.name())
+    }
+
     /// Its part of a tensor's name: `attn_q` in `blk.0.attn_q.weight`.
     pub fn name(self) -> &'static str {
         match self {

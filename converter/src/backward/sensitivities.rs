@@ -19,6 +19,18 @@ pub struct Sensitivities {
 }
 
 impl Sensitivities {
+    /// Of each output of the layer with this tensor, `[rows]`.
+    ///
+    /// # Panics
+    /// If it is no linear layer of a block.
+    pub fn of_tensor(&self, name: &str) -> &[f64] {
+        let found = self.blocks.iter().enumerate().find_map(|(block, layers)| {
+            let layer = Linear::ALL.into_iter().find(|layer| layer.tensor_name(block) == name)?;
+            Some(layers[layer as usize].as_slice())
+        });
+        found.expect("a linear layer of a block")
+    }
+
     /// Of each output of a layer, `[rows]`.
     pub fn of(&self, block: usize, layer: Linear) -> &[f64] {
         &self.blocks[block][layer as usize]

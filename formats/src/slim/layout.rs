@@ -55,6 +55,16 @@ impl<'a> PackedTensor<'a> {
         (self.codes, self.scales, self.row_scales)
     }
 
+    /// A copy in memory.
+    pub fn to_layer(&self) -> PackedLayer {
+        PackedLayer {
+            layout: self.layout.clone(),
+            codes: self.codes.to_vec(),
+            scales: self.scales.to_vec(),
+            row_scales: self.row_scales.to_vec(),
+        }
+    }
+
     /// The codes of one tile.
     pub fn tile_codes(&self, tile: usize) -> &'a [u8] {
         chunk(self.codes, tile, self.layout.tile_code_bytes())
@@ -320,6 +330,7 @@ impl TileMut<'_> {
         let bytes = two_level_record_bytes(scale_bits);
         let offset = self.layout.groups()[group].scales_offset + sub_group * bytes;
         let record = &mut self.scales[offset..][..bytes];
+        record.fill(0);
         for r in 0..TILE_ROWS {
             record[r] = s[r] & 15 | z[r] << 4;
             if scale_bits == 6 {

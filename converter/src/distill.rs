@@ -1,0 +1,171 @@
+//! `slim+`: trains the scales and norms of a quantized model end to end, its codes fixed, towards the distributions of
+//! its source.
+
+mod layer;
+mod parameters;
+mod student;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use slim_formats::{
+    DType, FormatError, ModelSource, Weight,
+    gguf::Metadata,
+    slim::{SlimFile, SlimWriter},
+};
+use slim_kernels::Cpu;
+use slim_runtime::{Model, SplitMix64};
+
+use self::student::Student;
+use crate::{
+    Calibration, ConvertError, Method, Progress, Report, Resources, Result, Settings,
+    backward::Loss, convert::convert, provenance,
+};
+
+/// Sequences that go through both models in one step.
+const SEQUENCES: usize = 2;
+
+/// Tokens of a sequence, at most.
+const SEQUENCE_TOKENS: usize = 512;
+
+/// Steps over which the rate rises to its full height.
+const WARM_UP: f64 = 10.0;
+
+/// [`convert()`] for [`Method::SlimPlus`]: a conversion by [`Method::Slim`] into a temporary file, then its distillation.
+pub fn convert_and_distill(
+    source: &dyn ModelSource,
+    calibration: &Calibration,
+    settings: &Settings,
+    resources: Resources,
+    target: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report> {
+    let draft = Draft::beside(target);
+    let first = Settings { method: Method::Slim, ..settings.clone() };
+    let mut report = convert(source, calibration, &first, resources, &draft.0, progress)?;
+    let file = SlimFile::open(&draft.0)?;
+    draft.remove();
+    let mut student = Student::new(&file)?;
+    distill(source, &mut student, calibration, settings, progress)?;
+    let metadata = provenance::metadata(source, calibration, settings)?;
+    report.file_bytes = write(&file, &student, metadata, target)?;
+    for layer in &mut report.layers {
+        // It was that of the scales before the training.
+        layer.error = None;
+    }
+    Ok(report)
+}
+
+/// Trains `student` on windows of the calibration text.
+fn distill(
+    source: &dyn ModelSource,
+    student: &mut Student<'_>,
+    calibration: &Calibration,
+    settings: &Settings,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<()> {
+    let teacher = Model::load(source, &Cpu)?;
+    let mut random = SplitMix64::new(!settings.seed); // not the places of the calibration samples
+    for step in 0..settings.steps {
+        let sequences = windows(&calibration.text, settings.context, &mut random);
+        let loss = train_on(&teacher, student, &sequences, rate(step, settings.steps), step + 1)?;
+        if !loss.is_finite() {
+            return Err(ConvertError::InvalidSetting {
+                what: "divergence from the source while training",
+                found: format!("{loss} in step {}", step + 1),
+                expected: "a finite number; try fewer steps, or method `slim`".into(),
+            });
+        }
+        progress(Progress::Step { done: step + 1, of: settings.steps, loss });
+    }
+    Ok(())
+}
+
+/// Sequences at random places of the text.
+fn windows<'t>(text: &'t [u32], context: usize, random: &mut SplitMix64) -> Vec<&'t [u32]> {
+    let tokens = context.min(SEQUENCE_TOKENS).min(text.len());
+    let starts = (text.len() - tokens + 1) as u64;
+    let window = |_| &text[random.below(starts) as usize..][..tokens];
+    (0..SEQUENCES).map(window).collect()
+}
+
+/// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine down to zero.
+fn rate(step: usize, steps: usize) -> f64 {
+    let rise = ((step + 1) as f64 / WARM_UP).min(1.0);
+    let fall = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
+    rise * fall
+}
+
+/// One step, number `step` counted from 1; gives the loss before it.
+fn train_on(
+    teacher: &Model<'_>,
+    student: &mut Student<'_>,
+    sequences: &[&[u32]],
+    rate: f64,
+    step: usize,
+) -> Result<f64> {
+    let hidden_size = teacher.config().hidden_size;
+    let mut hidden = Vec::new();
+    for sequence in sequences {
+        hidden.extend(teacher.forward(sequence, &mut teacher.new_cache(sequence.len())?)?);
+    }
+    let mut logits = |tokens: std::ops::Range<usize>| {
+        Ok(teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])?)
+    };
+    let (loss, gradients) = student.gradients(sequences, &mut Loss::Divergence(&mut logits))?;
+    student.update(&gradients, rate as f32, step);
+    Ok(loss)
+}
+
+/// Writes `file` with the scales and norms of `student`; gives the size.
+fn write(
+    file: &SlimFile,
+    student: &Student<'_>,
+    metadata: Metadata,
+    target: &Path,
+) -> Result<u64, FormatError> {
+    let mut writer = SlimWriter::create(target)?;
+    for info in file.gguf().tensors() {
+        // Parts of layers are no tensors of the model; the first one stands for its layer.
+        if let Some(Weight::Dense(tensor)) = file.tensor(&info.name)? {
+            match student.norm(&info.name) {
+                Some(values) => {
+                    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                    writer.dense(&info.name, DType::F32, &info.shape, &bytes)?;
+                }
+                None => writer.dense(&info.name, info.dtype, &info.shape, tensor.bytes)?,
+            }
+        } else if let Some(name) = info.name.strip_suffix(".bits")
+            && let Some(layer) = file.layer(name)
+        {
+            match student.layer(name) {
+                Some(trained) => writer.layer(name, trained, None)?,
+                None => writer.layer(name, &layer.to_layer(), None)?,
+            }
+        }
+    }
+    Ok(writer.finish(metadata)?.bytes)
+}
+
+/// The file of the first conversion. It has a name only from its end to its opening; where an open file cannot be
+/// removed, until the end.
+struct Draft(PathBuf);
+
+impl Draft {
+    fn beside(target: &Path) -> Self {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        Self(target.with_file_name(format!(".{name}.{}.tmp", std::process::id())))
+    }
+
+    fn remove(&self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}

@@ -1,0 +1,62 @@
+//! What is trained, and how: Adam.
+
+/// Numbers being trained, with their running means.
+pub struct Parameters {
+    /// As they are.
+    pub values: Vec<f32>,
+    /// Of the gradients.
+    mean: Vec<f32>,
+    /// Of the squares of the gradients.
+    mean_square: Vec<f32>,
+}
+
+impl Parameters {
+    /// Starts at `values`.
+    pub fn new(values: Vec<f32>) -> Self {
+        let zeros = vec![0.0; values.len()];
+        Self { values, mean: zeros.clone(), mean_square: zeros }
+    }
+
+    /// Moves each value by about `rate` against its gradient; `step` counts from 1.
+    ///
+    /// # Source
+    /// Algorithm 1 of arXiv:1412.6980, with its constants but the last: gradients of scales are small, and smaller the
+    /// larger the model is.
+    pub fn step(&mut self, gradient: &[f32], rate: f32, step: usize) {
+        const BETA: f32 = 0.9;
+        const BETA_SQUARE: f32 = 0.999;
+        const EPSILON: f32 = 1e-12;
+        let unbiased = |beta: f32| 1.0 / (1.0 - f64::from(beta).powf(step as f64)) as f32;
+        let (scale, scale_square) = (unbiased(BETA), unbiased(BETA_SQUARE));
+        let means = self.mean.iter_mut().zip(&mut self.mean_square);
+        for ((value, (mean, square)), g) in self.values.iter_mut().zip(means).zip(gradient) {
+            *mean = BETA * *mean + (1.0 - BETA) * g;
+            *square = BETA_SQUARE * *square + (1.0 - BETA_SQUARE) * g * g;
+            *value -= rate * (*mean * scale) / ((*square * scale_square).sqrt() + EPSILON);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_step_is_the_rate_whatever_the_size_of_the_gradient() {
+        let mut parameters = Parameters::new(vec![1.0; 4]);
+        parameters.step(&[2.0, -3e-3, 1e-7, 0.0], 0.1, 1);
+        for (value, expected) in parameters.values.iter().zip([0.9, 1.1, 0.9, 1.0]) {
+            assert!((value - expected).abs() < 1e-4, "{value} for {expected}");
+        }
+    }
+
+    #[test]
+    fn parabola_ends_at_its_minimum() {
+        let mut parameters = Parameters::new(vec![3.0]);
+        for step in 1..=400 {
+            let gradient = 2.0 * (parameters.values[0] - 1.0);
+            parameters.step(&[gradient], 0.05 * (1.0 - step as f32 / 400.0), step);
+        }
+        assert!((parameters.values[0] - 1.0).abs() < 1e-2, "{}", parameters.values[0]);
+    }
+}
