@@ -183,11 +183,16 @@ fn engine(settings: &Settings, choice: &Choice) -> Result<(Engine, String)> {
 fn show(progress: &mut Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
     let shown = |error: Option<f32>| error.map_or(String::new(), |e| format!(", error {e:.5}"));
     match step {
+        Step::Survey { done, of } => {
+            progress.begin("survey", of);
+            progress.step(done, "what bits are worth");
+        }
         Step::Layer(layer) => {
             block.push(layer.error);
             progress.detail(format_args!("{}{}", layer.name, shown(layer.error)));
         }
-        Step::Block { done, .. } => {
+        Step::Block { done, of } => {
+            progress.begin("block", of);
             let layers = plural(block.len(), "layer");
             progress.step(done, format_args!("{layers}{}", shown(mean(block.drain(..)))));
         }

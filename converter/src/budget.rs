@@ -15,7 +15,7 @@ use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Activations, Calibration, ConvertError, Engine, Resources, Result, Settings,
+    Activations, Calibration, ConvertError, Engine, Progress, Resources, Result, Settings,
     allocate::{group_columns, run_columns},
     backward::{Sensitivities, sensitivities},
     calibrator::{Calibrator, Layer, Visitor},
@@ -40,13 +40,17 @@ pub fn bit_widths(
     calibration: &Calibration,
     settings: &Settings,
     resources: &Resources,
+    progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<HashMap<String, Vec<BitWidth>>> {
+    let of = source.config().block_count;
+    progress(Progress::Survey { done: 0, of });
     let samples = &calibration.samples;
     let sensitivities = sensitivities(source, &samples[..samples.len().min(SENSITIVITY_SAMPLES)])?;
     let mut calibrator = Calibrator::new(source, calibration, settings, resources)?;
     let mut survey = Survey { settings, sensitivities, layers: Vec::new() };
-    for index in 0..source.config().block_count {
+    for index in 0..of {
         calibrator.pass_block(index, &Block::load(source, index)?, &mut survey)?;
+        progress(Progress::Survey { done: index + 1, of });
     }
     let widths = share_out(&survey.layers, settings)?;
     Ok(survey.layers.into_iter().map(|layer| layer.name).zip(widths).collect())

@@ -49,7 +49,8 @@ pub fn convert(
         progress,
     };
     if settings.method == Method::Slim && !settings.reference {
-        output.widths = budget::bit_widths(source, calibration, settings, &resources)?;
+        output.widths =
+            budget::bit_widths(source, calibration, settings, &resources, output.progress)?;
     }
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,

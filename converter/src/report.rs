@@ -3,6 +3,13 @@
 /// A step of a conversion, as it ends.
 #[derive(Debug, Clone)]
 pub enum Progress<'a> {
+    /// What bits are worth in the groups of a block has been measured, or, of none, is going to be.
+    Survey {
+        /// Blocks done.
+        done: usize,
+        /// Blocks of the model.
+        of: usize,
+    },
     /// A layer was quantized.
     Layer(&'a LayerReport),
     /// All layers of a block are done.
