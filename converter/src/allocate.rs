@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use slim_formats::slim::{BitWidth, ScaleCoding, TILE_ROWS};
+use slim_formats::slim::{BitWidth, TILE_ROWS};
 use slim_kernels::{
     kl_divergence,
     linalg::{self, Mat},
@@ -23,19 +23,6 @@ use crate::{
 /// The columns of each group.
 pub fn group_columns(cols: usize, group_size: usize) -> Vec<Range<usize>> {
     (0..cols).step_by(group_size).map(|first| first..cols.min(first + group_size)).collect()
-}
-
-/// The columns of each run of a group that shares scales.
-pub fn run_columns(
-    group: &Range<usize>,
-    coding: ScaleCoding,
-) -> impl Iterator<Item = Range<usize>> {
-    let run = match coding {
-        ScaleCoding::TwoLevel { sub_group, .. } => sub_group,
-        ScaleCoding::Paper => group.len(),
-    };
-    let end = group.end;
-    group.clone().step_by(run).map(move |first| first..end.min(first + run))
 }
 
 /// The widths of `n` groups: `bits - 1` for the groups `low`, `bits + 1` for the groups `high`.

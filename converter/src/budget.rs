@@ -9,20 +9,20 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 use slim_formats::{
     ModelSource, Weight,
-    slim::{BitWidth, LayerLayout, TILE_ROWS},
+    slim::{BitWidth, TILE_ROWS},
 };
 use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
     Activations, Calibration, ConvertError, Engine, Progress, Resources, Result, Settings,
-    allocate::{group_columns, run_columns},
+    allocate::group_columns,
     backward::{Sensitivities, sensitivities},
     calibrator::{Calibrator, Layer, Visitor},
     convert::finite_rows,
     fit::fit_error,
     lanes::gather,
-    layer::LayerInputs,
+    layer::{LayerInputs, layout},
 };
 
 /// Samples that sensitivities are measured on: their mean settles long before a Hessian does.
@@ -98,20 +98,34 @@ impl Visitor for Survey<'_> {
         if cols.is_multiple_of(16) {
             let weights = finite_rows(name, source, 0..rows)?;
             let sensitivity = self.sensitivities.of_tensor(name);
-            let groups = choices(&weights, inputs.importance(), sensitivity, self.settings);
-            let whole = even_layout(
-                rows,
-                cols,
-                self.settings.group_size,
-                self.settings,
-                groups[0][0].width,
-            );
-            let in_groups: u64 = groups.iter().map(|choices| choices[0].bits).sum();
-            let own_bits = whole.stored_bits() - in_groups;
-            let weights = (rows * cols) as u64;
-            self.layers.push(LayerCosts { name: name.to_owned(), weights, own_bits, groups });
+            let costs =
+                LayerCosts::new(name, &weights, inputs.importance(), sensitivity, self.settings);
+            self.layers.push(costs);
         }
         Ok(Layer::Kept)
+    }
+}
+
+impl LayerCosts {
+    fn new(
+        name: &str,
+        weights: &[f32],
+        importance: &[f32],
+        sensitivity: &[f64],
+        settings: &Settings,
+    ) -> Self {
+        let cols = importance.len();
+        let groups = choices(weights, importance, sensitivity, settings);
+        let lowest: Vec<BitWidth> = groups.iter().map(|choices| choices[0].width).collect();
+        let in_groups: u64 = groups.iter().map(|choices| choices[0].bits).sum();
+        let layout =
+            layout(weights.len() / cols, cols, settings.group_size, settings.coding, &lowest);
+        Self {
+            name: name.to_owned(),
+            weights: weights.len() as u64,
+            own_bits: layout.stored_bits() - in_groups,
+            groups,
+        }
     }
 }
 
@@ -131,7 +145,7 @@ fn choices(
         let w = gather(weights, cols, tile, 0..cols);
         let sensitivity = &sensitivity[tile * TILE_ROWS..];
         let loss = |group: &std::ops::Range<usize>, width| -> f64 {
-            let runs = run_columns(group, settings.coding);
+            let runs = settings.coding.runs(group);
             let errors = runs.map(|run| fit_error(&w[run.clone()], &importance[run], width));
             errors.map(|error| weighted(&error, sensitivity)).sum()
         };
@@ -140,7 +154,7 @@ fn choices(
     let rows = weights.len() / cols;
     let tiles: Vec<_> = (0..rows.div_ceil(TILE_ROWS)).into_par_iter().map(losses_of_tile).collect();
     let bits = |len: usize, width: BitWidth| {
-        let layout = even_layout(rows, len, len, settings, width);
+        let layout = layout(rows, len, len, settings.coding, &[width]);
         8 * (layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes())) as u64
     };
     let choice = |group: usize, index: usize| Choice {
@@ -156,19 +170,6 @@ fn weighted(error: &[f32; TILE_ROWS], sensitivity: &[f64]) -> f64 {
     error.iter().zip(sensitivity).map(|(&error, sensitivity)| f64::from(error) * sensitivity).sum()
 }
 
-/// A layer whose groups all have one width.
-fn even_layout(
-    rows: usize,
-    cols: usize,
-    group_size: usize,
-    settings: &Settings,
-    width: BitWidth,
-) -> LayerLayout {
-    let widths = vec![width; cols.div_ceil(group_size)];
-    let layout = LayerLayout::new(rows, cols, group_size, settings.coding, &widths);
-    layout.unwrap_or_else(|(_, found, expected)| panic!("found {found}, expected {expected}"))
-}
-
 /// The widths with the least predicted loss among those that the budget allows.
 ///
 /// At a price per bit each group has its best choice; the price is the lowest that the budget can pay.
@@ -177,12 +178,10 @@ fn even_layout(
 /// `InvalidSetting` if even the lowest widths take more.
 fn share_out(layers: &[LayerCosts], settings: &Settings) -> Result<Vec<Vec<BitWidth>>> {
     let groups = || layers.iter().flat_map(|layer| &layer.groups);
+    let weights = layers.iter().map(|layer| layer.weights).sum::<u64>() as f64;
+    let own_bits: u64 = layers.iter().map(|layer| layer.own_bits).sum();
     let budget: u64 = match settings.target_bits_per_weight {
-        Some(target) => {
-            let weights: u64 = layers.iter().map(|layer| layer.weights).sum();
-            let own: u64 = layers.iter().map(|layer| layer.own_bits).sum();
-            ((target * weights as f64) as u64).saturating_sub(own)
-        }
+        Some(target) => ((target * weights) as u64).saturating_sub(own_bits),
         None => groups()
             .map(|choices| {
                 let even = choices.iter().find(|choice| choice.width.bits() == settings.bits);
@@ -208,9 +207,7 @@ fn share_out(layers: &[LayerCosts], settings: &Settings) -> Result<Vec<Vec<BitWi
     }
     let price = high.exp2();
     if bits(price) > budget {
-        let weights: u64 = layers.iter().map(|layer| layer.weights).sum();
-        let own: u64 = layers.iter().map(|layer| layer.own_bits).sum();
-        let least = (bits(price) + own) as f64 / weights as f64;
+        let least = (bits(price) + own_bits) as f64 / weights;
         return Err(ConvertError::InvalidSetting {
             what: "bits per weight",
             found: settings.target_bits_per_weight.unwrap_or_default().to_string(),
@@ -238,12 +235,7 @@ mod tests {
         importance[..32].fill(first);
         let layer = |seed| {
             let weights = noise(ROWS * COLS, seed);
-            let groups = choices(&weights, &importance, &[1.0; ROWS], settings);
-            let even = even_layout(ROWS, COLS, settings.group_size, settings, groups[0][0].width);
-            let in_groups: u64 = groups.iter().map(|choices| choices[0].bits).sum();
-            let own_bits = even.stored_bits() - in_groups;
-            let weights = (ROWS * COLS) as u64;
-            LayerCosts { name: String::new(), weights, own_bits, groups }
+            LayerCosts::new("", &weights, &importance, &[1.0; ROWS], settings)
         };
         vec![layer(4), layer(5)]
     }
@@ -251,7 +243,7 @@ mod tests {
     fn stored_bits(widths: &[Vec<BitWidth>], settings: &Settings) -> u64 {
         let layer = |widths: &Vec<BitWidth>| {
             let group_size = settings.group_size;
-            LayerLayout::new(ROWS, COLS, group_size, settings.coding, widths).unwrap().stored_bits()
+            layout(ROWS, COLS, group_size, settings.coding, widths).stored_bits()
         };
         widths.iter().map(layer).sum()
     }

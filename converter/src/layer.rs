@@ -3,11 +3,11 @@
 use std::{borrow::Cow, ops::Range};
 
 use rayon::prelude::*;
-use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, TILE_ROWS, TileMut};
+use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut};
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
-    allocate::{group_columns, published_divergences, published_widths, run_columns},
+    allocate::{group_columns, published_divergences, published_widths},
     coder::Coder,
     hessian::{Factor, Hessian},
     lanes::gather,
@@ -43,19 +43,17 @@ impl<'a> LayerInputs<'a> {
     pub fn new(activations: &'a Activations, settings: &Settings, engine: &Engine) -> Result<Self> {
         let hessian = Hessian::of(activations, engine)?;
         // The published code damps in place for its ranking, and again for the sweep.
-        let damped = match settings.reference {
-            true => hessian.clone().damped(ABSOLUTE_DAMPING),
-            false => hessian.clone(),
-        };
-        let search_importance = match settings.reference {
-            true => Some(damped.factor(0.0)?.0.importance()),
-            false => None,
+        let damped = settings.reference.then(|| hessian.clone().damped(ABSOLUTE_DAMPING));
+        let search_importance = match &damped {
+            Some(damped) => Some(damped.factor(0.0)?.0.importance()),
+            None => None,
         };
         let order = match settings.reference {
             true => (0..hessian.size()).collect(),
             false => sweep_order(&hessian.diagonal(), settings),
         };
-        let reordered = damped.reordered(&order);
+        let reordered = damped.as_ref().unwrap_or(&hessian).reordered(&order);
+        drop(damped);
         let (factor, share) = reordered.factor(DAMPING)?;
         let damping = share * reordered.mean_diagonal();
         let reordered = reordered.damped(damping);
@@ -87,7 +85,7 @@ impl<'a> LayerInputs<'a> {
 fn sweep_order(diagonal: &[f32], settings: &Settings) -> Vec<usize> {
     let groups = group_columns(diagonal.len(), settings.group_size);
     let mut runs: Vec<Range<usize>> =
-        groups.iter().flat_map(|group| run_columns(group, settings.coding)).collect();
+        groups.iter().flat_map(|group| settings.coding.runs(group)).collect();
     let size = |run: &Range<usize>| {
         diagonal[run.clone()].iter().map(|&x| f64::from(x)).sum::<f64>() / run.len() as f64
     };
@@ -175,14 +173,15 @@ impl<'a> Quantizer<'a> {
             order: Cow::Borrowed(&inputs.order),
             hessian: (is_swept && !settings.reference).then(|| inputs.reordered.values()),
         };
-        let layout = layout(weights.len() / cols, cols, settings.group_size, coder, &widths);
+        let layout =
+            layout(weights.len() / cols, cols, settings.group_size, coder.coding(), &widths);
         Self { layout, curvature, coder }
     }
 
     fn rounding(rows: usize, cols: usize, settings: &Settings) -> Self {
         let coder = Coder::Best(settings.coding);
         let widths = uniform_widths(cols.div_ceil(settings.group_size), settings.bits);
-        let layout = layout(rows, cols, settings.group_size, coder, &widths);
+        let layout = layout(rows, cols, settings.group_size, coder.coding(), &widths);
         let curvature = Curvature {
             factor: None,
             importance: Cow::Owned(vec![1.0; cols]),
@@ -213,14 +212,15 @@ impl<'a> Quantizer<'a> {
     }
 }
 
-fn layout(
+/// The layout of a layer whose settings have been validated.
+pub fn layout(
     rows: usize,
     cols: usize,
     group_size: usize,
-    coder: Coder,
+    coding: ScaleCoding,
     widths: &[BitWidth],
 ) -> LayerLayout {
-    LayerLayout::new(rows, cols, group_size, coder.coding(), widths)
+    LayerLayout::new(rows, cols, group_size, coding, widths)
         .unwrap_or_else(|(_, found, expected)| panic!("found {found}, expected {expected}"))
 }
 

@@ -32,7 +32,7 @@ pub mod weight;
 pub use multiversion;
 
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
-pub use cpu::{Cpu, kl_divergence, log_softmax};
+pub use cpu::{Cpu, exp, kl_divergence, log_softmax};
 pub use error::{KernelError, Result};
 pub use reference::Scalar;
 

@@ -1,18 +1,6 @@
 //! Exponentials and norms of the reverse pass, vectorised.
 
-use slim_kernels::per_isa;
-
-/// `e^x`, relative error below 2e-7; the one of the CPU backend (`kernels/src/cpu/elementwise.rs`).
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    let x = x.clamp(-87.0, 88.0);
-    let i = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0; // 1.5 * 2^23 rounds to an integer
-    let f = (x - i * 0.693_359_4) + i * 2.121_944_4e-4; // ln 2 in two parts
-    let p = 1.0
-        + f * (1.0
-            + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f / 720.0)))));
-    p * f32::from_bits(((i as i32 + 127) << 23) as u32)
-}
+use slim_kernels::{exp, per_isa};
 
 per_isa! {
     /// Turns log-probabilities into probabilities.

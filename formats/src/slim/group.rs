@@ -39,6 +39,18 @@ pub enum ScaleCoding {
     },
 }
 
+impl ScaleCoding {
+    /// The columns of a group that share one scale record, in order: its sub-groups (two-level) or all of them (paper).
+    pub fn runs(self, group: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+        let Range { start, end } = *group;
+        let run = match self {
+            Self::TwoLevel { sub_group, .. } => sub_group,
+            Self::Paper => group.len(),
+        };
+        (start..end).step_by(run).map(move |first| first..end.min(first + run))
+    }
+}
+
 /// One group of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
@@ -58,14 +70,9 @@ impl Group {
         2 * usize::from(self.bit_width.bits()) * self.cols.len()
     }
 
-    /// The columns that share one scale record, in order: its sub-groups (two-level) or all of them (paper).
+    /// [`ScaleCoding::runs`] of its columns.
     pub fn runs(&self, coding: ScaleCoding) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
-        let Range { start, end } = self.cols;
-        let run = match coding {
-            ScaleCoding::TwoLevel { sub_group, .. } => sub_group,
-            ScaleCoding::Paper => self.cols.len(),
-        };
-        (start..end).step_by(run).map(move |first| first..end.min(first + run))
+        coding.runs(&self.cols)
     }
 }
 

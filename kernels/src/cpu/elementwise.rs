@@ -3,7 +3,7 @@
 /// `e^x` for `x <= 0` (and moderate positive `x`), relative error below 2e-7: `2^i * p(f)` with a degree 6 polynomial on
 /// `[-ln 2 / 2, ln 2 / 2]`. Branch-free, so that loops over it vectorise.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let i = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0; // 1.5 * 2^23 rounds to an integer
     let f = (x - i * 0.693_359_4) + i * 2.121_944_4e-4; // ln 2 in two parts

@@ -7,7 +7,7 @@ mod elementwise;
 mod matvec;
 mod unpack;
 
-pub use elementwise::{kl_divergence, log_softmax};
+pub use elementwise::{exp, kl_divergence, log_softmax};
 
 use rayon::prelude::*;
 use slim_formats::{Weight, slim::TILE_ROWS};
