@@ -15,9 +15,9 @@ use crate::output::{facts, plural, size};
 const SEARCH_COPIES: u64 = 3;
 /// Copies in f32 of the rows that are quantized at a time: weights, quantized weights, their difference.
 const SLAB_COPIES: u64 = 3;
-/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian, its factor and the inverse of that
-/// in f64.
-const HESSIAN_COPIES: u64 = 5;
+/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian as it is and in the order of the sweep,
+/// its factor and the inverse of that in f64.
+const HESSIAN_COPIES: u64 = 6;
 
 /// The resolved settings, and what they lead to.
 pub struct Plan {
