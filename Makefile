@@ -1,4 +1,4 @@
-# Runs from a fresh clone with cargo, a C toolchain, and python3 with pip.
+# Runs from a fresh clone with cargo, a C and C++ toolchain, and python3 with pip.
 #
 #   make demo        fetch a small model, quantize it to 3 bits, look at the file, generate text with it
 #   make test        set up what the tests need and run them all

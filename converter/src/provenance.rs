@@ -23,6 +23,9 @@ pub fn metadata(
     let method = if settings.reference { "reference" } else { settings.method.name() };
     metadata.insert("slim.quantization.method", method)?;
     metadata.insert("slim.quantization.bits", u32::from(settings.bits))?;
+    if let Some(target) = settings.target_bits_per_weight {
+        metadata.insert("slim.quantization.target_bits_per_weight", target as f32)?;
+    }
     metadata.insert("slim.quantization.group_size", settings.group_size as u32)?;
     match settings.coding {
         ScaleCoding::Paper => metadata.insert("slim.quantization.scales", "paper")?,
