@@ -1,6 +1,7 @@
 //! The proxy Hessian of a layer's inputs, and its factor.
 
-use slim_kernels::linalg;
+use rayon::prelude::*;
+use slim_kernels::linalg::{self, Mat, Store, matmul};
 
 use crate::{Activations, Engine, Result};
 
@@ -85,15 +86,18 @@ impl Hessian {
 
     /// `sum_r d_r H d_r^T` over the rows of `rows: [.., n]`: the squared output error of a weight error, times 2 / samples.
     pub fn quadratic(&self, rows: &[f32]) -> f64 {
-        use rayon::prelude::*;
         const ROWS: usize = 64;
         let n = self.n;
         let pieces = rows.par_chunks(ROWS * n).map(|rows| {
             let m = rows.len() / n;
             let mut product = vec![0.0; rows.len()];
-            let (left, right) =
-                (linalg::Mat::new(rows, m, n), linalg::Mat::new(&self.values, n, n));
-            linalg::matmul(&mut product, n, false, left, right);
+            matmul(
+                &mut product,
+                n,
+                Store::REPLACE,
+                Mat::new(rows, m, n),
+                Mat::new(&self.values, n, n),
+            );
             rows.iter().zip(product).map(|(d, p)| f64::from(*d) * f64::from(p)).sum::<f64>()
         });
         pieces.collect::<Vec<f64>>().iter().sum()
@@ -104,6 +108,23 @@ impl Factor {
     /// `[n, n]`, row-major; zero below the diagonal.
     pub fn values(&self) -> &[f32] {
         &self.values
+    }
+
+    /// `m H^-1` for `m: [.., n]`, whose column `order[i]` is column `i` of the factor.
+    pub fn solve(&self, m: &[f32], order: &[usize]) -> Vec<f32> {
+        let (n, rows) = (self.n, m.len() / self.n);
+        let u = Mat::new(&self.values, n, n);
+        let ordered: Vec<f32> =
+            m.chunks_exact(n).flat_map(|row| order.iter().map(|&col| row[col])).collect();
+        let mut half = vec![0.0; m.len()];
+        matmul(&mut half, n, Store::REPLACE, Mat::new(&ordered, rows, n), u.transposed());
+        let mut solved = ordered;
+        matmul(&mut solved, n, Store::REPLACE, Mat::new(&half, rows, n), u);
+        let mut out = half;
+        for (out, solved) in out.chunks_exact_mut(n).zip(solved.chunks_exact(n)) {
+            order.iter().zip(solved).for_each(|(&col, value)| out[col] = *value);
+        }
+        out
     }
 
     /// `1 / U_jj^2`: what an error in column `j` costs after the columns behind it have made up for it.

@@ -5,11 +5,11 @@ use rayon::prelude::*;
 use slim_formats::ModelConfig;
 use slim_kernels::{
     AttentionShape, Backend, Cpu, KvView,
-    linalg::{self, Mat},
+    linalg::{self, Mat, Store},
     log_softmax,
 };
 
-use super::{elementwise::reverse_softmax, product::transposed};
+use super::elementwise::reverse_softmax;
 
 /// Queries whose probabilities are held at a time.
 const QUERY_BLOCK: usize = 128;
@@ -101,6 +101,7 @@ impl<'s> Attention<'s> {
         let (q_stride, kv_stride) = (self.shape.query_stride(), self.kv_stride());
         let (q_at, kv_at) = self.places(sequence, head);
         let scale = 1.0 / (dim as f32).sqrt();
+        let scaled = Store { alpha: scale, add: false };
         let zeros = || vec![0.0; context * dim];
         let mut gradients = Gradients { q: zeros(), k: zeros(), v: zeros() };
         for first in (0..context).step_by(QUERY_BLOCK) {
@@ -114,9 +115,9 @@ impl<'s> Attention<'s> {
             let dy_block = Mat::strided(&dy[q_at..], block, dim, q_stride);
 
             let mut probabilities = vec![0.0; block * len];
-            linalg::matmul_transposed(&mut probabilities, len, false, scale, q, k);
+            linalg::matmul(&mut probabilities, len, scaled, q, k.transposed());
             let mut d_scores = vec![0.0; block * len];
-            linalg::matmul_transposed(&mut d_scores, len, false, scale, dy_block, v);
+            linalg::matmul(&mut d_scores, len, scaled, dy_block, v.transposed());
             let rows = probabilities.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len));
             for (t, (probabilities, d_scores)) in (first..).zip(rows) {
                 let visible = self.shape.visible(t);
@@ -133,13 +134,13 @@ impl<'s> Attention<'s> {
             }
 
             let d_q = &mut gradients.q[first * dim..][..block * dim];
-            linalg::matmul(d_q, dim, false, Mat::new(&d_scores, block, len), k);
-            let d_scores = transposed(&d_scores, block, len, len);
+            let (probabilities, d_scores) =
+                (Mat::new(&probabilities, block, len), Mat::new(&d_scores, block, len));
+            linalg::matmul(d_q, dim, Store::REPLACE, d_scores, k);
             let d_k = &mut gradients.k[seen.start * dim..seen.end * dim];
-            linalg::matmul(d_k, dim, true, Mat::new(&d_scores, len, block), q);
-            let probabilities = transposed(&probabilities, block, len, len);
+            linalg::matmul(d_k, dim, Store::ADD, d_scores.transposed(), q);
             let d_v = &mut gradients.v[seen.start * dim..seen.end * dim];
-            linalg::matmul(d_v, dim, true, Mat::new(&probabilities, len, block), dy_block);
+            linalg::matmul(d_v, dim, Store::ADD, probabilities.transposed(), dy_block);
         }
         gradients
     }

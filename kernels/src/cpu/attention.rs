@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::elementwise::softmax;
 use crate::{
     AttentionShape, KvView,
-    linalg::{self, Mat},
+    linalg::{self, Mat, Store},
 };
 
 /// Queries per task: enough for an efficient product, few enough to skip most of the masked triangle.
@@ -46,7 +46,13 @@ fn query_block(
     let keys = Mat::new(&kv.keys[cached.clone()], len, dim);
     let mut scores = vec![0.0; block * len];
     let scale = 1.0 / (dim as f32).sqrt();
-    linalg::matmul_transposed(&mut scores, len, false, scale, queries, keys);
+    linalg::matmul(
+        &mut scores,
+        len,
+        Store { alpha: scale, add: false },
+        queries,
+        keys.transposed(),
+    );
     for (i, scores) in scores.chunks_exact_mut(len).enumerate() {
         let visible = shape.visible(first + i);
         let visible = visible.start - keys_from..visible.end - keys_from;
@@ -56,6 +62,6 @@ fn query_block(
     }
     let mut out = vec![0.0; block * dim];
     let (scores, values) = (Mat::new(&scores, block, len), Mat::new(&kv.values[cached], len, dim));
-    linalg::matmul(&mut out, dim, false, scores, values);
+    linalg::matmul(&mut out, dim, Store::REPLACE, scores, values);
     out
 }

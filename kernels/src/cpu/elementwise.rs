@@ -4,13 +4,17 @@
 /// `[-ln 2 / 2, ln 2 / 2]`. Branch-free, so that loops over it vectorise.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: a sum with it has no bits left for a fraction
     let x = x.clamp(-87.0, 88.0);
-    let i = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0; // 1.5 * 2^23 rounds to an integer
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let i = shifted - ROUND;
     let f = (x - i * 0.693_359_4) + i * 2.121_944_4e-4; // ln 2 in two parts
     let p = 1.0
         + f * (1.0
             + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f / 720.0)))));
-    p * f32::from_bits(((i as i32 + 127) << 23) as u32)
+    // `i` stands in the low bits of `shifted`: a cast of `i` itself would not vectorise.
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    p * f32::from_bits(exponent << 23)
 }
 
 /// Sums over a vocabulary are f64 sums of f32 sums over pieces of this many values: their error does not grow with it.

@@ -9,21 +9,20 @@ mod unpack;
 
 pub use elementwise::{exp, kl_divergence, log_softmax};
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use slim_formats::{Weight, slim::TILE_ROWS};
 
 use crate::{
     AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
-    linalg::{self, Mat},
+    linalg::{Left, Mat, Panel, Store},
     weight::{dequantize_rows, shape},
 };
 
 /// What runs on this machine's processor.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
-
-/// Rows whose f32 values one task holds at a time in a product with many tokens.
-const ROWS_PER_TASK: usize = 8 * TILE_ROWS;
 
 /// Tiles per task in a product with one token.
 const TILES_PER_TASK: usize = 4;
@@ -44,7 +43,7 @@ impl Backend for Cpu {
                 );
                 Ok(())
             }
-            _ => matmul_by_rows(w, x, m, out),
+            _ => matmul_by_panels(w, x, m, out),
         }
     }
 
@@ -84,41 +83,21 @@ impl Backend for Cpu {
     }
 }
 
-/// `x w^T`, a piece of rows at a time: dequantized into scratch memory, then multiplied with all tokens.
-fn matmul_by_rows(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
+/// `x w^T`, rows of `w` dequantized a panel at a time.
+fn matmul_by_panels(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
     let (rows, cols) = shape(w);
-    let pieces: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS_PER_TASK))
-        .into_par_iter()
-        .map(|piece| {
-            let first = piece * ROWS_PER_TASK;
-            let n = ROWS_PER_TASK.min(rows - first);
-            let mut product = vec![0.0; m * n];
-            let x = Mat::new(x, m, cols);
-            if let Weight::Packed(packed) = w {
-                let tiles = first / TILE_ROWS..(first + n).div_ceil(TILE_ROWS);
-                let stride = tiles.len() * TILE_ROWS;
-                let weights = dequantize::columns(packed, tiles);
-                linalg::matmul(&mut product, n, false, x, Mat::strided(&weights, cols, n, stride));
-            } else {
-                let mut weights = vec![0.0; n * cols];
-                dequantize_rows(w, first..first + n, &mut weights)?;
-                linalg::matmul_transposed(
-                    &mut product,
-                    n,
-                    false,
-                    1.0,
-                    x,
-                    Mat::new(&weights, n, cols),
-                );
-            }
-            Ok(product)
-        })
-        .collect::<Result<_>>()?;
-    out.par_chunks_mut(rows).enumerate().for_each(|(t, out)| {
-        for (out, piece) in out.chunks_mut(ROWS_PER_TASK).zip(&pieces) {
-            let n = out.len();
-            out.copy_from_slice(&piece[t * n..][..n]);
+    let panel = |rows: Range<usize>| {
+        let n = rows.len();
+        if let Weight::Packed(packed) = w {
+            let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
+            let stride = tiles.len() * TILE_ROWS;
+            let weights = dequantize::columns(packed, tiles);
+            Ok(Panel::of(Mat::strided(&weights, cols, n, stride)))
+        } else {
+            let mut weights = vec![0.0; n * cols];
+            dequantize_rows(w, rows, &mut weights)?;
+            Ok(Panel::of(Mat::new(&weights, n, cols).transposed()))
         }
-    });
-    Ok(())
+    };
+    Left::of(Mat::new(x, m, cols)).multiply(rows, panel, out, rows, Store::REPLACE)
 }

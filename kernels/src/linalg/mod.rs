@@ -1,0 +1,350 @@
+//! Dense linear algebra, row-major f32 in and out: products in AMX tile registers where the processor has them, over `faer`
+//! elsewhere.
+//!
+//! Work is split into pieces of fixed size, so that no result depends on the number of threads.
+
+mod amx;
+mod cholesky;
+
+use std::{convert::Infallible, ops::Range, sync::LazyLock};
+
+use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul as gemm};
+use rayon::prelude::*;
+
+use amx::{Amx, Factor, Tiles};
+
+pub use cholesky::inverse_cholesky;
+
+/// Columns of a [`Panel`].
+pub const PANEL_COLS: usize = 128;
+
+/// Panels that are held at a time.
+const PANELS: usize = 32;
+
+/// Multiplications below which a product is one task.
+const SMALL: usize = 1 << 22;
+
+/// Values below which a factor is made ready in one task.
+const SMALL_FACTOR: usize = 1 << 15;
+
+/// A borrowed matrix; the values of each row, or those of each column, lie side by side.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// `data: [rows, cols]`, row-major and contiguous.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// Rows that lie `stride` apart.
+    ///
+    /// # Panics
+    /// If `data` is too short.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        let needed = if rows * cols == 0 { 0 } else { (rows - 1) * stride + cols };
+        assert!(stride >= cols && data.len() >= needed, "{} values for {needed}", data.len());
+        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// Its transpose.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// Some of its rows.
+    fn rows(self, rows: Range<usize>) -> Self {
+        let data = &self.data[(rows.start * self.row_stride).min(self.data.len())..];
+        Self { data, rows: rows.len(), ..self }
+    }
+
+    /// Some of its columns.
+    fn columns(self, cols: Range<usize>) -> Self {
+        self.transposed().rows(cols).transposed()
+    }
+
+    fn to_row_major(self) -> Vec<f32> {
+        let row =
+            |i| (0..self.cols).map(move |j| self.data[i * self.row_stride + j * self.col_stride]);
+        (0..self.rows).flat_map(row).collect()
+    }
+
+    fn faer(self) -> MatRef<'a, f32> {
+        match self.col_stride {
+            1 => MatRef::from_row_major_slice_with_stride(
+                self.data,
+                self.rows,
+                self.cols,
+                self.row_stride,
+            ),
+            _ => self.transposed().faer().transpose(),
+        }
+    }
+}
+
+/// What becomes of a product.
+#[derive(Debug, Clone, Copy)]
+pub struct Store {
+    /// What it is multiplied with.
+    pub alpha: f32,
+    /// Whether it is added to what was there before.
+    pub add: bool,
+}
+
+impl Store {
+    /// In place of what was there.
+    pub const REPLACE: Self = Self { alpha: 1.0, add: false };
+    /// Added to it.
+    pub const ADD: Self = Self { alpha: 1.0, add: true };
+
+    /// Some values of a row.
+    #[inline(always)]
+    fn row(self, out: &mut [f32], product: &[f32]) {
+        match self.add {
+            true => out.iter_mut().zip(product).for_each(|(out, p)| *out += self.alpha * p),
+            false => out.iter_mut().zip(product).for_each(|(out, p)| *out = self.alpha * p),
+        }
+    }
+}
+
+/// What computes the products.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Method {
+    Amx(Amx),
+    Faer,
+}
+
+impl Method {
+    /// All that this machine has, the fastest one first.
+    pub(crate) fn all() -> Vec<Self> {
+        Amx::detect().map(Self::Amx).into_iter().chain([Self::Faer]).collect()
+    }
+
+    /// The fastest one, found out once.
+    fn fastest() -> Self {
+        static FASTEST: LazyLock<Method> = LazyLock::new(|| Method::all()[0]);
+        *FASTEST
+    }
+}
+
+/// `out[m, n]` from `a[m, k] * b[k, n]`; rows of `out` lie `out_stride` apart.
+///
+/// # Accuracy
+/// Sums are f32. Where the processor has AMX, a product of two values is off by up to 2^-15 of it, by about 2^-18 in root mean
+/// square; numbers below 1e-35 lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
+///
+/// # Panics
+/// If the inner dimensions differ, or if `out` is too short.
+pub fn matmul(out: &mut [f32], out_stride: usize, store: Store, a: Mat<'_>, b: Mat<'_>) {
+    matmul_by(Method::fastest(), out, out_stride, store, a, b);
+}
+
+pub(crate) fn matmul_by(
+    method: Method,
+    out: &mut [f32],
+    out_stride: usize,
+    store: Store,
+    a: Mat<'_>,
+    b: Mat<'_>,
+) {
+    assert_eq!(a.cols, b.rows, "the inner dimension");
+    let panel = |cols| Ok::<_, Infallible>(Panel::by(method, b.columns(cols)));
+    let Ok(()) = Left::by(method, a).multiply(b.cols, panel, out, out_stride, store);
+}
+
+/// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the diagonal is undefined. As
+/// accurate as [`matmul`].
+pub fn add_gram(h: &mut [f32], x: &[f32], n: usize) {
+    add_gram_by(Method::fastest(), h, x, n);
+}
+
+pub(crate) fn add_gram_by(method: Method, h: &mut [f32], x: &[f32], n: usize) {
+    let x = Mat::new(x, x.len().checked_div(n).unwrap_or(0), n);
+    let panel = |cols| Ok::<_, Infallible>(Panel::by(method, x.columns(cols)));
+    let is_upper = |rows: &Range<usize>, cols: &Range<usize>| cols.end > rows.start;
+    let left = Left::by(method, x.transposed());
+    let Ok(()) = left.multiply_pieces(n, panel, h, n, Store::ADD, is_upper);
+}
+
+/// Copies the upper triangle of `h: [n, n]` to the lower one.
+pub fn mirror_upper(h: &mut [f32], n: usize) {
+    for i in 1..n {
+        for j in 0..i {
+            h[i * n + j] = h[j * n + i];
+        }
+    }
+}
+
+/// A left factor, made ready once for many right ones.
+pub struct Left<'a> {
+    matrix: Mat<'a>,
+    /// For AMX, [`Left::piece_rows`] rows each; empty otherwise.
+    tiles: Vec<Tiles>,
+}
+
+/// Some columns of a right factor, made ready.
+pub struct Panel {
+    cols: usize,
+    values: PanelValues,
+}
+
+enum PanelValues {
+    Tiles(Tiles),
+    /// `[k, cols]`.
+    Plain(Vec<f32>),
+}
+
+impl Panel {
+    /// From the columns themselves, `[k, cols]`.
+    pub fn of(columns: Mat<'_>) -> Self {
+        Self::by(Method::fastest(), columns)
+    }
+
+    fn by(method: Method, columns: Mat<'_>) -> Self {
+        let values = match method {
+            Method::Amx(amx) => {
+                PanelValues::Tiles(Tiles::new(amx, columns.transposed(), Factor::Right))
+            }
+            Method::Faer => PanelValues::Plain(columns.to_row_major()),
+        };
+        Self { cols: columns.cols, values }
+    }
+}
+
+impl<'a> Left<'a> {
+    /// The factor `a[m, k]`.
+    pub fn of(a: Mat<'a>) -> Self {
+        Self::by(Method::fastest(), a)
+    }
+
+    fn by(method: Method, a: Mat<'a>) -> Self {
+        let tiles = match method {
+            Method::Amx(amx) => {
+                let piece = |rows| Tiles::new(amx, a.rows(rows), Factor::Left);
+                let is_large = a.rows * a.cols >= SMALL_FACTOR;
+                map(is_large, pieces(0..a.rows, Self::piece_rows(a.cols)), piece)
+            }
+            Method::Faer => Vec::new(),
+        };
+        Self { matrix: a, tiles }
+    }
+
+    /// Rows of a piece of the result: as many as stay in the second cache while panels pass by.
+    fn piece_rows(k: usize) -> usize {
+        const VALUES_IN_L2: usize = 1 << 18;
+        (VALUES_IN_L2 / k.max(1) / 32 * 32).clamp(64, 512)
+    }
+
+    /// `out[m, n]` from the product with the right factor `[k, n]` that `panel` gives by ranges of at most [`PANEL_COLS`]
+    /// columns; rows of `out` lie `out_stride` apart. At most 4,096 columns are held at a time, as four bytes a value.
+    ///
+    /// # Errors
+    /// What `panel` answers.
+    ///
+    /// # Panics
+    /// If `out` is too short.
+    pub fn multiply<E: Send>(
+        &self,
+        n: usize,
+        panel: impl Fn(Range<usize>) -> Result<Panel, E> + Sync,
+        out: &mut [f32],
+        out_stride: usize,
+        store: Store,
+    ) -> Result<(), E> {
+        self.multiply_pieces(n, panel, out, out_stride, store, |_, _| true)
+    }
+
+    /// [`Self::multiply`] for the pieces whose rows and columns `is_wanted` accepts.
+    fn multiply_pieces<E: Send>(
+        &self,
+        n: usize,
+        panel: impl Fn(Range<usize>) -> Result<Panel, E> + Sync,
+        out: &mut [f32],
+        out_stride: usize,
+        store: Store,
+        is_wanted: impl Fn(&Range<usize>, &Range<usize>) -> bool,
+    ) -> Result<(), E> {
+        let (m, k) = (self.matrix.rows, self.matrix.cols);
+        let needed = if m * n == 0 { 0 } else { (m - 1) * out_stride + n };
+        assert!(out_stride >= n && out.len() >= needed, "{} values for {needed}", out.len());
+        let is_large = m * n * k >= SMALL;
+        let piece_rows = Self::piece_rows(k);
+        let rows = pieces(0..m, piece_rows);
+        for first in (0..n).step_by(PANELS * PANEL_COLS) {
+            let cols = pieces(first..n.min(first + PANELS * PANEL_COLS), PANEL_COLS);
+            let panels: Vec<Panel> =
+                map(is_large, cols.clone(), &panel).into_iter().collect::<Result<_, E>>()?;
+            let mut tasks = Vec::new();
+            for (piece, (rows, out)) in
+                rows.iter().zip(out.chunks_mut((piece_rows * out_stride).max(1))).enumerate()
+            {
+                let mut rest =
+                    row_major_mut(out, rows.len(), n, out_stride).split_at_col_mut(first).1;
+                for (cols, panel) in cols.iter().zip(&panels) {
+                    let (out, others) = rest.split_at_col_mut(cols.len());
+                    rest = others;
+                    if is_wanted(rows, cols) {
+                        tasks.push((piece, rows.clone(), panel, out));
+                    }
+                }
+            }
+            map(is_large, tasks, |(piece, rows, panel, out)| {
+                self.multiply_piece(piece, rows, panel, out, store);
+            });
+        }
+        Ok(())
+    }
+
+    fn multiply_piece(
+        &self,
+        piece: usize,
+        rows: Range<usize>,
+        panel: &Panel,
+        out: MatMut<'_, f32>,
+        store: Store,
+    ) {
+        match &panel.values {
+            PanelValues::Tiles(right) => amx::multiply(&self.tiles[piece], right, store, out),
+            PanelValues::Plain(values) => {
+                let right = Mat::new(values, self.matrix.cols, panel.cols).faer();
+                let accumulate = if store.add { Accum::Add } else { Accum::Replace };
+                gemm(out, accumulate, self.matrix.rows(rows).faer(), right, store.alpha, Par::Seq);
+            }
+        }
+    }
+}
+
+/// `range` in pieces of `len`, the last one shorter.
+fn pieces(range: Range<usize>, len: usize) -> Vec<Range<usize>> {
+    range.clone().step_by(len).map(|first| first..range.end.min(first + len)).collect()
+}
+
+/// `f` of each task, in parallel if that pays.
+fn map<T: Send, R: Send>(
+    is_large: bool,
+    tasks: Vec<T>,
+    f: impl Fn(T) -> R + Sync + Send,
+) -> Vec<R> {
+    match is_large {
+        true => tasks.into_par_iter().map(f).collect(),
+        false => tasks.into_iter().map(f).collect(),
+    }
+}
+
+/// Not `MatMut::from_row_major_slice_with_stride_mut`: in faer 0.24.4 it swaps the strides and writes out of bounds.
+fn row_major_mut(out: &mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'_, f32> {
+    MatMut::from_column_major_slice_with_stride_mut(out, cols, rows, stride).transpose_mut()
+}
