@@ -114,9 +114,7 @@ fn train_on(
     let mut logits = |tokens: std::ops::Range<usize>| {
         Ok(teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])?)
     };
-    let (loss, gradients) = student.gradients(sequences, &mut Loss::Divergence(&mut logits))?;
-    student.update(&gradients, rate as f32, step);
-    Ok(loss)
+    student.step(sequences, &mut Loss::Divergence(&mut logits), rate as f32, step)
 }
 
 /// Writes `file` with the scales and norms of `student`; gives the size.

@@ -1,166 +1,211 @@
-//! A linear layer whose two-level scales are trained.
+//! A linear layer whose codes and two-level scales are trained.
 
 use half::f16;
 use rayon::prelude::*;
-use slim_formats::slim::{PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, unpack_codes};
+use slim_formats::slim::{
+    CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TileMut, unpack_codes,
+};
 
 use super::parameters::Parameters;
 use crate::backward::weight_gradient;
 
-/// How far a scale or minimum code moves in a step, as a share of the largest code.
-const CODE_RATE: f32 = 0.003;
+/// How far a code moves in a step.
+const CODE_RATE: f32 = 0.01;
+/// How far a scale or minimum code moves in a step, as a share of the largest one.
+const SCALE_RATE: f32 = 0.003;
 /// How far a row scale moves in a step, as a share of it.
 const ROW_SCALE_RATE: f32 = 0.003;
 
-/// The packed layer runs; behind each of its scales is a real number, of which it is the nearest that the file can hold.
-/// Gradients pass through the rounding as if it were not there.
+/// The real numbers behind a packed layer: each of its integers is the nearest one to such a number. Gradients pass through
+/// the rounding as if it were not there.
 pub struct TrainedLayer {
-    packed: PackedLayer,
-    /// Scale codes and minimum codes, `[tiles, runs, 16]`.
-    codes: [Parameters; 2],
-    /// What the row scales `d` and `m` are multiplied with, `[tiles, 16]`.
-    factors: [Parameters; 2],
-    /// The row scales before the training, `[tiles, 16]`.
-    row_scales: [Vec<f32>; 2],
-    max_code: f32,
+    tiles: Vec<TrainedTile>,
 }
 
-/// Gradients of the parameters of a layer, in their order.
-pub struct LayerGradients {
-    codes: [Vec<f32>; 2],
+/// The numbers of the 16 rows of a tile.
+struct TrainedTile {
+    /// `[16, cols]`; rows of padding stay zero.
+    codes: Parameters,
+    /// Scale codes and minimum codes, `[runs, 16]`.
+    scales: [Parameters; 2],
+    /// What the row scales `d` and `m` are multiplied with.
+    factors: [Parameters; 2],
+    /// The row scales before the training.
+    row_scales: [[f32; TILE_ROWS]; 2],
+}
+
+/// Gradients of the numbers of a tile, in their order.
+struct TileGradients {
+    codes: Vec<f32>,
+    scales: [Vec<f32>; 2],
     factors: [Vec<f32>; 2],
 }
 
 impl TrainedLayer {
-    /// Starts at the scales of `layer`; `None` unless they are two-level.
+    /// Starts at the integers of `layer`; `None` unless its scales are two-level.
     pub fn new(layer: PackedTensor<'_>) -> Option<Self> {
-        let layout = layer.layout();
-        let ScaleCoding::TwoLevel { scale_bits, .. } = layout.coding() else { return None };
-        let (mut s, mut z, mut d, mut m) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for tile in 0..layout.tiles() {
-            let row_scales = layer.row_scales(tile);
-            d.extend(row_scales.0);
-            m.extend(row_scales.1);
-            for group in layout.groups() {
-                for run in 0..group.runs(layout.coding()).len() {
-                    let (scale, minus_z) = layer.scales(tile, group, run);
-                    s.extend(scale);
-                    z.extend(minus_z.map(|z| 0.0 - z));
-                }
-            }
-        }
-        let ones = vec![1.0; d.len()];
-        Some(Self {
-            packed: layer.to_layer(),
-            codes: [s, z].map(Parameters::new),
-            factors: [ones.clone(), ones].map(Parameters::new),
-            row_scales: [d, m],
-            max_code: f32::from((1u8 << scale_bits) - 1),
+        let is_two_level = matches!(layer.layout().coding(), ScaleCoding::TwoLevel { .. });
+        let tiles = 0..layer.layout().tiles();
+        is_two_level.then(|| Self {
+            tiles: tiles.into_par_iter().map(|tile| TrainedTile::new(layer, tile)).collect(),
         })
     }
 
-    /// The layer as it runs.
-    pub fn packed(&self) -> &PackedLayer {
-        &self.packed
-    }
-
-    /// For inputs `x: [tokens, cols]` and the gradient `dy: [tokens, rows]` of the loss at the outputs.
-    pub fn gradients(&self, x: &[f32], dy: &[f32]) -> LayerGradients {
-        let layout = self.packed.layout();
+    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradients for the inputs
+    /// `x: [tokens, cols]` of `layer` and the gradient `dy: [tokens, rows]` of the loss at its outputs.
+    pub fn descend(&mut self, layer: &PackedLayer, x: &[f32], dy: &[f32], rate: f32, step: usize) {
+        let layout = layer.layout();
         let dw = weight_gradient(x, dy, layout.rows(), layout.cols());
-        let zeros = |like: &[Parameters; 2]| like.each_ref().map(|p| vec![0.0; p.values.len()]);
-        let mut gradients =
-            LayerGradients { codes: zeros(&self.codes), factors: zeros(&self.factors) };
-        let per_tile = self.codes[0].values.len() / layout.tiles();
-        let ([ds, dz], [dd, dm]) = (&mut gradients.codes, &mut gradients.factors);
-        let codes = ds.par_chunks_mut(per_tile).zip(dz.par_chunks_mut(per_tile));
-        let factors = dd.par_chunks_mut(TILE_ROWS).zip(dm.par_chunks_mut(TILE_ROWS));
-        let tiles = codes.zip(factors).zip(dw.par_chunks(TILE_ROWS * layout.cols()));
-        tiles.enumerate().for_each(|(tile, ((codes, factors), dw))| {
-            self.tile_gradients(tile, dw, codes, factors);
+        let tiles = self.tiles.par_iter_mut().zip(dw.par_chunks(TILE_ROWS * layout.cols()));
+        tiles.enumerate().for_each(|(index, (tile, dw))| {
+            let gradients = tile.gradients(layer.view(), index, dw);
+            tile.descend(layer.view(), &gradients, rate, step);
         });
-        gradients
     }
 
-    /// From the gradient `dw` at the weights of a tile's rows. With `w = (d s) code - m z`, all follow from two sums over
-    /// each run: that of `dw code` and that of `dw`.
-    fn tile_gradients(
-        &self,
-        tile: usize,
-        dw: &[f32],
-        (ds, dz): (&mut [f32], &mut [f32]),
-        (dd, dm): (&mut [f32], &mut [f32]),
-    ) {
-        let packed = self.packed.view();
-        let layout = packed.layout();
-        let (d, m) = packed.row_scales(tile);
-        let first = tile * TILE_ROWS;
-        let mut columns = Vec::new();
+    /// Rounds the numbers into `layer`.
+    pub fn store(&self, layer: &mut PackedLayer) {
+        let slots = layer.tiles_mut();
+        slots.into_par_iter().zip(&self.tiles).for_each(|(mut slot, tile)| tile.store(&mut slot));
+    }
+}
+
+impl TrainedTile {
+    fn new(layer: PackedTensor<'_>, tile: usize) -> Self {
+        let layout = layer.layout();
+        let mut codes = vec![0.0; TILE_ROWS * layout.cols()];
+        let (mut s, mut z) = (Vec::new(), Vec::new());
+        for group in layout.groups() {
+            let columns = unpacked(layer, tile, group);
+            for (lane, row) in codes.chunks_exact_mut(layout.cols()).enumerate() {
+                for (code, column) in row[group.cols.clone()].iter_mut().zip(&columns) {
+                    *code = f32::from(column[lane]);
+                }
+            }
+            for run in 0..group.runs(layout.coding()).len() {
+                let (scale, minus_z) = layer.scales(tile, group, run);
+                s.extend(scale);
+                z.extend(minus_z.map(|z| 0.0 - z));
+            }
+        }
+        let (d, m) = layer.row_scales(tile);
+        let ones = || Parameters::new(vec![1.0; TILE_ROWS]);
+        Self {
+            codes: Parameters::new(codes),
+            scales: [s, z].map(Parameters::new),
+            factors: [ones(), ones()],
+            row_scales: [d, m],
+        }
+    }
+
+    /// From the gradient `dw` at the weights of the tile's rows. With `w = (d s) code - m z`, those of the scales follow from
+    /// two sums over each run: that of `dw code` and that of `dw`.
+    fn gradients(&self, layer: PackedTensor<'_>, tile: usize, dw: &[f32]) -> TileGradients {
+        let layout = layer.layout();
+        let (d, m) = layer.row_scales(tile);
+        let zeros = |like: &Parameters| vec![0.0; like.values.len()];
+        let mut gradients = TileGradients {
+            codes: zeros(&self.codes),
+            scales: self.scales.each_ref().map(zeros),
+            factors: self.factors.each_ref().map(zeros),
+        };
+        let ([ds, dz], [dd, dm]) = (&mut gradients.scales, &mut gradients.factors);
         let mut records = ds.chunks_exact_mut(TILE_ROWS).zip(dz.chunks_exact_mut(TILE_ROWS));
         for group in layout.groups() {
-            columns.resize(group.cols.len(), [0; TILE_ROWS]);
-            let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-            unpack_codes(bytes, group.bit_width, &mut columns);
+            let columns = unpacked(layer, tile, group);
             for (run, cols) in group.runs(layout.coding()).enumerate() {
-                let (s, minus_z) = packed.scales(tile, group, run);
+                let (s, minus_z) = layer.scales(tile, group, run);
                 let (ds, dz) = records.next().expect("a record per run");
                 let columns = &columns[cols.start - group.cols.start..];
                 for (lane, dw) in dw.chunks_exact(layout.cols()).enumerate() {
+                    let d_codes = &mut gradients.codes[lane * layout.cols()..][cols.clone()];
+                    let factor = d[lane] * s[lane];
                     let (mut with_codes, mut plain) = (0.0, 0.0);
-                    for (dw, column) in dw[cols.clone()].iter().zip(columns) {
+                    for ((d_code, dw), column) in
+                        d_codes.iter_mut().zip(&dw[cols.clone()]).zip(columns)
+                    {
+                        *d_code = dw * factor;
                         with_codes += dw * f32::from(column[lane]);
                         plain += dw;
                     }
                     ds[lane] = d[lane] * with_codes;
                     dz[lane] = -m[lane] * plain;
-                    dd[lane] += self.row_scales[0][first + lane] * s[lane] * with_codes;
-                    dm[lane] += self.row_scales[1][first + lane] * minus_z[lane] * plain;
+                    dd[lane] += self.row_scales[0][lane] * s[lane] * with_codes;
+                    dm[lane] += self.row_scales[1][lane] * minus_z[lane] * plain;
                 }
             }
         }
+        gradients
     }
 
-    /// Takes a step at `rate` times the full rates; `step` counts from 1.
-    pub fn update(&mut self, gradients: &LayerGradients, rate: f32, step: usize) {
-        for (codes, gradient) in self.codes.iter_mut().zip(&gradients.codes) {
-            codes.step(gradient, rate * CODE_RATE * self.max_code, step);
-            // Stays where gradients can bring it back from.
-            codes.values.iter_mut().for_each(|code| *code = code.clamp(0.0, self.max_code));
+    fn descend(
+        &mut self,
+        layer: PackedTensor<'_>,
+        gradients: &TileGradients,
+        rate: f32,
+        step: usize,
+    ) {
+        let layout = layer.layout();
+        self.codes.step(&gradients.codes, rate * CODE_RATE, step);
+        for row in self.codes.values.chunks_exact_mut(layout.cols()) {
+            for group in layout.groups() {
+                clamp(&mut row[group.cols.clone()], group.bit_width.max_code());
+            }
+        }
+        let ScaleCoding::TwoLevel { scale_bits, .. } = layout.coding() else {
+            unreachable!("checked by `TrainedLayer::new`")
+        };
+        let max_scale = (1u8 << scale_bits) - 1;
+        for (scales, gradient) in self.scales.iter_mut().zip(&gradients.scales) {
+            scales.step(gradient, rate * SCALE_RATE * f32::from(max_scale), step);
+            clamp(&mut scales.values, max_scale);
         }
         for (factors, gradient) in self.factors.iter_mut().zip(&gradients.factors) {
             factors.step(gradient, rate * ROW_SCALE_RATE, step);
         }
-        self.store();
     }
 
-    /// Rounds the parameters into the packed layer.
-    fn store(&mut self) {
-        let coding = self.packed.layout().coding();
-        let row_scales = |which: usize, tile: usize| -> [f16; TILE_ROWS] {
+    fn store(&self, slot: &mut TileMut<'_>) {
+        let layout = slot.layout().clone();
+        let row_scales = [0, 1].map(|which| {
             std::array::from_fn(|lane| {
-                let at = tile * TILE_ROWS + lane;
-                let value = self.row_scales[which][at] * self.factors[which].values[at];
+                let value = self.row_scales[which][lane] * self.factors[which].values[lane];
                 f16::from_f32(value.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()))
             })
-        };
-        let [s, z] = &self.codes;
+        });
+        slot.set_row_scales(&row_scales[0], &row_scales[1]);
+        let [s, z] = &self.scales;
         let records = s.values.chunks_exact(TILE_ROWS).zip(z.values.chunks_exact(TILE_ROWS));
         let mut records = records.map(|(s, z)| (rounded(s), rounded(z)));
-        for mut tile in self.packed.tiles_mut() {
-            tile.set_row_scales(&row_scales(0, tile.index()), &row_scales(1, tile.index()));
-            let runs = tile.layout().groups().iter().map(|group| group.runs(coding).len());
-            for (group, runs) in runs.collect::<Vec<_>>().into_iter().enumerate() {
-                for run in 0..runs {
-                    let (s, z) = records.next().expect("a record per run");
-                    tile.set_two_level(group, run, &s, &z);
-                }
+        for (index, group) in layout.groups().iter().enumerate() {
+            for run in 0..group.runs(layout.coding()).len() {
+                let (s, z) = records.next().expect("a record per run");
+                slot.set_two_level(index, run, &s, &z);
             }
+            let code = |lane: usize, col: usize| {
+                self.codes.values[lane * layout.cols() + col].round_ties_even() as u8
+            };
+            let column = |col| std::array::from_fn(|lane| code(lane, col));
+            slot.set_codes(index, &group.cols.clone().map(column).collect::<Vec<_>>());
         }
     }
 }
 
-fn rounded(codes: &[f32]) -> [u8; TILE_ROWS] {
-    std::array::from_fn(|lane| codes[lane].round_ties_even() as u8)
+/// The codes of a group, one entry per column.
+fn unpacked(layer: PackedTensor<'_>, tile: usize, group: &Group) -> Vec<CodeColumn> {
+    let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
+    let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+    unpack_codes(bytes, group.bit_width, &mut columns);
+    columns
+}
+
+/// Keeps numbers where gradients can bring them back from.
+fn clamp(values: &mut [f32], max: u8) {
+    values.iter_mut().for_each(|value| *value = value.clamp(0.0, max.into()));
+}
+
+fn rounded(values: &[f32]) -> CodeColumn {
+    std::array::from_fn(|lane| values[lane].round_ties_even() as u8)
 }
 
 #[cfg(test)]
@@ -186,7 +231,7 @@ mod tests {
     }
 
     /// Groups of 2, 3 and 1 bits, the last one short; scale codes away from both ends.
-    fn layer(scale_bits: u8) -> TrainedLayer {
+    fn layer(scale_bits: u8) -> PackedLayer {
         let coding = ScaleCoding::TwoLevel { sub_group: 16, scale_bits };
         let widths = [2, 3, 1].map(|bits| BitWidth::new(bits).unwrap());
         let layout = LayerLayout::new(ROWS, COLS, 32, coding, &widths).unwrap();
@@ -211,78 +256,93 @@ mod tests {
                 }
             }
         }
-        TrainedLayer::new(packed.view()).unwrap()
+        packed
     }
 
-    /// A loss that is linear in the weights, with gradient `dw`.
-    fn loss(layer: &TrainedLayer, dw: &[f32]) -> f64 {
-        let mut w = vec![0.0; ROWS * COLS];
-        weight::dequantize_rows(Weight::Packed(layer.packed.view()), 0..ROWS, &mut w).unwrap();
-        w.iter().zip(dw).map(|(w, dw)| f64::from(w * dw)).sum()
+    fn stored(trained: &TrainedLayer, like: &PackedLayer) -> PackedLayer {
+        let mut layer = like.clone();
+        trained.store(&mut layer);
+        layer
     }
 
     #[test]
-    fn untouched_parameters_are_stored_as_they_were() {
+    fn untouched_numbers_are_stored_as_they_were() {
         for scale_bits in [4, 6] {
-            let mut layer = layer(scale_bits);
-            let before = layer.packed.clone();
-            layer.store();
-            assert_eq!(layer.packed, before);
+            let layer = layer(scale_bits);
+            let trained = TrainedLayer::new(layer.view()).unwrap();
+            assert_eq!(stored(&trained, &PackedLayer::zeroed(layer.layout().clone())), layer);
         }
     }
 
-    /// The loss is linear in each parameter: a finite difference is the gradient.
+    /// A loss that is linear in the weights, with gradient `dw`.
+    fn loss(layer: &PackedLayer, dw: &[f32]) -> f64 {
+        let mut w = vec![0.0; ROWS * COLS];
+        weight::dequantize_rows(Weight::Packed(layer.view()), 0..ROWS, &mut w).unwrap();
+        w.iter().zip(dw).map(|(w, dw)| f64::from(w * dw)).sum()
+    }
+
+    /// The numbers of a tile that the last index of a gradient counts through, and that gradient.
+    type Numbers = (fn(&mut TrainedTile) -> &mut Vec<f32>, fn(&TileGradients) -> &Vec<f32>);
+
+    /// The loss is linear in each number: a finite difference is the gradient.
     #[test]
     fn gradients_are_finite_differences() {
-        let mut x = vec![0.0; COLS * COLS];
-        (0..COLS).for_each(|i| x[i * COLS + i] = 1.0);
-        let dy: Vec<f32> =
-            noise(COLS * ROWS, 9).iter().map(|&v| (v % 17) as f32 / 8.0 - 1.0).collect();
-        let dw: Vec<f32> = (0..ROWS * COLS).map(|i| dy[i % COLS * ROWS + i / COLS]).collect();
+        let dw: Vec<f32> =
+            noise(ROWS * COLS, 9).iter().map(|&v| (v % 17) as f32 / 8.0 - 1.0).collect();
+        let numbers: [Numbers; 5] = [
+            (|t| &mut t.codes.values, |g| &g.codes),
+            (|t| &mut t.scales[0].values, |g| &g.scales[0]),
+            (|t| &mut t.scales[1].values, |g| &g.scales[1]),
+            (|t| &mut t.factors[0].values, |g| &g.factors[0]),
+            (|t| &mut t.factors[1].values, |g| &g.factors[1]),
+        ];
         for scale_bits in [4, 6] {
-            let mut layer = layer(scale_bits);
-            let gradients = layer.gradients(&x, &dy);
+            let layer = layer(scale_bits);
+            let mut trained = TrainedLayer::new(layer.view()).unwrap();
             let before = loss(&layer, &dw);
-            let check = |layer: &mut TrainedLayer, gradient: f32, place: String| {
-                layer.store();
-                let found = loss(layer, &dw) - before;
-                assert!((found - f64::from(gradient)).abs() < 1e-3, "{place}: {gradient}, {found}");
-            };
-            for which in [0, 1] {
-                for at in 0..layer.codes[which].values.len() {
-                    let lane = at % TILE_ROWS;
-                    let is_used = at / (TILE_ROWS * COLS / 16) * TILE_ROWS + lane < ROWS;
-                    let gradient = gradients.codes[which][at];
-                    if is_used {
-                        layer.codes[which].values[at] += 1.0;
-                        check(&mut layer, gradient, format!("code {which} {at}"));
-                        layer.codes[which].values[at] -= 1.0;
-                    } else {
-                        assert_eq!(gradient, 0.0);
+            let max_code = |col: usize| layer.layout().groups()[col / 32].bit_width.max_code();
+            for (tile, dw_tile) in dw.chunks(TILE_ROWS * COLS).enumerate() {
+                let gradients = trained.tiles[tile].gradients(layer.view(), tile, dw_tile);
+                for (kind, (values, gradient)) in numbers.iter().enumerate() {
+                    for (at, gradient) in gradient(&gradients).iter().enumerate() {
+                        let is_code = kind == 0;
+                        let lane = if is_code { at / COLS } else { at % TILE_ROWS };
+                        if tile * TILE_ROWS + lane >= ROWS {
+                            assert_eq!(*gradient, 0.0);
+                            continue;
+                        }
+                        let value = values(&mut trained.tiles[tile])[at];
+                        let is_last = is_code && value == f32::from(max_code(at % COLS));
+                        let step = if is_last { -1.0 } else { 1.0 };
+                        values(&mut trained.tiles[tile])[at] += step;
+                        let found =
+                            f64::from(step) * (loss(&stored(&trained, &layer), &dw) - before);
+                        values(&mut trained.tiles[tile])[at] = value;
+                        let error = (found - f64::from(*gradient)).abs();
+                        assert!(error < 1e-3, "{kind}, {at} of tile {tile}: {gradient}, {found}");
                     }
-                }
-                for at in 0..ROWS {
-                    layer.factors[which].values[at] = 2.0;
-                    check(&mut layer, gradients.factors[which][at], format!("row {which} {at}"));
-                    layer.factors[which].values[at] = 1.0;
                 }
             }
         }
     }
 
     #[test]
-    fn update_leaves_codes_in_range() {
-        let mut layer = layer(4);
-        let ones = |p: &Parameters| vec![1.0; p.values.len()];
-        let mut gradients = LayerGradients {
-            codes: layer.codes.each_ref().map(ones),
-            factors: layer.factors.each_ref().map(ones),
-        };
-        gradients.codes[1].iter_mut().for_each(|g| *g = -1.0);
-        for step in 1..=50 {
-            layer.update(&gradients, 10.0, step);
+    fn descending_leaves_numbers_in_range() {
+        let layer = layer(4);
+        let mut trained = TrainedLayer::new(layer.view()).unwrap();
+        for (index, tile) in trained.tiles.iter_mut().enumerate() {
+            let dw = vec![0.0; TILE_ROWS * COLS];
+            let mut gradients = tile.gradients(layer.view(), index, &dw);
+            gradients.codes.fill(-1.0);
+            gradients.scales[0].fill(1.0);
+            gradients.scales[1].fill(-1.0);
+            for step in 1..=400 {
+                tile.descend(layer.view(), &gradients, 10.0, step);
+            }
+            assert!(tile.codes.values[..32].iter().all(|&code| code == 3.0));
+            assert!(tile.codes.values[64..COLS].iter().all(|&code| code == 1.0));
+            assert!(tile.scales[0].values.iter().all(|&code| code == 0.0));
+            assert!(tile.scales[1].values.iter().all(|&code| code == 15.0));
         }
-        assert!(layer.codes[0].values.iter().all(|&code| code == 0.0));
-        assert!(layer.codes[1].values.iter().all(|&code| code == 15.0));
     }
 }

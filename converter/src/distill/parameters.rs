@@ -1,5 +1,7 @@
 //! What is trained, and how: Adam.
 
+use slim_kernels::per_isa;
+
 /// Numbers being trained, with their running means.
 pub struct Parameters {
     /// As they are.
@@ -23,16 +25,23 @@ impl Parameters {
     /// Algorithm 1 of arXiv:1412.6980, with its constants but the last: gradients of scales are small, and smaller the
     /// larger the model is.
     pub fn step(&mut self, gradient: &[f32], rate: f32, step: usize) {
-        const BETA: f32 = 0.9;
-        const BETA_SQUARE: f32 = 0.999;
-        const EPSILON: f32 = 1e-12;
         let unbiased = |beta: f32| 1.0 / (1.0 - f64::from(beta).powf(step as f64)) as f32;
-        let (scale, scale_square) = (unbiased(BETA), unbiased(BETA_SQUARE));
-        let means = self.mean.iter_mut().zip(&mut self.mean_square);
-        for ((value, (mean, square)), g) in self.values.iter_mut().zip(means).zip(gradient) {
+        let scales = (unbiased(BETA), unbiased(BETA_SQUARE));
+        adam(&mut self.values, &mut self.mean, &mut self.mean_square, gradient, rate, scales);
+    }
+}
+
+const BETA: f32 = 0.9;
+const BETA_SQUARE: f32 = 0.999;
+const EPSILON: f32 = 1e-12;
+
+per_isa! {
+    /// `scales` undo the start of the means at zero.
+    fn adam(values: &mut [f32], means: &mut [f32], mean_squares: &mut [f32], gradient: &[f32], rate: f32, scales: (f32, f32)) {
+        for (((value, mean), square), g) in values.iter_mut().zip(means).zip(mean_squares).zip(gradient) {
             *mean = BETA * *mean + (1.0 - BETA) * g;
             *square = BETA_SQUARE * *square + (1.0 - BETA_SQUARE) * g * g;
-            *value -= rate * (*mean * scale) / ((*square * scale_square).sqrt() + EPSILON);
+            *value -= rate * (*mean * scales.0) / ((*square * scales.1).sqrt() + EPSILON);
         }
     }
 }

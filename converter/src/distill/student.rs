@@ -1,16 +1,12 @@
 //! The quantized model while it is trained.
 
-use rayon::prelude::*;
 use slim_formats::{
     Weight,
     slim::{PackedLayer, SlimFile},
 };
 use slim_runtime::Block;
 
-use super::{
-    layer::{LayerGradients, TrainedLayer},
-    parameters::Parameters,
-};
+use super::{layer::TrainedLayer, parameters::Parameters};
 use crate::{
     Result,
     backward::{Backward, Gradient, Linear, Loss, Norm},
@@ -19,69 +15,70 @@ use crate::{
 /// How far the weight of a norm moves in a step.
 const NORM_RATE: f32 = 0.003;
 
-/// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers, as the file will.
+/// A model from a SliM file, with its linear layers and norms being trained. It runs on its packed layers, as the file will.
 pub struct Student<'a> {
     /// The model of the file.
     start: Backward<'a>,
     /// The linear layers in the order of their blocks; `None` for those without two-level scales.
-    layers: Vec<Option<TrainedLayer>>,
-    /// In the order of [`Self::norm_index`].
+    layers: Vec<Option<PackedLayer>>,
+    /// What is trained behind each of them.
+    trained: Vec<Option<TrainedLayer>>,
+    /// In the order of [`norm_index`].
     norms: Vec<Parameters>,
-}
-
-/// Gradients of all that is trained, in the student's order.
-pub struct Gradients {
-    layers: Vec<Option<LayerGradients>>,
-    norms: Vec<Vec<f32>>,
 }
 
 impl<'a> Student<'a> {
     /// The model of `file`.
     pub fn new(file: &'a SlimFile) -> Result<Self> {
         let start = Backward::load(file)?;
-        let trained = |weight| match weight {
-            Weight::Packed(packed) => TrainedLayer::new(packed),
-            Weight::Dense(_) => None,
-        };
-        let layers = start.blocks.iter().flat_map(Block::weights).map(trained).collect();
+        let (mut layers, mut trained) = (Vec::new(), Vec::new());
+        for weight in start.blocks.iter().flat_map(Block::weights) {
+            let found = match weight {
+                Weight::Packed(packed) => TrainedLayer::new(packed).map(|t| (packed.to_layer(), t)),
+                Weight::Dense(_) => None,
+            };
+            let (layer, numbers) = found.unzip();
+            layers.push(layer);
+            trained.push(numbers);
+        }
         let of_blocks = start.blocks.iter().flat_map(|block| [&block.attn_norm, &block.ffn_norm]);
         let norms = of_blocks.chain([&start.output_norm]);
         let norms = norms.map(|norm| Parameters::new(norm.clone())).collect();
-        Ok(Self { start, layers, norms })
+        Ok(Self { start, layers, trained, norms })
     }
 
-    /// The loss on `sequences`, and its gradients.
-    pub fn gradients(&self, sequences: &[&[u32]], loss: &mut Loss<'_>) -> Result<(f64, Gradients)> {
-        let mut gradients = Gradients {
-            layers: self.layers.iter().map(|_| None).collect(),
-            norms: vec![Vec::new(); self.norms.len()],
-        };
-        let loss = self.model().run(sequences, loss, &mut |gradient| {
+    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradients of the loss on
+    /// `sequences`; gives the loss before it.
+    pub fn step(
+        &mut self,
+        sequences: &[&[u32]],
+        loss: &mut Loss<'_>,
+        rate: f32,
+        step: usize,
+    ) -> Result<f64> {
+        let Self { start, layers, trained, norms } = self;
+        let blocks = start.blocks.len();
+        let loss = running(start, layers, norms).run(sequences, loss, &mut |gradient| {
             match gradient {
                 Gradient::Linear { block, layer, x, dy } => {
                     let index = layer_index(block, layer);
-                    let trained = self.layers[index].as_ref();
-                    gradients.layers[index] = trained.map(|trained| trained.gradients(x, dy));
+                    if let (Some(layer), Some(trained)) = (&layers[index], &mut trained[index]) {
+                        trained.descend(layer, x, dy, rate, step);
+                    }
                 }
                 Gradient::Norm(norm, dw) => {
-                    gradients.norms[self.norm_index(norm)] = dw.iter().map(|&d| d as f32).collect();
+                    let dw: Vec<f32> = dw.iter().map(|&d| d as f32).collect();
+                    norms[norm_index(norm, blocks)].step(&dw, rate * NORM_RATE, step);
                 }
             }
             Ok(())
         })?;
-        Ok((loss, gradients))
-    }
-
-    /// Takes a step at `rate` times the full rates; `step` counts from 1.
-    pub fn update(&mut self, gradients: &Gradients, rate: f32, step: usize) {
-        self.layers.par_iter_mut().zip(&gradients.layers).for_each(|pair| {
-            if let (Some(layer), Some(gradients)) = pair {
-                layer.update(gradients, rate, step);
+        for (layer, trained) in layers.iter_mut().zip(trained) {
+            if let (Some(layer), Some(trained)) = (layer, trained) {
+                trained.store(layer);
             }
-        });
-        for (norm, gradient) in self.norms.iter_mut().zip(&gradients.norms) {
-            norm.step(gradient, rate * NORM_RATE, step);
         }
+        Ok(loss)
     }
 
     /// A trained layer by its tensor's name.
@@ -89,7 +86,7 @@ impl<'a> Student<'a> {
         let blocks = 0..self.start.blocks.len();
         let mut layers = blocks.flat_map(|block| Linear::ALL.map(|layer| (block, layer)));
         let (block, layer) = layers.find(|(block, layer)| layer.tensor_name(*block) == name)?;
-        self.layers[layer_index(block, layer)].as_ref().map(TrainedLayer::packed)
+        self.layers[layer_index(block, layer)].as_ref()
     }
 
     /// A norm by its tensor's name.
@@ -101,31 +98,37 @@ impl<'a> Student<'a> {
         let of_blocks = (0..self.start.blocks.len()).flat_map(of_block);
         let mut norms = of_blocks.chain([(Norm::Output, "output_norm.weight".to_owned())]);
         let (norm, _) = norms.find(|(_, found)| found == name)?;
-        Some(&self.norms[self.norm_index(norm)].values)
+        Some(&self.norms[norm_index(norm, self.start.blocks.len())].values)
     }
+}
 
-    /// The model as it is now.
-    fn model(&self) -> Backward<'_> {
-        let mut model: Backward<'_> = self.start.clone();
-        for (index, block) in model.blocks.iter_mut().enumerate() {
-            block.attn_norm.clone_from(&self.norms[self.norm_index(Norm::Attn(index))].values);
-            block.ffn_norm.clone_from(&self.norms[self.norm_index(Norm::Ffn(index))].values);
-            for layer in Linear::ALL {
-                if let Some(trained) = &self.layers[layer_index(index, layer)] {
-                    *weight_mut(block, layer) = Weight::Packed(trained.packed().view());
-                }
+/// The model of a student as it is now.
+fn running<'m>(
+    start: &'m Backward<'_>,
+    layers: &'m [Option<PackedLayer>],
+    norms: &[Parameters],
+) -> Backward<'m> {
+    let blocks = start.blocks.len();
+    let norm = |norm| norms[norm_index(norm, blocks)].values.clone();
+    let mut model: Backward<'m> = start.clone();
+    for (index, block) in model.blocks.iter_mut().enumerate() {
+        block.attn_norm = norm(Norm::Attn(index));
+        block.ffn_norm = norm(Norm::Ffn(index));
+        for layer in Linear::ALL {
+            if let Some(packed) = &layers[layer_index(index, layer)] {
+                *weight_mut(block, layer) = Weight::Packed(packed.view());
             }
         }
-        model.output_norm.clone_from(&self.norms[self.norm_index(Norm::Output)].values);
-        model
     }
+    model.output_norm = norm(Norm::Output);
+    model
+}
 
-    fn norm_index(&self, norm: Norm) -> usize {
-        match norm {
-            Norm::Attn(block) => 2 * block,
-            Norm::Ffn(block) => 2 * block + 1,
-            Norm::Output => 2 * self.start.blocks.len(),
-        }
+fn norm_index(norm: Norm, blocks: usize) -> usize {
+    match norm {
+        Norm::Attn(block) => 2 * block,
+        Norm::Ffn(block) => 2 * block + 1,
+        Norm::Output => 2 * blocks,
     }
 }
 

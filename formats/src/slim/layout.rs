@@ -213,8 +213,9 @@ pub fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
     }
 }
 
-/// Packs what [`unpack_codes`] unpacks. `bytes` must be zero.
+/// Packs what [`unpack_codes`] unpacks, over what was there.
 fn pack_codes(columns: &[CodeColumn], width: BitWidth, bytes: &mut [u8]) {
+    bytes.fill(0);
     let cols = columns.len();
     let mut start = 0;
     for (bits, low) in planes(width) {
@@ -308,7 +309,7 @@ impl TileMut<'_> {
         self.index
     }
 
-    /// Stores the codes of a group, one entry per column. Call once per group: bits are added to a zeroed tile.
+    /// Stores the codes of a group, one entry per column.
     pub fn set_codes(&mut self, group: usize, columns: &[CodeColumn]) {
         let group = &self.layout.groups()[group];
         assert_eq!(columns.len(), group.cols.len(), "one entry per column of the group");
