@@ -15,10 +15,10 @@ use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Activations, Calibration, ConvertError, Engine, Progress, Resources, Result, Settings,
+    Calibration, ConvertError, Engine, Progress, Resources, Result, Settings,
     allocate::group_columns,
     backward::{Sensitivities, sensitivities},
-    calibrator::{Calibrator, Layer, Visitor},
+    calibrator::{Calibrator, Layer, Stage, Visitor},
     convert::finite_rows,
     fit::fit_error,
     lanes::gather,
@@ -46,7 +46,7 @@ pub fn bit_widths(
     progress(Progress::Survey { done: 0, of });
     let samples = &calibration.samples;
     let sensitivities = sensitivities(source, &samples[..samples.len().min(SENSITIVITY_SAMPLES)])?;
-    let mut calibrator = Calibrator::new(source, calibration, settings, resources)?;
+    let mut calibrator = Calibrator::new(source, calibration, settings, resources, false)?;
     let mut survey = Survey { settings, sensitivities, layers: Vec::new() };
     for index in 0..of {
         calibrator.pass_block(index, &Block::load(source, index)?, &mut survey)?;
@@ -87,10 +87,10 @@ impl Visitor for Survey<'_> {
     fn inputs<'a>(
         &mut self,
         _: &str,
-        activations: &'a Activations,
+        stage: Stage<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
-        LayerInputs::new(activations, self.settings, engine)
+        LayerInputs::new(stage, self.settings, engine)
     }
 
     fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {

@@ -1,6 +1,7 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
 use slim_formats::{ModelSource, Weight, slim::PackedLayer};
+use slim_kernels::RopeAngles;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
 use crate::{
@@ -10,16 +11,35 @@ use crate::{
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
-    /// The Hessian of the layers that take `activations` in, of which `name` is the first.
+    /// The Hessian of the layers that take `stage` in, of which `name` is the first.
     fn inputs<'a>(
         &mut self,
         name: &str,
-        activations: &'a Activations,
+        stage: Stage<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>>;
 
     /// A layer; what runs in its place from here on.
     fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer>;
+}
+
+/// The inputs of one or more linear layers.
+#[derive(Clone, Copy)]
+pub struct Stage<'a> {
+    /// `[samples, tokens, cols]`, from the layers as they are by now.
+    pub activations: &'a Activations,
+    /// What the layers should make of them, if it is not their own product with them.
+    pub float: Option<FloatStage<'a>>,
+}
+
+/// The same stage of the float model.
+#[derive(Clone, Copy)]
+pub struct FloatStage<'a> {
+    /// `[samples, tokens, cols]`.
+    pub activations: &'a Activations,
+    /// What the residual stream lacks to that of the float model before a layer adds to it, `[samples, tokens, rows]`;
+    /// `None` for layers that do not add to it.
+    pub missing: Option<&'a Activations>,
 }
 
 /// What became of a layer.
@@ -43,49 +63,68 @@ impl Layer {
 pub struct Calibrator<'a> {
     engine: &'a Engine,
     context: Context<'a>,
-    tokens_per_sample: usize,
-    /// The residual stream, `[samples, tokens, hidden]`.
-    residual: Activations,
-    /// The normed residual, `[samples, tokens, hidden]`.
-    normed: Activations,
-    /// The inputs of `attn_output`, `[samples, tokens, heads * head_dim]`.
-    attended: Activations,
-    /// The inputs of `ffn_down`, `[samples, tokens, ffn]`.
-    ffn: Activations,
+    angles: RopeAngles,
+    /// Through the layers as the visitor leaves them.
+    stream: Stream,
+    /// Through the float model, where the visitor wants to know its outputs.
+    float: Option<FloatStream>,
     /// The residual before the block, for `--reference`: the published code takes the inputs of a block's layers from the
     /// float block, and runs the quantized one afterwards.
     before: Option<Activations>,
 }
 
+struct FloatStream {
+    stream: Stream,
+    /// The residual of the float model without ours.
+    missing: Activations,
+}
+
 impl<'a> Calibrator<'a> {
-    /// The embeddings of the samples.
+    /// The embeddings of the samples. `with_float` runs the float model along, so that stages tell its activations, too.
     pub fn new(
         source: &'a dyn ModelSource,
         calibration: &Calibration,
         settings: &Settings,
         resources: &'a Resources,
+        with_float: bool,
     ) -> Result<Self> {
         let config = source.config();
         let samples = calibration.samples.len();
-        let tokens_per_sample = calibration.samples.first().map_or(0, Vec::len);
+        let tokens = calibration.samples.first().map_or(0, Vec::len);
         let mut memory_left = resources.activation_bytes;
-        let mut activations =
-            |width| Activations::new(samples, tokens_per_sample, width, &mut memory_left);
-        let mut residual = activations(config.hidden_size)?;
-        let normed = activations(config.hidden_size)?;
-        let attended = activations(config.head_count * config.head_dim)?;
-        let ffn = activations(config.ffn_size)?;
-        let before = match settings.reference {
-            true => Some(activations(config.hidden_size)?),
+        let mut activations = |width| Activations::new(samples, tokens, width, &mut memory_left);
+        let mut stream = || -> Result<Stream> {
+            Ok(Stream {
+                residual: activations(config.hidden_size)?,
+                normed: activations(config.hidden_size)?,
+                attended: activations(config.head_count * config.head_dim)?,
+                ffn: activations(config.ffn_size)?,
+            })
+        };
+        let mut ours = stream()?;
+        let mut float = match with_float {
+            true => Some(stream()?),
             false => None,
         };
         let embedding = find(source, "token_embd.weight")?;
         for (index, tokens) in calibration.samples.iter().enumerate() {
-            residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
+            let embedded = embed(embedding, tokens)?;
+            for stream in [Some(&mut ours), float.as_mut()].into_iter().flatten() {
+                stream.residual.sample_mut(index).copy_from_slice(&embedded);
+            }
         }
+        let float = match float {
+            Some(stream) => Some(FloatStream { stream, missing: activations(config.hidden_size)? }),
+            None => None,
+        };
+        let before = match settings.reference {
+            true => Some(activations(config.hidden_size)?),
+            false => None,
+        };
         let engine = &resources.engine;
         let context = Context { config, backend: engine.backend() };
-        Ok(Self { engine, context, tokens_per_sample, residual, normed, attended, ffn, before })
+        let angles = rope_angles(config, 0, tokens);
+        Ok(Self { engine, context, angles, stream: ours, float, before })
     }
 
     /// Leads `visitor` to the layers of a block in the order in which data flows through them, and the samples through what
@@ -96,18 +135,22 @@ impl<'a> Calibrator<'a> {
         block: &Block<'_>,
         visitor: &mut dyn Visitor,
     ) -> Result<()> {
-        let Self { engine, context, tokens_per_sample, residual, normed, attended, ffn, before } =
-            self;
-        let context = *context;
+        let Self { engine, context, angles, stream, float, before } = self;
+        let walk = Walk { engine, context: *context, angles };
         let name = |layer: &str| format!("blk.{index}.{layer}.weight");
         if let Some(before) = before {
-            before.fill(|i| Ok(residual.sample(i).to_vec()))?;
+            before.fill(|i| Ok(stream.residual.sample(i).to_vec()))?;
         }
         let is_sequential = before.is_none();
 
-        normed.fill(|i| Ok(block.attention_input(context, residual.sample(i))))?;
+        stream.attention_input(walk, block)?;
+        if let Some(float) = float {
+            float.stream.attention_input(walk, block)?;
+        }
         let (q, k, v) = {
-            let inputs = visitor.inputs(&name("attn_q"), normed, engine)?;
+            let float = float.as_ref().map(|float| &float.stream.normed);
+            let stage = Stage::new(&stream.normed, float, None);
+            let inputs = visitor.inputs(&name("attn_q"), stage, engine)?;
             (
                 visitor.layer(&name("attn_q"), block.attn_q, &inputs)?,
                 visitor.layer(&name("attn_k"), block.attn_k, &inputs)?,
@@ -122,26 +165,29 @@ impl<'a> Calibrator<'a> {
         };
         let running = if is_sequential { &quantized } else { block };
 
-        let angles = rope_angles(context.config, 0, *tokens_per_sample);
-        let mut kv = KvBlock::new(context.config, *tokens_per_sample);
-        let held = engine.hold(&[running.attn_q, running.attn_k, running.attn_v])?;
-        attended.fill(|i| Ok(running.attend(context, normed.sample(i), &mut kv, 0, &angles)?))?;
-        drop(held);
+        stream.attend(walk, running)?;
+        if let Some(float) = float {
+            float.stream.attend(walk, block)?;
+            float.compare(stream)?;
+        }
         let attn_output = {
-            let inputs = visitor.inputs(&name("attn_output"), attended, engine)?;
+            let missing = float.as_ref().map(|float| &float.missing);
+            let float = float.as_ref().map(|float| &float.stream.attended);
+            let stage = Stage::new(&stream.attended, float, missing);
+            let inputs = visitor.inputs(&name("attn_output"), stage, engine)?;
             visitor.layer(&name("attn_output"), block.attn_output, &inputs)?
         };
         let quantized = Block { attn_output: attn_output.weight(block.attn_output), ..quantized };
         let running = if is_sequential { &quantized } else { block };
 
-        let held = engine.hold(&[running.attn_output])?;
-        for i in 0..residual.samples() {
-            running.add_attention(context, attended.sample(i), residual.sample_mut(i))?;
+        stream.add_attention(walk, running)?;
+        if let Some(float) = float {
+            float.stream.add_attention(walk, block)?;
         }
-        drop(held);
-        normed.fill(|i| Ok(running.ffn_input(context, residual.sample(i))))?;
         let (gate, up) = {
-            let inputs = visitor.inputs(&name("ffn_gate"), normed, engine)?;
+            let float = float.as_ref().map(|float| &float.stream.normed);
+            let stage = Stage::new(&stream.normed, float, None);
+            let inputs = visitor.inputs(&name("ffn_gate"), stage, engine)?;
             (
                 visitor.layer(&name("ffn_gate"), block.ffn_gate, &inputs)?,
                 visitor.layer(&name("ffn_up"), block.ffn_up, &inputs)?,
@@ -154,26 +200,129 @@ impl<'a> Calibrator<'a> {
         };
         let running = if is_sequential { &quantized } else { block };
 
-        let held = engine.hold(&[running.ffn_gate, running.ffn_up])?;
-        ffn.fill(|i| Ok(running.ffn_activation(context, normed.sample(i))?))?;
-        drop(held);
+        stream.ffn_activation(walk, running)?;
+        if let Some(float) = float {
+            float.stream.ffn_activation(walk, block)?;
+            float.compare(stream)?;
+        }
         let down = {
-            let inputs = visitor.inputs(&name("ffn_down"), ffn, engine)?;
+            let missing = float.as_ref().map(|float| &float.missing);
+            let float = float.as_ref().map(|float| &float.stream.ffn);
+            let stage = Stage::new(&stream.ffn, float, missing);
+            let inputs = visitor.inputs(&name("ffn_down"), stage, engine)?;
             visitor.layer(&name("ffn_down"), block.ffn_down, &inputs)?
         };
         let quantized = Block { ffn_down: down.weight(block.ffn_down), ..quantized };
-        let _held = match is_sequential {
-            true => engine.hold(&[quantized.ffn_down])?,
-            false => engine.hold(&quantized.weights())?,
-        };
+        if let Some(float) = float {
+            float.stream.add_ffn(walk, block)?;
+        }
+        match before {
+            None => stream.add_ffn(walk, &quantized),
+            Some(before) => stream.repeat_block(walk, &quantized, before),
+        }
+    }
+}
+
+impl FloatStream {
+    fn compare(&mut self, ours: &Stream) -> Result<()> {
+        let Self { stream, missing } = self;
+        missing.fill(|i| {
+            let pairs = stream.residual.sample(i).iter().zip(ours.residual.sample(i));
+            Ok(pairs.map(|(float, ours)| float - ours).collect())
+        })
+    }
+}
+
+impl<'a> Stage<'a> {
+    /// `missing` counts only with `float`.
+    pub fn new(
+        activations: &'a Activations,
+        float: Option<&'a Activations>,
+        missing: Option<&'a Activations>,
+    ) -> Self {
+        let float = float.map(|activations| FloatStage { activations, missing });
+        Self { activations, float }
+    }
+}
+
+/// What all samples go through the stages with.
+#[derive(Clone, Copy)]
+struct Walk<'w> {
+    engine: &'w Engine,
+    context: Context<'w>,
+    angles: &'w RopeAngles,
+}
+
+impl Walk<'_> {
+    fn new_kv(&self) -> KvBlock {
+        KvBlock::new(self.context.config, 2 * self.angles.cos.len() / self.angles.head_dim)
+    }
+}
+
+/// The activations of all samples in a block.
+struct Stream {
+    /// The residual stream, `[samples, tokens, hidden]`.
+    residual: Activations,
+    /// The normed residual, `[samples, tokens, hidden]`.
+    normed: Activations,
+    /// The inputs of `attn_output`, `[samples, tokens, heads * head_dim]`.
+    attended: Activations,
+    /// The inputs of `ffn_down`, `[samples, tokens, ffn]`.
+    ffn: Activations,
+}
+
+/// The stages of [`Block::forward`], each for all samples.
+impl Stream {
+    fn attention_input(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let Self { residual, normed, .. } = self;
+        normed.fill(|i| Ok(block.attention_input(walk.context, residual.sample(i))))
+    }
+
+    fn attend(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let Self { normed, attended, .. } = self;
+        let mut kv = walk.new_kv();
+        let _held = walk.engine.hold(&[block.attn_q, block.attn_k, block.attn_v])?;
+        attended
+            .fill(|i| Ok(block.attend(walk.context, normed.sample(i), &mut kv, 0, walk.angles)?))
+    }
+
+    fn add_attention(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let Self { residual, normed, attended, .. } = self;
+        let held = walk.engine.hold(&[block.attn_output])?;
         for i in 0..residual.samples() {
-            match before {
-                None => quantized.add_ffn(context, ffn.sample(i), residual.sample_mut(i))?,
-                Some(before) => {
-                    residual.sample_mut(i).copy_from_slice(before.sample(i));
-                    quantized.forward(context, residual.sample_mut(i), &mut kv, 0, &angles)?;
-                }
-            }
+            block.add_attention(walk.context, attended.sample(i), residual.sample_mut(i))?;
+        }
+        drop(held);
+        normed.fill(|i| Ok(block.ffn_input(walk.context, residual.sample(i))))
+    }
+
+    fn ffn_activation(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let Self { normed, ffn, .. } = self;
+        let _held = walk.engine.hold(&[block.ffn_gate, block.ffn_up])?;
+        ffn.fill(|i| Ok(block.ffn_activation(walk.context, normed.sample(i))?))
+    }
+
+    fn add_ffn(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let _held = walk.engine.hold(&[block.ffn_down])?;
+        for i in 0..self.residual.samples() {
+            block.add_ffn(walk.context, self.ffn.sample(i), self.residual.sample_mut(i))?;
+        }
+        Ok(())
+    }
+
+    /// The whole block once more, from the residual `before` it.
+    fn repeat_block(
+        &mut self,
+        walk: Walk<'_>,
+        block: &Block<'_>,
+        before: &Activations,
+    ) -> Result<()> {
+        let mut kv = walk.new_kv();
+        let _held = walk.engine.hold(&block.weights())?;
+        for i in 0..self.residual.samples() {
+            let residual = self.residual.sample_mut(i);
+            residual.copy_from_slice(before.sample(i));
+            block.forward(walk.context, residual, &mut kv, 0, walk.angles)?;
         }
         Ok(())
     }

@@ -12,11 +12,11 @@ use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Activations, Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report,
-    Resources, Result, Settings,
+    Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
+    Settings,
     backward::Linear,
     budget,
-    calibrator::{Calibrator, Layer, Visitor},
+    calibrator::{Calibrator, Layer, Stage, Visitor},
     distill::convert_and_distill,
     layer::{LayerInputs, quantize_layer, round_layer},
     provenance,
@@ -55,7 +55,8 @@ pub fn convert(
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
-            Some(Calibrator::new(source, calibration, settings, &resources)?)
+            let with_float = settings.follows_float();
+            Some(Calibrator::new(source, calibration, settings, &resources, with_float)?)
         }
     };
     let blocks = source.config().block_count;
@@ -103,10 +104,10 @@ impl Visitor for Output<'_> {
     fn inputs<'a>(
         &mut self,
         name: &str,
-        activations: &'a Activations,
+        stage: Stage<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
-        let inputs = LayerInputs::new(activations, self.settings, engine)?;
+        let inputs = LayerInputs::new(stage, self.settings, engine)?;
         if let Some(share) = inputs.extra_damping {
             self.warn(format!(
                 "`{name}`: its Hessian needed {share} of its mean diagonal as damping"

@@ -13,6 +13,7 @@ use slim_formats::slim::ScaleCoding;
 use crate::{
     Activations, Engine, Method, Settings,
     allocate::{group_columns, published_divergences},
+    calibrator::Stage,
     coder::RunScales,
     hessian::Hessian,
     layer::{LayerInputs, sweep_layer},
@@ -124,7 +125,9 @@ fn layers_equal_the_published_ones() {
     for path in golden_layers() {
         let golden = Golden::read(&path);
         let activations = golden.activations();
-        let inputs = LayerInputs::new(&activations, &golden.settings, &Engine::Cpu).unwrap();
+        let inputs =
+            LayerInputs::new(Stage::new(&activations, None, None), &golden.settings, &Engine::Cpu)
+                .unwrap();
         let weights = &golden.tensors["weight"];
         let (layout, tiles) = sweep_layer(weights, &inputs, &golden.settings);
 

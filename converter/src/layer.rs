@@ -8,12 +8,14 @@ use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_R
 use crate::{
     Activations, Engine, Method, Result, Settings,
     allocate::{group_columns, published_divergences, published_widths},
+    calibrator::Stage,
     coder::Coder,
     hessian::{Factor, Hessian},
     lanes::gather,
     published::ABSOLUTE_DAMPING,
     salience::group_salience,
     sweep::{Curvature, SweptTile, sweep},
+    target::Correction,
 };
 
 /// Share of the mean diagonal that is added to a Hessian before it is factored, as in GPTQ.
@@ -31,6 +33,8 @@ pub struct LayerInputs<'a> {
     reordered: Hessian,
     /// The ranking of the published search; only for `--reference`.
     search_importance: Option<Vec<f32>>,
+    /// What makes up for the difference to the inputs in the float model.
+    correction: Option<Correction>,
     /// The share of the mean diagonal that was needed to factor the Hessian, if more than usual.
     pub extra_damping: Option<f32>,
 }
@@ -40,7 +44,8 @@ impl<'a> LayerInputs<'a> {
     ///
     /// # Errors
     /// `Kernel` if the inputs are not finite, or if a device fails.
-    pub fn new(activations: &'a Activations, settings: &Settings, engine: &Engine) -> Result<Self> {
+    pub fn new(stage: Stage<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
+        let activations = stage.activations;
         let hessian = Hessian::of(activations, engine)?;
         // The published code damps in place for its ranking, and again for the sweep.
         let damped = settings.reference.then(|| hessian.clone().damped(ABSOLUTE_DAMPING));
@@ -61,6 +66,9 @@ impl<'a> LayerInputs<'a> {
         for (&col, cost) in order.iter().zip(factor.importance()) {
             importance[col] = cost;
         }
+        let correction = stage
+            .float
+            .map(|float| Correction::new(activations, float, |m| factor.solve(m, &order)));
         let extra_damping = (share > DAMPING).then_some(share);
         Ok(Self {
             activations,
@@ -70,6 +78,7 @@ impl<'a> LayerInputs<'a> {
             order,
             reordered,
             search_importance,
+            correction,
             extra_damping,
         })
     }
@@ -100,7 +109,7 @@ pub const SLAB_ROWS: usize = 64 * TILE_ROWS;
 pub struct QuantizedLayer {
     /// As the file holds it.
     pub packed: PackedLayer,
-    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`.
+    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`, where `W` are the corrected weights.
     pub error: f32,
 }
 
@@ -114,6 +123,8 @@ pub fn quantize_layer(
     settings: &Settings,
     widths: Option<&Vec<BitWidth>>,
 ) -> QuantizedLayer {
+    let corrected = inputs.correction.as_ref().map(|correction| correction.apply(weights));
+    let weights = corrected.as_deref().unwrap_or(weights);
     let quantizer = Quantizer::calibrated(weights, inputs, settings, widths);
     let cols = quantizer.layout.cols();
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());

@@ -25,6 +25,7 @@ mod report;
 mod salience;
 mod settings;
 mod sweep;
+mod target;
 #[cfg(test)]
 mod tests;
 

@@ -118,6 +118,11 @@ impl Settings {
         Self { bits: self.embed_bits, coding, ..self.clone() }
     }
 
+    /// Whether layers are to make up for what the layers before them changed (`target.rs`).
+    pub(crate) fn follows_float(&self) -> bool {
+        self.method == Method::Slim && !self.reference
+    }
+
     /// The coder of the linear layers.
     pub(crate) fn coder(&self) -> Coder {
         if self.reference { Coder::Published } else { Coder::Best(self.coding) }

@@ -5,6 +5,7 @@ use slim_kernels::weight;
 
 use crate::{
     Activations, Engine, Method, Settings,
+    calibrator::Stage,
     layer::{LayerInputs, quantize_layer, round_layer, sweep_layer},
 };
 
@@ -68,7 +69,9 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
     for coding in CODINGS {
         for bits in 1..=8 {
             let settings = settings(bits, coding, Method::Slim);
-            let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
+            let inputs =
+                LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
+                    .unwrap();
             let (_, tiles) = sweep_layer(&weights, &inputs, &settings);
             let layer = quantize_layer(&weights, &inputs, &settings, None);
             let packed = dequantized(&layer.packed);
@@ -88,7 +91,9 @@ fn error_falls_with_bits_and_with_the_sweep() {
     for coding in CODINGS {
         let error = |bits, method| {
             let settings = settings(bits, coding, method);
-            let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
+            let inputs =
+                LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
+                    .unwrap();
             quantize_layer(&weights, &inputs, &settings, None).error
         };
         for bits in 2..=5 {
@@ -102,7 +107,8 @@ fn error_falls_with_bits_and_with_the_sweep() {
 fn reported_error_is_that_of_the_layers_outputs() {
     let (weights, activations) = (noise(ROWS * COLS, 3), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
-    let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
+    let inputs =
+        LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu).unwrap();
     let layer = quantize_layer(&weights, &inputs, &settings, None);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
@@ -125,7 +131,9 @@ fn zero_layer_and_zero_inputs_give_zeros() {
     for coding in CODINGS {
         for activations in [&activations(), &zero_inputs] {
             let settings = settings(2, coding, Method::Slim);
-            let inputs = LayerInputs::new(activations, &settings, &Engine::Cpu).unwrap();
+            let inputs =
+                LayerInputs::new(Stage::new(activations, None, None), &settings, &Engine::Cpu)
+                    .unwrap();
             let layer = quantize_layer(&vec![0.0; ROWS * COLS], &inputs, &settings, None);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
             assert_eq!(layer.error, 0.0);
@@ -138,7 +146,9 @@ fn result_does_not_depend_on_the_number_of_threads() {
     let (weights, activations) = (noise(ROWS * COLS, 6), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
     let quantize = || {
-        let inputs = LayerInputs::new(&activations, &settings, &Engine::Cpu).unwrap();
+        let inputs =
+            LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
+                .unwrap();
         quantize_layer(&weights, &inputs, &settings, None).packed
     };
     let with_threads = |threads| {
@@ -167,8 +177,12 @@ fn inputs_that_are_not_finite_are_refused() {
         let mut activations = activations();
         activations.sample_mut(1)[17] = value;
         assert!(
-            LayerInputs::new(&activations, &settings(3, CODINGS[0], Method::Slim), &Engine::Cpu)
-                .is_err()
+            LayerInputs::new(
+                Stage::new(&activations, None, None),
+                &settings(3, CODINGS[0], Method::Slim),
+                &Engine::Cpu
+            )
+            .is_err()
         );
     }
 }
