@@ -1,5 +1,4 @@
-//! `slim+`: trains the scales and norms of a quantized model end to end, its codes fixed, towards the distributions of
-//! its source.
+//! `slim+`: trains codes, scales and norms of a quantized model end to end, towards the distributions of its source.
 
 mod layer;
 mod parameters;
@@ -33,7 +32,10 @@ const SEQUENCE_TOKENS: usize = 512;
 /// Steps over which the rate rises to its full height.
 const WARM_UP: f64 = 10.0;
 
-/// [`convert()`] for [`Method::SlimPlus`]: a conversion by [`Method::Slim`] into a temporary file, then its distillation.
+/// Steps after which the target is written as it is by then: what an interrupted training leaves.
+const STEPS_PER_CHECKPOINT: usize = 25;
+
+/// [`convert()`] for [`Method::SlimPlus`]: a conversion by [`Method::Slim`] into a temporary file, then [`distill`].
 pub fn convert_and_distill(
     source: &dyn ModelSource,
     calibration: &Calibration,
@@ -47,30 +49,37 @@ pub fn convert_and_distill(
     let mut report = convert(source, calibration, &first, resources, &draft.0, progress)?;
     let file = SlimFile::open(&draft.0)?;
     draft.remove();
-    let mut student = Student::new(&file)?;
-    distill(source, &mut student, calibration, settings, progress)?;
-    let metadata = provenance::metadata(source, calibration, settings)?;
-    report.file_bytes = write(&file, &student, metadata, target)?;
+    report.file_bytes = distill(source, &file, calibration, settings, target, progress)?;
     for layer in &mut report.layers {
-        // It was that of the scales before the training.
+        // It was that of the codes before the training.
         layer.error = None;
     }
     Ok(report)
 }
 
-/// Trains `student` on windows of the calibration text.
-fn distill(
+/// Trains `draft`, a SliM file of `source`, on windows of the calibration text, and writes the result as `target`; gives
+/// its size. Every 25 steps the target is written as it is by then.
+///
+/// # Memory
+/// 12 bytes for each weight of the linear layers, and what `backward` needs for 1,024 tokens.
+///
+/// # Errors
+/// A file or tensor that cannot be used, or a divergence that is no number; the last target written stays.
+pub fn distill(
     source: &dyn ModelSource,
-    student: &mut Student<'_>,
+    draft: &SlimFile,
     calibration: &Calibration,
     settings: &Settings,
+    target: &Path,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<()> {
+) -> Result<u64> {
+    let mut student = Student::new(draft)?;
     let teacher = Model::load(source, &Cpu)?;
     let mut random = SplitMix64::new(!settings.seed); // not the places of the calibration samples
     for step in 0..settings.steps {
         let sequences = windows(&calibration.text, settings.context, &mut random);
-        let loss = train_on(&teacher, student, &sequences, rate(step, settings.steps), step + 1)?;
+        let rate = rate(step, settings.steps);
+        let loss = train_on(&teacher, &mut student, &sequences, rate, step + 1)?;
         if !loss.is_finite() {
             return Err(ConvertError::InvalidSetting {
                 what: "divergence from the source while training",
@@ -78,9 +87,16 @@ fn distill(
                 expected: "a finite number; try fewer steps, or method `slim`".into(),
             });
         }
-        progress(Progress::Step { done: step + 1, of: settings.steps, loss });
+        let done = step + 1;
+        progress(Progress::Step { done, of: settings.steps, loss });
+        if done.is_multiple_of(STEPS_PER_CHECKPOINT) && done < settings.steps {
+            let so_far = Settings { steps: done, ..settings.clone() };
+            let metadata = provenance::metadata(source, calibration, &so_far)?;
+            write(draft, &student, metadata, target)?;
+        }
     }
-    Ok(())
+    let metadata = provenance::metadata(source, calibration, settings)?;
+    Ok(write(draft, &student, metadata, target)?)
 }
 
 /// Sequences at random places of the text.
@@ -117,7 +133,7 @@ fn train_on(
     student.step(sequences, &mut Loss::Divergence(&mut logits), rate as f32, step)
 }
 
-/// Writes `file` with the scales and norms of `student`; gives the size.
+/// Writes `file` with what `student` has of it; gives the size.
 fn write(
     file: &SlimFile,
     student: &Student<'_>,
