@@ -52,9 +52,13 @@ pub struct ConvertArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub bits: u8,
 
-    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take
-    #[arg(long, value_name = "BITS", conflicts_with_all = ["bits", "reference"], value_parser = parse_bits_per_weight)]
+    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take; 1.2 to 8
+    #[arg(long, value_name = "BITS", conflicts_with_all = ["bits", "reference"])]
     pub target_bpw: Option<f64>,
+
+    /// Size of the whole file, such as 60MB or 1.5GiB, instead of --bits; it is met from below
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["bits", "target_bpw", "reference"], value_parser = parse_size)]
+    pub target_size: Option<u64>,
 
     /// Columns that share a bit-width, a multiple of 16
     #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
@@ -306,13 +310,6 @@ fn range(numbers: impl RangeBounds<u64>) -> RangedU64ValueParser<usize> {
 /// Takes one of some whole numbers.
 fn one_of<const N: usize>(numbers: [&'static str; N]) -> impl TypedValueParser<Value = usize> {
     PossibleValuesParser::new(numbers).try_map(|number| number.parse::<usize>())
-}
-
-fn parse_bits_per_weight(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(bits) if (1.2..=8.0).contains(&bits) => Ok(bits),
-        _ => Err("expected 1.2 to 8".to_owned()),
-    }
 }
 
 fn parse_method(name: &str) -> Result<Method, String> {

@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
     BUILT_IN_CALIBRATION, Calibration, Engine, LayerReport, Method, Progress as Step, Report,
-    Resources, Settings, convert,
+    Resources, Settings, Target, convert,
 };
 use slim_formats::{ModelSource, slim::ScaleCoding};
 use slim_kernels::{
@@ -89,12 +89,10 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
         args.steps.is_none() || args.method == Method::SlimPlus,
         "`--steps` belongs to `--method slim+`"
     );
-    let is_slim = matches!(args.method, Method::Slim | Method::SlimPlus);
-    ensure!(args.target_bpw.is_none() || is_slim, "`--target-bpw` belongs to `--method slim`");
+    let target_bpw = args.target_bpw.map(Target::BitsPerWeight);
     let settings = Settings {
-        // Around this width the budget looks for others.
-        bits: args.target_bpw.map_or(args.bits, |target| (target - 0.3).round() as u8),
-        target_bits_per_weight: args.target_bpw,
+        bits: args.bits,
+        target: target_bpw.or(args.target_size.map(Target::FileBytes)),
         group_size: args.group_size,
         coding,
         method: args.method,

@@ -15,7 +15,7 @@ use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, ConvertError, Engine, Progress, Resources, Result, Settings,
+    Calibration, Contents, Engine, Progress, Resources, Result, Settings, Target,
     allocate::group_columns,
     backward::{Sensitivities, sensitivities},
     calibrator::{Calibrator, Layer, Stage, Visitor},
@@ -28,9 +28,6 @@ use crate::{
 /// Samples that sensitivities are measured on: their mean settles long before a Hessian does.
 const SENSITIVITY_SAMPLES: usize = 12;
 
-/// Bits that a group may have more or less than the mean.
-const SPREAD: u8 = 3;
-
 /// The widths of the groups of every layer that has groups, by name.
 ///
 /// # Errors
@@ -40,6 +37,7 @@ pub fn bit_widths(
     calibration: &Calibration,
     settings: &Settings,
     resources: &Resources,
+    contents: &Contents,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<HashMap<String, Vec<BitWidth>>> {
     let of = source.config().block_count;
@@ -47,18 +45,24 @@ pub fn bit_widths(
     let samples = &calibration.samples;
     let sensitivities = sensitivities(source, &samples[..samples.len().min(SENSITIVITY_SAMPLES)])?;
     let mut calibrator = Calibrator::new(source, calibration, settings, resources, false)?;
-    let mut survey = Survey { settings, sensitivities, layers: Vec::new() };
+    let mut survey = Survey { settings, contents, sensitivities, layers: Vec::new() };
     for index in 0..of {
         calibrator.pass_block(index, &Block::load(source, index)?, &mut survey)?;
         progress(Progress::Survey { done: index + 1, of });
     }
-    let widths = share_out(&survey.layers, settings)?;
+    let file_bytes = |widths: &[Vec<BitWidth>]| {
+        let names = survey.layers.iter().map(|layer| layer.name.as_str());
+        let widths: HashMap<_, _> = names.zip(widths.iter().map(Vec::as_slice)).collect();
+        contents.file_bytes_with(|name| widths.get(name).copied())
+    };
+    let widths = share_out(&survey.layers, settings, file_bytes)?;
     Ok(survey.layers.into_iter().map(|layer| layer.name).zip(widths).collect())
 }
 
 /// Measures what each group of the float model would lose.
 struct Survey<'a> {
     settings: &'a Settings,
+    contents: &'a Contents,
     sensitivities: Sensitivities,
     layers: Vec<LayerCosts>,
 }
@@ -69,7 +73,7 @@ struct LayerCosts {
     weights: u64,
     /// Bits of the layer that are no group's: row scales and the table of widths.
     own_bits: u64,
-    /// For each group its choices, from the lowest width up.
+    /// For each group its choices, widths 1 to 8.
     groups: Vec<Vec<Choice>>,
 }
 
@@ -94,9 +98,8 @@ impl Visitor for Survey<'_> {
     }
 
     fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {
-        let (rows, cols) = weight::shape(source);
-        if cols.is_multiple_of(16) {
-            let weights = finite_rows(name, source, 0..rows)?;
+        if self.contents.is_layer(name) {
+            let weights = finite_rows(name, source, 0..weight::shape(source).0)?;
             let sensitivity = self.sensitivities.of_tensor(name);
             let costs =
                 LayerCosts::new(name, &weights, inputs.importance(), sensitivity, self.settings);
@@ -138,9 +141,7 @@ fn choices(
 ) -> Vec<Vec<Choice>> {
     let cols = importance.len();
     let groups = group_columns(cols, settings.group_size);
-    let widths: Vec<BitWidth> = (settings.bits.saturating_sub(SPREAD)..=settings.bits + SPREAD)
-        .filter_map(BitWidth::new)
-        .collect();
+    let widths: Vec<BitWidth> = (1..=8).filter_map(BitWidth::new).collect();
     let losses_of_tile = |tile: usize| -> Vec<Vec<f64>> {
         let w = gather(weights, cols, tile, 0..cols);
         let sensitivity = &sensitivity[tile * TILE_ROWS..];
@@ -170,56 +171,90 @@ fn weighted(error: &[f32; TILE_ROWS], sensitivity: &[f64]) -> f64 {
     error.iter().zip(sensitivity).map(|(&error, sensitivity)| f64::from(error) * sensitivity).sum()
 }
 
-/// The widths with the least predicted loss among those that the budget allows.
-///
-/// At a price per bit each group has its best choice; the price is the lowest that the budget can pay.
+/// The widths with the least predicted loss among those that the settings allow; `file_bytes` tells what size such widths give
+/// the file.
 ///
 /// # Errors
-/// `InvalidSetting` if even the lowest widths take more.
-fn share_out(layers: &[LayerCosts], settings: &Settings) -> Result<Vec<Vec<BitWidth>>> {
-    let groups = || layers.iter().flat_map(|layer| &layer.groups);
-    let weights = layers.iter().map(|layer| layer.weights).sum::<u64>() as f64;
-    let own_bits: u64 = layers.iter().map(|layer| layer.own_bits).sum();
-    let budget: u64 = match settings.target_bits_per_weight {
-        Some(target) => ((target * weights) as u64).saturating_sub(own_bits),
-        None => groups()
-            .map(|choices| {
-                let even = choices.iter().find(|choice| choice.width.bits() == settings.bits);
-                even.expect("the mean is a choice").bits
-            })
-            .sum(),
+/// As `file_bytes`.
+fn share_out(
+    layers: &[LayerCosts],
+    settings: &Settings,
+    file_bytes: impl Fn(&[Vec<BitWidth>]) -> Result<u64>,
+) -> Result<Vec<Vec<BitWidth>>> {
+    let budget_bits = match settings.target {
+        None => {
+            let even = |choices: &Vec<Choice>| choices[usize::from(settings.bits) - 1].bits;
+            layers.iter().flat_map(|layer| &layer.groups).map(even).sum()
+        }
+        Some(Target::BitsPerWeight(bits)) => {
+            let weights: u64 = layers.iter().map(|layer| layer.weights).sum();
+            let own_bits: u64 = layers.iter().map(|layer| layer.own_bits).sum();
+            ((bits * weights as f64) as u64).saturating_sub(own_bits)
+        }
+        Some(Target::FileBytes(bytes)) => return fit_into(layers, bytes, file_bytes),
     };
+    Ok(by_layer(layers, &best(layers, budget_bits)))
+}
+
+/// The widths with the least predicted loss in a file of `target` bytes.
+fn fit_into(
+    layers: &[LayerCosts],
+    target: u64,
+    file_bytes: impl Fn(&[Vec<BitWidth>]) -> Result<u64>,
+) -> Result<Vec<Vec<BitWidth>>> {
+    let bits = |choices: &[Choice]| choices.iter().map(|choice| choice.bits).sum::<u64>();
+    let lowest = best(layers, 0);
+    let least = file_bytes(&by_layer(layers, &lowest))?;
+    let mut budget_bits = bits(&lowest) + 8 * target.saturating_sub(least);
+    loop {
+        let chosen = best(layers, budget_bits);
+        let widths = by_layer(layers, &chosen);
+        // The padding of the tensors changes with the widths.
+        let excess = file_bytes(&widths)?.saturating_sub(target);
+        // `Contents` has seen to it that the lowest widths fit.
+        if excess == 0 || bits(&chosen) <= bits(&lowest) {
+            return Ok(widths);
+        }
+        budget_bits = bits(&chosen).saturating_sub(8 * excess);
+    }
+}
+
+/// The choices of all groups with the least predicted loss among those that take no more than `budget_bits`; the lowest widths
+/// if all take more.
+///
+/// At a price per bit each group has its best choice; the price is the lowest that the budget can pay.
+fn best(layers: &[LayerCosts], budget_bits: u64) -> Vec<Choice> {
     let at = |price: f64| {
-        groups().map(move |choices| {
+        layers.iter().flat_map(|layer| &layer.groups).map(move |choices| {
             let cost = |choice: &&Choice| choice.loss + price * choice.bits as f64;
             *choices.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("a choice")
         })
     };
-    let bits = |price: f64| at(price).map(|choice| choice.bits).sum::<u64>();
     // Bisection over the exponent: prices have no natural scale.
     let (mut low, mut high) = (-300.0_f64, 300.0_f64);
     for _ in 0..100 {
         let middle = 0.5 * (low + high);
-        match bits(middle.exp2()) > budget {
+        match at(middle.exp2()).map(|choice| choice.bits).sum::<u64>() > budget_bits {
             true => low = middle,
             false => high = middle,
         }
     }
-    let price = high.exp2();
-    if bits(price) > budget {
-        let least = (bits(price) + own_bits) as f64 / weights;
-        return Err(ConvertError::InvalidSetting {
-            what: "bits per weight",
-            found: settings.target_bits_per_weight.unwrap_or_default().to_string(),
-            expected: format!("at least {least:.3} with these groups and scales"),
-        });
-    }
-    let mut chosen = at(price).map(|choice| choice.width);
-    Ok(layers.iter().map(|layer| chosen.by_ref().take(layer.groups.len()).collect()).collect())
+    at(high.exp2()).collect()
+}
+
+/// The widths of the groups of each layer.
+fn by_layer(layers: &[LayerCosts], chosen: &[Choice]) -> Vec<Vec<BitWidth>> {
+    let mut widths = chosen.iter().map(|choice| choice.width);
+    layers.iter().map(|layer| widths.by_ref().take(layer.groups.len()).collect()).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use slim_formats::{
+        gguf::Metadata,
+        slim::{LayerLayout, Outline},
+    };
+
     use super::*;
     use crate::{
         Method,
@@ -240,12 +275,30 @@ mod tests {
         vec![layer(4), layer(5)]
     }
 
+    fn layout_of(widths: &[BitWidth], settings: &Settings) -> LayerLayout {
+        layout(ROWS, COLS, settings.group_size, settings.coding, widths)
+    }
+
     fn stored_bits(widths: &[Vec<BitWidth>], settings: &Settings) -> u64 {
-        let layer = |widths: &Vec<BitWidth>| {
-            let group_size = settings.group_size;
-            layout(ROWS, COLS, group_size, settings.coding, widths).stored_bits()
-        };
-        widths.iter().map(layer).sum()
+        widths.iter().map(|widths| layout_of(widths, settings).stored_bits()).sum()
+    }
+
+    /// A file of the two layers.
+    fn file_bytes(widths: &[Vec<BitWidth>], settings: &Settings) -> Result<u64> {
+        let mut outline = Outline::default();
+        for (name, widths) in ["a", "b"].into_iter().zip(widths) {
+            outline.layer(name, &layout_of(widths, settings), None);
+        }
+        Ok(outline.file_bytes("".as_ref(), Metadata::new())?)
+    }
+
+    fn shared_out(first: f32, settings: &Settings) -> Vec<Vec<BitWidth>> {
+        let layers = layers(settings, first);
+        share_out(&layers, settings, |widths| file_bytes(widths, settings)).unwrap()
+    }
+
+    fn all(bits: u8) -> Vec<Vec<BitWidth>> {
+        vec![vec![BitWidth::new(bits).unwrap(); 5]; 2]
     }
 
     #[test]
@@ -253,9 +306,8 @@ mod tests {
         for coding in CODINGS {
             for bits in 2..=6 {
                 let settings = settings(bits, coding, Method::Slim);
-                let widths = share_out(&layers(&settings, 100.0), &settings).unwrap();
-                let even = vec![vec![BitWidth::new(bits).unwrap(); 5]; 2];
-                assert!(stored_bits(&widths, &settings) <= stored_bits(&even, &settings));
+                let widths = shared_out(100.0, &settings);
+                assert!(stored_bits(&widths, &settings) <= stored_bits(&all(bits), &settings));
                 for layer in &widths {
                     assert!(layer[0] > layer[1] && layer[0].bits() > bits, "{layer:?}");
                 }
@@ -264,25 +316,45 @@ mod tests {
     }
 
     #[test]
-    fn target_is_met_from_below() {
+    fn target_bits_per_weight_are_met_from_below() {
         for coding in CODINGS {
-            let target = 3.4;
-            let settings = Settings {
-                target_bits_per_weight: Some(target),
-                ..settings(3, coding, Method::Slim)
-            };
-            let widths = share_out(&layers(&settings, 10.0), &settings).unwrap();
-            let found = stored_bits(&widths, &settings) as f64 / (2 * ROWS * COLS) as f64;
-            // A group of 32 columns is a tenth of these layers.
-            assert!(found <= target && found > target - 0.2, "{coding:?}: {found}");
+            for target in [2.8, 3.4, 5.0, 7.5] {
+                let settings = Settings {
+                    target: Some(Target::BitsPerWeight(target)),
+                    ..settings(3, coding, Method::Slim)
+                };
+                let widths = shared_out(10.0, &settings);
+                let found = stored_bits(&widths, &settings) as f64 / (2 * ROWS * COLS) as f64;
+                // A group of 32 columns is a tenth of these layers.
+                assert!(found <= target && found > target - 0.25, "{coding:?}: {found}");
+            }
         }
     }
 
     #[test]
-    fn target_below_the_lowest_widths_is_refused() {
-        let settings =
-            Settings { target_bits_per_weight: Some(1.2), ..settings(1, CODINGS[1], Method::Slim) };
-        let error = share_out(&layers(&settings, 1.0), &settings).unwrap_err().to_string();
-        assert!(error.contains("found 1.2, expected at least 2."), "{error}");
+    fn target_size_of_the_file_is_met_from_below_with_all_padding() {
+        for coding in CODINGS {
+            let settings = settings(3, coding, Method::Slim);
+            let [least, most] = [1, 8].map(|bits| file_bytes(&all(bits), &settings).unwrap());
+            let mut largest_gap = 0;
+            for bytes in (least..=most).step_by(29) {
+                let target = Some(Target::FileBytes(bytes));
+                let settings = Settings { target, ..settings.clone() };
+                let found = file_bytes(&shared_out(10.0, &settings), &settings).unwrap();
+                assert!(found <= bytes, "{coding:?}: {found} for {bytes}");
+                largest_gap = largest_gap.max(bytes - found);
+            }
+            // One more bit for a group of 32 columns in 48 rows, and the padding of four tensors.
+            assert!(largest_gap < 48 * 32 / 8 + 4 * 64, "{coding:?}: {largest_gap}");
+        }
+    }
+
+    #[test]
+    fn result_with_a_target_does_not_depend_on_bits() {
+        let widths = |bits| {
+            let target = Some(Target::BitsPerWeight(4.0));
+            shared_out(10.0, &Settings { target, ..settings(bits, CODINGS[0], Method::Slim) })
+        };
+        assert_eq!(widths(1), widths(8));
     }
 }

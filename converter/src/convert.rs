@@ -17,6 +17,7 @@ use crate::{
     backward::Linear,
     budget,
     calibrator::{Calibrator, Layer, Stage, Visitor},
+    contents::Contents,
     distill::convert_and_distill,
     layer::{LayerInputs, quantize_layer, round_layer},
     provenance,
@@ -38,19 +39,28 @@ pub fn convert(
     if settings.method == Method::SlimPlus {
         return convert_and_distill(source, calibration, settings, resources, target, progress);
     }
+    let contents = Contents::new(source, settings)?;
     let metadata = provenance::metadata(source, calibration, settings)?;
     let mut output = Output {
         writer: SlimWriter::create(target)?,
         source,
         settings,
+        contents,
         widths: HashMap::new(),
         layers: Vec::new(),
         warnings: Vec::new(),
         progress,
     };
     if settings.method == Method::Slim && !settings.reference {
-        output.widths =
-            budget::bit_widths(source, calibration, settings, &resources, output.progress)?;
+        let contents = &output.contents;
+        output.widths = budget::bit_widths(
+            source,
+            calibration,
+            settings,
+            &resources,
+            contents,
+            output.progress,
+        )?;
     }
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
@@ -93,6 +103,8 @@ struct Output<'a> {
     writer: SlimWriter,
     source: &'a dyn ModelSource,
     settings: &'a Settings,
+    /// What is going to be in it.
+    contents: Contents,
     /// The bit-widths of layers that the budget has decided, by name.
     widths: HashMap<String, Vec<BitWidth>>,
     layers: Vec<LayerReport>,
@@ -131,9 +143,9 @@ impl Visitor for Output<'_> {
 impl Output<'_> {
     /// Whether a layer can be cut into groups; warns if not.
     fn fits_groups(&mut self, name: &str, source: Weight<'_>) -> bool {
-        let (_, cols) = weight::shape(source);
-        let fits = cols.is_multiple_of(16);
+        let fits = self.contents.is_layer(name);
         if !fits {
+            let (_, cols) = weight::shape(source);
             self.warn(format!(
                 "`{name}` stays at 16 bits: its {cols} columns are no multiple of 16"
             ));

@@ -63,7 +63,7 @@ impl Golden {
                 context: TOKENS,
                 seed: 0,
                 steps: 0,
-                target_bits_per_weight: None,
+                target: None,
             },
             tensors: tensors.collect(),
         }

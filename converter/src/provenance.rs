@@ -5,7 +5,7 @@ use std::{fs::File, io::Read, path::Path};
 use sha2::{Digest, Sha256};
 use slim_formats::{FormatError, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding};
 
-use crate::{Calibration, Method, Result, Settings, calibration::hex};
+use crate::{Calibration, Method, Result, Settings, Target, calibration::hex};
 
 /// General, model, tokenizer and provenance keys.
 pub fn metadata(
@@ -13,18 +13,41 @@ pub fn metadata(
     calibration: &Calibration,
     settings: &Settings,
 ) -> Result<Metadata> {
+    with_hashes(source, calibration, settings, sha256)
+}
+
+/// [`metadata()`] of the same size, with zeros for what takes long to find out.
+pub fn unhashed_metadata(source: &dyn ModelSource, settings: &Settings) -> Result<Metadata> {
+    let hash = "0".repeat(64);
+    let calibration =
+        Calibration { samples: Vec::new(), text_sha256: hash.clone(), text: Vec::new() };
+    with_hashes(source, &calibration, settings, |_| Ok((0, hash.clone())))
+}
+
+/// [`metadata()`] with a function that gives size and hash of a file.
+fn with_hashes(
+    source: &dyn ModelSource,
+    calibration: &Calibration,
+    settings: &Settings,
+    hash: impl Fn(&Path) -> std::io::Result<(u64, String)>,
+) -> Result<Metadata> {
     let mut metadata = source.config().to_gguf();
     tokenizer(source, &mut metadata)?;
-    sources(source, &mut metadata)?;
+    sources(source, hash, &mut metadata)?;
     metadata.insert("slim.quantization.tool", concat!("slimllm ", env!("CARGO_PKG_VERSION")))?;
     if let Some(commit) = option_env!("SLIMLLM_COMMIT") {
         metadata.insert("slim.quantization.commit", commit)?;
     }
     let method = if settings.reference { "reference" } else { settings.method.name() };
     metadata.insert("slim.quantization.method", method)?;
-    metadata.insert("slim.quantization.bits", u32::from(settings.bits))?;
-    if let Some(target) = settings.target_bits_per_weight {
-        metadata.insert("slim.quantization.target_bits_per_weight", target as f32)?;
+    match settings.target {
+        None => metadata.insert("slim.quantization.bits", u32::from(settings.bits))?,
+        Some(Target::BitsPerWeight(bits)) => {
+            metadata.insert("slim.quantization.target_bits_per_weight", bits as f32)?;
+        }
+        Some(Target::FileBytes(bytes)) => {
+            metadata.insert("slim.quantization.target_file_bytes", bytes)?;
+        }
     }
     metadata.insert("slim.quantization.group_size", settings.group_size as u32)?;
     match settings.coding {
@@ -73,13 +96,17 @@ fn tokenizer(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
 }
 
 /// Names, sizes and hashes of the source files, in the order of their names.
-fn sources(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
+fn sources(
+    source: &dyn ModelSource,
+    hash: impl Fn(&Path) -> std::io::Result<(u64, String)>,
+    metadata: &mut Metadata,
+) -> Result<()> {
     let mut files = source.files();
     files.sort();
     let (mut names, mut sizes, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
     for path in &files {
         let name = path.file_name().unwrap_or_default();
-        let (size, hash) = sha256(path).map_err(|error| FormatError::io(path, "read", error))?;
+        let (size, hash) = hash(path).map_err(|error| FormatError::io(path, "read", error))?;
         names.push(name.to_string_lossy().into_owned());
         sizes.push(size);
         hashes.push(hash);

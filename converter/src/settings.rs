@@ -29,14 +29,22 @@ impl Method {
     }
 }
 
+/// What a result may take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// Bits per weight of the linear layers: codes, scales, bit-widths and the padding of their rows; not the embedding.
+    BitsPerWeight(f64),
+    /// Bytes of the whole file, from header and tokenizer to the padding of its last tensor.
+    FileBytes(u64),
+}
+
 /// Everything that decides the bytes of the result, besides the source, the calibration text and the [`Engine`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Mean bits per code of the linear layers, 1 to 8.
+    /// Mean bits per code of the linear layers, 1 to 8; not used with a target.
     pub bits: u8,
-    /// Bits per weight of the linear layers, everything counted, that method `slim` may take; `None` for as many as
-    /// `bits` everywhere would.
-    pub target_bits_per_weight: Option<f64>,
+    /// What methods `slim` and `slim+` may take; `None` for as many bits as `bits` everywhere would.
+    pub target: Option<Target>,
     /// Columns that share a bit-width: a multiple of 16.
     pub group_size: usize,
     /// How scales are stored.
@@ -83,6 +91,22 @@ impl Settings {
             check(fits, "sub-group", sub_group.to_string(), "16, 32 or 64")?;
             let fits = matches!(scale_bits, 4 | 6);
             check(fits, "scale bits", scale_bits.to_string(), "4 or 6")?;
+        }
+        if let Some(target) = self.target {
+            match target {
+                Target::BitsPerWeight(bits) => {
+                    let fits = (1.2..=8.0).contains(&bits);
+                    check(fits, "target bits per weight", bits.to_string(), "1.2 to 8")?;
+                }
+                Target::FileBytes(bytes) => {
+                    let fits = (1..=1 << 60).contains(&bytes);
+                    check(fits, "target size", format!("{bytes} bytes"), "1 to 2^60 bytes")?;
+                }
+            }
+            let fits = matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference;
+            let method = if self.reference { "reference" } else { self.method.name() };
+            let expected = "`slim` or `slim+`";
+            check(fits, "method with a target", format!("`{method}`"), expected)?;
         }
         if self.method == Method::SlimPlus {
             let fits = self.coding != ScaleCoding::Paper;

@@ -29,7 +29,7 @@ pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         context: 96,
         seed: 0,
         steps: 0,
-        target_bits_per_weight: None,
+        target: None,
     }
 }
 

@@ -2,10 +2,10 @@
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
-use slim_converter::{Method, SLAB_ROWS, Settings};
+use slim_converter::{Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target};
 use slim_formats::{
     ModelSource, Weight,
-    slim::{BitWidth, LayerLayout, ScaleCoding},
+    slim::{LayerLayout, ScaleCoding},
 };
 use slim_kernels::weight;
 
@@ -24,85 +24,46 @@ pub struct Plan {
     settings: Settings,
     /// Blocks of the model.
     pub blocks: usize,
-    layers: Vec<PlannedLayer>,
-    /// Norms, and matrices that stay at 16 bits.
-    dense_bytes: u64,
+    contents: Contents,
+    /// Size of the file, with a target of the smallest one.
+    file_bytes: u64,
     /// Size of the source's files.
     pub source_bytes: u64,
+    /// Type and bits per weight of the first linear layer whose weights the source has quantized already.
+    quantized_source: Option<(String, f64)>,
     /// Memory for the largest layer, without activations.
     pub working_bytes: u64,
     /// Activations of all calibration samples.
     activation_bytes: u64,
 }
 
-/// A layer to quantize.
-struct PlannedLayer {
-    name: String,
-    rows: usize,
-    cols: usize,
-    stored_bits: u64,
-    /// Type and bits per weight in the source, if its weights are quantized already.
-    quantized_source: Option<(String, f64)>,
-}
-
 impl Plan {
     /// The plan for `source`.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+        let contents = Contents::new(source, settings)?;
         let mut plan = Self {
             settings: settings.clone(),
             blocks: source.config().block_count,
-            layers: Vec::new(),
-            dense_bytes: 0,
+            file_bytes: contents.file_bytes()?,
             source_bytes: source_bytes(source)?,
+            quantized_source: quantized_source(source, &contents)?,
             working_bytes: 0,
             activation_bytes: activation_bytes(source, settings),
+            contents,
         };
-        for name in source.tensor_names() {
-            if let Some(found) = source.tensor(name)? {
-                plan.add(name, found)?;
-            }
-        }
+        let working_bytes =
+            plan.contents.tensors().iter().map(|tensor| plan.working_bytes_of(tensor));
+        plan.working_bytes = working_bytes.max().unwrap_or(0);
         Ok(plan)
     }
 
-    /// Adds a tensor of the source.
-    fn add(&mut self, name: &str, found: Weight<'_>) -> Result<()> {
-        let (rows, cols) = weight::shape(found);
-        if rows == 1 {
-            self.dense_bytes += 4 * cols as u64;
-            return Ok(());
-        }
-        let is_linear = name.starts_with("blk.");
-        let working = self.working_bytes_of(rows as u64, cols as u64, is_linear);
-        self.working_bytes = self.working_bytes.max(working);
-
-        let settings =
-            if is_linear { self.settings.clone() } else { self.settings.for_embedding() };
-        let Some(bit_width) = BitWidth::new(settings.bits).filter(|_| cols.is_multiple_of(16))
-        else {
-            self.dense_bytes += 2 * (rows * cols) as u64;
-            return Ok(());
-        };
-        let Settings { group_size, coding, .. } = settings;
-        let widths = vec![bit_width; cols.div_ceil(group_size)];
-        let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
-        let stored_bits = layout.map(|layout| layout.stored_bits());
-        let stored_bits = stored_bits.map_err(|(_, found, expected)| {
-            anyhow::anyhow!("tensor `{name}`: found {found}, expected {expected}")
-        })?;
-        let quantized_source = quantized_source(found);
-        self.layers.push(PlannedLayer {
-            name: name.to_owned(),
-            rows,
-            cols,
-            stored_bits,
-            quantized_source,
-        });
-        Ok(())
-    }
-
     /// Memory to quantize a layer in: a calibrated one is held whole, others a slab at a time; a code takes a byte at most.
-    fn working_bytes_of(&self, rows: u64, cols: u64, is_linear: bool) -> u64 {
+    fn working_bytes_of(&self, tensor: &PlannedTensor) -> u64 {
+        let (rows, cols) = match tensor.storage {
+            Storage::F32 => return 0,
+            Storage::F16 | Storage::Layer(_) => (tensor.rows as u64, tensor.cols as u64),
+        };
+        let is_linear = tensor.name.starts_with("blk.");
         let weights = match is_linear && self.is_calibrated() {
             true if self.settings.reference => (1 + SEARCH_COPIES) * rows * cols,
             true => rows * cols,
@@ -113,31 +74,35 @@ impl Plan {
         rows * cols + 4 * (weights + hessians + slab)
     }
 
+    /// Whether all groups get the same width: size and bits per weight are exact then.
+    fn has_even_widths(&self) -> bool {
+        matches!(self.settings.method, Method::Gptq | Method::RoundToNearest)
+    }
+
     fn is_calibrated(&self) -> bool {
         self.settings.method != Method::RoundToNearest
     }
 
-    fn linear_layers(&self) -> impl Iterator<Item = &PlannedLayer> {
-        self.layers.iter().filter(|layer| layer.name.starts_with("blk."))
-    }
-
-    /// The mean over the linear layers of the blocks if the groups' widths average to `bits`.
-    fn bits_per_weight(&self) -> f64 {
-        let (bits, weights) = self.linear_layers().fold((0, 0), |(bits, weights), layer| {
-            (bits + layer.stored_bits, weights + (layer.rows * layer.cols) as u64)
-        });
-        bits as f64 / weights.max(1) as f64
-    }
-
-    /// The tensors of the result, without header and tokenizer.
-    fn tensor_bytes(&self) -> u64 {
-        self.dense_bytes + self.layers.iter().map(|layer| layer.stored_bits / 8).sum::<u64>()
+    /// Size of the file and bits per weight of its linear layers. With a target one of them is the target, and the other what
+    /// it leads to, about.
+    fn size_and_bits(&self) -> (u64, f64) {
+        let (least_bytes, least_bits) = (self.file_bytes, self.contents.bits_per_weight());
+        let weights = self.contents.linear_weights().max(1) as f64;
+        let bits = match self.settings.target {
+            None => return (least_bytes, least_bits),
+            Some(Target::BitsPerWeight(bits)) => bits,
+            Some(Target::FileBytes(bytes)) => {
+                least_bits + 8.0 * (bytes - least_bytes) as f64 / weights
+            }
+        };
+        // No group has more than 8 bits per code.
+        let bits = bits.min(least_bits + 7.0);
+        (least_bytes + ((bits - least_bits) * weights / 8.0).round() as u64, bits)
     }
 
     /// What to say about a source whose linear layers are quantized already.
     pub fn quantized_source_warning(&self) -> Option<String> {
-        let (kind, bits) =
-            self.linear_layers().find_map(|layer| layer.quantized_source.as_ref())?;
+        let (kind, bits) = self.quantized_source.as_ref()?;
         Some(format!(
             "the source's weights are already rounded ({kind}, {bits:.1} bits per weight): the result cannot be \
              better than they are; convert the fp16 original if you can"
@@ -154,12 +119,18 @@ impl Plan {
                 format!("two-level, {scale_bits}-bit codes per {sub_group} columns")
             }
         };
-        let linear = plural(self.linear_layers().count(), "linear layer");
+        let per_code = match self.settings.target {
+            None => format!("{bits} per code"),
+            Some(Target::BitsPerWeight(bits)) => format!("{bits} per weight, everything counted"),
+            Some(Target::FileBytes(bytes)) => format!("as many as fit into {}", size(bytes)),
+        };
+        let linear = plural(self.contents.linear_layers().count(), "linear layer");
         let blocks = plural(self.blocks, "block");
+        let about = if self.has_even_widths() { "" } else { "about " };
         let memory = size(self.working_bytes + self.activation_bytes);
         let mut lines = vec![
             ("method", method.to_owned()),
-            ("bits", format!("{bits} per code, in groups of {group_size} columns")),
+            ("bits", format!("{per_code}, in groups of {group_size} columns")),
             ("scales", scales),
             ("embedding", format!("{embed_bits} bits")),
         ];
@@ -171,35 +142,48 @@ impl Plan {
             lines.push(("training", plural(self.settings.steps, "step")));
         }
         lines.push(("layers", format!("{linear} in {blocks}")));
-        lines.push((
-            "bits per weight",
-            format!("about {:.3}, everything counted", self.bits_per_weight()),
-        ));
-        let (after, before) = (size(self.tensor_bytes()), size(self.source_bytes));
-        lines.push(("size", format!("about {after} and the tokenizer, from {before}")));
+        let (file_bytes, bits_per_weight) = self.size_and_bits();
+        lines.push(("bits per weight", format!("{about}{bits_per_weight:.3}, everything counted")));
+        let (after, before) = (size(file_bytes), size(self.source_bytes));
+        let about = match self.settings.target {
+            Some(Target::FileBytes(_)) => "at most ",
+            Some(Target::BitsPerWeight(_)) | None => about,
+        };
+        lines.push(("size", format!("{about}{after}, from {before}")));
         lines.push(("memory", format!("about {memory}, of which {} is granted", size(max_memory))));
         facts(&lines) + "\nnothing was written\n"
     }
 
     pub fn to_json(&self) -> Json {
-        let layer = |layer: &PlannedLayer| {
+        let Settings { bits, target, .. } = self.settings;
+        let (file_bytes, bits_per_weight) = self.size_and_bits();
+        let (target_bpw, target_bytes) = match target {
+            None => (None, None),
+            Some(Target::BitsPerWeight(bits)) => (Some(bits), None),
+            Some(Target::FileBytes(bytes)) => (None, Some(bytes)),
+        };
+        // With a target, the widths and thereby the bytes of a layer are still to be found.
+        let layer = |(name, layout): (&str, &LayerLayout)| {
             json!({
-                "name": layer.name,
-                "rows": layer.rows,
-                "cols": layer.cols,
-                "bytes": layer.stored_bits / 8,
+                "name": name,
+                "rows": layout.rows(),
+                "cols": layout.cols(),
+                "bytes": target.is_none().then(|| layout.stored_bits() / 8),
             })
         };
         json!({
             "method": self.settings.method.name(),
             "reference": self.settings.reference,
-            "bits": self.settings.bits,
+            "bits": target.is_none().then_some(bits),
+            "target_bits_per_weight": target_bpw,
+            "target_file_bytes": target_bytes,
             "group_size": self.settings.group_size,
             "embed_bits": self.settings.embed_bits,
-            "bits_per_weight": self.bits_per_weight(),
-            "tensor_bytes": self.tensor_bytes(),
+            "bits_per_weight": bits_per_weight,
+            "file_bytes": file_bytes,
+            "is_exact": self.has_even_widths(),
             "memory_bytes": self.working_bytes + self.activation_bytes,
-            "layers": self.layers.iter().map(layer).collect::<Json>(),
+            "layers": self.contents.layers().map(layer).collect::<Json>(),
         })
     }
 }
@@ -226,8 +210,21 @@ fn activation_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     }
 }
 
+/// The first linear layer whose weights are quantized already.
+fn quantized_source(
+    source: &dyn ModelSource,
+    contents: &Contents,
+) -> Result<Option<(String, f64)>> {
+    for (name, _) in contents.linear_layers() {
+        if let Some(kind) = source.tensor(name)?.and_then(quantized_kind) {
+            return Ok(Some(kind));
+        }
+    }
+    Ok(None)
+}
+
 /// Type and bits per weight of a weight that is quantized already.
-fn quantized_source(found: Weight<'_>) -> Option<(String, f64)> {
+fn quantized_kind(found: Weight<'_>) -> Option<(String, f64)> {
     let name = match found {
         Weight::Dense(dense) if !dense.dtype.is_quantized() => return None,
         Weight::Dense(dense) => format!("{:?}", dense.dtype),

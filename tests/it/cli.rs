@@ -29,7 +29,7 @@ fn help_names_every_flag() {
     for (subcommand, flags) in [
         (
             "convert",
-            "--output --bits --group-size --scales --sub-group --scale-bits --method --reference --embed-bits \
+            "--output --bits --target-bpw --target-size --group-size --scales --sub-group --scale-bits --method --reference --embed-bits \
              --calibration --samples --context --seed --max-memory --dry-run --quiet --json",
         ),
         (
@@ -59,6 +59,13 @@ fn bad_arguments_are_refused_with_a_sentence() {
     let convert = ["convert", llama, "-o", out];
     for (more, fragment) in [
         (["--bits", "9"], "9 is not in 1..=8"),
+        (["--target-bpw", "9"], "target bits per weight: found 9, expected 1.2 to 8"),
+        (
+            ["--target-bpw", "1.2"],
+            "target bits per weight: found 1.2, expected at least 1.681 with these",
+        ),
+        (["--target-size", "0"], "target size: found 0 bytes, expected 1 to 2^60 bytes"),
+        (["--target-size", "40kB"], "target size: found 40.0 kB, expected at least "),
         (["--group-size", "100"], "group size: found 100, expected a multiple of 16"),
         (["--sub-group", "8"], "[possible values: 16, 32, 64]"),
         (["--steps", "5"], "`--steps` belongs to `--method slim+`"),
@@ -74,6 +81,12 @@ fn bad_arguments_are_refused_with_a_sentence() {
         fail(&[&convert[..], &more].concat(), &[fragment]);
     }
     fail(&[&convert[..], &["--reference", "--method", "gptq"]].concat(), &["cannot be used with"]);
+    for other in [["--bits", "3"], ["--target-bpw", "3"]] {
+        let both = [&convert[..], &["--target-size", "90kB"], &other].concat();
+        fail(&both, &["cannot be used with"]);
+    }
+    let gptq = [&convert[..], &["--target-size", "90kB", "--method", "gptq"]].concat();
+    fail(&gptq, &["method with a target: found `gptq`, expected `slim` or `slim+`"]);
     let paper = ["--scales", "paper", "--scale-bits", "6"];
     fail(&[&convert[..], &paper].concat(), &["belong to `--scales two-level`"]);
     let text = &dir.write("text", "words");
@@ -277,11 +290,19 @@ fn convert_dry_run_writes_nothing() {
         assert!(plan.stdout.contains(fragment), "`{fragment}` in\n{}", plan.stdout);
     }
     let planned = succeed(&["convert", llama, "-o", out, "--dry-run", "--json"]).json();
+    let size = ["convert", llama, "-o", out, "--dry-run", "--target-size", "90KiB"];
+    let plan = succeed(&size);
+    for fragment in ["as many as fit into 90.0 KiB", "size             at most 90.0 KiB, from"] {
+        assert!(plan.stdout.contains(fragment), "`{fragment}` in\n{}", plan.stdout);
+    }
+    let with_target = succeed(&[&size[..], &["--json"]].concat()).json();
+    assert_eq!((&with_target["bits"], &with_target["file_bytes"]), (&Value::Null, &92160.into()));
     assert!(dir.names().is_empty());
 
     convert_tiny(out, &["--method", "gptq"]);
     let real = succeed(&["inspect", out, "--json"]).json();
     assert_eq!(planned["bits_per_weight"], real["bits_per_weight"]);
+    assert_eq!(planned["file_bytes"], std::fs::metadata(out).unwrap().len());
 }
 
 #[test]

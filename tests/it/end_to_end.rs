@@ -33,7 +33,7 @@ fn settings(bits: u8, coding: ScaleCoding, reference: bool) -> Settings {
         context: 64,
         seed: 0,
         steps: 0,
-        target_bits_per_weight: None,
+        target: None,
     }
 }
 

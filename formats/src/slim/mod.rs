@@ -5,6 +5,7 @@
 mod file;
 mod group;
 mod layout;
+mod outline;
 #[cfg(test)]
 mod refusals;
 #[cfg(test)]
@@ -14,4 +15,5 @@ mod writer;
 pub use file::{FORMAT_VERSION, Fault, LayerInfo, SlimFile};
 pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
 pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, planes, unpack_codes};
+pub use outline::Outline;
 pub use writer::{SlimWriter, WrittenFile};

@@ -12,14 +12,10 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{
-    file::{ALIGNMENT, FORMAT_VERSION, keys, part_name},
-    group::ScaleCoding,
-    layout::PackedLayer,
-};
+use super::{file::keys, layout::PackedLayer, outline::Outline};
 use crate::{
     AtomicFile, DType, FormatError, Result,
-    gguf::{Array, HeaderWriter, Metadata, NewTensor, Value},
+    gguf::{Metadata, NewTensor},
 };
 
 /// Collects layers and dense tensors; see the module documentation.
@@ -27,22 +23,9 @@ pub struct SlimWriter {
     target: PathBuf,
     spool: BufWriter<File>,
     names: HashSet<String>,
-    tensors: Vec<NewTensor>,
+    outline: Outline,
+    /// Of the tensors whose data has been written.
     hashes: Vec<u64>,
-    layers: LayerTable,
-}
-
-/// The columns of the layer table (F5).
-#[derive(Default)]
-struct LayerTable {
-    name: Vec<String>,
-    rows: Vec<u32>,
-    cols: Vec<u32>,
-    group_size: Vec<u32>,
-    coding: Vec<u8>,
-    sub_group: Vec<u8>,
-    scale_bits: Vec<u8>,
-    error: Vec<f32>,
 }
 
 /// What was written.
@@ -68,9 +51,8 @@ impl SlimWriter {
             target: target.to_owned(),
             spool: BufWriter::with_capacity(1 << 20, spool),
             names: HashSet::new(),
-            tensors: Vec::new(),
+            outline: Outline::default(),
             hashes: Vec::new(),
-            layers: LayerTable::default(),
         })
     }
 
@@ -83,7 +65,8 @@ impl SlimWriter {
     /// If `bytes` does not fill `shape`.
     pub fn dense(&mut self, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()> {
         self.claim(name)?;
-        self.append(name.to_owned(), dtype, shape.to_vec(), bytes)
+        self.outline.dense(name, dtype, shape);
+        self.append(bytes)
     }
 
     /// Adds a quantized layer with its relative output error (`None` if it was not measured).
@@ -93,31 +76,14 @@ impl SlimWriter {
     pub fn layer(&mut self, name: &str, layer: &PackedLayer, error: Option<f32>) -> Result<()> {
         self.claim(name)?;
         let layout = layer.layout();
-        let (coding, sub_group, scale_bits) = match layout.coding() {
-            ScaleCoding::Paper => (0, 0, 0),
-            ScaleCoding::TwoLevel { sub_group, scale_bits } => (1, sub_group as u8, scale_bits),
-        };
-        let table = &mut self.layers;
-        table.name.push(name.to_owned());
-        table.rows.push(layout.rows() as u32);
-        table.cols.push(layout.cols() as u32);
-        table.group_size.push(layout.group_size() as u32);
-        table.coding.push(coding);
-        table.sub_group.push(sub_group);
-        table.scale_bits.push(scale_bits);
-        table.error.push(error.unwrap_or(-1.0));
-
+        self.outline.layer(name, layout, error);
         let bits: Vec<u8> = layout.groups().iter().map(|group| group.bit_width.bits()).collect();
-        let tiles = layout.tiles() as u64;
         let (codes, scales, row_scales) = layer.parts();
-        let part = |suffix| part_name(name, suffix);
-        self.append(part("bits"), DType::I8, vec![bits.len() as u64], &bits)?;
-        let tile_bytes = layout.tile_code_bytes() as u64;
-        self.append(part("codes"), DType::I8, vec![tiles, tile_bytes], codes)?;
-        let tile_bytes = layout.tile_scale_bytes() as u64;
-        self.append(part("scales"), DType::I8, vec![tiles, tile_bytes], scales)?;
+        self.append(&bits)?;
+        self.append(codes)?;
+        self.append(scales)?;
         if !row_scales.is_empty() {
-            self.append(part("row_scales"), DType::F16, vec![tiles, 2, 16], row_scales)?;
+            self.append(row_scales)?;
         }
         Ok(())
     }
@@ -127,11 +93,8 @@ impl SlimWriter {
     ///
     /// # Errors
     /// `Io`, or `Malformed` for metadata that GGUF cannot hold.
-    pub fn finish(mut self, mut metadata: Metadata) -> Result<WrittenFile> {
-        self.layers.describe(&mut metadata)?;
-        metadata.insert(keys::TENSOR_HASHES, Value::Array(Array::U64(self.hashes)))?;
-        metadata.insert(keys::HEADER_HASH, Value::U64(0))?;
-        let mut header = HeaderWriter::new(&self.target, &metadata, &self.tensors, ALIGNMENT)?;
+    pub fn finish(self, metadata: Metadata) -> Result<WrittenFile> {
+        let mut header = self.outline.header(&self.target, metadata, self.hashes)?;
         let hash = xxh3_64(header.unpadded());
         header.set_u64(keys::HEADER_HASH, hash);
 
@@ -140,7 +103,7 @@ impl SlimWriter {
         spool.seek(SeekFrom::Start(0)).map_err(spool_error)?;
         let mut out = AtomicFile::create(&self.target)?;
         out.write_all(header.bytes()).map_err(spool_error)?;
-        for (tensor, offset) in self.tensors.iter().zip(header.tensor_offsets()) {
+        for (tensor, offset) in self.outline.tensors().iter().zip(header.tensor_offsets()) {
             pad_to(&mut out, *offset).map_err(spool_error)?;
             let bytes = tensor.bytes().unwrap_or_default();
             std::io::copy(&mut Read::by_ref(&mut spool).take(bytes), &mut out)
@@ -159,33 +122,14 @@ impl SlimWriter {
         Err(FormatError::malformed(&self.target, place, "F7", "a second one", "unique names"))
     }
 
-    fn append(&mut self, name: String, dtype: DType, shape: Vec<u64>, bytes: &[u8]) -> Result<()> {
+    /// Writes the data of the next tensor of the outline.
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        let NewTensor { dtype, shape, .. } = &self.outline.tensors()[self.hashes.len()];
         assert_eq!(dtype.size_in_bytes(shape.iter().product()), Some(bytes.len() as u64));
         self.hashes.push(xxh3_64(bytes));
-        self.tensors.push(NewTensor { name, dtype, shape });
         self.spool
             .write_all(bytes)
             .map_err(|e| FormatError::io(&self.target, "write the tensor data", e))
-    }
-}
-
-impl LayerTable {
-    fn describe(&mut self, metadata: &mut Metadata) -> Result<()> {
-        use std::mem::take;
-        metadata.insert(keys::VERSION, Value::U32(FORMAT_VERSION))?;
-        for (column, array) in [
-            ("name", Array::String(take(&mut self.name))),
-            ("rows", Array::U32(take(&mut self.rows))),
-            ("cols", Array::U32(take(&mut self.cols))),
-            ("group_size", Array::U32(take(&mut self.group_size))),
-            ("coding", Array::U8(take(&mut self.coding))),
-            ("sub_group", Array::U8(take(&mut self.sub_group))),
-            ("scale_bits", Array::U8(take(&mut self.scale_bits))),
-            ("error", Array::F32(take(&mut self.error))),
-        ] {
-            metadata.insert(keys::layers(column), Value::Array(array))?;
-        }
-        Ok(())
     }
 }
 

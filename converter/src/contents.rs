@@ -1,0 +1,232 @@
+//! What a conversion writes: one list for the budget, for what is told beforehand, and for the conversion itself.
+
+use std::path::PathBuf;
+
+use slim_formats::{
+    DType, FormatError, ModelSource,
+    gguf::Metadata,
+    slim::{BitWidth, LayerLayout, Outline},
+};
+use slim_kernels::weight;
+
+use crate::{
+    ConvertError, Method, Result, Settings, Target, backward::Linear, convert::find, provenance,
+};
+
+/// The tensors of a conversion's result.
+pub struct Contents {
+    /// Of the source, for messages.
+    path: PathBuf,
+    tensors: Vec<PlannedTensor>,
+    /// As large as that of the file.
+    metadata: Metadata,
+}
+
+/// A tensor of the result.
+pub struct PlannedTensor {
+    /// GGUF name.
+    pub name: String,
+    /// Output channels; 1 for a vector.
+    pub rows: usize,
+    /// Input channels.
+    pub cols: usize,
+    /// How it is stored.
+    pub storage: Storage,
+}
+
+/// How a tensor is stored.
+pub enum Storage {
+    /// As a quantized layer. The groups have the bit-width of the settings; in the blocks, with a target, the lowest.
+    Layer(LayerLayout),
+    /// As a matrix of 16 bits: so are the settings, or its columns cannot be cut into groups.
+    F16,
+    /// As a vector.
+    F32,
+}
+
+impl Contents {
+    /// What [`convert`](crate::convert()) makes of `source`.
+    ///
+    /// # Errors
+    /// `Format` for a tensor that is missing or cannot be a layer, `InvalidSetting` for a target that is out of reach.
+    pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+        let (bits, method) = match settings.target {
+            None => (settings.bits, settings.method),
+            // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its metadata has besides.
+            Some(_) => (1, Method::SlimPlus),
+        };
+        let linear = Settings { bits, method, ..settings.clone() };
+        let embedding = settings.for_embedding();
+        let config = source.config();
+        let mut contents = Self {
+            path: source.path().to_owned(),
+            tensors: Vec::new(),
+            metadata: provenance::unhashed_metadata(source, &linear)?,
+        };
+        for block in 0..config.block_count {
+            contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
+            contents.vector(&format!("blk.{block}.ffn_norm.weight"), config.hidden_size);
+            for layer in Linear::ALL {
+                contents.matrix(&layer.tensor_name(block), source, &linear)?;
+            }
+        }
+        contents.matrix("token_embd.weight", source, &embedding)?;
+        if !config.tied_embeddings {
+            contents.matrix("output.weight", source, &embedding)?;
+        }
+        contents.vector("output_norm.weight", config.hidden_size);
+        if !config.rope.is_unscaled() {
+            contents.vector("rope_freqs.weight", config.rope.factors.len());
+        }
+        if let Some(target) = settings.target {
+            contents.check(target)?;
+        }
+        Ok(contents)
+    }
+
+    /// The tensors in the order of the file.
+    pub fn tensors(&self) -> &[PlannedTensor] {
+        &self.tensors
+    }
+
+    /// Names and layouts of the quantized layers.
+    pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
+        self.tensors.iter().filter_map(|tensor| match &tensor.storage {
+            Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
+            Storage::F16 | Storage::F32 => None,
+        })
+    }
+
+    /// The quantized layers of the blocks.
+    pub fn linear_layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
+        self.layers().filter(|(name, _)| name.starts_with("blk."))
+    }
+
+    /// Whether the tensor `name` becomes a quantized layer.
+    pub(crate) fn is_layer(&self, name: &str) -> bool {
+        self.layers().any(|(layer, _)| layer == name)
+    }
+
+    /// Weights of the linear layers.
+    pub fn linear_weights(&self) -> u64 {
+        self.linear_layers().map(|(_, layout)| (layout.rows() * layout.cols()) as u64).sum()
+    }
+
+    /// Bits per weight of the linear layers, everything counted, at the widths of [`Storage::Layer`].
+    pub fn bits_per_weight(&self) -> f64 {
+        let bits: u64 = self.linear_layers().map(|(_, layout)| layout.stored_bits()).sum();
+        bits as f64 / self.linear_weights().max(1) as f64
+    }
+
+    /// Size of the file at the widths of [`Storage::Layer`]; with a target, of the smallest file.
+    ///
+    /// # Errors
+    /// `Format` for names, shapes or metadata that a file cannot hold.
+    pub fn file_bytes(&self) -> Result<u64> {
+        self.file_bytes_with(|_| None)
+    }
+
+    /// Size of the file if some layers have other widths.
+    ///
+    /// # Errors
+    /// As [`Self::file_bytes`].
+    pub(crate) fn file_bytes_with<'w>(
+        &self,
+        widths: impl Fn(&str) -> Option<&'w [BitWidth]>,
+    ) -> Result<u64> {
+        let mut outline = Outline::default();
+        for PlannedTensor { name, rows, cols, storage } in &self.tensors {
+            match (storage, widths(name)) {
+                (Storage::Layer(layout), Some(widths)) => {
+                    let layout = crate::layer::layout(
+                        *rows,
+                        *cols,
+                        layout.group_size(),
+                        layout.coding(),
+                        widths,
+                    );
+                    outline.layer(name, &layout, None);
+                }
+                (Storage::Layer(layout), None) => outline.layer(name, layout, None),
+                (Storage::F16, _) => outline.dense(name, DType::F16, &[*rows as u64, *cols as u64]),
+                (Storage::F32, _) => outline.dense(name, DType::F32, &[*cols as u64]),
+            }
+        }
+        Ok(outline.file_bytes(&self.path, self.metadata.clone())?)
+    }
+
+    fn vector(&mut self, name: &str, cols: usize) {
+        let storage = Storage::F32;
+        self.tensors.push(PlannedTensor { name: name.to_owned(), rows: 1, cols, storage });
+    }
+
+    fn matrix(&mut self, name: &str, source: &dyn ModelSource, settings: &Settings) -> Result<()> {
+        let (rows, cols) = weight::shape(find(source, name)?);
+        let storage = match BitWidth::new(settings.bits) {
+            Some(width) if cols.is_multiple_of(16) => {
+                let Settings { group_size, coding, .. } = *settings;
+                let widths = vec![width; cols.div_ceil(group_size)];
+                let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
+                Storage::Layer(layout.map_err(|(rule, found, expected)| {
+                    let place = format!("tensor `{name}`");
+                    FormatError::malformed(source.path(), place, rule, found, expected)
+                })?)
+            }
+            _ => Storage::F16,
+        };
+        self.tensors.push(PlannedTensor { name: name.to_owned(), rows, cols, storage });
+        Ok(())
+    }
+
+    /// Whether the lowest widths are within the target.
+    fn check(&self, target: Target) -> Result<()> {
+        let (what, found, least) = match target {
+            Target::BitsPerWeight(bits) => {
+                let least = self.bits_per_weight();
+                if least <= bits {
+                    return Ok(());
+                }
+                // Rounded up: the least that can be asked for.
+                let least = (1e3 * least).ceil() / 1e3;
+                ("target bits per weight", bits.to_string(), format!("{least:.3}"))
+            }
+            Target::FileBytes(bytes) => {
+                let least = self.file_bytes()?;
+                if least <= bytes {
+                    return Ok(());
+                }
+                ("target size", size(bytes, f64::floor), size(least, f64::ceil))
+            }
+        };
+        let expected = format!("at least {least} with these groups and scales");
+        Err(ConvertError::InvalidSetting { what, found, expected })
+    }
+}
+
+/// Bytes as they can be typed: `31.2 MB`.
+fn size(bytes: u64, round: impl Fn(f64) -> f64) -> String {
+    let (unit, name) = match bytes {
+        0..10_000 => return format!("{bytes} bytes"),
+        10_000..1_000_000 => (1e3, "kB"),
+        1_000_000..1_000_000_000 => (1e6, "MB"),
+        _ => (1e9, "GB"),
+    };
+    format!("{:.1} {name}", round(10.0 * bytes as f64 / unit) / 10.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_is_rounded_as_told() {
+        for (bytes, down, up) in [
+            (9_999, "9999 bytes", "9999 bytes"),
+            (61_234, "61.2 kB", "61.3 kB"),
+            (31_200_000, "31.2 MB", "31.2 MB"),
+            (1_500_000_001, "1.5 GB", "1.6 GB"),
+        ] {
+            assert_eq!((size(bytes, f64::floor), size(bytes, f64::ceil)), (down.into(), up.into()));
+        }
+    }
+}

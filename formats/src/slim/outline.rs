@@ -1,0 +1,114 @@
+//! What a SliM file will hold, known before its data.
+
+use std::path::Path;
+
+use super::{
+    file::{ALIGNMENT, FORMAT_VERSION, keys, part_name},
+    group::{LayerLayout, ScaleCoding},
+};
+use crate::{
+    DType, Result,
+    gguf::{Array, HeaderWriter, Metadata, NewTensor, Value},
+};
+
+/// The tensors and the layer table of a file, in the order in which they are stored.
+#[derive(Debug, Clone, Default)]
+pub struct Outline {
+    tensors: Vec<NewTensor>,
+    layers: LayerTable,
+}
+
+/// The columns of the layer table (F5).
+#[derive(Debug, Clone, Default)]
+struct LayerTable {
+    name: Vec<String>,
+    rows: Vec<u32>,
+    cols: Vec<u32>,
+    group_size: Vec<u32>,
+    coding: Vec<u8>,
+    sub_group: Vec<u8>,
+    scale_bits: Vec<u8>,
+    error: Vec<f32>,
+}
+
+impl Outline {
+    /// Adds a dense tensor (F7); `shape` is outermost first.
+    pub fn dense(&mut self, name: &str, dtype: DType, shape: &[u64]) {
+        self.tensors.push(NewTensor { name: name.to_owned(), dtype, shape: shape.to_vec() });
+    }
+
+    /// Adds a quantized layer with its relative output error (`None` if it was not measured): its tensors (F6) in the order of
+    /// [`PackedTensor::parts`](super::PackedTensor::parts), after that of its bit-widths.
+    pub fn layer(&mut self, name: &str, layout: &LayerLayout, error: Option<f32>) {
+        self.layers.push(name, layout, error);
+        let tiles = layout.tiles() as u64;
+        let mut part = |suffix, dtype, shape: &[u64]| {
+            self.dense(&part_name(name, suffix), dtype, shape);
+        };
+        part("bits", DType::I8, &[layout.groups().len() as u64]);
+        part("codes", DType::I8, &[tiles, layout.tile_code_bytes() as u64]);
+        part("scales", DType::I8, &[tiles, layout.tile_scale_bytes() as u64]);
+        if layout.tile_row_scale_bytes() > 0 {
+            part("row_scales", DType::F16, &[tiles, 2, 16]);
+        }
+    }
+
+    /// Bytes of the whole file with `metadata` (general, model, tokenizer and provenance keys). `path` is for messages.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for names, shapes or metadata that GGUF cannot hold.
+    pub fn file_bytes(&self, path: &Path, metadata: Metadata) -> Result<u64> {
+        Ok(self.header(path, metadata, vec![0; self.tensors.len()])?.file_bytes())
+    }
+
+    pub(super) fn tensors(&self) -> &[NewTensor] {
+        &self.tensors
+    }
+
+    /// The header of the file, all but the hash of itself; `hashes` are those of the tensors.
+    pub(super) fn header(
+        &self,
+        path: &Path,
+        mut metadata: Metadata,
+        hashes: Vec<u64>,
+    ) -> Result<HeaderWriter> {
+        self.layers.describe(&mut metadata)?;
+        metadata.insert(keys::TENSOR_HASHES, Value::Array(Array::U64(hashes)))?;
+        metadata.insert(keys::HEADER_HASH, Value::U64(0))?;
+        HeaderWriter::new(path, &metadata, &self.tensors, ALIGNMENT)
+    }
+}
+
+impl LayerTable {
+    fn push(&mut self, name: &str, layout: &LayerLayout, error: Option<f32>) {
+        let (coding, sub_group, scale_bits) = match layout.coding() {
+            ScaleCoding::Paper => (0, 0, 0),
+            ScaleCoding::TwoLevel { sub_group, scale_bits } => (1, sub_group as u8, scale_bits),
+        };
+        self.name.push(name.to_owned());
+        self.rows.push(layout.rows() as u32);
+        self.cols.push(layout.cols() as u32);
+        self.group_size.push(layout.group_size() as u32);
+        self.coding.push(coding);
+        self.sub_group.push(sub_group);
+        self.scale_bits.push(scale_bits);
+        self.error.push(error.unwrap_or(-1.0));
+    }
+
+    fn describe(&self, metadata: &mut Metadata) -> Result<()> {
+        metadata.insert(keys::VERSION, Value::U32(FORMAT_VERSION))?;
+        for (column, array) in [
+            ("name", Array::String(self.name.clone())),
+            ("rows", Array::U32(self.rows.clone())),
+            ("cols", Array::U32(self.cols.clone())),
+            ("group_size", Array::U32(self.group_size.clone())),
+            ("coding", Array::U8(self.coding.clone())),
+            ("sub_group", Array::U8(self.sub_group.clone())),
+            ("scale_bits", Array::U8(self.scale_bits.clone())),
+            ("error", Array::F32(self.error.clone())),
+        ] {
+            metadata.insert(keys::layers(column), Value::Array(array))?;
+        }
+        Ok(())
+    }
+}
