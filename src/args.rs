@@ -76,13 +76,17 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "BITS", value_parser = one_of(["4", "6"]))]
     pub scale_bits: Option<usize>,
 
-    /// How layers are quantized: slim, slim+ (scales and norms trained afterwards), gptq or rtn
+    /// How layers are quantized: slim, slim+ (trained end to end afterwards), gptq or rtn
     #[arg(long, default_value = "slim", value_parser = parse_method)]
     pub method: Method,
 
     /// Steps of training, with --method slim+ [default: 100]
     #[arg(long, value_name = "N", value_parser = range(1..=1 << 20))]
     pub steps: Option<usize>,
+
+    /// A SliM file of the source to train further, with --method slim+, instead of converting first
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["bits", "target_bpw", "target_size", "group_size", "scales", "sub_group", "scale_bits", "embed_bits", "dry_run"])]
+    pub draft: Option<PathBuf>,
 
     /// Follow the published algorithm to the letter, in the paper coding
     #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]

@@ -8,9 +8,12 @@ use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
     BUILT_IN_CALIBRATION, Calibration, Engine, LayerReport, Method, Progress as Step, Report,
-    Resources, Settings, Target, convert,
+    Resources, Settings, Target, convert, distill,
 };
-use slim_formats::{ModelSource, slim::ScaleCoding};
+use slim_formats::{
+    ModelSource,
+    slim::{ScaleCoding, SlimFile},
+};
 use slim_kernels::{
     KernelError,
     cuda::{CudaBackend, Device},
@@ -57,7 +60,13 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
     let target = &args.output;
     let resources = Resources { engine, activation_bytes };
-    let report = convert(&*source, &calibration, &settings, resources, target, &mut show);
+    let report = match &args.draft {
+        Some(draft) => {
+            let draft = SlimFile::open(draft)?;
+            distill(&*source, &draft, &calibration, &settings, target, &mut show)
+        }
+        None => convert(&*source, &calibration, &settings, resources, target, &mut show),
+    };
     progress.finish();
     let (report, time) = (report?, start.elapsed());
     if args.json {
@@ -85,10 +94,9 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
             scale_bits: args.scale_bits.unwrap_or(DEFAULT_SCALE_BITS) as u8,
         },
     };
-    ensure!(
-        args.steps.is_none() || args.method == Method::SlimPlus,
-        "`--steps` belongs to `--method slim+`"
-    );
+    let is_trained = args.method == Method::SlimPlus;
+    ensure!(args.steps.is_none() || is_trained, "`--steps` belongs to `--method slim+`");
+    ensure!(args.draft.is_none() || is_trained, "`--draft` belongs to `--method slim+`");
     let target_bpw = args.target_bpw.map(Target::BitsPerWeight);
     let settings = Settings {
         bits: args.bits,

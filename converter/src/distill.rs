@@ -12,15 +12,15 @@ use std::{
 use slim_formats::{
     DType, FormatError, ModelSource, Weight,
     gguf::Metadata,
-    slim::{SlimFile, SlimWriter},
+    slim::{LayerInfo, SlimFile, SlimWriter},
 };
 use slim_kernels::Cpu;
 use slim_runtime::{Model, SplitMix64};
 
 use self::student::Student;
 use crate::{
-    Calibration, ConvertError, Method, Progress, Report, Resources, Result, Settings,
-    backward::Loss, convert::convert, provenance,
+    Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources, Result, Settings,
+    backward::Loss, convert::convert,
 };
 
 /// Sequences that go through both models in one step.
@@ -46,25 +46,25 @@ pub fn convert_and_distill(
 ) -> Result<Report> {
     let draft = Draft::beside(target);
     let first = Settings { method: Method::Slim, ..settings.clone() };
-    let mut report = convert(source, calibration, &first, resources, &draft.0, progress)?;
+    let Report { warnings, .. } =
+        convert(source, calibration, &first, resources, &draft.0, progress)?;
     let file = SlimFile::open(&draft.0)?;
     draft.remove();
-    report.file_bytes = distill(source, &file, calibration, settings, target, progress)?;
-    for layer in &mut report.layers {
-        // It was that of the codes before the training.
-        layer.error = None;
-    }
-    Ok(report)
+    let report = distill(source, &file, calibration, settings, target, progress)?;
+    Ok(Report { warnings, ..report })
 }
 
-/// Trains `draft`, a SliM file of `source`, on windows of the calibration text, and writes the result as `target`; gives
-/// its size. Every 25 steps the target is written as it is by then.
+/// Trains `draft`, a SliM file of `source`, for some steps on windows of the calibration text, and writes the result as
+/// `target`. Every 25 steps the target is written as it is by then.
+///
+/// Of `settings`, steps, context and seed count.
 ///
 /// # Memory
 /// 12 bytes for each weight of the linear layers, and what `backward` needs for 1,024 tokens.
 ///
 /// # Errors
-/// A file or tensor that cannot be used, or a divergence that is no number; the last target written stays.
+/// A file or tensor that cannot be used, a draft of another model, or a divergence that is no number; the last target
+/// written stays.
 pub fn distill(
     source: &dyn ModelSource,
     draft: &SlimFile,
@@ -72,7 +72,14 @@ pub fn distill(
     settings: &Settings,
     target: &Path,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<u64> {
+) -> Result<Report> {
+    if draft.config() != source.config() {
+        return Err(ConvertError::InvalidSetting {
+            what: "draft",
+            found: format!("`{}` with other hyperparameters", draft.path().display()),
+            expected: format!("a SliM file of `{}`", source.path().display()),
+        });
+    }
     let mut student = Student::new(draft)?;
     let teacher = Model::load(source, &Cpu)?;
     let mut random = SplitMix64::new(!settings.seed); // not the places of the calibration samples
@@ -90,13 +97,11 @@ pub fn distill(
         let done = step + 1;
         progress(Progress::Step { done, of: settings.steps, loss });
         if done.is_multiple_of(STEPS_PER_CHECKPOINT) && done < settings.steps {
-            let so_far = Settings { steps: done, ..settings.clone() };
-            let metadata = provenance::metadata(source, calibration, &so_far)?;
-            write(draft, &student, metadata, target)?;
+            write(draft, &student, done, target)?;
         }
     }
-    let metadata = provenance::metadata(source, calibration, settings)?;
-    Ok(write(draft, &student, metadata, target)?)
+    let file_bytes = write(draft, &student, settings.steps, target)?;
+    Ok(report(draft, file_bytes))
 }
 
 /// Sequences at random places of the text.
@@ -133,11 +138,11 @@ fn train_on(
     student.step(sequences, &mut Loss::Divergence(&mut logits), rate as f32, step)
 }
 
-/// Writes `file` with what `student` has of it; gives the size.
+/// Writes `file` with what `student` has of it after `steps` more steps; gives the size.
 fn write(
     file: &SlimFile,
     student: &Student<'_>,
-    metadata: Metadata,
+    steps: usize,
     target: &Path,
 ) -> Result<u64, FormatError> {
     let mut writer = SlimWriter::create(target)?;
@@ -160,7 +165,42 @@ fn write(
             }
         }
     }
-    Ok(writer.finish(metadata)?.bytes)
+    Ok(writer.finish(trained_metadata(file, steps)?)?.bytes)
+}
+
+/// The metadata of `file` after `steps` more steps.
+fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatError> {
+    const METHOD: &str = "slim.quantization.method";
+    const STEPS: &str = "slim.quantization.steps";
+    let before = file.given_metadata();
+    let steps = before.u64(STEPS).unwrap_or(0) + steps as u64;
+    let mut metadata = Metadata::new();
+    for (key, value) in before.iter().filter(|(key, _)| ![METHOD, STEPS].contains(key)) {
+        metadata.insert(key, value.clone())?;
+    }
+    metadata.insert(METHOD, Method::SlimPlus.name())?;
+    metadata.insert(STEPS, u32::try_from(steps).unwrap_or(u32::MAX))?;
+    Ok(metadata)
+}
+
+/// What is told about `file` once it is trained. The errors of its layers were those of the codes before.
+fn report(file: &SlimFile, file_bytes: u64) -> Report {
+    let layer = |info: &LayerInfo| LayerReport {
+        name: info.name.clone(),
+        rows: info.layout.rows(),
+        cols: info.layout.cols(),
+        bits: info.layout.groups().iter().map(|group| group.bit_width.bits()).collect(),
+        stored_bits: info.layout.stored_bits(),
+        error: None,
+    };
+    Report {
+        layers: file.layers().iter().map(layer).collect(),
+        file_bytes,
+        bits_per_weight: file
+            .bits_per_weight(|info| info.name.starts_with("blk."))
+            .unwrap_or_default(),
+        warnings: Vec::new(),
+    }
 }
 
 /// The file of the first conversion. It has a name only from its end to its opening; where an open file cannot be

@@ -34,6 +34,7 @@ use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
 pub use contents::{Contents, PlannedTensor, Storage};
 pub use convert::convert;
+pub use distill::distill;
 pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;

@@ -339,6 +339,28 @@ fn slim_plus_gives_the_same_bytes_for_any_number_of_threads() {
 }
 
 #[test]
+fn slim_plus_from_a_draft_gives_what_it_gives_by_itself() {
+    let dir = Dir::new();
+    let source = &arg(&tiny_model("llama"));
+    let convert = |output: &str, options: &[&str]| {
+        let args = ["convert", source, "-o", output, "--samples", "2", "--context", "64"];
+        succeed(&[&args, options].concat());
+        std::fs::read(output).unwrap()
+    };
+    let (draft, by_itself, trained) = (&dir.arg("draft"), &dir.arg("one"), &dir.arg("two"));
+    convert(draft, &["--bits", "2"]);
+    let expected = convert(by_itself, &["--bits", "2", "--method", "slim+", "--steps", "3"]);
+    let options = ["--method", "slim+", "--steps", "3", "--draft", draft];
+    assert!(convert(trained, &options) == expected);
+
+    let other = &dir.arg("other");
+    convert(trained, &options); // in place of itself
+    let args = ["convert", &arg(&tiny_model("mistral-swa")), "-o", other];
+    let args = [&args[..], &options].concat();
+    fail(&args, &["draft: found", "with other hyperparameters, expected a SliM file of"]);
+}
+
+#[test]
 fn slim_plus_refuses_the_paper_coding() {
     let dir = Dir::new();
     let out = dir.arg("out");

@@ -25,7 +25,7 @@ use crate::DType;
 pub const MAGIC: [u8; 4] = *b"GGUF";
 
 /// The key that sets where tensors may start, and the value without it.
-const ALIGNMENT_KEY: &str = "general.alignment";
+pub(crate) const ALIGNMENT_KEY: &str = "general.alignment";
 const DEFAULT_ALIGNMENT: u32 = 32;
 
 /// What the specification asks of `general.alignment`.

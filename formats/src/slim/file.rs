@@ -15,7 +15,7 @@ use super::{
 use crate::{
     DType, DenseTensor, FormatError, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
     Weight,
-    gguf::{Array, GgufFile, Metadata, TensorInfo, Value},
+    gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
 };
 
 /// The version that this program reads and writes (F2).
@@ -136,6 +136,15 @@ impl SlimFile {
     /// The container.
     pub fn gguf(&self) -> &GgufFile {
         &self.gguf
+    }
+
+    /// The metadata that the writer was given: all but what it adds itself (F1, F2, F5, F18, F19).
+    pub fn given_metadata(&self) -> Metadata {
+        let added = [keys::VERSION, keys::TENSOR_HASHES, keys::HEADER_HASH, ALIGNMENT_KEY];
+        let columns = keys::layers("");
+        let entries = self.gguf.metadata().iter();
+        let given = entries.filter(|(key, _)| !added.contains(key) && !key.starts_with(&columns));
+        Metadata::from_unique(given.map(|(key, value)| (key.to_owned(), value.clone())).collect())
     }
 
     /// The layer table.
