@@ -1,4 +1,5 @@
-//! `slim+`: trains codes, scales and norms of a quantized model end to end, towards the distributions of its source.
+//! `slim+`: trains the scales and norms of a quantized model end to end, its codes fixed, towards the distributions of
+//! its source.
 
 mod layer;
 mod parameters;
@@ -60,7 +61,7 @@ pub fn convert_and_distill(
 /// Of `settings`, steps, context and seed count.
 ///
 /// # Memory
-/// 12 bytes for each weight of the linear layers, and what `backward` needs for 1,024 tokens.
+/// One linear layer in f32, and what `backward` needs for 1,024 tokens.
 ///
 /// # Errors
 /// A file or tensor that cannot be used, a draft of another model, or a divergence that is no number; the last target

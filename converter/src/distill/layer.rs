@@ -1,4 +1,4 @@
-//! A linear layer whose codes and two-level scales are trained.
+//! A linear layer whose two-level scales are trained.
 
 use half::f16;
 use rayon::prelude::*;
@@ -9,23 +9,19 @@ use slim_formats::slim::{
 use super::parameters::Parameters;
 use crate::backward::weight_gradient;
 
-/// How far a code moves in a step.
-const CODE_RATE: f32 = 0.01;
 /// How far a scale or minimum code moves in a step, as a share of the largest one.
 const SCALE_RATE: f32 = 0.003;
 /// How far a row scale moves in a step, as a share of it.
 const ROW_SCALE_RATE: f32 = 0.003;
 
-/// The real numbers behind a packed layer: each of its integers is the nearest one to such a number. Gradients pass through
-/// the rounding as if it were not there.
+/// The real numbers behind the scales of a packed layer: each scale and minimum code is the nearest integer to such a number.
+/// Gradients pass through the rounding as if it were not there.
 pub struct TrainedLayer {
     tiles: Vec<TrainedTile>,
 }
 
 /// The numbers of the 16 rows of a tile.
 struct TrainedTile {
-    /// `[16, cols]`; rows of padding stay zero.
-    codes: Parameters,
     /// Scale codes and minimum codes, `[runs, 16]`.
     scales: [Parameters; 2],
     /// What the row scales `d` and `m` are multiplied with.
@@ -36,13 +32,12 @@ struct TrainedTile {
 
 /// Gradients of the numbers of a tile, in their order.
 struct TileGradients {
-    codes: Vec<f32>,
     scales: [Vec<f32>; 2],
     factors: [Vec<f32>; 2],
 }
 
 impl TrainedLayer {
-    /// Starts at the integers of `layer`; `None` unless its scales are two-level.
+    /// Starts at the scales of `layer`; `None` unless its scales are two-level.
     pub fn new(layer: PackedTensor<'_>) -> Option<Self> {
         let is_two_level = matches!(layer.layout().coding(), ScaleCoding::TwoLevel { .. });
         let tiles = 0..layer.layout().tiles();
@@ -59,7 +54,7 @@ impl TrainedLayer {
         let tiles = self.tiles.par_iter_mut().zip(dw.par_chunks(TILE_ROWS * layout.cols()));
         tiles.enumerate().for_each(|(index, (tile, dw))| {
             let gradients = tile.gradients(layer.view(), index, dw);
-            tile.descend(layer.view(), &gradients, rate, step);
+            tile.descend(layout.coding(), &gradients, rate, step);
         });
     }
 
@@ -73,15 +68,8 @@ impl TrainedLayer {
 impl TrainedTile {
     fn new(layer: PackedTensor<'_>, tile: usize) -> Self {
         let layout = layer.layout();
-        let mut codes = vec![0.0; TILE_ROWS * layout.cols()];
         let (mut s, mut z) = (Vec::new(), Vec::new());
         for group in layout.groups() {
-            let columns = unpacked(layer, tile, group);
-            for (lane, row) in codes.chunks_exact_mut(layout.cols()).enumerate() {
-                for (code, column) in row[group.cols.clone()].iter_mut().zip(&columns) {
-                    *code = f32::from(column[lane]);
-                }
-            }
             for run in 0..group.runs(layout.coding()).len() {
                 let (scale, minus_z) = layer.scales(tile, group, run);
                 s.extend(scale);
@@ -90,12 +78,7 @@ impl TrainedTile {
         }
         let (d, m) = layer.row_scales(tile);
         let ones = || Parameters::new(vec![1.0; TILE_ROWS]);
-        Self {
-            codes: Parameters::new(codes),
-            scales: [s, z].map(Parameters::new),
-            factors: [ones(), ones()],
-            row_scales: [d, m],
-        }
+        Self { scales: [s, z].map(Parameters::new), factors: [ones(), ones()], row_scales: [d, m] }
     }
 
     /// From the gradient `dw` at the weights of the tile's rows. With `w = (d s) code - m z`, those of the scales follow from
@@ -105,7 +88,6 @@ impl TrainedTile {
         let (d, m) = layer.row_scales(tile);
         let zeros = |like: &Parameters| vec![0.0; like.values.len()];
         let mut gradients = TileGradients {
-            codes: zeros(&self.codes),
             scales: self.scales.each_ref().map(zeros),
             factors: self.factors.each_ref().map(zeros),
         };
@@ -118,13 +100,8 @@ impl TrainedTile {
                 let (ds, dz) = records.next().expect("a record per run");
                 let columns = &columns[cols.start - group.cols.start..];
                 for (lane, dw) in dw.chunks_exact(layout.cols()).enumerate() {
-                    let d_codes = &mut gradients.codes[lane * layout.cols()..][cols.clone()];
-                    let factor = d[lane] * s[lane];
                     let (mut with_codes, mut plain) = (0.0, 0.0);
-                    for ((d_code, dw), column) in
-                        d_codes.iter_mut().zip(&dw[cols.clone()]).zip(columns)
-                    {
-                        *d_code = dw * factor;
+                    for (dw, column) in dw[cols.clone()].iter().zip(columns) {
                         with_codes += dw * f32::from(column[lane]);
                         plain += dw;
                     }
@@ -138,21 +115,8 @@ impl TrainedTile {
         gradients
     }
 
-    fn descend(
-        &mut self,
-        layer: PackedTensor<'_>,
-        gradients: &TileGradients,
-        rate: f32,
-        step: usize,
-    ) {
-        let layout = layer.layout();
-        self.codes.step(&gradients.codes, rate * CODE_RATE, step);
-        for row in self.codes.values.chunks_exact_mut(layout.cols()) {
-            for group in layout.groups() {
-                clamp(&mut row[group.cols.clone()], group.bit_width.max_code());
-            }
-        }
-        let ScaleCoding::TwoLevel { scale_bits, .. } = layout.coding() else {
+    fn descend(&mut self, coding: ScaleCoding, gradients: &TileGradients, rate: f32, step: usize) {
+        let ScaleCoding::TwoLevel { scale_bits, .. } = coding else {
             unreachable!("checked by `TrainedLayer::new`")
         };
         let max_scale = (1u8 << scale_bits) - 1;
@@ -182,11 +146,6 @@ impl TrainedTile {
                 let (s, z) = records.next().expect("a record per run");
                 slot.set_two_level(index, run, &s, &z);
             }
-            let code = |lane: usize, col: usize| {
-                self.codes.values[lane * layout.cols() + col].round_ties_even() as u8
-            };
-            let column = |col| std::array::from_fn(|lane| code(lane, col));
-            slot.set_codes(index, &group.cols.clone().map(column).collect::<Vec<_>>());
         }
     }
 }
@@ -259,6 +218,7 @@ mod tests {
         packed
     }
 
+    /// `like` with the scales of `trained`.
     fn stored(trained: &TrainedLayer, like: &PackedLayer) -> PackedLayer {
         let mut layer = like.clone();
         trained.store(&mut layer);
@@ -270,7 +230,7 @@ mod tests {
         for scale_bits in [4, 6] {
             let layer = layer(scale_bits);
             let trained = TrainedLayer::new(layer.view()).unwrap();
-            assert_eq!(stored(&trained, &PackedLayer::zeroed(layer.layout().clone())), layer);
+            assert_eq!(stored(&trained, &layer), layer);
         }
     }
 
@@ -289,8 +249,7 @@ mod tests {
     fn gradients_are_finite_differences() {
         let dw: Vec<f32> =
             noise(ROWS * COLS, 9).iter().map(|&v| (v % 17) as f32 / 8.0 - 1.0).collect();
-        let numbers: [Numbers; 5] = [
-            (|t| &mut t.codes.values, |g| &g.codes),
+        let numbers: [Numbers; 4] = [
             (|t| &mut t.scales[0].values, |g| &g.scales[0]),
             (|t| &mut t.scales[1].values, |g| &g.scales[1]),
             (|t| &mut t.factors[0].values, |g| &g.factors[0]),
@@ -300,24 +259,18 @@ mod tests {
             let layer = layer(scale_bits);
             let mut trained = TrainedLayer::new(layer.view()).unwrap();
             let before = loss(&layer, &dw);
-            let max_code = |col: usize| layer.layout().groups()[col / 32].bit_width.max_code();
             for (tile, dw_tile) in dw.chunks(TILE_ROWS * COLS).enumerate() {
                 let gradients = trained.tiles[tile].gradients(layer.view(), tile, dw_tile);
                 for (kind, (values, gradient)) in numbers.iter().enumerate() {
                     for (at, gradient) in gradient(&gradients).iter().enumerate() {
-                        let is_code = kind == 0;
-                        let lane = if is_code { at / COLS } else { at % TILE_ROWS };
+                        let lane = at % TILE_ROWS;
                         if tile * TILE_ROWS + lane >= ROWS {
                             assert_eq!(*gradient, 0.0);
                             continue;
                         }
-                        let value = values(&mut trained.tiles[tile])[at];
-                        let is_last = is_code && value == f32::from(max_code(at % COLS));
-                        let step = if is_last { -1.0 } else { 1.0 };
-                        values(&mut trained.tiles[tile])[at] += step;
-                        let found =
-                            f64::from(step) * (loss(&stored(&trained, &layer), &dw) - before);
-                        values(&mut trained.tiles[tile])[at] = value;
+                        values(&mut trained.tiles[tile])[at] += 1.0;
+                        let found = loss(&stored(&trained, &layer), &dw) - before;
+                        values(&mut trained.tiles[tile])[at] -= 1.0;
                         let error = (found - f64::from(*gradient)).abs();
                         assert!(error < 1e-3, "{kind}, {at} of tile {tile}: {gradient}, {found}");
                     }
@@ -333,14 +286,11 @@ mod tests {
         for (index, tile) in trained.tiles.iter_mut().enumerate() {
             let dw = vec![0.0; TILE_ROWS * COLS];
             let mut gradients = tile.gradients(layer.view(), index, &dw);
-            gradients.codes.fill(-1.0);
             gradients.scales[0].fill(1.0);
             gradients.scales[1].fill(-1.0);
-            for step in 1..=400 {
-                tile.descend(layer.view(), &gradients, 10.0, step);
+            for step in 1..=50 {
+                tile.descend(layer.layout().coding(), &gradients, 10.0, step);
             }
-            assert!(tile.codes.values[..32].iter().all(|&code| code == 3.0));
-            assert!(tile.codes.values[64..COLS].iter().all(|&code| code == 1.0));
             assert!(tile.scales[0].values.iter().all(|&code| code == 0.0));
             assert!(tile.scales[1].values.iter().all(|&code| code == 15.0));
         }

@@ -15,7 +15,7 @@ use crate::{
 /// How far the weight of a norm moves in a step.
 const NORM_RATE: f32 = 0.003;
 
-/// A model from a SliM file, with its linear layers and norms being trained. It runs on its packed layers, as the file will.
+/// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers, as the file will.
 pub struct Student<'a> {
     /// The model of the file.
     start: Backward<'a>,
