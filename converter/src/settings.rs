@@ -142,9 +142,9 @@ impl Settings {
         Self { bits: self.embed_bits, coding, ..self.clone() }
     }
 
-    /// Whether layers are to make up for what the layers before them changed (`target.rs`).
-    pub(crate) fn follows_float(&self) -> bool {
-        self.method == Method::Slim && !self.reference
+    /// Whether the float model runs along in the calibration, so that layers make up for what those before them changed.
+    pub fn follows_float(&self) -> bool {
+        matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference
     }
 
     /// The coder of the linear layers.

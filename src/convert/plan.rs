@@ -13,10 +13,13 @@ use crate::output::{facts, plural, size};
 
 /// Copies of a linear layer's weights in f32 that the published search holds besides the weights: one for each width.
 const SEARCH_COPIES: u64 = 3;
+/// Copies of a linear layer's weights in f32 besides the weights where the float model runs along: what is added to them, and
+/// the sum.
+const CORRECTION_COPIES: u64 = 2;
 /// Copies in f32 of the rows that are quantized at a time: weights, quantized weights, their difference.
 const SLAB_COPIES: u64 = 3;
 /// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian as it is and in the order of the sweep,
-/// its factor and the inverse of that in f64.
+/// its factor, and the inverse of that in f64 or what corrections are worked out with.
 const HESSIAN_COPIES: u64 = 6;
 
 /// The resolved settings, and what they lead to.
@@ -66,6 +69,7 @@ impl Plan {
         let is_linear = tensor.name.starts_with("blk.");
         let weights = match is_linear && self.is_calibrated() {
             true if self.settings.reference => (1 + SEARCH_COPIES) * rows * cols,
+            true if self.settings.follows_float() => (1 + CORRECTION_COPIES) * rows * cols,
             true => rows * cols,
             false => 0,
         };
@@ -198,10 +202,12 @@ fn source_bytes(source: &dyn ModelSource) -> Result<u64> {
     Ok(total)
 }
 
-/// The residual stream, its norm, the attention outputs and the feed-forward activations of all samples, in f32.
+/// The residual stream, its norm, the attention outputs and the feed-forward activations of all samples, in f32; where the
+/// float model runs along, all of it again and the difference of the residual streams.
 fn activation_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     let config = source.config();
-    let width = 2 * config.hidden_size + config.head_count * config.head_dim + config.ffn_size;
+    let stream = 2 * config.hidden_size + config.head_count * config.head_dim + config.ffn_size;
+    let width = if settings.follows_float() { 2 * stream + config.hidden_size } else { stream };
     match settings.method {
         Method::RoundToNearest => 0,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
