@@ -75,3 +75,72 @@ fn cross(x: &Activations, rows: usize, share: f32, y: impl Fn(usize) -> Vec<f32>
     }
     sum
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Engine, hessian::Hessian, tests::noise};
+
+    const TOKENS: usize = 96;
+    const COLS: usize = 32;
+    const ROWS: usize = 8;
+
+    /// Noise, and half of the first columns of `like`.
+    fn activations(width: usize, seed: u32, like: Option<&Activations>) -> Activations {
+        let mut activations = Activations::new(2, TOKENS, width, &mut (1 << 20)).unwrap();
+        let noise = noise(2 * TOKENS * width, seed);
+        for (i, sample) in noise.chunks_exact(TOKENS * width).enumerate() {
+            let out = activations.sample_mut(i);
+            out.copy_from_slice(sample);
+            let tokens = like.map(|like| like.sample(i).chunks_exact(like.width()));
+            for (out, like) in out.chunks_exact_mut(width).zip(tokens.into_iter().flatten()) {
+                out.iter_mut().zip(like).for_each(|(out, like)| *out += 0.5 * like);
+            }
+        }
+        activations
+    }
+
+    /// What is left of a least-squares fit has no part along any input.
+    #[test]
+    fn corrected_weights_solve_the_normal_equations() {
+        let ours = activations(COLS, 1, None);
+        let (float, missing) =
+            (activations(COLS, 2, Some(&ours)), activations(ROWS, 3, Some(&ours)));
+        let weights = noise(ROWS * COLS, 4);
+        // Any order of columns gives the same.
+        let order: Vec<usize> = (0..COLS).rev().collect();
+        let hessian = Hessian::of(&ours, &Engine::Cpu).unwrap().reordered(&order);
+        let (factor, _) = hessian.factor(1e-6).unwrap();
+        for missing in [None, Some(&missing)] {
+            let stage = FloatStage { activations: &float, missing };
+            let correction = Correction::new(&ours, stage, |m| factor.solve(m, &order));
+            let corrected = correction.apply(&weights);
+            let (mut along, mut size) = (vec![0.0; COLS], 0.0);
+            for sample in 0..2 {
+                for token in 0..TOKENS {
+                    let of = |a: &Activations, width: usize| -> Vec<f64> {
+                        let values = &a.sample(sample)[token * width..][..width];
+                        values.iter().map(|&value| f64::from(value)).collect()
+                    };
+                    let (x, xf) = (of(&ours, COLS), of(&float, COLS));
+                    for row in 0..ROWS {
+                        let dot = |w: &[f32], x: &[f64]| -> f64 {
+                            let w = &w[row * COLS..][..COLS];
+                            w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()
+                        };
+                        let share = f64::from(INPUT_SHARE);
+                        let mut target =
+                            (1.0 - share) * dot(&weights, &x) + share * dot(&weights, &xf);
+                        if let Some(missing) = missing {
+                            target += f64::from(RESIDUAL_SHARE) * of(missing, ROWS)[row];
+                        }
+                        let left = target - dot(&corrected, &x);
+                        size += target.abs();
+                        along.iter_mut().zip(&x).for_each(|(along, x)| *along += left * x);
+                    }
+                }
+            }
+            assert!(along.iter().all(|along| along.abs() < 1e-4 * size), "{along:?} of {size}");
+        }
+    }
+}
