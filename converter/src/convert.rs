@@ -26,7 +26,7 @@ use crate::{
 /// Quantizes `source` and writes the SliM file `target`, which appears when all is done.
 ///
 /// # Errors
-/// A file, tensor or setting that cannot be used; nothing is written then.
+/// A file, tensor or setting that cannot be used; nothing is written then, but by a training that has begun ([`distill`](crate::distill())).
 pub fn convert(
     source: &dyn ModelSource,
     calibration: &Calibration,
@@ -160,15 +160,7 @@ impl Output<'_> {
 
     fn write(&mut self, name: &str, packed: &PackedLayer, error: Option<f32>) -> Result<()> {
         self.writer.layer(name, packed, error)?;
-        let layout = packed.layout();
-        let report = LayerReport {
-            name: name.to_owned(),
-            rows: layout.rows(),
-            cols: layout.cols(),
-            bits: layout.groups().iter().map(|group| group.bit_width.bits()).collect(),
-            stored_bits: layout.stored_bits(),
-            error,
-        };
+        let report = LayerReport::new(name, packed.layout(), error);
         (self.progress)(Progress::Layer(&report));
         self.layers.push(report);
         Ok(())
@@ -225,16 +217,7 @@ impl Output<'_> {
 
     fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
         let written = self.writer.finish(metadata)?;
-        let linear = self.layers.iter().filter(|layer| layer.name.starts_with("blk."));
-        let (bits, weights) = linear.fold((0, 0), |(bits, weights), layer| {
-            (bits + layer.stored_bits, weights + (layer.rows * layer.cols) as u64)
-        });
-        Ok(Report {
-            file_bytes: written.bytes,
-            bits_per_weight: bits as f64 / weights.max(1) as f64,
-            layers: self.layers,
-            warnings: self.warnings,
-        })
+        Ok(Report::new(self.layers, written.bytes, self.warnings))
     }
 }
 

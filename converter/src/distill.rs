@@ -186,22 +186,8 @@ fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatErr
 
 /// What is told about `file` once it is trained. The errors of its layers were those of the codes before.
 fn report(file: &SlimFile, file_bytes: u64) -> Report {
-    let layer = |info: &LayerInfo| LayerReport {
-        name: info.name.clone(),
-        rows: info.layout.rows(),
-        cols: info.layout.cols(),
-        bits: info.layout.groups().iter().map(|group| group.bit_width.bits()).collect(),
-        stored_bits: info.layout.stored_bits(),
-        error: None,
-    };
-    Report {
-        layers: file.layers().iter().map(layer).collect(),
-        file_bytes,
-        bits_per_weight: file
-            .bits_per_weight(|info| info.name.starts_with("blk."))
-            .unwrap_or_default(),
-        warnings: Vec::new(),
-    }
+    let layer = |info: &LayerInfo| LayerReport::new(&info.name, &info.layout, None);
+    Report::new(file.layers().iter().map(layer).collect(), file_bytes, Vec::new())
 }
 
 /// The file of the first conversion. It has a name only from its end to its opening; where an open file cannot be

@@ -1,5 +1,7 @@
 //! What a conversion tells its caller.
 
+use slim_formats::slim::LayerLayout;
+
 /// A step of a conversion, as it ends.
 #[derive(Debug, Clone)]
 pub enum Progress<'a> {
@@ -60,4 +62,28 @@ pub struct Report {
     pub bits_per_weight: f64,
     /// What [`Progress::Warning`] told.
     pub warnings: Vec<String>,
+}
+
+impl LayerReport {
+    pub(crate) fn new(name: &str, layout: &LayerLayout, error: Option<f32>) -> Self {
+        Self {
+            name: name.to_owned(),
+            rows: layout.rows(),
+            cols: layout.cols(),
+            bits: layout.groups().iter().map(|group| group.bit_width.bits()).collect(),
+            stored_bits: layout.stored_bits(),
+            error,
+        }
+    }
+}
+
+impl Report {
+    pub(crate) fn new(layers: Vec<LayerReport>, file_bytes: u64, warnings: Vec<String>) -> Self {
+        let linear = layers.iter().filter(|layer| layer.name.starts_with("blk."));
+        let (bits, weights) = linear.fold((0, 0), |(bits, weights), layer| {
+            (bits + layer.stored_bits, weights + (layer.rows * layer.cols) as u64)
+        });
+        let bits_per_weight = bits as f64 / weights.max(1) as f64;
+        Self { layers, file_bytes, bits_per_weight, warnings }
+    }
 }
