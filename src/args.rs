@@ -248,6 +248,10 @@ pub struct EvalArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..))]
     pub context: usize,
 
+    /// Tokens that go through the model at a time [default: a window]; with 1, what generating text computes is measured
+    #[arg(long, value_name = "TOKENS", value_parser = range(1..))]
+    pub batch: Option<usize>,
+
     /// Measure the first N windows only [default: all]
     #[arg(long, value_name = "N", value_parser = range(1..))]
     pub windows: Option<usize>,

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use slim_runtime::{Evaluation, evaluate};
+use slim_runtime::{Evaluation, Protocol, evaluate};
 
 use crate::{
     args::EvalArgs,
@@ -36,7 +36,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
     let progress = Progress::new("window", windows);
     let show = |done, perplexity| progress.step(done, format_args!("perplexity {perplexity:.4}"));
-    let evaluation = evaluate(&model, other.as_ref(), &tokens, args.context, windows, show)?;
+    let protocol =
+        Protocol { context: args.context, windows, batch: args.batch.unwrap_or(args.context) };
+    let evaluation = evaluate(&model, other.as_ref(), &tokens, protocol, show)?;
     progress.finish();
 
     let text_sha256: String =

@@ -32,6 +32,8 @@ pub mod weight;
 pub use multiversion;
 
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
+#[doc(hidden)]
+pub use cpu::matvec;
 pub use cpu::{Cpu, exp, kl_divergence, log_softmax};
 pub use error::{KernelError, Result};
 pub use reference::Scalar;

@@ -15,6 +15,7 @@ use crate::{
     AttentionShape, Backend, Cpu, KernelError, KvView, RopeAngles, Scalar, kl_divergence,
     linalg::{self, Mat, Method, Store},
     log_softmax,
+    matvec::{self, Input, matvec_by},
     weight::{dequantize_rows, stored_bytes},
 };
 
@@ -22,6 +23,9 @@ use crate::{
 ///
 /// Measured 1.3e-11 where a layer of one row gives a single output near zero; 1e-13 for usual ones.
 const MATMUL_NMSE: f64 = 1e-10;
+/// 8-bit codes of uniform noise: steps of 1/127 have an error of 1/127^2/12, which is 1.6e-5 of a mean square of 1/3. Measured
+/// 1.5e-5.
+const INPUT_NMSE: f64 = 2e-5;
 const DEQUANTIZE_NMSE: f64 = 1e-12;
 const RMS_NORM_NMSE: f64 = 1e-12;
 const ROPE_NMSE: f64 = 1e-12;
@@ -256,19 +260,48 @@ fn bit_widths(noise: &mut Noise, bits: u8, groups: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Multiplies with every backend.
+/// One token as `method` multiplies packed codes with it: rounded to 8 bits by methods in integers. How far rounding may take it is
+/// tested apart.
+fn as_multiplied(method: matvec::Method, layout: &LayerLayout, x: &[f32]) -> Vec<f32> {
+    match method {
+        matvec::Method::Integer(..) => Input::new(layout, x).values(layout),
+        matvec::Method::Float => x.to_vec(),
+    }
+}
+
+/// The same for what `backend` does with `x: [m, cols]`.
+fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec<f32> {
+    match weight {
+        Weight::Packed(packed) if backend == "cpu" && x.len() == cols => {
+            as_multiplied(matvec::Method::fastest(), packed.layout(), x)
+        }
+        _ => x.to_vec(),
+    }
+}
+
+/// Multiplies with every backend, and a packed layer with one token in every way that this machine has.
 #[track_caller]
 fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x: &[f32]) {
-    let expected = product(x, weights, cols);
+    let m = x.len() / cols;
+    let mut out = vec![f32::NAN; weights.len() / cols * m];
     for (name, backend) in backends() {
-        let mut out = vec![f32::NAN; expected.len()];
-        backend.matmul(weight, x, x.len() / cols, &mut out).unwrap();
+        let expected = product(&as_input_of(name, weight, x, cols), weights, cols);
+        out.fill(f32::NAN);
+        backend.matmul(weight, x, m, &mut out).unwrap();
         // One token and packed codes are multiplied without the general product.
         let bound = match weight {
-            Weight::Packed(_) if x.len() == cols => MATMUL_NMSE,
+            Weight::Packed(_) if m == 1 => MATMUL_NMSE,
             _ => product_nmse(name, MATMUL_AMX_NMSE, MATMUL_NMSE),
         };
         assert_nmse(&format!("{name}, {what}"), &out, &expected, bound);
+    }
+    if let (Weight::Packed(packed), 1) = (weight, m) {
+        for method in matvec::Method::all() {
+            let expected = product(&as_multiplied(method, packed.layout(), x), weights, cols);
+            out.fill(f32::NAN);
+            matvec_by(method, packed, x, &mut out);
+            assert_nmse(&format!("{method:?}, {what}"), &out, &expected, MATMUL_NMSE);
+        }
     }
 }
 
@@ -347,8 +380,9 @@ fn matmul_outlier_row_leaves_the_others_alone() {
         let layer = Layer::new(&mut noise, Fill::OutlierRow, [rows, cols, 64], coding, &[2, 3, 4]);
         for m in [1, 7] {
             let x = noise.vector(m * cols, 1.0);
-            let expected = product(&x, &layer.weights, cols);
             for (name, backend) in backends() {
+                let input = as_input_of(name, layer.weight(), &x, cols);
+                let expected = product(&input, &layer.weights, cols);
                 let mut out = vec![f32::NAN; m * rows];
                 backend.matmul(layer.weight(), &x, m, &mut out).unwrap();
                 let split = |row: usize| row % rows == OUTLIER_ROW;
@@ -359,6 +393,136 @@ fn matmul_outlier_row_leaves_the_others_alone() {
                         (0..out.len()).filter(chosen).map(|i| expected[i]).collect();
                     let what = format!("{name}, {coding:?}, m {m}, outlier {outlier}");
                     assert_nmse(&what, &found, &expected, MATMUL_NMSE);
+                }
+            }
+        }
+    }
+}
+
+/// Where all scales are 1 and the input is integers up to 127, sums are integers that f32 holds exactly.
+#[test]
+fn matvec_integer_products_are_exact() {
+    let mut noise = Noise(24);
+    for (bits, sub_group, extreme) in (1..=8).flat_map(|bits| {
+        [16, 32, 64].into_iter().flat_map(move |sub| [(bits, sub, false), (bits, sub, true)])
+    }) {
+        let (rows, cols) = (40, 432);
+        let width = BitWidth::new(bits).unwrap();
+        let coding = ScaleCoding::TwoLevel { sub_group, scale_bits: 6 };
+        let layout = LayerLayout::new(rows, cols, 112, coding, &[width; 4]).unwrap();
+        let mut packed = PackedLayer::zeroed(layout.clone());
+        let mut codes = vec![0i32; packed.layout().tiles() * TILE_ROWS * cols];
+        for mut tile in packed.tiles_mut() {
+            tile.set_row_scales(&[f16::ONE; TILE_ROWS], &[f16::ZERO; TILE_ROWS]);
+            let first_row = tile.index() * TILE_ROWS;
+            for (index, group) in layout.groups().iter().enumerate() {
+                let least = if extreme { width.max_code() } else { 0 };
+                let mut column = || -> CodeColumn {
+                    std::array::from_fn(|_| noise.next() as u8 & width.max_code() | least)
+                };
+                let columns: Vec<_> = group.cols.clone().map(|_| column()).collect();
+                tile.set_codes(index, &columns);
+                for (col, column) in group.cols.clone().zip(&columns) {
+                    for (r, &code) in column.iter().enumerate() {
+                        codes[(first_row + r) * cols + col] = code.into();
+                    }
+                }
+                for run in 0..group.runs(coding).len() {
+                    tile.set_two_level(index, run, &[1; TILE_ROWS], &[9; TILE_ROWS]);
+                }
+            }
+        }
+        // The largest value of each 16 columns is 127, so that codes of the input are the input.
+        let x: Vec<i32> = (0..cols)
+            .map(|col| match col % 16 {
+                _ if extreme => 127 - 254 * i32::from(bits % 2),
+                3 => noise.pick(&[127, -127]),
+                _ => noise.pick(&[-127, -1, 0, 1, 127, (col % 100) as i32]),
+            })
+            .collect();
+        let expected: Vec<f32> = codes
+            .chunks_exact(cols)
+            .take(rows)
+            .map(|row| row.iter().zip(&x).map(|(code, x)| code * x).sum::<i32>() as f32)
+            .collect();
+        let x: Vec<f32> = x.into_iter().map(|x| x as f32).collect();
+        for method in matvec::Method::all() {
+            let mut out = vec![f32::NAN; rows];
+            matvec_by(method, packed.view(), &x, &mut out);
+            assert_eq!(out, expected, "{method:?}, {bits} bits, {sub_group}, extreme {extreme}");
+        }
+    }
+}
+
+/// Each value by half a code at most, and all by what the documentation states.
+#[test]
+fn matvec_input_is_rounded_as_stated() {
+    let mut noise = Noise(25);
+    let width = BitWidth::new(3).unwrap();
+    let layout = LayerLayout::new(16, 592, 128, TWO_LEVEL, &[width; 5]).unwrap();
+    for size in [1.0, 1e-30, 1e30, 0.0] {
+        let x = noise.vector(592, size);
+        let found = Input::new(&layout, &x).values(&layout);
+        assert_nmse(&format!("values up to {size}"), &found, &widened(&x), INPUT_NMSE);
+        for (found, x) in found.chunks(32).zip(x.chunks(32)) {
+            let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+            for (found, x) in found.iter().zip(x) {
+                assert!((found - x).abs() <= largest / 253.9, "{found} for {x} of {largest}");
+            }
+        }
+    }
+    // A step with an outlier has second codes, and costs no other step anything.
+    let mut x = noise.vector(592, 1.0);
+    x[77] = 1e3;
+    let found = Input::new(&layout, &x).values(&layout);
+    for (found, x) in found[64..96].iter().zip(&x[64..96]) {
+        assert!((found - x).abs() <= 1e3 / 64_000.0, "{found} for {x}");
+    }
+    let others = |values: &[f32]| [&values[..64], &values[96..]].concat();
+    assert_nmse("beside an outlier", &others(&found), &widened(&others(&x)), INPUT_NMSE);
+}
+
+#[test]
+fn matvec_with_outliers_multiplies_second_codes() {
+    let mut noise = Noise(27);
+    for (coding, bits) in codings().flat_map(|coding| (1..=8).map(move |b| (coding, b))) {
+        let layer = Layer::new(&mut noise, Fill::Random, [33, 112, 64], coding, &[bits, bits]);
+        let mut x = noise.vector(112, 1.0);
+        for outlier in x.iter_mut().step_by(37) {
+            *outlier *= 1e3;
+        }
+        let input = Input::new(layer.packed.layout(), &x).values(layer.packed.layout());
+        let (expected, mut out) = (product(&input, &layer.weights, 112), vec![0.0; 33]);
+        for method in matvec::Method::all() {
+            if matches!(method, matvec::Method::Integer(..)) {
+                matvec_by(method, layer.packed.view(), &x, &mut out);
+                assert_nmse(
+                    &format!("{method:?}, {coding:?}, {bits}"),
+                    &out,
+                    &expected,
+                    MATMUL_NMSE,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn matvec_what_is_not_finite_stays_so() {
+    let mut noise = Noise(26);
+    for coding in codings() {
+        let layer = Layer::new(&mut noise, Fill::Random, [33, 112, 64], coding, &[3, 8]);
+        for value in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for col in [0, 31, 70, 111] {
+                let mut x = noise.vector(112, 1.0);
+                x[col] = value;
+                for method in matvec::Method::all() {
+                    let mut out = vec![0.0; 33];
+                    matvec_by(method, layer.packed.view(), &x, &mut out);
+                    // A weight of zero hides an infinite input from a product in f32.
+                    let finite = out.iter().filter(|value| value.is_finite()).count();
+                    let all = matches!(method, matvec::Method::Integer(..)) || value.is_nan();
+                    assert!(finite == 0 || !all, "{method:?}, {coding:?}, {value} at {col}");
                 }
             }
         }
@@ -743,6 +907,12 @@ fn run_everything() -> Vec<Vec<u32>> {
         let x = noise.vector(m * 576, 1.0);
         let mut out = vec![0.0; m * 270];
         Cpu.matmul(layer.weight(), &x, m, &mut out).unwrap();
+        results.push(out);
+    }
+    let layer = Layer::new(&mut noise, Fill::Random, [1300, 576, 128], TWO_LEVEL, &[8; 5]);
+    for method in matvec::Method::all() {
+        let (x, mut out) = (noise.vector(576, 1.0), vec![0.0; 1300]);
+        matvec_by(method, layer.packed.view(), &x, &mut out);
         results.push(out);
     }
     let (x, weight) = (noise.vector(50 * 576, 1.0), noise.vector(576, 1.0));

@@ -17,7 +17,7 @@ pub use chat::{ChatTemplate, Message};
 pub use error::{Result, RuntimeError};
 pub use kv_cache::{KvBlock, KvCache};
 pub use model::{Model, embed, rope_angles};
-pub use perplexity::{Divergence, Evaluation, evaluate};
+pub use perplexity::{Divergence, Evaluation, Protocol, evaluate};
 pub use placement::CudaSettings;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};

@@ -1,5 +1,7 @@
 //! Perplexity and divergence from another model, over windows of a text.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use slim_kernels::{kl_divergence, log_softmax};
 
@@ -7,6 +9,17 @@ use crate::{Model, Result};
 
 /// Positions whose logits are held at a time.
 const POSITIONS: usize = 128;
+
+/// How [`evaluate`] measures.
+#[derive(Debug, Clone, Copy)]
+pub struct Protocol {
+    /// Tokens per window.
+    pub context: usize,
+    /// Windows, the first ones of the text; they do not overlap.
+    pub windows: usize,
+    /// Tokens that go through the model at a time; 1 computes what generating text does.
+    pub batch: usize,
+}
 
 /// What [`evaluate`] measures.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,8 +47,8 @@ pub struct Divergence {
     pub top1_agreement: f64,
 }
 
-/// Runs `model` (and `other`) over the first `windows` non-overlapping windows of `context` tokens; calls `progress` with
-/// the number of windows done and the perplexity so far.
+/// Runs `model` over windows of `tokens`, and `other` over the same, whole windows at a time; calls `progress` with the number of
+/// windows done and the perplexity so far.
 ///
 /// # Errors
 /// As [`Model::forward`].
@@ -43,14 +56,15 @@ pub fn evaluate(
     model: &Model<'_>,
     other: Option<&Model<'_>>,
     tokens: &[u32],
-    context: usize,
-    windows: usize,
+    protocol: Protocol,
     mut progress: impl FnMut(usize, f64),
 ) -> Result<Evaluation> {
+    let Protocol { context, windows, batch } = protocol;
     let chosen: Vec<&[u32]> = tokens.chunks_exact(context).take(windows).collect();
     let (mut total, mut positions) = (0.0, Vec::new());
     for (done, window) in chosen.iter().enumerate() {
-        let scores = score_window(model, other, window)?;
+        let other = other.map(|other| Pass::of(other, window, context)).transpose()?;
+        let scores = score_window(&Pass::of(model, window, batch)?, other.as_ref(), window)?;
         total +=
             scores.iter().map(|s| s.negative_log_likelihood).sum::<f64>() / scores.len() as f64;
         positions.extend(scores.into_iter().filter_map(|s| s.against));
@@ -60,8 +74,40 @@ pub fn evaluate(
         perplexity: (total / chosen.len() as f64).exp(),
         windows: chosen.len(),
         tokens: chosen.len() * context,
-        divergence: other.map(|_| summarize(positions)),
+        divergence: (!positions.is_empty()).then(|| summarize(positions)),
     })
+}
+
+/// A window that went through a model, `batch` tokens at a time.
+struct Pass<'m> {
+    model: &'m Model<'m>,
+    batch: usize,
+    /// `[window, hidden]`.
+    hidden: Vec<f32>,
+}
+
+impl<'m> Pass<'m> {
+    fn of(model: &'m Model<'m>, window: &[u32], batch: usize) -> Result<Self> {
+        let mut cache = model.new_cache(window.len())?;
+        let mut hidden = Vec::with_capacity(window.len() * model.config().hidden_size);
+        for tokens in window.chunks(batch) {
+            hidden.extend(model.forward(tokens, &mut cache)?);
+        }
+        Ok(Self { model, batch, hidden })
+    }
+
+    /// `[positions, vocab]`: what the model expects after each position.
+    fn log_probabilities(&self, positions: Range<usize>) -> Result<Vec<f32>> {
+        let config = self.model.config();
+        let hidden =
+            &self.hidden[positions.start * config.hidden_size..positions.end * config.hidden_size];
+        let mut logits = Vec::with_capacity(positions.len() * config.vocab_size);
+        for hidden in hidden.chunks(self.batch * config.hidden_size) {
+            logits.extend(self.model.logits(hidden)?);
+        }
+        logits.par_chunks_mut(config.vocab_size).for_each(log_softmax);
+        Ok(logits)
+    }
 }
 
 struct Score {
@@ -71,34 +117,13 @@ struct Score {
 }
 
 /// The scores of tokens 2 .. of a window.
-fn score_window(
-    model: &Model<'_>,
-    other: Option<&Model<'_>>,
-    window: &[u32],
-) -> Result<Vec<Score>> {
-    let hidden_states = |model: &Model<'_>| -> Result<Vec<f32>> {
-        model.forward(window, &mut model.new_cache(window.len())?)
-    };
-    let hidden = hidden_states(model)?;
-    let other = match other {
-        Some(other) => Some((other, hidden_states(other)?)),
-        None => None,
-    };
+fn score_window(ours: &Pass<'_>, theirs: Option<&Pass<'_>>, window: &[u32]) -> Result<Vec<Score>> {
+    let vocab = ours.model.config().vocab_size;
     let mut scores = Vec::with_capacity(window.len() - 1);
     for first in (0..window.len() - 1).step_by(POSITIONS) {
         let positions = first..(first + POSITIONS).min(window.len() - 1);
-        let log_probabilities = |model: &Model<'_>, hidden: &[f32]| -> Result<Vec<f32>> {
-            let size = model.config().hidden_size;
-            let mut logits = model.logits(&hidden[positions.start * size..positions.end * size])?;
-            logits.par_chunks_mut(model.config().vocab_size).for_each(log_softmax);
-            Ok(logits)
-        };
-        let ours = log_probabilities(model, &hidden)?;
-        let theirs = match &other {
-            Some((other, hidden)) => Some(log_probabilities(other, hidden)?),
-            None => None,
-        };
-        let vocab = model.config().vocab_size;
+        let ours = ours.log_probabilities(positions.clone())?;
+        let theirs = theirs.map(|pass| pass.log_probabilities(positions.clone())).transpose()?;
         scores.par_extend(positions.clone().into_par_iter().map(|position| {
             let row = (position - first) * vocab..(position - first + 1) * vocab;
             let ours = &ours[row.clone()];

@@ -75,10 +75,14 @@ impl<'a> PackedTensor<'a> {
         chunk(self.scales, tile, self.layout.tile_scale_bytes())
     }
 
+    /// The row scales of one tile; empty for the paper coding.
+    pub fn tile_row_scales(&self, tile: usize) -> &'a [u8] {
+        chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes())
+    }
+
     /// The row scales `(d, m)` of the 16 rows of a tile; ones for the paper coding, which has none.
     pub fn row_scales(&self, tile: usize) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
-        match chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes()).split_at_checked(32)
-        {
+        match self.tile_row_scales(tile).split_at_checked(32) {
             Some((d, m)) => (f16_row(d), f16_row(m)),
             None => ([1.0; TILE_ROWS], [1.0; TILE_ROWS]),
         }

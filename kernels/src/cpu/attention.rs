@@ -1,8 +1,9 @@
-//! Causal attention: a block of queries of one head at a time, scores and weighted values as matrix products.
+//! Causal attention: a block of queries of one head at a time, scores and weighted values as matrix products; or a single query,
+//! whose keys and values are read once.
 
 use rayon::prelude::*;
 
-use super::elementwise::softmax;
+use super::elementwise::{dot, softmax};
 use crate::{
     AttentionShape, KvView,
     linalg::{self, Mat, Store},
@@ -11,8 +12,14 @@ use crate::{
 /// Queries per task: enough for an efficient product, few enough to skip most of the masked triangle.
 const QUERY_BLOCK: usize = 128;
 
+/// Multiplications below which a single query is one task.
+const SMALL: usize = 1 << 19;
+
 /// See [`crate::Backend::attention`].
 pub fn attention(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+    if shape.m == 1 {
+        return attention_of_one(q, kv, shape, out);
+    }
     let tasks: Vec<_> = (0..shape.heads)
         .flat_map(|head| (0..shape.m).step_by(QUERY_BLOCK).map(move |first| (head, first)))
         .collect();
@@ -22,6 +29,42 @@ pub fn attention(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f
     for (&(head, first), result) in tasks.iter().zip(&results) {
         for (i, row) in result.chunks_exact(dim).enumerate() {
             out[(first + i) * shape.query_stride() + head * dim..][..dim].copy_from_slice(row);
+        }
+    }
+}
+
+/// [`attention`] for a single query.
+fn attention_of_one(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+    let (dim, visible) = (shape.head_dim, shape.visible(0));
+    let one_head = |(head, (q, out)): (usize, (&[f32], &mut [f32]))| {
+        let first = (head / (shape.heads / shape.kv_heads) * kv.capacity + visible.start) * dim;
+        let cached = first..first + visible.len() * dim;
+        attend(q, &kv.keys[cached.clone()], &kv.values[cached], out);
+    };
+    match shape.heads * dim * visible.len() < SMALL {
+        true => q.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate().for_each(one_head),
+        false => {
+            let heads = q.par_chunks_exact(dim).zip(out.par_chunks_exact_mut(dim));
+            heads.enumerate().for_each(one_head);
+        }
+    }
+}
+
+per_isa! {
+    /// The output `[head_dim]` of one query over `keys` and `values: [positions, head_dim]`.
+    fn attend(q: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
+        let dim = q.len();
+        let scale = 1.0 / (dim as f32).sqrt();
+        let mut scores = vec![0.0; keys.len() / dim];
+        for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
+            *score = scale * dot(q, key);
+        }
+        softmax(&mut scores);
+        out.fill(0.0);
+        for (score, value) in scores.iter().zip(values.chunks_exact(dim)) {
+            for (out, value) in out.iter_mut().zip(value) {
+                *out += score * value;
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use slim_formats::slim::{PackedTensor, TILE_ROWS};
 
-use super::unpack::{Lanes, UNIT, UnitWords, for_width};
+use super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
 
 /// Columns `[cols, tiles.len() * 16]` of a layer: row `r` of the tiles is lane `r` of every column. Padding rows are zero.
 ///
@@ -49,8 +49,9 @@ fn run_columns<const WIDTH: usize>(
     out: &mut [f32],
     stride: usize,
 ) {
+    let planes = Planes::of::<WIDTH>(codes);
     for (index, unit) in units.enumerate() {
-        let words = UnitWords::load::<WIDTH>(codes, unit);
+        let words = UnitWords::load::<WIDTH>(planes, unit);
         for t in 0..4 {
             for k in 0..4 {
                 let column = words.column::<WIDTH>(t, k);

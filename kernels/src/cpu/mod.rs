@@ -4,13 +4,14 @@
 mod attention;
 mod dequantize;
 mod elementwise;
-mod matvec;
+pub mod matvec;
 mod unpack;
 
 pub use elementwise::{exp, kl_divergence, log_softmax};
 
 use std::ops::Range;
 
+use matvec::Method;
 use rayon::prelude::*;
 use slim_formats::{Weight, slim::TILE_ROWS};
 
@@ -24,23 +25,12 @@ use crate::{
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
 
-/// Tiles per task in a product with one token.
-const TILES_PER_TASK: usize = 4;
-
 impl Backend for Cpu {
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
         check_matmul(w, x, m, out)?;
         match w {
             Weight::Packed(packed) if m == 1 => {
-                let sums = matvec::column_sums(x);
-                out.par_chunks_mut(TILES_PER_TASK * TILE_ROWS).enumerate().for_each(
-                    |(task, out)| {
-                        for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-                            let values = matvec::tile(packed, task * TILES_PER_TASK + i, x, &sums);
-                            out.copy_from_slice(&values[..out.len()]);
-                        }
-                    },
-                );
+                matvec::matvec_by(Method::fastest(), packed, x, out);
                 Ok(())
             }
             _ => matmul_by_panels(w, x, m, out),

@@ -27,6 +27,40 @@ macro_rules! for_width {
 }
 pub(super) use for_width;
 
+/// The planes of a group in blocks (F11, F12); those that its width lacks are empty.
+#[derive(Clone, Copy)]
+pub struct Planes<'a> {
+    /// Four blocks for each unit.
+    pub eight: &'a [[u8; 64]],
+    /// Two blocks for each unit.
+    pub four: &'a [[u8; 64]],
+    /// A block for each unit.
+    pub two: &'a [[u8; 64]],
+    /// A block for each two units.
+    pub one: &'a [[u8; 64]],
+    /// The last unit of a 1-bit plane with an odd number of them (F13).
+    pub short: &'a [u8; 32],
+}
+
+impl<'a> Planes<'a> {
+    /// Finds the planes in the codes of a group.
+    #[inline(always)]
+    pub fn of<const WIDTH: usize>(codes: &'a [u8]) -> Self {
+        let plane_bytes = |bits| codes.len() / WIDTH * (WIDTH & bits);
+        let (eight, rest) = codes.split_at(plane_bytes(8));
+        let (four, rest) = rest.split_at(plane_bytes(4));
+        let (two, one) = rest.split_at(plane_bytes(2));
+        let (one, short) = one.as_chunks();
+        Self {
+            eight: eight.as_chunks().0,
+            four: four.as_chunks().0,
+            two: two.as_chunks().0,
+            one,
+            short: short.first_chunk().unwrap_or(&[0; 32]),
+        }
+    }
+}
+
 /// The words of each plane that hold a unit; planes that a width lacks stay zero and unused.
 pub struct UnitWords {
     eight: [[u32; TILE_ROWS]; 4],
@@ -36,38 +70,34 @@ pub struct UnitWords {
 }
 
 impl UnitWords {
-    /// Finds unit `unit` in the codes of a group.
+    /// Finds unit `unit` in the planes of a group.
     #[inline(always)]
-    pub fn load<const WIDTH: usize>(codes: &[u8], unit: usize) -> Self {
+    pub fn load<const WIDTH: usize>(planes: Planes<'_>, unit: usize) -> Self {
         let zero = [0; TILE_ROWS];
         let mut words = Self { eight: [zero; 4], four: [zero; 2], two: zero, one: zero };
-        let cols = codes.len() / (2 * WIDTH);
-        let mut plane = codes;
         if WIDTH & 8 != 0 {
             for block in 0..4 {
-                words.eight[block] = load_words(plane, 4 * unit + block);
+                words.eight[block] = load_words(&planes.eight[4 * unit + block]);
             }
         }
         if WIDTH & 4 != 0 {
             for block in 0..2 {
-                words.four[block] = load_words(plane, 2 * unit + block);
+                words.four[block] = load_words(&planes.four[2 * unit + block]);
             }
-            plane = &plane[2 * 4 * cols..];
         }
         if WIDTH & 2 != 0 {
-            words.two = load_words(plane, unit);
-            plane = &plane[2 * 2 * cols..];
+            words.two = load_words(&planes.two[unit]);
         }
         if WIDTH & 1 != 0 {
-            let short = unit.is_multiple_of(2) && (unit + 1) * UNIT == cols;
-            words.one = if short {
-                load_short_words(&plane[unit * 32..])
-            } else {
-                let mut whole = load_words(plane, unit / 2);
-                for word in &mut whole {
-                    *word >>= 4 * (unit % 2);
+            words.one = match planes.one.get(unit / 2) {
+                Some(block) => {
+                    let mut whole = load_words(block);
+                    for word in &mut whole {
+                        *word >>= 4 * (unit % 2);
+                    }
+                    whole
                 }
-                whole
+                None => load_short_words(planes.short),
             };
         }
         words
@@ -109,10 +139,10 @@ fn add_field(
     low + bits
 }
 
-/// Block `block` of a plane: a word for each row (F12).
+/// A block of a plane: a word for each row (F12).
 #[inline(always)]
-fn load_words(plane: &[u8], block: usize) -> [u32; TILE_ROWS] {
-    let (bytes, _) = plane[64 * block..][..64].as_chunks::<4>();
+fn load_words(block: &[u8; 64]) -> [u32; TILE_ROWS] {
+    let (bytes, _) = block.as_chunks::<4>();
     let mut words = [0; TILE_ROWS];
     for r in 0..TILE_ROWS {
         words[r] = u32::from_le_bytes(bytes[r]);
@@ -122,8 +152,8 @@ fn load_words(plane: &[u8], block: usize) -> [u32; TILE_ROWS] {
 
 /// The short last block of a 1-bit plane (F13), spread so that its bits lie as in the low half of a whole block.
 #[inline(always)]
-fn load_short_words(bytes: &[u8]) -> [u32; TILE_ROWS] {
-    let (bytes, _) = bytes[..2 * TILE_ROWS].as_chunks::<2>();
+fn load_short_words(block: &[u8; 32]) -> [u32; TILE_ROWS] {
+    let (bytes, _) = block.as_chunks::<2>();
     let mut words = [0; TILE_ROWS];
     for r in 0..TILE_ROWS {
         let half = u32::from(u16::from_le_bytes(bytes[r]));
@@ -131,4 +161,17 @@ fn load_short_words(bytes: &[u8]) -> [u32; TILE_ROWS] {
         words[r] = (spread | spread << 4) & 0x0f0f_0f0f;
     }
     words
+}
+
+/// The zero points of a paper record, after its scales (F16).
+#[inline(always)]
+pub fn zero_points<const WIDTH: usize>(bytes: &[u8]) -> [u8; TILE_ROWS] {
+    let mut padded = [0; 16];
+    padded[..2 * WIDTH].copy_from_slice(&bytes[..2 * WIDTH]);
+    let bits = u128::from_le_bytes(padded);
+    let mut zero_points = [0; TILE_ROWS];
+    for (r, zero_point) in zero_points.iter_mut().enumerate() {
+        *zero_point = (bits >> (WIDTH * r)) as u8 & (u8::MAX >> (8 - WIDTH));
+    }
+    zero_points
 }

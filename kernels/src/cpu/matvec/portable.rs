@@ -1,10 +1,10 @@
-//! One token times a packed layer, straight from the file's bytes: 16 rows are 16 lanes.
+//! f32 inputs and sums: loops that the compiler vectorises for any instruction set.
 
 use std::ops::Range;
 
 use slim_formats::slim::{PackedTensor, TILE_ROWS};
 
-use super::unpack::{Lanes, UNIT, UnitWords, for_width};
+use super::super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
 
 /// The sums of `x` over each run of 16 columns: what a minimum multiplies, shared by all rows.
 pub fn column_sums(x: &[f32]) -> Vec<f32> {
@@ -42,9 +42,10 @@ per_isa! {
 /// The sums of code times input over some units of a group, for each row.
 #[inline(always)]
 fn dots<const WIDTH: usize>(codes: &[u8], units: Range<usize>, x: &[f32]) -> Lanes {
+    let planes = Planes::of::<WIDTH>(codes);
     let mut sums = [0.0; TILE_ROWS];
     for (unit, x) in units.zip(x.chunks_exact(UNIT)) {
-        let words = UnitWords::load::<WIDTH>(codes, unit);
+        let words = UnitWords::load::<WIDTH>(planes, unit);
         for t in 0..4 {
             for k in 0..4 {
                 let column = words.column::<WIDTH>(t, k);

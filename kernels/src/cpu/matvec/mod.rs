@@ -1,0 +1,129 @@
+//! One token times a packed layer, straight from the file's bytes: 16 rows are 16 lanes, and no sum goes across them.
+//!
+//! Where the processor multiplies bytes, the input becomes 8-bit integers first ([`Input`]): a code then costs a fraction of an
+//! instruction, and decoding waits for the memory. Elsewhere `portable` multiplies in f32.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod input;
+mod portable;
+
+use std::{fmt, sync::LazyLock};
+
+use rayon::prelude::*;
+use slim_formats::slim::{PackedTensor, ScaleCoding, TILE_ROWS};
+
+use super::unpack::{Lanes, UNIT};
+
+pub use input::Input;
+
+/// Bytes of a layer below which waking another thread costs more than it saves: 10 to 20 microseconds of work.
+const TASK_BYTES: usize = 1 << 18;
+
+/// How far ahead kernels ask for codes: the processor by itself does so too late. It brought 2-bit layers from 0.74 to 1.0 of the speed
+/// of a plain read, 3-bit layers from 0.66; from 1,024 to 4,096 bytes it makes no difference.
+#[cfg(target_arch = "x86_64")]
+const AHEAD_BYTES: usize = 2048;
+
+/// The products of the 16 rows of a tile with an input.
+type TileKernel = fn(PackedTensor<'_>, usize, &Input) -> Lanes;
+
+/// What multiplies.
+#[derive(Clone, Copy)]
+pub enum Method {
+    /// Codes with 8-bit integers, in the instruction set of this name.
+    Integer(&'static str, TileKernel),
+    /// Codes with the f32 input, in loops that the compiler vectorises.
+    Float,
+}
+
+impl Method {
+    /// All that this machine has, the fastest one first.
+    pub fn all() -> Vec<Self> {
+        let mut methods = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        for (name, kernel) in [("AVX-512 VNNI", avx512::detect()), ("AVX2", avx2::detect())] {
+            methods.extend(kernel.map(|kernel| Self::Integer(name, kernel)));
+        }
+        methods.push(Self::Float);
+        methods
+    }
+
+    /// The fastest one, found out once.
+    pub(crate) fn fastest() -> Self {
+        static FASTEST: LazyLock<Method> = LazyLock::new(|| Method::all()[0]);
+        *FASTEST
+    }
+}
+
+impl fmt::Debug for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Integer(name, _) => name,
+            Self::Float => "f32",
+        })
+    }
+}
+
+/// `out[rows]` from the layer times `x[cols]`.
+///
+/// # Accuracy
+/// [`Method::Integer`]: that of [`Input`], which is 2e-5 of NMSE for values without outliers; the rest as for [`Method::Float`],
+/// which sums in f32: over a sub-group (two-level) or group (paper), then over those.
+///
+/// # Panics
+/// If `x` or `out` is not as long as the layer is wide or high.
+pub fn matvec_by(method: Method, packed: PackedTensor<'_>, x: &[f32], out: &mut [f32]) {
+    let layout = packed.layout();
+    assert_eq!((x.len(), out.len()), (layout.cols(), layout.rows()), "inputs and outputs");
+    match method {
+        Method::Integer(_, kernel) => {
+            let input = Input::new(layout, x);
+            for_each_tile(packed, out, |tile| kernel(packed, tile, &input));
+        }
+        Method::Float => {
+            let sums = portable::column_sums(x);
+            for_each_tile(packed, out, |tile| portable::tile(packed, tile, x, &sums));
+        }
+    }
+}
+
+/// Stores the 16 products that `product` gives for each tile.
+fn for_each_tile(
+    packed: PackedTensor<'_>,
+    out: &mut [f32],
+    product: impl Fn(usize) -> Lanes + Sync,
+) {
+    let layout = packed.layout();
+    let tile_bytes = layout.tile_code_bytes() + layout.tile_scale_bytes();
+    let tasks = (layout.tiles() * tile_bytes).div_ceil(TASK_BYTES);
+    let tiles = layout.tiles().div_ceil(tasks);
+    let multiply = |(task, out): (usize, &mut [f32])| {
+        for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+            out.copy_from_slice(&product(task * tiles + i)[..out.len()]);
+        }
+    };
+    match tasks == 1 {
+        true => multiply((0, out)),
+        false => out.par_chunks_mut(tiles * TILE_ROWS).enumerate().for_each(multiply),
+    }
+}
+
+/// Units of 16 columns in a run, for a group of `units`.
+#[inline(always)]
+fn run_units(coding: ScaleCoding, units: usize) -> usize {
+    match coding {
+        ScaleCoding::TwoLevel { sub_group, .. } => sub_group / UNIT,
+        ScaleCoding::Paper => units,
+    }
+}
+
+/// Takes the next record off.
+#[inline(always)]
+fn next<'a, const BYTES: usize>(records: &mut &'a [u8]) -> &'a [u8; BYTES] {
+    let (record, rest) = records.split_first_chunk().expect("a record for each run");
+    *records = rest;
+    record
+}
