@@ -1,8 +1,13 @@
 //! Activations of all calibration samples: in memory, or in a temporary file where they do not fit.
 
+use std::ops::Range;
+
 use slim_formats::ScratchFile;
 
 use crate::Result;
+
+/// Tokens that go through a layer together, if samples are shorter: its weights are made ready for each batch.
+const BATCH_TOKENS: usize = 2048;
 
 /// `[samples, context, width]` f32.
 pub struct Activations {
@@ -49,30 +54,46 @@ impl Activations {
         self.width
     }
 
+    /// The samples in batches.
+    pub fn batches(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (samples, of_batch) = (self.samples, (BATCH_TOKENS / self.context.max(1)).max(1));
+        (0..samples).step_by(of_batch).map(move |first| first..samples.min(first + of_batch))
+    }
+
     /// One sample, `[context, width]`.
     pub fn sample(&self, index: usize) -> &[f32] {
+        self.batch(index..index + 1)
+    }
+
+    /// One sample, `[context, width]`.
+    pub fn sample_mut(&mut self, index: usize) -> &mut [f32] {
+        self.batch_mut(index..index + 1)
+    }
+
+    /// Samples that follow each other, `[samples.len(), context, width]`.
+    pub fn batch(&self, samples: Range<usize>) -> &[f32] {
         let values = match &self.storage {
             Storage::Memory(values) => values,
             Storage::Scratch(file) => bytemuck::cast_slice(file),
         };
         let len = self.context * self.width;
-        &values[index * len..][..len]
+        &values[samples.start * len..samples.end * len]
     }
 
-    /// One sample, `[context, width]`.
-    pub fn sample_mut(&mut self, index: usize) -> &mut [f32] {
+    /// Samples that follow each other, `[samples.len(), context, width]`.
+    pub fn batch_mut(&mut self, samples: Range<usize>) -> &mut [f32] {
         let values = match &mut self.storage {
             Storage::Memory(values) => values.as_mut_slice(),
             Storage::Scratch(file) => bytemuck::cast_slice_mut(file),
         };
         let len = self.context * self.width;
-        &mut values[index * len..][..len]
+        &mut values[samples.start * len..samples.end * len]
     }
 
-    /// Replaces every sample by what `of` gives for its number.
-    pub fn fill(&mut self, mut of: impl FnMut(usize) -> Result<Vec<f32>>) -> Result<()> {
-        for index in 0..self.samples {
-            self.sample_mut(index).copy_from_slice(&of(index)?);
+    /// Replaces every batch by what `of` gives for its samples.
+    pub fn fill(&mut self, mut of: impl FnMut(Range<usize>) -> Result<Vec<f32>>) -> Result<()> {
+        for batch in self.batches() {
+            self.batch_mut(batch.clone()).copy_from_slice(&of(batch)?);
         }
         Ok(())
     }

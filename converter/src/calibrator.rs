@@ -4,10 +4,7 @@ use slim_formats::{ModelSource, Weight, slim::PackedLayer};
 use slim_kernels::RopeAngles;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
-use crate::{
-    Activations, Calibration, Engine, Resources, Result, Settings, convert::find,
-    layer::LayerInputs,
-};
+use crate::{Activations, Engine, Resources, Result, Settings, convert::find, layer::LayerInputs};
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
@@ -80,19 +77,19 @@ struct FloatStream {
 }
 
 impl<'a> Calibrator<'a> {
-    /// The embeddings of the samples. `with_float` runs the float model along, so that stages tell its activations, too.
+    /// The embeddings of samples, which are equally long. `with_float` runs the float model along, so that stages tell its activations, too.
     pub fn new(
         source: &'a dyn ModelSource,
-        calibration: &Calibration,
+        samples: &[Vec<u32>],
         settings: &Settings,
         resources: &'a Resources,
         with_float: bool,
     ) -> Result<Self> {
         let config = source.config();
-        let samples = calibration.samples.len();
-        let tokens = calibration.samples.first().map_or(0, Vec::len);
+        let count = samples.len();
+        let tokens = samples.first().map_or(0, Vec::len);
         let mut memory_left = resources.activation_bytes;
-        let mut activations = |width| Activations::new(samples, tokens, width, &mut memory_left);
+        let mut activations = |width| Activations::new(count, tokens, width, &mut memory_left);
         let mut stream = || -> Result<Stream> {
             Ok(Stream {
                 residual: activations(config.hidden_size)?,
@@ -107,7 +104,7 @@ impl<'a> Calibrator<'a> {
             false => None,
         };
         let embedding = find(source, "token_embd.weight")?;
-        for (index, tokens) in calibration.samples.iter().enumerate() {
+        for (index, tokens) in samples.iter().enumerate() {
             let embedded = embed(embedding, tokens)?;
             for stream in [Some(&mut ours), float.as_mut()].into_iter().flatten() {
                 stream.residual.sample_mut(index).copy_from_slice(&embedded);
@@ -139,7 +136,7 @@ impl<'a> Calibrator<'a> {
         let walk = Walk { engine, context: *context, angles };
         let name = |layer: &str| format!("blk.{index}.{layer}.weight");
         if let Some(before) = before {
-            before.fill(|i| Ok(stream.residual.sample(i).to_vec()))?;
+            before.fill(|batch| Ok(stream.residual.batch(batch).to_vec()))?;
         }
         let is_sequential = before.is_none();
 
@@ -226,8 +223,8 @@ impl<'a> Calibrator<'a> {
 impl FloatStream {
     fn compare(&mut self, ours: &Stream) -> Result<()> {
         let Self { stream, missing } = self;
-        missing.fill(|i| {
-            let pairs = stream.residual.sample(i).iter().zip(ours.residual.sample(i));
+        missing.fill(|batch| {
+            let pairs = stream.residual.batch(batch.clone()).iter().zip(ours.residual.batch(batch));
             Ok(pairs.map(|(float, ours)| float - ours).collect())
         })
     }
@@ -275,37 +272,40 @@ struct Stream {
 impl Stream {
     fn attention_input(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { residual, normed, .. } = self;
-        normed.fill(|i| Ok(block.attention_input(walk.context, residual.sample(i))))
+        normed.fill(|batch| Ok(block.attention_input(walk.context, residual.batch(batch))))
     }
 
     fn attend(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { normed, attended, .. } = self;
         let mut kv = walk.new_kv();
         let _held = walk.engine.hold(&[block.attn_q, block.attn_k, block.attn_v])?;
-        attended
-            .fill(|i| Ok(block.attend(walk.context, normed.sample(i), &mut kv, 0, walk.angles)?))
+        attended.fill(|batch| {
+            Ok(block.attend(walk.context, normed.batch(batch), &mut kv, 0, walk.angles)?)
+        })
     }
 
     fn add_attention(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { residual, normed, attended, .. } = self;
         let held = walk.engine.hold(&[block.attn_output])?;
-        for i in 0..residual.samples() {
-            block.add_attention(walk.context, attended.sample(i), residual.sample_mut(i))?;
+        for batch in residual.batches() {
+            let out = residual.batch_mut(batch.clone());
+            block.add_attention(walk.context, attended.batch(batch), out)?;
         }
         drop(held);
-        normed.fill(|i| Ok(block.ffn_input(walk.context, residual.sample(i))))
+        normed.fill(|batch| Ok(block.ffn_input(walk.context, residual.batch(batch))))
     }
 
     fn ffn_activation(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { normed, ffn, .. } = self;
         let _held = walk.engine.hold(&[block.ffn_gate, block.ffn_up])?;
-        ffn.fill(|i| Ok(block.ffn_activation(walk.context, normed.sample(i))?))
+        ffn.fill(|batch| Ok(block.ffn_activation(walk.context, normed.batch(batch))?))
     }
 
     fn add_ffn(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let _held = walk.engine.hold(&[block.ffn_down])?;
-        for i in 0..self.residual.samples() {
-            block.add_ffn(walk.context, self.ffn.sample(i), self.residual.sample_mut(i))?;
+        for batch in self.residual.batches() {
+            let out = self.residual.batch_mut(batch.clone());
+            block.add_ffn(walk.context, self.ffn.batch(batch), out)?;
         }
         Ok(())
     }
@@ -319,9 +319,9 @@ impl Stream {
     ) -> Result<()> {
         let mut kv = walk.new_kv();
         let _held = walk.engine.hold(&block.weights())?;
-        for i in 0..self.residual.samples() {
-            let residual = self.residual.sample_mut(i);
-            residual.copy_from_slice(before.sample(i));
+        for batch in self.residual.batches() {
+            let residual = self.residual.batch_mut(batch.clone());
+            residual.copy_from_slice(before.batch(batch));
             block.forward(walk.context, residual, &mut kv, 0, walk.angles)?;
         }
         Ok(())

@@ -2,10 +2,11 @@
 
 use half::f16;
 use slim_formats::slim::{BitWidth, CodeColumn, Group, ScaleCoding, TILE_ROWS, TileMut};
+use slim_kernels::per_isa;
 
 use crate::{
     fit::fit,
-    lanes::{Lanes, keep_better, run_error, zip},
+    lanes::{Lanes, keep_better, nearest_codes, run_error, zip},
     published,
 };
 
@@ -161,19 +162,15 @@ fn best_two_level(
     scale_bits: u8,
 ) -> RunScales {
     let max_code = f32::from(max_scale_code(scale_bits));
-    let code = |value: f32, unit: f32| {
-        let code = if unit == 0.0 { 0.0 } else { value / unit };
-        code.round_ties_even().clamp(0.0, max_code)
-    };
     let target = fit(w, importance, width);
-    let center = zip(&target.scale, &rows.d, code);
+    let center = scale_codes(&target.scale, &rows.d, max_code);
     let mut best = [(0, 0); TILE_ROWS];
     let mut best_error = [f32::INFINITY; TILE_ROWS];
     for scale_step in [-1.0, 0.0, 1.0, 2.0] {
         let scale = center.map(|center| (center + scale_step).clamp(0.0, max_code));
         let factor = zip(&scale, &rows.d, |s, d| s * d);
         let minimum = best_minimum(w, importance, &factor, &target.minimum, width);
-        let center = zip(&minimum.map(|minimum| -minimum), &rows.m, code);
+        let center = scale_codes(&minimum.map(|minimum| -minimum), &rows.m, max_code);
         for minimum_step in [-1.0, 0.0, 1.0] {
             let minimum = center.map(|center| (center + minimum_step).clamp(0.0, max_code));
             let offset = zip(&minimum, &rows.m, |z, m| -(m * z));
@@ -185,23 +182,37 @@ fn best_two_level(
     RunScales::TwoLevel { scale: best.map(|(s, _)| s), minimum: best.map(|(_, z)| z) }
 }
 
-/// The least-squares minimum for a given factor, from the codes that `minimum` gives.
-fn best_minimum(
-    w: &[Lanes],
-    importance: &[f32],
-    factor: &Lanes,
-    minimum: &Lanes,
-    width: BitWidth,
-) -> Lanes {
-    let total: f32 = importance.iter().sum();
-    let mut sum = [0.0; TILE_ROWS];
-    for (w, importance) in w.iter().zip(importance) {
-        let code = crate::lanes::nearest_codes(w, factor, minimum, width.max_code().into());
+per_isa! {
+    /// The codes nearest to `values` in units of `units`; 0 where the unit is 0.
+    fn scale_codes(values: &Lanes, units: &Lanes, max_code: f32) -> Lanes {
+        let mut codes = [0.0; TILE_ROWS];
         for r in 0..TILE_ROWS {
-            sum[r] += importance * (w[r] - factor[r] * code[r]);
+            let code = if units[r] == 0.0 { 0.0 } else { values[r] / units[r] };
+            codes[r] = code.round_ties_even().clamp(0.0, max_code);
         }
+        codes
     }
-    sum.map(|sum| (sum / total).min(0.0))
+}
+
+per_isa! {
+    /// The least-squares minimum for a given factor, from the codes that `minimum` gives.
+    fn best_minimum(
+        w: &[Lanes],
+        importance: &[f32],
+        factor: &Lanes,
+        minimum: &Lanes,
+        width: BitWidth,
+    ) -> Lanes {
+        let total: f32 = importance.iter().sum();
+        let mut sum = [0.0; TILE_ROWS];
+        for (w, importance) in w.iter().zip(importance) {
+            let code = nearest_codes(w, factor, minimum, width.max_code().into());
+            for r in 0..TILE_ROWS {
+                sum[r] += importance * (w[r] - factor[r] * code[r]);
+            }
+        }
+        sum.map(|sum| (sum / total).min(0.0))
+    }
 }
 
 /// An f16 scale with an integer zero point near the real-valued fit; for one bit, the fit itself as mean and scale.

@@ -66,7 +66,7 @@ pub fn convert(
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
             let with_float = settings.follows_float();
-            Some(Calibrator::new(source, calibration, settings, &resources, with_float)?)
+            Some(Calibrator::new(source, &calibration.samples, settings, &resources, with_float)?)
         }
     };
     let blocks = source.config().block_count;

@@ -39,16 +39,16 @@ impl Engine {
     /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined.
     pub(crate) fn gram(&self, inputs: &Activations) -> Result<Vec<f32>> {
         let n = inputs.width();
-        let samples = (0..inputs.samples()).map(|sample| inputs.sample(sample));
+        let batches = inputs.batches().map(|batch| inputs.batch(batch));
         match self {
             Self::Cpu => {
                 let mut sum = vec![0.0; n * n];
-                samples.for_each(|x| linalg::add_gram(&mut sum, x, n));
+                batches.for_each(|x| linalg::add_gram(&mut sum, x, n));
                 Ok(sum)
             }
             Self::Cuda(backend) => {
                 let mut sum = backend.gram(n)?;
-                for x in samples {
+                for x in batches {
                     sum.add(x)?;
                 }
                 Ok(sum.read()?)

@@ -74,7 +74,10 @@ impl Golden {
         let mut activations =
             Activations::new(SAMPLES, TOKENS, self.cols, &mut u64::MAX.clone()).unwrap();
         activations
-            .fill(|i| Ok(x[i * TOKENS * self.cols..][..TOKENS * self.cols].to_vec()))
+            .fill(|batch| {
+                let len = TOKENS * self.cols;
+                Ok(x[batch.start * len..batch.end * len].to_vec())
+            })
             .unwrap();
         activations
     }

@@ -21,6 +21,13 @@ pub fn gather(weights: &[f32], cols: usize, tile: usize, span: Range<usize>) -> 
     columns
 }
 
+/// The reverse of [`gather`] for all columns of up to 16 rows, `[rows, columns.len()]`.
+pub fn scatter(columns: &[Lanes], rows: &mut [f32]) {
+    for (lane, row) in rows.chunks_exact_mut(columns.len()).enumerate() {
+        row.iter_mut().zip(columns).for_each(|(weight, column)| *weight = column[lane]);
+    }
+}
+
 /// `f` of each pair of lanes.
 #[inline(always)]
 pub fn zip(a: &Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {

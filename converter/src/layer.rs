@@ -11,10 +11,9 @@ use crate::{
     calibrator::Stage,
     coder::Coder,
     hessian::{Factor, Hessian},
-    lanes::gather,
     published::ABSOLUTE_DAMPING,
     salience::group_salience,
-    sweep::{Curvature, SweptTile, sweep},
+    sweep::{Curvature, SweptTile, difference, sweep},
     target::Correction,
 };
 
@@ -210,16 +209,9 @@ impl<'a> Quantizer<'a> {
 
     /// Quantizes the rows in `weights` into their tiles.
     fn sweep(&self, weights: &[f32], slots: &mut [TileMut<'_>]) -> Vec<SweptTile> {
-        let cols = self.layout.cols();
-        let rows = weights.len() / cols;
-        let quantize = |(tile, slot): (usize, &mut TileMut<'_>)| {
-            let used = TILE_ROWS.min(rows - tile * TILE_ROWS);
-            let columns = gather(weights, cols, tile, 0..cols);
-            let swept = sweep(&columns, used, &self.curvature, &self.layout, self.coder);
-            swept.store(slot);
-            swept
-        };
-        slots.par_iter_mut().enumerate().map(quantize).collect()
+        let tiles = sweep(weights, &self.curvature, &self.layout, self.coder);
+        slots.par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
+        tiles
     }
 }
 
@@ -249,19 +241,6 @@ fn own_widths(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) ->
     let ranking = group_salience(weights, search, &groups);
     let divergences = published_divergences(weights, activations, &groups, &ranking, settings.bits);
     published_widths(&divergences, &group_salience(weights, importance, &groups), settings.bits)
-}
-
-/// `W - What`, row-major.
-fn difference(weights: &[f32], cols: usize, tiles: &[SweptTile]) -> Vec<f32> {
-    let mut difference = weights.to_vec();
-    difference.par_chunks_mut(TILE_ROWS * cols).zip(tiles).for_each(|(rows, tile)| {
-        for (lane, row) in rows.chunks_exact_mut(cols).enumerate() {
-            for (weight, column) in row.iter_mut().zip(&tile.dequantized) {
-                *weight -= column[lane];
-            }
-        }
-    });
-    difference
 }
 
 /// The tiles of a layer as the quantizer sees them, for tests.

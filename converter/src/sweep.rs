@@ -1,17 +1,26 @@
-//! The GPTQ sweep of one tile: quantize column by column, and push each column's error to the columns not yet done; then
-//! refine the codes.
+//! The GPTQ sweep: quantize column by column, and push each column's error to the columns not yet done; then refine the codes.
+//!
+//! Errors go to the columns of the same block one by one, sixteen rows at a time, and to those behind it by one matrix product
+//! for each block of columns.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, ops::Range};
 
-use slim_formats::slim::{CodeColumn, LayerLayout, TILE_ROWS, TileMut};
-use slim_kernels::per_isa;
+use rayon::prelude::*;
+use slim_formats::slim::{BitWidth, CodeColumn, LayerLayout, TILE_ROWS, TileMut};
+use slim_kernels::{
+    linalg::{self, Mat, Store},
+    per_isa,
+};
 
 use crate::{
     coder::{Coder, RowScales, RunScales},
-    lanes::{Lanes, nearest_codes, zip},
+    lanes::{Lanes, gather, nearest_codes, scatter, zip},
 };
 
-/// Passes of coordinate descent over the codes of a tile: few codes change after the second.
+/// Columns of a block, but for the rest of its last run: work within a block grows with it, products between blocks lose by less.
+const BLOCK_COLS: usize = 128;
+
+/// Passes of coordinate descent over the codes of a layer: few codes change after the second.
 const REFINEMENTS: usize = 2;
 
 /// What the sweep weighs errors by.
@@ -30,61 +39,207 @@ pub struct Curvature<'a> {
 pub struct SweptTile {
     /// One entry per column.
     pub codes: Vec<CodeColumn>,
-    /// The scales of each run of columns, with its group and its number in the group.
+    /// The scales of each run of columns, with its group and its number in the group, in the order of the sweep.
     pub runs: Vec<(usize, usize, RunScales)>,
     /// Row scales.
     pub rows: RowScales,
     /// The weights that the codes stand for, one entry per column.
     pub dequantized: Vec<Lanes>,
+    /// Lanes that are rows of the layer; the others are padding.
+    used: usize,
 }
 
-/// Quantizes the 16 rows in `columns` (one entry per column); lanes from `used` on are padding.
+/// Quantizes some rows of a layer, `weights: [rows, cols]`.
 pub fn sweep(
-    columns: &[Lanes],
-    used: usize,
+    weights: &[f32],
     curvature: &Curvature<'_>,
     layout: &LayerLayout,
     coder: Coder,
-) -> SweptTile {
-    let Curvature { factor, importance, order, hessian } = curvature;
+) -> Vec<SweptTile> {
     let cols = layout.cols();
-    let mut rows = coder.rows(columns, importance, layout.groups());
-    rows.d[used..].fill(0.0);
-    rows.m[used..].fill(0.0);
-    let mut tile = SweptTile {
-        codes: vec![[0; TILE_ROWS]; cols],
-        runs: Vec::new(),
-        rows,
-        dequantized: vec![[0.0; TILE_ROWS]; cols],
+    let Curvature { factor, importance, order, hessian } = curvature;
+    let new_tile = |rows| SweptTile::new(rows, importance, layout, coder);
+    let tiles = weights.par_chunks(TILE_ROWS * cols).map(new_tile).collect();
+    let mut sweep = Sweep {
+        runs: runs(layout, order),
+        order,
+        importance: order.iter().map(|&col| importance[col]).collect(),
+        coder,
+        tiles,
     };
-    let mut w: Vec<Lanes> = order.iter().map(|&col| columns[col]).collect();
-    let importance: Vec<f32> = order.iter().map(|&col| importance[col]).collect();
-    let mut steps = Vec::with_capacity(cols);
-    let mut first = 0;
-    while first < cols {
-        let (index, run, len) = run_of(layout, order[first]);
-        let span = first..first + len;
-        let width = layout.groups()[index].bit_width;
-        let mut scales = coder.run(&rows, &w[span.clone()], &importance[span.clone()], width);
-        scales.clear_padding(used);
-        let (scale, offset) = scales.affine(&rows);
-        for i in span {
-            let step = Step { scale, offset, max_code: width.max_code().into() };
-            let (code, value) = step.nearest(&w[i]);
-            if let Some(u) = factor {
-                feed_back(&mut w[i..], &value, &u[i * cols + i..][..cols - i]);
-            }
-            tile.codes[order[i]] = code;
-            tile.dequantized[order[i]] = value;
-            steps.push(step);
-        }
-        tile.runs.push((index, run, scales));
-        first += len;
-    }
+    sweep.quantize(reordered(weights, order), *factor);
     if let Some(hessian) = hessian {
-        tile.refine(columns, order, hessian, &steps);
+        let errors = reordered(&difference(weights, cols, &sweep.tiles), order);
+        sweep.refine(&errors, hessian);
     }
-    tile
+    sweep.tiles
+}
+
+/// Some rows of a layer on their way to codes. Matrices have their columns in the order of the sweep, in which a column is known
+/// by its place.
+struct Sweep<'a> {
+    runs: Vec<Run>,
+    order: &'a [usize],
+    /// Of each place.
+    importance: Vec<f32>,
+    coder: Coder,
+    tiles: Vec<SweptTile>,
+}
+
+impl Sweep<'_> {
+    /// The GPTQ sweep over `w: [rows, cols]`.
+    fn quantize(&mut self, mut w: Vec<f32>, factor: Option<&[f32]>) {
+        let Self { runs, order, importance, coder, tiles } = self;
+        let cols = order.len();
+        for block in blocks(runs) {
+            let places = places(block);
+            let mut errors = vec![0.0; w.len() / cols * places.len()];
+            let of_tiles =
+                rows_of_tiles(&w, cols).zip(rows_of_tiles_mut(&mut errors, places.len()));
+            tiles.par_iter_mut().zip(of_tiles).for_each(|(tile, (w, errors))| {
+                let mut w = gather(w, cols, 0, places.clone());
+                for run in block {
+                    let w = &mut w[run.places.start - places.start..];
+                    let importance = &importance[run.places.clone()];
+                    let scales = tile.scales(&w[..run.places.len()], importance, run, *coder);
+                    tile.sweep_run(w, &scales, run, order, factor);
+                    tile.runs.push((run.group, run.number, scales));
+                }
+                scatter(&w, errors);
+            });
+            if let Some(u) = factor {
+                let store = Store { alpha: -1.0, add: true };
+                let behind = places.end..cols;
+                add_product(&mut w, store, &errors, u, places, behind);
+            }
+        }
+    }
+
+    /// Coordinate descent on the output error `e H e^T` of each row of `errors: [rows, cols]`: one column after the other takes
+    /// the code that is best now that all others are known. The sweep could not know those that came later.
+    fn refine(&mut self, errors: &[f32], hessian: &[f32]) {
+        let Self { runs, order, tiles, .. } = self;
+        let cols = order.len();
+        // e H, kept up to date.
+        let mut gradient = vec![0.0; errors.len()];
+        add_product(&mut gradient, Store::REPLACE, errors, hessian, 0..cols, 0..cols);
+        for pass in 1..=REFINEMENTS {
+            for block in blocks(runs) {
+                let places = places(block);
+                let mut changes = vec![0.0; errors.len() / cols * places.len()];
+                let of_tiles = rows_of_tiles(&gradient, cols)
+                    .zip(rows_of_tiles_mut(&mut changes, places.len()));
+                tiles.par_iter_mut().zip(of_tiles).for_each(|(tile, (gradient, changes))| {
+                    let mut gradient = gather(gradient, cols, 0, places.clone());
+                    let changed = tile.refine_block(&mut gradient, block, order, hessian);
+                    scatter(&changed, changes);
+                });
+                let still_needed = if pass == REFINEMENTS { places.end..cols } else { 0..cols };
+                add_product(&mut gradient, Store::ADD, &changes, hessian, places, still_needed);
+            }
+        }
+    }
+}
+
+/// The rows of each tile of a matrix with `cols` columns.
+fn rows_of_tiles(matrix: &[f32], cols: usize) -> rayon::slice::Chunks<'_, f32> {
+    matrix.par_chunks(TILE_ROWS * cols)
+}
+
+fn rows_of_tiles_mut(matrix: &mut [f32], cols: usize) -> rayon::slice::ChunksMut<'_, f32> {
+    matrix.par_chunks_mut(TILE_ROWS * cols)
+}
+
+/// `out[:, into]` from `left: [rows, from.len()]` times `right[from, into]`, for `out: [rows, cols]`, `right: [cols, cols]`.
+fn add_product(
+    out: &mut [f32],
+    store: Store,
+    left: &[f32],
+    right: &[f32],
+    from: Range<usize>,
+    into: Range<usize>,
+) {
+    let rows = left.len() / from.len();
+    let cols = out.len() / rows;
+    if into.is_empty() {
+        return;
+    }
+    let right = &right[from.start * cols + into.start..];
+    let right = Mat::strided(right, from.len(), into.len(), cols);
+    let left = Mat::new(left, rows, from.len());
+    linalg::matmul(&mut out[into.start..], cols, store, left, right);
+}
+
+/// Columns that share scales.
+struct Run {
+    /// How many runs come before it.
+    index: usize,
+    group: usize,
+    /// Its number in the group.
+    number: usize,
+    width: BitWidth,
+    /// Of its columns.
+    places: Range<usize>,
+}
+
+/// The runs of a layer in the order of the sweep.
+fn runs(layout: &LayerLayout, order: &[usize]) -> Vec<Run> {
+    let mut runs = Vec::new();
+    let mut first = 0;
+    while first < order.len() {
+        let col = order[first];
+        let index = col / layout.group_size();
+        let group = &layout.groups()[index];
+        let of_group = group.runs(layout.coding());
+        let (number, cols) =
+            of_group.enumerate().find(|(_, cols)| cols.contains(&col)).expect("a run");
+        let places = first..first + cols.len();
+        first = places.end;
+        runs.push(Run { index: runs.len(), group: index, number, width: group.bit_width, places });
+    }
+    runs
+}
+
+/// The runs of each block of columns.
+fn blocks(runs: &[Run]) -> impl Iterator<Item = &[Run]> {
+    let mut end = BLOCK_COLS;
+    runs.chunk_by(move |_, next| {
+        let is_in_block = next.places.start < end;
+        if !is_in_block {
+            end = next.places.start + BLOCK_COLS;
+        }
+        is_in_block
+    })
+}
+
+/// The places of a block's columns.
+fn places(block: &[Run]) -> Range<usize> {
+    block[0].places.start..block[block.len() - 1].places.end
+}
+
+/// `matrix: [rows, cols]` with column `order[i]` at place `i`.
+fn reordered(matrix: &[f32], order: &[usize]) -> Vec<f32> {
+    let cols = order.len();
+    let mut out = vec![0.0; matrix.len()];
+    rows_of_tiles_mut(&mut out, cols).zip(rows_of_tiles(matrix, cols)).for_each(|(out, matrix)| {
+        for (out, row) in out.chunks_exact_mut(cols).zip(matrix.chunks_exact(cols)) {
+            out.iter_mut().zip(order).for_each(|(out, &col)| *out = row[col]);
+        }
+    });
+    out
+}
+
+/// `W - What`, row-major.
+pub fn difference(weights: &[f32], cols: usize, tiles: &[SweptTile]) -> Vec<f32> {
+    let mut difference = weights.to_vec();
+    rows_of_tiles_mut(&mut difference, cols).zip(tiles).for_each(|(rows, tile)| {
+        for (lane, row) in rows.chunks_exact_mut(cols).enumerate() {
+            for (weight, column) in row.iter_mut().zip(&tile.dequantized) {
+                *weight -= column[lane];
+            }
+        }
+    });
+    difference
 }
 
 /// The grid that a column's weights lie on.
@@ -95,6 +250,11 @@ struct Step {
 }
 
 impl Step {
+    fn new(scales: &RunScales, rows: &RowScales, width: BitWidth) -> Self {
+        let (scale, offset) = scales.affine(rows);
+        Self { scale, offset, max_code: width.max_code().into() }
+    }
+
     /// The codes nearest to `w`, and what they are worth.
     #[inline(always)]
     fn nearest(&self, w: &Lanes) -> (CodeColumn, Lanes) {
@@ -105,33 +265,106 @@ impl Step {
 }
 
 impl SweptTile {
-    /// Coordinate descent on the output error `e H e^T` of each row: one column after the other takes the code that is best
-    /// now that all others are known. The sweep could not know those that came later.
-    fn refine(&mut self, w: &[Lanes], order: &[usize], hessian: &[f32], steps: &[Step]) {
-        let cols = order.len();
-        // e H, kept up to date.
-        let mut gradient = vec![[0.0; TILE_ROWS]; cols];
-        for (i, &col) in order.iter().enumerate() {
-            let error = zip(&w[col], &self.dequantized[col], |w, value| w - value);
-            add_scaled(&mut gradient, &hessian[i * cols..][..cols], &error);
+    /// With the row scales of `weights`, up to 16 rows, and no codes yet.
+    fn new(weights: &[f32], importance: &[f32], layout: &LayerLayout, coder: Coder) -> Self {
+        let cols = layout.cols();
+        let used = weights.len() / cols;
+        let mut rows = coder.rows(&gather(weights, cols, 0, 0..cols), importance, layout.groups());
+        rows.d[used..].fill(0.0);
+        rows.m[used..].fill(0.0);
+        Self {
+            codes: vec![[0; TILE_ROWS]; cols],
+            runs: Vec::new(),
+            rows,
+            dequantized: vec![[0.0; TILE_ROWS]; cols],
+            used,
         }
-        for _ in 0..REFINEMENTS {
-            for (i, &col) in order.iter().enumerate() {
-                let row = &hessian[i * cols..][..cols];
+    }
+
+    /// The scales of a run with weights `w`.
+    fn scales(&self, w: &[Lanes], importance: &[f32], run: &Run, coder: Coder) -> RunScales {
+        let mut scales = coder.run(&self.rows, w, importance, run.width);
+        scales.clear_padding(self.used);
+        scales
+    }
+
+    /// Quantizes the first columns of `w`, those of `run`. What the columns behind a column lose in proportion to their part of
+    /// `factor` stays in its place.
+    fn sweep_run(
+        &mut self,
+        w: &mut [Lanes],
+        scales: &RunScales,
+        run: &Run,
+        order: &[usize],
+        factor: Option<&[f32]>,
+    ) {
+        let step = Step::new(scales, &self.rows, run.width);
+        for (i, place) in run.places.clone().enumerate() {
+            let u = factor.map(|u| &u[place * order.len() + place..]);
+            let col = order[place];
+            (self.codes[col], self.dequantized[col]) = sweep_column(&mut w[i..], &step, u);
+        }
+    }
+
+    /// Chooses the codes of a block again; gives what that took from each column.
+    fn refine_block(
+        &mut self,
+        gradient: &mut [Lanes],
+        block: &[Run],
+        order: &[usize],
+        hessian: &[f32],
+    ) -> Vec<Lanes> {
+        let places = places(block);
+        let mut changes = vec![[0.0; TILE_ROWS]; gradient.len()];
+        for run in block {
+            let step = Step::new(&self.runs[run.index].2, &self.rows, run.width);
+            for place in run.places.clone() {
+                let row = &hessian[place * order.len()..][places.clone()];
+                let i = place - places.start;
                 // Inputs that are all zero say nothing about the codes.
                 if row[i] <= 0.0 {
                     continue;
                 }
+                let col = order[place];
                 let old = self.dequantized[col];
                 let best = zip(&old, &gradient[i], |value, gradient| value + gradient / row[i]);
-                let (code, value) = steps[i].nearest(&best);
+                let (code, value) = nearest(&step, &best);
                 if value != old {
-                    add_scaled(&mut gradient, row, &zip(&old, &value, |old, new| old - new));
+                    changes[i] = zip(&old, &value, |old, new| old - new);
+                    add_scaled(gradient, row, &changes[i]);
                     self.codes[col] = code;
                     self.dequantized[col] = value;
                 }
             }
         }
+        changes
+    }
+}
+
+per_isa! {
+    /// Quantizes the first column of `w` and spreads its error over the others: `w_k -= error / u_0 * u_k`. What it multiplies
+    /// with stays in its place.
+    fn sweep_column(w: &mut [Lanes], step: &Step, u: Option<&[f32]>) -> (CodeColumn, Lanes) {
+        let (first, rest) = w.split_at_mut(1);
+        let (code, value) = step.nearest(&first[0]);
+        if let Some(u) = u {
+            let error = &mut first[0];
+            for r in 0..TILE_ROWS {
+                error[r] = (error[r] - value[r]) / u[0];
+            }
+            for (w, u) in rest.iter_mut().zip(&u[1..]) {
+                for r in 0..TILE_ROWS {
+                    w[r] -= error[r] * u;
+                }
+            }
+        }
+        (code, value)
+    }
+}
+
+per_isa! {
+    fn nearest(step: &Step, w: &Lanes) -> (CodeColumn, Lanes) {
+        step.nearest(w)
     }
 }
 
@@ -141,27 +374,6 @@ per_isa! {
         for (sum, h) in sums.iter_mut().zip(row) {
             for r in 0..TILE_ROWS {
                 sum[r] += change[r] * h;
-            }
-        }
-    }
-}
-
-/// The group of a column, the number of its run in the group, and the columns of the run.
-fn run_of(layout: &LayerLayout, col: usize) -> (usize, usize, usize) {
-    let index = col / layout.group_size();
-    let runs = layout.groups()[index].runs(layout.coding());
-    let (run, cols) = runs.enumerate().find(|(_, cols)| cols.contains(&col)).expect("a run");
-    (index, run, cols.len())
-}
-
-per_isa! {
-    /// Spreads the error of the first column of `w`, quantized to `value`, over the others: `w_k -= error / u_0 * u_k`.
-    fn feed_back(w: &mut [Lanes], value: &Lanes, u: &[f32]) {
-        let (first, rest) = w.split_at_mut(1);
-        let error: Lanes = std::array::from_fn(|r| (first[0][r] - value[r]) / u[0]);
-        for (w, u) in rest.iter_mut().zip(&u[1..]) {
-            for r in 0..TILE_ROWS {
-                w[r] -= error[r] * u;
             }
         }
     }

@@ -5,6 +5,9 @@
 //! lacks before the layer adds to it (only for layers that do). The sweep then rounds those weights, as it would round `W`.
 //! Either part is taken by a share: the whole of it also follows what is particular to the calibration samples.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
 use slim_kernels::linalg::{self, Mat, Store};
 
 use crate::{Activations, calibrator::FloatStage};
@@ -31,10 +34,12 @@ impl Correction {
         float: FloatStage<'_>,
         solve: impl Fn(&[f32]) -> Vec<f32>,
     ) -> Self {
-        let lacking = |i| difference(float.activations.sample(i), ours.sample(i));
+        let lacking = |batch: Range<usize>| {
+            difference(float.activations.batch(batch.clone()), ours.batch(batch))
+        };
         let relative = cross(ours, ours.width(), INPUT_SHARE, lacking);
         let absolute = float.missing.map(|missing| {
-            cross(ours, missing.width(), RESIDUAL_SHARE, |i| missing.sample(i).to_vec())
+            cross(ours, missing.width(), RESIDUAL_SHARE, |batch| missing.batch(batch).to_vec())
         });
         Self {
             cols: ours.width(),
@@ -58,17 +63,28 @@ impl Correction {
 }
 
 fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
-    a.iter().zip(b).map(|(a, b)| a - b).collect()
+    const PIECE: usize = 1 << 14;
+    let mut out = vec![0.0; a.len()];
+    let pieces = out.par_chunks_mut(PIECE).zip(a.par_chunks(PIECE)).zip(b.par_chunks(PIECE));
+    pieces.for_each(|((out, a), b)| {
+        out.iter_mut().zip(a).zip(b).for_each(|((out, a), b)| *out = a - b);
+    });
+    out
 }
 
-/// `share * (2 / samples) * sum y^T x`, `[rows, x.width()]`, over `y: [tokens, rows]` of each sample of `x`: in the measure of
+/// `share * (2 / samples) * sum y^T x`, `[rows, x.width()]`, over `y: [tokens, rows]` of each batch of `x`: in the measure of
 /// `Hessian`.
-fn cross(x: &Activations, rows: usize, share: f32, y: impl Fn(usize) -> Vec<f32>) -> Vec<f32> {
+fn cross(
+    x: &Activations,
+    rows: usize,
+    share: f32,
+    y: impl Fn(Range<usize>) -> Vec<f32>,
+) -> Vec<f32> {
     let cols = x.width();
     let store = Store { alpha: share * 2.0 / x.samples() as f32, add: true };
     let mut sum = vec![0.0; rows * cols];
-    for i in 0..x.samples() {
-        let (y, x) = (y(i), x.sample(i));
+    for batch in x.batches() {
+        let (y, x) = (y(batch.clone()), x.batch(batch));
         let tokens = x.len() / cols;
         let y = Mat::new(&y, tokens, rows).transposed();
         linalg::matmul(&mut sum, cols, store, y, Mat::new(x, tokens, cols));

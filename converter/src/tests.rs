@@ -1,12 +1,20 @@
 //! Properties of one layer's quantization, on random layers.
 
-use slim_formats::{Weight, slim::ScaleCoding};
+use std::borrow::Cow;
+
+use slim_formats::{
+    Weight,
+    slim::{BitWidth, ScaleCoding},
+};
 use slim_kernels::weight;
 
 use crate::{
     Activations, Engine, Method, Settings,
     calibrator::Stage,
-    layer::{LayerInputs, quantize_layer, round_layer, sweep_layer},
+    coder::Coder,
+    hessian::Hessian,
+    layer::{LayerInputs, layout, quantize_layer, round_layer, sweep_layer},
+    sweep::{Curvature, SweptTile, sweep},
 };
 
 const COLS: usize = 80;
@@ -53,7 +61,9 @@ fn activations() -> Activations {
         }
     }
     let mut activations = Activations::new(2, 96, COLS, &mut (1 << 20)).unwrap();
-    activations.fill(|i| Ok(x[i * 96 * COLS..][..96 * COLS].to_vec())).unwrap();
+    activations
+        .fill(|batch| Ok(x[batch.start * 96 * COLS..batch.end * 96 * COLS].to_vec()))
+        .unwrap();
     activations
 }
 
@@ -169,6 +179,79 @@ fn tall_layer_is_the_same_in_slabs() {
     for tile in 0..3 {
         assert_eq!(tall.view().tile_codes(TALL / 16 - 2 + tile), last.view().tile_codes(tile));
     }
+}
+
+const WIDE: usize = 336;
+
+/// What column `col` is worth with the code nearest to `w`, for widths of 3 bits and runs of 32 columns in groups of 64.
+fn nearest(tile: &SweptTile, lane: usize, col: usize, w: f64) -> f64 {
+    let of_col =
+        |(group, number, _): &&(usize, usize, _)| 64 * group + 32 * number == col / 32 * 32;
+    let (_, _, scales) = tile.runs.iter().find(of_col).unwrap();
+    let (factor, offset) = scales.affine(&tile.rows);
+    let (factor, offset) = (f64::from(factor[lane]), f64::from(offset[lane]));
+    factor * ((w - offset) / factor).round_ties_even().clamp(0.0, 7.0) + offset
+}
+
+/// Blocks of columns and their products only save time.
+#[test]
+fn wide_layer_is_quantized_as_if_column_by_column() {
+    let weights = noise(ROWS * WIDE, 9);
+    let mut activations = Activations::new(1, 600, WIDE, &mut (1 << 20)).unwrap();
+    let mut x = noise(600 * WIDE, 10);
+    (1..x.len()).for_each(|i| x[i] += 0.7 * x[i - 1]);
+    activations.fill(|_| Ok(x.clone())).unwrap();
+    let runs = (0..WIDE).step_by(32).map(|first| first..WIDE.min(first + 32));
+    let order: Vec<usize> = runs.rev().flatten().collect();
+    let hessian = Hessian::of(&activations, &Engine::Cpu).unwrap().reordered(&order);
+    let factor = hessian.factor(0.01).unwrap().0;
+    let layout = layout(ROWS, WIDE, 64, CODINGS[0], &[BitWidth::new(3).unwrap(); 6]);
+    let curvature = |hessian| Curvature {
+        factor: Some(factor.values()),
+        importance: Cow::Owned(vec![1.0; WIDE]),
+        order: Cow::Borrowed(&order),
+        hessian,
+    };
+    let quantize = |hessian| sweep(&weights, &curvature(hessian), &layout, Coder::Best(CODINGS[0]));
+    let (swept, refined) = (quantize(None), quantize(Some(hessian.values())));
+
+    let (u, h) = (factor.values(), hessian.values());
+    let at = |matrix: &[f32], i: usize, j: usize| f64::from(matrix[i * WIDE + j]);
+    let (mut swept_otherwise, mut refined_otherwise, mut changed) = (0, 0, 0);
+    for row in 0..ROWS {
+        let (tile, lane) = (&swept[row / 16], row % 16);
+        let of_row = |tile: &SweptTile| -> Vec<f64> {
+            order.iter().map(|&col| f64::from(tile.dequantized[col][lane])).collect()
+        };
+        let start: Vec<f64> =
+            order.iter().map(|&col| f64::from(weights[row * WIDE + col])).collect();
+        let (mut w, found) = (start.clone(), of_row(tile));
+        for i in 0..WIDE {
+            let expected = nearest(tile, lane, order[i], w[i]);
+            swept_otherwise += usize::from((found[i] - expected).abs() > 1e-5);
+            let error = (w[i] - found[i]) / at(u, i, i);
+            (i + 1..WIDE).for_each(|j| w[j] -= error * at(u, i, j));
+        }
+        let mut values = found.clone();
+        for i in (0..WIDE).chain(0..WIDE) {
+            let errors = start.iter().zip(&values).enumerate();
+            let gradient: f64 = errors.map(|(j, (w, value))| (w - value) * at(h, j, i)).sum();
+            values[i] = nearest(tile, lane, order[i], values[i] + gradient / at(h, i, i));
+        }
+        for ((refined, expected), swept) in
+            of_row(&refined[row / 16]).iter().zip(&values).zip(&found)
+        {
+            refined_otherwise += usize::from((refined - expected).abs() > 1e-5);
+            changed += usize::from((refined - swept).abs() > 1e-5);
+        }
+    }
+    // A code at a rounding tie may fall to either side.
+    let few = ROWS * WIDE / 1000;
+    assert!(
+        swept_otherwise <= few && refined_otherwise <= few,
+        "{swept_otherwise}, {refined_otherwise}"
+    );
+    assert!(changed > 10 * few, "{changed}");
 }
 
 #[test]

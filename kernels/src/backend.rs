@@ -103,4 +103,9 @@ impl AttentionShape {
     pub fn query_stride(&self) -> usize {
         self.heads * self.head_dim
     }
+
+    /// Floats from one key to the next, as a layer gives them.
+    pub fn kv_stride(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
 }

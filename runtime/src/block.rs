@@ -70,7 +70,7 @@ impl<'a> Block<'a> {
         [*attn_q, *attn_k, *attn_v, *attn_output, *ffn_gate, *ffn_up, *ffn_down]
     }
 
-    /// The whole block: `x: [m, hidden]` is updated in place.
+    /// The whole block: `x: [m, hidden]` is updated in place. It may hold several sequences, as for [`Self::attend`].
     ///
     /// # Errors
     /// As the stages: a kernel refuses its arguments.
@@ -97,6 +97,9 @@ impl<'a> Block<'a> {
 
     /// Stage 2: the input of `attn_output`, `[m, heads * head_dim]`; keys and values of positions `start ..` go to `kv`.
     ///
+    /// If the input has more tokens than `angles`, it holds several sequences of as many as that, each of which goes on from the
+    /// `start` positions before; the keys and values of the last one stay.
+    ///
     /// # Errors
     /// A kernel refuses its arguments.
     pub fn attend(
@@ -108,13 +111,10 @@ impl<'a> Block<'a> {
         angles: &RopeAngles,
     ) -> Result<Vec<f32>> {
         let Context { config, backend } = context;
-        let m = input.len() / config.hidden_size;
+        let m = 2 * angles.cos.len() / angles.head_dim;
         let mut q = linear(context, self.attn_q, input)?;
         let mut k = linear(context, self.attn_k, input)?;
         let v = linear(context, self.attn_v, input)?;
-        backend.rope(&mut q, config.head_count, angles);
-        backend.rope(&mut k, config.kv_head_count, angles);
-        kv.store(&k, &v, start, m);
         let shape = AttentionShape {
             heads: config.head_count,
             kv_heads: config.kv_head_count,
@@ -124,7 +124,15 @@ impl<'a> Block<'a> {
             window: config.sliding_window,
         };
         let mut out = vec![0.0; q.len()];
-        backend.attention(&q, kv.view(), &shape, &mut out)?;
+        let (of_queries, of_keys) = (m.max(1) * shape.query_stride(), m.max(1) * shape.kv_stride());
+        let queries = q.chunks_exact_mut(of_queries).zip(out.chunks_exact_mut(of_queries));
+        let keys = k.chunks_exact_mut(of_keys).zip(v.chunks_exact(of_keys));
+        for ((q, out), (k, v)) in queries.zip(keys) {
+            backend.rope(q, config.head_count, angles);
+            backend.rope(k, config.kv_head_count, angles);
+            kv.store(k, v, start, m);
+            backend.attention(q, kv.view(), &shape, out)?;
+        }
         Ok(out)
     }
 

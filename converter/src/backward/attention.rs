@@ -57,7 +57,7 @@ impl<'s> Attention<'s> {
     pub fn forward(&self) -> Vec<f32> {
         let Self { shape, q, k, v } = self;
         let q_len = shape.m * shape.query_stride();
-        let kv_len = shape.m * self.kv_stride();
+        let kv_len = shape.m * self.shape.kv_stride();
         let mut out = vec![0.0; q.len()];
         let queries = out.chunks_exact_mut(q_len).zip(q.chunks_exact(q_len));
         let cached = k.chunks_exact(kv_len).zip(v.chunks_exact(kv_len));
@@ -89,8 +89,8 @@ impl<'s> Attention<'s> {
         for (&(sequence, head), part) in tasks.iter().zip(&parts) {
             let (q_at, kv_at) = self.places(sequence, head);
             add_head(&mut sum.q[q_at..], self.shape.query_stride(), &part.q, dim);
-            add_head(&mut sum.k[kv_at..], self.kv_stride(), &part.k, dim);
-            add_head(&mut sum.v[kv_at..], self.kv_stride(), &part.v, dim);
+            add_head(&mut sum.k[kv_at..], self.shape.kv_stride(), &part.k, dim);
+            add_head(&mut sum.v[kv_at..], self.shape.kv_stride(), &part.v, dim);
         }
         sum
     }
@@ -98,7 +98,7 @@ impl<'s> Attention<'s> {
     /// One query head's part of the gradients, each `[context, head_dim]`.
     fn reverse_head(&self, sequence: usize, head: usize, y: &[f32], dy: &[f32]) -> Gradients {
         let AttentionShape { head_dim: dim, m: context, .. } = self.shape;
-        let (q_stride, kv_stride) = (self.shape.query_stride(), self.kv_stride());
+        let (q_stride, kv_stride) = (self.shape.query_stride(), self.shape.kv_stride());
         let (q_at, kv_at) = self.places(sequence, head);
         let scale = 1.0 / (dim as f32).sqrt();
         let scaled = Store { alpha: scale, add: false };
@@ -149,13 +149,8 @@ impl<'s> Attention<'s> {
     fn places(&self, sequence: usize, head: usize) -> (usize, usize) {
         let AttentionShape { heads, kv_heads, head_dim: dim, m: context, .. } = self.shape;
         let q_at = sequence * context * self.shape.query_stride() + head * dim;
-        let kv_at = sequence * context * self.kv_stride() + head / (heads / kv_heads) * dim;
+        let kv_at = sequence * context * self.shape.kv_stride() + head / (heads / kv_heads) * dim;
         (q_at, kv_at)
-    }
-
-    /// Floats from one key to the next.
-    fn kv_stride(&self) -> usize {
-        self.shape.kv_heads * self.shape.head_dim
     }
 
     /// `[context, kv_heads, head_dim]` to `[kv_heads, context, head_dim]`.

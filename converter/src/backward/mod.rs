@@ -200,9 +200,7 @@ impl<'a> Backward<'a> {
         let mut x = embed(self.embedding, &sequences.concat())?;
         let mut residuals = vec![x.clone()];
         for block in &self.blocks {
-            for x in x.chunks_exact_mut(context * self.config.hidden_size) {
-                block.forward(stages, x, &mut kv, 0, &angles)?;
-            }
+            block.forward(stages, &mut x, &mut kv, 0, &angles)?;
             residuals.push(x.clone());
         }
         Ok(residuals)
