@@ -41,7 +41,7 @@ pub enum Command {
 
 #[derive(clap::Args)]
 pub struct ConvertArgs {
-    /// A Hugging Face directory or a GGUF file
+    /// A Hugging Face directory, an ONNX file with its `config.json` beside it, or a GGUF file
     pub source: PathBuf,
 
     /// The SliM file to write, NAME.slim.gguf
@@ -211,7 +211,7 @@ impl SamplingArgs {
 
 #[derive(clap::Args)]
 pub struct InspectArgs {
-    /// A SliM, GGUF or safetensors file, or a Hugging Face directory
+    /// A SliM, GGUF, ONNX or safetensors file, or a Hugging Face directory
     pub file: PathBuf,
 
     /// List the tensors

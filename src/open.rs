@@ -11,7 +11,7 @@ use crate::failure::advised;
 /// The model that a command runs.
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// A SliM file, another GGUF file, or a Hugging Face directory
+    /// A SliM file, another GGUF file, an ONNX file, or a Hugging Face directory
     model: PathBuf,
 
     /// Open a SliM file without checking its hashes

@@ -1,18 +1,20 @@
 //! Model files as typed metadata and borrowed views.
 //!
 //! Two types to know: a [`ModelSource`] is an opened model of any supported kind (a Hugging Face
-//! directory, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as it lies in the
+//! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as it lies in the
 //! memory map. Nothing here computes with weights; that is the `kernels` crate.
 
 mod atomic;
 mod config;
 mod dtype;
 mod error;
+mod folder;
 pub mod gguf;
 mod limits;
 mod mapped;
 mod model;
 mod names;
+pub mod onnx;
 pub mod safetensors;
 pub mod slim;
 #[cfg(test)]
@@ -24,4 +26,4 @@ pub use dtype::DType;
 pub use error::{FormatError, Result};
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
-pub use model::{DenseTensor, ModelSource, RowOrder, TokenizerSource, Weight, open_model};
+pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};

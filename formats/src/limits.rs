@@ -15,6 +15,8 @@ pub struct Limits {
     pub metadata_count: u64,
     /// Tensors.
     pub tensor_count: u64,
+    /// Operations of a graph.
+    pub node_count: u64,
     /// Bytes of one string, and of one text file such as `tokenizer.json`.
     pub string_bytes: u64,
     /// Elements of one metadata array; a vocabulary is one.
@@ -30,6 +32,7 @@ impl Default for Limits {
             header_bytes: 1 << 30,
             metadata_count: 1 << 16,
             tensor_count: 1 << 18,
+            node_count: 1 << 20,
             string_bytes: 256 << 20,
             array_len: 16 << 20,
             array_depth: 4,

@@ -27,18 +27,19 @@ impl MappedFile {
     /// # Errors
     /// `Io` if the file cannot be opened, is a folder or a device, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        let open = || {
-            let file = File::open(path)?;
-            let metadata = file.metadata()?;
-            if !metadata.is_file() {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-            }
-            (metadata.len() > 0).then(|| map_read_only(&file)).transpose()
-        };
-        match open() {
-            Ok(map) => Ok(Self { path: path.to_owned(), map }),
-            Err(error) => Err(FormatError::io(path, "open the file", error)),
+        File::open(path)
+            .and_then(|file| Self::map(path, &file))
+            .map_err(|error| FormatError::io(path, "open the file", error))
+    }
+
+    /// Maps a file that is open.
+    pub(crate) fn map(path: &Path, file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
+        let map = (metadata.len() > 0).then(|| map_read_only(file)).transpose()?;
+        Ok(Self { path: path.to_owned(), map })
     }
 
     /// The path that was opened.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::{
     DType, FormatError, MappedFile, ModelConfig, Result,
     gguf::{self, GgufFile, GgufModel, Metadata},
+    onnx::OnnxModel,
     safetensors::HfDirectory,
     slim::{PackedTensor, SlimFile},
 };
@@ -14,7 +15,7 @@ use crate::{
 pub trait ModelSource: Send + Sync {
     /// The path that was opened.
     fn path(&self) -> &Path;
-    /// Short name of the container: `safetensors`, `gguf`, `slim`.
+    /// Short name of the container: `safetensors`, `onnx`, `gguf`, `slim`.
     fn format(&self) -> &'static str;
     /// Hyperparameters.
     fn config(&self) -> &ModelConfig;
@@ -42,47 +43,53 @@ pub enum Weight<'a> {
     Packed(PackedTensor<'a>),
 }
 
-/// A borrowed dense tensor, row-major, `rows` x `cols`; a vector has one row.
+/// A borrowed dense tensor of `rows` x `cols`; a vector has one row.
 #[derive(Clone, Copy)]
 pub struct DenseTensor<'a> {
     /// Element type.
     pub dtype: DType,
     /// Output channels.
     pub rows: usize,
-    /// Input channels, the fastest dimension.
+    /// Input channels.
     pub cols: usize,
-    /// Exactly `dtype.size_in_bytes(rows * cols)` bytes; `cols` fills whole blocks.
+    /// From the tensor's first value to its last. Exactly `dtype.size_in_bytes(rows * cols)` bytes, `cols` filling
+    /// whole blocks, unless the layout is [`Layout::Transposed`], which tells how many.
     pub bytes: &'a [u8],
-    /// The order in which the rows are stored.
-    pub row_order: RowOrder,
+    /// Where in `bytes` the values are.
+    pub layout: Layout,
 }
 
-/// The order of a projection's rows. Everything in this project rotates (RoPE) channel `i` of a
-/// head with channel `i + head_dim / 2`, as Hugging Face does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RowOrder {
-    /// Rows are stored in the order they are used.
+impl DenseTensor<'_> {
+    /// Bytes that the tensor's own values take.
+    pub fn stored_bytes(&self) -> u64 {
+        match self.layout {
+            Layout::AsStored | Layout::Interleaved { .. } => self.bytes.len() as u64,
+            Layout::Transposed { .. } => {
+                let values = self.rows as u64 * self.cols as u64;
+                self.dtype.size_in_bytes(values).unwrap_or_default()
+            }
+        }
+    }
+}
+
+/// Where the values of a dense tensor lie. Everything in this project takes rows for output channels, and rotates
+/// (RoPE) channel `i` of a head with channel `i + head_dim / 2`, as Hugging Face does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// Row by row, in the order in which the rows are used.
     AsStored,
-    /// llama.cpp's order of `attn_q` and `attn_k` in the `llama` architecture: within each head of
+    /// Row by row, in llama.cpp's order of `attn_q` and `attn_k` in the `llama` architecture: within each head of
     /// `head_dim` rows, stored row `2 i` is row `i`, and stored row `2 i + 1` is row `i + head_dim / 2`.
     Interleaved {
         /// Rows per head.
         head_dim: usize,
     },
-}
-
-impl RowOrder {
-    /// Where row `row` is stored.
-    pub fn stored(self, row: usize) -> usize {
-        match self {
-            Self::AsStored => row,
-            Self::Interleaved { head_dim } => {
-                let (head, channel) = (row / head_dim, row % head_dim);
-                let half = head_dim / 2;
-                head * head_dim + 2 * (channel % half) + channel / half
-            }
-        }
-    }
+    /// Column by column, as in the right factor of an ONNX `MatMul`. The values are of a plain type; `bytes` holds
+    /// `(cols - 1) * stride + rows` of them.
+    Transposed {
+        /// Values from a column to the next: `rows`, or more if the tensor is a part of a fused one.
+        stride: usize,
+    },
 }
 
 /// Where the tokenizer comes from.
@@ -110,15 +117,18 @@ impl TokenizerSource {
 }
 
 /// Opens a model of any supported kind: a Hugging Face directory or a `.safetensors` file in one,
-/// a SliM file, another GGUF file.
+/// an `.onnx` file, a SliM file, another GGUF file.
 ///
 /// # Errors
 /// `Unsupported` for other kinds of files, otherwise those of [`HfDirectory::open`],
-/// [`SlimFile::open`] and [`GgufModel::open`].
+/// [`OnnxModel::open`], [`SlimFile::open`] and [`GgufModel::open`].
 pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
     let has_extension = |extension| path.extension().is_some_and(|found| found == extension);
     if path.is_dir() || has_extension("safetensors") {
         return Ok(Box::new(HfDirectory::open(path)?));
+    }
+    if has_extension("onnx") {
+        return Ok(Box::new(OnnxModel::open(path)?));
     }
     if MappedFile::open(path)?.starts_with(&gguf::MAGIC) {
         return match SlimFile::is_described_by(GgufFile::open(path)?.metadata()) {
@@ -126,18 +136,9 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
             false => Ok(Box::new(GgufModel::open(path)?)),
         };
     }
-    Err(match has_extension("onnx") {
-        true => FormatError::unsupported(
-            path,
-            "an ONNX model",
-            "not yet; use the Hugging Face directory or a GGUF file",
-        ),
-        false => FormatError::unsupported(
-            path,
-            "this kind of file",
-            "give a Hugging Face directory, a `.safetensors` file in one, or a `.gguf` file",
-        ),
-    })
+    let hint =
+        "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file";
+    Err(FormatError::unsupported(path, "this kind of file", hint))
 }
 
 #[cfg(test)]
@@ -145,24 +146,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interleaved_rows_are_stored_in_pairs() {
-        let order = RowOrder::Interleaved { head_dim: 4 };
-        let stored: Vec<usize> = (0..8).map(|row| order.stored(row)).collect();
-        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
-    }
-
-    #[test]
     fn open_model_other_files_are_refused_with_a_hint() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, content, hint) in
-            [("a.onnx", "", "not yet"), ("a.bin", "PK", "Hugging Face directory")]
-        {
-            let path = folder.path().join(name);
-            std::fs::write(&path, content).unwrap();
-            let error = open_model(&path).err().unwrap();
-            assert!(matches!(error, FormatError::Unsupported { .. }), "{name}: {error}");
-            assert!(error.hint().unwrap().contains(hint), "{name}");
-        }
+        let path = folder.path().join("a.bin");
+        std::fs::write(&path, "PK").unwrap();
+        let error = open_model(&path).err().unwrap();
+        assert!(matches!(error, FormatError::Unsupported { .. }), "{error}");
+        assert!(error.hint().unwrap().contains("Hugging Face directory"));
         assert!(matches!(open_model(&folder.path().join("absent")), Err(FormatError::Io { .. })));
     }
 }

@@ -7,7 +7,7 @@ use std::array;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use slim_formats::{DType, DenseTensor};
+use slim_formats::{DType, DenseTensor, Layout};
 
 use crate::{KernelError, Result};
 
@@ -47,7 +47,10 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     }
 }
 
-/// Computes the values of rows of a tensor, in the order in which they are used ([`slim_formats::RowOrder`]).
+/// Computes the values of rows of a tensor, wherever they lie ([`Layout`]).
+///
+/// A transposed tensor is read 16 columns of up to 128 rows at a time: asked for its rows one by one, it is read
+/// through the cache once for each.
 ///
 /// # Shapes and layout
 /// `out`: [`rows.len()`, `tensor.cols`] row-major, overwritten.
@@ -61,10 +64,66 @@ pub fn dequantize_rows(
 ) -> Result<()> {
     expect_len("rows of a tensor", tensor.rows.min(rows.end), rows.end)?;
     expect_len("values of dequantized rows", out.len(), rows.len() * tensor.cols)?;
+    match tensor.layout {
+        Layout::AsStored => stored_rows(tensor, rows, out, |row| row),
+        Layout::Interleaved { head_dim } => {
+            stored_rows(tensor, rows, out, |row| interleaved(row, head_dim))
+        }
+        Layout::Transposed { stride } => {
+            const ROWS: usize = 128;
+            let pieces = out.chunks_mut((ROWS * tensor.cols).max(1));
+            rows.clone().step_by(ROWS).zip(pieces).try_for_each(|(first, out)| {
+                let rows = first..rows.end.min(first + ROWS);
+                transposed_rows(tensor, stride, rows, out)
+            })
+        }
+    }
+}
+
+/// Rows that lie one after the other; `stored` tells where.
+fn stored_rows(
+    tensor: &DenseTensor<'_>,
+    rows: Range<usize>,
+    out: &mut [f32],
+    stored: impl Fn(usize) -> usize,
+) -> Result<()> {
     let row_bytes = tensor.bytes.len() / tensor.rows.max(1);
     for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
-        let start = tensor.row_order.stored(row) * row_bytes;
+        let start = stored(row) * row_bytes;
         dequantize(tensor.dtype, &tensor.bytes[start..start + row_bytes], values)?;
+    }
+    Ok(())
+}
+
+/// Where [`Layout::Interleaved`] stores a row.
+fn interleaved(row: usize, head_dim: usize) -> usize {
+    let (head, channel) = (row / head_dim, row % head_dim);
+    let half = head_dim / 2;
+    head * head_dim + 2 * (channel % half) + channel / half
+}
+
+/// Some rows of a tensor that is stored column by column, a few columns at a time so that what is read and what is
+/// written stays in the first cache.
+fn transposed_rows(
+    tensor: &DenseTensor<'_>,
+    stride: usize,
+    rows: Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
+    const COLS: usize = 16;
+    let bytes_of = |values: usize| tensor.dtype.size_in_bytes(values as u64).unwrap_or(0) as usize;
+    let mut columns = vec![0.0; COLS * rows.len()];
+    for first in (0..tensor.cols).step_by(COLS) {
+        let cols = first..tensor.cols.min(first + COLS);
+        for (col, column) in cols.clone().zip(columns.chunks_exact_mut(rows.len())) {
+            let start = bytes_of(col * stride + rows.start);
+            let bytes = &tensor.bytes[start..start + bytes_of(rows.len())];
+            dequantize(tensor.dtype, bytes, column)?;
+        }
+        for (row, out) in out.chunks_exact_mut(tensor.cols).enumerate() {
+            let columns = columns.chunks_exact(rows.len());
+            out[cols.clone()].iter_mut().zip(columns).for_each(|(out, column)| *out = column[row]);
+        }
     }
     Ok(())
 }
@@ -231,10 +290,8 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use safetensors::SafeTensors;
-    use slim_formats::RowOrder;
-
     use super::*;
+    use safetensors::SafeTensors;
 
     /// Random blocks and the values that the Python package `gguf` gives them (`tests/oracle/ggml_blocks.py`).
     const BLOCKS: &[u8] = include_bytes!("../../tests/data/ggml/blocks.safetensors");
@@ -297,15 +354,15 @@ mod tests {
     }
 
     /// Eight rows of two columns, each holding its stored row number.
-    fn numbered_rows(bytes: &mut Vec<u8>, row_order: RowOrder) -> DenseTensor<'_> {
+    fn numbered_rows(bytes: &mut Vec<u8>, layout: Layout) -> DenseTensor<'_> {
         bytes.extend((0..8).flat_map(|row| [row as f32; 2]).flat_map(f32::to_le_bytes));
-        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, row_order }
+        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, layout }
     }
 
     #[test]
     fn dequantize_rows_as_stored_keeps_the_order() {
         let mut bytes = Vec::new();
-        let tensor = numbered_rows(&mut bytes, RowOrder::AsStored);
+        let tensor = numbered_rows(&mut bytes, Layout::AsStored);
         let mut out = [0.0; 4];
         dequantize_rows(&tensor, 3..5, &mut out).unwrap();
         assert_eq!(out, [3.0, 3.0, 4.0, 4.0]);
@@ -314,16 +371,41 @@ mod tests {
     #[test]
     fn dequantize_rows_interleaved_gives_the_order_of_use() {
         let mut bytes = Vec::new();
-        let tensor = numbered_rows(&mut bytes, RowOrder::Interleaved { head_dim: 4 });
+        let tensor = numbered_rows(&mut bytes, Layout::Interleaved { head_dim: 4 });
         let mut out = [0.0; 10];
         dequantize_rows(&tensor, 1..6, &mut out).unwrap();
         assert_eq!(out, [2.0, 2.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 6.0, 6.0]);
     }
 
     #[test]
+    fn interleaved_rows_are_stored_in_pairs() {
+        let stored: Vec<usize> = (0..8).map(|row| interleaved(row, 4)).collect();
+        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+
+    /// Columns of a fused matrix of 400 rows, more than are read at a time, in all ways of asking for them.
+    #[test]
+    fn dequantize_rows_transposed_gives_the_rows_of_a_part() {
+        let (stride, first, rows, cols) = (400, 100, 290, 35);
+        let value = |row: usize, col: usize| (col * stride + first + row) as f32;
+        let fused: Vec<u8> = (0..cols * stride).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let bytes = &fused[4 * first..4 * (first + (cols - 1) * stride + rows)];
+        let layout = Layout::Transposed { stride };
+        let tensor = DenseTensor { dtype: DType::F32, rows, cols, bytes, layout };
+        assert_eq!(tensor.stored_bytes(), 4 * 290 * 35);
+        for asked in [0..290, 0..1, 289..290, 3..131, 128..256, 100..290, 7..7] {
+            let mut out = vec![f32::NAN; asked.len() * cols];
+            dequantize_rows(&tensor, asked.clone(), &mut out).unwrap();
+            let expected: Vec<f32> =
+                asked.flat_map(|row| (0..cols).map(move |col| value(row, col))).collect();
+            assert_eq!(out, expected);
+        }
+    }
+
+    #[test]
     fn dequantize_rows_outside_the_tensor_are_refused() {
         let mut bytes = Vec::new();
-        let tensor = numbered_rows(&mut bytes, RowOrder::AsStored);
+        let tensor = numbered_rows(&mut bytes, Layout::AsStored);
         for (rows, values) in [(7..9, 4), (9..9, 0), (0..2, 3)] {
             let error = dequantize_rows(&tensor, rows, &mut vec![0.0; values]).unwrap_err();
             assert!(matches!(error, KernelError::ShapeMismatch { .. }));

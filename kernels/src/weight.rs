@@ -20,7 +20,7 @@ pub fn shape(weight: Weight<'_>) -> (usize, usize) {
 /// Bytes that a weight takes where it lies.
 pub fn stored_bytes(weight: Weight<'_>) -> u64 {
     match weight {
-        Weight::Dense(dense) => dense.bytes.len() as u64,
+        Weight::Dense(dense) => dense.stored_bytes(),
         Weight::Packed(packed) => packed.layout().stored_bits() / 8,
     }
 }

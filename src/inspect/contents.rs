@@ -16,7 +16,7 @@ use crate::open::is_slim;
 
 /// What a file holds.
 pub struct Contents {
-    /// `slim`, `gguf` or `safetensors`.
+    /// As [`ModelSource::format`] names it.
     pub format: &'static str,
     /// GGUF's name of the architecture, if the file tells.
     pub architecture: Option<String>,
@@ -79,7 +79,7 @@ impl Contents {
                     name: name.to_owned(),
                     dtype: type_name(dense.dtype),
                     shape: dims.into_iter().map(|dim| dim as u64).collect(),
-                    bytes: dense.bytes.len() as u64,
+                    bytes: dense.stored_bytes(),
                 });
             }
         }

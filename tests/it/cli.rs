@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::command::{Dir, arg, command, fail, slimllm, succeed, tiny_model};
+use crate::command::{Dir, arg, command, fail, onnx_model, slimllm, succeed, tiny_model};
 
 /// A tiny model of the repository, as an argument.
 fn tiny(name: &str) -> String {
@@ -191,6 +191,30 @@ fn inspect_directory_describes_the_model() {
     for fragment in ["architecture     llama", "320 x 64", "127,296", "no faults"] {
         assert!(summary.contains(fragment), "`{fragment}` in\n{summary}");
     }
+}
+
+#[test]
+fn inspect_onnx_model_describes_it_like_its_directory() {
+    let directory = succeed(&["inspect", &tiny("llama"), "--json", "--metadata"]).json();
+    for exporter in ["script", "dynamo"] {
+        let (_folder, model) = onnx_model(exporter);
+        let json = succeed(&["inspect", &arg(&model), "--json", "--metadata"]).json();
+        assert_eq!(json["format"], "onnx");
+        for key in ["architecture", "parameters", "bits_per_weight", "metadata", "tensors"] {
+            assert_eq!(json[key], directory[key], "{exporter}: {key}");
+        }
+        assert!(succeed(&["inspect", &arg(&model), "--verify"]).stdout.contains("no faults"));
+    }
+}
+
+#[test]
+fn onnx_model_without_its_external_data_is_refused() {
+    let (folder, model) = onnx_model("dynamo");
+    std::fs::remove_file(folder.path("model.onnx.data")).unwrap();
+    fail(&["run", &arg(&model), "-p", "x"], &["model.onnx.data`: cannot open the external data"]);
+    folder.write("model.onnx.data", "short");
+    let fragments = ["initializer `m.model.embed_tokens.weight`", "in the 5 bytes of"];
+    fail(&["convert", &arg(&model), "-o", &folder.arg("out")], &fragments);
 }
 
 #[test]

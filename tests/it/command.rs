@@ -60,6 +60,24 @@ pub fn tiny_model(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/archs").join(name)
 }
 
+/// The tiny model `llama` as an ONNX model, in a folder of its own: an export by `script` or `dynamo`.
+pub fn onnx_model(exporter: &str) -> (Dir, PathBuf) {
+    let dir = Dir::new();
+    let llama = tiny_model("llama");
+    let export = llama.join("../../onnx").join(exporter);
+    for folder in [&llama, &export] {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if name != "model.safetensors" {
+                std::fs::copy(&path, dir.path(name)).unwrap();
+            }
+        }
+    }
+    let model = dir.path("model.onnx");
+    (dir, model)
+}
+
 /// The model that `scripts/fetch-model` fetches, if the environment tells where it is.
 pub fn real_model() -> Option<PathBuf> {
     let model = std::env::var_os("SLIMLLM_TEST_MODEL");

@@ -7,14 +7,14 @@ use slim_converter::{
     BUILT_IN_CALIBRATION, Calibration, Engine, Method, Resources, Settings, convert,
 };
 use slim_formats::{
-    DType, DenseTensor, FormatError, ModelConfig, ModelSource, RowOrder, TokenizerSource, Weight,
+    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, TokenizerSource, Weight,
     open_model,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
 use slim_runtime::{Model, Protocol, Tokenizer, evaluate};
 
-use crate::command::{Dir, arg, fail, real_model, succeed, tiny_model};
+use crate::command::{Dir, arg, fail, onnx_model, real_model, succeed, tiny_model};
 
 /// What the issue allows between a packed file and the quantizer's own weights.
 const LOGITS_TOLERANCE: f32 = 1e-3;
@@ -91,8 +91,8 @@ impl ModelSource for Dequantized {
             return self.file.tensor(name);
         };
         let (rows, cols) = weight::shape(Weight::Packed(self.file.layer(name).unwrap()));
-        let row_order = RowOrder::AsStored;
-        Ok(Some(Weight::Dense(DenseTensor { dtype: DType::F32, rows, cols, bytes, row_order })))
+        let layout = Layout::AsStored;
+        Ok(Some(Weight::Dense(DenseTensor { dtype: DType::F32, rows, cols, bytes, layout })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -155,6 +155,30 @@ fn packed_file_runs_like_its_own_dequantized_weights() {
                     assert_close(&format!("{name}, {bits} bits, {coding:?}"), &found, &expected);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn onnx_model_is_converted_like_the_directory_it_was_exported_from() {
+    let dir = Dir::new();
+    let [expected, found] = ["safetensors", "onnx"].map(|name| dir.path(name));
+    let settings = settings(3, TWO_LEVEL, false);
+    convert_to(&tiny_model("llama"), &settings, &expected);
+    let expected = SlimFile::open(&expected).unwrap();
+    for exporter in ["script", "dynamo"] {
+        let (_folder, model) = onnx_model(exporter);
+        convert_to(&model, &settings, &found);
+        let found = SlimFile::open(&found).unwrap();
+        assert_eq!(found.gguf().metadata().str("slim.source.format"), Some("onnx"));
+        let tensors = expected.gguf().tensors();
+        assert_eq!(found.gguf().tensors().len(), tensors.len(), "{exporter}");
+        for expected_info in tensors {
+            let name = &expected_info.name;
+            let info = found.gguf().tensor(name).unwrap();
+            assert_eq!((info.dtype, &info.shape), (expected_info.dtype, &expected_info.shape));
+            let bytes = found.gguf().bytes_of(info);
+            assert!(bytes == expected.gguf().bytes_of(expected_info), "{exporter}: {name}");
         }
     }
 }

@@ -15,7 +15,7 @@ mod tests;
 use std::ops::Range;
 
 use rayon::prelude::*;
-use slim_formats::{DType, DenseTensor, ModelConfig, ModelSource, RowOrder, Weight};
+use slim_formats::{DType, DenseTensor, Layout, ModelConfig, ModelSource, Weight};
 use slim_kernels::{Backend, Cpu, kl_divergence, log_softmax, weight};
 use slim_runtime::{Block, Context, KvBlock, Model, embed, rope_angles};
 
@@ -249,7 +249,7 @@ impl<'a> Backward<'a> {
 pub fn dense(values: &[f32], rows: usize, cols: usize) -> Weight<'_> {
     assert_eq!(values.len(), rows * cols);
     let (dtype, bytes) = (DType::F32, bytemuck::cast_slice(values));
-    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, row_order: RowOrder::AsStored })
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })
 }
 
 /// What follows each token; nothing behind the last one of a sequence.

@@ -7,7 +7,7 @@ use std::{
 
 use super::GgufFile;
 use crate::{
-    DType, DenseTensor, FormatError, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
+    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource,
     Weight, names,
 };
 
@@ -89,12 +89,12 @@ impl ModelSource for GgufModel {
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
         let Some(tensor) = self.file.tensor(name) else { return Ok(None) };
         let (rows, cols) = tensor.rows_and_cols(self.path())?;
-        let row_order = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
-            true => RowOrder::Interleaved { head_dim: self.config.head_dim },
-            false => RowOrder::AsStored,
+        let layout = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
+            true => Layout::Interleaved { head_dim: self.config.head_dim },
+            false => Layout::AsStored,
         };
         let bytes = self.file.bytes_of(tensor);
-        Ok(Some(Weight::Dense(DenseTensor { dtype: tensor.dtype, rows, cols, bytes, row_order })))
+        Ok(Some(Weight::Dense(DenseTensor { dtype: tensor.dtype, rows, cols, bytes, layout })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

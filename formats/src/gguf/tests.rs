@@ -515,7 +515,7 @@ fn model_file(
 
 #[test]
 fn model_serves_weights_tokenizer_and_template() {
-    use crate::{RowOrder, TokenizerSource, Weight, open_model};
+    use crate::{Layout, TokenizerSource, Weight, open_model};
 
     let folder = tempfile::tempdir().unwrap();
     let template = Some(("tokenizer.chat_template", "{{ messages }}".into()));
@@ -534,12 +534,12 @@ fn model_serves_weights_tokenizer_and_template() {
         ["token_embd.weight", "blk.1.attn_q.weight", "blk.1.attn_v.weight"]
     );
     for (name, expected) in [
-        ("blk.1.attn_q.weight", RowOrder::Interleaved { head_dim: 4 }),
-        ("blk.1.attn_v.weight", RowOrder::AsStored),
+        ("blk.1.attn_q.weight", Layout::Interleaved { head_dim: 4 }),
+        ("blk.1.attn_v.weight", Layout::AsStored),
     ] {
         match model.tensor(name).unwrap() {
             Some(Weight::Dense(tensor)) => {
-                assert_eq!((tensor.row_order, tensor.bytes.len()), (expected, 128))
+                assert_eq!((tensor.layout, tensor.bytes.len()), (expected, 128))
             }
             _ => panic!("{name} is not dense"),
         }

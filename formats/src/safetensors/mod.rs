@@ -9,11 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
-
 use crate::{
-    DenseTensor, FormatError, Limits, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
-    Weight, limits::read_text, names,
+    DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource, Weight,
+    folder::{Description, Folder, missing},
+    names,
 };
 use index::{Shards, StoredTensor};
 
@@ -42,28 +41,13 @@ impl HfDirectory {
     /// needs what this program does not compute, or holds a tensor that it does not know.
     pub fn open(path: &Path) -> Result<Self> {
         let mut folder = Folder::around(path);
-        let config_path = folder.root.join("config.json");
-        let config_json = folder.json("config.json")?.ok_or_else(|| missing(&config_path))?;
-        let generation_config = folder.json("generation_config.json")?;
-        let tokenizer_config = folder.json("tokenizer_config.json")?.unwrap_or_default();
-        let mut config =
-            ModelConfig::from_hugging_face(&config_path, &config_json, generation_config.as_ref())?;
-        config.add_bos = tokenizer_config["add_bos_token"].as_bool().unwrap_or(false);
-
+        let Description { mut config, tokenizer, chat_template } = folder.description()?;
         let (shards, stored) = match path.is_dir() {
-            true => folder.open_weights()?,
+            true => open_weights(&mut folder)?,
             false => Shards::open_one(path)?,
         };
         let tensors = arrange(path, stored, &mut config)?;
-        let tokenizer = match folder.text("tokenizer.json")? {
-            Some(text) => TokenizerSource::HuggingFace(text),
-            None => TokenizerSource::Missing,
-        };
-        let chat_template = match folder.text("chat_template.jinja")? {
-            Some(template) => Some(template),
-            None => template_of(&tokenizer_config),
-        };
-        let mut files = folder.read;
+        let mut files = folder.into_read();
         files.extend(shards.paths());
         let names = tensors.iter().map(|(name, _)| name.clone());
         let by_name = names.zip(0..).collect();
@@ -102,13 +86,7 @@ impl ModelSource for HfDirectory {
         let stored = &self.tensors[index].1;
         let StoredTensor { dtype, rows, cols, .. } = *stored;
         let bytes = self.shards.bytes_of(stored);
-        Ok(Some(Weight::Dense(DenseTensor {
-            dtype,
-            rows,
-            cols,
-            bytes,
-            row_order: RowOrder::AsStored,
-        })))
+        Ok(Some(Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -155,74 +133,28 @@ fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
 }
 
-/// The template in `tokenizer_config.json`: a string, or the one called `default` of a list.
-fn template_of(tokenizer_config: &Value) -> Option<String> {
-    let template = match &tokenizer_config["chat_template"] {
-        Value::Array(named) => &named.iter().find(|entry| entry["name"] == "default")?["template"],
-        template => template,
-    };
-    template.as_str().map(str::to_owned)
-}
-
-/// A model directory, and which of its files were read.
-struct Folder {
-    root: PathBuf,
-    limits: Limits,
-    read: Vec<PathBuf>,
-}
-
-impl Folder {
-    /// The directory itself, or the one that holds a file.
-    fn around(path: &Path) -> Self {
-        let root = match path.parent() {
-            Some(parent) if !path.is_dir() => parent,
-            _ => path,
-        };
-        Self { root: root.to_owned(), limits: Limits::default(), read: Vec::new() }
+/// Opens `model.safetensors`, or what its index names.
+fn open_weights(folder: &mut Folder) -> Result<(Shards, HashMap<String, StoredTensor>)> {
+    let root = folder.root().to_owned();
+    let single = root.join("model.safetensors");
+    if single.exists() {
+        return Shards::open_one(&single);
     }
-
-    fn text(&mut self, name: &str) -> Result<Option<String>> {
-        let path = self.root.join(name);
-        let text = read_text(&path, &self.limits)?;
-        self.read.extend(text.is_some().then_some(path));
-        Ok(text)
+    let index_name = "model.safetensors.index.json";
+    if let Some(index) = folder.json(index_name)? {
+        return Shards::open_index(&root, &root.join(index_name), &index);
     }
-
-    /// A file that holds a JSON object.
-    fn json(&mut self, name: &str) -> Result<Option<Value>> {
-        let Some(text) = self.text(name)? else { return Ok(None) };
-        let malformed = |found: String| {
-            FormatError::malformed(&self.root.join(name), "the text", "", found, "a JSON object")
-        };
-        match serde_json::from_str(&text) {
-            Ok(object @ Value::Object(_)) => Ok(Some(object)),
-            Ok(_) => Err(malformed("another JSON value".to_owned())),
-            Err(error) => Err(malformed(error.to_string())),
+    for (names, what, hint) in [
+        (
+            &["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"][..],
+            "a model stored as PyTorch pickles",
+            "load it with transformers and save it with `save_pretrained`, which writes safetensors",
+        ),
+        (&["model.onnx"], "a directory with weights in ONNX only", "name the `.onnx` file instead"),
+    ] {
+        if names.iter().any(|name| root.join(name).exists()) {
+            return Err(FormatError::unsupported(&root, what, hint));
         }
     }
-
-    fn open_weights(&mut self) -> Result<(Shards, HashMap<String, StoredTensor>)> {
-        let single = self.root.join("model.safetensors");
-        if single.exists() {
-            return Shards::open_one(&single);
-        }
-        let index_name = "model.safetensors.index.json";
-        if let Some(index) = self.json(index_name)? {
-            return Shards::open_index(&self.root, &self.root.join(index_name), &index);
-        }
-        let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
-        if pickles.iter().any(|name| self.root.join(name).exists()) {
-            let hint = "load it with transformers and save it with `save_pretrained`, which writes safetensors";
-            return Err(FormatError::unsupported(
-                &self.root,
-                "a model stored as PyTorch pickles",
-                hint,
-            ));
-        }
-        Err(missing(&single))
-    }
-}
-
-fn missing(path: &Path) -> FormatError {
-    FormatError::io(path, "open the file", std::io::ErrorKind::NotFound.into())
+    Err(missing(&single))
 }

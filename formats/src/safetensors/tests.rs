@@ -1,7 +1,7 @@
 use std::{collections::BTreeMap, fs};
 
 use safetensors::{Dtype, tensor::TensorView};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
@@ -183,23 +183,16 @@ fn directory_bad_files_are_refused() {
 }
 
 #[test]
-fn directory_of_pickles_is_refused_with_a_hint() {
+fn directory_of_pickles_or_onnx_is_refused_with_a_hint() {
     let folder = two_shards(&good_index());
     fs::remove_file(folder.path().join("model.safetensors.index.json")).unwrap();
-    fs::write(folder.path().join("pytorch_model.bin"), "").unwrap();
-    let error = HfDirectory::open(folder.path()).unwrap_err();
-    assert!(error.hint().unwrap().contains("save_pretrained"), "{error}");
-}
-
-#[test]
-fn template_of_a_list_is_the_default_one() {
-    let list = json!({"chat_template": [
-        {"name": "tool_use", "template": "tools"},
-        {"name": "default", "template": "plain"},
-    ]});
-    assert_eq!(template_of(&list).as_deref(), Some("plain"));
-    assert_eq!(template_of(&json!({"chat_template": "text"})).as_deref(), Some("text"));
-    assert_eq!(template_of(&Value::Null), None);
+    for (name, hint) in
+        [("model.onnx", "the `.onnx` file"), ("pytorch_model.bin", "save_pretrained")]
+    {
+        fs::write(folder.path().join(name), "").unwrap();
+        let error = HfDirectory::open(folder.path()).unwrap_err();
+        assert!(error.hint().unwrap().contains(hint), "{error}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::{
     layout::{PackedTensor, TILE_ROWS, unpack_codes},
 };
 use crate::{
-    DType, DenseTensor, FormatError, ModelConfig, ModelSource, Result, RowOrder, TokenizerSource,
+    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource,
     Weight,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
 };
@@ -241,8 +241,8 @@ impl ModelSource for SlimFile {
         };
         let (rows, cols) = info.rows_and_cols(self.path())?;
         let bytes = self.gguf.bytes_of(info);
-        let row_order = RowOrder::AsStored;
-        Ok(Some(Weight::Dense(DenseTensor { dtype: info.dtype, rows, cols, bytes, row_order })))
+        let layout = Layout::AsStored;
+        Ok(Some(Weight::Dense(DenseTensor { dtype: info.dtype, rows, cols, bytes, layout })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use rayon::prelude::*;
-use slim_formats::Weight;
+use slim_formats::{Layout, Weight};
 
 use super::{
     Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, Strided, Tokens,
@@ -24,6 +24,9 @@ const BATCH_TOKENS: usize = 512;
 /// Bytes of f32 rows of a dense weight that are on the device at a time.
 const PIECE_BYTES: usize = 256 << 20;
 
+/// Rows of a dense weight that become f32 in one task.
+const TASK_ROWS: usize = 64;
+
 /// A backend whose matrix products and attention run on a CUDA device.
 ///
 /// Dense weights are multiplied in f32. Packed ones, whose codes are worth no more, take fp16 inputs, as on the
@@ -36,8 +39,9 @@ pub struct CudaBackend {
 /// The weights that stay on the device.
 type HeldWeights = HashMap<Key, Arc<Resident>>;
 
-/// The address of a weight's bytes, its rows and columns.
-type Key = (usize, usize, usize);
+/// The address of a weight's bytes, its rows and columns, and the layout of a dense one: a matrix and its transpose can
+/// share their bytes.
+type Key = (usize, usize, usize, Option<Layout>);
 
 /// A weight on the device.
 enum Resident {
@@ -107,9 +111,9 @@ impl CudaBackend {
         let mut values = vec![0.0; piece_rows.min(n) * cols];
         for start in (0..n).step_by(piece_rows) {
             let values = &mut values[..piece_rows.min(n - start) * cols];
-            values.par_chunks_exact_mut(cols).enumerate().try_for_each(|(i, values)| {
-                let row = first + start + i;
-                dequantize_rows(weight, row..row + 1, values)
+            values.par_chunks_mut(TASK_ROWS * cols).enumerate().try_for_each(|(i, values)| {
+                let row = first + start + i * TASK_ROWS;
+                dequantize_rows(weight, row..row + values.len() / cols, values)
             })?;
             rows.view_mut().slice(start * cols..start * cols + values.len()).write(values)?;
         }
@@ -272,11 +276,11 @@ impl Gram {
 
 fn key(weight: Weight<'_>) -> Key {
     let (rows, cols) = shape(weight);
-    let bytes = match weight {
-        Weight::Dense(dense) => dense.bytes,
-        Weight::Packed(packed) => packed.parts().0,
+    let (bytes, layout) = match weight {
+        Weight::Dense(dense) => (dense.bytes, Some(dense.layout)),
+        Weight::Packed(packed) => (packed.parts().0, None),
     };
-    (bytes.as_ptr().addr(), rows, cols)
+    (bytes.as_ptr().addr(), rows, cols, layout)
 }
 
 /// A panic elsewhere leaves nothing half done in the table.

@@ -252,18 +252,18 @@ impl Dense {
 /// Tile `tile` of a weight in fragment order (`kernels/cuda/dense.cuh`): `[steps][4 products][32 lanes][4 words]`.
 fn write_fragments(weight: Weight<'_>, tile: usize, words: &mut [u32]) -> Result<()> {
     let (rows, cols) = shape(weight);
-    let stride = cols.next_multiple_of(STEP_COLS);
     let first_row = tile * TILE_ROWS;
-    let mut values = vec![0.0; TILE_ROWS * stride];
-    for (row, values) in (first_row..rows).zip(values.chunks_exact_mut(stride)) {
-        let values = &mut values[..cols];
-        dequantize_rows(weight, row..row + 1, values)?;
-        if let Some(&value) = values.iter().find(|value| !FP16.contains(value)) {
-            return Err(KernelError::Unrepresentable { row, value });
-        }
+    let n = TILE_ROWS.min(rows - first_row);
+    let mut values = vec![0.0; n * cols];
+    dequantize_rows(weight, first_row..first_row + n, &mut values)?;
+    if let Some(at) = values.iter().position(|value| !FP16.contains(value)) {
+        let (row, value) = (first_row + at / cols, values[at]);
+        return Err(KernelError::Unrepresentable { row, value });
     }
-    let half =
-        |row: usize, col: usize| u32::from(f16::from_f32(values[row * stride + col]).to_bits());
+    let half = |row: usize, col: usize| match row < n && col < cols {
+        true => u32::from(f16::from_f32(values[row * cols + col]).to_bits()),
+        false => 0,
+    };
     for (i, word) in words.iter_mut().enumerate() {
         let (step, product, lane, k) = (i / STEP_WORDS, i / 128 % 4, i / 4 % 32, i % 4);
         let row = lane / 4 * 2 + k % 2;
@@ -276,7 +276,7 @@ fn write_fragments(weight: Weight<'_>, tile: usize, words: &mut [u32]) -> Result
 #[cfg(test)]
 mod tests {
     use slim_formats::{
-        DType, DenseTensor, RowOrder,
+        DType, DenseTensor, Layout,
         slim::{BitWidth, PackedLayer},
     };
 
@@ -339,10 +339,15 @@ mod tests {
         let value = |row: usize, col: usize| (row * cols + col) as f32;
         let bytes: Vec<u8> =
             (0..rows * cols).flat_map(|i| value(i / cols, i % cols).to_le_bytes()).collect();
-        let (dtype, row_order) = (DType::F32, RowOrder::AsStored);
-        let weight = Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, row_order });
+        let dense = |bytes, layout| DenseTensor { dtype: DType::F32, rows, cols, bytes, layout };
         let mut words = vec![0; 2 * STEP_WORDS];
-        write_fragments(weight, 1, &mut words).unwrap();
+        write_fragments(Weight::Dense(dense(&bytes, Layout::AsStored)), 1, &mut words).unwrap();
+        let columns: Vec<u8> =
+            (0..rows * cols).flat_map(|i| value(i % rows, i / rows).to_le_bytes()).collect();
+        let mut again = vec![0; 2 * STEP_WORDS];
+        let transposed = dense(&columns, Layout::Transposed { stride: rows });
+        write_fragments(Weight::Dense(transposed), 1, &mut again).unwrap();
+        assert_eq!(again, words);
         let pair = |low: f32, high: f32| {
             u32::from(f16::from_f32(low).to_bits()) | u32::from(f16::from_f32(high).to_bits()) << 16
         };

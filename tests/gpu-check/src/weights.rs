@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 use slim_formats::{
-    DType, DenseTensor, RowOrder, Weight,
+    DType, DenseTensor, Layout, Weight,
     slim::{BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut},
 };
 use slim_runtime::SplitMix64;
@@ -75,7 +75,7 @@ impl HostWeight {
                 rows: *rows,
                 cols: *cols,
                 bytes,
-                row_order: RowOrder::AsStored,
+                layout: Layout::AsStored,
             }),
         }
     }

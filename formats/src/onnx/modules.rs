@@ -1,0 +1,88 @@
+//! Which tensors of the model a module path leads to, by whatever exporter it was written.
+
+use std::collections::HashMap;
+
+use crate::{ModelConfig, names};
+
+/// Longer paths are no module's.
+const MAX_PATH_BYTES: usize = 1 << 12;
+
+/// A tensor that the model has by its configuration.
+#[derive(Debug)]
+pub struct Slot {
+    /// GGUF's name.
+    pub name: String,
+    /// Hugging Face's name, for messages.
+    pub hf_name: String,
+    /// `[cols]` of a vector, `[rows, cols]` of a matrix.
+    pub dims: Vec<usize>,
+}
+
+/// The tensors of a model and the modules that they are the weights of.
+#[derive(Debug)]
+pub struct Modules {
+    /// In the order of use.
+    pub slots: Vec<Slot>,
+    /// Hugging Face's path of a module to its slots: several, one above the other, for a fused one.
+    by_path: HashMap<String, Vec<usize>>,
+    /// Transformer blocks.
+    pub block_count: usize,
+}
+
+impl Modules {
+    /// The modules of a model.
+    pub fn new(config: &ModelConfig) -> Self {
+        let block_count = config.block_count;
+        let slots: Vec<Slot> = names::tensor_names(block_count)
+            .map(|(hf_name, name)| Slot { dims: names::dims(&name, config), name, hf_name })
+            .collect();
+        let mut by_path: HashMap<String, Vec<usize>> = HashMap::new();
+        for (index, slot) in slots.iter().enumerate() {
+            let path = slot.hf_name.trim_end_matches(".weight");
+            by_path.insert(path.to_owned(), vec![index]);
+            for part in ["q_proj", "k_proj", "v_proj"] {
+                if let Some(attention) = path.strip_suffix(part) {
+                    by_path.entry(format!("{attention}qkv_proj")).or_default().push(index);
+                }
+            }
+        }
+        Self { slots, by_path, block_count }
+    }
+
+    /// The slots of the module at a path of names with dots or slashes between them: one, several
+    /// of a fused module, or none if the model has no weights there. What stands before the path of
+    /// a known module is skipped.
+    pub fn at(&self, path: &str) -> &[usize] {
+        self.canonical(path).and_then(|path| self.by_path.get(&path)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Hugging Face's path of a module, its names changed to those of `transformers`.
+    fn canonical(&self, path: &str) -> Option<String> {
+        if path.len() > MAX_PATH_BYTES {
+            return None;
+        }
+        let parts: Vec<&str> = path.split(['.', '/']).collect();
+        let block = parts.windows(2).enumerate().rev().find_map(|(at, pair)| match pair {
+            ["layers", number] => Some((at + 2, number.parse::<usize>().ok()?)),
+            _ => None,
+        });
+        let Some((start, block)) = block else {
+            return match *parts.last()? {
+                "embed_tokens" => Some("model.embed_tokens".to_owned()),
+                "norm" => Some("model.norm".to_owned()),
+                "lm_head" => Some("lm_head".to_owned()),
+                _ => None,
+            };
+        };
+        // The ONNX Runtime GenAI builder calls the attention `attn`, and the last norm one of a
+        // block after the last.
+        let inner = parts[start..].join(".");
+        if block == self.block_count && inner == "final_norm_layernorm" {
+            return Some("model.norm".to_owned());
+        }
+        Some(match inner.strip_prefix("attn.") {
+            Some(projection) => format!("model.layers.{block}.self_attn.{projection}"),
+            None => format!("model.layers.{block}.{inner}"),
+        })
+    }
+}
