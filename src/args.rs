@@ -37,6 +37,8 @@ pub enum Command {
     Logits(LogitsArgs),
     /// Measure the speed of a model on this machine
     Bench(BenchArgs),
+    /// Write a model's weights in the layout of another engine
+    Export(ExportArgs),
 }
 
 #[derive(clap::Args)]
@@ -308,6 +310,41 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     pub execution: Execution,
+}
+
+#[derive(clap::Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// The layout
+    #[arg(long, value_enum, value_name = "LAYOUT")]
+    pub to: Layout,
+
+    /// The file (gguf) or the new folder (the others) to write
+    #[arg(short, long, value_name = "PATH")]
+    pub output: PathBuf,
+
+    /// Print only warnings and errors
+    #[arg(long)]
+    pub quiet: bool,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A layout that other engines read.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// A llama.cpp file
+    Gguf,
+    /// A Hugging Face folder with linear layers as GPTQ packs them, in 4 bits where that loses nothing, otherwise in 8
+    Gptq,
+    /// A folder that ONNX Runtime and ONNX Runtime GenAI run
+    Onnx,
+    /// A Hugging Face folder in fp16
+    Safetensors,
 }
 
 /// Takes whole numbers of a range.

@@ -3,6 +3,7 @@
 use std::{error::Error, fmt, io};
 
 use slim_converter::ConvertError;
+use slim_exporter::ExportError;
 use slim_formats::FormatError;
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
@@ -46,6 +47,9 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(advised) = cause.downcast_ref::<Advised>() {
         return Some(advised.hint.clone());
+    }
+    if let Some(error) = cause.downcast_ref::<ExportError>() {
+        return error.hint();
     }
     match inner(cause) {
         Inner::Format(error) => error.hint(),

@@ -7,6 +7,7 @@ mod bench;
 mod compute;
 mod convert;
 mod eval;
+mod export;
 mod failure;
 mod inspect;
 mod logits;
@@ -49,6 +50,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Eval(args) => eval::run(&args)?,
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
+        Command::Export(args) => export::run(&args)?,
     }
     Ok(Outcome::Done)
 }

@@ -25,8 +25,8 @@ use crate::{
     layer::{LayerInputs, layout},
 };
 
-/// Samples that losses are predicted from: widths follow from far fewer than codes do.
-const SAMPLES: usize = 8;
+/// Samples that sensitivities are measured on: their mean settles long before a Hessian does.
+const SENSITIVITY_SAMPLES: usize = 12;
 
 /// The widths of the groups of every layer that has groups, by name.
 ///
@@ -42,8 +42,8 @@ pub fn bit_widths(
 ) -> Result<HashMap<String, Vec<BitWidth>>> {
     let of = source.config().block_count;
     progress(Progress::Survey { done: 0, of });
-    let samples = &calibration.samples[..calibration.samples.len().min(SAMPLES)];
-    let sensitivities = sensitivities(source, samples)?;
+    let samples = &calibration.samples;
+    let sensitivities = sensitivities(source, &samples[..samples.len().min(SENSITIVITY_SAMPLES)])?;
     let mut calibrator = Calibrator::new(source, samples, settings, resources, false)?;
     let mut survey = Survey { settings, contents, sensitivities, layers: Vec::new() };
     for index in 0..of {

@@ -92,6 +92,21 @@ pub enum Layout {
     },
 }
 
+impl Layout {
+    /// Which stored row is row `row`; `None` where rows are not stored one after the other.
+    pub fn stored_row(self, row: usize) -> Option<usize> {
+        match self {
+            Self::AsStored => Some(row),
+            Self::Interleaved { head_dim } => {
+                let (head, channel) = (row / head_dim, row % head_dim);
+                let half = head_dim / 2;
+                Some(head * head_dim + 2 * (channel % half) + channel / half)
+            }
+            Self::Transposed { .. } => None,
+        }
+    }
+}
+
 /// Where the tokenizer comes from.
 #[derive(Debug, Clone)]
 pub enum TokenizerSource {
@@ -154,5 +169,12 @@ mod tests {
         assert!(matches!(error, FormatError::Unsupported { .. }), "{error}");
         assert!(error.hint().unwrap().contains("Hugging Face directory"));
         assert!(matches!(open_model(&folder.path().join("absent")), Err(FormatError::Io { .. })));
+    }
+
+    #[test]
+    fn interleaved_rows_are_stored_in_pairs() {
+        let order = Layout::Interleaved { head_dim: 4 };
+        let stored: Vec<usize> = (0..8).filter_map(|row| order.stored_row(row)).collect();
+        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
     }
 }

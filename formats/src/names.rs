@@ -31,7 +31,7 @@ pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// The names of all tensors that a model of `block_count` blocks may have, as
 /// `(Hugging Face, GGUF)`, in the order in which they are used.
-pub(crate) fn tensor_names(block_count: usize) -> impl Iterator<Item = (String, String)> {
+pub fn tensor_names(block_count: usize) -> impl Iterator<Item = (String, String)> {
     let block = |index: usize| {
         BLOCK.iter().map(move |(hf, gguf)| {
             (format!("model.layers.{index}.{hf}"), format!("blk.{index}.{gguf}"))

@@ -64,42 +64,20 @@ pub fn dequantize_rows(
 ) -> Result<()> {
     expect_len("rows of a tensor", tensor.rows.min(rows.end), rows.end)?;
     expect_len("values of dequantized rows", out.len(), rows.len() * tensor.cols)?;
-    match tensor.layout {
-        Layout::AsStored => stored_rows(tensor, rows, out, |row| row),
-        Layout::Interleaved { head_dim } => {
-            stored_rows(tensor, rows, out, |row| interleaved(row, head_dim))
-        }
-        Layout::Transposed { stride } => {
-            const ROWS: usize = 128;
-            let pieces = out.chunks_mut((ROWS * tensor.cols).max(1));
-            rows.clone().step_by(ROWS).zip(pieces).try_for_each(|(first, out)| {
-                let rows = first..rows.end.min(first + ROWS);
-                transposed_rows(tensor, stride, rows, out)
-            })
-        }
+    if let Layout::Transposed { stride } = tensor.layout {
+        const ROWS: usize = 128;
+        let pieces = out.chunks_mut((ROWS * tensor.cols).max(1));
+        return rows.clone().step_by(ROWS).zip(pieces).try_for_each(|(first, out)| {
+            let rows = first..rows.end.min(first + ROWS);
+            transposed_rows(tensor, stride, rows, out)
+        });
     }
-}
-
-/// Rows that lie one after the other; `stored` tells where.
-fn stored_rows(
-    tensor: &DenseTensor<'_>,
-    rows: Range<usize>,
-    out: &mut [f32],
-    stored: impl Fn(usize) -> usize,
-) -> Result<()> {
     let row_bytes = tensor.bytes.len() / tensor.rows.max(1);
     for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
-        let start = stored(row) * row_bytes;
-        dequantize(tensor.dtype, &tensor.bytes[start..start + row_bytes], values)?;
+        let stored = tensor.layout.stored_row(row).expect("rows are stored one after the other");
+        dequantize(tensor.dtype, &tensor.bytes[stored * row_bytes..][..row_bytes], values)?;
     }
     Ok(())
-}
-
-/// Where [`Layout::Interleaved`] stores a row.
-fn interleaved(row: usize, head_dim: usize) -> usize {
-    let (head, channel) = (row / head_dim, row % head_dim);
-    let half = head_dim / 2;
-    head * head_dim + 2 * (channel % half) + channel / half
 }
 
 /// Some rows of a tensor that is stored column by column, a few columns at a time so that what is read and what is
@@ -375,12 +353,6 @@ mod tests {
         let mut out = [0.0; 10];
         dequantize_rows(&tensor, 1..6, &mut out).unwrap();
         assert_eq!(out, [2.0, 2.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 6.0, 6.0]);
-    }
-
-    #[test]
-    fn interleaved_rows_are_stored_in_pairs() {
-        let stored: Vec<usize> = (0..8).map(|row| interleaved(row, 4)).collect();
-        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
     }
 
     /// Columns of a fused matrix of 400 rows, more than are read at a time, in all ways of asking for them.

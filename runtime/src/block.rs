@@ -198,7 +198,10 @@ fn add(x: &mut [f32], y: &[f32]) {
 }
 
 /// The tensor `name`, which must be `[rows, cols]`.
-pub(crate) fn find_weight<'a>(
+///
+/// # Errors
+/// `Malformed` if it is missing or has another shape.
+pub fn find_weight<'a>(
     source: &'a dyn ModelSource,
     name: &str,
     rows: usize,
@@ -218,7 +221,10 @@ pub(crate) fn find_weight<'a>(
 }
 
 /// The tensor `name` of `len` values as f32.
-pub(crate) fn find_vector(source: &dyn ModelSource, name: &str, len: usize) -> Result<Vec<f32>> {
+///
+/// # Errors
+/// As [`find_weight`]; `UnsupportedType` if it holds no numbers.
+pub fn find_vector(source: &dyn ModelSource, name: &str, len: usize) -> Result<Vec<f32>> {
     let found = find_weight(source, name, 1, len)?;
     let mut values = vec![0.0; len];
     weight::dequantize_rows(found, 0..1, &mut values)?;

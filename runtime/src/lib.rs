@@ -12,7 +12,7 @@ mod random;
 mod sampler;
 mod tokenizer;
 
-pub use block::{Block, Context};
+pub use block::{Block, Context, find_vector, find_weight};
 pub use chat::{ChatTemplate, Message};
 pub use error::{Result, RuntimeError};
 pub use kv_cache::{KvBlock, KvCache};
@@ -21,4 +21,4 @@ pub use perplexity::{Divergence, Evaluation, Protocol, evaluate};
 pub use placement::CudaSettings;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};
-pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer::{TextStream, Tokenizer, ggml_keys};

@@ -41,9 +41,11 @@ fn help_names_every_flag() {
         ("eval", "--text --context --windows --against --json --no-hash-check"),
         ("logits", "--tokens --output --no-hash-check"),
         ("bench", "--prompt --generate --runs --json --no-hash-check"),
+        ("export", "--to --output --quiet --json --no-hash-check"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
-        let compute = if subcommand == "inspect" { "" } else { compute };
+        let computes = !["inspect", "export"].contains(&subcommand);
+        let compute = if computes { compute } else { "" };
         for flag in flags.split_whitespace().chain(compute.split_whitespace()) {
             assert!(help.contains(flag), "`{flag}` in\n{help}");
         }

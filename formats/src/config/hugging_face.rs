@@ -1,10 +1,10 @@
 //! Hyperparameters from `config.json` and `generation_config.json`.
 
-use std::{f64::consts::TAU, path::Path};
+use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{ModelConfig, Rope, rope_pairs};
+use super::{ModelConfig, Rope, llama3::Llama3, rope_pairs};
 use crate::{FormatError, Result};
 
 /// What the `llama` and `mistral` classes of transformers take when `rope_theta` is absent.
@@ -76,6 +76,78 @@ impl ModelConfig {
         };
         config.validated(path)
     }
+
+    /// What [`from_hugging_face`](Self::from_hugging_face) reads back: `config.json`, without its element type, and
+    /// `generation_config.json`. `path` is that of the model, for messages.
+    ///
+    /// # Errors
+    /// `Unsupported` for RoPE factors that are none of Hugging Face's kinds of scaling.
+    pub fn to_hugging_face(&self, path: &Path) -> Result<(Value, Value)> {
+        let (model_type, class) = match self.sliding_window {
+            None => ("llama", "LlamaForCausalLM"),
+            Some(_) => ("mistral", "MistralForCausalLM"),
+        };
+        let token_ids = json!({
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": match self.eos_token_ids[..] {
+                [] => Value::Null,
+                [id] => id.into(),
+                _ => self.eos_token_ids.clone().into(),
+            },
+        });
+        let mut config = json!({
+            "architectures": [class],
+            "model_type": model_type,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_size,
+            "num_hidden_layers": self.block_count,
+            "num_attention_heads": self.head_count,
+            "num_key_value_heads": self.kv_head_count,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": shortest(self.norm_epsilon),
+            "rope_theta": shortest(self.rope.theta),
+            "rope_scaling": rope_scaling(path, &self.rope)?,
+            "tie_word_embeddings": self.tied_embeddings,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": token_ids["bos_token_id"],
+            "eos_token_id": token_ids["eos_token_id"],
+        });
+        if let Some(window) = self.sliding_window {
+            config["sliding_window"] = window.into();
+        }
+        Ok((config, token_ids))
+    }
+}
+
+/// The number with the fewest digits that is this f32: 1e-5, not 9.999999747378752e-6.
+fn shortest(number: f32) -> f64 {
+    number.to_string().parse().expect("a number was printed")
+}
+
+/// The old spelling, which older and newer readers know.
+fn rope_scaling(path: &Path, rope: &Rope) -> Result<Value> {
+    if rope.is_unscaled() {
+        return Ok(Value::Null);
+    }
+    let first = rope.factors[0];
+    if rope.factors.iter().all(|&factor| factor == first) {
+        return Ok(json!({"rope_type": "linear", "factor": shortest(first)}));
+    }
+    let Some(llama3) = Llama3::of(rope) else {
+        let what = "RoPE factors of another kind than `linear` and `llama3` in `config.json`";
+        return Err(FormatError::unsupported(path, what, "GGUF holds any factors"));
+    };
+    Ok(json!({
+        "rope_type": "llama3",
+        "factor": llama3.factor,
+        "low_freq_factor": llama3.low,
+        "high_freq_factor": llama3.high,
+        "original_max_position_embeddings": llama3.original_context as u64,
+    }))
 }
 
 /// Refuses what changes the computation and is not implemented.
@@ -127,26 +199,19 @@ fn read_rope(json: &Json<'_>, head_dim: usize) -> Result<Rope> {
     Ok(Rope { theta: theta as f32, factors })
 }
 
-/// Long wavelengths are divided by `factor`, short ones kept, those between interpolated.
-///
-/// # Source
-/// `modeling_rope_utils.py::_compute_llama3_parameters` of transformers.
 fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec<f32>> {
     let number = |key| scaling.require(key, "a number", Value::as_f64);
-    let (factor, low, high) =
-        (number("factor")?, number("low_freq_factor")?, number("high_freq_factor")?);
-    let original_context = number("original_max_position_embeddings")?;
-    if high <= low {
-        let expected = format!("more than `low_freq_factor`, {low}");
-        return Err(scaling.malformed("high_freq_factor", high, expected));
-    }
-    let pair_factor = |pair: usize| {
-        let wavelength = TAU * theta.powf(2.0 * pair as f64 / head_dim as f64);
-        // 0 where the wavelength is too long to be kept, 1 where it is short enough.
-        let kept = ((original_context / wavelength - low) / (high - low)).clamp(0.0, 1.0);
-        (1.0 / ((1.0 - kept) / factor + kept)) as f32
+    let llama3 = Llama3 {
+        factor: number("factor")?,
+        low: number("low_freq_factor")?,
+        high: number("high_freq_factor")?,
+        original_context: number("original_max_position_embeddings")?,
     };
-    Ok((0..rope_pairs(head_dim)).map(pair_factor).collect())
+    if llama3.high <= llama3.low {
+        let expected = format!("more than `low_freq_factor`, {}", llama3.low);
+        return Err(scaling.malformed("high_freq_factor", llama3.high, expected));
+    }
+    Ok(llama3.factors(theta, rope_pairs(head_dim)))
 }
 
 /// A JSON object and the file that it comes from. A `null` counts as absent.

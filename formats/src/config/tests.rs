@@ -208,3 +208,58 @@ fn gguf_bad_keys_are_refused() {
     let error = from_gguf(&keys("", None), Some(vec![1.0; 3])).unwrap_err();
     assert!(error.to_string().contains("number of RoPE factors: found 3"), "{error}");
 }
+
+#[test]
+fn hugging_face_keys_are_read_back() {
+    let llama3 = |factor: f64, original: u64| {
+        json!({
+            "rope_theta": 5e5, "head_dim": 128, "num_attention_heads": 4,
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            },
+        })
+    };
+    let small = json!({
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    });
+    for changes in [
+        json!({}),
+        json!({"model_type": "mistral", "sliding_window": 64, "rms_norm_eps": 1e-5}),
+        json!({"eos_token_id": [2, 5, 7], "bos_token_id": null, "tie_word_embeddings": true}),
+        json!({"rope_scaling": {"rope_type": "linear", "factor": 4}}),
+        llama3(8.0, 8192),
+        llama3(32.0, 8192),
+        small,
+    ] {
+        let config = read(&changed(llama(), &changes)).unwrap();
+        let (json, generation) = config.to_hugging_face(Path::new("m")).unwrap();
+        let found =
+            ModelConfig::from_hugging_face(Path::new("c"), &json, Some(&generation)).unwrap();
+        for (found, expected) in found.rope.factors.iter().zip(&config.rope.factors) {
+            assert!((found - expected).abs() <= 1e-4 * expected, "{changes}: {found} {expected}");
+        }
+        let rope = config.rope.clone();
+        assert_eq!(ModelConfig { rope, ..found }, config, "{changes}");
+    }
+    let config = read(&changed(llama(), &llama3(8.0, 8192))).unwrap();
+    let scaling = &config.to_hugging_face(Path::new("m")).unwrap().0["rope_scaling"];
+    assert_eq!(scaling["original_max_position_embeddings"], 8192);
+    assert!((scaling["high_freq_factor"].as_f64().unwrap() - 4.0).abs() < 1e-3, "{scaling}");
+}
+
+#[test]
+fn hugging_face_factors_of_no_kind_are_refused() {
+    let mut config = read(&llama()).unwrap();
+    for factors in
+        [[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0], [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    {
+        config.rope.factors = factors.to_vec();
+        let error = config.to_hugging_face(Path::new("m")).unwrap_err();
+        assert!(matches!(error, FormatError::Unsupported { .. }), "{error}");
+    }
+}

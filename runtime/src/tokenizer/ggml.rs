@@ -14,8 +14,8 @@ use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::processors::template::{SpecialToken, Template, TemplateProcessing};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, Tokenizer};
 
-use super::failed;
 use super::pre_tokenizer::PreTokenizer;
+use super::{failed, token_type};
 use crate::{Result, RuntimeError};
 
 /// Builds what the keys describe.
@@ -82,14 +82,6 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// What a token is for: the values of `tokenizer.ggml.token_type`.
-mod token_type {
-    pub const NORMAL: u64 = 1;
-    pub const UNKNOWN: u64 = 2;
-    pub const CONTROL: u64 = 3;
-    pub const USER_DEFINED: u64 = 4;
-}
-
 /// Token texts by id, and what each is for.
 struct Vocabulary<'a> {
     tokens: &'a [String],
@@ -107,8 +99,11 @@ impl<'a> Vocabulary<'a> {
         Ok(Self { tokens, types })
     }
 
+    /// The tokens that a text can have.
     fn ids(&self) -> AHashMap<String, u32> {
-        self.tokens.iter().cloned().zip(0..).collect()
+        let ids = self.tokens.iter().cloned().zip(0..);
+        let is_used = |(_, id): &(String, u32)| self.types[*id as usize] != token_type::UNUSED;
+        ids.filter(is_used).collect()
     }
 
     /// The tokens that are found in a text before anything else happens to it.

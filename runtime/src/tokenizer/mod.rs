@@ -6,12 +6,14 @@ mod pre_tokenizer;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod to_ggml;
 
 use slim_formats::TokenizerSource;
 
 use crate::{Result, RuntimeError};
 
 pub use stream::TextStream;
+pub use to_ggml::ggml_keys;
 
 /// A model's tokenizer.
 ///
@@ -34,9 +36,21 @@ impl Tokenizer {
             TokenizerSource::Ggml(metadata) => ggml::build(metadata)?,
             TokenizerSource::Missing => return Err(RuntimeError::tokenizer("the model has none")),
         };
+        Ok(Self::from_inner(inner))
+    }
+
+    fn from_inner(inner: tokenizers::Tokenizer) -> Self {
         let highest = inner.get_vocab(true).into_values().max();
         let vocab_size = highest.map_or(0, |token| token as usize + 1);
-        Ok(Self { inner, vocab_size })
+        Self { inner, vocab_size }
+    }
+
+    /// The text of a `tokenizer.json` that describes this tokenizer.
+    ///
+    /// # Errors
+    /// `Tokenizer` if the library fails on it.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(true).map_err(failed("the tokenizer cannot be written"))
     }
 
     /// The tokens of a text and nothing else: for chats, whose template writes every special token
@@ -91,6 +105,15 @@ impl Tokenizer {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&token).is_some_and(|token| token.special)
     }
+}
+
+/// What a token is for: the values of `tokenizer.ggml.token_type`.
+mod token_type {
+    pub const NORMAL: u64 = 1;
+    pub const UNKNOWN: u64 = 2;
+    pub const CONTROL: u64 = 3;
+    pub const USER_DEFINED: u64 = 4;
+    pub const UNUSED: u64 = 5;
 }
 
 /// Wraps an error of the tokenizer library.

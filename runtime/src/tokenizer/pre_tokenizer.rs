@@ -28,8 +28,9 @@ const PLAIN: PreTokenizer = PreTokenizer {
     normalize_nfc: false,
 };
 
-const DIGIT: &str = r"\p{N}";
-const GPT_2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const DIGIT: &str = r"\p{N}";
+pub(super) const GPT_2: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -84,6 +85,19 @@ impl PreTokenizer {
     /// The pre-tokenizer of this name, `None` if this program does not know it.
     pub(super) fn named(name: &str) -> Option<&'static Self> {
         KNOWN.iter().find(|known| known.names.contains(&name))
+    }
+
+    /// The first name of the pre-tokenizer that does the same, `None` if this program does not know it.
+    pub(super) fn name_of(
+        splits: &[&str],
+        ignore_merges: bool,
+        normalize_nfc: bool,
+    ) -> Option<&'static str> {
+        let is_same = |known: &&Self| {
+            known.splits == splits
+                && (known.ignore_merges, known.normalize_nfc) == (ignore_merges, normalize_nfc)
+        };
+        KNOWN.iter().find(is_same).map(|known| known.names[0])
     }
 
     /// The library's steps: the splits, then bytes spelled as characters.

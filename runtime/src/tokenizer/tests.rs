@@ -336,3 +336,93 @@ fn stream_survives_broken_bytes_after_a_whole_character() {
     assert_eq!(texts, [None, Some("é"), None, Some("\u{FFFD}h")]);
     assert_eq!(rest, "");
 }
+
+/// The keys of a tokenizer, after a way through the text of a `tokenizer.json`.
+fn keys_of(tokenizer: &Tokenizer) -> Result<Metadata> {
+    ggml_keys(&tokenizer.to_json()?, 300, false)
+}
+
+#[test]
+fn ggml_keys_give_the_tokens_of_the_json() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/archs/llama/tokenizer.json");
+    let json = std::fs::read_to_string(path).unwrap();
+    let keys = ggml_keys(&json, 320, false).unwrap();
+    assert_eq!(keys.strings("tokenizer.ggml.tokens").unwrap().len(), 320);
+    assert_eq!(keys.bool("tokenizer.ggml.add_bos_token"), Some(false));
+    let (expected, found) = (golden(), build(keys).unwrap());
+    for text in HARD_TEXTS.iter().chain(&["<s>the<|im_start|>user"]) {
+        let tokens = expected.encode(text).unwrap();
+        assert_eq!(found.encode(text).unwrap(), tokens, "{text}");
+        assert_eq!(found.decode(&tokens).unwrap(), expected.decode(&tokens).unwrap());
+    }
+    // Unused ids have no text.
+    assert_eq!(found.decode(&[300, 301]).unwrap(), "");
+    let token_type = keys_of(&expected).unwrap();
+    let types = token_type.get("tokenizer.ggml.token_type").unwrap().as_array().unwrap();
+    let types = types.to_u64s().unwrap();
+    assert_eq!([types[0], types[267], types[299]], [1, 3, 5]);
+}
+
+#[test]
+fn ggml_keys_name_every_pre_tokenizer_that_is_read() {
+    for (name, found) in [
+        ("default", "default"),
+        ("gpt-2", "gpt-2"),
+        ("mpt", "gpt-2"),
+        ("smollm", "smollm"),
+        ("falcon", "falcon"),
+        ("llama3", "llama-bpe"),
+        ("dbrx", "dbrx"),
+        ("qwen2", "qwen2"),
+        ("stablelm2", "stablelm2"),
+        ("tekken", "tekken"),
+        ("gpt-4o", "gpt-4o"),
+    ] {
+        let keys = keys_of(&byte_level(name)).unwrap();
+        assert_eq!(keys.str("tokenizer.ggml.pre"), Some(found));
+    }
+}
+
+#[test]
+fn ggml_keys_keep_the_tokens_around_a_document() {
+    for (bos, eos) in [(false, false), (true, false), (true, true)] {
+        let flags: [(&str, Value); 4] = [
+            ("add_bos_token", bos.into()),
+            ("add_eos_token", eos.into()),
+            ("bos_token_id", 261u32.into()),
+            ("eos_token_id", 262u32.into()),
+        ];
+        let keys = keys_of(&build(byte_level_metadata("gpt-2", &flags)).unwrap()).unwrap();
+        assert_eq!(keys.bool("tokenizer.ggml.add_bos_token"), Some(bos));
+        assert_eq!(keys.u64("tokenizer.ggml.bos_token_id"), bos.then_some(261));
+        assert_eq!(keys.bool("tokenizer.ggml.add_eos_token"), Some(eos));
+        assert_eq!(keys.u64("tokenizer.ggml.eos_token_id"), eos.then_some(262));
+    }
+}
+
+#[test]
+fn ggml_keys_that_would_give_other_tokens_are_refused() {
+    let json: serde_json::Value = serde_json::from_str(&golden().to_json().unwrap()).unwrap();
+    let refusal = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut json = json.clone();
+        change(&mut json);
+        ggml_keys(&json.to_string(), 320, false).expect_err("a refusal").to_string()
+    };
+    for (change, message) in [
+        (
+            &(|json: &mut serde_json::Value| json["added_tokens"][0]["lstrip"] = true.into())
+                as &dyn Fn(&mut serde_json::Value),
+            "`lstrip` of token `<s>`",
+        ),
+        (&|json| json["pre_tokenizer"]["add_prefix_space"] = true.into(), "the pre-tokenizer"),
+        (&|json| json["normalizer"] = serde_json::json!({"type": "NFKC"}), "the normalizer"),
+        (&|json| json["pre_tokenizer"] = serde_json::Value::Null, "not byte-level"),
+    ] {
+        let found = refusal(change);
+        assert!(found.contains(message), "`{message}` in {found}");
+    }
+    let sentence_piece = build(sentence_piece_metadata(&[])).unwrap();
+    assert!(keys_of(&sentence_piece).is_err());
+    let too_small = ggml_keys(&json.to_string(), 100, false).err().unwrap().to_string();
+    assert!(too_small.contains("of a model with 100 tokens"), "{too_small}");
+}

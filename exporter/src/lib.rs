@@ -1,0 +1,76 @@
+//! The weights of a model in the layouts of other engines.
+//!
+//! [`export`] writes any [`ModelSource`] in the layout of a [`Target`] and tells in a [`Report`]
+//! what the layout costs. What each layout holds is told in `docs/export.md`.
+
+mod error;
+mod folder;
+mod gguf;
+mod gptq;
+mod onnx;
+mod safetensors;
+mod tensor;
+
+use std::path::Path;
+
+use slim_formats::ModelSource;
+
+pub use error::{ExportError, Result};
+
+/// A layout that other engines read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A llama.cpp file.
+    Gguf,
+    /// A Hugging Face folder with layers as GPTQ packs them.
+    Gptq,
+    /// A folder that ONNX Runtime and ONNX Runtime GenAI run.
+    Onnx,
+    /// A Hugging Face folder in fp16.
+    Safetensors,
+}
+
+/// What was written.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Tensors of the model, those of its configuration and tokenizer left out.
+    pub tensors: usize,
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// What the layout costs each matrix, in the order in which they were written.
+    pub layers: Vec<LayerLoss>,
+    /// What the layout cannot say about the model.
+    pub warnings: Vec<String>,
+}
+
+/// What a layout costs one matrix.
+#[derive(Debug, Clone)]
+pub struct LayerLoss {
+    /// The GGUF name.
+    pub name: String,
+    /// The name of the layout: `Q4_1`, `F16`, `GPTQ 4-bit`.
+    pub layout: &'static str,
+    /// `||W' - W|| / ||W||` of the weights as written and as the model has them.
+    pub error: f64,
+}
+
+/// Writes `model` in the layout of `target` to `path`: a file for [`Target::Gguf`], which is
+/// replaced if it exists, for the others a folder that must not exist. It appears whole or not at
+/// all. `on_tensor` is told each tensor before it is written.
+///
+/// # Errors
+/// `Unsupported` and `Unrepresentable` for what the layout cannot hold, `TargetExists`, and what
+/// reading and writing may fail with.
+pub fn export(
+    model: &dyn ModelSource,
+    target: Target,
+    path: &Path,
+    on_tensor: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    match target {
+        Target::Gguf => gguf::write(model, path, on_tensor),
+        Target::Gptq => gptq::write(model, path, on_tensor),
+        Target::Onnx => onnx::write(model, path, on_tensor),
+        Target::Safetensors => safetensors::write(model, path, on_tensor),
+    }
+}

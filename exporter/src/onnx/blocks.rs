@@ -1,0 +1,114 @@
+//! A SliM layer in the layout of ONNX Runtime's operator `MatMulNBits`.
+//!
+//! The operator knows one width and one block size per layer, and a scale per row and block. Its weights are
+//! `scale * (code - middle)` with `middle = 2^(bits - 1)`. It could be given zero points, too, but SliM's minima are real
+//! numbers, and with real zero points ONNX Runtime's CPU kernels dequantize the layer for every token (1.32: 5 to 20 times
+//! slower) or, with 8 bits, refuse. So what lacks in a block is an `offset` of its own, which is constant over the block's
+//! columns: `w = scale * (code - middle) + offset`. The offsets are a matrix 16 to 256 times narrower than the layer; its product with
+//! the sums of the inputs over each block, added to that of the operator, gives what the SliM layer gives.
+
+use slim_formats::slim::{Group, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes};
+
+/// Columns of the largest block that the operator takes.
+const MAX_BLOCK: usize = 256;
+
+/// Columns of the smallest block for which ONNX Runtime has a fast 2-bit kernel.
+const MIN_BLOCK_OF_2_BITS: usize = 32;
+
+/// A layer's codes, scales and offsets.
+pub struct Blocks {
+    /// Bits per code: 2, 4 or 8.
+    pub bits: u8,
+    /// Columns per block: a power of two that divides the columns.
+    pub block: usize,
+    /// `[rows, cols * bits / 8]`, the first code of a byte in its lowest bits.
+    pub codes: Vec<u8>,
+    /// `[rows, cols / block]`.
+    pub scales: Vec<f32>,
+    /// `[rows, cols / block]`.
+    pub offsets: Vec<f32>,
+}
+
+impl Blocks {
+    /// Lays out a layer with codes of at least `least_bits`.
+    pub fn new(packed: PackedTensor<'_>, least_bits: u8) -> Self {
+        let layout = packed.layout();
+        let (rows, cols) = (layout.rows(), layout.cols());
+        let block = block_size(layout);
+        let bits = node_bits(layout, block).max(least_bits);
+        let mut blocks = Self {
+            bits,
+            block,
+            codes: vec![0; rows * (cols * usize::from(bits) / 8)],
+            scales: vec![0.0; rows * (cols / block)],
+            offsets: vec![0.0; rows * (cols / block)],
+        };
+        for tile in 0..layout.tiles() {
+            for group in layout.groups() {
+                blocks.set_codes(packed, tile, group);
+                blocks.set_scales(packed, tile, group);
+            }
+        }
+        blocks
+    }
+
+    /// Codes of `width` bits move to the middle of those of `bits`.
+    fn set_codes(&mut self, packed: PackedTensor<'_>, tile: usize, group: &Group) {
+        let bits = usize::from(self.bits);
+        let row_bytes = packed.layout().cols() * bits / 8;
+        let shift = (1 << (bits - 1)) - half_range(group) as u8;
+        let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
+        let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+        unpack_codes(bytes, group.bit_width, &mut columns);
+        let rows = self.codes[tile * TILE_ROWS * row_bytes..].chunks_exact_mut(row_bytes);
+        for (lane, row) in rows.take(TILE_ROWS).enumerate() {
+            for (col, column) in group.cols.clone().zip(&columns) {
+                let bit = col * bits;
+                row[bit / 8] |= (column[lane] + shift) << (bit % 8);
+            }
+        }
+    }
+
+    /// `w = factor * code + offset` is `factor * (code - half) + (offset + factor * half)`.
+    fn set_scales(&mut self, packed: PackedTensor<'_>, tile: usize, group: &Group) {
+        let layout = packed.layout();
+        let row_blocks = layout.cols() / self.block;
+        let half = f32::from(half_range(group));
+        let rows = tile * TILE_ROWS..layout.rows().min((tile + 1) * TILE_ROWS);
+        let (d, m) = packed.row_scales(tile);
+        for (run, cols) in group.runs(layout.coding()).enumerate() {
+            let (factor, offset) = packed.scales(tile, group, run);
+            for (lane, row) in rows.clone().enumerate() {
+                let (factor, offset) = (d[lane] * factor[lane], m[lane] * offset[lane]);
+                let own = row * row_blocks + cols.start / self.block
+                    ..row * row_blocks + cols.end / self.block;
+                self.scales[own.clone()].fill(factor);
+                self.offsets[own].fill(offset + factor * half);
+            }
+        }
+    }
+}
+
+/// Half as many as a group has codes.
+fn half_range(group: &Group) -> u16 {
+    1 << (group.bit_width.bits() - 1)
+}
+
+/// The largest block that lies in one run of every row, wherever it starts: all lengths are multiples of 16.
+fn block_size(layout: &LayerLayout) -> usize {
+    let starts = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
+    let ends = starts.fold(layout.cols(), |ends, run| ends | run.start);
+    (1 << ends.trailing_zeros()).min(MAX_BLOCK)
+}
+
+/// The narrowest codes that hold those of every group, and that ONNX Runtime is fast with.
+fn node_bits(layout: &LayerLayout, block: usize) -> u8 {
+    let widest = layout.groups().iter().map(|group| group.bit_width.bits()).max();
+    match widest.unwrap_or(1) {
+        1 | 2 if block >= MIN_BLOCK_OF_2_BITS => 2,
+        1..=4 => 4,
+        _ => 8,
+    }
+}
+#[cfg(test)]
+mod tests;

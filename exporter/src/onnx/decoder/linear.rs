@@ -1,0 +1,194 @@
+//! Weight matrices in the graph: how they are stored, multiplied with, and looked up in.
+
+use half::f16;
+use slim_formats::{DType, Weight};
+use slim_kernels::weight;
+use slim_runtime::find_weight;
+
+use super::{
+    super::{
+        blocks::Blocks,
+        graph::{Attribute::Int, Element, Graph},
+    },
+    Decoder, PIECE, cast, f32_bytes,
+};
+use crate::Result;
+
+/// A weight matrix whose tensors are in the graph.
+pub struct Stored {
+    name: String,
+    rows: usize,
+    cols: usize,
+    kind: Kind,
+}
+
+enum Kind {
+    /// Tensors `NAME.codes [rows, cols / block, bytes]`, `NAME.scales` and `NAME.offsets [rows, cols / block]`.
+    Blocks { bits: u8, block: usize },
+    /// Tensor `NAME [rows, cols]`, F16 or F32.
+    Dense,
+}
+
+impl Decoder<'_> {
+    /// Writes the weight `name`, `[rows, cols]`: a SliM layer with codes of at least `least_bits`, F16 as it is, anything else as f32.
+    pub fn store(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        least_bits: u8,
+    ) -> Result<Stored> {
+        (self.on_tensor)(name);
+        let kind = match find_weight(self.source, name, rows, cols)? {
+            Weight::Packed(packed) => {
+                let blocks = Blocks::new(packed, least_bits);
+                let Blocks { bits, block, .. } = blocks;
+                let row_blocks = cols / block;
+                let dims = [rows, row_blocks, block * usize::from(bits) / 8];
+                let part = |part: &str| format!("{name}.{part}");
+                self.graph.tensor(&part("codes"), Element::U8, &dims, [Ok(blocks.codes)])?;
+                for (name, values) in
+                    [(part("scales"), blocks.scales), (part("offsets"), blocks.offsets)]
+                {
+                    let bytes = f32_bytes(&values);
+                    self.graph.tensor(&name, Element::F32, &[rows, row_blocks], [Ok(bytes)])?;
+                }
+                Kind::Blocks { bits, block }
+            }
+            found @ Weight::Dense(dense) => {
+                let element = match dense.dtype {
+                    DType::F16 => Element::F16,
+                    _ => Element::F32,
+                };
+                let pieces = (0..rows).step_by(PIECE).map(|start| {
+                    let rows = start..rows.min(start + PIECE);
+                    let mut values = vec![0.0; rows.len() * cols];
+                    weight::dequantize_rows(found, rows, &mut values)?;
+                    Ok(match element {
+                        Element::F16 => f16_bytes(&values),
+                        _ => f32_bytes(&values),
+                    })
+                });
+                self.graph.tensor(name, element, &[rows, cols], pieces)?;
+                Kind::Dense
+            }
+        };
+        Ok(Stored { name: name.to_owned(), rows, cols, kind })
+    }
+
+    /// The product of `input` with the weight of `layer`, called like the layer.
+    pub fn add_linear(
+        &mut self,
+        layer: &str,
+        rows: usize,
+        cols: usize,
+        input: &str,
+    ) -> Result<String> {
+        let stored = self.store(&format!("{layer}.weight"), rows, cols, 2)?;
+        self.multiply(&stored, input, layer);
+        Ok(layer.to_owned())
+    }
+
+    /// `output = input * weight^T`.
+    pub fn multiply(&mut self, weight: &Stored, input: &str, output: &str) {
+        let Stored { name, rows, cols, kind } = weight;
+        let part = |part: &str| format!("{name}.{part}");
+        match *kind {
+            Kind::Dense => {
+                cast(self.graph, name, Element::F32, &part("f32"));
+                self.multiply_dense(input, &part("f32"), output);
+            }
+            Kind::Blocks { bits, block } => {
+                let sums = self.add_block_sums(input, *cols, block);
+                let (scaled, shifted) = (format!("{output}.scaled"), format!("{output}.shifted"));
+                self.graph.contrib_node(
+                    "MatMulNBits",
+                    &[input, &part("codes"), &part("scales")],
+                    &[&scaled],
+                    &[
+                        ("K", Int(*cols as i64)),
+                        ("N", Int(*rows as i64)),
+                        ("bits", Int(bits.into())),
+                        ("block_size", Int(block as i64)),
+                        ("accuracy_level", Int(accuracy_level(bits))),
+                    ],
+                );
+                self.multiply_dense(&sums, &part("offsets"), &shifted);
+                self.graph.node("Add", &[&scaled, &shifted], &[output], &[]);
+            }
+        }
+    }
+
+    fn multiply_dense(&mut self, input: &str, weight: &str, output: &str) {
+        self.graph.contrib_node("FusedMatMul", &[input, weight], &[output], &[("transB", Int(1))]);
+    }
+
+    /// The sums of `input` over each block of columns: `[batch, sequence, cols / block]`.
+    fn add_block_sums(&mut self, input: &str, cols: usize, block: usize) -> String {
+        let sums = format!("{input}.sums_of_{block}");
+        if self.sums.insert(sums.clone()) {
+            let (shape, blocks) = (format!("{sums}.shape"), format!("{sums}.blocks"));
+            self.graph.integers(&shape, &[0, 0, (cols / block) as i64, block as i64], false);
+            self.graph.node("Reshape", &[input, &shape], &[&blocks], &[]);
+            self.graph.node(
+                "ReduceSum",
+                &[&blocks, "last_axis"],
+                &[&sums],
+                &[("keepdims", Int(0))],
+            );
+        }
+        sums
+    }
+
+    /// The embeddings of `input_ids`.
+    pub fn embed(&mut self, embedding: &Stored, output: &str) {
+        let graph = &mut *self.graph;
+        let name = &embedding.name;
+        let part = |part: &str| format!("{name}.{part}");
+        match embedding.kind {
+            Kind::Dense => {
+                let rows = gather_rows(graph, name);
+                cast(graph, &rows, Element::F32, output);
+            }
+            Kind::Blocks { .. } => {
+                let codes = gather_rows(graph, &part("codes"));
+                let [scales, offsets] = ["scales", "offsets"].map(|name| {
+                    let rows = gather_rows(graph, &part(name));
+                    let column = part(&format!("{name}.column"));
+                    graph.node("Unsqueeze", &[&rows, "last_axis"], &[&column], &[]);
+                    column
+                });
+                let [middle, values, centered, scaled, blocks, shape] =
+                    ["middle", "values", "centered", "scaled", "blocks", "shape"].map(part);
+                graph.integers(&part("middle.i64"), &[128], true);
+                cast(graph, &part("middle.i64"), Element::F32, &middle);
+                cast(graph, &codes, Element::F32, &values);
+                graph.node("Sub", &[&values, &middle], &[&centered], &[]);
+                graph.node("Mul", &[&centered, &scales], &[&scaled], &[]);
+                graph.node("Add", &[&scaled, &offsets], &[&blocks], &[]);
+                graph.integers(&shape, &[0, 0, embedding.cols as i64], false);
+                graph.node("Reshape", &[&blocks, &shape], &[output], &[]);
+            }
+        }
+    }
+}
+
+/// How `MatMulNBits` treats its inputs: level 0 leaves them as they are, level 4 rounds them to 8 bits per block.
+///
+/// ONNX Runtime's CPU kernels (1.32) multiply unrounded inputs with 4-bit codes only; with others, they would dequantize the whole
+/// layer for every token.
+fn accuracy_level(bits: u8) -> i64 {
+    if bits == 4 { 0 } else { 4 }
+}
+
+/// The rows of `tensor` that `input_ids` name.
+fn gather_rows(graph: &mut Graph, tensor: &str) -> String {
+    let rows = format!("{tensor}.of_input");
+    graph.node("Gather", &[tensor, "input_ids"], &[&rows], &[("axis", Int(0))]);
+    rows
+}
+
+/// Of values that were f16 before.
+fn f16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect()
+}

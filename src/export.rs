@@ -1,0 +1,112 @@
+//! `slimllm export`: a model's weights in the layout of another engine.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde_json::{Value as Json, json};
+use slim_exporter::{LayerLoss, Report, Target, export};
+
+use crate::{
+    args::{ExportArgs, Layout},
+    open::{check_parent, check_target},
+    output::{facts, note, plural, print, print_json, size},
+    progress::{Progress, duration},
+};
+
+pub fn run(args: &ExportArgs) -> Result<()> {
+    let start = Instant::now();
+    let source = args.model.open()?;
+    let target = match args.to {
+        Layout::Gguf => Target::Gguf,
+        Layout::Gptq => Target::Gptq,
+        Layout::Onnx => Target::Onnx,
+        Layout::Safetensors => Target::Safetensors,
+    };
+    match target {
+        Target::Gguf => check_target(&args.output, &source.files())?,
+        Target::Gptq | Target::Onnx | Target::Safetensors => check_parent(&args.output)?,
+    }
+    let blocks = source.config().block_count;
+    let progress = if args.quiet { Progress::silent() } else { Progress::new("block", blocks) };
+    let mut done = 0;
+    let report = export(&*source, target, &args.output, &mut |tensor| {
+        progress.detail(tensor);
+        let block = block_of(tensor).unwrap_or(done);
+        if block > done {
+            done = block;
+            progress.step(done, tensor);
+        }
+    });
+    progress.finish();
+    let report = report?;
+    for warning in &report.warnings {
+        note(format_args!("warning: {warning}"));
+    }
+    if args.json {
+        print_json(&report_json(&report, args, start.elapsed()))?;
+    } else if !args.quiet {
+        print(&describe(&report, args, start.elapsed()))?;
+    }
+    Ok(())
+}
+
+/// The number of the block that a tensor belongs to.
+fn block_of(tensor: &str) -> Option<usize> {
+    tensor.strip_prefix("blk.")?.split('.').next()?.parse().ok()
+}
+
+/// How many matrices each layout holds, in the order of their first.
+fn layouts(layers: &[LayerLoss]) -> Vec<(&'static str, usize)> {
+    let mut layouts: Vec<(&'static str, usize)> = Vec::new();
+    for layer in layers {
+        match layouts.iter_mut().find(|(layout, _)| *layout == layer.layout) {
+            Some((_, count)) => *count += 1,
+            None => layouts.push((layer.layout, 1)),
+        }
+    }
+    layouts
+}
+
+fn mean_error(layers: &[LayerLoss]) -> f64 {
+    layers.iter().map(|layer| layer.error).sum::<f64>() / layers.len().max(1) as f64
+}
+
+fn worst(layers: &[LayerLoss]) -> Option<&LayerLoss> {
+    layers.iter().max_by(|a, b| a.error.total_cmp(&b.error))
+}
+
+fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
+    let mut lines = vec![
+        ("written", args.output.display().to_string()),
+        ("tensors", plural(report.tensors, "tensor")),
+    ];
+    let layouts = layouts(&report.layers);
+    let layouts = layouts.iter().map(|(layout, count)| format!("{count} in {layout}"));
+    lines.push(("matrices", layouts.collect::<Vec<_>>().join(", ")));
+    if let Some(worst) = worst(&report.layers) {
+        let loss = format!(
+            "{:.6} (relative to the norm of the weights, mean over matrices)\nat most {:.6}, in {}",
+            mean_error(&report.layers),
+            worst.error,
+            worst.name
+        );
+        lines.push(("loss", loss));
+    }
+    lines.push(("size", size(report.bytes)));
+    lines.push(("time", duration(time)));
+    facts(&lines)
+}
+
+fn report_json(report: &Report, args: &ExportArgs, time: Duration) -> Json {
+    let layer = |layer: &LayerLoss| json!({"name": layer.name, "layout": layer.layout, "error": layer.error});
+    json!({
+        "output": args.output.to_string_lossy(),
+        "bytes": report.bytes,
+        "tensors": report.tensors,
+        "mean_error": mean_error(&report.layers),
+        "worst_error": worst(&report.layers).map(|layer| layer.error),
+        "seconds": time.as_secs_f64(),
+        "warnings": report.warnings,
+        "layers": report.layers.iter().map(layer).collect::<Json>(),
+    })
+}
