@@ -95,7 +95,7 @@ pub struct ConvertArgs {
     pub reference: bool,
 
     /// Bits of the embedding and the output layer; 16 keeps them as f16 [default: 8; 16 with --reference]
-    #[arg(long, value_name = "BITS", value_parser = one_of(["8", "16"]))]
+    #[arg(long, value_name = "BITS", value_parser = one_of(["4", "5", "6", "8", "16"]))]
     pub embed_bits: Option<usize>,
 
     /// Text to calibrate on [default: a built-in one]
