@@ -13,6 +13,8 @@ VENV     := target/venv
 PYTHON   := $(VENV)/bin/python
 GGUF     := gguf==0.19.0
 ONNX     := onnx==1.23.2 onnxruntime==1.32.0 safetensors==0.8.0
+# The package's shared library, whose name ends with the version.
+ORT_IN_VENV := site-packages/onnxruntime/capi/libonnxruntime.so.*
 RELEASE  := $(or $(CARGO_TARGET_DIR),target)/release
 SLIMLLM  := $(RELEASE)/slimllm
 DEBUG    := $(or $(CARGO_TARGET_DIR),target)/debug
@@ -30,8 +32,9 @@ demo: $(MODEL)
 
 test: test-product test-cuda test-peers test-onnx
 
-test-product: $(MODEL) $(VENV)/ready
-	SLIMLLM_TEST_MODEL="$(CURDIR)/$(MODEL)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" cargo test
+test-product: $(MODEL) $(VENV)/ready $(VENV)/onnx
+	SLIMLLM_TEST_MODEL="$(CURDIR)/$(MODEL)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" \
+	    SLIMLLM_TEST_ONNXRUNTIME="$$(echo "$(CURDIR)"/$(VENV)/lib/python3*/$(ORT_IN_VENV))" cargo test
 
 # The CUDA kernels and all that calls them, on an emulated driver: no GPU is needed.
 test-cuda: export LD_LIBRARY_PATH := $(EMULATOR)

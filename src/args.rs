@@ -258,7 +258,8 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", value_parser = range(1..))]
     pub windows: Option<usize>,
 
-    /// Also measure the divergence from this model, usually the unquantized source
+    /// Also measure the divergence from this model, usually the unquantized source; the graph of an .onnx file is run by
+    /// ONNX Runtime, from the library that ORT_DYLIB_PATH names or the system's
     #[arg(long, value_name = "SOURCE")]
     pub against: Option<PathBuf>,
 

@@ -1,16 +1,23 @@
 //! `slimllm eval`: perplexity, and divergence from another model.
 
-use std::time::Instant;
+use std::{
+    env::{
+        self,
+        consts::{DLL_PREFIX, DLL_SUFFIX},
+    },
+    path::Path,
+    time::Instant,
+};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use slim_runtime::{Evaluation, Protocol, evaluate};
+use slim_runtime::{Evaluation, InBatches, NextTokens, OnnxGraph, OnnxRuntime, Protocol, evaluate};
 
 use crate::{
     args::EvalArgs,
     failure::advised,
-    open::{open, read_text, tokenizer},
+    open::{is_onnx, open, read_text, tokenizer},
     output::{count, facts, plural, print, print_json},
     progress::Progress,
 };
@@ -21,24 +28,25 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let text = read_text(&args.text)?;
     let source = args.model.open()?;
     let model = args.execution.load(&*source, args.context)?;
-    let other_source = args.against.as_deref().map(open).transpose()?;
-    let other = match &other_source {
-        Some(source) => Some(args.execution.load(&**source, args.context)?),
+    let (other_source, other_model);
+    let mut other: Option<Box<dyn NextTokens>> = match &args.against {
         None => None,
+        Some(path) if is_onnx(path) => Some(Box::new(open_graph(path)?)),
+        Some(path) => {
+            other_source = open(path)?;
+            other_model = args.execution.load(&*other_source, args.context)?;
+            Some(Box::new(InBatches { model: &other_model, batch: args.context }))
+        }
     };
-    if let Some(other) = &other {
-        let (ours, theirs) = (model.config().vocab_size, other.config().vocab_size);
-        ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs} tokens");
-    }
     // As Python reads a text file, which is how published figures are made.
     let tokens = tokenizer(&*source)?.encode(&text.replace("\r\n", "\n"))?;
     let windows = choose_windows(tokens.len(), args)?;
 
     let progress = Progress::new("window", windows);
     let show = |done, perplexity| progress.step(done, format_args!("perplexity {perplexity:.4}"));
-    let protocol =
-        Protocol { context: args.context, windows, batch: args.batch.unwrap_or(args.context) };
-    let evaluation = evaluate(&model, other.as_ref(), &tokens, protocol, show)?;
+    let mut model = InBatches { model: &model, batch: args.batch.unwrap_or(args.context) };
+    let protocol = Protocol { context: args.context, windows };
+    let evaluation = evaluate(&mut model, other.as_deref_mut(), &tokens, protocol, show)?;
     progress.finish();
 
     let text_sha256: String =
@@ -49,6 +57,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         false => print(&describe(&evaluation, args, &text_sha256, seconds))?,
     }
     Ok(())
+}
+
+/// Opens a graph in ONNX Runtime: the library that ORT_DYLIB_PATH names, or the system's.
+fn open_graph(path: &Path) -> Result<OnnxGraph> {
+    let system = || format!("{DLL_PREFIX}onnxruntime{DLL_SUFFIX}").into();
+    let library = env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty());
+    Ok(OnnxRuntime::load(library.unwrap_or_else(system).as_ref())?.open(path)?)
 }
 
 /// How many windows to measure of a text of `tokens` tokens.
@@ -99,11 +114,12 @@ fn describe(evaluation: &Evaluation, args: &EvalArgs, text_sha256: &str, seconds
     let mut lines = vec![("perplexity", format!("{:.4}", evaluation.perplexity))];
     if let (Some(divergence), Some(other)) = (&evaluation.divergence, &args.against) {
         let kl = format!(
-            "mean {:.5}, median {:.5}, 99th percentile {:.5} nats per token, from `{}`",
-            divergence.kl_mean,
-            divergence.kl_p50,
-            divergence.kl_p99,
-            other.display()
+            "mean {}, median {}, 99th percentile {} nats per token, from `{}`{}",
+            nats(divergence.kl_mean),
+            nats(divergence.kl_p50),
+            nats(divergence.kl_p99),
+            other.display(),
+            if is_onnx(other) { " in ONNX Runtime" } else { "" }
         );
         lines.push(("KL divergence", kl));
         let agreement = format!("{:.2} % of tokens", 100.0 * divergence.top1_agreement);
@@ -123,4 +139,12 @@ fn describe(evaluation: &Evaluation, args: &EvalArgs, text_sha256: &str, seconds
     lines.push(("tokens", count(evaluation.tokens as u64)));
     lines.push(("seconds", format!("{seconds:.1}")));
     facts(&lines)
+}
+
+/// A divergence; where it comes from rounding alone, how small it is.
+fn nats(kl: f64) -> String {
+    match kl == 0.0 || kl.abs() >= 1e-4 {
+        true => format!("{kl:.5}"),
+        false => format!("{kl:.0e}"),
+    }
 }

@@ -51,35 +51,16 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(error) = cause.downcast_ref::<ExportError>() {
         return error.hint();
     }
-    match inner(cause) {
-        Inner::Format(error) => error.hint(),
-        Inner::Kernel(error) => error.hint(),
-        Inner::Other => None,
+    if let Some(error) = cause.downcast_ref::<ConvertError>() {
+        return match error {
+            ConvertError::Format(error) => error.hint(),
+            ConvertError::Kernel(error) => error.hint(),
+            ConvertError::Runtime(error) => error.hint(),
+            _ => None,
+        };
     }
-}
-
-/// The error of a lower crate in an error of the crates above it, which pass it on without a level of their own.
-enum Inner<'a> {
-    Format(&'a FormatError),
-    Kernel(&'a KernelError),
-    Other,
-}
-
-fn inner<'a>(cause: &'a (dyn Error + 'static)) -> Inner<'a> {
-    let runtime = match cause.downcast_ref::<ConvertError>() {
-        Some(ConvertError::Format(error)) => return Inner::Format(error),
-        Some(ConvertError::Kernel(error)) => return Inner::Kernel(error),
-        Some(ConvertError::Runtime(error)) => Some(error),
-        _ => cause.downcast_ref::<RuntimeError>(),
-    };
-    match runtime {
-        Some(RuntimeError::Format(error)) => return Inner::Format(error),
-        Some(RuntimeError::Kernel(error)) => return Inner::Kernel(error),
-        _ => {}
-    }
-    match (cause.downcast_ref(), cause.downcast_ref()) {
-        (Some(error), _) => Inner::Format(error),
-        (_, Some(error)) => Inner::Kernel(error),
-        _ => Inner::Other,
-    }
+    let runtime = cause.downcast_ref().and_then(RuntimeError::hint);
+    let format = || cause.downcast_ref().and_then(FormatError::hint);
+    let kernel = || cause.downcast_ref().and_then(KernelError::hint);
+    runtime.or_else(format).or_else(kernel)
 }

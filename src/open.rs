@@ -55,6 +55,11 @@ pub fn check_context(config: &ModelConfig, tokens: usize) -> Result<()> {
     Ok(())
 }
 
+/// Whether a file is an ONNX model.
+pub fn is_onnx(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "onnx")
+}
+
 /// Whether a file is a GGUF file that says it is a SliM file.
 pub fn is_slim(path: &Path) -> bool {
     path.is_file()

@@ -68,6 +68,7 @@ impl ExportError {
         match self {
             Self::Format(error) => error.hint(),
             Self::Kernels(error) => error.hint(),
+            Self::Runtime(error) => error.hint(),
             Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
             Self::TargetExists { .. } => Some("give a name that is free, or remove it".to_owned()),
             _ => None,

@@ -1,5 +1,7 @@
 //! The one error type of this crate, sorted by culprit.
 
+use std::path::PathBuf;
+
 use slim_formats::FormatError;
 
 /// Shorthand for results of this crate.
@@ -31,6 +33,24 @@ pub enum RuntimeError {
         /// The template engine's answer, with the line.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// There is no library ONNX Runtime, or none that this program can use.
+    #[error("`{}`: cannot load ONNX Runtime: {reason}", library.display())]
+    OnnxLibrary {
+        /// The library's file, or its name.
+        library: PathBuf,
+        /// Why, as a clause.
+        reason: String,
+    },
+    /// ONNX Runtime refused a graph, or failed at it.
+    #[error("`{}`: ONNX Runtime cannot {action}", path.display())]
+    OnnxGraph {
+        /// The model's file.
+        path: PathBuf,
+        /// What was tried, as the rest of "cannot ...".
+        action: &'static str,
+        /// ONNX Runtime's answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The caller asks for something that cannot be done.
     #[error("{what}: found {found}, expected {expected}")]
     InvalidArgument {
@@ -44,6 +64,21 @@ pub enum RuntimeError {
 }
 
 impl RuntimeError {
+    /// One sentence of advice, where one helps.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Format(error) => error.hint(),
+            Self::Kernel(error) => error.hint(),
+            Self::OnnxLibrary { .. } => Some(format!(
+                "run `pip install 'onnxruntime>=1.{}'` and set ORT_DYLIB_PATH to the file \
+                 `onnxruntime/capi/libonnxruntime.so.VERSION` below the location that \
+                 `pip show onnxruntime` names",
+                ort::MINOR_VERSION
+            )),
+            _ => None,
+        }
+    }
+
     /// A tokenizer that breaks a rule.
     pub(crate) fn tokenizer(reason: impl Into<String>) -> Self {
         Self::Tokenizer { reason: reason.into(), source: None }

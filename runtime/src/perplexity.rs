@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_kernels::{kl_divergence, log_softmax};
 
-use crate::{Model, Result};
+use crate::{Model, Result, RuntimeError};
 
 /// Positions whose logits are held at a time.
 const POSITIONS: usize = 128;
@@ -17,8 +17,46 @@ pub struct Protocol {
     pub context: usize,
     /// Windows, the first ones of the text; they do not overlap.
     pub windows: usize,
-    /// Tokens that go through the model at a time; 1 computes what generating text does.
+}
+
+/// What can be asked which token comes next.
+pub trait NextTokens {
+    /// Runs a window from an empty cache.
+    ///
+    /// # Errors
+    /// Those of what runs.
+    fn run(&mut self, window: &[u32]) -> Result<Logits<'_>>;
+}
+
+/// What tells the logits that follow some positions of a window, `[positions, vocab]`; those of all
+/// at once may take gigabytes.
+pub type Logits<'a> = Box<dyn Fn(Range<usize>) -> Result<Vec<f32>> + 'a>;
+
+/// A model that runs `batch` tokens at a time; with 1 it computes what generating text does.
+pub struct InBatches<'m> {
+    /// The model.
+    pub model: &'m Model<'m>,
+    /// Tokens.
     pub batch: usize,
+}
+
+impl NextTokens for InBatches<'_> {
+    fn run(&mut self, window: &[u32]) -> Result<Logits<'_>> {
+        let (model, batch, width) = (self.model, self.batch, self.model.config().hidden_size);
+        let mut cache = model.new_cache(window.len())?;
+        let mut hidden = Vec::with_capacity(window.len() * width);
+        for tokens in window.chunks(batch) {
+            hidden.extend(model.forward(tokens, &mut cache)?);
+        }
+        Ok(Box::new(move |positions| {
+            let hidden = &hidden[positions.start * width..positions.end * width];
+            let mut logits = Vec::with_capacity(positions.len() * model.config().vocab_size);
+            for hidden in hidden.chunks(batch * width) {
+                logits.extend(model.logits(hidden)?);
+            }
+            Ok(logits)
+        }))
+    }
 }
 
 /// What [`evaluate`] measures.
@@ -47,24 +85,24 @@ pub struct Divergence {
     pub top1_agreement: f64,
 }
 
-/// Runs `model` over windows of `tokens`, and `other` over the same, whole windows at a time; calls `progress` with the number of
-/// windows done and the perplexity so far.
+/// Runs `model` over windows of `tokens`, and `other` over the same; calls `progress` with the
+/// number of windows done and the perplexity so far.
 ///
 /// # Errors
-/// As [`Model::forward`].
+/// Those of the models; `InvalidArgument` if they have vocabularies of different sizes.
 pub fn evaluate(
-    model: &Model<'_>,
-    other: Option<&Model<'_>>,
+    model: &mut dyn NextTokens,
+    mut other: Option<&mut (dyn NextTokens + '_)>,
     tokens: &[u32],
     protocol: Protocol,
     mut progress: impl FnMut(usize, f64),
 ) -> Result<Evaluation> {
-    let Protocol { context, windows, batch } = protocol;
+    let Protocol { context, windows } = protocol;
     let chosen: Vec<&[u32]> = tokens.chunks_exact(context).take(windows).collect();
     let (mut total, mut positions) = (0.0, Vec::new());
     for (done, window) in chosen.iter().enumerate() {
-        let other = other.map(|other| Pass::of(other, window, context)).transpose()?;
-        let scores = score_window(&Pass::of(model, window, batch)?, other.as_ref(), window)?;
+        let theirs = other.as_mut().map(|other| other.run(window)).transpose()?;
+        let scores = score_window(&model.run(window)?, theirs.as_ref(), window)?;
         total +=
             scores.iter().map(|s| s.negative_log_likelihood).sum::<f64>() / scores.len() as f64;
         positions.extend(scores.into_iter().filter_map(|s| s.against));
@@ -78,38 +116,6 @@ pub fn evaluate(
     })
 }
 
-/// A window that went through a model, `batch` tokens at a time.
-struct Pass<'m> {
-    model: &'m Model<'m>,
-    batch: usize,
-    /// `[window, hidden]`.
-    hidden: Vec<f32>,
-}
-
-impl<'m> Pass<'m> {
-    fn of(model: &'m Model<'m>, window: &[u32], batch: usize) -> Result<Self> {
-        let mut cache = model.new_cache(window.len())?;
-        let mut hidden = Vec::with_capacity(window.len() * model.config().hidden_size);
-        for tokens in window.chunks(batch) {
-            hidden.extend(model.forward(tokens, &mut cache)?);
-        }
-        Ok(Self { model, batch, hidden })
-    }
-
-    /// `[positions, vocab]`: what the model expects after each position.
-    fn log_probabilities(&self, positions: Range<usize>) -> Result<Vec<f32>> {
-        let config = self.model.config();
-        let hidden =
-            &self.hidden[positions.start * config.hidden_size..positions.end * config.hidden_size];
-        let mut logits = Vec::with_capacity(positions.len() * config.vocab_size);
-        for hidden in hidden.chunks(self.batch * config.hidden_size) {
-            logits.extend(self.model.logits(hidden)?);
-        }
-        logits.par_chunks_mut(config.vocab_size).for_each(log_softmax);
-        Ok(logits)
-    }
-}
-
 struct Score {
     negative_log_likelihood: f64,
     /// KL from the other model, and whether both prefer the same token.
@@ -117,13 +123,21 @@ struct Score {
 }
 
 /// The scores of tokens 2 .. of a window.
-fn score_window(ours: &Pass<'_>, theirs: Option<&Pass<'_>>, window: &[u32]) -> Result<Vec<Score>> {
-    let vocab = ours.model.config().vocab_size;
+fn score_window(
+    ours: &Logits<'_>,
+    theirs: Option<&Logits<'_>>,
+    window: &[u32],
+) -> Result<Vec<Score>> {
     let mut scores = Vec::with_capacity(window.len() - 1);
     for first in (0..window.len() - 1).step_by(POSITIONS) {
         let positions = first..(first + POSITIONS).min(window.len() - 1);
-        let ours = ours.log_probabilities(positions.clone())?;
-        let theirs = theirs.map(|pass| pass.log_probabilities(positions.clone())).transpose()?;
+        let mut ours = ours(positions.clone())?;
+        let mut theirs = theirs.map(|theirs| theirs(positions.clone())).transpose()?;
+        let vocab = ours.len() / positions.len();
+        for logits in [Some(&mut ours), theirs.as_mut()].into_iter().flatten() {
+            check_vocab(logits.len() / positions.len(), vocab)?;
+            logits.par_chunks_mut(vocab).for_each(log_softmax);
+        }
         scores.par_extend(positions.clone().into_par_iter().map(|position| {
             let row = (position - first) * vocab..(position - first + 1) * vocab;
             let ours = &ours[row.clone()];
@@ -137,6 +151,17 @@ fn score_window(ours: &Pass<'_>, theirs: Option<&Pass<'_>>, window: &[u32]) -> R
         }));
     }
     Ok(scores)
+}
+
+fn check_vocab(found: usize, expected: usize) -> Result<()> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(RuntimeError::invalid_argument(
+            "vocabulary of the model to compare with",
+            format!("{found} tokens"),
+            format!("{expected}, as the model's own"),
+        )),
+    }
 }
 
 fn summarize(positions: Vec<(f64, bool)>) -> Divergence {

@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Command,
 };
 
 use serde_json::Value;
@@ -87,20 +87,50 @@ pub fn real_model() -> Option<PathBuf> {
     model.map(PathBuf::from)
 }
 
+/// The library ONNX Runtime from PyPI, if the environment tells where it is.
+pub fn onnx_runtime() -> Option<PathBuf> {
+    let library = std::env::var_os("SLIMLLM_TEST_ONNXRUNTIME");
+    if library.is_none() {
+        println!("skipped: SLIMLLM_TEST_ONNXRUNTIME is not set; run `make test`");
+    }
+    library.map(PathBuf::from)
+}
+
 /// What the command answered.
 pub struct Answer {
+    /// What was run.
+    command: String,
     pub code: i32,
     pub stdout: String,
     pub stderr: String,
 }
 
 impl Answer {
-    fn new(output: Output) -> Self {
+    /// Runs a command.
+    pub fn of(command: &mut Command) -> Self {
+        let output = command.output().unwrap();
         Self {
+            command: format!("{command:?}"),
             code: output.status.code().expect("the command ends by itself"),
             stdout: String::from_utf8(output.stdout).unwrap(),
             stderr: String::from_utf8(output.stderr).unwrap(),
         }
+    }
+
+    /// Checks that it is a success.
+    pub fn succeeds(self) -> Self {
+        assert_eq!(self.code, 0, "{}\n{}{}", self.command, self.stdout, self.stderr);
+        self
+    }
+
+    /// Checks that it is a failure with exit code 2 and a message that has all `fragments`.
+    pub fn fails(&self, fragments: &[&str]) {
+        let Self { command, code, stdout, stderr } = self;
+        assert_eq!(*code, 2, "{command}\n{stdout}{stderr}");
+        for fragment in fragments {
+            assert!(stderr.contains(fragment), "{command}: no `{fragment}` in\n{stderr}");
+        }
+        assert_eq!(stdout, "", "{command}: talk belongs on stderr");
     }
 
     /// The JSON document on stdout.
@@ -119,26 +149,15 @@ pub fn command(args: &[&str]) -> Command {
 
 /// Runs the command, whatever it answers.
 pub fn slimllm(args: &[&str]) -> Answer {
-    Answer::new(command(args).output().unwrap())
+    Answer::of(&mut command(args))
 }
 
 /// Runs the command, which must succeed.
 pub fn succeed(args: &[&str]) -> Answer {
-    let answer = slimllm(args);
-    assert_eq!(answer.code, 0, "{args:?}\n{}{}", answer.stdout, answer.stderr);
-    answer
+    slimllm(args).succeeds()
 }
 
 /// Runs the command, which must fail with exit code 2 and a message that has all `fragments`.
 pub fn fail(args: &[&str], fragments: &[&str]) {
-    let answer = slimllm(args);
-    assert_eq!(answer.code, 2, "{args:?}\n{}{}", answer.stdout, answer.stderr);
-    for fragment in fragments {
-        assert!(
-            answer.stderr.contains(fragment),
-            "{args:?}: no `{fragment}` in\n{}",
-            answer.stderr
-        );
-    }
-    assert_eq!(answer.stdout, "", "{args:?}: talk belongs on stderr");
+    slimllm(args).fails(fragments);
 }

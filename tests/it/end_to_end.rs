@@ -12,7 +12,7 @@ use slim_formats::{
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
-use slim_runtime::{Model, Protocol, Tokenizer, evaluate};
+use slim_runtime::{InBatches, Model, Protocol, Tokenizer, evaluate};
 
 use crate::command::{Dir, arg, fail, onnx_model, real_model, succeed, tiny_model};
 
@@ -315,9 +315,11 @@ fn divergence(file: &Path, source: &Path) -> f64 {
     let (model, other) = (Model::load(&*file, &Cpu), Model::load(&*source, &Cpu));
     let tokenizer = Tokenizer::new(source.tokenizer()).unwrap();
     let tokens = tokenizer.encode(&BUILT_IN_CALIBRATION[200_000..220_000]).unwrap();
-    let protocol = Protocol { context: 64, windows: 8, batch: 64 };
-    let evaluation =
-        evaluate(&model.unwrap(), Some(&other.unwrap()), &tokens, protocol, |_, _| {}).unwrap();
+    let protocol = Protocol { context: 64, windows: 8 };
+    let (model, other) = (model.unwrap(), other.unwrap());
+    let mut model = InBatches { model: &model, batch: 64 };
+    let mut other = InBatches { model: &other, batch: 64 };
+    let evaluation = evaluate(&mut model, Some(&mut other), &tokens, protocol, |_, _| {}).unwrap();
     evaluation.divergence.unwrap().kl_mean
 }
 

@@ -7,4 +7,5 @@ mod end_to_end; // from a model to its packed file to its logits
 mod export; // other engines' layouts, read back
 mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
+mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod real_model; // a real model, where there is one

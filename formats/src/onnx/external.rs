@@ -53,48 +53,59 @@ impl ExternalFiles {
         external: &External<'_>,
         bytes: u64,
     ) -> Result<(usize, Range<usize>)> {
-        let malformed = |what: &str, found: &str, expected: String| {
-            let place = format!("initializer `{name}`: {what} of its external data");
-            FormatError::malformed(&self.model, place, "", format!("`{found}`"), expected)
-        };
-        let location = external.location.unwrap_or_default();
-        let relative = plain_path(location).ok_or_else(|| {
-            let expected = "a path below the model's folder, without `..`".to_owned();
-            malformed("location", location, expected)
-        })?;
+        let index = self.file(name, external)?;
         let number = |what, text: &str| {
-            text.parse::<u64>().map_err(|_| malformed(what, text, "a whole number".to_owned()))
+            text.parse::<u64>()
+                .map_err(|_| self.malformed(name, what, text, "a whole number".to_owned()))
         };
         let offset = number("offset", external.offset.unwrap_or("0"))?;
         if let Some(text) = external.length
             && number("length", text)? != bytes
         {
-            return Err(malformed("length", text, format!("{bytes}, as its shape and type say")));
+            let expected = format!("{bytes}, as its shape and type say");
+            return Err(self.malformed(name, "length", text, expected));
         }
-        let index = match self.files.iter().position(|(path, _)| *path == relative) {
-            Some(index) => index,
-            None => {
-                let file = self.open(location, &relative)?;
-                self.files.push((relative, file));
-                self.files.len() - 1
-            }
-        };
-        let file_bytes = self.files[index].1.len() as u64;
+        let (location, file) = &self.files[index];
+        let file_bytes = file.len() as u64;
         match offset.checked_add(bytes) {
             // Both fit in `usize`, as the length of a map does.
             Some(end) if end <= file_bytes => Ok((index, offset as usize..end as usize)),
             _ => {
                 let place = format!("initializer `{name}`: its external data");
                 let found = format!("{bytes} bytes from {offset} on");
+                let location = location.display();
                 let expected = format!("a range in the {file_bytes} bytes of `{location}`");
                 Err(FormatError::malformed(&self.model, place, "", found, expected))
             }
         }
     }
 
+    /// The file that holds the values of the tensor `name`.
+    ///
+    /// # Errors
+    /// `Malformed` for a name that is not allowed, `Unsupported` for a link, `Io`.
+    pub fn file(&mut self, name: &str, external: &External<'_>) -> Result<usize> {
+        let location = external.location.unwrap_or_default();
+        let relative = plain_path(location).ok_or_else(|| {
+            let expected = "a path below the model's folder, without `..`".to_owned();
+            self.malformed(name, "location", location, expected)
+        })?;
+        if let Some(index) = self.files.iter().position(|(path, _)| *path == relative) {
+            return Ok(index);
+        }
+        let file = self.open(location, &relative)?;
+        self.files.push((relative, file));
+        Ok(self.files.len() - 1)
+    }
+
     /// The mapped files.
     pub fn into_maps(self) -> Vec<MappedFile> {
         self.files.into_iter().map(|(_, file)| file).collect()
+    }
+
+    fn malformed(&self, name: &str, what: &str, found: &str, expected: String) -> FormatError {
+        let place = format!("initializer `{name}`: {what} of its external data");
+        FormatError::malformed(&self.model, place, "", format!("`{found}`"), expected)
     }
 
     /// Opens a file, then checks that it is what its path led to without links.
@@ -124,8 +135,10 @@ impl ExternalFiles {
 }
 
 /// A relative path of plain names, `None` for any other, on any system.
+///
+/// No name has a `*`: in memory ONNX Runtime writes `*/_ORT_MEM_ADDR_/*` for values at an address.
 fn plain_path(location: &str) -> Option<PathBuf> {
-    if location.contains(['\\', ':', '\0']) {
+    if location.contains(['\\', ':', '*', '\0']) {
         return None;
     }
     let mut path = PathBuf::new();

@@ -125,7 +125,11 @@ impl<'a> Graph<'a> {
 }
 
 impl<'a> Initializer<'a> {
-    fn read(path: &'a Path, message: Message<'a>) -> Result<Self> {
+    /// Reads a `TensorProto`.
+    ///
+    /// # Errors
+    /// `Malformed` if it contradicts itself, `LimitExceeded`.
+    pub fn read(path: &'a Path, message: Message<'a>) -> Result<Self> {
         let mut tensor =
             Self { name: "", dims: Vec::new(), data_type: 0, data: Data::Inline(0..0) };
         let mut external = External::default();

@@ -6,6 +6,7 @@
 //! from the memory maps of the model file and of its external data; transposed and fused ones, too
 //! ([`Layout::Transposed`]).
 
+mod every_tensor;
 mod external;
 mod graph;
 mod modules;
@@ -30,6 +31,8 @@ use crate::{
     TokenizerSource, Weight,
     folder::{Description, Folder},
 };
+pub use every_tensor::check_external_data;
+
 use external::ExternalFiles;
 use graph::{Data, Graph, Initializer};
 use modules::{Modules, Slot};

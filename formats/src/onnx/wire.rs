@@ -47,6 +47,11 @@ impl<'a> Message<'a> {
         Self { path, kind, start: 0, bytes }
     }
 
+    /// What it should be.
+    pub fn kind(&self) -> &'static str {
+        self.kind
+    }
+
     /// Its fields in the order of the file; nothing follows an error.
     pub fn fields(self) -> impl Iterator<Item = Result<Field<'a>>> {
         let mut cursor = Cursor { message: self, position: 0 };

@@ -8,7 +8,7 @@ use slim_kernels::{
     Cpu,
     cuda::{Device, KvType},
 };
-use slim_runtime::{CudaSettings, Model, Protocol, Tokenizer, evaluate};
+use slim_runtime::{CudaSettings, InBatches, Model, Protocol, Tokenizer, evaluate};
 
 use crate::report::{Bound, Report};
 
@@ -36,9 +36,10 @@ pub fn compare(
         kv_type: KvType::F16,
         context: CONTEXT,
     };
-    let protocol = Protocol { context: CONTEXT, windows, batch: CONTEXT };
+    let protocol = Protocol { context: CONTEXT, windows };
     let mut perplexity = |name: &str, model: &Model<'_>| -> Result<f64> {
-        let found = evaluate(model, None, &tokens, protocol, |_, _| ())?.perplexity;
+        let mut model = InBatches { model, batch: CONTEXT };
+        let found = evaluate(&mut model, None, &tokens, protocol, |_, _| ())?.perplexity;
         let what = format!("perplexity, {windows} windows of {CONTEXT}: {name}");
         report.fact(&what, format!("{found:.5}"));
         Ok(found)
