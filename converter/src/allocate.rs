@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use slim_formats::slim::{BitWidth, TILE_ROWS};
 use slim_kernels::{
     kl_divergence,
-    linalg::{self, Mat, Store},
+    linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
 
@@ -134,7 +134,7 @@ impl<'a> Outputs<'a> {
         let mut out = vec![0.0; self.tokens * self.rows];
         let x = Mat::new(self.x, self.tokens, self.cols);
         let w = Mat::new(weights, self.rows, self.cols);
-        linalg::matmul(&mut out, self.rows, Store::REPLACE, x, w.transposed());
+        linalg::matmul(Precision::Fine, &mut out, self.rows, Store::REPLACE, x, w.transposed());
         out
     }
 
@@ -143,7 +143,14 @@ impl<'a> Outputs<'a> {
         let x = Mat::strided(&self.x[cols.start..], self.tokens, cols.len(), self.cols);
         for (weights, sign) in [(new, 1.0), (old, -1.0)] {
             let w = Mat::strided(&weights[cols.start..], self.rows, cols.len(), self.cols);
-            linalg::matmul(out, self.rows, Store { alpha: sign, add: true }, x, w.transposed());
+            linalg::matmul(
+                Precision::Fine,
+                out,
+                self.rows,
+                Store { alpha: sign, add: true },
+                x,
+                w.transposed(),
+            );
         }
     }
 

@@ -7,6 +7,7 @@ mod student;
 
 use std::{
     fs,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -15,14 +16,18 @@ use slim_formats::{
     gguf::Metadata,
     slim::{LayerInfo, SlimFile, SlimWriter},
 };
-use slim_kernels::Cpu;
-use slim_runtime::{Model, SplitMix64};
+use slim_kernels::linalg::Precision;
+use slim_runtime::SplitMix64;
 
 use self::student::Student;
 use crate::{
     Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources, Result, Settings,
-    backward::Loss, convert::convert,
+    backward::{Backward, Loss},
+    convert::convert,
 };
+
+/// Of the products of both models.
+const PRECISION: Precision = Precision::Coarse;
 
 /// Sequences that go through both models in one step.
 const SEQUENCES: usize = 2;
@@ -82,7 +87,7 @@ pub fn distill(
         });
     }
     let mut student = Student::new(draft)?;
-    let teacher = Model::load(source, &Cpu)?;
+    let teacher = Backward::load(source, PRECISION)?;
     let mut random = SplitMix64::new(!settings.seed); // not the places of the calibration samples
     for step in 0..settings.steps {
         let sequences = windows(&calibration.text, settings.context, &mut random);
@@ -122,19 +127,16 @@ fn rate(step: usize, steps: usize) -> f64 {
 
 /// One step, number `step` counted from 1; gives the loss before it.
 fn train_on(
-    teacher: &Model<'_>,
+    teacher: &Backward<'_>,
     student: &mut Student<'_>,
     sequences: &[&[u32]],
     rate: f64,
     step: usize,
 ) -> Result<f64> {
-    let hidden_size = teacher.config().hidden_size;
-    let mut hidden = Vec::new();
-    for sequence in sequences {
-        hidden.extend(teacher.forward(sequence, &mut teacher.new_cache(sequence.len())?)?);
-    }
-    let mut logits = |tokens: std::ops::Range<usize>| {
-        Ok(teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])?)
+    let hidden = teacher.hidden(sequences)?;
+    let hidden_size = teacher.config.hidden_size;
+    let mut logits = |tokens: Range<usize>| {
+        teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])
     };
     student.step(sequences, &mut Loss::Divergence(&mut logits), rate as f32, step)
 }

@@ -1,7 +1,7 @@
 //! The proxy Hessian of a layer's inputs, and its factor.
 
 use rayon::prelude::*;
-use slim_kernels::linalg::{self, Mat, Store, matmul};
+use slim_kernels::linalg::{self, Mat, Precision, Store, matmul};
 
 use crate::{Activations, Engine, Result};
 
@@ -92,6 +92,7 @@ impl Hessian {
             let m = rows.len() / n;
             let mut product = vec![0.0; rows.len()];
             matmul(
+                Precision::Fine,
                 &mut product,
                 n,
                 Store::REPLACE,
@@ -117,9 +118,16 @@ impl Factor {
         let ordered: Vec<f32> =
             m.chunks_exact(n).flat_map(|row| order.iter().map(|&col| row[col])).collect();
         let mut half = vec![0.0; m.len()];
-        matmul(&mut half, n, Store::REPLACE, Mat::new(&ordered, rows, n), u.transposed());
+        matmul(
+            Precision::Fine,
+            &mut half,
+            n,
+            Store::REPLACE,
+            Mat::new(&ordered, rows, n),
+            u.transposed(),
+        );
         let mut solved = ordered;
-        matmul(&mut solved, n, Store::REPLACE, Mat::new(&half, rows, n), u);
+        matmul(Precision::Fine, &mut solved, n, Store::REPLACE, Mat::new(&half, rows, n), u);
         let mut out = half;
         for (out, solved) in out.chunks_exact_mut(n).zip(solved.chunks_exact(n)) {
             order.iter().zip(solved).for_each(|(&col, value)| out[col] = *value);

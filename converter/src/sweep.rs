@@ -8,7 +8,7 @@ use std::{borrow::Cow, ops::Range};
 use rayon::prelude::*;
 use slim_formats::slim::{BitWidth, CodeColumn, LayerLayout, TILE_ROWS, TileMut};
 use slim_kernels::{
-    linalg::{self, Mat, Store},
+    linalg::{self, Mat, Precision, Store},
     per_isa,
 };
 
@@ -167,7 +167,7 @@ fn add_product(
     let right = &right[from.start * cols + into.start..];
     let right = Mat::strided(right, from.len(), into.len(), cols);
     let left = Mat::new(left, rows, from.len());
-    linalg::matmul(&mut out[into.start..], cols, store, left, right);
+    linalg::matmul(Precision::Fine, &mut out[into.start..], cols, store, left, right);
 }
 
 /// Columns that share scales.

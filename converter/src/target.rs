@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use slim_kernels::linalg::{self, Mat, Store};
+use slim_kernels::linalg::{self, Mat, Precision, Store};
 
 use crate::{Activations, calibrator::FloatStage};
 
@@ -54,7 +54,7 @@ impl Correction {
         let mut out = weights.to_vec();
         let (w, relative) =
             (Mat::new(weights, weights.len() / cols, cols), Mat::new(&self.relative, cols, cols));
-        linalg::matmul(&mut out, cols, Store::ADD, w, relative);
+        linalg::matmul(Precision::Fine, &mut out, cols, Store::ADD, w, relative);
         if let Some(absolute) = &self.absolute {
             out.iter_mut().zip(absolute).for_each(|(out, absolute)| *out += absolute);
         }
@@ -87,7 +87,7 @@ fn cross(
         let (y, x) = (y(batch.clone()), x.batch(batch));
         let tokens = x.len() / cols;
         let y = Mat::new(&y, tokens, rows).transposed();
-        linalg::matmul(&mut sum, cols, store, y, Mat::new(x, tokens, cols));
+        linalg::matmul(Precision::Fine, &mut sum, cols, store, y, Mat::new(x, tokens, cols));
     }
     sum
 }

@@ -4,8 +4,8 @@
 use rayon::prelude::*;
 use slim_formats::ModelConfig;
 use slim_kernels::{
-    AttentionShape, Backend, Cpu, KvView,
-    linalg::{self, Mat, Store},
+    AttentionShape, KvView, attention,
+    linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
 
@@ -16,6 +16,7 @@ const QUERY_BLOCK: usize = 128;
 
 /// Rotated queries and keys, and values of equally long sequences that follow each other; `m` tokens in all.
 pub struct Attention<'s> {
+    precision: Precision,
     /// Of one sequence.
     shape: AttentionShape,
     /// `[m, heads * head_dim]`.
@@ -36,6 +37,7 @@ pub struct Gradients {
 impl<'s> Attention<'s> {
     /// Of sequences of `context` tokens; shapes as above.
     pub fn new(
+        precision: Precision,
         config: &ModelConfig,
         context: usize,
         q: &'s [f32],
@@ -50,12 +52,12 @@ impl<'s> Attention<'s> {
             m: context,
             window: config.sliding_window,
         };
-        Self { shape, q, k, v }
+        Self { precision, shape, q, k, v }
     }
 
     /// The outputs, `[m, heads * head_dim]`.
     pub fn forward(&self) -> Vec<f32> {
-        let Self { shape, q, k, v } = self;
+        let Self { precision, shape, q, k, v } = self;
         let q_len = shape.m * shape.query_stride();
         let kv_len = shape.m * self.shape.kv_stride();
         let mut out = vec![0.0; q.len()];
@@ -64,8 +66,7 @@ impl<'s> Attention<'s> {
         for ((out, q), (k, v)) in queries.zip(cached) {
             let (keys, values) = (self.heads_first(k), self.heads_first(v));
             let kv = KvView { keys: &keys, values: &values, capacity: shape.m };
-            let computed = Cpu.attention(q, kv, shape, out);
-            computed.expect("the processor takes every shape");
+            attention(*precision, q, kv, shape, out);
         }
         out
     }
@@ -115,9 +116,9 @@ impl<'s> Attention<'s> {
             let dy_block = Mat::strided(&dy[q_at..], block, dim, q_stride);
 
             let mut probabilities = vec![0.0; block * len];
-            linalg::matmul(&mut probabilities, len, scaled, q, k.transposed());
+            linalg::matmul(self.precision, &mut probabilities, len, scaled, q, k.transposed());
             let mut d_scores = vec![0.0; block * len];
-            linalg::matmul(&mut d_scores, len, scaled, dy_block, v.transposed());
+            linalg::matmul(self.precision, &mut d_scores, len, scaled, dy_block, v.transposed());
             let rows = probabilities.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len));
             for (t, (probabilities, d_scores)) in (first..).zip(rows) {
                 let visible = self.shape.visible(t);
@@ -136,11 +137,18 @@ impl<'s> Attention<'s> {
             let d_q = &mut gradients.q[first * dim..][..block * dim];
             let (probabilities, d_scores) =
                 (Mat::new(&probabilities, block, len), Mat::new(&d_scores, block, len));
-            linalg::matmul(d_q, dim, Store::REPLACE, d_scores, k);
+            linalg::matmul(self.precision, d_q, dim, Store::REPLACE, d_scores, k);
             let d_k = &mut gradients.k[seen.start * dim..seen.end * dim];
-            linalg::matmul(d_k, dim, Store::ADD, d_scores.transposed(), q);
+            linalg::matmul(self.precision, d_k, dim, Store::ADD, d_scores.transposed(), q);
             let d_v = &mut gradients.v[seen.start * dim..seen.end * dim];
-            linalg::matmul(d_v, dim, Store::ADD, probabilities.transposed(), dy_block);
+            linalg::matmul(
+                self.precision,
+                d_v,
+                dim,
+                Store::ADD,
+                probabilities.transposed(),
+                dy_block,
+            );
         }
         gradients
     }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use slim_formats::{ModelConfig, Weight};
-use slim_kernels::{Backend, Cpu, RopeAngles, weight};
+use slim_kernels::{Backend, Cpu, RopeAngles, linalg::Precision};
 use slim_runtime::{Block, rope_angles};
 
 use super::{
@@ -15,8 +15,10 @@ use crate::Result;
 /// Tokens per task in sums over tokens.
 const TOKENS_PER_TASK: usize = 64;
 
-/// A block on the way back.
+/// A block on its way forward and back.
 pub struct Walk<'b> {
+    /// Of its products.
+    pub precision: Precision,
     pub config: &'b ModelConfig,
     pub block: &'b Block<'b>,
     pub index: usize,
@@ -49,10 +51,18 @@ struct Activations {
 }
 
 impl Walk<'_> {
+    /// The output of the block for its input `x`; both `[m, hidden]`.
+    pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let Activations { mut middle, activation, .. } = self.activations(x, &self.angles())?;
+        let added = self.product(self.block.ffn_down, &activation)?;
+        middle.iter_mut().zip(added).for_each(|(middle, added)| *middle += added);
+        Ok(middle)
+    }
+
     /// Turns the gradient `dx` at the block's output into that at its input `x`; both `[m, hidden]`.
     pub fn reverse(&self, x: &[f32], dx: &mut [f32], visit: &mut Visitor<'_>) -> Result<()> {
-        let Self { config, block, index, context } = *self;
-        let angles = rope_angles(config, 0, context);
+        let Self { precision, config, block, index, context } = *self;
+        let angles = self.angles();
         let Activations {
             normed,
             q,
@@ -64,12 +74,12 @@ impl Walk<'_> {
             mut gate,
             mut up,
             activation,
-        } = self.forward(x, &angles)?;
+        } = self.activations(x, &angles)?;
 
         visit(self.linear(Linear::FfnDown, &activation, dx))?;
         let mut d_activation = activation;
         d_activation.fill(0.0);
-        product::add(&mut d_activation, dx, block.ffn_down)?;
+        product::add(precision, &mut d_activation, dx, block.ffn_down)?;
         reverse_swiglu(&mut gate, &mut up, &d_activation);
         drop(d_activation);
         let (d_gate, d_up) = (gate, up);
@@ -77,16 +87,16 @@ impl Walk<'_> {
         visit(self.linear(Linear::FfnGate, &ffn_input, &d_gate))?;
         visit(self.linear(Linear::FfnUp, &ffn_input, &d_up))?;
         let mut d_ffn_input = vec![0.0; x.len()];
-        product::add(&mut d_ffn_input, &d_gate, block.ffn_gate)?;
-        product::add(&mut d_ffn_input, &d_up, block.ffn_up)?;
+        product::add(precision, &mut d_ffn_input, &d_gate, block.ffn_gate)?;
+        product::add(precision, &mut d_ffn_input, &d_up, block.ffn_up)?;
         let epsilon = config.norm_epsilon;
         let d_ffn_norm = reverse_rms_norm(&middle, &block.ffn_norm, epsilon, &d_ffn_input, dx);
         visit(Gradient::Norm(Norm::Ffn(index), &d_ffn_norm))?;
 
         visit(self.linear(Linear::AttnOutput, &attended, dx))?;
         let mut d_attended = vec![0.0; attended.len()];
-        product::add(&mut d_attended, dx, block.attn_output)?;
-        let attention = Attention::new(config, context, &q, &k, &v);
+        product::add(precision, &mut d_attended, dx, block.attn_output)?;
+        let attention = Attention::new(precision, config, context, &q, &k, &v);
         let Gradients { q: mut d_q, k: mut d_k, v: d_v } =
             attention.reverse(&attended, &d_attended);
         let back = RopeAngles { sin: angles.sin.iter().map(|sin| -sin).collect(), ..angles };
@@ -97,11 +107,21 @@ impl Walk<'_> {
         visit(self.linear(Linear::AttnK, &normed, &d_k))?;
         visit(self.linear(Linear::AttnV, &normed, &d_v))?;
         let mut d_normed = vec![0.0; x.len()];
-        product::add(&mut d_normed, &d_q, block.attn_q)?;
-        product::add(&mut d_normed, &d_k, block.attn_k)?;
-        product::add(&mut d_normed, &d_v, block.attn_v)?;
+        product::add(precision, &mut d_normed, &d_q, block.attn_q)?;
+        product::add(precision, &mut d_normed, &d_k, block.attn_k)?;
+        product::add(precision, &mut d_normed, &d_v, block.attn_v)?;
         let d_attn_norm = reverse_rms_norm(x, &block.attn_norm, epsilon, &d_normed, dx);
         visit(Gradient::Norm(Norm::Attn(index), &d_attn_norm))
+    }
+
+    /// The rotation angles of one sequence.
+    fn angles(&self) -> RopeAngles {
+        rope_angles(self.config, 0, self.context)
+    }
+
+    /// `[m, cols]` to `[m, rows]`.
+    fn product(&self, w: Weight<'_>, x: &[f32]) -> Result<Vec<f32>> {
+        product::linear(self.precision, w, x)
     }
 
     fn linear<'g>(&self, layer: Linear, x: &'g [f32], dy: &'g [f32]) -> Gradient<'g> {
@@ -109,38 +129,29 @@ impl Walk<'_> {
     }
 
     /// The stages of [`Block::forward`], but the last product.
-    fn forward(&self, x: &[f32], angles: &RopeAngles) -> Result<Activations> {
-        let Self { config, block, context, .. } = *self;
+    fn activations(&self, x: &[f32], angles: &RopeAngles) -> Result<Activations> {
+        let Self { precision, config, block, context, .. } = *self;
         let norm = |x: &[f32], weight: &[f32]| {
             let mut out = vec![0.0; x.len()];
             Cpu.rms_norm(x, weight, config.norm_epsilon, &mut out);
             out
         };
         let normed = norm(x, &block.attn_norm);
-        let mut q = linear(block.attn_q, &normed)?;
-        let mut k = linear(block.attn_k, &normed)?;
-        let v = linear(block.attn_v, &normed)?;
+        let mut q = self.product(block.attn_q, &normed)?;
+        let mut k = self.product(block.attn_k, &normed)?;
+        let v = self.product(block.attn_v, &normed)?;
         rotate(&mut q, config.head_count, angles);
         rotate(&mut k, config.kv_head_count, angles);
-        let attended = Attention::new(config, context, &q, &k, &v).forward();
-        let mut middle = linear(block.attn_output, &attended)?;
+        let attended = Attention::new(precision, config, context, &q, &k, &v).forward();
+        let mut middle = self.product(block.attn_output, &attended)?;
         middle.iter_mut().zip(x).for_each(|(middle, x)| *middle += x);
         let ffn_input = norm(&middle, &block.ffn_norm);
-        let gate = linear(block.ffn_gate, &ffn_input)?;
-        let up = linear(block.ffn_up, &ffn_input)?;
+        let gate = self.product(block.ffn_gate, &ffn_input)?;
+        let up = self.product(block.ffn_up, &ffn_input)?;
         let mut activation = gate.clone();
         Cpu.swiglu(&mut activation, &up);
         Ok(Activations { normed, q, k, v, attended, middle, ffn_input, gate, up, activation })
     }
-}
-
-/// `[m, cols]` to `[m, rows]`.
-fn linear(w: Weight<'_>, x: &[f32]) -> Result<Vec<f32>> {
-    let (rows, cols) = weight::shape(w);
-    let m = x.len() / cols;
-    let mut out = vec![0.0; m * rows];
-    Cpu.matmul(w, x, m, &mut out)?;
-    Ok(out)
 }
 
 /// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.

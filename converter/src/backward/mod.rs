@@ -16,19 +16,21 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 use slim_formats::{DType, DenseTensor, Layout, ModelConfig, ModelSource, Weight};
-use slim_kernels::{Backend, Cpu, kl_divergence, log_softmax, weight};
-use slim_runtime::{Block, Context, KvBlock, Model, embed, rope_angles};
+use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax, weight};
+use slim_runtime::{Block, Model, embed};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
 pub use sensitivities::{Sensitivities, sensitivities};
 
 /// Tokens whose logits are held at a time.
-const LOGIT_TOKENS: usize = 256;
+const LOGIT_TOKENS: usize = 512;
 
 /// A model of the Llama family whose gradients are wanted. Any part can be replaced by another of the same shape.
 #[derive(Clone)]
 pub struct Backward<'a> {
+    /// Of the products of both passes.
+    pub precision: Precision,
     /// Hyperparameters.
     pub config: &'a ModelConfig,
     /// `[vocab, hidden]`.
@@ -133,11 +135,11 @@ pub enum Gradient<'g> {
 pub type Visitor<'v> = dyn FnMut(Gradient<'_>) -> Result<()> + 'v;
 
 impl<'a> Backward<'a> {
-    /// The model as it is in its source.
+    /// The model as it is in its source, with products of this precision.
     ///
     /// # Errors
     /// `Runtime` if a tensor is missing or has the wrong shape.
-    pub fn load(source: &'a dyn ModelSource) -> Result<Self> {
+    pub fn load(source: &'a dyn ModelSource, precision: Precision) -> Result<Self> {
         Model::load(source, &Cpu)?; // finds and checks every tensor
         let find = |name: &str| -> Result<Weight<'a>> {
             Ok(source.tensor(name)?.expect("a tensor that was found before"))
@@ -153,14 +155,14 @@ impl<'a> Backward<'a> {
             .collect::<Result<_>>()?;
         let mut output_norm = vec![0.0; config.hidden_size];
         weight::dequantize_rows(find("output_norm.weight")?, 0..1, &mut output_norm)?;
-        Ok(Self { config, embedding, blocks, output_norm, output })
+        Ok(Self { precision, config, embedding, blocks, output_norm, output })
     }
 
     /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`, from the last layer to
     /// the first.
     ///
     /// # Memory
-    /// In floats, `tokens * hidden` per block, the activations of one block, and 256 tokens' logits up to three times.
+    /// In floats, `tokens * hidden` per block, the activations of one block, and 512 tokens' logits up to three times.
     ///
     /// # Errors
     /// `InvalidSetting` if the sequences are empty or not equally long; `Runtime` for a token outside the vocabulary;
@@ -171,39 +173,50 @@ impl<'a> Backward<'a> {
         loss: &mut Loss<'_>,
         visit: &mut Visitor<'_>,
     ) -> Result<f64> {
-        let context = sequences.first().map_or(0, |sequence| sequence.len());
-        if context == 0 || sequences.iter().any(|sequence| sequence.len() != context) {
-            let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len()).collect();
-            return Err(ConvertError::InvalidSetting {
-                what: "tokens in sequences",
-                found: format!("{lengths:?}"),
-                expected: "equal lengths of at least 1".into(),
-            });
+        let context = equal_length(sequences)?;
+        let mut residuals = vec![embed(self.embedding, &sequences.concat())?];
+        for index in 0..self.blocks.len() {
+            residuals.push(self.walk(index, context).forward(&residuals[index])?);
         }
-        let mut residuals = self.forward(sequences, context)?;
         let x = residuals.pop().expect("the output of the last block");
         let (loss, mut dx) = self.reverse_output(&x, sequences, loss, visit)?;
         drop(x);
-        for (index, block) in self.blocks.iter().enumerate().rev() {
-            let x = residuals.pop().expect("the input of each block");
-            let walk = block::Walk { config: self.config, block, index, context };
-            walk.reverse(&x, &mut dx, visit)?;
+        for (index, x) in residuals.into_iter().enumerate().rev() {
+            self.walk(index, context).reverse(&x, &mut dx, visit)?;
         }
         Ok(loss)
     }
 
-    /// The residual stream before each block and behind the last one, each `[tokens, hidden]`.
-    fn forward(&self, sequences: &[&[u32]], context: usize) -> Result<Vec<Vec<f32>>> {
-        let stages = Context { config: self.config, backend: &Cpu };
-        let angles = rope_angles(self.config, 0, context);
-        let mut kv = KvBlock::new(self.config, context);
+    /// The normed output of the last block for equally long `sequences` of tokens, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn hidden(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
+        let context = equal_length(sequences)?;
         let mut x = embed(self.embedding, &sequences.concat())?;
-        let mut residuals = vec![x.clone()];
-        for block in &self.blocks {
-            block.forward(stages, &mut x, &mut kv, 0, &angles)?;
-            residuals.push(x.clone());
+        for index in 0..self.blocks.len() {
+            x = self.walk(index, context).forward(&x)?;
         }
-        Ok(residuals)
+        Ok(self.normed(&x))
+    }
+
+    /// The logits `[m, vocab]` of normed outputs `[m, hidden]`.
+    ///
+    /// # Errors
+    /// `Kernel` for a weight that is not a number.
+    pub fn logits(&self, normed: &[f32]) -> Result<Vec<f32>> {
+        product::linear(self.precision, self.output, normed)
+    }
+
+    fn walk(&self, index: usize, context: usize) -> block::Walk<'_> {
+        let Self { precision, config, blocks, .. } = self;
+        block::Walk { precision: *precision, config, block: &blocks[index], index, context }
+    }
+
+    fn normed(&self, x: &[f32]) -> Vec<f32> {
+        let mut normed = vec![0.0; x.len()];
+        Cpu.rms_norm(x, &self.output_norm, self.config.norm_epsilon, &mut normed);
+        normed
     }
 
     /// The loss, and its gradient at the output `x: [tokens, hidden]` of the last block.
@@ -215,16 +228,14 @@ impl<'a> Backward<'a> {
         visit: &mut Visitor<'_>,
     ) -> Result<(f64, Vec<f32>)> {
         let ModelConfig { hidden_size: hidden, vocab_size: vocab, norm_epsilon, .. } = *self.config;
-        let mut normed = vec![0.0; x.len()];
-        Cpu.rms_norm(x, &self.output_norm, norm_epsilon, &mut normed);
+        let normed = self.normed(x);
         let targets = next_tokens(sequences);
         let mut d_normed = vec![0.0; x.len()];
         let mut total = 0.0;
         for first in (0..targets.len()).step_by(LOGIT_TOKENS) {
             let tokens = first..targets.len().min(first + LOGIT_TOKENS);
             let piece = tokens.start * hidden..tokens.end * hidden;
-            let mut logits = vec![0.0; tokens.len() * vocab];
-            Cpu.matmul(self.output, &normed[piece.clone()], tokens.len(), &mut logits)?;
+            let mut logits = self.logits(&normed[piece.clone()])?;
             total += match loss {
                 Loss::CrossEntropy => reverse_cross_entropy(&mut logits, vocab, &targets[tokens]),
                 Loss::Divergence(teacher) => {
@@ -232,7 +243,7 @@ impl<'a> Backward<'a> {
                     reverse_divergence(&mut logits, vocab, teacher, targets.len())
                 }
             };
-            product::add(&mut d_normed[piece], &logits, self.output)?;
+            product::add(self.precision, &mut d_normed[piece], &logits, self.output)?;
         }
         let mut dx = vec![0.0; x.len()];
         let d_weight =
@@ -240,6 +251,20 @@ impl<'a> Backward<'a> {
         visit(Gradient::Norm(Norm::Output, &d_weight))?;
         Ok((total, dx))
     }
+}
+
+/// The tokens of each sequence.
+fn equal_length(sequences: &[&[u32]]) -> Result<usize> {
+    let context = sequences.first().map_or(0, |sequence| sequence.len());
+    if context == 0 || sequences.iter().any(|sequence| sequence.len() != context) {
+        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len()).collect();
+        return Err(ConvertError::InvalidSetting {
+            what: "tokens in sequences",
+            found: format!("{lengths:?}"),
+            expected: "equal lengths of at least 1".into(),
+        });
+    }
+    Ok(context)
 }
 
 /// A borrowed matrix `[rows, cols]` as the weight of a layer.

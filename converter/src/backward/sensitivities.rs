@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use slim_formats::ModelSource;
-use slim_kernels::weight;
+use slim_kernels::{linalg::Precision, weight};
 
 use super::{Backward, Gradient, Linear, Loss, block::add_up};
 use crate::{ConvertError, Result};
@@ -43,7 +43,7 @@ impl Sensitivities {
 /// # Errors
 /// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there is nothing to predict.
 pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<Sensitivities> {
-    let model = Backward::load(source)?;
+    let model = Backward::load(source, Precision::Fine)?;
     let context = samples.first().map_or(0, Vec::len);
     if context < 2 {
         return Err(ConvertError::InvalidSetting {

@@ -64,6 +64,7 @@ fn model<'a>(config: &'a ModelConfig, tensors: &'a HashMap<String, Vec<f32>>) ->
     };
     let output = if config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
     Backward {
+        precision: Precision::Fine,
         config,
         embedding: matrix("token_embd.weight", vocab),
         blocks: (0..config.block_count).map(block).collect(),
@@ -83,7 +84,7 @@ fn gradients(
         let (name, values) = match gradient {
             Gradient::Linear { block, layer, x, dy } => {
                 let (rows, cols) = weight::shape(model.blocks[block].weights()[layer as usize]);
-                let dw = weight_gradient(x, dy, rows, cols);
+                let dw = weight_gradient(model.precision, x, dy, rows, cols);
                 let name = format!("blk.{block}.{}.weight", layer.name());
                 (name, dw.into_iter().map(f64::from).collect())
             }
@@ -277,9 +278,46 @@ fn loss_is_that_of_the_running_model() {
                 expected -= f64::from(row[next as usize]);
             }
         }
-        let model = Backward::load(&*source).unwrap();
+        let model = Backward::load(&*source, Precision::Fine).unwrap();
         let loss = model.run(&[&a, &b], &mut Loss::CrossEntropy, &mut |_| Ok(())).unwrap();
         assert!((loss / expected - 1.0).abs() < 1e-6, "{name}: {loss} for {expected}");
+    }
+}
+
+#[test]
+fn hidden_states_are_those_of_the_running_model() {
+    for name in MODELS {
+        let source = open(name);
+        let (a, b) = (tokens(40, 1), tokens(40, 2));
+        let running = Model::load(&*source, &Cpu).unwrap();
+        let expected = [&a, &b].map(|sequence| {
+            running.forward(sequence, &mut running.new_cache(40).unwrap()).unwrap()
+        });
+        let found = Backward::load(&*source, Precision::Fine).unwrap().hidden(&[&a, &b]).unwrap();
+        for (found, expected) in found.iter().zip(expected.concat()) {
+            assert!((found - expected).abs() < 1e-4, "{name}: {found} for {expected}");
+        }
+    }
+}
+
+/// Where products are in AMX; elsewhere they are the same.
+#[test]
+fn coarse_gradients_are_near_the_fine_ones() {
+    for name in MODELS {
+        let source = open(name);
+        let tensors = perturbed(&*source);
+        let sequence = tokens(100, 11);
+        let fine = model(source.config(), &tensors);
+        let coarse = Backward { precision: Precision::Coarse, ..fine.clone() };
+        let (_, fine) = gradients(&fine, &[&sequence], &mut Loss::CrossEntropy);
+        let (_, coarse) = gradients(&coarse, &[&sequence], &mut Loss::CrossEntropy);
+        for (tensor, fine) in &fine {
+            let squares = |values: Vec<f64>| values.iter().map(|x| x * x).sum::<f64>();
+            let errors = fine.iter().zip(&coarse[tensor]).map(|(fine, coarse)| coarse - fine);
+            let error = (squares(errors.collect()) / squares(fine.clone())).sqrt();
+            println!("{name} {tensor}: {error:.1e}");
+            assert!(error < 0.05, "{name} {tensor}: {error}");
+        }
     }
 }
 
@@ -355,7 +393,7 @@ fn divergence_from_itself_is_zero_with_zero_gradients() {
     let hidden = running.forward(&sequence, &mut running.new_cache(30).unwrap()).unwrap();
     let logits = running.logits(&hidden).unwrap();
     let mut ask = |range: Range<usize>| Ok(logits[range.start * vocab..range.end * vocab].to_vec());
-    let model = Backward::load(&*source).unwrap();
+    let model = Backward::load(&*source, Precision::Fine).unwrap();
     let (loss, found) = gradients(&model, &[&sequence], &mut Loss::Divergence(&mut ask));
     assert!(loss.abs() < 1e-6, "{loss}");
     assert!(found.values().flatten().all(|value| value.abs() < 1e-6));
@@ -366,7 +404,7 @@ fn sensitivities_are_mean_squares_of_output_gradients() {
     let source = open("mistral-swa");
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
     let found = sensitivities(&*source, &samples).unwrap();
-    let model = Backward::load(&*source).unwrap();
+    let model = Backward::load(&*source, Precision::Fine).unwrap();
     let (mut expected, mut loss) = (0.0, 0.0);
     for sample in &samples {
         loss += model
@@ -399,7 +437,7 @@ fn sensitivities_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn sequences_of_unequal_or_no_length_are_refused() {
     let source = open("llama");
-    let model = Backward::load(&*source).unwrap();
+    let model = Backward::load(&*source, Precision::Fine).unwrap();
     for sequences in [&[][..], &[&[][..]], &[&[1, 2], &[3][..]]] {
         assert!(model.run(sequences, &mut Loss::CrossEntropy, &mut |_| Ok(())).is_err());
     }

@@ -6,13 +6,13 @@ use slim_formats::slim::{
     CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TileMut, unpack_codes,
 };
 
-use super::parameters::Parameters;
+use super::{PRECISION, parameters::Parameters};
 use crate::backward::weight_gradient;
 
 /// How far a scale or minimum code moves in a step, as a share of the largest one.
 const SCALE_RATE: f32 = 0.003;
 /// How far a row scale moves in a step, as a share of it.
-const ROW_SCALE_RATE: f32 = 0.003;
+const ROW_SCALE_RATE: f32 = 0.001;
 
 /// The real numbers behind the scales of a packed layer: each scale and minimum code is the nearest integer to such a number.
 /// Gradients pass through the rounding as if it were not there.
@@ -50,7 +50,7 @@ impl TrainedLayer {
     /// `x: [tokens, cols]` of `layer` and the gradient `dy: [tokens, rows]` of the loss at its outputs.
     pub fn descend(&mut self, layer: &PackedLayer, x: &[f32], dy: &[f32], rate: f32, step: usize) {
         let layout = layer.layout();
-        let dw = weight_gradient(x, dy, layout.rows(), layout.cols());
+        let dw = weight_gradient(PRECISION, x, dy, layout.rows(), layout.cols());
         let tiles = self.tiles.par_iter_mut().zip(dw.par_chunks(TILE_ROWS * layout.cols()));
         tiles.enumerate().for_each(|(index, (tile, dw))| {
             let gradients = tile.gradients(layer.view(), index, dw);

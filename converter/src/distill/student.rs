@@ -6,14 +6,14 @@ use slim_formats::{
 };
 use slim_runtime::Block;
 
-use super::{layer::TrainedLayer, parameters::Parameters};
+use super::{PRECISION, layer::TrainedLayer, parameters::Parameters};
 use crate::{
     Result,
     backward::{Backward, Gradient, Linear, Loss, Norm},
 };
 
 /// How far the weight of a norm moves in a step.
-const NORM_RATE: f32 = 0.003;
+const NORM_RATE: f32 = 0.001;
 
 /// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers, as the file will.
 pub struct Student<'a> {
@@ -30,7 +30,7 @@ pub struct Student<'a> {
 impl<'a> Student<'a> {
     /// The model of `file`.
     pub fn new(file: &'a SlimFile) -> Result<Self> {
-        let start = Backward::load(file)?;
+        let start = Backward::load(file, PRECISION)?;
         let (mut layers, mut trained) = (Vec::new(), Vec::new());
         for weight in start.blocks.iter().flat_map(Block::weights) {
             let found = match weight {

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::elementwise::{dot, softmax};
 use crate::{
     AttentionShape, KvView,
-    linalg::{self, Mat, Store},
+    linalg::{self, Mat, Precision, Store},
 };
 
 /// Queries per task: enough for an efficient product, few enough to skip most of the masked triangle.
@@ -15,16 +15,24 @@ const QUERY_BLOCK: usize = 128;
 /// Multiplications below which a single query is one task.
 const SMALL: usize = 1 << 19;
 
-/// See [`crate::Backend::attention`].
-pub fn attention(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut [f32]) {
+/// [`crate::Backend::attention`] of [`crate::Cpu`], with products of this precision.
+pub fn attention(
+    precision: Precision,
+    q: &[f32],
+    kv: KvView<'_>,
+    shape: &AttentionShape,
+    out: &mut [f32],
+) {
     if shape.m == 1 {
         return attention_of_one(q, kv, shape, out);
     }
     let tasks: Vec<_> = (0..shape.heads)
         .flat_map(|head| (0..shape.m).step_by(QUERY_BLOCK).map(move |first| (head, first)))
         .collect();
-    let results: Vec<Vec<f32>> =
-        tasks.par_iter().map(|&(head, first)| query_block(q, kv, shape, head, first)).collect();
+    let results: Vec<Vec<f32>> = tasks
+        .par_iter()
+        .map(|&(head, first)| query_block(precision, q, kv, shape, head, first))
+        .collect();
     let dim = shape.head_dim;
     for (&(head, first), result) in tasks.iter().zip(&results) {
         for (i, row) in result.chunks_exact(dim).enumerate() {
@@ -71,6 +79,7 @@ per_isa! {
 
 /// The outputs `[block, head_dim]` of the queries `first ..` of one head.
 fn query_block(
+    precision: Precision,
     q: &[f32],
     kv: KvView<'_>,
     shape: &AttentionShape,
@@ -90,6 +99,7 @@ fn query_block(
     let mut scores = vec![0.0; block * len];
     let scale = 1.0 / (dim as f32).sqrt();
     linalg::matmul(
+        precision,
         &mut scores,
         len,
         Store { alpha: scale, add: false },
@@ -105,6 +115,6 @@ fn query_block(
     }
     let mut out = vec![0.0; block * dim];
     let (scores, values) = (Mat::new(&scores, block, len), Mat::new(&kv.values[cached], len, dim));
-    linalg::matmul(&mut out, dim, Store::REPLACE, scores, values);
+    linalg::matmul(precision, &mut out, dim, Store::REPLACE, scores, values);
     out
 }

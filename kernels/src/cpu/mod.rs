@@ -7,6 +7,7 @@ mod elementwise;
 pub mod matvec;
 mod unpack;
 
+pub use attention::attention;
 pub use elementwise::{exp, kl_divergence, log_softmax};
 
 use std::ops::Range;
@@ -17,7 +18,7 @@ use slim_formats::{Weight, slim::TILE_ROWS};
 
 use crate::{
     AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
-    linalg::{Left, Mat, Panel, Store},
+    linalg::{Left, Mat, Panel, Precision, Store},
     weight::{dequantize_rows, shape},
 };
 
@@ -27,13 +28,13 @@ pub struct Cpu;
 
 impl Backend for Cpu {
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
-        check_matmul(w, x, m, out)?;
         match w {
             Weight::Packed(packed) if m == 1 => {
+                check_matmul(w, x, m, out)?;
                 matvec::matvec_by(Method::fastest(), packed, x, out);
                 Ok(())
             }
-            _ => matmul_by_panels(w, x, m, out),
+            _ => matmul(Precision::Fine, w, x, m, out),
         }
     }
 
@@ -61,7 +62,7 @@ impl Backend for Cpu {
         shape: &AttentionShape,
         out: &mut [f32],
     ) -> Result<()> {
-        attention::attention(q, kv, shape, out);
+        attention(Precision::Fine, q, kv, shape, out);
         Ok(())
     }
 
@@ -73,8 +74,19 @@ impl Backend for Cpu {
     }
 }
 
-/// `x w^T`, rows of `w` dequantized a panel at a time.
-fn matmul_by_panels(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
+/// [`Backend::matmul`] of [`Cpu`] for many tokens, with a product of this precision; rows of `w` are dequantized a panel at a
+/// time.
+///
+/// # Errors
+/// As there.
+pub fn matmul(
+    precision: Precision,
+    w: Weight<'_>,
+    x: &[f32],
+    m: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    check_matmul(w, x, m, out)?;
     let (rows, cols) = shape(w);
     let panel = |rows: Range<usize>| {
         let n = rows.len();
@@ -82,12 +94,12 @@ fn matmul_by_panels(w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Resu
             let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
             let stride = tiles.len() * TILE_ROWS;
             let weights = dequantize::columns(packed, tiles);
-            Ok(Panel::of(Mat::strided(&weights, cols, n, stride)))
+            Ok(Panel::of(precision, Mat::strided(&weights, cols, n, stride)))
         } else {
             let mut weights = vec![0.0; n * cols];
             dequantize_rows(w, rows, &mut weights)?;
-            Ok(Panel::of(Mat::new(&weights, n, cols).transposed()))
+            Ok(Panel::of(precision, Mat::new(&weights, n, cols).transposed()))
         }
     };
-    Left::of(Mat::new(x, m, cols)).multiply(rows, panel, out, rows, Store::REPLACE)
+    Left::of(precision, Mat::new(x, m, cols)).multiply(rows, panel, out, rows, Store::REPLACE)
 }

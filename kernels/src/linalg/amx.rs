@@ -1,7 +1,8 @@
 //! Matrix products in the tile registers of AMX, the matrix unit of recent Intel server processors.
 //!
-//! It multiplies bf16 numbers and adds in f32. Each f32 becomes the sum of two bf16 numbers, `upper + lower`, and a product of
-//! two values three products of those, all but `lower * lower`.
+//! It multiplies bf16 numbers and adds in f32. For [`Precision::Fine`] each f32 becomes the sum of two bf16 numbers,
+//! `upper + lower`, and a product of two values three products of those, all but `lower * lower`; [`Precision::Coarse`] has
+//! the upper parts alone.
 #![cfg_attr(
     not(all(target_arch = "x86_64", target_os = "linux")),
     allow(unreachable_code, unused, reason = "elsewhere there is no `Amx`, as the compiler sees")
@@ -15,7 +16,7 @@ use std::{
 use bytemuck::{Pod, Zeroable};
 use faer::{MatMut, prelude::ReborrowMut};
 
-use super::{Mat, Store};
+use super::{Mat, Precision, Store};
 
 pub use registers::Amx;
 
@@ -31,8 +32,13 @@ const LANES: usize = 16;
 /// Pairs of values along the inner dimension in a tile: as many as lanes.
 const PAIRS: usize = DEPTH / 2;
 
-/// Rows of the four tiles that hold [`SIDE`] lanes over [`DEPTH`] values: both upper parts, then both lower parts.
-const STEP_ROWS: usize = 4 * LANES;
+/// Rows of the tiles that hold [`SIDE`] lanes over [`DEPTH`] values: both upper parts, then both lower parts if there are any.
+fn step_rows(precision: Precision) -> usize {
+    match precision {
+        Precision::Fine => 4 * LANES,
+        Precision::Coarse => 2 * LANES,
+    }
+}
 
 /// One row of a tile.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -54,10 +60,10 @@ pub enum Factor {
     Right,
 }
 
-/// Some rows of a left factor, or columns of a right one, in the order in which the tile registers take them in: four bytes
-/// for each value.
+/// Some rows of a left factor, or columns of a right one, in the order in which the tile registers take them in.
 pub struct Tiles {
     amx: Amx,
+    precision: Precision,
     memory: Memory,
     /// Multiples of [`DEPTH`] in the inner dimension.
     steps: usize,
@@ -65,16 +71,19 @@ pub struct Tiles {
 
 impl Tiles {
     /// The rows of `lanes`, the inner dimension along its columns.
-    pub fn new(amx: Amx, lanes: Mat<'_>, factor: Factor) -> Self {
+    pub fn new(amx: Amx, precision: Precision, lanes: Mat<'_>, factor: Factor) -> Self {
         let (sides, steps) = (lanes.rows.div_ceil(SIDE), lanes.cols.div_ceil(DEPTH));
-        let mut memory = Memory::of(sides * steps * STEP_ROWS);
-        pack(lanes, factor, sides, steps, memory.rows_mut());
-        Self { amx, memory, steps }
+        let mut memory = Memory::of(sides * steps * step_rows(precision));
+        match precision {
+            Precision::Fine => pack_fine(lanes, factor, sides, steps, memory.rows_mut()),
+            Precision::Coarse => pack_coarse(lanes, factor, sides, steps, memory.rows_mut()),
+        }
+        Self { amx, precision, memory, steps }
     }
 
     /// The tiles of lanes `SIDE * side ..`.
     fn side(&self, side: usize) -> &[Row] {
-        let len = self.steps * STEP_ROWS;
+        let len = self.steps * step_rows(self.precision);
         &self.memory.rows()[side * len..][..len]
     }
 }
@@ -85,7 +94,8 @@ pub fn multiply(left: &Tiles, right: &Tiles, store: Store, mut out: MatMut<'_, f
     let mut product = Product([[0.0; SIDE]; SIDE]);
     for j in (0..out.ncols()).step_by(SIDE) {
         for i in (0..out.nrows()).step_by(SIDE) {
-            registers.multiply(left.side(i / SIDE), right.side(j / SIDE), &mut product);
+            let (left_side, right_side) = (left.side(i / SIDE), right.side(j / SIDE));
+            registers.multiply(left.precision, left_side, right_side, &mut product);
             let (rows, cols) = (SIDE.min(out.nrows() - i), SIDE.min(out.ncols() - j));
             store_product(&product, store, out.rb_mut().submatrix_mut(i, j, rows, cols));
         }
@@ -103,24 +113,52 @@ per_isa! {
 }
 
 per_isa! {
-    /// Fills all of `rows`. Pairs of values that follow each other along the inner dimension stay together.
-    fn pack(lanes: Mat<'_>, factor: Factor, sides: usize, steps: usize, rows: &mut [Row]) {
-        let by_lane = lanes.col_stride == 1;
-        for i in 0..sides * steps {
-            // In the order of `lanes`, whatever that is.
-            let (side, step) = if by_lane { (i / steps, i % steps) } else { (i % sides, i / sides) };
-            let tiles = &mut rows[(side * steps + step) * STEP_ROWS..][..STEP_ROWS];
-            let (upper, lower) = tiles.split_at_mut(STEP_ROWS / 2);
-            let halves = upper.as_chunks_mut().0.iter_mut().zip(lower.as_chunks_mut().0);
-            for (half, (upper, lower)) in halves.enumerate() {
-                let first = (side * SIDE + half * LANES, step * DEPTH);
-                if by_lane {
-                    pack_lanes(lanes, first, upper, lower);
-                } else {
-                    pack_columns(lanes, first, upper, lower);
-                }
-                if by_lane != (factor == Factor::Left) {
-                    transpose(upper);
+    /// Fills all of `rows` for [`Precision::Fine`].
+    fn pack_fine(lanes: Mat<'_>, factor: Factor, sides: usize, steps: usize, rows: &mut [Row]) {
+        pack(Precision::Fine, lanes, factor, sides, steps, rows);
+    }
+}
+
+per_isa! {
+    /// The same for [`Precision::Coarse`].
+    fn pack_coarse(lanes: Mat<'_>, factor: Factor, sides: usize, steps: usize, rows: &mut [Row]) {
+        pack(Precision::Coarse, lanes, factor, sides, steps, rows);
+    }
+}
+
+/// Pairs of values that follow each other along the inner dimension stay together.
+#[inline(always)]
+fn pack(
+    precision: Precision,
+    lanes: Mat<'_>,
+    factor: Factor,
+    sides: usize,
+    steps: usize,
+    rows: &mut [Row],
+) {
+    let by_lane = lanes.col_stride == 1;
+    let step_rows = step_rows(precision);
+    let mut unused = [[Row([0; PAIRS]); LANES]; 2];
+    for i in 0..sides * steps {
+        // In the order of `lanes`, whatever that is.
+        let (side, step) = if by_lane { (i / steps, i % steps) } else { (i % sides, i / sides) };
+        let tiles = &mut rows[(side * steps + step) * step_rows..][..step_rows];
+        let (upper, lower) = tiles.split_at_mut(2 * LANES);
+        let lower = match precision {
+            Precision::Fine => lower.as_chunks_mut().0,
+            Precision::Coarse => &mut unused,
+        };
+        let halves = upper.as_chunks_mut().0.iter_mut().zip(lower);
+        for (half, (upper, lower)) in halves.enumerate() {
+            let first = (side * SIDE + half * LANES, step * DEPTH);
+            if by_lane {
+                pack_lanes(lanes, first, upper, lower);
+            } else {
+                pack_columns(lanes, first, upper, lower);
+            }
+            if by_lane != (factor == Factor::Left) {
+                transpose(upper);
+                if precision == Precision::Fine {
                     transpose(lower);
                 }
             }
@@ -265,7 +303,7 @@ mod registers {
 
     use std::{arch::asm, marker::PhantomData};
 
-    use super::{Product, Row, STEP_ROWS};
+    use super::{Precision, Product, Row, step_rows};
 
     /// Says that this processor has AMX, and that the system lets this process use it.
     #[derive(Debug, Clone, Copy)]
@@ -330,13 +368,83 @@ mod registers {
     }
 
     impl Registers {
-        /// The product of 32 lanes with 32 lanes, over equally many steps.
-        pub(super) fn multiply(&mut self, left: &[Row], right: &[Row], product: &mut Product) {
-            assert!(left.len() == right.len() && left.len().is_multiple_of(STEP_ROWS));
+        /// The product of 32 lanes with 32 lanes, both of one precision, over equally many steps.
+        pub(super) fn multiply(
+            &mut self,
+            precision: Precision,
+            left: &[Row],
+            right: &[Row],
+            product: &mut Product,
+        ) {
+            let step_rows = step_rows(precision);
+            assert!(left.len() == right.len() && left.len().is_multiple_of(step_rows));
+            let steps = left.len() / step_rows;
+            match precision {
+                Precision::Fine => self.multiply_fine(left, right, steps, product),
+                Precision::Coarse => self.multiply_coarse(left, right, steps, product),
+            }
+        }
+
+        fn multiply_coarse(
+            &mut self,
+            left: &[Row],
+            right: &[Row],
+            steps: usize,
+            product: &mut Product,
+        ) {
+            // As `multiply_fine` without the lower parts.
+            // SAFETY: `self` says that the registers are configured. Each step reads 2048 bytes of either slice, which has 32
+            // rows of 64 bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "test {steps}, {steps}",
+                    "jz 3f",
+                    "2:",
+                    "tileloadd tmm6, [{right} + {row}]",
+                    "tileloadd tmm4, [{left} + {row}]",
+                    "tileloadd tmm7, [{right} + {row} + 1024]",
+                    "tileloadd tmm5, [{left} + {row} + 1024]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "add {left}, 2048",
+                    "add {right}, 2048",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "3:",
+                    "tilestored [{out} + {out_row}], tmm0",
+                    "tilestored [{out} + {out_row} + 64], tmm1",
+                    "tilestored [{out} + {out_row} + 2048], tmm2",
+                    "tilestored [{out} + {out_row} + 2112], tmm3",
+                    left = inout(reg) left.as_ptr() => _,
+                    right = inout(reg) right.as_ptr() => _,
+                    steps = inout(reg) steps => _,
+                    row = in(reg) size_of::<Row>(),
+                    out = in(reg) product.0.as_mut_ptr(),
+                    out_row = in(reg) size_of_val(&product.0[0]),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+
+        fn multiply_fine(
+            &mut self,
+            left: &[Row],
+            right: &[Row],
+            steps: usize,
+            product: &mut Product,
+        ) {
             // Tiles 0 to 3 are sums; 4 and 5 hold lanes of the left factor, 6 and 7 of the right one. A step has the upper parts
             // of lanes 0 to 15 at byte 0, those of lanes 16 to 31 at 1024, lower parts at 2048 and 3072.
             // SAFETY: `self` says that the registers are configured. Each step reads 4096 bytes of either slice, which has 64
-            // rows of 64 bytes for each (`assert`); the four sums take the 32 rows of 128 bytes of `product`.
+            // rows of 64 bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
             unsafe {
                 asm!(
                     "tilezero tmm0",
@@ -377,7 +485,7 @@ mod registers {
                     "tilestored [{out} + {out_row} + 2112], tmm3",
                     left = inout(reg) left.as_ptr() => _,
                     right = inout(reg) right.as_ptr() => _,
-                    steps = inout(reg) left.len() / STEP_ROWS => _,
+                    steps = inout(reg) steps => _,
                     row = in(reg) size_of::<Row>(),
                     out = in(reg) product.0.as_mut_ptr(),
                     out_row = in(reg) size_of_val(&product.0[0]),
@@ -394,7 +502,7 @@ mod registers {
 mod registers {
     //! What stands in on other processors and systems: nothing that could be called.
 
-    use super::{Product, Row};
+    use super::{Precision, Product, Row};
 
     #[derive(Debug, Clone, Copy)]
     pub enum Amx {}
@@ -412,7 +520,7 @@ mod registers {
     }
 
     impl Registers {
-        pub(super) fn multiply(&mut self, _: &[Row], _: &[Row], _: &mut Product) {
+        pub(super) fn multiply(&mut self, _: Precision, _: &[Row], _: &[Row], _: &mut Product) {
             match *self {}
         }
     }

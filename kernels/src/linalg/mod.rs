@@ -120,23 +120,34 @@ impl Store {
     }
 }
 
+/// How much of each value goes into a product where AMX computes it. Elsewhere all of it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// 17 bits.
+    Fine,
+    /// 8 bits, for a third of the multiplications: enough for gradients, which differ more from one batch to the next.
+    Coarse,
+}
+
 /// What computes the products.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Method {
-    Amx(Amx),
+    Amx(Amx, Precision),
     Faer,
 }
 
 impl Method {
-    /// All that this machine has, the fastest one first.
+    /// All that this machine has.
+    #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
-        Amx::detect().map(Self::Amx).into_iter().chain([Self::Faer]).collect()
+        let of_amx = |amx| [Precision::Fine, Precision::Coarse].map(|p| Self::Amx(amx, p));
+        Amx::detect().into_iter().flat_map(of_amx).chain([Self::Faer]).collect()
     }
 
-    /// The fastest one, found out once.
-    fn fastest() -> Self {
-        static FASTEST: LazyLock<Method> = LazyLock::new(|| Method::all()[0]);
-        *FASTEST
+    /// The fastest one of this precision or more; looked for once.
+    fn fastest(precision: Precision) -> Self {
+        static AMX: LazyLock<Option<Amx>> = LazyLock::new(Amx::detect);
+        AMX.map_or(Self::Faer, |amx| Self::Amx(amx, precision))
     }
 }
 
@@ -144,12 +155,19 @@ impl Method {
 ///
 /// # Accuracy
 /// Sums are f32. Where the processor has AMX, a product of two values is off by up to 2^-15 of it, by about 2^-18 in root mean
-/// square; numbers below 1e-35 lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
+/// square ([`Precision::Coarse`]: 2^-7 and 2^-9); numbers below 1e-35 lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
 ///
 /// # Panics
 /// If the inner dimensions differ, or if `out` is too short.
-pub fn matmul(out: &mut [f32], out_stride: usize, store: Store, a: Mat<'_>, b: Mat<'_>) {
-    matmul_by(Method::fastest(), out, out_stride, store, a, b);
+pub fn matmul(
+    precision: Precision,
+    out: &mut [f32],
+    out_stride: usize,
+    store: Store,
+    a: Mat<'_>,
+    b: Mat<'_>,
+) {
+    matmul_by(Method::fastest(precision), out, out_stride, store, a, b);
 }
 
 pub(crate) fn matmul_by(
@@ -166,9 +184,9 @@ pub(crate) fn matmul_by(
 }
 
 /// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the diagonal is undefined. As
-/// accurate as [`matmul`].
+/// accurate as a fine [`matmul`].
 pub fn add_gram(h: &mut [f32], x: &[f32], n: usize) {
-    add_gram_by(Method::fastest(), h, x, n);
+    add_gram_by(Method::fastest(Precision::Fine), h, x, n);
 }
 
 pub(crate) fn add_gram_by(method: Method, h: &mut [f32], x: &[f32], n: usize) {
@@ -209,14 +227,15 @@ enum PanelValues {
 
 impl Panel {
     /// From the columns themselves, `[k, cols]`.
-    pub fn of(columns: Mat<'_>) -> Self {
-        Self::by(Method::fastest(), columns)
+    pub fn of(precision: Precision, columns: Mat<'_>) -> Self {
+        Self::by(Method::fastest(precision), columns)
     }
 
     fn by(method: Method, columns: Mat<'_>) -> Self {
         let values = match method {
-            Method::Amx(amx) => {
-                PanelValues::Tiles(Tiles::new(amx, columns.transposed(), Factor::Right))
+            Method::Amx(amx, precision) => {
+                let lanes = columns.transposed();
+                PanelValues::Tiles(Tiles::new(amx, precision, lanes, Factor::Right))
             }
             Method::Faer => PanelValues::Plain(columns.to_row_major()),
         };
@@ -226,14 +245,14 @@ impl Panel {
 
 impl<'a> Left<'a> {
     /// The factor `a[m, k]`.
-    pub fn of(a: Mat<'a>) -> Self {
-        Self::by(Method::fastest(), a)
+    pub fn of(precision: Precision, a: Mat<'a>) -> Self {
+        Self::by(Method::fastest(precision), a)
     }
 
     fn by(method: Method, a: Mat<'a>) -> Self {
         let tiles = match method {
-            Method::Amx(amx) => {
-                let piece = |rows| Tiles::new(amx, a.rows(rows), Factor::Left);
+            Method::Amx(amx, precision) => {
+                let piece = |rows| Tiles::new(amx, precision, a.rows(rows), Factor::Left);
                 let is_large = a.rows * a.cols >= SMALL_FACTOR;
                 map(is_large, pieces(0..a.rows, Self::piece_rows(a.cols)), piece)
             }
@@ -249,7 +268,7 @@ impl<'a> Left<'a> {
     }
 
     /// `out[m, n]` from the product with the right factor `[k, n]` that `panel` gives by ranges of at most [`PANEL_COLS`]
-    /// columns; rows of `out` lie `out_stride` apart. At most 4,096 columns are held at a time, as four bytes a value.
+    /// columns; rows of `out` lie `out_stride` apart. At most 4,096 columns are held at a time, as four bytes a value (two if coarse).
     ///
     /// # Errors
     /// What `panel` answers.
