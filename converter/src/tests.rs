@@ -14,7 +14,7 @@ use crate::{
     coder::Coder,
     hessian::Hessian,
     layer::{LayerInputs, layout, quantize_layer, round_layer, sweep_layer},
-    sweep::{Curvature, SweptTile, sweep},
+    sweep::{Curvature, REFINEMENTS, SweptTile, sweep},
 };
 
 const COLS: usize = 80;
@@ -233,7 +233,7 @@ fn wide_layer_is_quantized_as_if_column_by_column() {
             (i + 1..WIDE).for_each(|j| w[j] -= error * at(u, i, j));
         }
         let mut values = found.clone();
-        for i in (0..WIDE).chain(0..WIDE) {
+        for i in (0..REFINEMENTS).flat_map(|_| 0..WIDE) {
             let errors = start.iter().zip(&values).enumerate();
             let gradient: f64 = errors.map(|(j, (w, value))| (w - value) * at(h, j, i)).sum();
             values[i] = nearest(tile, lane, order[i], values[i] + gradient / at(h, i, i));
