@@ -133,7 +133,8 @@ fn text(dir: &Dir, model: &str, flags: &[&str]) -> String {
 fn greedy_text_on_the_device_is_that_of_the_cpu() {
     need_device!();
     let dir = Dir::new();
-    let model = packed(&dir, "llama");
+    // Not packed: there the CPU rounds what it decodes to 8 bits, and the device does not.
+    let model = arg(&tiny_model("llama"));
     let greedy = |device| text(&dir, &model, &["--temperature", "0", "--device", device]);
     assert_eq!(greedy("cuda"), greedy("cpu"));
 }

@@ -1,11 +1,11 @@
-//! A whole model on the device against the same on the CPU.
+//! A whole model on the device against the scalar reference: the CPU itself rounds what it decodes to 8 bits.
 
 use std::sync::Arc;
 
 use anyhow::Result;
 use slim_formats::{ModelConfig, Rope};
 use slim_kernels::{
-    Cpu,
+    Scalar,
     cuda::{Device, KvType},
 };
 use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings};
@@ -13,11 +13,13 @@ use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings};
 use super::Check;
 use crate::source::{RandomModel, Storage};
 
-/// The CPU computes with f32 where the device rounds to fp16: activations, keys and values. Errors of several layers
+/// The reference computes with f32 where the device rounds to fp16: activations, keys and values. Errors of several layers
 /// add up: measured 1.4e-3.
 pub const LOGITS_ERROR: f64 = 4e-3;
 /// Keys and values of 8 bits are 0.6 % off, at random, before attention averages them: measured 8.2e-3.
 pub const Q8_ERROR: f64 = 2e-2;
+/// A block on the CPU rounds the inputs of its layers to 8 bits when it decodes: measured 1.3e-2.
+pub const SPLIT_ERROR: f64 = 3e-2;
 
 const CONTEXT: usize = 640;
 const PROMPT_TOKENS: usize = 40;
@@ -72,7 +74,7 @@ pub fn split(device: &Arc<Device>, check: &mut Check) -> Result<()> {
 /// batches.
 fn compare(check: &mut Check, settings: &CudaSettings) -> Result<()> {
     let source = tiny_model();
-    let (cpu, cuda) = (Model::load(&source, &Cpu)?, Model::load_on_cuda(&source, settings)?);
+    let (scalar, cuda) = (Model::load(&source, &Scalar)?, Model::load_on_cuda(&source, settings)?);
     let text = tokens(PROMPT_TOKENS + DECODED_TOKENS);
     let (prompt, decoded) = text.split_at(PROMPT_TOKENS);
     let run = |model: &Model<'_>| -> Result<Vec<(String, Vec<f32>)>> {
@@ -87,24 +89,24 @@ fn compare(check: &mut Check, settings: &CudaSettings) -> Result<()> {
         found.push(("long prompt".into(), model.next_logits(&tokens(530), &mut cache)?));
         Ok(found)
     };
-    for ((case, expected), (_, found)) in run(&cpu)?.into_iter().zip(run(&cuda)?) {
+    for ((case, expected), (_, found)) in run(&scalar)?.into_iter().zip(run(&cuda)?) {
         check.near(case, &found, &expected);
     }
     Ok(())
 }
 
-/// Lets both choose the tokens that follow, each after those that the CPU chose.
+/// Lets both choose the tokens that follow, each after those that the reference chose.
 pub fn greedy(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     let source = tiny_model();
     let settings = settings(device, 2, KvType::F16);
-    let (cpu, cuda) = (Model::load(&source, &Cpu)?, Model::load_on_cuda(&source, &settings)?);
-    let (mut cpu_cache, mut cuda_cache) = (cpu.new_cache(CONTEXT)?, cuda.new_cache(CONTEXT)?);
+    let (scalar, cuda) = (Model::load(&source, &Scalar)?, Model::load_on_cuda(&source, &settings)?);
+    let (mut scalar_cache, mut cuda_cache) = (scalar.new_cache(CONTEXT)?, cuda.new_cache(CONTEXT)?);
     let mut sampler = Sampler::new(SamplerSettings::greedy())?;
     let mut text = tokens(PROMPT_TOKENS);
     let mut fed = 0;
     for _ in 0..DECODED_TOKENS {
         let new = &text[fed..];
-        let expected = cpu.next_token(new, &mut cpu_cache, &mut sampler, &text)?;
+        let expected = scalar.next_token(new, &mut scalar_cache, &mut sampler, &text)?;
         let found = cuda.next_token(new, &mut cuda_cache, &mut sampler, &text)?;
         check.same(format_args!("token {}", text.len()), &found, &expected);
         fed = text.len();
