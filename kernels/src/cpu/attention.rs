@@ -13,7 +13,7 @@ use crate::{
 const QUERY_BLOCK: usize = 128;
 
 /// Multiplications below which a single query is one task.
-const SMALL: usize = 1 << 19;
+const SMALL: usize = 1 << 16;
 
 /// [`crate::Backend::attention`] of [`crate::Cpu`], with products of this precision.
 pub fn attention(
