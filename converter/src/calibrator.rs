@@ -4,7 +4,7 @@ use slim_formats::{ModelSource, Weight, slim::PackedLayer};
 use slim_kernels::RopeAngles;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
-use crate::{Activations, Engine, Resources, Result, Settings, convert::find, layer::LayerInputs};
+use crate::{Activations, Engine, Resources, Result, Settings, layer::LayerInputs};
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
@@ -103,7 +103,7 @@ impl<'a> Calibrator<'a> {
             true => Some(stream()?),
             false => None,
         };
-        let embedding = find(source, "token_embd.weight")?;
+        let embedding = source.require("token_embd.weight")?;
         for (index, tokens) in samples.iter().enumerate() {
             let embedded = embed(embedding, tokens)?;
             for stream in [Some(&mut ours), float.as_mut()].into_iter().flatten() {

@@ -9,9 +9,7 @@ use slim_formats::{
 };
 use slim_kernels::weight;
 
-use crate::{
-    ConvertError, Method, Result, Settings, Target, backward::Linear, convert::find, provenance,
-};
+use crate::{ConvertError, Method, Result, Settings, Target, backward::Linear, provenance};
 
 /// The tensors of a conversion's result.
 pub struct Contents {
@@ -161,7 +159,7 @@ impl Contents {
     }
 
     fn matrix(&mut self, name: &str, source: &dyn ModelSource, settings: &Settings) -> Result<()> {
-        let (rows, cols) = weight::shape(find(source, name)?);
+        let (rows, cols) = weight::shape(source.require(name)?);
         let storage = match BitWidth::new(settings.bits) {
             Some(width) if cols.is_multiple_of(16) => {
                 let Settings { group_size, coding, .. } = *settings;

@@ -175,7 +175,7 @@ impl Output<'_> {
             matrices.push("output.weight");
         }
         for name in matrices {
-            let found = find(source, name)?;
+            let found = source.require(name)?;
             if self.settings.embed_bits < 16 && self.fits_groups(name, found) {
                 let packed = self.round(name, found, &self.settings.for_embedding())?;
                 self.write(name, &packed, None)?;
@@ -184,7 +184,7 @@ impl Output<'_> {
             }
         }
         let name = "output_norm.weight";
-        let values = finite_rows(name, find(source, name)?, 0..1)?;
+        let values = finite_rows(name, source.require(name)?, 0..1)?;
         self.norm(name, &values)?;
         if !config.rope.is_unscaled() {
             self.norm("rope_freqs.weight", &config.rope.factors)?;
@@ -219,14 +219,6 @@ impl Output<'_> {
         let written = self.writer.finish(metadata)?;
         Ok(Report::new(self.layers, written.bytes, self.warnings))
     }
-}
-
-/// A tensor that must be there.
-pub fn find<'a>(source: &'a dyn ModelSource, name: &str) -> Result<Weight<'a>> {
-    source.tensor(name)?.ok_or_else(|| {
-        let place = format!("tensor `{name}`");
-        slim_formats::FormatError::malformed(source.path(), place, "", "none", "a tensor").into()
-    })
 }
 
 /// Some rows of the tensor `name`, `[rows.len(), cols]`.

@@ -10,7 +10,7 @@ use slim_kernels::weight;
 use crate::{
     LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
-    tensor::{Loss, find, for_each_panel, names, to_f16},
+    tensor::{Loss, for_each_panel, names, to_f16},
 };
 
 pub(crate) fn write(
@@ -20,7 +20,7 @@ pub(crate) fn write(
 ) -> Result<Report> {
     let mut planned = Vec::new();
     for (hf_name, name) in names(model)? {
-        let weight = find(model, &name)?;
+        let weight = model.require(&name)?;
         planned.push(plan_f16(hf_name, name, weight));
     }
     let folder = Folder::create(target)?;
@@ -28,7 +28,7 @@ pub(crate) fn write(
     let mut layers = Vec::new();
     folder.tensors(&planned, &mut |PlannedTensor { source, .. }| {
         on_tensor(source);
-        let (bytes, loss) = f16_bytes(source, find(model, source)?)?;
+        let (bytes, loss) = f16_bytes(source, model.require(source)?)?;
         layers.extend(loss);
         Ok(bytes)
     })?;

@@ -2,7 +2,7 @@
 
 use half::f16;
 use rayon::prelude::*;
-use slim_formats::{FormatError, ModelSource, Weight, slim::TILE_ROWS};
+use slim_formats::{ModelSource, Weight, slim::TILE_ROWS};
 use slim_kernels::weight;
 
 use crate::{ExportError, Result};
@@ -10,21 +10,12 @@ use crate::{ExportError, Result};
 /// Rows that are computed at a time: enough for all threads, little memory.
 const PANEL_ROWS: usize = 1024;
 
-/// The tensor of this name, which the model must have.
-pub fn find<'a>(model: &'a dyn ModelSource, name: &str) -> Result<Weight<'a>> {
-    let found = model.tensor(name)?;
-    Ok(found.ok_or_else(|| {
-        let place = format!("tensor `{name}`");
-        FormatError::malformed(model.path(), place, "", "none", "a tensor of this name")
-    })?)
-}
-
 /// The names of the tensors that the model is made of, in the order of use.
 pub fn names(model: &dyn ModelSource) -> Result<Vec<(String, String)>> {
     let config = model.config();
     let names = slim_formats::tensor_names(config.block_count)
         .filter(|(_, name)| !(config.tied_embeddings && name == "output.weight"));
-    names.map(|names| find(model, &names.1).map(|_| names)).collect()
+    names.map(|names| Ok(model.require(&names.1).map(|_| names)?)).collect()
 }
 
 /// Whether a tensor is a matrix of a block: what quantization packs.

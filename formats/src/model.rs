@@ -26,6 +26,16 @@ pub trait ModelSource: Send + Sync {
     /// # Errors
     /// `Malformed` if its shape or bytes contradict its type.
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>>;
+    /// The tensor of this name, which must be there.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`]; `Malformed` if the model has none.
+    fn require(&self, name: &str) -> Result<Weight<'_>> {
+        self.tensor(name)?.ok_or_else(|| {
+            let place = format!("tensor `{name}`");
+            FormatError::malformed(self.path(), place, "", "none", "a tensor")
+        })
+    }
     /// What the tokenizer is built from.
     fn tokenizer(&self) -> &TokenizerSource;
     /// The Jinja chat template, if the model has one.

@@ -16,8 +16,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 use slim_formats::{DType, DenseTensor, Layout, ModelConfig, ModelSource, Weight};
-use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax, weight};
-use slim_runtime::{Block, Model, embed};
+use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax};
+use slim_runtime::{Block, Model, embed, find_vector};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
@@ -141,20 +141,16 @@ impl<'a> Backward<'a> {
     /// `Runtime` if a tensor is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource, precision: Precision) -> Result<Self> {
         Model::load(source, &Cpu)?; // finds and checks every tensor
-        let find = |name: &str| -> Result<Weight<'a>> {
-            Ok(source.tensor(name)?.expect("a tensor that was found before"))
-        };
         let config = source.config();
-        let embedding = find("token_embd.weight")?;
+        let embedding = source.require("token_embd.weight")?;
         let output = match config.tied_embeddings {
             true => embedding,
-            false => find("output.weight")?,
+            false => source.require("output.weight")?,
         };
         let blocks = (0..config.block_count)
             .map(|index| Ok(Block::load(source, index)?))
             .collect::<Result<_>>()?;
-        let mut output_norm = vec![0.0; config.hidden_size];
-        weight::dequantize_rows(find("output_norm.weight")?, 0..1, &mut output_norm)?;
+        let output_norm = find_vector(source, "output_norm.weight", config.hidden_size)?;
         Ok(Self { precision, config, embedding, blocks, output_norm, output })
     }
 

@@ -18,7 +18,7 @@ use slim_kernels::{ggml, weight};
 
 use crate::{
     LayerLoss, Report, Result,
-    tensor::{Loss, find, for_each_panel, names},
+    tensor::{Loss, for_each_panel, names},
 };
 
 /// Where tensors start: at multiples of GGUF's default.
@@ -76,7 +76,7 @@ fn warnings(model: &dyn ModelSource) -> Vec<String> {
 fn plan(model: &dyn ModelSource) -> Result<Vec<NewTensor>> {
     let mut planned = Vec::new();
     for (_, name) in names(model)? {
-        let weight = find(model, &name)?;
+        let weight = model.require(&name)?;
         let (rows, cols) = weight::shape(weight);
         let shape = match rows {
             1 => vec![cols as u64],
@@ -98,7 +98,7 @@ fn encode(
     name: &str,
     dtype: DType,
 ) -> Result<(Vec<u8>, Option<LayerLoss>)> {
-    let weight = find(model, name)?;
+    let weight = model.require(name)?;
     let (rows, cols) = weight::shape(weight);
     let row_bytes = dtype.size_in_bytes(cols as u64).expect("the type was chosen for it") as usize;
     let order = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {

@@ -20,7 +20,7 @@ use crate::{
     ExportError, LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
     safetensors::{f16_bytes, plan_f16},
-    tensor::{Loss, find, for_each_panel, is_linear, names},
+    tensor::{Loss, for_each_panel, is_linear, names},
 };
 
 pub(crate) fn write(
@@ -32,7 +32,7 @@ pub(crate) fn write(
     let bits = bits_for(model, &names)?;
     let mut planned = Vec::new();
     for (hf_name, name) in &names {
-        let weight = find(model, name)?;
+        let weight = model.require(name)?;
         match is_linear(name) {
             true => planned.extend(plan_layer(hf_name, name, weight, bits)),
             false => planned.push(plan_f16(hf_name.clone(), name.clone(), weight)),
@@ -48,7 +48,7 @@ pub(crate) fn write(
             return Ok(bytes);
         }
         on_tensor(source);
-        let weight = find(model, source)?;
+        let weight = model.require(source)?;
         if is_linear(source) {
             let (layer, loss) = pack_layer(source, weight, bits)?;
             layers.push(loss);
@@ -71,7 +71,7 @@ fn bits_for(model: &dyn ModelSource, names: &[(String, String)]) -> Result<usize
     };
     let mut fits_4_bits = true;
     for (_, name) in names.iter().filter(|(_, name)| is_linear(name)) {
-        let Weight::Packed(packed) = find(model, name)? else {
+        let Weight::Packed(packed) = model.require(name)? else {
             let hint = "convert the model first; `--to safetensors` takes any";
             return refused(format!("tensor `{name}`, which is not quantized,"), hint);
         };
