@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Samples that sensitivities are measured on: their mean settles long before a Hessian does.
-const SENSITIVITY_SAMPLES: usize = 12;
+const SENSITIVITY_SAMPLES: usize = 8;
 
 /// The widths of the groups of every layer that has groups, by name.
 ///

@@ -119,7 +119,7 @@ impl<'a> Calibrator<'a> {
             false => None,
         };
         let engine = &resources.engine;
-        let context = Context { config, backend: engine.backend() };
+        let context = Context { config, backend: engine.backend(settings.precision()) };
         let angles = rope_angles(config, 0, tokens);
         Ok(Self { engine, context, angles, stream: ours, float, before })
     }

@@ -2,9 +2,9 @@
 
 use slim_formats::Weight;
 use slim_kernels::{
-    Backend, Cpu,
+    Backend, CoarseCpu, Cpu,
     cuda::{CudaBackend, Held},
-    linalg,
+    linalg::{self, Precision},
 };
 
 use crate::{Activations, Result};
@@ -18,11 +18,12 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Where the operations of the forward passes run.
-    pub(crate) fn backend(&self) -> &dyn Backend {
-        match self {
-            Self::Cpu => &Cpu,
-            Self::Cuda(backend) => backend,
+    /// Where the operations of the forward passes run; a device has a precision of its own.
+    pub(crate) fn backend(&self, precision: Precision) -> &dyn Backend {
+        match (self, precision) {
+            (Self::Cpu, Precision::Fine) => &Cpu,
+            (Self::Cpu, Precision::Coarse) => &CoarseCpu,
+            (Self::Cuda(backend), _) => backend,
         }
     }
 
@@ -36,14 +37,15 @@ impl Engine {
         }
     }
 
-    /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined.
-    pub(crate) fn gram(&self, inputs: &Activations) -> Result<Vec<f32>> {
+    /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined. A device has a precision of its
+    /// own.
+    pub(crate) fn gram(&self, inputs: &Activations, precision: Precision) -> Result<Vec<f32>> {
         let n = inputs.width();
         let batches = inputs.batches().map(|batch| inputs.batch(batch));
         match self {
             Self::Cpu => {
                 let mut sum = vec![0.0; n * n];
-                batches.for_each(|x| linalg::add_gram(&mut sum, x, n));
+                batches.for_each(|x| linalg::add_gram(precision, &mut sum, x, n));
                 Ok(sum)
             }
             Self::Cuda(backend) => {

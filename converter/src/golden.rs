@@ -9,6 +9,7 @@ use std::{
 use half::f16;
 use safetensors::{Dtype, SafeTensors};
 use slim_formats::slim::ScaleCoding;
+use slim_kernels::linalg::Precision;
 
 use crate::{
     Activations, Engine, Method, Settings,
@@ -113,7 +114,7 @@ fn salience_and_search_equal_the_published_ones() {
         let golden = Golden::read(&path);
         let (weights, activations) = (&golden.tensors["weight"], golden.activations());
         let groups = group_columns(golden.cols, golden.settings.group_size);
-        let hessian = Hessian::of(&activations, &Engine::Cpu).unwrap();
+        let hessian = Hessian::of(&activations, &Engine::Cpu, Precision::Fine).unwrap();
         let search = hessian.damped(ABSOLUTE_DAMPING).factor(0.0).unwrap().0;
         let salience = group_salience(weights, &search.importance(), &groups);
         assert_close("salience", &salience, &golden.tensors["group_salience_sba"], 1e-3);

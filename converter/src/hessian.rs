@@ -23,9 +23,9 @@ impl Hessian {
     ///
     /// # Errors
     /// `Kernel` if a device fails.
-    pub fn of(inputs: &Activations, engine: &Engine) -> Result<Self> {
+    pub fn of(inputs: &Activations, engine: &Engine, precision: Precision) -> Result<Self> {
         let n = inputs.width();
-        let mut values = engine.gram(inputs)?;
+        let mut values = engine.gram(inputs, precision)?;
         let scale = 2.0 / inputs.samples() as f32;
         values.iter_mut().for_each(|value| *value *= scale);
         linalg::mirror_upper(&mut values, n);

@@ -45,7 +45,7 @@ impl<'a> LayerInputs<'a> {
     /// `Kernel` if the inputs are not finite, or if a device fails.
     pub fn new(stage: Stage<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
         let activations = stage.activations;
-        let hessian = Hessian::of(activations, engine)?;
+        let hessian = Hessian::of(activations, engine, settings.precision())?;
         // The published code damps in place for its ranking, and again for the sweep.
         let damped = settings.reference.then(|| hessian.clone().damped(ABSOLUTE_DAMPING));
         let search_importance = match &damped {
@@ -65,9 +65,10 @@ impl<'a> LayerInputs<'a> {
         for (&col, cost) in order.iter().zip(factor.importance()) {
             importance[col] = cost;
         }
-        let correction = stage
-            .float
-            .map(|float| Correction::new(activations, float, |m| factor.solve(m, &order)));
+        let precision = settings.precision();
+        let correction = stage.float.map(|float| {
+            Correction::new(activations, float, precision, |m| factor.solve(m, &order))
+        });
         let extra_damping = (share > DAMPING).then_some(share);
         Ok(Self {
             activations,

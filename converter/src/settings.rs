@@ -1,6 +1,7 @@
 //! What the caller decides about a conversion.
 
 use slim_formats::slim::ScaleCoding;
+use slim_kernels::linalg::Precision;
 
 use crate::{ConvertError, Engine, Result, coder::Coder};
 
@@ -145,6 +146,11 @@ impl Settings {
     /// Whether the float model runs along in the calibration, so that layers make up for what those before them changed.
     pub fn follows_float(&self) -> bool {
         matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference
+    }
+
+    /// Of the calibration's products on the processor.
+    pub(crate) fn precision(&self) -> Precision {
+        if self.reference { Precision::Fine } else { Precision::Coarse }
     }
 
     /// The coder of the linear layers.

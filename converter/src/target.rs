@@ -32,14 +32,16 @@ impl Correction {
     pub fn new(
         ours: &Activations,
         float: FloatStage<'_>,
+        precision: Precision,
         solve: impl Fn(&[f32]) -> Vec<f32>,
     ) -> Self {
         let lacking = |batch: Range<usize>| {
             difference(float.activations.batch(batch.clone()), ours.batch(batch))
         };
-        let relative = cross(ours, ours.width(), INPUT_SHARE, lacking);
+        let relative = cross(precision, ours, ours.width(), INPUT_SHARE, lacking);
         let absolute = float.missing.map(|missing| {
-            cross(ours, missing.width(), RESIDUAL_SHARE, |batch| missing.batch(batch).to_vec())
+            let lacking = |batch| missing.batch(batch).to_vec();
+            cross(precision, ours, missing.width(), RESIDUAL_SHARE, lacking)
         });
         Self {
             cols: ours.width(),
@@ -75,6 +77,7 @@ fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
 /// `share * (2 / samples) * sum y^T x`, `[rows, x.width()]`, over `y: [tokens, rows]` of each batch of `x`: in the measure of
 /// `Hessian`.
 fn cross(
+    precision: Precision,
     x: &Activations,
     rows: usize,
     share: f32,
@@ -87,7 +90,7 @@ fn cross(
         let (y, x) = (y(batch.clone()), x.batch(batch));
         let tokens = x.len() / cols;
         let y = Mat::new(&y, tokens, rows).transposed();
-        linalg::matmul(Precision::Fine, &mut sum, cols, store, y, Mat::new(x, tokens, cols));
+        linalg::matmul(precision, &mut sum, cols, store, y, Mat::new(x, tokens, cols));
     }
     sum
 }
@@ -125,11 +128,12 @@ mod tests {
         let weights = noise(ROWS * COLS, 4);
         // Any order of columns gives the same.
         let order: Vec<usize> = (0..COLS).rev().collect();
-        let hessian = Hessian::of(&ours, &Engine::Cpu).unwrap().reordered(&order);
+        let hessian = Hessian::of(&ours, &Engine::Cpu, Precision::Fine).unwrap().reordered(&order);
         let (factor, _) = hessian.factor(1e-6).unwrap();
         for missing in [None, Some(&missing)] {
             let stage = FloatStage { activations: &float, missing };
-            let correction = Correction::new(&ours, stage, |m| factor.solve(m, &order));
+            let correction =
+                Correction::new(&ours, stage, Precision::Fine, |m| factor.solve(m, &order));
             let corrected = correction.apply(&weights);
             let (mut along, mut size) = (vec![0.0; COLS], 0.0);
             for sample in 0..2 {

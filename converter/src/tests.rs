@@ -6,7 +6,7 @@ use slim_formats::{
     Weight,
     slim::{BitWidth, ScaleCoding},
 };
-use slim_kernels::weight;
+use slim_kernels::{linalg::Precision, weight};
 
 use crate::{
     Activations, Engine, Method, Settings,
@@ -203,7 +203,8 @@ fn wide_layer_is_quantized_as_if_column_by_column() {
     activations.fill(|_| Ok(x.clone())).unwrap();
     let runs = (0..WIDE).step_by(32).map(|first| first..WIDE.min(first + 32));
     let order: Vec<usize> = runs.rev().flatten().collect();
-    let hessian = Hessian::of(&activations, &Engine::Cpu).unwrap().reordered(&order);
+    let hessian =
+        Hessian::of(&activations, &Engine::Cpu, Precision::Fine).unwrap().reordered(&order);
     let factor = hessian.factor(0.01).unwrap().0;
     let layout = layout(ROWS, WIDE, 64, CODINGS[0], &[BitWidth::new(3).unwrap(); 6]);
     let curvature = |hessian| Curvature {

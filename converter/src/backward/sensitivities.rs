@@ -43,7 +43,7 @@ impl Sensitivities {
 /// # Errors
 /// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there is nothing to predict.
 pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<Sensitivities> {
-    let model = Backward::load(source, Precision::Fine)?;
+    let model = Backward::load(source, Precision::Coarse)?;
     let context = samples.first().map_or(0, Vec::len);
     if context < 2 {
         return Err(ConvertError::InvalidSetting {

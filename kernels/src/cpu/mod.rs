@@ -74,6 +74,39 @@ impl Backend for Cpu {
     }
 }
 
+/// [`Cpu`] with [`Precision::Coarse`] products of many tokens: what models are usually calibrated in.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CoarseCpu;
+
+impl Backend for CoarseCpu {
+    fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
+        matmul(Precision::Coarse, w, x, m, out)
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+        Cpu.rms_norm(x, weight, epsilon, out);
+    }
+
+    fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
+        Cpu.rope(x, heads, angles);
+    }
+
+    fn attention(
+        &self,
+        q: &[f32],
+        kv: KvView<'_>,
+        shape: &AttentionShape,
+        out: &mut [f32],
+    ) -> Result<()> {
+        attention(Precision::Coarse, q, kv, shape, out);
+        Ok(())
+    }
+
+    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
+        Cpu.swiglu(gate, up);
+    }
+}
+
 /// [`Backend::matmul`] of [`Cpu`] for many tokens, with a product of this precision; rows of `w` are dequantized a panel at a
 /// time.
 ///

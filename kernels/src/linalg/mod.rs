@@ -125,7 +125,8 @@ impl Store {
 pub enum Precision {
     /// 17 bits.
     Fine,
-    /// 8 bits, for a third of the multiplications: enough for gradients, which differ more from one batch to the next.
+    /// 8 bits, for a third of the multiplications: enough where calibration samples are summed up, which differ more from one to
+    /// the next.
     Coarse,
 }
 
@@ -184,9 +185,9 @@ pub(crate) fn matmul_by(
 }
 
 /// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the diagonal is undefined. As
-/// accurate as a fine [`matmul`].
-pub fn add_gram(h: &mut [f32], x: &[f32], n: usize) {
-    add_gram_by(Method::fastest(Precision::Fine), h, x, n);
+/// accurate as [`matmul`].
+pub fn add_gram(precision: Precision, h: &mut [f32], x: &[f32], n: usize) {
+    add_gram_by(Method::fastest(precision), h, x, n);
 }
 
 pub(crate) fn add_gram_by(method: Method, h: &mut [f32], x: &[f32], n: usize) {
