@@ -5,8 +5,13 @@ use slim_runtime::{SplitMix64, Tokenizer};
 
 use crate::{ConvertError, Result, Settings};
 
-/// The text that is used when the caller gives none: the validation split of WikiText-2 (CC BY-SA 3.0).
-pub const BUILT_IN_CALIBRATION: &str = include_str!("../data/wikitext-2-valid.txt");
+/// The text that is used when the caller gives none: three quarters encyclopedia, a tenth novel, the rest code and notes
+/// (`data/README.md`).
+pub const BUILT_IN_CALIBRATION: &str = concat!(
+    include_str!("../data/wikitext-2-valid.txt"),
+    include_str!("../data/alice.txt"),
+    include_str!("../data/repository.txt"),
+);
 
 /// What a conversion is calibrated on.
 #[derive(Debug, Clone)]

@@ -298,11 +298,16 @@ fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x:
         assert_nmse(&format!("{name}, {what}"), &out, &expected, bound);
     }
     if let (Weight::Packed(packed), 1) = (weight, m) {
+        let mut in_integers: Option<Vec<f32>> = None;
         for method in matvec::Method::all() {
             let expected = product(&as_multiplied(method, packed.layout(), x), weights, cols);
             out.fill(f32::NAN);
             matvec_by(method, packed, x, &mut out);
             assert_nmse(&format!("{method:?}, {what}"), &out, &expected, MATMUL_NMSE);
+            if matches!(method, matvec::Method::Integer(..)) {
+                let first = in_integers.get_or_insert_with(|| out.clone());
+                assert_eq!(&out, first, "{method:?} rounds in its own way, {what}");
+            }
         }
     }
 }
@@ -398,6 +403,16 @@ fn matmul_outlier_row_leaves_the_others_alone() {
                 }
             }
         }
+    }
+}
+
+/// Every test of `matvec` runs all methods of the machine. Where one of them has to be there, its absence is no pass.
+#[test]
+fn matvec_instruction_set_to_be_tested_is_there() {
+    let found: Vec<_> = matvec::Method::all().iter().map(|method| format!("{method:?}")).collect();
+    println!("products with one token are tested in: {}", found.join(", "));
+    if let Ok(expected) = std::env::var("SLIMLLM_TEST_ISA") {
+        assert!(found.contains(&expected), "{expected} is not among {found:?}");
     }
 }
 

@@ -12,16 +12,16 @@ pub const UNIT: usize = 16;
 
 /// Calls `function::<WIDTH>(arguments)` for a bit-width that is known at run time.
 macro_rules! for_width {
-    ($width:expr, $function:ident($($argument:expr),*)) => {
+    ($width:expr, $($function:ident)::+($($argument:expr),*)) => {
         match $width.bits() {
-            1 => $function::<1>($($argument),*),
-            2 => $function::<2>($($argument),*),
-            3 => $function::<3>($($argument),*),
-            4 => $function::<4>($($argument),*),
-            5 => $function::<5>($($argument),*),
-            6 => $function::<6>($($argument),*),
-            7 => $function::<7>($($argument),*),
-            _ => $function::<8>($($argument),*),
+            1 => $($function)::+::<1>($($argument),*),
+            2 => $($function)::+::<2>($($argument),*),
+            3 => $($function)::+::<3>($($argument),*),
+            4 => $($function)::+::<4>($($argument),*),
+            5 => $($function)::+::<5>($($argument),*),
+            6 => $($function)::+::<6>($($argument),*),
+            7 => $($function)::+::<7>($($argument),*),
+            _ => $($function)::+::<8>($($argument),*),
         }
     };
 }
@@ -30,30 +30,37 @@ pub(super) use for_width;
 /// The planes of a group in blocks (F11, F12); those that its width lacks are empty.
 #[derive(Clone, Copy)]
 pub struct Planes<'a> {
+    /// Units in the group.
+    pub units: usize,
     /// Four blocks for each unit.
-    pub eight: &'a [[u8; 64]],
+    pub eight: &'a [[Block; 4]],
     /// Two blocks for each unit.
-    pub four: &'a [[u8; 64]],
+    pub four: &'a [[Block; 2]],
     /// A block for each unit.
-    pub two: &'a [[u8; 64]],
+    pub two: &'a [Block],
     /// A block for each two units.
-    pub one: &'a [[u8; 64]],
+    pub one: &'a [Block],
     /// The last unit of a 1-bit plane with an odd number of them (F13).
     pub short: &'a [u8; 32],
 }
+
+type Block = [u8; 64];
 
 impl<'a> Planes<'a> {
     /// Finds the planes in the codes of a group.
     #[inline(always)]
     pub fn of<const WIDTH: usize>(codes: &'a [u8]) -> Self {
-        let plane_bytes = |bits| codes.len() / WIDTH * (WIDTH & bits);
-        let (eight, rest) = codes.split_at(plane_bytes(8));
-        let (four, rest) = rest.split_at(plane_bytes(4));
-        let (two, one) = rest.split_at(plane_bytes(2));
+        const BIT_BYTES: usize = UNIT * TILE_ROWS / 8;
+        let units = codes.len() / (WIDTH * BIT_BYTES);
+        // With these lengths loops over units need no checks of their own.
+        let (eight, rest) = codes.split_at(units * BIT_BYTES * (WIDTH & 8));
+        let (four, rest) = rest.split_at(units * BIT_BYTES * (WIDTH & 4));
+        let (two, one) = rest.split_at(units * BIT_BYTES * (WIDTH & 2));
         let (one, short) = one.as_chunks();
         Self {
-            eight: eight.as_chunks().0,
-            four: four.as_chunks().0,
+            units,
+            eight: eight.as_chunks().0.as_chunks().0,
+            four: four.as_chunks().0.as_chunks().0,
             two: two.as_chunks().0,
             one,
             short: short.first_chunk().unwrap_or(&[0; 32]),
@@ -77,12 +84,12 @@ impl UnitWords {
         let mut words = Self { eight: [zero; 4], four: [zero; 2], two: zero, one: zero };
         if WIDTH & 8 != 0 {
             for block in 0..4 {
-                words.eight[block] = load_words(&planes.eight[4 * unit + block]);
+                words.eight[block] = load_words(&planes.eight[unit][block]);
             }
         }
         if WIDTH & 4 != 0 {
             for block in 0..2 {
-                words.four[block] = load_words(&planes.four[2 * unit + block]);
+                words.four[block] = load_words(&planes.four[unit][block]);
             }
         }
         if WIDTH & 2 != 0 {
@@ -97,7 +104,7 @@ impl UnitWords {
                     }
                     whole
                 }
-                None => load_short_words(planes.short),
+                None => short_words(planes.short),
             };
         }
         words
@@ -141,7 +148,7 @@ fn add_field(
 
 /// A block of a plane: a word for each row (F12).
 #[inline(always)]
-fn load_words(block: &[u8; 64]) -> [u32; TILE_ROWS] {
+fn load_words(block: &Block) -> [u32; TILE_ROWS] {
     let (bytes, _) = block.as_chunks::<4>();
     let mut words = [0; TILE_ROWS];
     for r in 0..TILE_ROWS {
@@ -152,7 +159,7 @@ fn load_words(block: &[u8; 64]) -> [u32; TILE_ROWS] {
 
 /// The short last block of a 1-bit plane (F13), spread so that its bits lie as in the low half of a whole block.
 #[inline(always)]
-fn load_short_words(block: &[u8; 32]) -> [u32; TILE_ROWS] {
+pub fn short_words(block: &[u8; 32]) -> [u32; TILE_ROWS] {
     let (bytes, _) = block.as_chunks::<2>();
     let mut words = [0; TILE_ROWS];
     for r in 0..TILE_ROWS {

@@ -8,24 +8,22 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod input;
+mod kernel;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon;
 mod portable;
 
 use std::{fmt, sync::LazyLock};
 
 use rayon::prelude::*;
-use slim_formats::slim::{PackedTensor, ScaleCoding, TILE_ROWS};
+use slim_formats::slim::{PackedTensor, TILE_ROWS};
 
-use super::unpack::{Lanes, UNIT};
+use super::unpack::Lanes;
 
 pub use input::Input;
 
 /// Bytes of a layer in a task. With eight times as many, threads wait for each other: decoding SmolLM2 at 3 bits took half as long again.
 const TASK_BYTES: usize = 1 << 15;
-
-/// How far ahead kernels ask for codes: the processor by itself does so too late. It brought 2-bit layers from 0.74 to 1.0 of the speed
-/// of a plain read, 3-bit layers from 0.66; from 1,024 to 4,096 bytes it makes no difference.
-#[cfg(target_arch = "x86_64")]
-const AHEAD_BYTES: usize = 2048;
 
 /// The products of the 16 rows of a tile with an input.
 type TileKernel = fn(PackedTensor<'_>, usize, &Input) -> Lanes;
@@ -42,13 +40,21 @@ pub enum Method {
 impl Method {
     /// All that this machine has, the fastest one first.
     pub fn all() -> Vec<Self> {
-        let mut methods = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        for (name, kernel) in [("AVX-512 VNNI", avx512::detect()), ("AVX2", avx2::detect())] {
-            methods.extend(kernel.map(|kernel| Self::Integer(name, kernel)));
-        }
-        methods.push(Self::Float);
-        methods
+        let kernels = [
+            ("AVX-512 VNNI", avx512::detect()),
+            ("AVX-VNNI", avx2::detect_vnni()),
+            ("AVX2", avx2::detect()),
+        ];
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        let kernels = [("NEON", neon::detect())];
+        #[cfg(not(any(
+            target_arch = "x86_64",
+            all(target_arch = "aarch64", target_endian = "little")
+        )))]
+        let kernels: [(&'static str, Option<TileKernel>); 0] = [];
+        let found = kernels.into_iter().filter_map(|(name, kernel)| Some((name, kernel?)));
+        found.map(|(name, kernel)| Self::Integer(name, kernel)).chain([Self::Float]).collect()
     }
 
     /// The fastest one, found out once.
@@ -109,21 +115,4 @@ fn for_each_tile(
         true => multiply((0, out)),
         false => out.par_chunks_mut(tiles * TILE_ROWS).enumerate().for_each(multiply),
     }
-}
-
-/// Units of 16 columns in a run, for a group of `units`.
-#[inline(always)]
-fn run_units(coding: ScaleCoding, units: usize) -> usize {
-    match coding {
-        ScaleCoding::TwoLevel { sub_group, .. } => sub_group / UNIT,
-        ScaleCoding::Paper => units,
-    }
-}
-
-/// Takes the next record off.
-#[inline(always)]
-fn next<'a, const BYTES: usize>(records: &mut &'a [u8]) -> &'a [u8; BYTES] {
-    let (record, rest) = records.split_first_chunk().expect("a record for each run");
-    *records = rest;
-    record
 }

@@ -1,0 +1,207 @@
+//! How fast the CPU's kernels are, next to a plain read of memory.
+//!
+//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES]]`. Layers and caches come from memory, as those of a model
+//! do: copies, more than the processor's caches hold, take turns. With few mebibytes they come from a cache.
+//!
+//! What counts is the share of a plain read, which on a shared machine only two measurements in turn give. Benchmark harnesses
+//! measure one function after the other and print no ratios: hence no divan or criterion.
+
+use std::{hint::black_box, time::Instant};
+
+use rayon::prelude::*;
+use slim_formats::{
+    Weight,
+    slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS},
+};
+use slim_kernels::{
+    AttentionShape, Backend, Cpu, KvView,
+    matvec::{Method, matvec_by},
+};
+
+/// Mebibytes of all copies that a kernel reads.
+const TOTAL: usize = 768;
+/// Measurements, of which the median counts.
+const PASSES: usize = 5;
+const SHAPES: [(usize, usize); 2] = [(1536, 576), (4096, 4096)];
+/// Tokens of a prefill, and positions of a cache.
+const TOKENS: usize = 512;
+
+fn main() {
+    // `cargo bench` adds an option of its own.
+    let numbers = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
+    let mut numbers = numbers.map(|text| text.parse().expect("a number"));
+    let all_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = numbers.next().map_or_else(|| vec![1, all_threads], |threads| vec![threads]);
+    let total_bytes = numbers.next().unwrap_or(TOTAL) << 20;
+    for threads in threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        pool.install(|| measure_all(&Memory::new(total_bytes)));
+    }
+}
+
+fn measure_all(memory: &Memory) {
+    println!("{} threads, {} MiB", rayon::current_num_threads(), memory.bytes() >> 20);
+    println!("{:<44} time/us  G mul-add/s      MB    GB/s  of a plain read", "kernel");
+    for (rows, cols) in SHAPES {
+        for bits in 1..=8 {
+            measure_matvec(memory, rows, cols, bits);
+        }
+    }
+    for bits in [2, 3, 4, 8] {
+        measure_matmul(memory, bits);
+    }
+    for m in [1, TOKENS] {
+        measure_attention(memory, m);
+    }
+    measure_rms_norm(memory);
+}
+
+/// One token times a packed layer, in each way that this machine has.
+fn measure_matvec(memory: &Memory, rows: usize, cols: usize, bits: u8) {
+    let layer = layer(rows, cols, bits);
+    let bytes = layer.layout().stored_bits() as usize / 8;
+    let copies = memory.copies(layer, bytes);
+    let (x, mut out) = (waves(cols), vec![0.0; rows]);
+    for method in Method::all() {
+        let name = format!("matvec {rows} x {cols}, {bits} bits, {method:?}");
+        memory.measure(&name, rows * cols, bytes, &copies, |layer| {
+            matvec_by(method, layer.view(), &x, black_box(&mut out));
+        });
+    }
+}
+
+/// Many tokens times a packed layer.
+fn measure_matmul(memory: &Memory, bits: u8) {
+    let (rows, cols) = (1536, 576);
+    let layer = layer(rows, cols, bits);
+    let (x, mut out) = (waves(TOKENS * cols), vec![0.0; TOKENS * rows]);
+    let bytes = layer.layout().stored_bits() as usize / 8 + size_of_val(&x[..]);
+    let name = format!("matmul {TOKENS} x {rows} x {cols}, {bits} bits");
+    memory.measure(&name, TOKENS * rows * cols, bytes, &vec![layer; 16], |layer| {
+        let weight = Weight::Packed(layer.view());
+        Cpu.matmul(weight, &x, TOKENS, black_box(&mut out)).expect("lengths that fit");
+    });
+}
+
+/// The queries of the last `m` tokens and a cache of all.
+fn measure_attention(memory: &Memory, m: usize) {
+    let (heads, kv_heads, head_dim) = (9, 3, 64);
+    let shape = AttentionShape { heads, kv_heads, head_dim, start: TOKENS - m, m, window: None };
+    let seen: usize = (0..m).map(|t| shape.visible(t).len()).sum();
+    let (q, mut out) = (waves(m * heads * head_dim), vec![0.0; m * heads * head_dim]);
+    let cache = waves(2 * kv_heads * TOKENS * head_dim);
+    let bytes = size_of_val(&cache[..]) + size_of_val(&q[..]);
+    let copies = memory.copies(cache, if m == 1 { bytes } else { 64 * bytes });
+    let name = format!("attention {m} of {TOKENS} tokens, {heads} heads");
+    memory.measure(&name, 2 * seen * heads * head_dim, bytes, &copies, |cache| {
+        let (keys, values) = cache.split_at(cache.len() / 2);
+        let kv = KvView { keys, values, capacity: TOKENS };
+        Cpu.attention(&q, kv, &shape, black_box(&mut out)).expect("lengths that fit");
+    });
+}
+
+fn measure_rms_norm(memory: &Memory) {
+    let cols = 576;
+    let (x, weight, mut out) = (waves(TOKENS * cols), waves(cols), vec![0.0; TOKENS * cols]);
+    let bytes = size_of_val(&x[..]);
+    let copies = memory.copies(x, bytes);
+    let name = format!("rms_norm {TOKENS} x {cols}");
+    memory.measure(&name, 2 * TOKENS * cols, bytes, &copies, |x| {
+        Cpu.rms_norm(x, &weight, 1e-5, black_box(&mut out));
+    });
+}
+
+/// What a plain read reads.
+struct Memory {
+    words: Vec<u64>,
+}
+
+impl Memory {
+    fn new(bytes: usize) -> Self {
+        Self { words: vec![1; bytes / 8] }
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&self.words[..])
+    }
+
+    fn read(&self) {
+        let sum = |part: &[u64]| part.iter().fold(0, |sum: u64, word| sum ^ word);
+        black_box(self.words.par_chunks(1 << 16).map(sum).reduce(|| 0, |a, b| a ^ b));
+    }
+
+    /// As many copies as fit it.
+    fn copies<T: Clone>(&self, value: T, bytes: usize) -> Vec<T> {
+        vec![value; (self.bytes() / bytes).max(1)]
+    }
+
+    /// Prints what a kernel takes for one of some inputs, that is for so many multiplications and bytes read.
+    fn measure<T>(
+        &self,
+        name: &str,
+        multiply_adds: usize,
+        bytes: usize,
+        inputs: &[T],
+        mut kernel: impl FnMut(&T),
+    ) {
+        let (mut seconds, mut shares) = (Vec::new(), Vec::new());
+        for _ in 0..PASSES {
+            let read = seconds_of(|| self.read()) * bytes as f64 / self.bytes() as f64;
+            let pass = seconds_of(|| inputs.iter().for_each(&mut kernel)) / inputs.len() as f64;
+            seconds.push(pass);
+            shares.push(read / pass);
+        }
+        let seconds = median(seconds);
+        let (megabytes, giga_multiply_adds) = (bytes as f64 / 1e6, multiply_adds as f64 / 1e9);
+        println!(
+            "{name:<42} {:>9.1} {:>12.1} {megabytes:>7.2} {:>7.2} {:>16.2}",
+            seconds * 1e6,
+            giga_multiply_adds / seconds,
+            megabytes / 1e3 / seconds,
+            median(shares)
+        );
+    }
+}
+
+fn seconds_of(mut work: impl FnMut()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn waves(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32).sin()).collect()
+}
+
+/// A layer of codes without a pattern.
+fn layer(rows: usize, cols: usize, bits: u8) -> PackedLayer {
+    const GROUP_SIZE: usize = 128;
+    let coding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+    let width = BitWidth::new(bits).expect("1 to 8 bits");
+    let widths = vec![width; cols.div_ceil(GROUP_SIZE)];
+    let layout = LayerLayout::new(rows, cols, GROUP_SIZE, coding, &widths).expect("a valid layer");
+    let mut packed = PackedLayer::zeroed(layout);
+    let mut noise = 1u64;
+    let mut column = |max: u8| {
+        std::array::from_fn::<u8, TILE_ROWS, _>(|_| {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (noise >> 56) as u8 & max
+        })
+    };
+    for mut tile in packed.tiles_mut() {
+        for group in 0..widths.len() {
+            let cols = GROUP_SIZE.min(cols - group * GROUP_SIZE);
+            let codes: Vec<_> = (0..cols).map(|_| column(width.max_code())).collect();
+            tile.set_codes(group, &codes);
+            for sub_group in 0..cols.div_ceil(32) {
+                tile.set_two_level(group, sub_group, &column(15), &column(15));
+            }
+        }
+    }
+    packed
+}
