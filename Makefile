@@ -2,7 +2,7 @@
 #
 #   make demo          fetch a small model, quantize it to 3 bits, look at the file, generate text with it
 #   make test          set up what the tests need and run them all
-#   make test-engines  check exported files in llama.cpp, which it builds first (half an hour)
+#   make test-engines  check exported files in llama.cpp, which it builds first (twenty minutes)
 #   make gpu-check     build the program that tests and measures on a GPU
 #   make ci            what a change must pass: formatting, lints, docs, tests
 
@@ -76,10 +76,10 @@ test-onnx: $(VENV)/onnx
 	done
 
 # An engine that is not ours must find in an exported file what we find in the original. Not part of `test`: llama.cpp takes long to build.
-test-engines: $(MODEL)
+test-engines: $(MODEL) $(VENV)/ready
 	scripts/llama-cpp
 	cargo build --release
-	scripts/check-export
+	$(PYTHON) scripts/check-export
 
 ci:
 	.ci/run

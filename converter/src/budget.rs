@@ -48,6 +48,7 @@ pub fn bit_widths(
     let mut survey = Survey { settings, contents, sensitivities, layers: Vec::new() };
     for index in 0..of {
         calibrator.pass_block(index, &Block::load(source, index)?, &mut survey)?;
+        source.release_pages();
         progress(Progress::Survey { done: index + 1, of });
     }
     let file_bytes = |widths: &[Vec<BitWidth>]| {

@@ -78,6 +78,7 @@ pub fn convert(
             Some(calibrator) => calibrator.pass_block(index, &block, &mut output)?,
             None => round_block(index, &block, &mut output)?,
         }
+        source.release_pages();
         (output.progress)(Progress::Block { done: index + 1, of: blocks });
     }
     output.model_tensors()?;
@@ -182,6 +183,7 @@ impl Output<'_> {
             } else {
                 self.keep(name, found)?;
             }
+            source.release_pages();
         }
         let name = "output_norm.weight";
         let values = finite_rows(name, source.require(name)?, 0..1)?;

@@ -67,6 +67,10 @@ pub fn export(
     path: &Path,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
+    let on_tensor = &mut |name: &str| {
+        model.release_pages();
+        on_tensor(name);
+    };
     match target {
         Target::Gguf => gguf::write(model, path, on_tensor),
         Target::Gptq => gptq::write(model, path, on_tensor),

@@ -46,6 +46,19 @@ impl MappedFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Gives back the memory of the pages that reading has brought in. They are read again when they
+    /// are needed, mostly from the system's cache. Does nothing on other systems than Unix.
+    pub fn release_pages(&self) {
+        #[cfg(unix)]
+        if let Some(map) = &self.map {
+            // SAFETY: the map is shared and never written to, so its pages hold nothing but what the
+            // file has; whoever reads them at this moment finds the same bytes.
+            let advised = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            // Where the system does not follow the advice, pages stay.
+            drop(advised);
+        }
+    }
 }
 
 fn map_read_only(file: &File) -> io::Result<Mmap> {
@@ -122,7 +135,10 @@ mod tests {
         let path = folder.path().join("bytes");
         for content in ["", "some bytes"] {
             std::fs::write(&path, content).unwrap();
-            assert_eq!(&*MappedFile::open(&path).unwrap(), content.as_bytes());
+            let file = MappedFile::open(&path).unwrap();
+            assert_eq!(&*file, content.as_bytes());
+            file.release_pages();
+            assert_eq!(&*file, content.as_bytes());
         }
         assert!(MappedFile::open(folder.path()).is_err());
         assert!(MappedFile::open(&folder.path().join("absent")).is_err());

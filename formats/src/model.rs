@@ -42,6 +42,10 @@ pub trait ModelSource: Send + Sync {
     fn chat_template(&self) -> Option<&str>;
     /// Every file that the model was read from.
     fn files(&self) -> Vec<PathBuf>;
+    /// Gives back the memory of tensors that were read from mapped files; they are read again when
+    /// they are needed. Who walks through a model once calls it now and then, so that a file that is
+    /// larger than memory does not fill it.
+    fn release_pages(&self) {}
 }
 
 /// One tensor of a model.

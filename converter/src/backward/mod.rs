@@ -41,6 +41,8 @@ pub struct Backward<'a> {
     pub output_norm: Vec<f32>,
     /// `[vocab, hidden]`; the embedding itself in models that tie them.
     pub output: Weight<'a>,
+    /// What lets go of the parts' pages when a block has been passed; `None` if they are in memory.
+    pub source: Option<&'a dyn ModelSource>,
 }
 
 /// What is differentiated.
@@ -151,7 +153,8 @@ impl<'a> Backward<'a> {
             .map(|index| Ok(Block::load(source, index)?))
             .collect::<Result<_>>()?;
         let output_norm = find_vector(source, "output_norm.weight", config.hidden_size)?;
-        Ok(Self { precision, config, embedding, blocks, output_norm, output })
+        let source = Some(source);
+        Ok(Self { precision, config, embedding, blocks, output_norm, output, source })
     }
 
     /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`, from the last layer to
@@ -173,12 +176,15 @@ impl<'a> Backward<'a> {
         let mut residuals = vec![embed(self.embedding, &sequences.concat())?];
         for index in 0..self.blocks.len() {
             residuals.push(self.walk(index, context).forward(&residuals[index])?);
+            self.release_pages();
         }
         let x = residuals.pop().expect("the output of the last block");
         let (loss, mut dx) = self.reverse_output(&x, sequences, loss, visit)?;
         drop(x);
+        self.release_pages();
         for (index, x) in residuals.into_iter().enumerate().rev() {
             self.walk(index, context).reverse(&x, &mut dx, visit)?;
+            self.release_pages();
         }
         Ok(loss)
     }
@@ -192,6 +198,7 @@ impl<'a> Backward<'a> {
         let mut x = embed(self.embedding, &sequences.concat())?;
         for index in 0..self.blocks.len() {
             x = self.walk(index, context).forward(&x)?;
+            self.release_pages();
         }
         Ok(self.normed(&x))
     }
@@ -202,6 +209,12 @@ impl<'a> Backward<'a> {
     /// `Kernel` for a weight that is not a number.
     pub fn logits(&self, normed: &[f32]) -> Result<Vec<f32>> {
         product::linear(self.precision, self.output, normed)
+    }
+
+    fn release_pages(&self) {
+        if let Some(source) = self.source {
+            source.release_pages();
+        }
     }
 
     fn walk(&self, index: usize, context: usize) -> block::Walk<'_> {

@@ -70,6 +70,7 @@ fn model<'a>(config: &'a ModelConfig, tensors: &'a HashMap<String, Vec<f32>>) ->
         blocks: (0..config.block_count).map(block).collect(),
         output_norm: tensors["output_norm.weight"].clone(),
         output: matrix(output, vocab),
+        source: None,
     }
 }
 

@@ -108,4 +108,8 @@ impl ModelSource for GgufModel {
     fn files(&self) -> Vec<PathBuf> {
         vec![self.path().to_owned()]
     }
+
+    fn release_pages(&self) {
+        self.file.release_pages();
+    }
 }

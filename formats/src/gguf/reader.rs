@@ -190,6 +190,11 @@ impl GgufFile {
         &self.map
     }
 
+    /// As [`MappedFile::release_pages`].
+    pub fn release_pages(&self) {
+        self.map.release_pages();
+    }
+
     /// The values of an F32 vector, `None` if the file has no tensor of this name.
     ///
     /// # Errors

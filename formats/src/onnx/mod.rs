@@ -200,4 +200,8 @@ impl ModelSource for OnnxModel {
             .chain(weights.map(|file| file.path().to_owned()))
             .collect()
     }
+
+    fn release_pages(&self) {
+        std::iter::once(&self.model).chain(&self.external).for_each(MappedFile::release_pages);
+    }
 }

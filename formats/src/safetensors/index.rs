@@ -124,6 +124,11 @@ impl Shards {
         &self.files[tensor.shard][tensor.range.clone()]
     }
 
+    /// As [`MappedFile::release_pages`].
+    pub fn release_pages(&self) {
+        self.files.iter().for_each(MappedFile::release_pages);
+    }
+
     /// The files, in the order in which they were opened.
     pub fn paths(&self) -> impl Iterator<Item = PathBuf> {
         self.files.iter().map(|file| file.path().to_owned())

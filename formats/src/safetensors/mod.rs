@@ -100,6 +100,10 @@ impl ModelSource for HfDirectory {
     fn files(&self) -> Vec<PathBuf> {
         self.files.clone()
     }
+
+    fn release_pages(&self) {
+        self.shards.release_pages();
+    }
 }
 
 /// Brings the tensors under their GGUF names and into the order of use.

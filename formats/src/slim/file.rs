@@ -256,6 +256,10 @@ impl ModelSource for SlimFile {
     fn files(&self) -> Vec<PathBuf> {
         vec![self.path().to_owned()]
     }
+
+    fn release_pages(&self) {
+        self.gguf.release_pages();
+    }
 }
 
 /// One column of the layer table, as `T`s.
