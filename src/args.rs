@@ -94,7 +94,7 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]
     pub reference: bool,
 
-    /// Bits of the embedding and the output layer; 16 keeps them as f16 [default: 8; 16 with --reference]
+    /// Bits of the embedding and the output layer; 16 keeps them as f16 [default: 6; 16 with --reference]
     #[arg(long, value_name = "BITS", value_parser = one_of(["4", "5", "6", "8", "16"]))]
     pub embed_bits: Option<usize>,
 

@@ -105,7 +105,7 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
         coding,
         method: args.method,
         reference: args.reference,
-        embed_bits: args.embed_bits.unwrap_or(if args.reference { 16 } else { 8 }) as u8,
+        embed_bits: args.embed_bits.unwrap_or(if args.reference { 16 } else { 6 }) as u8,
         samples: args.samples,
         context: args.context,
         seed: args.seed,

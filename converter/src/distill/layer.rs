@@ -10,9 +10,9 @@ use super::{PRECISION, parameters::Parameters};
 use crate::backward::weight_gradient;
 
 /// How far a scale or minimum code moves in a step, as a share of the largest one.
-const SCALE_RATE: f32 = 0.003;
+const SCALE_RATE: f32 = 0.001;
 /// How far a row scale moves in a step, as a share of it.
-const ROW_SCALE_RATE: f32 = 0.001;
+const ROW_SCALE_RATE: f32 = 0.0003;
 
 /// The real numbers behind the scales of a packed layer: each scale and minimum code is the nearest integer to such a number.
 /// Gradients pass through the rounding as if it were not there.

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// How far the weight of a norm moves in a step.
-const NORM_RATE: f32 = 0.001;
+const NORM_RATE: f32 = 0.0003;
 
 /// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers, as the file will.
 pub struct Student<'a> {
