@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use slim_formats::ScratchFile;
 
-use crate::Result;
+use crate::{Engine, Result};
 
 /// Tokens that go through a layer together, if samples are shorter: its weights are made ready for each batch.
 const BATCH_TOKENS: usize = 2048;
@@ -90,11 +90,27 @@ impl Activations {
         &mut values[samples.start * len..samples.end * len]
     }
 
+    /// Calls `change` with the samples of every batch and their values, `[samples, context, width]`.
+    pub fn update(
+        &mut self,
+        engine: &Engine,
+        change: impl Fn(Range<usize>, &mut [f32]) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let batches: Vec<_> = self.batches().collect();
+        let len = batches.first().map_or(0, Range::len) * self.context * self.width;
+        let values = self.batch_mut(0..self.samples).chunks_mut(len.max(1));
+        engine.for_each(batches.into_iter().zip(values), |(batch, values)| change(batch, values))
+    }
+
     /// Replaces every batch by what `of` gives for its samples.
-    pub fn fill(&mut self, mut of: impl FnMut(Range<usize>) -> Result<Vec<f32>>) -> Result<()> {
-        for batch in self.batches() {
-            self.batch_mut(batch.clone()).copy_from_slice(&of(batch)?);
-        }
-        Ok(())
+    pub fn fill(
+        &mut self,
+        engine: &Engine,
+        of: impl Fn(Range<usize>) -> Result<Vec<f32>> + Sync,
+    ) -> Result<()> {
+        self.update(engine, |batch, values| {
+            values.copy_from_slice(&of(batch)?);
+            Ok(())
+        })
     }
 }

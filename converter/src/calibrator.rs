@@ -136,7 +136,7 @@ impl<'a> Calibrator<'a> {
         let walk = Walk { engine, context: *context, angles };
         let name = |layer: &str| format!("blk.{index}.{layer}.weight");
         if let Some(before) = before {
-            before.fill(|batch| Ok(stream.residual.batch(batch).to_vec()))?;
+            before.fill(engine, |batch| Ok(stream.residual.batch(batch).to_vec()))?;
         }
         let is_sequential = before.is_none();
 
@@ -165,7 +165,7 @@ impl<'a> Calibrator<'a> {
         stream.attend(walk, running)?;
         if let Some(float) = float {
             float.stream.attend(walk, block)?;
-            float.compare(stream)?;
+            float.compare(engine, stream)?;
         }
         let attn_output = {
             let missing = float.as_ref().map(|float| &float.missing);
@@ -200,7 +200,7 @@ impl<'a> Calibrator<'a> {
         stream.ffn_activation(walk, running)?;
         if let Some(float) = float {
             float.stream.ffn_activation(walk, block)?;
-            float.compare(stream)?;
+            float.compare(engine, stream)?;
         }
         let down = {
             let missing = float.as_ref().map(|float| &float.missing);
@@ -221,9 +221,9 @@ impl<'a> Calibrator<'a> {
 }
 
 impl FloatStream {
-    fn compare(&mut self, ours: &Stream) -> Result<()> {
+    fn compare(&mut self, engine: &Engine, ours: &Stream) -> Result<()> {
         let Self { stream, missing } = self;
-        missing.fill(|batch| {
+        missing.fill(engine, |batch| {
             let pairs = stream.residual.batch(batch.clone()).iter().zip(ours.residual.batch(batch));
             Ok(pairs.map(|(float, ours)| float - ours).collect())
         })
@@ -272,42 +272,42 @@ struct Stream {
 impl Stream {
     fn attention_input(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { residual, normed, .. } = self;
-        normed.fill(|batch| Ok(block.attention_input(walk.context, residual.batch(batch))))
+        normed.fill(walk.engine, |batch| {
+            Ok(block.attention_input(walk.context, residual.batch(batch)))
+        })
     }
 
     fn attend(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { normed, attended, .. } = self;
-        let mut kv = walk.new_kv();
         let _held = walk.engine.hold(&[block.attn_q, block.attn_k, block.attn_v])?;
-        attended.fill(|batch| {
-            Ok(block.attend(walk.context, normed.batch(batch), &mut kv, 0, walk.angles)?)
+        attended.fill(walk.engine, |batch| {
+            let kv = &mut walk.new_kv();
+            Ok(block.attend(walk.context, normed.batch(batch), kv, 0, walk.angles)?)
         })
     }
 
     fn add_attention(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { residual, normed, attended, .. } = self;
         let held = walk.engine.hold(&[block.attn_output])?;
-        for batch in residual.batches() {
-            let out = residual.batch_mut(batch.clone());
-            block.add_attention(walk.context, attended.batch(batch), out)?;
-        }
+        residual.update(walk.engine, |batch, out| {
+            Ok(block.add_attention(walk.context, attended.batch(batch), out)?)
+        })?;
         drop(held);
-        normed.fill(|batch| Ok(block.ffn_input(walk.context, residual.batch(batch))))
+        normed.fill(walk.engine, |batch| Ok(block.ffn_input(walk.context, residual.batch(batch))))
     }
 
     fn ffn_activation(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { normed, ffn, .. } = self;
         let _held = walk.engine.hold(&[block.ffn_gate, block.ffn_up])?;
-        ffn.fill(|batch| Ok(block.ffn_activation(walk.context, normed.batch(batch))?))
+        ffn.fill(walk.engine, |batch| Ok(block.ffn_activation(walk.context, normed.batch(batch))?))
     }
 
     fn add_ffn(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let Self { residual, ffn, .. } = self;
         let _held = walk.engine.hold(&[block.ffn_down])?;
-        for batch in self.residual.batches() {
-            let out = self.residual.batch_mut(batch.clone());
-            block.add_ffn(walk.context, self.ffn.batch(batch), out)?;
-        }
-        Ok(())
+        residual.update(walk.engine, |batch, out| {
+            Ok(block.add_ffn(walk.context, ffn.batch(batch), out)?)
+        })
     }
 
     /// The whole block once more, from the residual `before` it.
@@ -317,13 +317,11 @@ impl Stream {
         block: &Block<'_>,
         before: &Activations,
     ) -> Result<()> {
-        let mut kv = walk.new_kv();
         let _held = walk.engine.hold(&block.weights())?;
-        for batch in self.residual.batches() {
-            let residual = self.residual.batch_mut(batch.clone());
+        self.residual.update(walk.engine, |batch, residual| {
             residual.copy_from_slice(before.batch(batch));
-            block.forward(walk.context, residual, &mut kv, 0, walk.angles)?;
-        }
-        Ok(())
+            block.forward(walk.context, residual, &mut walk.new_kv(), 0, walk.angles)?;
+            Ok(())
+        })
     }
 }

@@ -37,6 +37,28 @@ impl Engine {
         }
     }
 
+    /// Calls `f` with each task; on the processor with two at a time, so that what one of them does in one thread leaves no other
+    /// thread idle.
+    pub(crate) fn for_each<T: Send>(
+        &self,
+        mut tasks: impl Iterator<Item = T>,
+        f: impl Fn(T) -> Result<()> + Sync,
+    ) -> Result<()> {
+        if let Self::Cuda(_) = self {
+            return tasks.try_for_each(f);
+        }
+        while let Some(task) = tasks.next() {
+            match tasks.next() {
+                Some(next) => {
+                    let (first, second) = rayon::join(|| f(task), || f(next));
+                    first.and(second)?;
+                }
+                None => f(task)?,
+            }
+        }
+        Ok(())
+    }
+
     /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined. A device has a precision of its
     /// own.
     pub(crate) fn gram(&self, inputs: &Activations, precision: Precision) -> Result<Vec<f32>> {

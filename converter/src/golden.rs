@@ -75,7 +75,7 @@ impl Golden {
         let mut activations =
             Activations::new(SAMPLES, TOKENS, self.cols, &mut u64::MAX.clone()).unwrap();
         activations
-            .fill(|batch| {
+            .fill(&Engine::Cpu, |batch| {
                 let len = TOKENS * self.cols;
                 Ok(x[batch.start * len..batch.end * len].to_vec())
             })

@@ -14,7 +14,7 @@ use crate::{
     published::ABSOLUTE_DAMPING,
     salience::group_salience,
     sweep::{Curvature, SweptTile, difference, sweep},
-    target::Correction,
+    target::{Correction, Lack},
 };
 
 /// Share of the mean diagonal that is added to a Hessian before it is factored, as in GPTQ.
@@ -58,17 +58,19 @@ impl<'a> LayerInputs<'a> {
         };
         let reordered = damped.as_ref().unwrap_or(&hessian).reordered(&order);
         drop(damped);
-        let (factor, share) = reordered.factor(DAMPING)?;
+        // The factorization has one thread.
+        let (factored, lack) = rayon::join(
+            || reordered.factor(DAMPING),
+            || stage.float.map(|float| Lack::new(activations, float, settings.precision())),
+        );
+        let (factor, share) = factored?;
         let damping = share * reordered.mean_diagonal();
         let reordered = reordered.damped(damping);
         let mut importance = vec![0.0; order.len()];
         for (&col, cost) in order.iter().zip(factor.importance()) {
             importance[col] = cost;
         }
-        let precision = settings.precision();
-        let correction = stage.float.map(|float| {
-            Correction::new(activations, float, precision, |m| factor.solve(m, &order))
-        });
+        let correction = lack.map(|lack| lack.correction(|m| factor.solve(m, &order)));
         let extra_damping = (share > DAMPING).then_some(share);
         Ok(Self {
             activations,

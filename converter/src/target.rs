@@ -27,14 +27,12 @@ pub struct Correction {
     absolute: Option<Vec<f32>>,
 }
 
-impl Correction {
-    /// For inputs `ours` in place of those in `float`; `solve` multiplies `[rows, cols]` with the inverse Hessian of `ours`.
-    pub fn new(
-        ours: &Activations,
-        float: FloatStage<'_>,
-        precision: Precision,
-        solve: impl Fn(&[f32]) -> Vec<f32>,
-    ) -> Self {
+/// What inputs and residual stream lack, times the inputs: a [`Correction`] before it is multiplied with the inverse Hessian.
+pub struct Lack(Correction);
+
+impl Lack {
+    /// Of inputs `ours` in place of those in `float`.
+    pub fn new(ours: &Activations, float: FloatStage<'_>, precision: Precision) -> Self {
         let lacking = |batch: Range<usize>| {
             difference(float.activations.batch(batch.clone()), ours.batch(batch))
         };
@@ -43,13 +41,17 @@ impl Correction {
             let lacking = |batch| missing.batch(batch).to_vec();
             cross(precision, ours, missing.width(), RESIDUAL_SHARE, lacking)
         });
-        Self {
-            cols: ours.width(),
-            relative: solve(&relative),
-            absolute: absolute.map(|m| solve(&m)),
-        }
+        Self(Correction { cols: ours.width(), relative, absolute })
     }
 
+    /// `solve` multiplies `[rows, cols]` with the inverse Hessian of the inputs.
+    pub fn correction(self, solve: impl Fn(&[f32]) -> Vec<f32>) -> Correction {
+        let Correction { cols, relative, absolute } = self.0;
+        Correction { cols, relative: solve(&relative), absolute: absolute.map(|m| solve(&m)) }
+    }
+}
+
+impl Correction {
     /// The weights to round in place of `weights: [rows, cols]`.
     pub fn apply(&self, weights: &[f32]) -> Vec<f32> {
         let cols = self.cols;
@@ -133,7 +135,7 @@ mod tests {
         for missing in [None, Some(&missing)] {
             let stage = FloatStage { activations: &float, missing };
             let correction =
-                Correction::new(&ours, stage, Precision::Fine, |m| factor.solve(m, &order));
+                Lack::new(&ours, stage, Precision::Fine).correction(|m| factor.solve(m, &order));
             let corrected = correction.apply(&weights);
             let (mut along, mut size) = (vec![0.0; COLS], 0.0);
             for sample in 0..2 {

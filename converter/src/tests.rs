@@ -62,7 +62,7 @@ fn activations() -> Activations {
     }
     let mut activations = Activations::new(2, 96, COLS, &mut (1 << 20)).unwrap();
     activations
-        .fill(|batch| Ok(x[batch.start * 96 * COLS..batch.end * 96 * COLS].to_vec()))
+        .fill(&Engine::Cpu, |batch| Ok(x[batch.start * 96 * COLS..batch.end * 96 * COLS].to_vec()))
         .unwrap();
     activations
 }
@@ -200,7 +200,7 @@ fn wide_layer_is_quantized_as_if_column_by_column() {
     let mut activations = Activations::new(1, 600, WIDE, &mut (1 << 20)).unwrap();
     let mut x = noise(600 * WIDE, 10);
     (1..x.len()).for_each(|i| x[i] += 0.7 * x[i - 1]);
-    activations.fill(|_| Ok(x.clone())).unwrap();
+    activations.fill(&Engine::Cpu, |_| Ok(x.clone())).unwrap();
     let runs = (0..WIDE).step_by(32).map(|first| first..WIDE.min(first + 32));
     let order: Vec<usize> = runs.rev().flatten().collect();
     let hessian =
