@@ -1,42 +1,40 @@
 //! One budget of bits for the whole model: the widths of all groups of all layers, by what an error costs the loss.
 //!
-//! What a group costs at a width is predicted by the fit that the sweep will make: the squared error of each row, weighted by
-//! what it costs in the layer's outputs (`1 / U_jj^2`) and by what the loss minds an error at that output (the mean squared
-//! gradient, `backward`). Widths are then shared out so that no bit would be worth more elsewhere.
+//! What a group costs at a width is predicted by the fit of its scales: the squared error of each weight, times the mean square
+//! of its input and the mean squared gradient of the loss at its output (`backward`). Widths are then shared out so that no bit
+//! would be worth more elsewhere.
 
 use std::collections::HashMap;
 
 use rayon::prelude::*;
 use slim_formats::{
-    ModelSource, Weight,
+    ModelSource,
     slim::{BitWidth, TILE_ROWS},
 };
 use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, Contents, Engine, Progress, Resources, Result, Settings, Target,
+    Calibration, Contents, Progress, Result, Settings, Target,
     allocate::group_columns,
-    backward::{Sensitivities, sensitivities},
-    calibrator::{Calibrator, Layer, Stage, Visitor},
+    backward::{Linear, Sensitivity, sensitivities},
     convert::finite_rows,
     fit::fit_error,
     lanes::gather,
-    layer::{LayerInputs, layout},
+    layer::layout,
 };
 
-/// Samples that sensitivities are measured on: their mean settles long before a Hessian does.
-const SENSITIVITY_SAMPLES: usize = 8;
+/// Samples that sensitivities are measured on: such means settle long before a Hessian does.
+const SENSITIVITY_SAMPLES: usize = 12;
 
 /// The widths of the groups of every layer that has groups, by name.
 ///
 /// # Errors
-/// As the calibration and the reverse pass.
+/// As the reverse pass; `NotFinite` for a weight that is no number.
 pub fn bit_widths(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
-    resources: &Resources,
     contents: &Contents,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<HashMap<String, Vec<BitWidth>>> {
@@ -44,28 +42,26 @@ pub fn bit_widths(
     progress(Progress::Survey { done: 0, of });
     let samples = &calibration.samples;
     let sensitivities = sensitivities(source, &samples[..samples.len().min(SENSITIVITY_SAMPLES)])?;
-    let mut calibrator = Calibrator::new(source, samples, settings, resources, false)?;
-    let mut survey = Survey { settings, contents, sensitivities, layers: Vec::new() };
+    let mut layers = Vec::new();
     for index in 0..of {
-        calibrator.pass_block(index, &Block::load(source, index)?, &mut survey)?;
+        for (layer, found) in Linear::ALL.into_iter().zip(Block::load(source, index)?.weights()) {
+            let name = layer.tensor_name(index);
+            if contents.is_layer(&name) {
+                let weights = finite_rows(&name, found, 0..weight::shape(found).0)?;
+                let sensitivity = sensitivities.of(index, layer);
+                layers.push(LayerCosts::new(name, &weights, sensitivity, settings));
+            }
+        }
         source.release_pages();
         progress(Progress::Survey { done: index + 1, of });
     }
     let file_bytes = |widths: &[Vec<BitWidth>]| {
-        let names = survey.layers.iter().map(|layer| layer.name.as_str());
+        let names = layers.iter().map(|layer| layer.name.as_str());
         let widths: HashMap<_, _> = names.zip(widths.iter().map(Vec::as_slice)).collect();
         contents.file_bytes_with(|name| widths.get(name).copied())
     };
-    let widths = share_out(&survey.layers, settings, file_bytes)?;
-    Ok(survey.layers.into_iter().map(|layer| layer.name).zip(widths).collect())
-}
-
-/// Measures what each group of the float model would lose.
-struct Survey<'a> {
-    settings: &'a Settings,
-    contents: &'a Contents,
-    sensitivities: Sensitivities,
-    layers: Vec<LayerCosts>,
+    let widths = share_out(&layers, settings, file_bytes)?;
+    Ok(layers.into_iter().map(|layer| layer.name).zip(widths).collect())
 }
 
 /// What the groups of a layer cost at each width.
@@ -88,44 +84,17 @@ struct Choice {
     bits: u64,
 }
 
-impl Visitor for Survey<'_> {
-    fn inputs<'a>(
-        &mut self,
-        _: &str,
-        stage: Stage<'a>,
-        engine: &Engine,
-    ) -> Result<LayerInputs<'a>> {
-        LayerInputs::new(stage, self.settings, engine)
-    }
-
-    fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {
-        if self.contents.is_layer(name) {
-            let weights = finite_rows(name, source, 0..weight::shape(source).0)?;
-            let sensitivity = self.sensitivities.of_tensor(name);
-            let costs =
-                LayerCosts::new(name, &weights, inputs.importance(), sensitivity, self.settings);
-            self.layers.push(costs);
-        }
-        Ok(Layer::Kept)
-    }
-}
-
 impl LayerCosts {
-    fn new(
-        name: &str,
-        weights: &[f32],
-        importance: &[f32],
-        sensitivity: &[f64],
-        settings: &Settings,
-    ) -> Self {
-        let cols = importance.len();
-        let groups = choices(weights, importance, sensitivity, settings);
+    /// The costs of `weights: [rows, cols]`.
+    fn new(name: String, weights: &[f32], sensitivity: &Sensitivity, settings: &Settings) -> Self {
+        let cols = sensitivity.inputs.len();
+        let groups = choices(weights, sensitivity, settings);
         let lowest: Vec<BitWidth> = groups.iter().map(|choices| choices[0].width).collect();
         let in_groups: u64 = groups.iter().map(|choices| choices[0].bits).sum();
         let layout =
             layout(weights.len() / cols, cols, settings.group_size, settings.coding, &lowest);
         Self {
-            name: name.to_owned(),
+            name,
             weights: weights.len() as u64,
             own_bits: layout.stored_bits() - in_groups,
             groups,
@@ -134,22 +103,18 @@ impl LayerCosts {
 }
 
 /// What each group of a layer costs at each width.
-fn choices(
-    weights: &[f32],
-    importance: &[f32],
-    sensitivity: &[f64],
-    settings: &Settings,
-) -> Vec<Vec<Choice>> {
-    let cols = importance.len();
+fn choices(weights: &[f32], sensitivity: &Sensitivity, settings: &Settings) -> Vec<Vec<Choice>> {
+    let cols = sensitivity.inputs.len();
+    let importance: Vec<f32> = sensitivity.inputs.iter().map(|&square| square as f32).collect();
     let groups = group_columns(cols, settings.group_size);
     let widths: Vec<BitWidth> = (1..=8).filter_map(BitWidth::new).collect();
     let losses_of_tile = |tile: usize| -> Vec<Vec<f64>> {
         let w = gather(weights, cols, tile, 0..cols);
-        let sensitivity = &sensitivity[tile * TILE_ROWS..];
+        let outputs = &sensitivity.outputs[tile * TILE_ROWS..];
         let loss = |group: &std::ops::Range<usize>, width| -> f64 {
             let runs = settings.coding.runs(group);
             let errors = runs.map(|run| fit_error(&w[run.clone()], &importance[run], width));
-            errors.map(|error| weighted(&error, sensitivity)).sum()
+            errors.map(|error| weighted(&error, outputs)).sum()
         };
         groups.iter().map(|group| widths.iter().map(|&w| loss(group, w)).collect()).collect()
     };
@@ -168,8 +133,8 @@ fn choices(
     (0..groups.len()).map(of_group).collect()
 }
 
-fn weighted(error: &[f32; TILE_ROWS], sensitivity: &[f64]) -> f64 {
-    error.iter().zip(sensitivity).map(|(&error, sensitivity)| f64::from(error) * sensitivity).sum()
+fn weighted(error: &[f32; TILE_ROWS], outputs: &[f64]) -> f64 {
+    error.iter().zip(outputs).map(|(&error, output)| f64::from(error) * output).sum()
 }
 
 /// The widths with the least predicted loss among those that the settings allow; `file_bytes` tells what size such widths give
@@ -266,12 +231,12 @@ mod tests {
     const COLS: usize = 160;
 
     /// Two layers of five groups of 32 columns, the first of which costs much in one layer.
-    fn layers(settings: &Settings, first: f32) -> Vec<LayerCosts> {
-        let mut importance = [1.0; COLS];
-        importance[..32].fill(first);
+    fn layers(settings: &Settings, first: f64) -> Vec<LayerCosts> {
+        let mut sensitivity = Sensitivity { inputs: vec![1.0; COLS], outputs: vec![1.0; ROWS] };
+        sensitivity.inputs[..32].fill(first);
         let layer = |seed| {
             let weights = noise(ROWS * COLS, seed);
-            LayerCosts::new("", &weights, &importance, &[1.0; ROWS], settings)
+            LayerCosts::new(String::new(), &weights, &sensitivity, settings)
         };
         vec![layer(4), layer(5)]
     }
@@ -293,7 +258,7 @@ mod tests {
         Ok(outline.file_bytes("".as_ref(), Metadata::new())?)
     }
 
-    fn shared_out(first: f32, settings: &Settings) -> Vec<Vec<BitWidth>> {
+    fn shared_out(first: f64, settings: &Settings) -> Vec<Vec<BitWidth>> {
         let layers = layers(settings, first);
         share_out(&layers, settings, |widths| file_bytes(widths, settings)).unwrap()
     }

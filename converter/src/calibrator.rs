@@ -77,13 +77,13 @@ struct FloatStream {
 }
 
 impl<'a> Calibrator<'a> {
-    /// The embeddings of samples, which are equally long. `with_float` runs the float model along, so that stages tell its activations, too.
+    /// The embeddings of samples, which are equally long. Where the settings ask for it the float model runs along, so that stages
+    /// tell its activations, too.
     pub fn new(
         source: &'a dyn ModelSource,
         samples: &[Vec<u32>],
         settings: &Settings,
         resources: &'a Resources,
-        with_float: bool,
     ) -> Result<Self> {
         let config = source.config();
         let count = samples.len();
@@ -99,7 +99,7 @@ impl<'a> Calibrator<'a> {
             })
         };
         let mut ours = stream()?;
-        let mut float = match with_float {
+        let mut float = match settings.follows_float() {
             true => Some(stream()?),
             false => None,
         };

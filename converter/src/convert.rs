@@ -53,20 +53,13 @@ pub fn convert(
     };
     if settings.method == Method::Slim && !settings.reference {
         let contents = &output.contents;
-        output.widths = budget::bit_widths(
-            source,
-            calibration,
-            settings,
-            &resources,
-            contents,
-            output.progress,
-        )?;
+        output.widths =
+            budget::bit_widths(source, calibration, settings, contents, output.progress)?;
     }
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
-            let with_float = settings.follows_float();
-            Some(Calibrator::new(source, &calibration.samples, settings, &resources, with_float)?)
+            Some(Calibrator::new(source, &calibration.samples, settings, &resources)?)
         }
     };
     let blocks = source.config().block_count;

@@ -57,8 +57,13 @@ impl Hessian {
     /// Row and column `order[i]` as row and column `i`.
     #[must_use]
     pub fn reordered(&self, order: &[usize]) -> Self {
-        let row = |&i: &usize| order.iter().map(move |&j| self.values[i * self.n + j]);
-        Self { n: self.n, values: order.iter().flat_map(row).collect() }
+        let n = self.n;
+        let mut values = vec![0.0; n * n];
+        values.par_chunks_mut(n).zip(order).for_each(|(out, &i)| {
+            let row = &self.values[i * n..][..n];
+            out.iter_mut().zip(order).for_each(|(out, &j)| *out = row[j]);
+        });
+        Self { n, values }
     }
 
     /// The mean of the diagonal.
@@ -115,8 +120,10 @@ impl Factor {
     pub fn solve(&self, m: &[f32], order: &[usize]) -> Vec<f32> {
         let (n, rows) = (self.n, m.len() / self.n);
         let u = Mat::new(&self.values, n, n);
-        let ordered: Vec<f32> =
-            m.chunks_exact(n).flat_map(|row| order.iter().map(|&col| row[col])).collect();
+        let mut ordered = vec![0.0; m.len()];
+        ordered.par_chunks_mut(n).zip(m.par_chunks(n)).for_each(|(out, row)| {
+            out.iter_mut().zip(order).for_each(|(out, &col)| *out = row[col]);
+        });
         let mut half = vec![0.0; m.len()];
         matmul(
             Precision::Fine,
@@ -129,9 +136,9 @@ impl Factor {
         let mut solved = ordered;
         matmul(Precision::Fine, &mut solved, n, Store::REPLACE, Mat::new(&half, rows, n), u);
         let mut out = half;
-        for (out, solved) in out.chunks_exact_mut(n).zip(solved.chunks_exact(n)) {
+        out.par_chunks_mut(n).zip(solved.par_chunks(n)).for_each(|(out, solved)| {
             order.iter().zip(solved).for_each(|(&col, value)| out[col] = *value);
-        }
+        });
         out
     }
 

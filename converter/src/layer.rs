@@ -84,11 +84,6 @@ impl<'a> LayerInputs<'a> {
             extra_damping,
         })
     }
-
-    /// What an error in each column costs.
-    pub fn importance(&self) -> &[f32] {
-        &self.importance
-    }
 }
 
 /// Runs of columns that share scales, those with the largest inputs first: what is quantized first has the most columns left

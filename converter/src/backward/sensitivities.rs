@@ -1,4 +1,4 @@
-//! How much the loss minds an error at each output of the linear layers.
+//! How much the loss minds errors in the weights of the linear layers.
 
 use rayon::prelude::*;
 use slim_formats::ModelSource;
@@ -10,35 +10,45 @@ use crate::{ConvertError, Result};
 /// Tokens that go through the model together.
 const BATCH_TOKENS: usize = 1024;
 
-/// Mean squared gradients of the loss at the outputs of the linear layers of all blocks.
+/// How much the loss minds errors in the linear layers of all blocks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivities {
-    blocks: Vec<[Vec<f64>; 7]>,
+    blocks: Vec<[Sensitivity; 7]>,
     /// The loss: the mean negative log-likelihood of a predicted token, in nats.
     pub loss: f64,
 }
 
-impl Sensitivities {
-    /// Of each output of the layer with this tensor, `[rows]`.
-    ///
-    /// # Panics
-    /// If it is no linear layer of a block.
-    pub fn of_tensor(&self, name: &str) -> &[f64] {
-        let found = self.blocks.iter().enumerate().find_map(|(block, layers)| {
-            let layer = Linear::ALL.into_iter().find(|layer| layer.tensor_name(block) == name)?;
-            Some(layers[layer as usize].as_slice())
-        });
-        found.expect("a linear layer of a block")
-    }
+/// How much it minds errors in the weights of a layer: about as much as their squares times both means, that of the weight's
+/// input and that of its output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sensitivity {
+    /// The mean square of each input, `[cols]`.
+    pub inputs: Vec<f64>,
+    /// The mean squared gradient of the loss at each output, `[rows]`.
+    pub outputs: Vec<f64>,
+}
 
-    /// Of each output of a layer, `[rows]`.
-    pub fn of(&self, block: usize, layer: Linear) -> &[f64] {
+impl Sensitivities {
+    /// Of a layer.
+    pub fn of(&self, block: usize, layer: Linear) -> &Sensitivity {
         &self.blocks[block][layer as usize]
     }
 }
 
-/// The mean over all tokens of the squared gradient at each output of the linear layers, for the cross-entropy summed over
-/// the tokens of a sample. `samples`: equally long runs of tokens.
+impl Sensitivity {
+    /// Zeros for a layer `[rows, cols]`.
+    fn zeros((rows, cols): (usize, usize)) -> Self {
+        Self { inputs: vec![0.0; cols], outputs: vec![0.0; rows] }
+    }
+
+    /// Both means.
+    fn means_mut(&mut self) -> [&mut Vec<f64>; 2] {
+        [&mut self.inputs, &mut self.outputs]
+    }
+}
+
+/// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
+/// cross-entropy summed over the tokens of a sample. `samples`: equally long runs of tokens.
 ///
 /// # Errors
 /// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there is nothing to predict.
@@ -52,20 +62,18 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
             expected: "one or more of at least 2 tokens".into(),
         });
     }
-    let rows = |layer: Linear, weights: &[_; 7]| weight::shape(weights[layer as usize]).0;
-    let mut blocks: Vec<[Vec<f64>; 7]> = model
-        .blocks
-        .iter()
-        .map(|block| Linear::ALL.map(|layer| vec![0.0; rows(layer, &block.weights())]))
-        .collect();
+    let zeros = |weight| Sensitivity::zeros(weight::shape(weight));
+    let mut blocks: Vec<_> = model.blocks.iter().map(|b| b.weights().map(zeros)).collect();
     let mut loss = 0.0;
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
         loss += model.run(&sequences, &mut Loss::CrossEntropy, &mut |gradient| {
-            if let Gradient::Linear { block, layer, dy, .. } = gradient {
-                let sum = &mut blocks[block][layer as usize];
-                let squares = sum_squares(dy, sum.len());
-                sum.iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
+            if let Gradient::Linear { block, layer, x, dy } = gradient {
+                let sums = blocks[block][layer as usize].means_mut();
+                for (sum, values) in sums.into_iter().zip([x, dy]) {
+                    let squares = sum_squares(values, sum.len());
+                    sum.iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
+                }
             }
             Ok(())
         })?;
@@ -79,21 +87,22 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
         });
     }
     let tokens = (samples.len() * context) as f64;
-    blocks.iter_mut().flatten().flatten().for_each(|sum| *sum /= tokens);
+    let sums = blocks.iter_mut().flatten().flat_map(Sensitivity::means_mut);
+    sums.flatten().for_each(|sum| *sum /= tokens);
     Ok(Sensitivities { blocks, loss })
 }
 
-/// The sum over tokens of the squares of `dy: [tokens, rows]`.
-fn sum_squares(dy: &[f32], rows: usize) -> Vec<f64> {
+/// The sum over tokens of the squares of `values: [tokens, n]`.
+fn sum_squares(values: &[f32], n: usize) -> Vec<f64> {
     const TOKENS: usize = 64;
-    let pieces = dy.par_chunks(TOKENS * rows).map(|dy| {
-        let mut sum = vec![0.0; rows];
-        for token in dy.chunks_exact(rows) {
-            for (sum, dy) in sum.iter_mut().zip(token) {
-                *sum += f64::from(*dy) * f64::from(*dy);
+    let pieces = values.par_chunks(TOKENS * n).map(|values| {
+        let mut sum = vec![0.0; n];
+        for token in values.chunks_exact(n) {
+            for (sum, value) in sum.iter_mut().zip(token) {
+                *sum += f64::from(*value) * f64::from(*value);
             }
         }
         sum
     });
-    add_up(pieces.collect(), rows)
+    add_up(pieces.collect(), n)
 }

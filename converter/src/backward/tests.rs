@@ -401,26 +401,30 @@ fn divergence_from_itself_is_zero_with_zero_gradients() {
 }
 
 #[test]
-fn sensitivities_are_mean_squares_of_output_gradients() {
+fn sensitivities_are_mean_squares_of_inputs_and_output_gradients() {
     let source = open("mistral-swa");
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
     let found = sensitivities(&*source, &samples).unwrap();
     let model = Backward::load(&*source, Precision::Coarse).unwrap();
-    let (mut expected, mut loss) = (0.0, 0.0);
+    let of_layer = found.of(1, Linear::AttnK);
+    let (mut input, mut output, mut loss) = (0.0, 0.0, 0.0);
+    let sum_at_5 = |values: &[f32], n: usize| -> f64 {
+        values.iter().skip(5).step_by(n).map(|value| f64::from(value * value)).sum()
+    };
     for sample in &samples {
         loss += model
             .run(&[sample], &mut Loss::CrossEntropy, &mut |gradient| {
-                if let Gradient::Linear { block: 1, layer: Linear::AttnK, dy, .. } = gradient {
-                    let rows = found.of(1, Linear::AttnK).len();
-                    expected +=
-                        dy.iter().skip(5).step_by(rows).map(|dy| f64::from(dy * dy)).sum::<f64>();
+                if let Gradient::Linear { block: 1, layer: Linear::AttnK, x, dy } = gradient {
+                    input += sum_at_5(x, of_layer.inputs.len());
+                    output += sum_at_5(dy, of_layer.outputs.len());
                 }
                 Ok(())
             })
             .unwrap();
     }
-    expected /= 1200.0;
-    assert!((found.of(1, Linear::AttnK)[5] / expected - 1.0).abs() < 1e-4);
+    for (found, expected) in [(of_layer.inputs[5], input), (of_layer.outputs[5], output)] {
+        assert!((found * 1200.0 / expected - 1.0).abs() < 1e-4, "{found}");
+    }
     assert!((found.loss * 1197.0 / loss - 1.0).abs() < 1e-6);
 }
 

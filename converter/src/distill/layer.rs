@@ -289,7 +289,7 @@ mod tests {
             gradients.scales[0].fill(1.0);
             gradients.scales[1].fill(-1.0);
             for step in 1..=50 {
-                tile.descend(layer.layout().coding(), &gradients, 10.0, step);
+                tile.descend(layer.layout().coding(), &gradients, 100.0, step);
             }
             assert!(tile.scales[0].values.iter().all(|&code| code == 0.0));
             assert!(tile.scales[1].values.iter().all(|&code| code == 15.0));

@@ -200,9 +200,15 @@ pub(crate) fn add_gram_by(method: Method, h: &mut [f32], x: &[f32], n: usize) {
 
 /// Copies the upper triangle of `h: [n, n]` to the lower one.
 pub fn mirror_upper(h: &mut [f32], n: usize) {
-    for i in 1..n {
-        for j in 0..i {
-            h[i * n + j] = h[j * n + i];
+    // By tiles, of which rows and columns both stay in the first cache.
+    const TILE: usize = 32;
+    for rows in pieces(0..n, TILE) {
+        for cols in pieces(0..rows.end, TILE) {
+            for i in rows.clone() {
+                for j in cols.start..cols.end.min(i) {
+                    h[i * n + j] = h[j * n + i];
+                }
+            }
         }
     }
 }
