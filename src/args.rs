@@ -82,7 +82,7 @@ pub struct ConvertArgs {
     #[arg(long, default_value = "slim", value_parser = parse_method)]
     pub method: Method,
 
-    /// Steps of training, with --method slim+ [default: 100]
+    /// Steps of training, with --method slim+ [default: 300]
     #[arg(long, value_name = "N", value_parser = range(1..=1 << 20))]
     pub steps: Option<usize>,
 

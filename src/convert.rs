@@ -31,7 +31,7 @@ use crate::{
 
 const DEFAULT_SUB_GROUP: usize = 32;
 const DEFAULT_SCALE_BITS: usize = 4;
-const DEFAULT_STEPS: usize = 100;
+const DEFAULT_STEPS: usize = 300;
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
     args.compute.start()?;
