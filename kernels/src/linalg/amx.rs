@@ -367,6 +367,39 @@ mod registers {
         }
     }
 
+    /// Sums in tiles 0 to 3 what each of `steps` adds to them, and stores them as `product`: tile 4 and 5 hold lanes of the left
+    /// factor, 6 and 7 of the right one.
+    macro_rules! sum_products {
+        ($left:ident, $right:ident, $steps:ident, $product:ident; $($step:literal,)*) => {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "test {steps}, {steps}",
+                "jz 3f",
+                "2:",
+                $($step,)*
+                "dec {steps}",
+                "jnz 2b",
+                "3:",
+                "tilestored [{out} + {out_row}], tmm0",
+                "tilestored [{out} + {out_row} + 64], tmm1",
+                "tilestored [{out} + {out_row} + 2048], tmm2",
+                "tilestored [{out} + {out_row} + 2112], tmm3",
+                left = inout(reg) $left.as_ptr() => _,
+                right = inout(reg) $right.as_ptr() => _,
+                steps = inout(reg) $steps => _,
+                row = in(reg) size_of::<Row>(),
+                out = in(reg) $product.0.as_mut_ptr(),
+                out_row = in(reg) size_of_val(&$product.0[0]),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            )
+        };
+    }
+
     impl Registers {
         /// The product of 32 lanes with 32 lanes, both of one precision, over equally many steps.
         pub(super) fn multiply(
@@ -396,14 +429,7 @@ mod registers {
             // SAFETY: `self` says that the registers are configured. Each step reads 2048 bytes of either slice, which has 32
             // rows of 64 bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
             unsafe {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "test {steps}, {steps}",
-                    "jz 3f",
-                    "2:",
+                sum_products!(left, right, steps, product;
                     "tileloadd tmm6, [{right} + {row}]",
                     "tileloadd tmm4, [{left} + {row}]",
                     "tileloadd tmm7, [{right} + {row} + 1024]",
@@ -414,22 +440,6 @@ mod registers {
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "add {left}, 2048",
                     "add {right}, 2048",
-                    "dec {steps}",
-                    "jnz 2b",
-                    "3:",
-                    "tilestored [{out} + {out_row}], tmm0",
-                    "tilestored [{out} + {out_row} + 64], tmm1",
-                    "tilestored [{out} + {out_row} + 2048], tmm2",
-                    "tilestored [{out} + {out_row} + 2112], tmm3",
-                    left = inout(reg) left.as_ptr() => _,
-                    right = inout(reg) right.as_ptr() => _,
-                    steps = inout(reg) steps => _,
-                    row = in(reg) size_of::<Row>(),
-                    out = in(reg) product.0.as_mut_ptr(),
-                    out_row = in(reg) size_of_val(&product.0[0]),
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
                 );
             }
         }
@@ -441,19 +451,11 @@ mod registers {
             steps: usize,
             product: &mut Product,
         ) {
-            // Tiles 0 to 3 are sums; 4 and 5 hold lanes of the left factor, 6 and 7 of the right one. A step has the upper parts
-            // of lanes 0 to 15 at byte 0, those of lanes 16 to 31 at 1024, lower parts at 2048 and 3072.
+            // A step has the upper parts of lanes 0 to 15 at byte 0, those of lanes 16 to 31 at 1024, lower parts at 2048 and 3072.
             // SAFETY: `self` says that the registers are configured. Each step reads 4096 bytes of either slice, which has 64
             // rows of 64 bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
             unsafe {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "test {steps}, {steps}",
-                    "jz 3f",
-                    "2:",
+                sum_products!(left, right, steps, product;
                     "tileloadd tmm6, [{right} + {row}]",
                     "tileloadd tmm7, [{right} + {row} + 1024]",
                     "tileloadd tmm4, [{left} + {row} + 2048]",
@@ -476,22 +478,6 @@ mod registers {
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "add {left}, 4096",
                     "add {right}, 4096",
-                    "dec {steps}",
-                    "jnz 2b",
-                    "3:",
-                    "tilestored [{out} + {out_row}], tmm0",
-                    "tilestored [{out} + {out_row} + 64], tmm1",
-                    "tilestored [{out} + {out_row} + 2048], tmm2",
-                    "tilestored [{out} + {out_row} + 2112], tmm3",
-                    left = inout(reg) left.as_ptr() => _,
-                    right = inout(reg) right.as_ptr() => _,
-                    steps = inout(reg) steps => _,
-                    row = in(reg) size_of::<Row>(),
-                    out = in(reg) product.0.as_mut_ptr(),
-                    out_row = in(reg) size_of_val(&product.0[0]),
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
                 );
             }
         }
