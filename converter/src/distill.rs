@@ -17,12 +17,12 @@ use slim_formats::{
     slim::{LayerInfo, SlimFile, SlimWriter},
 };
 use slim_kernels::linalg::Precision;
-use slim_runtime::SplitMix64;
 
 use self::student::Student;
 use crate::{
     Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources, Result, Settings,
     backward::{Backward, Loss},
+    calibration::Windows,
     convert::convert,
 };
 
@@ -88,7 +88,9 @@ pub fn distill(
     }
     let mut student = Student::new(draft)?;
     let teacher = Backward::load(source, PRECISION)?;
-    let mut windows = Windows::new(&calibration.text, settings);
+    let tokens = settings.context.min(SEQUENCE_TOKENS).min(calibration.text.len());
+    // Not in the order of the calibration samples.
+    let mut windows = Windows::new(&calibration.text, tokens, !settings.seed);
     for step in 0..settings.steps {
         let sequences: Vec<&[u32]> = windows.by_ref().take(SEQUENCES).collect();
         let rate = rate(step, settings.steps);
@@ -108,39 +110,6 @@ pub fn distill(
     }
     let file_bytes = write(draft, &student, settings.steps, target)?;
     Ok(report(draft, file_bytes))
-}
-
-/// Windows of a text without end, in random order, none again before all have been there.
-struct Windows<'t> {
-    text: &'t [u32],
-    /// Of a window.
-    tokens: usize,
-    random: SplitMix64,
-    /// Where those start that are still to come.
-    starts: Vec<usize>,
-}
-
-impl<'t> Windows<'t> {
-    fn new(text: &'t [u32], settings: &Settings) -> Self {
-        let tokens = settings.context.min(SEQUENCE_TOKENS).min(text.len());
-        let random = SplitMix64::new(!settings.seed); // not the places of the calibration samples
-        Self { text, tokens, random, starts: Vec::new() }
-    }
-}
-
-impl<'t> Iterator for Windows<'t> {
-    type Item = &'t [u32];
-
-    fn next(&mut self) -> Option<&'t [u32]> {
-        let Self { text, tokens, random, starts } = self;
-        if starts.is_empty() {
-            let last = text.len() - *tokens;
-            let first = random.below(last.min(*tokens - 1) as u64 + 1) as usize;
-            starts.extend((first..=last).step_by(*tokens));
-        }
-        let start = starts.swap_remove(random.below(starts.len() as u64) as usize);
-        Some(&text[start..][..*tokens])
-    }
 }
 
 /// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine down to zero.
@@ -235,38 +204,5 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         self.remove();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::tests::{CODINGS, settings};
-
-    #[test]
-    fn windows_pass_through_all_of_the_text_before_any_comes_again() {
-        let text: Vec<u32> = (0..1000).collect();
-        let settings = Settings { context: 30, ..settings(3, CODINGS[0], Method::SlimPlus) };
-        let mut windows = Windows::new(&text, &settings);
-        for _ in 0..3 {
-            let first = windows.next().unwrap();
-            let all = windows.starts.len() + 1;
-            let mut seen: Vec<u32> = windows.by_ref().take(all - 1).flatten().copied().collect();
-            seen.extend(first);
-            seen.sort_unstable();
-            // In windows that do not overlap, and with less than a window left at either end.
-            assert!(seen.windows(2).all(|pair| pair[1] == pair[0] + 1));
-            assert!(seen.len() == all * 30 && seen.len() > 1000 - 2 * 30);
-        }
-    }
-
-    #[test]
-    fn windows_of_a_text_as_short_as_one_are_that_text() {
-        let text: Vec<u32> = (0..30).collect();
-        for context in [30, 100] {
-            let settings = Settings { context, ..settings(3, CODINGS[0], Method::SlimPlus) };
-            let mut windows = Windows::new(&text, &settings);
-            assert!((0..3).all(|_| windows.next() == Some(&text)));
-        }
     }
 }
