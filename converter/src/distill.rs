@@ -88,7 +88,7 @@ pub fn distill(
     }
     let mut student = Student::new(draft)?;
     let teacher = Backward::load(source, PRECISION)?;
-    let tokens = settings.context.min(SEQUENCE_TOKENS).min(calibration.text.len());
+    let tokens = settings.context.min(SEQUENCE_TOKENS);
     // Not in the order of the calibration samples.
     let mut windows = Windows::new(&calibration.text, tokens, !settings.seed);
     for step in 0..settings.steps {
