@@ -7,7 +7,7 @@ use crate::{
     gguf::{self, GgufFile, GgufModel, Metadata},
     onnx::OnnxModel,
     safetensors::HfDirectory,
-    slim::{PackedTensor, SlimFile},
+    slim::{Bands, PackedTensor, SlimFile},
 };
 
 /// An opened model. Tensors go by their GGUF names (`token_embd.weight`, `blk.0.attn_q.weight`, ...)
@@ -55,6 +55,19 @@ pub enum Weight<'a> {
     Dense(DenseTensor<'a>),
     /// A SliM layer.
     Packed(PackedTensor<'a>),
+    /// SliM layers, one above the other.
+    Bands(Bands<'a>),
+}
+
+impl<'a> Weight<'a> {
+    /// The SliM layers that it is made of, one or more; `None` of a dense one.
+    pub fn bands(self) -> Option<Bands<'a>> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Packed(layer) => Some(layer.into()),
+            Self::Bands(bands) => Some(bands),
+        }
+    }
 }
 
 /// A borrowed dense tensor of `rows` x `cols`; a vector has one row.

@@ -31,5 +31,5 @@ __device__ inline float row_unit(const DenseMatrix&, u32) { return 1.0f; }
 enum Mode : u32 {
     STORE = 0,   // out = sums
     ADD = 1,     // out += sums
-    SWIGLU = 2,  // operands = silu(sums of w[0]) * sums of w[1]
+    SWIGLU = 2,  // operands = silu(sums of the gate) * sums of up
 };

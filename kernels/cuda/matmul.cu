@@ -1,11 +1,12 @@
-// Products of many tokens with one weight: out[t, row] = sum over columns of w[row, col] * x[t, col].
+// Products of many tokens with one weight, a whole matrix or a band of its rows: out[t, row] = sum over columns of
+// w[row, col] * x[t, col].
 //
 // A block computes 128 rows (8 tiles) x 128 tokens, a warp 32 rows x 64 tokens. Weights never exist in fp16 outside
 // registers: the packed bytes of 8 tiles and the tokens' inputs are copied to shared memory an item (up to 128 columns) at a
 // time, two items deep where that fits, and every warp turns its two tiles' codes into operands, each used for 8 products.
 //
 //   x    fp16 [m, x_stride], operand order; padding zero
-//   out  f32 [m, w.rows]: overwritten (STORE) or added to (ADD)
+//   out  f32 [m, out_stride], of which w.rows: overwritten (STORE) or added to (ADD)
 //
 // Grid: (ceil(tiles / 8), ceil(m / 128)). Block: 256 threads. Dynamic shared memory: stages * (INPUT_BYTES +
 // 8 * slot_bytes(max_width)) for packed weights, stages * INPUT_BYTES for dense ones.
@@ -31,6 +32,8 @@ struct Matmul {
     u32 mode;    // STORE or ADD
     u32 stages;  // items in shared memory at a time: 2, or 1 where shared memory is too small for that
     float* out;
+    u32 out_stride;
+    u32 unused;
 };
 typedef Matmul<PackedMatrix> MatmulPacked;
 typedef Matmul<DenseMatrix> MatmulDense;
@@ -132,7 +135,7 @@ __device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, 
                 const u32 row = (first_tile + tile) * TILE_ROWS + 2 * g + i / 2;
                 const u32 token = blockIdx.y * MATMUL_TOKENS + first_token + 8 * n + 2 * q + i % 2;
                 if (row >= args.w.rows || token >= args.m) continue;
-                float* to = args.out + u64(token) * args.w.rows + row;
+                float* to = args.out + u64(token) * args.out_stride + row;
                 const float value = sums[tile][n][i] * row_unit(args.w, row);
                 *to = value + (args.mode == ADD ? *to : 0.0f);
             }

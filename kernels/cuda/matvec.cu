@@ -1,16 +1,19 @@
-// Products of 1 to 8 tokens with up to three weights: out[i][t, row] = sum over columns of w[i][row, col] * x[t, col].
+// Products of 1 to 8 tokens with up to eight bands of rows of one matrix or of several: a band has
+// out[t, row] = sum over columns of w[row, col] * x[t, col] for some rows of its matrix.
 //
-// A block owns one tile (16 rows) of one matrix; with SwiGLU the same tile of two, half of the warps each. Its warps share
+// A block owns one tile (16 rows) of one band; with SwiGLU the same tile of two, half of the warps each. Its warps share
 // out the columns, every warp adds up its own share on tensor cores (one instruction serves 8 tokens), and the block adds the
 // warps' sums in a fixed order. Every byte of the weights is read once.
 //
 //   x         fp16 [m, x_stride], operand order; padding zero
-//   out[i]    f32 [m, w[i].rows]: overwritten (STORE) or added to (ADD: out[0])
-//   operands  fp16 [m, operand_stride], operand order (SWIGLU): silu(w[0] x) * (w[1] x), both [rows, cols] of one shape
-//   normed    with ADD and norm_weight: the last block also writes rms_norm(out[0]) * norm_weight, fp16 operand order
+//   out       f32 [m, matrix_rows], of a band its own rows: overwritten (STORE) or added to (ADD)
+//   operands  fp16 [m, operand_stride], operand order (SWIGLU): silu(gate x) * (up x); the first half of the bands is the gate's, the
+//             other up's, of the same rows
+//   normed    with ADD and norm_weight, the bands being all of one matrix: the last block also writes rms_norm(out) *
+//             norm_weight, fp16 operand order
 //   counter   one u32, zero between launches (used with norm_weight)
 //
-// Grid: the tiles of all matrices in turn (SWIGLU: of one). Block: 256 threads. Dynamic shared memory: packed
+// Grid: the tiles of all bands in turn (SWIGLU: of the gate's). Block: 256 threads. Dynamic shared memory: packed
 // `WARPS * STAGES * slot_bytes(largest max_width)`, dense none. m <= 8.
 
 #include "dense.cuh"
@@ -21,17 +24,25 @@ constexpr u32 MATVEC_TOKENS = 8;
 // Items that a warp has under way: at 2 bits 4 * 512 bytes, with 24 warps on a multiprocessor 48 KiB, more than twice what
 // bandwidth times latency asks for.
 constexpr u32 MATVEC_STAGES = 4;
-constexpr u32 MATVEC_MATRICES = 3;
+constexpr u32 MATVEC_BANDS = 8;
+
+// Some rows of a matrix.
+template <class Matrix>
+struct Band {
+    Matrix w;
+    float* out;  // where the matrix has its first row of the first token
+    u32 first_row;
+    u32 matrix_rows;
+};
 
 template <class Matrix>
 struct Matvec {
-    Matrix w[MATVEC_MATRICES];
+    Band<Matrix> band[MATVEC_BANDS];
     const u16* x;
     u32 x_stride;
     u32 m;
-    u32 matrices;
+    u32 bands;
     u32 mode;
-    float* out[MATVEC_MATRICES];
     u16* operands;
     u32 operand_stride;
     u32 unused;
@@ -140,7 +151,7 @@ __device__ inline void multiply_tile(float (&sums)[4], const DenseMatrix& w, u32
 
 __device__ inline u32 slot_size_of(const MatvecPacked& args) {
     u32 width = 0;
-    for (u32 i = 0; i < args.matrices; ++i) width = max(width, args.w[i].max_width);
+    for (u32 i = 0; i < args.bands; ++i) width = max(width, args.band[i].w.max_width);
     return slot_bytes(width);
 }
 __device__ inline u32 slot_size_of(const MatvecDense&) { return 0; }
@@ -152,35 +163,40 @@ __device__ inline void matvec(const Matvec<Matrix>& args) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const bool is_swiglu = args.mode == SWIGLU;
 
-    u32 matrix = 0, tile = blockIdx.x;
-    while (!is_swiglu && tile >= tiles_of(args.w[matrix])) tile -= tiles_of(args.w[matrix++]);
+    // With a bound that it never meets, or else ptxas spills.
+    u32 band = 0, tile = blockIdx.x;
+    while (band + 1 < args.bands && tile >= tiles_of(args.band[band].w)) tile -= tiles_of(args.band[band++].w);
+    const u32 of_up = band + args.bands / 2;
     const u32 warps = is_swiglu ? MATVEC_WARPS / 2 : MATVEC_WARPS;
-    const u32 mine = is_swiglu ? warp / warps : matrix;
+    const u32 mine = warp < warps ? band : of_up;
 
     float sums[4] = {};
     const u32 slot_size = slot_size_of(args);
-    multiply_tile(sums, args.w[mine], tile, inputs_of_lane(args), warp % warps, warps, slots + warp * MATVEC_STAGES * slot_size, slot_size);
+    multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps, slots + warp * MATVEC_STAGES * slot_size, slot_size);
     for (u32 i = 0; i < 4; ++i) partial[warp][lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[i];
     __syncthreads();
 
     const u32 row_of_tile = threadIdx.x / MATVEC_TOKENS, t = threadIdx.x % MATVEC_TOKENS;
-    const u32 row = tile * TILE_ROWS + row_of_tile, rows = args.w[matrix].rows;
-    if (row_of_tile < TILE_ROWS && row < rows && t < args.m) {
+    const u32 row = tile * TILE_ROWS + row_of_tile;
+    if (row_of_tile < TILE_ROWS && row < args.band[band].w.rows && t < args.m) {
         float sum[2] = {};
         for (u32 i = 0; i < MATVEC_WARPS; ++i) sum[i / warps] += partial[i][row_of_tile][t];
-        const float value = sum[0] * row_unit(args.w[matrix], row);
+        const float value = sum[0] * row_unit(args.band[band].w, row);
+        const u32 row_of_matrix = args.band[band].first_row + row;
         if (is_swiglu) {
-            const float up = sum[1] * row_unit(args.w[1], row);
-            args.operands[u64(t) * args.operand_stride + operand_index(row)] = half_from_float(value / (1.0f + expf(-value)) * up);
+            const float up = sum[1] * row_unit(args.band[of_up].w, row);
+            args.operands[u64(t) * args.operand_stride + operand_index(row_of_matrix)] = half_from_float(value / (1.0f + expf(-value)) * up);
         } else {
-            float* out = args.out[matrix] + u64(t) * rows + row;
+            float* out = args.band[band].out + u64(t) * args.band[band].matrix_rows + row_of_matrix;
             *out = args.mode == ADD ? *out + value : value;
         }
     }
 
-    if (args.norm_weight != nullptr && is_last_block(args.counter, gridDim.x))
+    if (args.norm_weight != nullptr && is_last_block(args.counter, gridDim.x)) {
+        const u32 rows = args.band[0].matrix_rows;
         for (u32 i = 0; i < args.m; ++i)
-            rms_norm_row(args.out[0] + u64(i) * rows, args.norm_weight, args.epsilon, rows, args.normed + u64(i) * args.normed_stride);
+            rms_norm_row(args.band[0].out + u64(i) * rows, args.norm_weight, args.epsilon, rows, args.normed + u64(i) * args.normed_stride);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 3) matvec_packed(MatvecPacked args) { matvec(args); }

@@ -8,7 +8,9 @@ mod cuda;
 use half::{bf16, f16};
 use slim_formats::{
     DType, DenseTensor, Layout, Weight,
-    slim::{BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut},
+    slim::{
+        Bands, BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut,
+    },
 };
 
 use crate::{
@@ -273,9 +275,9 @@ fn as_multiplied(method: matvec::Method, layout: &LayerLayout, x: &[f32]) -> Vec
 
 /// The same for what `backend` does with `x: [m, cols]`.
 fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec<f32> {
-    match weight {
-        Weight::Packed(packed) if backend == "cpu" && x.len() == cols => {
-            as_multiplied(matvec::Method::fastest(), packed.layout(), x)
+    match weight.bands() {
+        Some(bands) if backend == "cpu" && x.len() == cols => {
+            as_multiplied(matvec::Method::fastest(), bands.get(0).layout(), x)
         }
         _ => x.to_vec(),
     }
@@ -291,18 +293,19 @@ fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x:
         out.fill(f32::NAN);
         backend.matmul(weight, x, m, &mut out).unwrap();
         // One token and packed codes are multiplied without the general product.
-        let bound = match weight {
-            Weight::Packed(_) if m == 1 => MATMUL_NMSE,
+        let bound = match weight.bands() {
+            Some(_) if m == 1 => MATMUL_NMSE,
             _ => product_nmse(name, MATMUL_AMX_NMSE, MATMUL_NMSE),
         };
         assert_nmse(&format!("{name}, {what}"), &out, &expected, bound);
     }
-    if let (Weight::Packed(packed), 1) = (weight, m) {
+    if let (Some(bands), 1) = (weight.bands(), m) {
         let mut in_integers: Option<Vec<f32>> = None;
+        let layout = bands.get(0).layout();
         for method in matvec::Method::all() {
-            let expected = product(&as_multiplied(method, packed.layout(), x), weights, cols);
+            let expected = product(&as_multiplied(method, layout, x), weights, cols);
             out.fill(f32::NAN);
-            matvec_by(method, packed, x, &mut out);
+            matvec_by(method, bands, x, &mut out);
             assert_nmse(&format!("{method:?}, {what}"), &out, &expected, MATMUL_NMSE);
             if matches!(method, matvec::Method::Integer(..)) {
                 let first = in_integers.get_or_insert_with(|| out.clone());
@@ -331,6 +334,51 @@ fn matmul_packed_layers_of_every_kind_agree() {
                 }
             }
         }
+    }
+}
+
+/// Bands of so many rows, the bit-widths of each different, and what they are worth.
+fn bands(noise: &mut Noise, rows: &[usize], coding: ScaleCoding) -> (Vec<PackedLayer>, Vec<f64>) {
+    let layer = |&rows: &usize| {
+        let widths = bit_widths(noise, 0, 3);
+        Layer::new(noise, Fill::Random, [rows, 176, 64], coding, &widths)
+    };
+    let layers = rows.iter().map(layer).map(|Layer { packed, weights }| (packed, weights));
+    let (layers, weights): (_, Vec<_>) = layers.unzip();
+    (layers, weights.concat())
+}
+
+#[test]
+fn matmul_bands_agree() {
+    let mut noise = Noise(11);
+    for coding in codings() {
+        for rows in [&[16, 1][..], &[48, 128, 17], &[256, 16, 16, 70], &[33]] {
+            let (layers, weights) = bands(&mut noise, rows, coding);
+            for m in [1, 7, 130] {
+                let x = noise.vector(m * 176, 1.0);
+                let what = format!("{coding:?}, bands of {rows:?} rows, m {m}");
+                let weight = Weight::Bands(Bands::new(&layers));
+                check_matmul(&what, weight, &weights, 176, &x);
+            }
+        }
+    }
+}
+
+#[test]
+fn dequantize_rows_of_several_bands_gives_what_was_packed() {
+    let mut noise = Noise(12);
+    for coding in codings() {
+        let (layers, weights) = bands(&mut noise, &[32, 48, 21], coding);
+        let weight = Weight::Bands(Bands::new(&layers));
+        for rows in [0..101, 0..32, 31..33, 32..80, 5..99, 79..101, 40..40, 101..101] {
+            let mut out = vec![f32::NAN; rows.len() * 176];
+            dequantize_rows(weight, rows.clone(), &mut out).unwrap();
+            let expected = &weights[rows.start * 176..rows.end * 176];
+            assert_nmse(&format!("{coding:?}, rows {rows:?}"), &out, expected, DEQUANTIZE_NMSE);
+        }
+        let bytes: u64 =
+            layers.iter().map(|layer| stored_bytes(Weight::Packed(layer.view()))).sum();
+        assert_eq!(stored_bytes(weight), bytes);
     }
 }
 

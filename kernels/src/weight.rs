@@ -1,10 +1,10 @@
 //! A weight matrix of any storage as rows of f32.
 
-use std::ops::Range;
+use std::{mem, ops::Range};
 
 use slim_formats::{
     Weight,
-    slim::{PackedTensor, TILE_ROWS, unpack_codes},
+    slim::{Bands, PackedTensor, TILE_ROWS, unpack_codes},
 };
 
 use crate::{Result, ggml};
@@ -14,6 +14,7 @@ pub fn shape(weight: Weight<'_>) -> (usize, usize) {
     match weight {
         Weight::Dense(dense) => (dense.rows, dense.cols),
         Weight::Packed(packed) => (packed.layout().rows(), packed.layout().cols()),
+        Weight::Bands(bands) => bands.shape(),
     }
 }
 
@@ -22,6 +23,7 @@ pub fn stored_bytes(weight: Weight<'_>) -> u64 {
     match weight {
         Weight::Dense(dense) => dense.stored_bytes(),
         Weight::Packed(packed) => packed.layout().stored_bits() / 8,
+        Weight::Bands(bands) => bands.iter().map(|(_, band)| band.layout().stored_bits() / 8).sum(),
     }
 }
 
@@ -39,6 +41,23 @@ pub fn dequantize_rows(weight: Weight<'_>, rows: Range<usize>, out: &mut [f32]) 
             dequantize_packed_rows(packed, rows, out);
             Ok(())
         }
+        Weight::Bands(bands) => {
+            dequantize_band_rows(bands, rows, out);
+            Ok(())
+        }
+    }
+}
+
+/// What of `rows` each band holds.
+fn dequantize_band_rows(bands: Bands<'_>, rows: Range<usize>, mut out: &mut [f32]) {
+    let (height, cols) = bands.shape();
+    assert!(rows.end <= height && out.len() == rows.len() * cols);
+    for (first, band) in bands.iter() {
+        let end = first + band.layout().rows();
+        let wanted = rows.start.clamp(first, end) - first..rows.end.clamp(first, end) - first;
+        let (mine, below) = mem::take(&mut out).split_at_mut(wanted.len() * cols);
+        dequantize_packed_rows(band, wanted, mine);
+        out = below;
     }
 }
 

@@ -328,7 +328,7 @@ impl Session {
 pub(crate) fn bytes_on_device(weight: Weight<'_>) -> u64 {
     let (rows, cols) = weight::shape(weight);
     match weight {
-        Weight::Packed(_) => weight::stored_bytes(weight) + 4 * rows as u64,
+        Weight::Packed(_) | Weight::Bands(_) => weight::stored_bytes(weight) + 4 * rows as u64,
         Weight::Dense(_) => 2 * rows.next_multiple_of(16) as u64 * cols.next_multiple_of(64) as u64,
     }
 }

@@ -222,8 +222,8 @@ fn quantized_source(
     source: &dyn ModelSource,
     contents: &Contents,
 ) -> Result<Option<(String, f64)>> {
-    for (name, _) in contents.linear_layers() {
-        if let Some(kind) = source.tensor(name)?.and_then(quantized_kind) {
+    for tensor in contents.tensors().iter().filter(|tensor| tensor.source.starts_with("blk.")) {
+        if let Some(kind) = source.tensor(&tensor.source)?.and_then(quantized_kind) {
             return Ok(Some(kind));
         }
     }
@@ -235,7 +235,7 @@ fn quantized_kind(found: Weight<'_>) -> Option<(String, f64)> {
     let name = match found {
         Weight::Dense(dense) if !dense.dtype.is_quantized() => return None,
         Weight::Dense(dense) => format!("{:?}", dense.dtype),
-        Weight::Packed(_) => "SliM".to_owned(),
+        Weight::Packed(_) | Weight::Bands(_) => "SliM".to_owned(),
     };
     let (rows, cols) = weight::shape(found);
     Some((name, 8.0 * weight::stored_bytes(found) as f64 / (rows * cols) as f64))

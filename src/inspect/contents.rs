@@ -205,6 +205,7 @@ impl WeightSize {
         let (kind, is_layer) = match found {
             Weight::Dense(dense) => (type_name(dense.dtype), false),
             Weight::Packed(_) => ("SliM layer".to_owned(), true),
+            Weight::Bands(_) => ("SliM layers".to_owned(), true),
         };
         Self {
             name: name.to_owned(),

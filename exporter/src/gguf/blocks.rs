@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use slim_formats::{
     DType, Weight,
-    slim::{LayerLayout, PackedTensor, TILE_ROWS, unpack_codes},
+    slim::{Bands, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes},
 };
 
 use crate::{ExportError, Result, tensor::to_f16};
@@ -11,19 +11,19 @@ use crate::{ExportError, Result, tensor::to_f16};
 /// Columns of a block of every type that is encoded here.
 const BLOCK: usize = 32;
 
-/// The type that holds a tensor: of a packed layer, the smallest that holds its codes and their
+/// The type that holds a tensor: of packed layers, the smallest that holds their codes and their
 /// scales as they are; of a dense matrix, its own; of a vector F32, which llama.cpp asks for.
 pub fn dtype_for(weight: Weight<'_>) -> DType {
-    match weight {
-        Weight::Dense(dense) if dense.rows == 1 => DType::F32,
-        Weight::Dense(dense) => dense.dtype,
-        Weight::Packed(packed) => dtype_for_layout(packed.layout()),
+    match (weight, weight.bands()) {
+        (_, Some(bands)) => dtype_for_bands(bands),
+        (Weight::Dense(dense), None) if dense.rows > 1 => dense.dtype,
+        _ => DType::F32,
     }
 }
 
-fn dtype_for_layout(layout: &LayerLayout) -> DType {
-    let widest = layout.groups().iter().map(|group| group.bit_width.bits()).max().unwrap_or(8);
-    match widest {
+fn dtype_for_bands(bands: Bands<'_>) -> DType {
+    let layout = bands.get(0).layout();
+    match bands.widest().bits() {
         _ if !layout.cols().is_multiple_of(BLOCK) => DType::F16,
         _ if !has_one_scale_per_block(layout) => DType::Q8_0,
         ..=4 => DType::Q4_1,
@@ -78,8 +78,11 @@ pub fn encode_rows(
                 bytes.copy_from_slice(&dense.bytes[stored * row_bytes..][..row_bytes]);
             }
         }
-        (Weight::Packed(packed), DType::Q4_1 | DType::Q5_1) => {
-            encode_codes(name, packed, dtype, first, bytes)?;
+        (Weight::Packed(_) | Weight::Bands(_), DType::Q4_1 | DType::Q5_1) => {
+            let above = |(first_row, _): &(usize, _)| *first_row <= first;
+            let band = weight.bands().and_then(|bands| bands.iter().take_while(above).last());
+            let (first_row, packed) = band.expect("the first band begins with row 0");
+            encode_codes(name, packed, dtype, first_row, first, bytes)?;
         }
         (_, DType::Q8_0) => encode_q8_0(name, first, values, bytes)?,
         (_, DType::F16) => {
@@ -101,12 +104,13 @@ pub fn encode_rows(
     Ok(())
 }
 
-/// The codes of a tile as they are: `scale`, `minimum`, for Q5_1 bit 4 of the codes, then their low
+/// The codes of a tile as they are, from row `first` of the matrix on, of a band that begins with row `first_row`: `scale`, `minimum`, for Q5_1 bit 4 of the codes, then their low
 /// 4 bits.
 fn encode_codes(
     name: &str,
     packed: PackedTensor<'_>,
     dtype: DType,
+    first_row: usize,
     first: usize,
     bytes: &mut [u8],
 ) -> Result<()> {
@@ -114,7 +118,7 @@ fn encode_codes(
     let (_, block_bytes) = dtype.block().expect("the caller chose a known type");
     let block_bytes = block_bytes as usize;
     let row_bytes = layout.cols() / BLOCK * block_bytes;
-    let tile = first / TILE_ROWS;
+    let tile = (first - first_row) / TILE_ROWS;
     let (d, m) = packed.row_scales(tile);
     for group in layout.groups() {
         let mut codes = vec![Default::default(); group.cols.len()];

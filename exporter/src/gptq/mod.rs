@@ -71,21 +71,19 @@ fn bits_for(model: &dyn ModelSource, names: &[(String, String)]) -> Result<usize
     };
     let mut fits_4_bits = true;
     for (_, name) in names.iter().filter(|(_, name)| is_linear(name)) {
-        let Weight::Packed(packed) = model.require(name)? else {
+        let Some(bands) = model.require(name)?.bands() else {
             let hint = "convert the model first; `--to safetensors` takes any";
             return refused(format!("tensor `{name}`, which is not quantized,"), hint);
         };
-        let layout = packed.layout();
-        let (rows, cols) = (layout.rows(), layout.cols());
+        let (rows, cols) = bands.shape();
         if !rows.is_multiple_of(8) || !cols.is_multiple_of(GROUP) {
             let what = format!(
                 "tensor `{name}` of {rows} rows and {cols} columns, no multiples of 8 and {GROUP},"
             );
             return refused(what, "use `--to safetensors`");
         }
-        let mut groups = layout.groups().iter();
-        fits_4_bits &=
-            layout.coding() == ScaleCoding::Paper && groups.all(|g| g.bit_width.bits() <= 4);
+        let coding = bands.get(0).layout().coding();
+        fits_4_bits &= coding == ScaleCoding::Paper && bands.widest().bits() <= 4;
     }
     Ok(if fits_4_bits { 4 } else { 8 })
 }

@@ -7,7 +7,11 @@
 //! columns: `w = scale * (code - middle) + offset`. The offsets are a matrix 16 to 256 times narrower than the layer; its product with
 //! the sums of the inputs over each block, added to that of the operator, gives what the SliM layer gives.
 
-use slim_formats::slim::{Group, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes};
+use std::ops::Range;
+
+use slim_formats::slim::{
+    Bands, BitWidth, Group, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes,
+};
 
 /// Columns of the largest block that the operator takes.
 const MAX_BLOCK: usize = 256;
@@ -30,12 +34,11 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Lays out a layer with codes of at least `least_bits`.
-    pub fn new(packed: PackedTensor<'_>, least_bits: u8) -> Self {
-        let layout = packed.layout();
-        let (rows, cols) = (layout.rows(), layout.cols());
-        let block = block_size(layout);
-        let bits = node_bits(layout, block).max(least_bits);
+    /// Lays out a matrix with codes of at least `least_bits`.
+    pub fn new(bands: Bands<'_>, least_bits: u8) -> Self {
+        let (rows, cols) = bands.shape();
+        let block = block_size(bands.get(0).layout());
+        let bits = node_bits(bands.widest(), block).max(least_bits);
         let mut blocks = Self {
             bits,
             block,
@@ -43,25 +46,35 @@ impl Blocks {
             scales: vec![0.0; rows * (cols / block)],
             offsets: vec![0.0; rows * (cols / block)],
         };
-        for tile in 0..layout.tiles() {
-            for group in layout.groups() {
-                blocks.set_codes(packed, tile, group);
-                blocks.set_scales(packed, tile, group);
+        for (first_row, band) in bands.iter() {
+            let layout = band.layout();
+            for tile in 0..layout.tiles() {
+                for group in layout.groups() {
+                    blocks.set_codes(band, first_row, tile, group);
+                    blocks.set_scales(band, first_row, tile, group);
+                }
             }
         }
         blocks
     }
 
     /// Codes of `width` bits move to the middle of those of `bits`.
-    fn set_codes(&mut self, packed: PackedTensor<'_>, tile: usize, group: &Group) {
+    fn set_codes(
+        &mut self,
+        packed: PackedTensor<'_>,
+        first_row: usize,
+        tile: usize,
+        group: &Group,
+    ) {
         let bits = usize::from(self.bits);
         let row_bytes = packed.layout().cols() * bits / 8;
         let shift = (1 << (bits - 1)) - half_range(group) as u8;
         let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
         let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
         unpack_codes(bytes, group.bit_width, &mut columns);
-        let rows = self.codes[tile * TILE_ROWS * row_bytes..].chunks_exact_mut(row_bytes);
-        for (lane, row) in rows.take(TILE_ROWS).enumerate() {
+        let rows = tile_rows(packed.layout(), first_row, tile);
+        let codes = &mut self.codes[rows.start * row_bytes..rows.end * row_bytes];
+        for (lane, row) in codes.chunks_exact_mut(row_bytes).enumerate() {
             for (col, column) in group.cols.clone().zip(&columns) {
                 let bit = col * bits;
                 row[bit / 8] |= (column[lane] + shift) << (bit % 8);
@@ -70,11 +83,17 @@ impl Blocks {
     }
 
     /// `w = factor * code + offset` is `factor * (code - half) + (offset + factor * half)`.
-    fn set_scales(&mut self, packed: PackedTensor<'_>, tile: usize, group: &Group) {
+    fn set_scales(
+        &mut self,
+        packed: PackedTensor<'_>,
+        first_row: usize,
+        tile: usize,
+        group: &Group,
+    ) {
         let layout = packed.layout();
         let row_blocks = layout.cols() / self.block;
         let half = f32::from(half_range(group));
-        let rows = tile * TILE_ROWS..layout.rows().min((tile + 1) * TILE_ROWS);
+        let rows = tile_rows(layout, first_row, tile);
         let (d, m) = packed.row_scales(tile);
         for (run, cols) in group.runs(layout.coding()).enumerate() {
             let (factor, offset) = packed.scales(tile, group, run);
@@ -87,6 +106,12 @@ impl Blocks {
             }
         }
     }
+}
+
+/// The rows of a tile in the matrix, of a band that begins with row `first_row`.
+fn tile_rows(layout: &LayerLayout, first_row: usize, tile: usize) -> Range<usize> {
+    let rows = tile * TILE_ROWS..layout.rows().min((tile + 1) * TILE_ROWS);
+    first_row + rows.start..first_row + rows.end
 }
 
 /// Half as many as a group has codes.
@@ -102,9 +127,8 @@ fn block_size(layout: &LayerLayout) -> usize {
 }
 
 /// The narrowest codes that hold those of every group, and that ONNX Runtime is fast with.
-fn node_bits(layout: &LayerLayout, block: usize) -> u8 {
-    let widest = layout.groups().iter().map(|group| group.bit_width.bits()).max();
-    match widest.unwrap_or(1) {
+fn node_bits(widest: BitWidth, block: usize) -> u8 {
+    match widest.bits() {
         1 | 2 if block >= MIN_BLOCK_OF_2_BITS => 2,
         1..=4 => 4,
         _ => 8,

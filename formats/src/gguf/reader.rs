@@ -1,6 +1,9 @@
 //! Reading: the whole header is validated before anything is served.
 
-use std::{ops::Deref, path::Path};
+use std::{
+    ops::{Deref, Range},
+    path::Path,
+};
 
 use super::{
     ALIGNMENT_KEY, ALIGNMENT_RULE, Array, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, Metadata,
@@ -176,8 +179,14 @@ impl GgufFile {
     /// # Panics
     /// If `tensor` was taken from another file and does not fit this one.
     pub fn bytes_of(&self, tensor: &TensorInfo) -> &[u8] {
+        &self.map[self.range_of(tensor)]
+    }
+
+    /// Where they lie in [`Self::file_bytes`].
+    pub(crate) fn range_of(&self, tensor: &TensorInfo) -> Range<usize> {
         // `place_tensors` has checked that the range lies in the file.
-        &self.map[tensor.offset as usize..][..tensor.bytes as usize]
+        let first = tensor.offset as usize;
+        first..first + tensor.bytes as usize
     }
 
     /// The bytes from the start of the file to the end of the tensor entries, without padding.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -9,6 +10,7 @@ use half::f16;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{
+    bands::{Bands, matrix_of, read_bands},
     group::{BitWidth, LayerLayout, ScaleCoding},
     layout::{PackedTensor, TILE_ROWS, unpack_codes},
 };
@@ -50,7 +52,10 @@ pub struct SlimFile {
     config: ModelConfig,
     tokenizer: TokenizerSource,
     layers: Vec<LayerInfo>,
-    by_name: HashMap<String, usize>,
+    /// Where layers stand in the table, by the names of single ones and of matrices in bands.
+    places: HashMap<String, Range<usize>>,
+    /// Codes, scales and row scales of each layer in bytes of the file.
+    stored: Vec<[Range<usize>; 3]>,
     /// The names of the tensors that layers are made of.
     parts: HashSet<String>,
 }
@@ -119,13 +124,21 @@ impl SlimFile {
         let layers = read_layers(&gguf)?;
         let parts = part_names(&layers);
         check_dense_tensors(&gguf, &layers, &parts)?;
-        let by_name = layers.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
+        let single = layers.iter().enumerate().map(|(i, layer)| (layer.name.clone(), i..i + 1));
+        let places = single.chain(read_bands(&gguf, &layers)?).collect();
+        let stored = layers.iter().map(|layer| {
+            ["codes", "scales", "row_scales"].map(|part| {
+                let info = gguf.tensor(&part_name(&layer.name, part));
+                info.map_or(0..0, |info| gguf.range_of(info))
+            })
+        });
+        let stored = stored.collect();
         let rope_factors = gguf.f32_vector("rope_freqs.weight")?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
         config.tied_embeddings = !layers.iter().any(|layer| layer.name == "output.weight")
             && gguf.tensor("output.weight").is_none();
         let tokenizer = TokenizerSource::from_gguf(metadata);
-        Ok(Self { config, tokenizer, layers, by_name, parts, gguf })
+        Ok(Self { config, tokenizer, layers, places, stored, parts, gguf })
     }
 
     /// Whether the metadata of a GGUF file says that it is a SliM file (F2).
@@ -154,12 +167,16 @@ impl SlimFile {
 
     /// A quantized layer by name.
     pub fn layer(&self, name: &str) -> Option<PackedTensor<'_>> {
-        let layer = &self.layers[*self.by_name.get(name)?];
-        let part = |suffix| {
-            let name = part_name(&layer.name, suffix);
-            self.gguf.tensor(&name).map_or(&[][..], |info| self.gguf.bytes_of(info))
-        };
-        PackedTensor::new(&layer.layout, part("codes"), part("scales"), part("row_scales")).ok()
+        let places = self.places.get(name).filter(|places| places.len() == 1)?;
+        Some(self.layer_at(places.start))
+    }
+
+    /// The quantized layer at a place of the table.
+    pub(super) fn layer_at(&self, place: usize) -> PackedTensor<'_> {
+        let [codes, scales, row_scales] =
+            self.stored[place].clone().map(|range| &self.gguf.file_bytes()[range]);
+        PackedTensor::new(&self.layers[place].layout, codes, scales, row_scales)
+            .expect("`check_parts` has compared shapes")
     }
 
     /// Mean bits per weight of the layers that `include` accepts, everything counted: codes, scales, row scales,
@@ -228,13 +245,19 @@ impl ModelSource for SlimFile {
 
     fn tensor_names(&self) -> Vec<&str> {
         let dense = self.gguf.tensors().iter().map(|info| info.name.as_str());
-        let layers = self.layers.iter().map(|layer| layer.name.as_str());
-        layers.chain(dense.filter(|name| !self.parts.contains(*name))).collect()
+        let layers = self.layers.iter().map(|layer| match matrix_of(&layer.name) {
+            None => Some(layer.name.as_str()),
+            Some((matrix, index)) => (index == "0").then_some(matrix),
+        });
+        layers.flatten().chain(dense.filter(|name| !self.parts.contains(*name))).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
-        if let Some(layer) = self.layer(name) {
-            return Ok(Some(Weight::Packed(layer)));
+        if let Some(places) = self.places.get(name) {
+            return Ok(Some(match places.len() {
+                1 => Weight::Packed(self.layer_at(places.start)),
+                _ => Weight::Bands(Bands::in_file(self, places)),
+            }));
         }
         let Some(info) = self.gguf.tensor(name).filter(|_| !self.parts.contains(name)) else {
             return Ok(None);

@@ -180,6 +180,20 @@ impl LayerLayout {
         &self.groups
     }
 
+    /// Why a layer of layout `below` cannot be the band below one of this layout (F20): what was found, what was expected.
+    pub(super) fn mismatch_below(&self, below: &Self) -> Option<(String, String)> {
+        let kind = |layout: &Self| (layout.cols, layout.group_size, layout.coding);
+        if kind(self) != kind(below) {
+            let describe = |(cols, group_size, coding)| {
+                format!("{cols} columns in groups of {group_size}, {coding:?}")
+            };
+            return Some((describe(kind(below)), format!("{}, as above", describe(kind(self)))));
+        }
+        let has_whole_tiles = self.rows.is_multiple_of(TILE_ROWS);
+        let found = || format!("a band of {} rows above it", self.rows);
+        (!has_whole_tiles).then(|| (found(), format!("a multiple of {TILE_ROWS} rows")))
+    }
+
     /// Tiles of 16 rows, the last one padded.
     pub fn tiles(&self) -> usize {
         self.rows.div_ceil(TILE_ROWS)

@@ -2,6 +2,7 @@
 //!
 //! `docs/format.md` is the specification; rules are cited as `F1`, `F2`, ...
 
+mod bands;
 mod file;
 mod group;
 mod layout;
@@ -12,6 +13,7 @@ mod refusals;
 mod tests;
 mod writer;
 
+pub use bands::{Bands, MAX_BANDS, band_name};
 pub use file::{FORMAT_VERSION, Fault, LayerInfo, SlimFile};
 pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
 pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, planes, unpack_codes};

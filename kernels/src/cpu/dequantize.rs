@@ -2,19 +2,23 @@
 
 use std::ops::Range;
 
-use slim_formats::slim::{PackedTensor, TILE_ROWS};
+use slim_formats::slim::{Bands, PackedTensor, TILE_ROWS};
 
 use super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
 
-/// Columns `[cols, tiles.len() * 16]` of a layer: row `r` of the tiles is lane `r` of every column. Padding rows are zero.
+/// Columns `[cols, tiles.len() * 16]` of a matrix: row `r` of the tiles is lane `r` of every column. Padding rows are zero.
 ///
 /// # Accuracy
 /// Equal to [`crate::weight::dequantize_rows`] up to one rounding, where the processor fuses multiply and add.
-pub fn columns(packed: PackedTensor<'_>, tiles: Range<usize>) -> Vec<f32> {
+pub fn columns(bands: Bands<'_>, tiles: Range<usize>) -> Vec<f32> {
     let stride = tiles.len() * TILE_ROWS;
-    let mut out = vec![0.0; packed.layout().cols() * stride];
-    for (index, tile) in tiles.enumerate() {
-        tile_columns(packed, tile, &mut out[index * TILE_ROWS..], stride);
+    let mut out = vec![0.0; bands.shape().1 * stride];
+    for (first_row, band) in bands.iter() {
+        let first = first_row / TILE_ROWS;
+        let end = first + band.layout().tiles();
+        for tile in tiles.start.clamp(first, end)..tiles.end.clamp(first, end) {
+            tile_columns(band, tile - first, &mut out[(tile - tiles.start) * TILE_ROWS..], stride);
+        }
     }
     out
 }

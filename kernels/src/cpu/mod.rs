@@ -28,10 +28,10 @@ pub struct Cpu;
 
 impl Backend for Cpu {
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
-        match w {
-            Weight::Packed(packed) if m == 1 => {
+        match w.bands() {
+            Some(bands) if m == 1 => {
                 check_matmul(w, x, m, out)?;
-                matvec::matvec_by(Method::fastest(), packed, x, out);
+                matvec::matvec_by(Method::fastest(), bands, x, out);
                 Ok(())
             }
             _ => matmul(Precision::Fine, w, x, m, out),
@@ -123,10 +123,10 @@ pub fn matmul(
     let (rows, cols) = shape(w);
     let panel = |rows: Range<usize>| {
         let n = rows.len();
-        if let Weight::Packed(packed) = w {
+        if let Some(bands) = w.bands() {
             let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
             let stride = tiles.len() * TILE_ROWS;
-            let weights = dequantize::columns(packed, tiles);
+            let weights = dequantize::columns(bands, tiles);
             Ok(Panel::of(precision, Mat::strided(&weights, cols, n, stride)))
         } else {
             let mut weights = vec![0.0; n * cols];

@@ -1,13 +1,15 @@
 //! What kernels take as arguments, byte for byte.
 
+use slim_formats::slim::{MAX_BANDS, TILE_ROWS};
+
 use super::{
-    Device, Matrix,
+    Device,
     device::{Kernel, shared},
-    matrix::{Packed, Storage},
+    matrix::{Band, Packed, Storage},
 };
 
-/// Matrices that one launch of `matvec_*` takes.
-pub(super) const MATVEC_MATRICES: usize = 3;
+/// Bands that one launch of `matvec_*` takes: those of two matrices.
+pub(super) const MATVEC_BANDS: usize = 2 * MAX_BANDS;
 
 /// What a product does with its sums: `mode` of `matvec.cu` and `matmul.cu`.
 #[derive(Clone, Copy)]
@@ -47,16 +49,25 @@ pub(super) struct DenseArgs {
     pub unused: u32,
 }
 
+/// `Band` of `matvec.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct BandArgs<M> {
+    pub w: M,
+    pub out: u64,
+    pub first_row: u32,
+    pub matrix_rows: u32,
+}
+
 /// `Matvec` of `matvec.cu`.
 #[repr(C)]
 pub(super) struct MatvecArgs<M> {
-    pub w: [M; MATVEC_MATRICES],
+    pub band: [BandArgs<M>; MATVEC_BANDS],
     pub x: u64,
     pub x_stride: u32,
     pub m: u32,
-    pub matrices: u32,
+    pub bands: u32,
     pub mode: u32,
-    pub out: [u64; MATVEC_MATRICES],
     pub operands: u64,
     pub operand_stride: u32,
     pub unused: u32,
@@ -77,6 +88,8 @@ pub(super) struct MatmulArgs<M> {
     pub mode: u32,
     pub stages: u32,
     pub out: u64,
+    pub out_stride: u32,
+    pub unused: u32,
 }
 
 /// `GemmArgs` of `gemm.cu`.
@@ -113,17 +126,23 @@ pub(super) struct KvCacheArgs {
 
 /// A storage of weights, and the kernels that multiply with it.
 pub(super) trait Kind: Sized + Copy {
-    /// What the kernels take of a matrix, which must be of this kind.
-    fn of(device: &Device, w: &Matrix) -> Self;
+    /// What the kernels take of a band, which must be of this kind.
+    fn of(device: &Device, w: &Band) -> Self;
     fn matvec(device: &Device) -> &Kernel;
     fn matmul(device: &Device) -> &Kernel;
     /// Bytes of shared memory for an item of a tile.
     fn slot_bytes(&self) -> u32;
+    fn rows(&self) -> u32;
+
+    /// Tiles of 16 rows, the last one padded.
+    fn tiles(&self) -> usize {
+        (self.rows() as usize).div_ceil(TILE_ROWS)
+    }
 }
 
 impl Kind for PackedArgs {
-    fn of(device: &Device, w: &Matrix) -> Self {
-        let Storage::Packed(packed) = &w.storage else { unreachable!("a packed matrix") };
+    fn of(device: &Device, w: &Band) -> Self {
+        let Storage::Packed(packed) = &w.storage else { unreachable!("a packed band") };
         let Packed { codes, scales, row_scales, units, items, .. } = packed;
         Self {
             codes: device.input(codes.view()),
@@ -131,8 +150,8 @@ impl Kind for PackedArgs {
             row_scales: device.input(row_scales.view()),
             units: device.input(units.view()),
             items: device.input(items.view()),
-            rows: w.rows() as u32,
-            cols: w.cols() as u32,
+            rows: w.rows as u32,
+            cols: w.cols as u32,
             item_count: items.len() as u32,
             tile_code_bytes: packed.tile_code_bytes,
             tile_scale_bytes: packed.tile_scale_bytes,
@@ -153,15 +172,19 @@ impl Kind for PackedArgs {
     fn slot_bytes(&self) -> u32 {
         shared::slot(self.max_width)
     }
+
+    fn rows(&self) -> u32 {
+        self.rows
+    }
 }
 
 impl Kind for DenseArgs {
-    fn of(device: &Device, w: &Matrix) -> Self {
-        let Storage::Dense(dense) = &w.storage else { unreachable!("a dense matrix") };
+    fn of(device: &Device, w: &Band) -> Self {
+        let Storage::Dense(dense) = &w.storage else { unreachable!("a dense band") };
         Self {
             fragments: device.input(dense.fragments.view()),
-            rows: w.rows() as u32,
-            cols: w.cols() as u32,
+            rows: w.rows as u32,
+            cols: w.cols as u32,
             steps: dense.steps,
             unused: 0,
         }
@@ -177,6 +200,10 @@ impl Kind for DenseArgs {
 
     fn slot_bytes(&self) -> u32 {
         0
+    }
+
+    fn rows(&self) -> u32 {
+        self.rows
     }
 }
 

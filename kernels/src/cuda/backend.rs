@@ -82,7 +82,9 @@ impl CudaBackend {
     /// As [`Matrix::upload`].
     pub fn hold<'w>(&self, weight: Weight<'w>) -> Result<Held<'w>> {
         let resident = match weight {
-            Weight::Packed(_) => Resident::Packed(Matrix::upload(&self.device, weight)?),
+            Weight::Packed(_) | Weight::Bands(_) => {
+                Resident::Packed(Matrix::upload(&self.device, weight)?)
+            }
             Weight::Dense(dense) => Resident::Dense(self.upload_rows(weight, 0, dense.rows)?),
         };
         let key = key(weight);
@@ -202,7 +204,7 @@ impl Backend for CudaBackend {
         match (self.held(w).as_deref(), w) {
             (Some(Resident::Packed(w)), _) => self.multiply_packed(w, x, m, out),
             (Some(Resident::Dense(w)), _) => self.multiply_rows(w, 0, rows, x, m, out),
-            (None, Weight::Packed(_)) => {
+            (None, Weight::Packed(_) | Weight::Bands(_)) => {
                 self.multiply_packed(&Matrix::upload(&self.device, w)?, x, m, out)
             }
             (None, Weight::Dense(_)) => {
@@ -279,6 +281,7 @@ fn key(weight: Weight<'_>) -> Key {
     let (bytes, layout) = match weight {
         Weight::Dense(dense) => (dense.bytes, Some(dense.layout)),
         Weight::Packed(packed) => (packed.parts().0, None),
+        Weight::Bands(bands) => (bands.get(0).parts().0, None),
     };
     (bytes.as_ptr().addr(), rows, cols, layout)
 }

@@ -8,13 +8,13 @@ use cudarc::driver::result;
 use super::{
     Attention, Device, KvCache, KvType, Matrix, Operands, RopeTables, Tokens, TopK, View, ViewMut,
     arguments::{
-        DenseArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_MATRICES, MatmulArgs, MatvecArgs, Mode,
-        PackedArgs,
+        BandArgs, DenseArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs, MatvecArgs,
+        Mode, PackedArgs,
     },
     check_equal, check_limit,
     device::{Kernel, shared},
     driver::{address, refused},
-    matrix::Storage,
+    matrix::{Band, Storage},
 };
 use crate::{KernelError, Result};
 
@@ -89,7 +89,7 @@ impl<'a> Strided<'a> {
 }
 
 impl Device {
-    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to three matrices of a kind and up to eight tokens.
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to eight bands of matrices of a kind and up to eight tokens.
     ///
     /// # Errors
     /// `ShapeMismatch` if the numbers of matrices and outputs, `x` or an output do not fit; `Driver`.
@@ -106,7 +106,7 @@ impl Device {
             check_room("outputs", out.as_view(), m * w.rows())?;
         }
         let (packed, dense): (Vec<_>, Vec<_>) =
-            w.iter().copied().zip(out).partition(|(w, _)| matches!(w.storage, Storage::Packed(_)));
+            w.iter().copied().zip(out).partition(|(w, _)| w.is_packed());
         self.store::<PackedArgs>(packed, x, m)?;
         self.store::<DenseArgs>(dense, x, m)
     }
@@ -133,9 +133,9 @@ impl Device {
             check_norm(norm.weight)?;
             check_operands(norm.out, w.rows(), m)?;
         }
-        match &w.storage {
-            Storage::Packed(_) => self.add::<PackedArgs>(w, x, m, out, norm),
-            Storage::Dense(_) => self.add::<DenseArgs>(w, x, m, out, norm),
+        match w.is_packed() {
+            true => self.add::<PackedArgs>(w, x, m, out, norm),
+            false => self.add::<DenseArgs>(w, x, m, out, norm),
         }
     }
 
@@ -157,20 +157,29 @@ impl Device {
             check_input(w, x, m)?;
         }
         check_operands(out, gate.rows(), m)?;
-        if m <= MATVEC_TOKENS {
-            match (&gate.storage, &up.storage) {
-                (Storage::Packed(_), Storage::Packed(_)) => {
-                    return self.matvec::<PackedArgs>(&[gate, up], x, m, Target::SwiGlu(out));
-                }
-                (Storage::Dense(_), Storage::Dense(_)) => {
-                    return self.matvec::<DenseArgs>(&[gate, up], x, m, Target::SwiGlu(out));
-                }
-                _ => {}
-            }
+        let is_alike = gate.is_packed() == up.is_packed()
+            && gate.bands.iter().map(|band| band.rows).eq(up.bands.iter().map(|band| band.rows));
+        if m <= MATVEC_TOKENS && is_alike {
+            return match gate.is_packed() {
+                true => self.swiglu_of::<PackedArgs>([gate, up], x, m, out),
+                false => self.swiglu_of::<DenseArgs>([gate, up], x, m, out),
+            };
         }
         let [gate_out, up_out] = scratch;
         self.matmul(&[gate, up], x, m, &mut [gate_out.reborrow(), up_out.reborrow()])?;
         self.swiglu(gate_out.as_view(), up_out.as_view(), gate.rows(), m, out)
+    }
+
+    /// `silu(gate) * up` for matrices of kind `K` with bands of the same rows.
+    fn swiglu_of<K: Kind>(
+        &self,
+        matrices: [&Matrix; 2],
+        x: &Operands,
+        m: usize,
+        out: &mut Operands,
+    ) -> Result<()> {
+        let bands: Vec<_> = matrices.iter().flat_map(|w| self.bands::<K>(w, 0)).collect();
+        self.matvec(&bands, x, m, Target::SwiGlu(out))
     }
 
     /// Adds the product with a matrix of kind `K`.
@@ -183,12 +192,8 @@ impl Device {
         norm: Option<Norm<'_>>,
     ) -> Result<()> {
         if m <= MATVEC_TOKENS {
-            return self.matvec::<K>(
-                &[w],
-                x,
-                m,
-                Target::Add { out: self.vector_input(out.as_view()), norm },
-            );
+            let bands = self.bands::<K>(w, self.vector_input(out.as_view()));
+            return self.matvec(&bands, x, m, Target::Add(norm));
         }
         self.multiply_many::<K>(w, x, m, Mode::Add, out)?;
         match norm {
@@ -200,7 +205,7 @@ impl Device {
     /// Stores the products with matrices of one kind.
     fn store<K: Kind>(
         &self,
-        mut products: Vec<(&Matrix, &mut ViewMut<'_, f32>)>,
+        products: Vec<(&Matrix, &mut ViewMut<'_, f32>)>,
         x: &Operands,
         m: usize,
     ) -> Result<()> {
@@ -208,21 +213,26 @@ impl Device {
             let multiply = |(w, out)| self.multiply_many::<K>(w, x, m, Mode::Store, out);
             return products.into_iter().try_for_each(multiply);
         }
-        for products in products.chunks_mut(MATVEC_MATRICES) {
-            let mut out = [0; MATVEC_MATRICES];
-            for (place, (_, out)) in out.iter_mut().zip(products.iter_mut()) {
-                *place = self.output(out);
-            }
-            let w: Vec<&Matrix> = products.iter().map(|(w, _)| *w).collect();
-            self.matvec::<K>(&w, x, m, Target::Store(out))?;
-        }
-        Ok(())
+        let bands = products.into_iter().flat_map(|(w, out)| self.bands::<K>(w, self.output(out)));
+        let bands: Vec<_> = bands.collect();
+        bands.chunks(MATVEC_BANDS).try_for_each(|bands| self.matvec(bands, x, m, Target::Store))
     }
 
-    /// Up to eight tokens with matrices of one kind. All shapes have been checked.
+    /// The bands of a matrix of kind `K`, whose product goes to `out`.
+    fn bands<K: Kind>(&self, w: &Matrix, out: u64) -> Vec<BandArgs<K>> {
+        let args = |band: &Band| BandArgs {
+            w: K::of(self, band),
+            out,
+            first_row: band.first_row as u32,
+            matrix_rows: w.rows() as u32,
+        };
+        w.bands.iter().map(args).collect()
+    }
+
+    /// Up to eight tokens with bands of one kind. All shapes have been checked.
     fn matvec<K: Kind>(
         &self,
-        w: &[&Matrix],
+        bands: &[BandArgs<K>],
         x: &Operands,
         m: usize,
         target: Target<'_>,
@@ -230,19 +240,19 @@ impl Device {
         if m == 0 {
             return Ok(());
         }
-        let kinds: Vec<K> = w.iter().map(|w| K::of(self, w)).collect();
-        let is_swiglu = matches!(target, Target::SwiGlu(_));
-        let tiles: usize =
-            w.iter().take(if is_swiglu { 1 } else { w.len() }).map(|w| w.tiles()).sum();
-        let slot_bytes = kinds.iter().map(Kind::slot_bytes).max().unwrap_or(0);
+        let in_grid = match target {
+            Target::SwiGlu(_) => &bands[..bands.len() / 2],
+            Target::Store | Target::Add(_) => bands,
+        };
+        let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
+        let slot_bytes = bands.iter().map(|band| band.w.slot_bytes()).max().unwrap_or(0);
         let mut args = MatvecArgs {
-            w: std::array::from_fn(|i| kinds[i.min(kinds.len() - 1)]),
+            band: std::array::from_fn(|i| bands[i.min(bands.len() - 1)]),
             x: self.input(x.values.view()),
             x_stride: x.stride() as u32,
             m: m as u32,
-            matrices: w.len() as u32,
+            bands: bands.len() as u32,
             mode: Mode::Store as u32,
-            out: [0; MATVEC_MATRICES],
             operands: 0,
             operand_stride: 0,
             unused: 0,
@@ -253,10 +263,9 @@ impl Device {
             counter: self.counter(),
         };
         match target {
-            Target::Store(out) => args.out = out,
-            Target::Add { out, norm } => {
+            Target::Store => {}
+            Target::Add(norm) => {
                 args.mode = Mode::Add as u32;
-                args.out[0] = out;
                 if let Some(norm) = norm {
                     args.norm_weight = self.vector_input(norm.weight);
                     args.normed_stride = norm.out.stride() as u32;
@@ -271,9 +280,10 @@ impl Device {
             }
         }
         let shared = shared::matvec(slot_bytes);
-        // SAFETY: `matvec_*(Matvec args)`. w: one to three matrices of the kernel's kind, as `Matrix` lays them out;
-        // x: m <= 8 rows of their columns, padded; out, operands, normed: m rows of their rows; norm_weight: as many;
-        // counter: zero. The callers have checked the shapes.
+        // SAFETY: `matvec_*(Matvec args)`. band: one to eight of the kernel's kind, as `Matrix` lays them out, their
+        // `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as many of the one matrix as of the
+        // other, of the same rows); x: m <= 8 rows of their columns, padded; operands, normed: m rows of their rows;
+        // norm_weight: as many; counter: zero. The callers have checked the shapes.
         unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, shared, &mut [argument(&args)]) }
     }
 
@@ -286,23 +296,31 @@ impl Device {
         mode: Mode,
         out: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
-        let kind = K::of(self, w);
-        let slot_bytes = kind.slot_bytes();
-        let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
-        let args = MatmulArgs {
-            w: kind,
-            x: self.input(x.values.view()),
-            x_stride: x.stride() as u32,
-            m: m as u32,
-            mode: mode as u32,
-            stages,
-            out: self.output(out),
-        };
-        let grid = [w.tiles().div_ceil(MATMUL_TILES), m.div_ceil(MATMUL_TOKENS), 1];
-        let shared = shared::matmul(slot_bytes, stages);
-        // SAFETY: `matmul_*(Matmul args)`. w: a matrix of the kernel's kind, as `Matrix` lays it out; x: m rows of
-        // its columns, padded; out: m rows of its rows. The callers have checked the shapes.
-        unsafe { self.launch(K::matmul(self), grid, 256, shared, &mut [argument(&args)]) }
+        for band in &w.bands {
+            let kind = K::of(self, band);
+            let (tiles, slot_bytes) = (kind.tiles(), kind.slot_bytes());
+            let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
+            let rows = band.first_row..m * w.rows() - (w.rows() - band.rows - band.first_row);
+            let args = MatmulArgs {
+                w: kind,
+                x: self.input(x.values.view()),
+                x_stride: x.stride() as u32,
+                m: m as u32,
+                mode: mode as u32,
+                stages,
+                out: self.output(&mut out.reborrow().slice(rows)),
+                out_stride: w.rows() as u32,
+                unused: 0,
+            };
+            let grid = [tiles.div_ceil(MATMUL_TILES), m.div_ceil(MATMUL_TOKENS), 1];
+            let shared = shared::matmul(slot_bytes, stages);
+            // SAFETY: `matmul_*(Matmul args)`. w: a band of the kernel's kind, as `Matrix` lays it out; x: m rows of
+            // its columns, padded; out: its rows of m rows of its matrix. The callers have checked the shapes.
+            unsafe {
+                self.launch(K::matmul(self), grid, 256, shared, &mut [argument(&args)])?;
+            }
+        }
+        Ok(())
     }
 
     /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens; `x: [m, weight.len()]`.
@@ -556,7 +574,9 @@ impl Device {
     pub fn embed(&self, w: &Matrix, tokens: View<'_, u32>, x: &mut ViewMut<'_, f32>) -> Result<()> {
         let m = tokens.len();
         check_room("outputs", x.as_view(), m * w.cols())?;
+        check_equal("bands of an embedding", w.bands.len(), 1)?;
         let (tokens, x) = (self.input(tokens), self.output(x));
+        let w = &w.bands[0];
         match &w.storage {
             Storage::Packed(_) => {
                 let packed = PackedArgs::of(self, w);
@@ -569,7 +589,7 @@ impl Device {
             Storage::Dense(_) => {
                 let dense = DenseArgs::of(self, w);
                 let args = &mut [argument(&dense), argument(&tokens), argument(&x)];
-                let grid = [w.cols().div_ceil(EMBED_COLS), m, 1];
+                let grid = [w.cols.div_ceil(EMBED_COLS), m, 1];
                 // SAFETY: `embed_dense(w, tokens, x)`, as above.
                 unsafe { self.launch(&self.kernels.embed_dense, grid, 128, 0, args) }
             }
@@ -660,8 +680,8 @@ impl Device {
 
 /// Where the sums of `matvec` go.
 enum Target<'a> {
-    Store([u64; MATVEC_MATRICES]),
-    Add { out: u64, norm: Option<Norm<'a>> },
+    Store,
+    Add(Option<Norm<'a>>),
     SwiGlu(&'a mut Operands),
 }
 

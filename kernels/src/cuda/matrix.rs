@@ -33,12 +33,21 @@ const FRAGMENT_PIECE_BYTES: usize = 32 << 20;
 
 /// A weight matrix in device memory.
 ///
-/// A packed layer lies there as in its file, with a table of what the kernels work on at a time; any other weight is
+/// Packed layers lie there as in their file, with a table of what the kernels work on at a time; any other weight is
 /// fp16, in the order in which the kernels use it.
 pub struct Matrix {
     rows: usize,
     cols: usize,
-    pub(super) storage: Storage,
+    /// All packed, or a single dense one.
+    pub(super) bands: Vec<Band>,
+}
+
+/// Some rows of a matrix, or all of them.
+pub(super) struct Band {
+    pub first_row: usize,
+    pub rows: usize,
+    pub cols: usize,
+    pub storage: Storage,
 }
 
 pub(super) enum Storage {
@@ -94,11 +103,20 @@ impl Matrix {
         let (rows, cols) = shape(weight);
         check_limit("columns", cols, MAX_UNITS * UNIT_COLS)?;
         check_limit("rows", rows, 1 << 28)?;
-        let storage = match weight {
-            Weight::Packed(packed) => Storage::Packed(Packed::upload(device, packed)?),
-            Weight::Dense(_) => Storage::Dense(Dense::upload(device, weight)?),
+        let Some(layers) = weight.bands() else {
+            let storage = Storage::Dense(Dense::upload(device, weight)?);
+            return Ok(Self {
+                rows,
+                cols,
+                bands: vec![Band { first_row: 0, rows, cols, storage }],
+            });
         };
-        Ok(Self { rows, cols, storage })
+        let band = |(first_row, layer): (usize, PackedTensor<'_>)| {
+            let storage = Storage::Packed(Packed::upload(device, layer)?);
+            Ok(Band { first_row, rows: layer.layout().rows(), cols, storage })
+        };
+        let bands = layers.iter().map(band).collect::<Result<_>>()?;
+        Ok(Self { rows, cols, bands })
     }
 
     /// Output channels.
@@ -113,18 +131,19 @@ impl Matrix {
 
     /// Bytes of device memory that it takes.
     pub fn device_bytes(&self) -> u64 {
-        match &self.storage {
+        let bytes = |band: &Band| match &band.storage {
             Storage::Packed(w) => {
                 let bytes = [&w.codes, &w.scales, &w.row_scales].map(Buffer::device_bytes);
                 bytes.iter().sum::<u64>() + w.units.device_bytes() + w.items.device_bytes()
             }
             Storage::Dense(w) => w.fragments.device_bytes(),
-        }
+        };
+        self.bands.iter().map(bytes).sum()
     }
 
-    /// Tiles of 16 rows, the last one padded.
-    pub(super) fn tiles(&self) -> usize {
-        self.rows.div_ceil(TILE_ROWS)
+    /// Whether its bands are packed.
+    pub(super) fn is_packed(&self) -> bool {
+        self.bands.iter().all(|band| matches!(band.storage, Storage::Packed(_)))
     }
 }
 

@@ -4,7 +4,9 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use slim_formats::{
     DType, DenseTensor, Layout, Weight,
-    slim::{BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut},
+    slim::{
+        Bands, BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut,
+    },
 };
 use slim_runtime::SplitMix64;
 
@@ -42,6 +44,7 @@ pub fn half_bits(seed: u64, len: usize) -> Vec<u16> {
 /// A weight in host memory.
 pub enum HostWeight {
     Packed(PackedLayer),
+    Bands(Vec<PackedLayer>),
     Dense { dtype: DType, rows: usize, cols: usize, bytes: Vec<u8> },
 }
 
@@ -70,6 +73,7 @@ impl HostWeight {
     pub fn view(&self) -> Weight<'_> {
         match self {
             Self::Packed(layer) => Weight::Packed(layer.view()),
+            Self::Bands(layers) => Weight::Bands(Bands::new(layers)),
             Self::Dense { dtype, rows, cols, bytes } => Weight::Dense(DenseTensor {
                 dtype: *dtype,
                 rows: *rows,
@@ -124,6 +128,23 @@ impl LayerSpec<'_> {
     /// # Panics
     /// If the format has no such layer.
     pub fn fill(&self, seed: u64, fill: Fill) -> HostWeight {
+        HostWeight::Packed(self.packed(seed, fill))
+    }
+
+    /// Random layers of this kind as the bands of a matrix, with so many rows; each begins with another width.
+    ///
+    /// # Panics
+    /// As [`Self::fill`].
+    pub fn bands(&self, seed: u64, rows: &[usize]) -> HostWeight {
+        let band = |(index, &rows): (usize, &usize)| {
+            let mut widths = self.widths.to_vec();
+            widths.rotate_left(index % self.widths.len());
+            LayerSpec { rows, widths: &widths, ..*self }.packed(seed + index as u64, Fill::Random)
+        };
+        HostWeight::Bands(rows.iter().enumerate().map(band).collect())
+    }
+
+    fn packed(&self, seed: u64, fill: Fill) -> PackedLayer {
         let groups = self.cols.div_ceil(self.group_size);
         let width = |&bits: &u8| BitWidth::new(bits).expect("1 to 8 bits");
         let widths: Vec<_> = self.widths.iter().map(width).cycle().take(groups).collect();
@@ -135,7 +156,7 @@ impl LayerSpec<'_> {
             let random = Random::new(seed, tile.index());
             TileFiller { random, fill, used, size: self.size }.fill(&mut tile);
         });
-        HostWeight::Packed(layer)
+        layer
     }
 }
 

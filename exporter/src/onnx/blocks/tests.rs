@@ -110,7 +110,7 @@ fn worth(blocks: &Blocks, rows: usize, cols: usize) -> Vec<f64> {
 #[track_caller]
 fn check(layer: &Layer, bits: u8, block: usize) {
     let layout = layer.packed.layout();
-    let blocks = Blocks::new(layer.packed.view(), 2);
+    let blocks = Blocks::new(layer.packed.view().into(), 2);
     assert_eq!((blocks.bits, blocks.block), (bits, block));
     let found = worth(&blocks, layout.rows(), layout.cols());
     assert_eq!(found.len(), layer.weights.len());
@@ -168,8 +168,8 @@ fn blocks_of_a_constant_run_are_its_offset() {
 #[test]
 fn blocks_are_at_least_as_wide_as_asked() {
     let layer = layer(16, 32, 32, TWO_LEVEL, &[3]);
-    let blocks = Blocks::new(layer.packed.view(), 8);
+    let blocks = Blocks::new(layer.packed.view().into(), 8);
     assert_eq!(blocks.bits, 8);
-    let narrow = Blocks::new(layer.packed.view(), 2);
+    let narrow = Blocks::new(layer.packed.view().into(), 2);
     assert_eq!(worth(&blocks, 16, 32), worth(&narrow, 16, 32));
 }

@@ -1,7 +1,7 @@
 //! Weight matrices in the graph: how they are stored, multiplied with, and looked up in.
 
 use half::f16;
-use slim_formats::{DType, Weight};
+use slim_formats::{DType, DenseTensor, Weight};
 use slim_kernels::weight;
 use slim_runtime::find_weight;
 
@@ -39,9 +39,10 @@ impl Decoder<'_> {
         least_bits: u8,
     ) -> Result<Stored> {
         (self.on_tensor)(name);
-        let kind = match find_weight(self.source, name, rows, cols)? {
-            Weight::Packed(packed) => {
-                let blocks = Blocks::new(packed, least_bits);
+        let found = find_weight(self.source, name, rows, cols)?;
+        let kind = match (found, found.bands()) {
+            (_, Some(bands)) => {
+                let blocks = Blocks::new(bands, least_bits);
                 let Blocks { bits, block, .. } = blocks;
                 let row_blocks = cols / block;
                 let dims = [rows, row_blocks, block * usize::from(bits) / 8];
@@ -55,9 +56,9 @@ impl Decoder<'_> {
                 }
                 Kind::Blocks { bits, block }
             }
-            found @ Weight::Dense(dense) => {
-                let element = match dense.dtype {
-                    DType::F16 => Element::F16,
+            (_, None) => {
+                let element = match found {
+                    Weight::Dense(DenseTensor { dtype: DType::F16, .. }) => Element::F16,
                     _ => Element::F32,
                 };
                 let pieces = (0..rows).step_by(PIECE).map(|start| {

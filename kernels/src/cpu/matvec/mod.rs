@@ -13,10 +13,10 @@ mod kernel;
 mod neon;
 mod portable;
 
-use std::{fmt, sync::LazyLock};
+use std::{fmt, mem, sync::LazyLock};
 
 use rayon::prelude::*;
-use slim_formats::slim::{PackedTensor, TILE_ROWS};
+use slim_formats::slim::{Bands, PackedTensor, TILE_ROWS};
 
 use super::unpack::Lanes;
 
@@ -73,46 +73,54 @@ impl fmt::Debug for Method {
     }
 }
 
-/// `out[rows]` from the layer times `x[cols]`.
+/// `out[rows]` from a matrix times `x[cols]`.
 ///
 /// # Accuracy
 /// [`Method::Integer`]: that of [`Input`], which is 2e-5 of NMSE for values without outliers; the rest as for [`Method::Float`],
 /// which sums in f32: over a sub-group (two-level) or group (paper), then over those.
 ///
 /// # Panics
-/// If `x` or `out` is not as long as the layer is wide or high.
-pub fn matvec_by(method: Method, packed: PackedTensor<'_>, x: &[f32], out: &mut [f32]) {
-    let layout = packed.layout();
-    assert_eq!((x.len(), out.len()), (layout.cols(), layout.rows()), "inputs and outputs");
+/// If `x` or `out` is not as long as the matrix is wide or high.
+pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], out: &mut [f32]) {
+    let bands = matrix.into();
+    let (rows, cols) = bands.shape();
+    assert_eq!((x.len(), out.len()), (cols, rows), "inputs and outputs");
     match method {
         Method::Integer(_, kernel) => {
-            let input = Input::new(layout, x);
-            for_each_tile(packed, out, |tile| kernel(packed, tile, &input));
+            // Bands have the same columns in a sub-group or group.
+            let input = Input::new(bands.get(0).layout(), x);
+            for_each_tile(bands, out, |band, tile| kernel(band, tile, &input));
         }
         Method::Float => {
             let sums = portable::column_sums(x);
-            for_each_tile(packed, out, |tile| portable::tile(packed, tile, x, &sums));
+            for_each_tile(bands, out, |band, tile| portable::tile(band, tile, x, &sums));
         }
     }
 }
 
-/// Stores the 16 products that `product` gives for each tile.
+/// Stores the 16 products that `product` gives for each tile of each band.
 fn for_each_tile(
-    packed: PackedTensor<'_>,
-    out: &mut [f32],
-    product: impl Fn(usize) -> Lanes + Sync,
+    bands: Bands<'_>,
+    mut out: &mut [f32],
+    product: impl Fn(PackedTensor<'_>, usize) -> Lanes + Sync,
 ) {
-    let layout = packed.layout();
-    let tile_bytes = layout.tile_code_bytes() + layout.tile_scale_bytes();
-    let tasks = (layout.tiles() * tile_bytes).div_ceil(TASK_BYTES);
-    let tiles = layout.tiles().div_ceil(tasks);
-    let multiply = |(task, out): (usize, &mut [f32])| {
+    let mut tasks = Vec::new();
+    for (_, band) in bands.iter() {
+        let layout = band.layout();
+        let bytes = layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes());
+        let tiles = layout.tiles().div_ceil(bytes.div_ceil(TASK_BYTES));
+        let (mine, below) = mem::take(&mut out).split_at_mut(layout.rows());
+        let chunks = mine.chunks_mut(tiles * TILE_ROWS).enumerate();
+        tasks.extend(chunks.map(|(task, out)| (band, task * tiles, out)));
+        out = below;
+    }
+    let multiply = |(band, first, out): (PackedTensor<'_>, usize, &mut [f32])| {
         for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-            out.copy_from_slice(&product(task * tiles + i)[..out.len()]);
+            out.copy_from_slice(&product(band, first + i)[..out.len()]);
         }
     };
-    match tasks == 1 {
-        true => multiply((0, out)),
-        false => out.par_chunks_mut(tiles * TILE_ROWS).enumerate().for_each(multiply),
+    match tasks.len() {
+        1 => tasks.into_iter().for_each(multiply),
+        _ => tasks.into_par_iter().for_each(multiply),
     }
 }

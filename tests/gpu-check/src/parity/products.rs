@@ -135,19 +135,32 @@ fn multiply(
     Ok(())
 }
 
-/// Three matrices or more in one call: of different rows, widths and storage.
+/// Matrices in one call: of different rows, widths and storage, and more bands than a launch takes.
 pub fn several(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
     let cols = 272;
     let packed = |rows, group_size, coding, widths: &[u8]| {
         LayerSpec { rows, cols, group_size, coding, widths, size: 0.1 }.fill(5, Fill::Random)
     };
+    let band = LayerSpec {
+        rows: 0,
+        cols,
+        group_size: 64,
+        coding: TWO_LEVEL,
+        widths: &[1, 2, 4],
+        size: 0.1,
+    };
+    let bands = |rows: &[usize]| band.bands(15, rows);
     let weights = [
         packed(200, 64, TWO_LEVEL, &[1, 2, 3]),
         packed(17, 128, ScaleCoding::Paper, &[2, 3, 4]),
         HostWeight::dense(5, DType::F16, [40, cols], 0.1),
         packed(64, 256, TWO_LEVEL, &[8]),
+        bands(&[160, 16, 32, 24]),
+        bands(&[16, 200]),
+        bands(&[32, 48, 7]),
     ];
-    for chosen in [&weights[..2], &weights[1..], &weights[..], &weights[2..3]] {
+    let few = &weights[..4];
+    for chosen in [&few[..2], &few[1..], few, &few[2..3], &weights[4..5], &weights[..]] {
         let matrices = uploaded(device, chosen)?;
         for &m in tokens.iter().copied().flatten() {
             let x = half_vector(m as u64, m * cols, 1.0);
@@ -178,8 +191,13 @@ pub fn add(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Resul
             widths: &[1, 2, 3],
             size: 0.1,
         };
-        let weights =
-            [spec.fill(6, Fill::Random), HostWeight::dense(6, DType::F16, [rows, cols], 0.1)];
+        let upper = rows / 32 * 16;
+        let bands = [upper, rows - upper];
+        let weights = [
+            spec.fill(6, Fill::Random),
+            HostWeight::dense(6, DType::F16, [rows, cols], 0.1),
+            spec.bands(6, if upper > 0 { &bands } else { &bands[1..] }),
+        ];
         let norm_weight = vector(7, rows, 1.0);
         let norm_buffer = Buffer::upload(device, &norm_weight)?;
         for (w, matrix) in weights.iter().zip(uploaded(device, &weights)?) {
@@ -220,10 +238,15 @@ pub fn swiglu(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Re
         LayerSpec { rows, cols, group_size: 64, coding: TWO_LEVEL, widths: &[1, 2, 3], size: 0.1 };
     let packed = [spec.fill(9, Fill::Random), spec.fill(10, Fill::Random)];
     let half = [9, 10].map(|seed| HostWeight::dense(seed, DType::F16, [rows, cols], 0.1));
+    let bands = [9, 10].map(|seed| spec.bands(seed, &[32, 16, 128, 24]));
+    let others = spec.bands(11, &[32, 32, 112, 24]);
     for (kind, [gate, up]) in [
         ("packed", [&packed[0], &packed[1]]),
         ("dense", [&half[0], &half[1]]),
         ("both", [&packed[0], &half[1]]),
+        ("bands", [&bands[0], &bands[1]]),
+        ("bands of other rows", [&bands[0], &others]),
+        ("bands and packed", [&bands[0], &packed[1]]),
     ] {
         let (gate_matrix, up_matrix) =
             (Matrix::upload(device, gate.view())?, Matrix::upload(device, up.view())?);
