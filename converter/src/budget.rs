@@ -11,7 +11,6 @@ use slim_formats::{
     ModelSource,
     slim::{BitWidth, TILE_ROWS},
 };
-use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
@@ -22,34 +21,57 @@ use crate::{
     fit::fit_error,
     lanes::gather,
     layer::layout,
+    neurons::Ffn,
 };
 
 /// Samples that sensitivities are measured on: such means settle long before a Hessian does.
 const SENSITIVITY_SAMPLES: usize = 12;
 
-/// The widths of the groups of every layer that has groups, by name.
+/// What is decided about a model before its first layer is quantized.
+pub struct Budget {
+    /// The widths of the groups of every quantized layer of the blocks, by name.
+    pub widths: HashMap<String, Vec<BitWidth>>,
+    /// The order of the neurons of every block; none if they are not sorted.
+    pub neurons: Vec<Vec<usize>>,
+}
+
+/// Sorts neurons, if they are to be sorted, and shares out the bits.
 ///
 /// # Errors
 /// As the reverse pass; `NotFinite` for a weight that is no number.
-pub fn bit_widths(
+pub fn budget(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
     contents: &Contents,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<HashMap<String, Vec<BitWidth>>> {
+) -> Result<Budget> {
     let of = source.config().block_count;
     progress(Progress::Survey { done: 0, of });
     let samples = &calibration.samples;
-    let sensitivities = sensitivities(source, &samples[..samples.len().min(SENSITIVITY_SAMPLES)])?;
-    let mut layers = Vec::new();
+    let samples = &samples[..samples.len().min(SENSITIVITY_SAMPLES)];
+    let mut sensitivities = sensitivities(source, samples)?;
+    let (mut layers, mut neurons) = (Vec::new(), Vec::new());
     for index in 0..of {
-        for (layer, found) in Linear::ALL.into_iter().zip(Block::load(source, index)?.weights()) {
-            let name = layer.tensor_name(index);
-            if contents.is_layer(&name) {
-                let weights = finite_rows(&name, found, 0..weight::shape(found).0)?;
-                let sensitivity = sensitivities.of(index, layer);
-                layers.push(LayerCosts::new(name, &weights, sensitivity, settings));
+        let block = Block::load(source, index)?;
+        let ffn = match contents.sorts_neurons() {
+            true => {
+                let ffn = Ffn::load(&block, index)?;
+                let order = ffn.order(&sensitivities, index);
+                sensitivities.sort_neurons(index, &order);
+                let sorted = ffn.sorted(&order);
+                neurons.push(order);
+                Some(sorted)
+            }
+            false => None,
+        };
+        let block = ffn.as_ref().map_or_else(|| block.clone(), |ffn| ffn.within(&block));
+        for (layer, found) in Linear::ALL.into_iter().zip(block.weights()) {
+            let (matrix, sensitivity) = (layer.tensor_name(index), sensitivities.of(index, layer));
+            for (name, rows) in contents.layers_of(&matrix) {
+                let weights = finite_rows(&matrix, found, rows.clone())?;
+                let sensitivity = sensitivity.of_rows(rows);
+                layers.push(LayerCosts::new(name, &weights, &sensitivity, settings));
             }
         }
         source.release_pages();
@@ -61,7 +83,8 @@ pub fn bit_widths(
         contents.file_bytes_with(|name| widths.get(name).copied())
     };
     let widths = share_out(&layers, settings, file_bytes)?;
-    Ok(layers.into_iter().map(|layer| layer.name).zip(widths).collect())
+    let widths = layers.into_iter().map(|layer| layer.name).zip(widths).collect();
+    Ok(Budget { widths, neurons })
 }
 
 /// What the groups of a layer cost at each width.

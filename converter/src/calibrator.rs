@@ -1,6 +1,9 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
-use slim_formats::{ModelSource, Weight, slim::PackedLayer};
+use slim_formats::{
+    ModelSource, Weight,
+    slim::{Bands, PackedLayer},
+};
 use slim_kernels::RopeAngles;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
@@ -41,7 +44,8 @@ pub struct FloatStage<'a> {
 
 /// What became of a layer.
 pub enum Layer {
-    Quantized(Box<PackedLayer>),
+    /// Its bands, or itself.
+    Quantized(Vec<PackedLayer>),
     /// The source's weight stays.
     Kept,
 }
@@ -50,7 +54,7 @@ impl Layer {
     /// The weight that runs from here on.
     pub fn weight<'a>(&'a self, source: Weight<'a>) -> Weight<'a> {
         match self {
-            Self::Quantized(packed) => Weight::Packed(packed.view()),
+            Self::Quantized(bands) => Weight::Bands(Bands::new(bands)),
             Self::Kept => source,
         }
     }

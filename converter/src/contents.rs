@@ -1,15 +1,20 @@
 //! What a conversion writes: one list for the budget, for what is told beforehand, and for the conversion itself.
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use slim_formats::{
     DType, FormatError, ModelSource,
     gguf::Metadata,
-    slim::{BitWidth, LayerLayout, Outline},
+    slim::{BitWidth, LayerLayout, Outline, band_name},
 };
 use slim_kernels::weight;
 
-use crate::{ConvertError, Method, Result, Settings, Target, backward::Linear, provenance};
+use crate::{
+    ConvertError, Method, Result, Settings, Target, backward::Linear, neurons, provenance,
+};
+
+/// Bits per weight below which neurons are sorted. At 3.3, SmolLM2 gains nothing (`docs/accuracy.md`).
+const SORTED_BELOW_BITS: f64 = 3.2;
 
 /// The tensors of a conversion's result.
 pub struct Contents {
@@ -18,12 +23,15 @@ pub struct Contents {
     tensors: Vec<PlannedTensor>,
     /// As large as that of the file.
     metadata: Metadata,
+    sorts_neurons: bool,
 }
 
 /// A tensor of the result.
 pub struct PlannedTensor {
     /// GGUF name.
     pub name: String,
+    /// The tensor that it is made of: the same one, or the matrix that it is a band of.
+    pub source: String,
     /// Output channels; 1 for a vector.
     pub rows: usize,
     /// Input channels.
@@ -48,6 +56,17 @@ impl Contents {
     /// # Errors
     /// `Format` for a tensor that is missing or cannot be a layer, `InvalidSetting` for a target that is out of reach.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+        let mut contents = Self::of(source, settings, false)?;
+        if settings.has_budget() && contents.mean_bits(settings.target)? < SORTED_BELOW_BITS {
+            contents = Self::of(source, settings, true)?;
+        }
+        if let Some(target) = settings.target {
+            contents.check(target)?;
+        }
+        Ok(contents)
+    }
+
+    fn of(source: &dyn ModelSource, settings: &Settings, sorts_neurons: bool) -> Result<Self> {
         let (bits, method) = match settings.target {
             None => (settings.bits, settings.method),
             // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its metadata has besides.
@@ -60,12 +79,13 @@ impl Contents {
             path: source.path().to_owned(),
             tensors: Vec::new(),
             metadata: provenance::unhashed_metadata(source, &linear)?,
+            sorts_neurons,
         };
         for block in 0..config.block_count {
             contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
             contents.vector(&format!("blk.{block}.ffn_norm.weight"), config.hidden_size);
             for layer in Linear::ALL {
-                contents.matrix(&layer.tensor_name(block), source, &linear)?;
+                contents.linear(layer, block, source, &linear)?;
             }
         }
         contents.matrix("token_embd.weight", source, &embedding)?;
@@ -76,10 +96,25 @@ impl Contents {
         if !config.rope.is_unscaled() {
             contents.vector("rope_freqs.weight", config.rope.factors.len());
         }
-        if let Some(target) = settings.target {
-            contents.check(target)?;
-        }
         Ok(contents)
+    }
+
+    /// The bits per weight that the linear layers will have, about.
+    fn mean_bits(&self, target: Option<Target>) -> Result<f64> {
+        let least = self.bits_per_weight();
+        Ok(match target {
+            None => least,
+            Some(Target::BitsPerWeight(bits)) => bits,
+            Some(Target::FileBytes(bytes)) => {
+                let room = bytes.saturating_sub(self.file_bytes()?);
+                least + 8.0 * room as f64 / self.linear_weights().max(1) as f64
+            }
+        })
+    }
+
+    /// Whether the neurons of the feed-forward networks are sorted, and their matrices cut into bands.
+    pub fn sorts_neurons(&self) -> bool {
+        self.sorts_neurons
     }
 
     /// The tensors in the order of the file.
@@ -100,9 +135,16 @@ impl Contents {
         self.layers().filter(|(name, _)| name.starts_with("blk."))
     }
 
-    /// Whether the tensor `name` becomes a quantized layer.
-    pub(crate) fn is_layer(&self, name: &str) -> bool {
-        self.layers().any(|(layer, _)| layer == name)
+    /// The quantized layers that the tensor `source` becomes, with the rows of it that each holds; none if it stays dense.
+    pub(crate) fn layers_of(&self, source: &str) -> Vec<(String, Range<usize>)> {
+        let tensors = self.tensors.iter().filter(|tensor| tensor.source == source);
+        let layers = tensors.filter(|tensor| matches!(tensor.storage, Storage::Layer(_)));
+        let with_rows = layers.scan(0, |next_row, tensor| {
+            let first = *next_row;
+            *next_row += tensor.rows;
+            Some((tensor.name.clone(), first..*next_row))
+        });
+        with_rows.collect()
     }
 
     /// Weights of the linear layers.
@@ -133,7 +175,7 @@ impl Contents {
         widths: impl Fn(&str) -> Option<&'w [BitWidth]>,
     ) -> Result<u64> {
         let mut outline = Outline::default();
-        for PlannedTensor { name, rows, cols, storage } in &self.tensors {
+        for PlannedTensor { name, rows, cols, storage, .. } in &self.tensors {
             match (storage, widths(name)) {
                 (Storage::Layer(layout), Some(widths)) => {
                     let layout = crate::layer::layout(
@@ -154,12 +196,45 @@ impl Contents {
     }
 
     fn vector(&mut self, name: &str, cols: usize) {
-        let storage = Storage::F32;
-        self.tensors.push(PlannedTensor { name: name.to_owned(), rows: 1, cols, storage });
+        let (name, source) = (name.to_owned(), name.to_owned());
+        self.tensors.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
+    }
+
+    /// A linear layer of a block, in bands if its rows are neurons that are sorted.
+    fn linear(
+        &mut self,
+        layer: Linear,
+        block: usize,
+        source: &dyn ModelSource,
+        settings: &Settings,
+    ) -> Result<()> {
+        let name = layer.tensor_name(block);
+        let (neurons, cols) = weight::shape(source.require(&name)?);
+        let is_sorted = self.sorts_neurons && matches!(layer, Linear::FfnGate | Linear::FfnUp);
+        let bands = if is_sorted { neurons::bands(neurons) } else { vec![] };
+        if bands.len() < 2 || !cols.is_multiple_of(16) {
+            return self.matrix(&name, source, settings);
+        }
+        for (index, rows) in bands.into_iter().enumerate() {
+            self.rows(band_name(&name, index), &name, [rows, cols], source, settings)?;
+        }
+        Ok(())
     }
 
     fn matrix(&mut self, name: &str, source: &dyn ModelSource, settings: &Settings) -> Result<()> {
         let (rows, cols) = weight::shape(source.require(name)?);
+        self.rows(name.to_owned(), name, [rows, cols], source, settings)
+    }
+
+    /// Rows of the matrix `of` as a tensor.
+    fn rows(
+        &mut self,
+        name: String,
+        of: &str,
+        [rows, cols]: [usize; 2],
+        source: &dyn ModelSource,
+        settings: &Settings,
+    ) -> Result<()> {
         let storage = match BitWidth::new(settings.bits) {
             Some(width) if cols.is_multiple_of(16) => {
                 let Settings { group_size, coding, .. } = *settings;
@@ -172,7 +247,7 @@ impl Contents {
             }
             _ => Storage::F16,
         };
-        self.tensors.push(PlannedTensor { name: name.to_owned(), rows, cols, storage });
+        self.tensors.push(PlannedTensor { name, source: of.to_owned(), rows, cols, storage });
         Ok(())
     }
 

@@ -1,12 +1,12 @@
 //! The whole conversion: one block at a time, each layer calibrated on what the quantized layers before it give.
 
-use std::{collections::HashMap, ops::Range, path::Path};
+use std::{ops::Range, path::Path};
 
 use half::f16;
 use rayon::prelude::*;
 use slim_formats::{
     DType, ModelSource, Weight,
-    slim::{BitWidth, PackedLayer, SlimWriter},
+    slim::{PackedLayer, SlimWriter},
 };
 use slim_kernels::weight;
 use slim_runtime::Block;
@@ -15,11 +15,12 @@ use crate::{
     Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
     Settings,
     backward::Linear,
-    budget,
+    budget::{Budget, budget},
     calibrator::{Calibrator, Layer, Stage, Visitor},
     contents::Contents,
     distill::convert_and_distill,
     layer::{LayerInputs, quantize_layer, round_layer},
+    neurons::Ffn,
     provenance,
 };
 
@@ -46,15 +47,14 @@ pub fn convert(
         source,
         settings,
         contents,
-        widths: HashMap::new(),
+        budget: None,
         layers: Vec::new(),
         warnings: Vec::new(),
         progress,
     };
-    if settings.method == Method::Slim && !settings.reference {
+    if settings.has_budget() {
         let contents = &output.contents;
-        output.widths =
-            budget::bit_widths(source, calibration, settings, contents, output.progress)?;
+        output.budget = Some(budget(source, calibration, settings, contents, output.progress)?);
     }
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
@@ -67,6 +67,12 @@ pub fn convert(
         let block = Block::load(source, index)?;
         output.norm(&format!("blk.{index}.attn_norm.weight"), &block.attn_norm)?;
         output.norm(&format!("blk.{index}.ffn_norm.weight"), &block.ffn_norm)?;
+        let order = output.budget.as_ref().and_then(|budget| budget.neurons.get(index));
+        let ffn = match order {
+            Some(order) => Some(Ffn::load(&block, index)?.sorted(order)),
+            None => None,
+        };
+        let block = ffn.as_ref().map_or_else(|| block.clone(), |ffn| ffn.within(&block));
         match &mut calibrator {
             Some(calibrator) => calibrator.pass_block(index, &block, &mut output)?,
             None => round_block(index, &block, &mut output)?,
@@ -99,8 +105,8 @@ struct Output<'a> {
     settings: &'a Settings,
     /// What is going to be in it.
     contents: Contents,
-    /// The bit-widths of layers that the budget has decided, by name.
-    widths: HashMap<String, Vec<BitWidth>>,
+    /// Widths and the order of neurons, for methods that have them decided.
+    budget: Option<Budget>,
     layers: Vec<LayerReport>,
     warnings: Vec<String>,
     progress: &'a mut dyn FnMut(Progress<'_>),
@@ -127,17 +133,22 @@ impl Visitor for Output<'_> {
             self.keep(name, source)?;
             return Ok(Layer::Kept);
         }
-        let weights = finite_rows(name, source, 0..weight::shape(source).0)?;
-        let layer = quantize_layer(&weights, inputs, self.settings, self.widths.get(name));
-        self.write(name, &layer.packed, Some(layer.error))?;
-        Ok(Layer::Quantized(Box::new(layer.packed)))
+        let mut bands = Vec::new();
+        for (name, rows) in self.contents.layers_of(name) {
+            let weights = finite_rows(&name, source, rows)?;
+            let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&name));
+            let layer = quantize_layer(&weights, inputs, self.settings, widths);
+            self.write(&name, &layer.packed, Some(layer.error))?;
+            bands.push(layer.packed);
+        }
+        Ok(Layer::Quantized(bands))
     }
 }
 
 impl Output<'_> {
     /// Whether a layer can be cut into groups; warns if not.
     fn fits_groups(&mut self, name: &str, source: Weight<'_>) -> bool {
-        let fits = self.contents.is_layer(name);
+        let fits = !self.contents.layers_of(name).is_empty();
         if !fits {
             let (_, cols) = weight::shape(source);
             self.warn(format!(

@@ -20,6 +20,7 @@ mod golden;
 mod hessian;
 mod lanes;
 mod layer;
+mod neurons;
 mod provenance;
 mod published;
 mod report;

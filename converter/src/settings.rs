@@ -143,6 +143,11 @@ impl Settings {
         Self { bits: self.embed_bits, coding, ..self.clone() }
     }
 
+    /// Whether one budget of bits for the whole model decides the widths.
+    pub fn has_budget(&self) -> bool {
+        matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference
+    }
+
     /// Whether the float model runs along in the calibration, so that layers make up for what those before them changed.
     pub fn follows_float(&self) -> bool {
         matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference

@@ -1,5 +1,7 @@
 //! How much the loss minds errors in the weights of the linear layers.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use slim_formats::ModelSource;
 use slim_kernels::{linalg::Precision, weight};
@@ -33,9 +35,23 @@ impl Sensitivities {
     pub fn of(&self, block: usize, layer: Linear) -> &Sensitivity {
         &self.blocks[block][layer as usize]
     }
+
+    /// Puts the neurons of a feed-forward network in another order: `order[i]` in place `i`.
+    pub fn sort_neurons(&mut self, block: usize, order: &[usize]) {
+        let sort = |means: &mut Vec<f64>| *means = order.iter().map(|&i| means[i]).collect();
+        let layers = &mut self.blocks[block];
+        sort(&mut layers[Linear::FfnGate as usize].outputs);
+        sort(&mut layers[Linear::FfnUp as usize].outputs);
+        sort(&mut layers[Linear::FfnDown as usize].inputs);
+    }
 }
 
 impl Sensitivity {
+    /// Of a band of the layer.
+    pub fn of_rows(&self, rows: Range<usize>) -> Self {
+        Self { inputs: self.inputs.clone(), outputs: self.outputs[rows].to_vec() }
+    }
+
     /// Zeros for a layer `[rows, cols]`.
     fn zeros((rows, cols): (usize, usize)) -> Self {
         Self { inputs: vec![0.0; cols], outputs: vec![0.0; rows] }

@@ -6,8 +6,7 @@ use slim_formats::slim::{
     CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TileMut, unpack_codes,
 };
 
-use super::{PRECISION, parameters::Parameters};
-use crate::backward::weight_gradient;
+use super::parameters::Parameters;
 
 /// How far a scale or minimum code moves in a step, as a share of the largest one.
 const SCALE_RATE: f32 = 0.001;
@@ -46,11 +45,10 @@ impl TrainedLayer {
         })
     }
 
-    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradients for the inputs
-    /// `x: [tokens, cols]` of `layer` and the gradient `dy: [tokens, rows]` of the loss at its outputs.
-    pub fn descend(&mut self, layer: &PackedLayer, x: &[f32], dy: &[f32], rate: f32, step: usize) {
+    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradient `dw: [rows, cols]` of the
+    /// loss at the weights of `layer`.
+    pub fn descend(&mut self, layer: &PackedLayer, dw: &[f32], rate: f32, step: usize) {
         let layout = layer.layout();
-        let dw = weight_gradient(PRECISION, x, dy, layout.rows(), layout.cols());
         let tiles = self.tiles.par_iter_mut().zip(dw.par_chunks(TILE_ROWS * layout.cols()));
         tiles.enumerate().for_each(|(index, (tile, dw))| {
             let gradients = tile.gradients(layer.view(), index, dw);

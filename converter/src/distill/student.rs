@@ -2,14 +2,14 @@
 
 use slim_formats::{
     Weight,
-    slim::{PackedLayer, SlimFile},
+    slim::{Bands, PackedLayer, SlimFile, band_name},
 };
 use slim_runtime::Block;
 
 use super::{PRECISION, layer::TrainedLayer, parameters::Parameters};
 use crate::{
     Result,
-    backward::{Backward, Gradient, Linear, Loss, Norm},
+    backward::{Backward, Gradient, Linear, Loss, Norm, weight_gradient},
 };
 
 /// How far the weight of a norm moves in a step.
@@ -19,10 +19,10 @@ const NORM_RATE: f32 = 0.0003;
 pub struct Student<'a> {
     /// The model of the file.
     start: Backward<'a>,
-    /// The linear layers in the order of their blocks; `None` for those without two-level scales.
-    layers: Vec<Option<PackedLayer>>,
+    /// The bands of the linear layers in the order of their blocks; none of those without two-level scales.
+    layers: Vec<Vec<PackedLayer>>,
     /// What is trained behind each of them.
-    trained: Vec<Option<TrainedLayer>>,
+    trained: Vec<Vec<TrainedLayer>>,
     /// In the order of [`norm_index`].
     norms: Vec<Parameters>,
 }
@@ -33,12 +33,12 @@ impl<'a> Student<'a> {
         let start = Backward::load(file, PRECISION)?;
         let (mut layers, mut trained) = (Vec::new(), Vec::new());
         for weight in start.blocks.iter().flat_map(Block::weights) {
-            let found = match weight {
-                Weight::Packed(packed) => TrainedLayer::new(packed).map(|t| (packed.to_layer(), t)),
-                Weight::Dense(_) => None,
-            };
-            let (layer, numbers) = found.unzip();
-            layers.push(layer);
+            let bands = weight.bands().into_iter().flat_map(|bands| bands.iter());
+            let two_level = bands.filter_map(|(_, band)| {
+                TrainedLayer::new(band).map(|numbers| (band.to_layer(), numbers))
+            });
+            let (bands, numbers) = two_level.unzip();
+            layers.push(bands);
             trained.push(numbers);
         }
         let of_blocks = start.blocks.iter().flat_map(|block| [&block.attn_norm, &block.ffn_norm]);
@@ -62,9 +62,7 @@ impl<'a> Student<'a> {
             match gradient {
                 Gradient::Linear { block, layer, x, dy } => {
                     let index = layer_index(block, layer);
-                    if let (Some(layer), Some(trained)) = (&layers[index], &mut trained[index]) {
-                        trained.descend(layer, x, dy, rate, step);
-                    }
+                    descend(&layers[index], &mut trained[index], x, dy, rate, step);
                 }
                 Gradient::Norm(norm, dw) => {
                     let dw: Vec<f32> = dw.iter().map(|&d| d as f32).collect();
@@ -73,20 +71,23 @@ impl<'a> Student<'a> {
             }
             Ok(())
         })?;
-        for (layer, trained) in layers.iter_mut().zip(trained) {
-            if let (Some(layer), Some(trained)) = (layer, trained) {
-                trained.store(layer);
-            }
-        }
+        let layers = layers.iter_mut().flatten();
+        layers.zip(trained.iter().flatten()).for_each(|(layer, trained)| trained.store(layer));
         Ok(loss)
     }
 
-    /// A trained layer by its tensor's name.
+    /// A trained layer by its name.
     pub fn layer(&self, name: &str) -> Option<&PackedLayer> {
         let blocks = 0..self.start.blocks.len();
-        let mut layers = blocks.flat_map(|block| Linear::ALL.map(|layer| (block, layer)));
-        let (block, layer) = layers.find(|(block, layer)| layer.tensor_name(*block) == name)?;
-        self.layers[layer_index(block, layer)].as_ref()
+        let layers = blocks.flat_map(|block| Linear::ALL.map(|layer| (block, layer)));
+        let mut matrices = layers.zip(&self.layers);
+        matrices.find_map(|((block, layer), bands)| {
+            let matrix = layer.tensor_name(block);
+            let is_named = |index: &usize| {
+                if bands.len() == 1 { name == matrix } else { name == band_name(&matrix, *index) }
+            };
+            (0..bands.len()).find(is_named).map(|index| &bands[index])
+        })
     }
 
     /// A norm by its tensor's name.
@@ -102,10 +103,33 @@ impl<'a> Student<'a> {
     }
 }
 
+/// Takes a step with the bands of a matrix, against the gradients for its inputs `x: [tokens, cols]` and the gradient
+/// `dy: [tokens, rows]` of the loss at its outputs.
+fn descend(
+    bands: &[PackedLayer],
+    trained: &mut [TrainedLayer],
+    x: &[f32],
+    dy: &[f32],
+    rate: f32,
+    step: usize,
+) {
+    if bands.is_empty() {
+        return;
+    }
+    let (rows, cols) = Bands::new(bands).shape();
+    let dw = weight_gradient(PRECISION, x, dy, rows, cols);
+    let mut dw = dw.as_slice();
+    for (band, trained) in bands.iter().zip(trained) {
+        let (mine, below) = dw.split_at(band.layout().rows() * cols);
+        trained.descend(band, mine, rate, step);
+        dw = below;
+    }
+}
+
 /// The model of a student as it is now.
 fn running<'m>(
     start: &'m Backward<'_>,
-    layers: &'m [Option<PackedLayer>],
+    layers: &'m [Vec<PackedLayer>],
     norms: &[Parameters],
 ) -> Backward<'m> {
     let blocks = start.blocks.len();
@@ -115,8 +139,9 @@ fn running<'m>(
         block.attn_norm = norm(Norm::Attn(index));
         block.ffn_norm = norm(Norm::Ffn(index));
         for layer in Linear::ALL {
-            if let Some(packed) = &layers[layer_index(index, layer)] {
-                *weight_mut(block, layer) = Weight::Packed(packed.view());
+            let bands = &layers[layer_index(index, layer)];
+            if !bands.is_empty() {
+                *weight_mut(block, layer) = Weight::Bands(Bands::new(bands));
             }
         }
     }
