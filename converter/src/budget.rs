@@ -57,7 +57,8 @@ pub fn budget(
         let ffn = match contents.sorts_neurons() {
             true => {
                 let ffn = Ffn::load(&block, index)?;
-                let order = ffn.order(&sensitivities, index);
+                let of = [Linear::FfnGate, Linear::FfnUp, Linear::FfnDown];
+                let order = ffn.order(of.map(|layer| sensitivities.of(index, layer)));
                 sensitivities.sort_neurons(index, &order);
                 let sorted = ffn.sorted(&order);
                 neurons.push(order);

@@ -1,6 +1,6 @@
 //! What a conversion writes: one list for the budget, for what is told beforehand, and for the conversion itself.
 
-use std::{ops::Range, path::PathBuf};
+use std::{collections::BTreeSet, ops::Range, path::PathBuf};
 
 use slim_formats::{
     DType, FormatError, ModelSource,
@@ -56,13 +56,15 @@ impl Contents {
     /// # Errors
     /// `Format` for a tensor that is missing or cannot be a layer, `InvalidSetting` for a target that is out of reach.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
-        let mut contents = Self::of(source, settings, false)?;
+        let contents = Self::of(source, settings, false)?;
         if settings.has_budget() && contents.mean_bits(settings.target)? < SORTED_BELOW_BITS {
-            contents = Self::of(source, settings, true)?;
+            // Bands take some bytes of the smallest targets that those may not have.
+            let sorted = Self::of(source, settings, true)?;
+            if sorted.check(settings.target).is_ok() {
+                return Ok(sorted);
+            }
         }
-        if let Some(target) = settings.target {
-            contents.check(target)?;
-        }
+        contents.check(settings.target)?;
         Ok(contents)
     }
 
@@ -133,6 +135,13 @@ impl Contents {
     /// The quantized layers of the blocks.
     pub fn linear_layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
         self.layers().filter(|(name, _)| name.starts_with("blk."))
+    }
+
+    /// How many matrices of the blocks are quantized.
+    pub fn linear_matrices(&self) -> usize {
+        let layers = self.tensors.iter().filter(|t| matches!(t.storage, Storage::Layer(_)));
+        let sources: BTreeSet<_> = layers.map(|tensor| &tensor.source).collect();
+        sources.into_iter().filter(|source| source.starts_with("blk.")).count()
     }
 
     /// The quantized layers that the tensor `source` becomes, with the rows of it that each holds; none if it stays dense.
@@ -252,9 +261,10 @@ impl Contents {
     }
 
     /// Whether the lowest widths are within the target.
-    fn check(&self, target: Target) -> Result<()> {
+    fn check(&self, target: Option<Target>) -> Result<()> {
         let (what, found, least) = match target {
-            Target::BitsPerWeight(bits) => {
+            None => return Ok(()),
+            Some(Target::BitsPerWeight(bits)) => {
                 let least = self.bits_per_weight();
                 if least <= bits {
                     return Ok(());
@@ -263,7 +273,7 @@ impl Contents {
                 let least = (1e3 * least).ceil() / 1e3;
                 ("target bits per weight", bits.to_string(), format!("{least:.3}"))
             }
-            Target::FileBytes(bytes) => {
+            Some(Target::FileBytes(bytes)) => {
                 let least = self.file_bytes()?;
                 if least <= bytes {
                     return Ok(());

@@ -129,7 +129,7 @@ impl Plan {
             Some(Target::BitsPerWeight(bits)) => format!("{bits} per weight, everything counted"),
             Some(Target::FileBytes(bytes)) => format!("as many as fit into {}", size(bytes)),
         };
-        let linear = plural(self.contents.linear_layers().count(), "linear layer");
+        let linear = plural(self.contents.linear_matrices(), "linear layer");
         let blocks = plural(self.blocks, "block");
         let about = if self.has_even_widths() { "" } else { "about " };
         let memory = size(self.working_bytes + self.activation_bytes);
@@ -146,7 +146,11 @@ impl Plan {
         if self.settings.method == Method::SlimPlus {
             lines.push(("training", plural(self.settings.steps, "step")));
         }
-        lines.push(("layers", format!("{linear} in {blocks}")));
+        let bands = match self.contents.sorts_neurons() {
+            true => ", `ffn_gate` and `ffn_up` in bands",
+            false => "",
+        };
+        lines.push(("layers", format!("{linear} in {blocks}{bands}")));
         let (file_bytes, bits_per_weight) = self.size_and_bits();
         lines.push(("bits per weight", format!("{about}{bits_per_weight:.3}, everything counted")));
         let (after, before) = (size(file_bytes), size(self.source_bytes));

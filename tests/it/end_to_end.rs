@@ -49,7 +49,7 @@ fn convert_to(source: &Path, settings: &Settings, target: &Path) {
     convert(&*source, &calibration, settings, resources, target, &mut |_| {}).unwrap();
 }
 
-/// A SliM file whose packed layers are served as f32.
+/// A SliM file whose packed matrices are served as f32.
 struct Dequantized {
     file: SlimFile,
     values: Vec<(String, Vec<u8>)>,
@@ -58,14 +58,16 @@ struct Dequantized {
 impl Dequantized {
     fn open(path: &Path) -> Self {
         let file = SlimFile::open(path).unwrap();
-        let values = file.layers().iter().map(|info| {
-            let (rows, cols) = (info.layout.rows(), info.layout.cols());
+        let packed = file.tensor_names().into_iter().filter_map(|name| {
+            let packed = file.require(name).unwrap();
+            packed.bands()?;
+            let (rows, cols) = weight::shape(packed);
             let mut values = vec![0.0; rows * cols];
-            let layer = Weight::Packed(file.layer(&info.name).unwrap());
-            weight::dequantize_rows(layer, 0..rows, &mut values).unwrap();
-            (info.name.clone(), values.iter().flat_map(|value| value.to_le_bytes()).collect())
+            weight::dequantize_rows(packed, 0..rows, &mut values).unwrap();
+            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            Some((name.to_owned(), bytes))
         });
-        Self { values: values.collect(), file }
+        Self { values: packed.collect(), file }
     }
 }
 
@@ -90,7 +92,7 @@ impl ModelSource for Dequantized {
         let Some((_, bytes)) = self.values.iter().find(|(layer, _)| layer == name) else {
             return self.file.tensor(name);
         };
-        let (rows, cols) = weight::shape(Weight::Packed(self.file.layer(name).unwrap()));
+        let (rows, cols) = weight::shape(self.file.require(name)?);
         let layout = Layout::AsStored;
         Ok(Some(Weight::Dense(DenseTensor { dtype: DType::F32, rows, cols, bytes, layout })))
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use half::f16;
 use safetensors::SafeTensors;
 use serde_json::Value;
-use slim_formats::{ModelSource, open_model};
+use slim_formats::{ModelSource, Weight, open_model, slim::SlimFile};
 use slim_kernels::weight;
 
 use crate::command::{Dir, arg, fail, succeed, tiny_model};
@@ -154,6 +154,34 @@ fn safetensors_of_a_gguf_file_have_its_tokenizer() {
     export(gguf, "safetensors", folder);
     assert_eq!(logits(&dir, folder), logits(&dir, gguf));
     assert_eq!(greedy_text(folder), greedy_text(gguf));
+}
+
+/// At 2 bits, `ffn_gate` and `ffn_up` are stored in bands.
+#[test]
+fn matrices_in_bands_are_joined() {
+    let dir = Dir::new();
+    let slim = &dir.arg("a.slim.gguf");
+    for name in TINY {
+        let source = arg(&tiny_model(name));
+        let fixed = ["convert", &source, "-o", slim, "--embed-bits", "16", "--bits", "2"];
+        succeed(&[&fixed[..], &["--samples", "2", "--context", "32"]].concat());
+        let file = SlimFile::open(slim.as_ref()).unwrap();
+        assert!(matches!(file.tensor("blk.1.ffn_up.weight"), Ok(Some(Weight::Bands(_)))));
+        let expected = logits(&dir, slim);
+        for layout in ["gguf", "safetensors"] {
+            let exported = &dir.arg(&format!("{name}.{layout}"));
+            export(slim, layout, exported);
+            let error = relative_error(&logits(&dir, exported), &expected);
+            assert!(error < 2e-3, "{name}, {layout}: {error}");
+        }
+        let folder = dir.path(&format!("{name}.gptq"));
+        export(slim, "gptq", &arg(&folder));
+        let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+        let exported = SafeTensors::deserialize(&bytes).unwrap();
+        let found = gptq_weights(&exported, "model.layers.1.mlp.up_proj", 8);
+        let error = relative_error(&found, &weights(&file, "blk.1.ffn_up.weight"));
+        assert!(error < 0.01, "{name}, gptq: {error}");
+    }
 }
 
 /// The weights `[rows, cols]` of a layer, as the layout's own formula reads.

@@ -21,7 +21,7 @@ use slim_runtime::{Block, Model, embed, find_vector};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
-pub use sensitivities::{Sensitivities, Sensitivity, sensitivities};
+pub use sensitivities::{Sensitivity, sensitivities};
 
 /// Tokens whose logits are held at a time.
 const LOGIT_TOKENS: usize = 512;

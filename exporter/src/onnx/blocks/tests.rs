@@ -109,13 +109,18 @@ fn worth(blocks: &Blocks, rows: usize, cols: usize) -> Vec<f64> {
 
 #[track_caller]
 fn check(layer: &Layer, bits: u8, block: usize) {
-    let layout = layer.packed.layout();
-    let blocks = Blocks::new(layer.packed.view().into(), 2);
+    check_bands(layer.packed.view().into(), &layer.weights, bits, block);
+}
+
+#[track_caller]
+fn check_bands(bands: Bands<'_>, weights: &[f64], bits: u8, block: usize) {
+    let blocks = Blocks::new(bands, 2);
     assert_eq!((blocks.bits, blocks.block), (bits, block));
-    let found = worth(&blocks, layout.rows(), layout.cols());
-    assert_eq!(found.len(), layer.weights.len());
-    let largest = layer.weights.iter().fold(0.0_f64, |largest, w| largest.max(w.abs()));
-    for (index, (found, expected)) in found.iter().zip(&layer.weights).enumerate() {
+    let (rows, cols) = bands.shape();
+    let found = worth(&blocks, rows, cols);
+    assert_eq!(found.len(), weights.len());
+    let largest = weights.iter().fold(0.0_f64, |largest, w| largest.max(w.abs()));
+    for (index, (found, expected)) in found.iter().zip(weights).enumerate() {
         let difference = (found - expected).abs();
         assert!(
             difference <= 4.0 * f64::from(f32::EPSILON) * largest,
@@ -134,6 +139,18 @@ fn blocks_of_every_width_are_worth_what_the_layer_is() {
         check(&layer(32, 192, 64, six_bits, &widths), bits, 64);
         check(&layer(32, 192, 64, ScaleCoding::Paper, &widths), bits, 64);
     }
+}
+
+#[test]
+fn blocks_of_bands_are_worth_what_the_bands_are() {
+    let bands = [[1, 2, 1], [2, 4, 3], [1, 1, 1]];
+    let rows = [32, 16, 21];
+    let layers = rows.into_iter().zip(&bands);
+    let layers: Vec<_> =
+        layers.map(|(rows, widths)| layer(rows, 192, 64, TWO_LEVEL, widths)).collect();
+    let (packed, weights): (Vec<_>, Vec<_>) =
+        layers.into_iter().map(|layer| (layer.packed, layer.weights)).unzip();
+    check_bands(Bands::new(&packed), &weights.concat(), 4, 32);
 }
 
 #[test]
