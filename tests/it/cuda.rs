@@ -26,13 +26,13 @@ macro_rules! need_device {
     };
 }
 
-/// A packed tiny model.
+/// A packed tiny model, `ffn_gate` and `ffn_up` in bands.
 fn packed(dir: &Dir, name: &str) -> String {
     let file = dir.arg("model.slim.gguf");
     let source = arg(&tiny_model(name));
     run(dir.slimllm("convert").args([&source, "-o", &file]).args([
         "--bits",
-        "3",
+        "2",
         "--group-size",
         "32",
         "--samples",

@@ -6,7 +6,8 @@ use std::{
 };
 
 use slim_formats::{
-    DType, FormatError, ModelConfig, ModelSource, TokenizerSource, Weight, slim::ScaleCoding,
+    DType, FormatError, ModelConfig, ModelSource, TokenizerSource, Weight,
+    slim::{ScaleCoding, TILE_ROWS},
 };
 use slim_kernels::weight;
 
@@ -15,7 +16,8 @@ use crate::weights::{Fill, HostWeight, LayerSpec, TWO_LEVEL};
 /// How the linear layers are stored.
 #[derive(Debug, Clone, Copy)]
 pub enum Storage<'a> {
-    /// Packed, with groups of these widths in turn; the embedding and the output layer have 8 bits.
+    /// Packed, with groups of these widths in turn, `ffn_gate` and `ffn_up` in two bands; the embedding and the output layer have
+    /// 8 bits.
     Packed(&'a [u8]),
     /// fp16.
     Half,
@@ -56,7 +58,12 @@ impl RandomModel {
                     large.fill(seed as u64, Fill::Random)
                 }
                 Storage::Packed(widths) => {
-                    LayerSpec { coding: TWO_LEVEL, widths, ..large }.fill(seed as u64, Fill::Random)
+                    let spec = LayerSpec { coding: TWO_LEVEL, widths, ..large };
+                    let upper = (rows / 4).next_multiple_of(TILE_ROWS);
+                    match name.contains(".ffn_gate.") || name.contains(".ffn_up.") {
+                        true => spec.bands(seed as u64, &[upper, rows - upper]),
+                        false => spec.fill(seed as u64, Fill::Random),
+                    }
                 }
             };
             tensors.insert(name, weight);

@@ -139,7 +139,8 @@ impl LayerSpec<'_> {
         let band = |(index, &rows): (usize, &usize)| {
             let mut widths = self.widths.to_vec();
             widths.rotate_left(index % self.widths.len());
-            LayerSpec { rows, widths: &widths, ..*self }.packed(seed + index as u64, Fill::Random)
+            LayerSpec { rows, widths: &widths, ..*self }
+                .packed(seed + ((index as u64) << 32), Fill::Random)
         };
         HostWeight::Bands(rows.iter().enumerate().map(band).collect())
     }
