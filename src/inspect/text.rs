@@ -143,8 +143,9 @@ pub fn bit_widths(contents: &Contents) -> String {
     text
 }
 
-fn short_name(layer: &LayerInfo) -> &str {
-    layer.name.strip_suffix(".weight").unwrap_or(&layer.name)
+/// `blk.0.ffn_up.0` for band `blk.0.ffn_up.weight.0`.
+fn short_name(layer: &LayerInfo) -> String {
+    layer.name.replace(".weight", "")
 }
 
 fn mean_width(layer: &LayerInfo) -> f64 {
