@@ -81,24 +81,18 @@ impl Ffn {
 
     /// The same network with neuron `order[i]` in place `i`.
     pub fn sorted(self, order: &[usize]) -> Self {
-        let hidden = self.gate.len() / self.neurons;
-        let rows = |weights: &[f32]| {
-            order
-                .par_iter()
-                .flat_map_iter(|&row| &weights[row * hidden..][..hidden])
-                .copied()
-                .collect()
+        let Self { neurons, gate, up, down } = self;
+        let hidden = gate.len() / neurons;
+        // Each matrix is let go of before the next is copied.
+        let rows = |weights: Vec<f32>| -> Vec<f32> {
+            let row = |&row: &usize| weights[row * hidden..][..hidden].iter().copied();
+            order.par_iter().flat_map_iter(row).collect()
         };
-        let columns = |weights: &[f32]| {
-            let rows = weights.par_chunks_exact(self.neurons);
+        let columns = |weights: Vec<f32>| -> Vec<f32> {
+            let rows = weights.par_chunks_exact(neurons);
             rows.flat_map_iter(|row| order.iter().map(|&col| row[col])).collect()
         };
-        Self {
-            neurons: self.neurons,
-            gate: rows(&self.gate),
-            up: rows(&self.up),
-            down: columns(&self.down),
-        }
+        Self { neurons, gate: rows(gate), up: rows(up), down: columns(down) }
     }
 
     /// `block` with this network in place of its own.

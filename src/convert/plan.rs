@@ -58,6 +58,11 @@ impl Plan {
         let working_bytes =
             plan.contents.tensors().iter().map(|tensor| plan.working_bytes_of(tensor));
         plan.working_bytes = working_bytes.max().unwrap_or(0);
+        if plan.contents.sorts_neurons() {
+            // In f32 while their block is quantized.
+            let config = source.config();
+            plan.working_bytes += 4 * 3 * (config.ffn_size * config.hidden_size) as u64;
+        }
         Ok(plan)
     }
 
