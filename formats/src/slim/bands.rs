@@ -280,6 +280,27 @@ mod tests {
     }
 
     #[test]
+    fn header_with_any_byte_changed_is_refused_or_harmless() {
+        let (folder, file) = opened(&[(&*name(0), band(32)), (&*name(1), band(20))]);
+        let file = file.unwrap();
+        let valid = std::fs::read(file.path()).unwrap();
+        let damaged = folder.path().join("damaged");
+        for position in 0..file.gguf().header_bytes().len() {
+            let mut bytes = valid.clone();
+            bytes[position] ^= 1 << (position % 8);
+            std::fs::write(&damaged, &bytes).unwrap();
+            let Ok(file) = SlimFile::open_without_hashes(&damaged) else { continue };
+            for name in file.tensor_names() {
+                if let Ok(Some(Weight::Bands(bands))) = file.tensor(name) {
+                    let rows: usize = bands.iter().map(|(_, band)| band.layout().rows()).sum();
+                    assert_eq!((rows, bands.len() > 1), (bands.shape().0, true), "{position}");
+                }
+            }
+            assert!(SlimFile::open(&damaged).is_err(), "byte {position}");
+        }
+    }
+
+    #[test]
     fn numbers_behind_other_names_are_no_bands() {
         let (_folder, file) = opened(&[("token_embd.weight.0", band(16)), ("blk.0.x.1", band(16))]);
         assert_eq!(file.unwrap().tensor_names().len(), 3);
