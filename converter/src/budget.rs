@@ -66,7 +66,10 @@ pub fn budget(
             }
             false => None,
         };
-        let block = ffn.as_ref().map_or_else(|| block.clone(), |ffn| ffn.within(&block));
+        let block = match &ffn {
+            Some(ffn) => ffn.within(&block),
+            None => block,
+        };
         for (layer, found) in Linear::ALL.into_iter().zip(block.weights()) {
             let (matrix, sensitivity) = (layer.tensor_name(index), sensitivities.of(index, layer));
             for (name, rows) in contents.layers_of(&matrix) {

@@ -72,7 +72,10 @@ pub fn convert(
             Some(order) => Some(Ffn::load(&block, index)?.sorted(order)),
             None => None,
         };
-        let block = ffn.as_ref().map_or_else(|| block.clone(), |ffn| ffn.within(&block));
+        let block = match &ffn {
+            Some(ffn) => ffn.within(&block),
+            None => block,
+        };
         match &mut calibrator {
             Some(calibrator) => calibrator.pass_block(index, &block, &mut output)?,
             None => round_block(index, &block, &mut output)?,

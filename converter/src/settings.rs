@@ -104,7 +104,7 @@ impl Settings {
                     check(fits, "target size", format!("{bytes} bytes"), "1 to 2^60 bytes")?;
                 }
             }
-            let fits = matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference;
+            let fits = self.has_budget();
             let method = if self.reference { "reference" } else { self.method.name() };
             let expected = "`slim` or `slim+`";
             check(fits, "method with a target", format!("`{method}`"), expected)?;
@@ -150,7 +150,7 @@ impl Settings {
 
     /// Whether the float model runs along in the calibration, so that layers make up for what those before them changed.
     pub fn follows_float(&self) -> bool {
-        matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference
+        self.has_budget()
     }
 
     /// Of the calibration's products on the processor.
