@@ -114,13 +114,13 @@ fn for_each_tile(
         tasks.extend(chunks.map(|(task, out)| (band, task * tiles, out)));
         out = below;
     }
-    let multiply = |(band, first, out): (PackedTensor<'_>, usize, &mut [f32])| {
+    let multiply = |(band, first, out): &mut (PackedTensor<'_>, usize, &mut [f32])| {
         for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-            out.copy_from_slice(&product(band, first + i)[..out.len()]);
+            out.copy_from_slice(&product(*band, *first + i)[..out.len()]);
         }
     };
     match tasks.len() {
-        1 => tasks.into_iter().for_each(multiply),
-        _ => tasks.into_par_iter().for_each(multiply),
+        1 => tasks.iter_mut().for_each(multiply),
+        _ => tasks.par_iter_mut().for_each(multiply),
     }
 }
