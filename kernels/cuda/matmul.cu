@@ -1,17 +1,16 @@
-// Products of many tokens with one weight, a whole matrix or a band of its rows: out[t, row] = sum over columns of
-// w[row, col] * x[t, col].
+// Products of many tokens with the bands of one matrix: out[t, row] = sum over columns of w[row, col] * x[t, col].
 //
-// A block computes 128 rows (8 tiles) x 128 tokens, a warp 32 rows x 64 tokens. Weights never exist in fp16 outside
+// A block computes 128 rows (8 tiles) of a band x 128 tokens, a warp 32 rows x 64 tokens. Weights never exist in fp16 outside
 // registers: the packed bytes of 8 tiles and the tokens' inputs are copied to shared memory an item (up to 128 columns) at a
 // time, two items deep where that fits, and every warp turns its two tiles' codes into operands, each used for 8 products.
 //
 //   x    fp16 [m, x_stride], operand order; padding zero
-//   out  f32 [m, out_stride], of which w.rows: overwritten (STORE) or added to (ADD)
+//   out  f32 [m, matrix_rows]: overwritten (STORE) or added to (ADD)
 //
-// Grid: (ceil(tiles / 8), ceil(m / 128)). Block: 256 threads. Dynamic shared memory: stages * (INPUT_BYTES +
-// 8 * slot_bytes(max_width)) for packed weights, stages * INPUT_BYTES for dense ones.
+// Grid: (sum over the bands of ceil(tiles / 8), ceil(m / 128)). Block: 256 threads. Dynamic shared memory: stages * (INPUT_BYTES +
+// 8 * slot_bytes(largest max_width)) for packed weights, stages * INPUT_BYTES for dense ones.
 
-#include "dense.cuh"
+#include "bands.cuh"
 
 constexpr u32 MATMUL_WARPS = 8;
 constexpr u32 MATMUL_TILES = 8;
@@ -25,18 +24,36 @@ constexpr u32 INPUT_BYTES = MATMUL_TOKENS * INPUT_ROW_BYTES;
 
 template <class Matrix>
 struct Matmul {
-    Matrix w;
+    Band<Matrix> band[MAX_BANDS];
     const u16* x;
     u32 x_stride;
     u32 m;
     u32 mode;    // STORE or ADD
     u32 stages;  // items in shared memory at a time: 2, or 1 where shared memory is too small for that
-    float* out;
-    u32 out_stride;
+    u32 bands;
     u32 unused;
 };
 typedef Matmul<PackedMatrix> MatmulPacked;
 typedef Matmul<DenseMatrix> MatmulDense;
+
+// What a block works on, in shared memory: its registers are full of sums.
+template <class Matrix>
+struct BlockWork {
+    Band<Matrix> band;
+    u32 first_tile;
+
+    // By all threads.
+    __device__ void find(const Matmul<Matrix>& args) {
+        if (threadIdx.x == 0) {
+            u32 i = 0, tile = blockIdx.x * MATMUL_TILES;
+            const auto tiles_before_next = [&] { return (tiles_of(args.band[i].w) + MATMUL_TILES - 1) / MATMUL_TILES * MATMUL_TILES; };
+            for (; i + 1 < args.bands && tile >= tiles_before_next(); ++i) tile -= tiles_before_next();
+            band = args.band[i];
+            first_tile = tile;
+        }
+        __syncthreads();
+    }
+};
 
 // Where chunk `chunk` of token `token` lies: so swapped, the 8 lanes that read at a time (two tokens, q = 0..3) find theirs in
 // all 32 banks.
@@ -87,7 +104,7 @@ struct WarpItem {
     const u8* slots;  // of the warp's first tile; the next follows after slot_size
     u32 slot_size;
     u32 first_tile;
-    u32 last_tile;  // of the matrix: tiles past it repeat it, their sums are not stored
+    u32 last_tile;  // of the band: tiles past it repeat it, their sums are not stored
     const RowScales (*rows)[WARP];  // of the warp's first tile, for each lane; of the next after it
     const u8* inputs;
     u32 first_token;
@@ -124,7 +141,7 @@ __device__ inline void multiply_warp_item(Sums& sums, const PackedMatrix& w, con
 
 // out[t, row] for the warp's tiles and tokens.
 template <class Matrix>
-__device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, u32 first_tile, u32 first_token) {
+__device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, const Band<Matrix>& band, u32 first_tile, u32 first_token) {
     const u32 g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (u32 tile = 0; tile < WARP_TILES; ++tile)
@@ -134,18 +151,20 @@ __device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, 
             for (u32 i = 0; i < 4; ++i) {
                 const u32 row = (first_tile + tile) * TILE_ROWS + 2 * g + i / 2;
                 const u32 token = blockIdx.y * MATMUL_TOKENS + first_token + 8 * n + 2 * q + i % 2;
-                if (row >= args.w.rows || token >= args.m) continue;
-                float* to = args.out + u64(token) * args.out_stride + row;
-                const float value = sums[tile][n][i] * row_unit(args.w, row);
+                if (row >= band.w.rows || token >= args.m) continue;
+                float* to = band.out + u64(token) * band.matrix_rows + band.first_row + row;
+                const float value = sums[tile][n][i] * row_unit(band.w, row);
                 *to = value + (args.mode == ADD ? *to : 0.0f);
             }
 }
 
 extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_packed(MatmulPacked args) {
     DYNAMIC_SHARED(shared);
-    const PackedMatrix& w = args.w;
+    __shared__ BlockWork<PackedMatrix> block;
+    block.find(args);
+    const PackedMatrix& w = block.band.w;
     const u32 warp = threadIdx.x / WARP;
-    const u32 last_tile = (w.rows - 1) / TILE_ROWS, block_tile = blockIdx.x * MATMUL_TILES;
+    const u32 last_tile = (w.rows - 1) / TILE_ROWS, block_tile = block.first_tile;
     const u32 copied_tile = min(block_tile + warp, last_tile);
     const u32 warp_tile = warp / 2 * WARP_TILES, warp_token = warp % 2 * 8 * WARP_TOKEN_BLOCKS;
     const u32 slot_size = slot_bytes(w.max_width), stage_bytes = INPUT_BYTES + MATMUL_TILES * slot_size;
@@ -181,15 +200,17 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_pack
         FOR_WIDTH(work.item.width, multiply_warp_item, sums, w, work);
         __syncthreads();  // the stage may be overwritten
     }
-    store_sums(sums, args, work.first_tile, warp_token);
+    store_sums(sums, args, block.band, work.first_tile, warp_token);
 }
 
 extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_dense(MatmulDense args) {
     DYNAMIC_SHARED(shared);
-    const DenseMatrix& w = args.w;
+    __shared__ BlockWork<DenseMatrix> block;
+    block.find(args);
+    const DenseMatrix& w = block.band.w;
     const u32 warp = threadIdx.x / WARP;
-    const u32 tiles = (w.rows + TILE_ROWS - 1) / TILE_ROWS;
-    const u32 first_tile = blockIdx.x * MATMUL_TILES + warp / 2 * WARP_TILES;
+    const u32 tiles = tiles_of(w);
+    const u32 first_tile = block.first_tile + warp / 2 * WARP_TILES;
     const u32 warp_token = warp % 2 * 8 * WARP_TOKEN_BLOCKS;
     const u32 items = (w.steps + 1) / 2;
     const auto units_of = [&](u32 i) { return min(2u, w.steps - 2 * i) * 4; };
@@ -221,5 +242,5 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_dens
             }
         __syncthreads();  // the stage may be overwritten
     }
-    store_sums(sums, args, first_tile, warp_token);
+    store_sums(sums, args, block.band, first_tile, warp_token);
 }

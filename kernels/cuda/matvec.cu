@@ -1,4 +1,4 @@
-// Products of 1 to 8 tokens with up to eight bands of rows of one matrix or of several: a band has
+// Products of 1 to 8 tokens with up to 32 bands of rows of one matrix or of several: a band has
 // out[t, row] = sum over columns of w[row, col] * x[t, col] for some rows of its matrix.
 //
 // A block owns one tile (16 rows) of one band; with SwiGLU the same tile of two, half of the warps each. Its warps share
@@ -14,9 +14,9 @@
 //   counter   one u32, zero between launches (used with norm_weight)
 //
 // Grid: the tiles of all bands in turn (SWIGLU: of the gate's). Block: 256 threads. Dynamic shared memory: packed
-// `WARPS * STAGES * slot_bytes(largest max_width)`, dense none. m <= 8.
+// `WARPS * STAGES * slot_size`, dense none. m <= 8.
 
-#include "dense.cuh"
+#include "bands.cuh"
 #include "norm.cuh"
 
 constexpr u32 MATVEC_WARPS = 8;
@@ -24,16 +24,7 @@ constexpr u32 MATVEC_TOKENS = 8;
 // Items that a warp has under way: at 2 bits 4 * 512 bytes, with 24 warps on a multiprocessor 48 KiB, more than twice what
 // bandwidth times latency asks for.
 constexpr u32 MATVEC_STAGES = 4;
-constexpr u32 MATVEC_BANDS = 8;
-
-// Some rows of a matrix.
-template <class Matrix>
-struct Band {
-    Matrix w;
-    float* out;  // where the matrix has its first row of the first token
-    u32 first_row;
-    u32 matrix_rows;
-};
+constexpr u32 MATVEC_BANDS = 2 * MAX_BANDS;
 
 template <class Matrix>
 struct Matvec {
@@ -45,7 +36,7 @@ struct Matvec {
     u32 mode;
     u16* operands;
     u32 operand_stride;
-    u32 unused;
+    u32 slot_size;  // slot_bytes(largest max_width)
     const float* norm_weight;
     u16* normed;
     u32 normed_stride;
@@ -54,11 +45,6 @@ struct Matvec {
 };
 typedef Matvec<PackedMatrix> MatvecPacked;
 typedef Matvec<DenseMatrix> MatvecDense;
-
-template <class Matrix>
-__device__ inline u32 tiles_of(const Matrix& w) {
-    return (w.rows + TILE_ROWS - 1) / TILE_ROWS;
-}
 
 // The inputs of a lane for one step: the columns of its unit, for the token whose sums it feeds.
 struct Inputs {
@@ -149,13 +135,6 @@ __device__ inline void multiply_tile(float (&sums)[4], const DenseMatrix& w, u32
     }
 }
 
-__device__ inline u32 slot_size_of(const MatvecPacked& args) {
-    u32 width = 0;
-    for (u32 i = 0; i < args.bands; ++i) width = max(width, args.band[i].w.max_width);
-    return slot_bytes(width);
-}
-__device__ inline u32 slot_size_of(const MatvecDense&) { return 0; }
-
 template <class Matrix>
 __device__ inline void matvec(const Matvec<Matrix>& args) {
     DYNAMIC_SHARED(slots);
@@ -171,8 +150,8 @@ __device__ inline void matvec(const Matvec<Matrix>& args) {
     const u32 mine = warp < warps ? band : of_up;
 
     float sums[4] = {};
-    const u32 slot_size = slot_size_of(args);
-    multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps, slots + warp * MATVEC_STAGES * slot_size, slot_size);
+    u8* slots_of_warp = slots + warp * MATVEC_STAGES * args.slot_size;
+    multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps, slots_of_warp, args.slot_size);
     for (u32 i = 0; i < 4; ++i) partial[warp][lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[i];
     __syncthreads();
 

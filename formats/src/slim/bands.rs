@@ -13,7 +13,7 @@ use super::{
 use crate::{FormatError, Result, gguf::GgufFile};
 
 /// Bands of a matrix at most (F20): what the kernels take at a time.
-pub const MAX_BANDS: usize = 4;
+pub const MAX_BANDS: usize = 16;
 
 /// A matrix as a stack of layers, from the first row to the last. All but the last one fill whole tiles; they differ in their rows
 /// and in the bit-widths of their groups, and in nothing else.

@@ -49,7 +49,7 @@ pub(super) struct DenseArgs {
     pub unused: u32,
 }
 
-/// `Band` of `matvec.cu`.
+/// `Band` of `bands.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct BandArgs<M> {
@@ -70,7 +70,7 @@ pub(super) struct MatvecArgs<M> {
     pub mode: u32,
     pub operands: u64,
     pub operand_stride: u32,
-    pub unused: u32,
+    pub slot_size: u32,
     pub norm_weight: u64,
     pub normed: u64,
     pub normed_stride: u32,
@@ -81,14 +81,13 @@ pub(super) struct MatvecArgs<M> {
 /// `Matmul` of `matmul.cu`.
 #[repr(C)]
 pub(super) struct MatmulArgs<M> {
-    pub w: M,
+    pub band: [BandArgs<M>; MAX_BANDS],
     pub x: u64,
     pub x_stride: u32,
     pub m: u32,
     pub mode: u32,
     pub stages: u32,
-    pub out: u64,
-    pub out_stride: u32,
+    pub bands: u32,
     pub unused: u32,
 }
 

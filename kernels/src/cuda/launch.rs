@@ -255,7 +255,7 @@ impl Device {
             mode: Mode::Store as u32,
             operands: 0,
             operand_stride: 0,
-            unused: 0,
+            slot_size: slot_bytes,
             norm_weight: 0,
             normed: 0,
             normed_stride: 0,
@@ -280,7 +280,7 @@ impl Device {
             }
         }
         let shared = shared::matvec(slot_bytes);
-        // SAFETY: `matvec_*(Matvec args)`. band: one to eight of the kernel's kind, as `Matrix` lays them out, their
+        // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays them out, their
         // `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as many of the one matrix as of the
         // other, of the same rows); x: m <= 8 rows of their columns, padded; operands, normed: m rows of their rows;
         // norm_weight: as many; counter: zero. The callers have checked the shapes.
@@ -296,31 +296,25 @@ impl Device {
         mode: Mode,
         out: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
-        for band in &w.bands {
-            let kind = K::of(self, band);
-            let (tiles, slot_bytes) = (kind.tiles(), kind.slot_bytes());
-            let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
-            let rows = band.first_row..m * w.rows() - (w.rows() - band.rows - band.first_row);
-            let args = MatmulArgs {
-                w: kind,
-                x: self.input(x.values.view()),
-                x_stride: x.stride() as u32,
-                m: m as u32,
-                mode: mode as u32,
-                stages,
-                out: self.output(&mut out.reborrow().slice(rows)),
-                out_stride: w.rows() as u32,
-                unused: 0,
-            };
-            let grid = [tiles.div_ceil(MATMUL_TILES), m.div_ceil(MATMUL_TOKENS), 1];
-            let shared = shared::matmul(slot_bytes, stages);
-            // SAFETY: `matmul_*(Matmul args)`. w: a band of the kernel's kind, as `Matrix` lays it out; x: m rows of
-            // its columns, padded; out: its rows of m rows of its matrix. The callers have checked the shapes.
-            unsafe {
-                self.launch(K::matmul(self), grid, 256, shared, &mut [argument(&args)])?;
-            }
-        }
-        Ok(())
+        let bands = self.bands::<K>(w, self.output(out));
+        let blocks = bands.iter().map(|band| band.w.tiles().div_ceil(MATMUL_TILES)).sum();
+        let slot_bytes = bands.iter().map(|band| band.w.slot_bytes()).max().unwrap_or(0);
+        let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
+        let args = MatmulArgs {
+            band: std::array::from_fn(|i| bands[i.min(bands.len() - 1)]),
+            x: self.input(x.values.view()),
+            x_stride: x.stride() as u32,
+            m: m as u32,
+            mode: mode as u32,
+            stages,
+            bands: bands.len() as u32,
+            unused: 0,
+        };
+        let grid = [blocks, m.div_ceil(MATMUL_TOKENS), 1];
+        let shared = shared::matmul(slot_bytes, stages);
+        // SAFETY: `matmul_*(Matmul args)`. band: one to 16 of the kernel's kind, all of `w`, as `Matrix` lays them out, their `out`
+        // m rows of it; x: m rows of its columns, padded. The callers have checked the shapes.
+        unsafe { self.launch(K::matmul(self), grid, 256, shared, &mut [argument(&args)]) }
     }
 
     /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens; `x: [m, weight.len()]`.

@@ -156,8 +156,8 @@ pub fn several(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> R
         HostWeight::dense(5, DType::F16, [40, cols], 0.1),
         packed(64, 256, TWO_LEVEL, &[8]),
         bands(&[160, 16, 32, 24]),
-        bands(&[16, 200]),
-        bands(&[32, 48, 7]),
+        bands(&[16; 16]),
+        bands(&[[32; 15].as_slice(), &[7]].concat()),
     ];
     let few = &weights[..4];
     for chosen in [&few[..2], &few[1..], few, &few[2..3], &weights[4..5], &weights[..]] {
@@ -238,7 +238,8 @@ pub fn swiglu(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Re
         LayerSpec { rows, cols, group_size: 64, coding: TWO_LEVEL, widths: &[1, 2, 3], size: 0.1 };
     let packed = [spec.fill(9, Fill::Random), spec.fill(10, Fill::Random)];
     let half = [9, 10].map(|seed| HostWeight::dense(seed, DType::F16, [rows, cols], 0.1));
-    let bands = [9, 10].map(|seed| spec.bands(seed, &[32, 16, 128, 24]));
+    let rows_of_bands = [[16; 12].as_slice(), &[8]].concat();
+    let bands = [9, 10].map(|seed| spec.bands(seed, &rows_of_bands));
     let others = spec.bands(11, &[32, 32, 112, 24]);
     for (kind, [gate, up]) in [
         ("packed", [&packed[0], &packed[1]]),

@@ -1,0 +1,22 @@
+// Bands of rows of one matrix or of several, as a launch takes them.
+
+#pragma once
+
+#include "dense.cuh"
+
+// Bands of a matrix at most.
+constexpr u32 MAX_BANDS = 16;
+
+// Some rows of a matrix.
+template <class Matrix>
+struct Band {
+    Matrix w;
+    float* out;  // where the matrix has its first row of the first token
+    u32 first_row;
+    u32 matrix_rows;
+};
+
+template <class Matrix>
+__device__ inline u32 tiles_of(const Matrix& w) {
+    return (w.rows + TILE_ROWS - 1) / TILE_ROWS;
+}
