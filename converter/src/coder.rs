@@ -63,6 +63,13 @@ impl RunScales {
         }
     }
 
+    /// What a weight with each of `codes` gains for one more of `d` and of `m`; `None` in a coding without row scales.
+    pub fn slopes(&self, codes: &CodeColumn) -> Option<[Lanes; 2]> {
+        let Self::TwoLevel { scale, minimum } = self else { return None };
+        let of_d = std::array::from_fn(|r| f32::from(scale[r]) * f32::from(codes[r]));
+        Some([of_d, minimum.map(|z| 0.0 - f32::from(z))])
+    }
+
     /// Sets the lanes from `used` on to zero: padding rows (F8).
     pub fn clear_padding(&mut self, used: usize) {
         match self {

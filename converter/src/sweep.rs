@@ -1,7 +1,10 @@
-//! The GPTQ sweep: quantize column by column, and push each column's error to the columns not yet done; then refine the codes.
+//! The GPTQ sweep: quantize column by column, and push each column's error to the columns not yet done; then refine codes and row
+//! scales.
 //!
 //! Errors go to the columns of the same block one by one, sixteen rows at a time, and to those behind it by one matrix product
 //! for each block of columns.
+
+mod row_scales;
 
 use std::{borrow::Cow, ops::Range};
 
@@ -115,28 +118,35 @@ impl Sweep<'_> {
         }
     }
 
-    /// Coordinate descent on the output error `e H e^T` of each row of `errors: [rows, cols]`: one column after the other takes
-    /// the code that is best now that all others are known. The sweep could not know those that came later.
+    /// Lowers the output error `e H e^T` of each row of `errors: [rows, cols]`.
     fn refine(&mut self, errors: &[f32], hessian: &[f32]) {
-        let Self { runs, order, tiles, .. } = self;
-        let cols = order.len();
+        let cols = self.order.len();
         // e H, kept up to date.
         let mut gradient = vec![0.0; errors.len()];
         add_product(&mut gradient, Store::REPLACE, errors, hessian, 0..cols, 0..cols);
-        for pass in 1..=REFINEMENTS {
-            for block in blocks(runs) {
-                let places = places(block);
-                let mut changes = vec![0.0; errors.len() / cols * places.len()];
-                let of_tiles = rows_of_tiles(&gradient, cols)
-                    .zip(rows_of_tiles_mut(&mut changes, places.len()));
-                tiles.par_iter_mut().zip(of_tiles).for_each(|(tile, (gradient, changes))| {
-                    let mut gradient = gather(gradient, cols, 0, places.clone());
-                    let changed = tile.refine_block(&mut gradient, block, order, hessian);
-                    scatter(&changed, changes);
-                });
-                let still_needed = if pass == REFINEMENTS { places.end..cols } else { 0..cols };
-                add_product(&mut gradient, Store::ADD, &changes, hessian, places, still_needed);
-            }
+        self.refit_row_scales(&mut gradient, hessian);
+        for _ in 0..REFINEMENTS {
+            self.refine_codes(&mut gradient, hessian);
+        }
+        self.refit_row_scales(&mut gradient, hessian);
+    }
+
+    /// One pass of coordinate descent: one column after the other takes the code that is best now that all others are known. The
+    /// sweep could not know those that came later.
+    fn refine_codes(&mut self, gradient: &mut [f32], hessian: &[f32]) {
+        let Self { runs, order, tiles, .. } = self;
+        let cols = order.len();
+        for block in blocks(runs) {
+            let places = places(block);
+            let mut changes = vec![0.0; gradient.len() / cols * places.len()];
+            let of_tiles =
+                rows_of_tiles(gradient, cols).zip(rows_of_tiles_mut(&mut changes, places.len()));
+            tiles.par_iter_mut().zip(of_tiles).for_each(|(tile, (gradient, changes))| {
+                let mut gradient = gather(gradient, cols, 0, places.clone());
+                let changed = tile.refine_block(&mut gradient, block, order, hessian);
+                scatter(&changed, changes);
+            });
+            add_product(gradient, Store::ADD, &changes, hessian, places, 0..cols);
         }
     }
 }
@@ -259,8 +269,14 @@ impl Step {
     #[inline(always)]
     fn nearest(&self, w: &Lanes) -> (CodeColumn, Lanes) {
         let code = nearest_codes(w, &self.scale, &self.offset, self.max_code);
-        let value = std::array::from_fn(|r| self.scale[r] * code[r] + self.offset[r]);
-        (code.map(|code| code as u8), value)
+        let code = code.map(|code| code as u8);
+        (code, self.values(&code))
+    }
+
+    /// What codes are worth.
+    #[inline(always)]
+    fn values(&self, codes: &CodeColumn) -> Lanes {
+        std::array::from_fn(|r| self.scale[r] * f32::from(codes[r]) + self.offset[r])
     }
 }
 
