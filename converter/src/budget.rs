@@ -54,7 +54,7 @@ pub fn budget(
     let (mut layers, mut neurons) = (Vec::new(), Vec::new());
     for index in 0..of {
         let block = Block::load(source, index)?;
-        let ffn = match contents.sorts_neurons() {
+        let ffn = match contents.has_bands() {
             true => {
                 let ffn = Ffn::load(&block, index)?;
                 let of = [Linear::FfnGate, Linear::FfnUp, Linear::FfnDown];

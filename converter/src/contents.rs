@@ -10,11 +10,8 @@ use slim_formats::{
 use slim_kernels::weight;
 
 use crate::{
-    ConvertError, Method, Result, Settings, Target, backward::Linear, neurons, provenance,
+    ConvertError, Method, Result, Settings, Target, backward::Linear, bands::bands, provenance,
 };
-
-/// Bits per weight below which neurons are sorted. At 3.3, SmolLM2 gains nothing (`docs/accuracy.md`).
-const SORTED_BELOW_BITS: f64 = 3.2;
 
 /// The tensors of a conversion's result.
 pub struct Contents {
@@ -23,7 +20,7 @@ pub struct Contents {
     tensors: Vec<PlannedTensor>,
     /// As large as that of the file.
     metadata: Metadata,
-    sorts_neurons: bool,
+    has_bands: bool,
 }
 
 /// A tensor of the result.
@@ -56,19 +53,19 @@ impl Contents {
     /// # Errors
     /// `Format` for a tensor that is missing or cannot be a layer, `InvalidSetting` for a target that is out of reach.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
-        let contents = Self::of(source, settings, false)?;
-        if settings.has_budget() && contents.mean_bits(settings.target)? < SORTED_BELOW_BITS {
-            // Bands take some bytes of the smallest targets that those may not have.
-            let sorted = Self::of(source, settings, true)?;
-            if sorted.check(settings.target).is_ok() {
-                return Ok(sorted);
+        if settings.has_budget() {
+            // Bands take some bytes, which the smallest targets may not have.
+            let in_bands = Self::of(source, settings, true)?;
+            if in_bands.check(settings.target).is_ok() {
+                return Ok(in_bands);
             }
         }
+        let contents = Self::of(source, settings, false)?;
         contents.check(settings.target)?;
         Ok(contents)
     }
 
-    fn of(source: &dyn ModelSource, settings: &Settings, sorts_neurons: bool) -> Result<Self> {
+    fn of(source: &dyn ModelSource, settings: &Settings, has_bands: bool) -> Result<Self> {
         let (bits, method) = match settings.target {
             None => (settings.bits, settings.method),
             // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its metadata has besides.
@@ -81,7 +78,7 @@ impl Contents {
             path: source.path().to_owned(),
             tensors: Vec::new(),
             metadata: provenance::unhashed_metadata(source, &linear)?,
-            sorts_neurons,
+            has_bands,
         };
         for block in 0..config.block_count {
             contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
@@ -101,22 +98,9 @@ impl Contents {
         Ok(contents)
     }
 
-    /// The bits per weight that the linear layers will have, about.
-    fn mean_bits(&self, target: Option<Target>) -> Result<f64> {
-        let least = self.bits_per_weight();
-        Ok(match target {
-            None => least,
-            Some(Target::BitsPerWeight(bits)) => bits,
-            Some(Target::FileBytes(bytes)) => {
-                let room = bytes.saturating_sub(self.file_bytes()?);
-                least + 8.0 * room as f64 / self.linear_weights().max(1) as f64
-            }
-        })
-    }
-
-    /// Whether the neurons of the feed-forward networks are sorted, and their matrices cut into bands.
-    pub fn sorts_neurons(&self) -> bool {
-        self.sorts_neurons
+    /// Whether matrices are cut into bands, and the neurons of the feed-forward networks sorted for it.
+    pub fn has_bands(&self) -> bool {
+        self.has_bands
     }
 
     /// The tensors in the order of the file.
@@ -209,7 +193,7 @@ impl Contents {
         self.tensors.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
     }
 
-    /// A linear layer of a block, in bands if its rows are neurons that are sorted.
+    /// A linear layer of a block.
     fn linear(
         &mut self,
         layer: Linear,
@@ -218,12 +202,11 @@ impl Contents {
         settings: &Settings,
     ) -> Result<()> {
         let name = layer.tensor_name(block);
-        let (neurons, cols) = weight::shape(source.require(&name)?);
-        let is_sorted = self.sorts_neurons && matches!(layer, Linear::FfnGate | Linear::FfnUp);
-        let bands = if is_sorted { neurons::bands(neurons) } else { vec![] };
-        if bands.len() < 2 || !cols.is_multiple_of(16) {
+        let (_, cols) = weight::shape(source.require(&name)?);
+        let can_have_bands = self.has_bands && cols.is_multiple_of(16);
+        let Some(bands) = bands(layer, source.config()).filter(|_| can_have_bands) else {
             return self.matrix(&name, source, settings);
-        }
+        };
         for (index, rows) in bands.into_iter().enumerate() {
             self.rows(band_name(&name, index), &name, [rows, cols], source, settings)?;
         }

@@ -5,6 +5,7 @@
 mod activations;
 mod allocate;
 pub mod backward;
+mod bands;
 mod budget;
 mod calibration;
 mod calibrator;

@@ -1,11 +1,10 @@
 //! The neurons of a feed-forward network, in the order of what the loss minds about them.
 //!
 //! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network gives the same in whatever
-//! order they stand. Sorted, neurons of like worth share the groups of `ffn_down`, and those of `ffn_gate` and `ffn_up` come
-//! in bands with bit-widths of their own (`docs/accuracy.md` has the effect).
+//! order they stand. Sorted, neurons of like worth share the groups of `ffn_down` and the bands of `ffn_gate` and `ffn_up`
+//! (`docs/accuracy.md` has the effect).
 
 use rayon::prelude::*;
-use slim_formats::slim::TILE_ROWS;
 use slim_runtime::Block;
 
 use crate::{
@@ -13,20 +12,6 @@ use crate::{
     backward::{Linear, Sensitivity, dense},
     convert::finite_rows,
 };
-
-/// Rows that the blocks of many-token kernels take: bands of large matrices are multiples of them.
-const BLOCK_ROWS: usize = 128;
-
-/// The rows of each band of `ffn_gate` and `ffn_up`: a sixth of the neurons, a quarter, the rest. Of a small network that
-/// has not as many tiles, some are missing.
-pub fn bands(neurons: usize) -> Vec<usize> {
-    let unit = if neurons < 8 * BLOCK_ROWS { TILE_ROWS } else { BLOCK_ROWS };
-    let first = (neurons / 6).next_multiple_of(unit).min(neurons);
-    let second = (neurons / 4).next_multiple_of(unit).min(neurons - first);
-    let mut bands = vec![first, second, neurons - first - second];
-    bands.retain(|&rows| rows > 0);
-    bands
-}
 
 /// The weights of a feed-forward network.
 pub struct Ffn {
@@ -175,21 +160,5 @@ mod tests {
         let mut all = order.clone();
         all.sort_unstable();
         assert!(all.into_iter().eq(0..NEURONS));
-    }
-
-    #[test]
-    fn bands_hold_every_neuron_once_and_whole_tiles() {
-        assert_eq!(bands(1536), [256, 384, 896]);
-        assert_eq!(bands(11008), [1920, 2816, 6272]);
-        assert_eq!(bands(176), [32, 48, 96]);
-        assert_eq!(bands(40), [16, 16, 8]);
-        assert_eq!(bands(32), [16, 16]);
-        assert_eq!(bands(16), [16]);
-        for neurons in 1..2000 {
-            let bands = bands(neurons);
-            let (last, above) = bands.split_last().unwrap();
-            assert_eq!(above.iter().sum::<usize>() + last, neurons);
-            assert!(*last > 0 && above.iter().all(|rows| rows % TILE_ROWS == 0), "{bands:?}");
-        }
     }
 }

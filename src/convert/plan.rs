@@ -58,7 +58,7 @@ impl Plan {
         let working_bytes =
             plan.contents.tensors().iter().map(|tensor| plan.working_bytes_of(tensor));
         plan.working_bytes = working_bytes.max().unwrap_or(0);
-        if plan.contents.sorts_neurons() {
+        if plan.contents.has_bands() {
             // In f32 while their block is quantized.
             let config = source.config();
             plan.working_bytes += 4 * 3 * (config.ffn_size * config.hidden_size) as u64;
@@ -151,8 +151,8 @@ impl Plan {
         if self.settings.method == Method::SlimPlus {
             lines.push(("training", plural(self.settings.steps, "step")));
         }
-        let bands = match self.contents.sorts_neurons() {
-            true => ", `ffn_gate` and `ffn_up` in bands",
+        let bands = match self.contents.has_bands() {
+            true => ", `attn_q`, `ffn_gate` and `ffn_up` in bands",
             false => "",
         };
         lines.push(("layers", format!("{linear} in {blocks}{bands}")));

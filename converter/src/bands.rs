@@ -1,0 +1,86 @@
+//! Which rows of a matrix share the bit-widths of its groups.
+//!
+//! The loss minds some heads and some neurons far more than others. So `attn_q` comes in bands of heads, and `ffn_gate` and `ffn_up`,
+//! whose neurons are sorted by what the loss minds about them (`neurons.rs`), in bands of neurons (`docs/accuracy.md` has the
+//! effect).
+
+use slim_formats::{
+    ModelConfig,
+    slim::{MAX_BANDS, TILE_ROWS},
+};
+
+use crate::backward::Linear;
+
+/// Rows that the blocks of many-token kernels take: bands of large matrices are multiples of them.
+const BLOCK_ROWS: usize = 128;
+
+/// The rows of each band of a layer, from the first to the last; `None` for a matrix that is not cut.
+pub fn bands(layer: Linear, config: &ModelConfig) -> Option<Vec<usize>> {
+    let bands = match layer {
+        Linear::AttnQ => of_heads(config.head_count, config.head_dim),
+        Linear::FfnGate | Linear::FfnUp => of_neurons(config.ffn_size),
+        Linear::AttnK | Linear::AttnV | Linear::AttnOutput | Linear::FfnDown => return None,
+    };
+    (bands.len() > 1).then_some(bands)
+}
+
+/// Equally many heads each, as few as there may be.
+fn of_heads(heads: usize, head_dim: usize) -> Vec<usize> {
+    if !head_dim.is_multiple_of(TILE_ROWS) {
+        return vec![heads * head_dim];
+    }
+    let of_band = heads.div_ceil(MAX_BANDS).max(1);
+    (0..heads).step_by(of_band).map(|first| of_band.min(heads - first) * head_dim).collect()
+}
+
+/// Two twelfths and five sixths. Of a small network that has not as many tiles, some are missing.
+fn of_neurons(neurons: usize) -> Vec<usize> {
+    const SHARES: [usize; 6] = [12, 12, 6, 6, 6, 6];
+    let unit = if neurons < 12 * BLOCK_ROWS { TILE_ROWS } else { BLOCK_ROWS };
+    let mut left = neurons;
+    let mut take = |rows: usize| {
+        let rows = rows.next_multiple_of(unit).min(left);
+        left -= rows;
+        rows
+    };
+    let mut bands: Vec<usize> = SHARES.iter().map(|share| take(neurons / share)).collect();
+    bands.push(left);
+    bands.retain(|&rows| rows > 0);
+    bands
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bands_of_neurons_hold_every_neuron_once_and_whole_tiles() {
+        assert_eq!(of_neurons(1536), [128, 128, 256, 256, 256, 256, 256]);
+        assert_eq!(of_neurons(11008), [1024, 1024, 1920, 1920, 1920, 1920, 1280]);
+        assert_eq!(of_neurons(176), [16, 16, 32, 32, 32, 32, 16]);
+        assert_eq!(of_neurons(40), [16, 16, 8]);
+        assert_eq!(of_neurons(8), [8]);
+        for neurons in 1..2000 {
+            check(&of_neurons(neurons), neurons);
+        }
+    }
+
+    #[test]
+    fn bands_of_heads_hold_every_head_once_and_whole_tiles() {
+        assert_eq!(of_heads(9, 64), [64; 9]);
+        assert_eq!(of_heads(32, 128), [256; 16]);
+        assert_eq!(of_heads(20, 64), [128; 10]);
+        assert_eq!(of_heads(33, 16), [48; 11]);
+        assert_eq!(of_heads(4, 24), [96]);
+        for heads in 1..100 {
+            check(&of_heads(heads, 80), heads * 80);
+        }
+    }
+
+    fn check(bands: &[usize], rows: usize) {
+        let (last, above) = bands.split_last().unwrap();
+        assert_eq!(above.iter().sum::<usize>() + last, rows);
+        assert!(*last > 0 && above.iter().all(|rows| rows % TILE_ROWS == 0), "{bands:?}");
+        assert!(bands.len() <= MAX_BANDS, "{bands:?}");
+    }
+}
