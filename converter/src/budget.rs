@@ -24,8 +24,8 @@ use crate::{
     neurons::Ffn,
 };
 
-/// Samples that sensitivities are measured on: such means settle long before a Hessian does.
-const SENSITIVITY_SAMPLES: usize = 12;
+/// Tokens that sensitivities are measured on: such means settle long before a Hessian does.
+const SENSITIVITY_TOKENS: usize = 1 << 15;
 
 /// What is decided about a model before its first layer is quantized.
 pub struct Budget {
@@ -49,7 +49,8 @@ pub fn budget(
     let of = source.config().block_count;
     progress(Progress::Survey { done: 0, of });
     let samples = &calibration.samples;
-    let samples = &samples[..samples.len().min(SENSITIVITY_SAMPLES)];
+    let enough = (SENSITIVITY_TOKENS / settings.context).max(1);
+    let samples = &samples[..samples.len().min(enough)];
     let mut sensitivities = sensitivities(source, samples)?;
     let (mut layers, mut neurons) = (Vec::new(), Vec::new());
     for index in 0..of {

@@ -17,7 +17,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_formats::{DType, DenseTensor, Layout, ModelConfig, ModelSource, Weight};
 use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax};
-use slim_runtime::{Block, Model, embed, find_vector};
+use slim_runtime::{Block, Model, SplitMix64, embed, find_vector};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
@@ -49,6 +49,9 @@ pub struct Backward<'a> {
 pub enum Loss<'t> {
     /// The negative log-likelihood of tokens 2 .. of each sequence, summed, in nats.
     CrossEntropy,
+    /// The same of a token drawn from the model's own distribution behind each position, by the random numbers of the
+    /// seeds from this one on. The squares of its gradients have the Fisher information for their mean.
+    Drawn(u64),
     /// The mean over all tokens of KL(teacher || model), in nats. Called with a range of the tokens of the batch, counted
     /// through its sequences, the teacher gives their logits or log-probabilities, `[range.len(), vocab]`.
     Divergence(&'t mut dyn FnMut(Range<usize>) -> Result<Vec<f32>>),
@@ -246,7 +249,12 @@ impl<'a> Backward<'a> {
             let piece = tokens.start * hidden..tokens.end * hidden;
             let mut logits = self.logits(&normed[piece.clone()])?;
             total += match loss {
-                Loss::CrossEntropy => reverse_cross_entropy(&mut logits, vocab, &targets[tokens]),
+                Loss::CrossEntropy => {
+                    reverse_cross_entropy(&mut logits, vocab, |i, _| targets[tokens.start + i])
+                }
+                Loss::Drawn(seed) => reverse_cross_entropy(&mut logits, vocab, |i, row| {
+                    Some(drawn(row, *seed + (tokens.start + i) as u64))
+                }),
                 Loss::Divergence(teacher) => {
                     let teacher = teacher(tokens.clone())?;
                     reverse_divergence(&mut logits, vocab, teacher, targets.len())
@@ -296,21 +304,37 @@ fn next_tokens(sequences: &[&[u32]]) -> Vec<Option<u32>> {
     targets
 }
 
-/// Turns logits `[targets.len(), vocab]` into gradients `softmax - one-hot`; gives the loss.
-fn reverse_cross_entropy(logits: &mut [f32], vocab: usize, targets: &[Option<u32>]) -> f64 {
-    let losses = logits.par_chunks_mut(vocab).zip(targets).map(|(row, target)| {
-        let Some(target) = target else {
+/// Turns logits `[m, vocab]` into gradients `softmax - one-hot`, for the token that `target` gives by row and
+/// log-probabilities; gives the loss.
+fn reverse_cross_entropy(
+    logits: &mut [f32],
+    vocab: usize,
+    target: impl Fn(usize, &[f32]) -> Option<u32> + Sync,
+) -> f64 {
+    let losses = logits.par_chunks_mut(vocab).enumerate().map(|(i, row)| {
+        log_softmax(row);
+        let Some(target) = target(i, row) else {
             row.fill(0.0);
             return 0.0;
         };
-        let target = *target as usize;
-        log_softmax(row);
+        let target = target as usize;
         let loss = -f64::from(row[target]);
         elementwise::exponentiate(row);
         row[target] -= 1.0;
         loss
     });
     losses.collect::<Vec<f64>>().iter().sum()
+}
+
+/// A token by its probability, with the random number of `seed`.
+fn drawn(log_probabilities: &[f32], seed: u64) -> u32 {
+    let mut left = SplitMix64::new(seed).unit();
+    let found = log_probabilities.iter().position(|log| {
+        left -= f64::from(log.exp());
+        left < 0.0
+    });
+    // Rounding may leave something behind the last token.
+    found.unwrap_or(log_probabilities.len() - 1) as u32
 }
 
 /// Turns logits `[m, vocab]` into gradients `(softmax - teacher's softmax) / tokens`; gives these tokens' part of the loss.

@@ -16,7 +16,7 @@ const BATCH_TOKENS: usize = 1024;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivities {
     blocks: Vec<[Sensitivity; 7]>,
-    /// The loss: the mean negative log-likelihood of a predicted token, in nats.
+    /// The loss: the mean negative log-likelihood of a drawn token, in nats.
     pub loss: f64,
 }
 
@@ -64,26 +64,30 @@ impl Sensitivity {
 }
 
 /// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
-/// cross-entropy summed over the tokens of a sample. `samples`: equally long runs of tokens.
+/// loss [`Loss::Drawn`]. `samples`: equally long runs of tokens.
+///
+/// What the text has behind each token would do instead of what the model draws, but the model errs in some places by far, and these
+/// would outweigh all others (`docs/accuracy.md` has the effect).
 ///
 /// # Errors
-/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there is nothing to predict.
+/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens.
 pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<Sensitivities> {
     let model = Backward::load(source, Precision::Coarse)?;
     let context = samples.first().map_or(0, Vec::len);
-    if context < 2 {
+    if context == 0 {
         return Err(ConvertError::InvalidSetting {
             what: "samples to measure sensitivities on",
             found: format!("{} of {context} tokens", samples.len()),
-            expected: "one or more of at least 2 tokens".into(),
+            expected: "one or more of at least 1 token".into(),
         });
     }
     let zeros = |weight| Sensitivity::zeros(weight::shape(weight));
     let mut blocks: Vec<_> = model.blocks.iter().map(|b| b.weights().map(zeros)).collect();
     let mut loss = 0.0;
+    let mut seed = 0;
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
-        loss += model.run(&sequences, &mut Loss::CrossEntropy, &mut |gradient| {
+        loss += model.run(&sequences, &mut Loss::Drawn(seed), &mut |gradient| {
             if let Gradient::Linear { block, layer, x, dy } = gradient {
                 let sums = blocks[block][layer as usize].means_mut();
                 for (sum, values) in sums.into_iter().zip([x, dy]) {
@@ -93,8 +97,10 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
             }
             Ok(())
         })?;
+        seed += (batch.len() * context) as u64;
     }
-    loss /= (samples.len() * (context - 1)) as f64;
+    let tokens = (samples.len() * context) as f64;
+    loss /= tokens;
     if !loss.is_finite() {
         return Err(ConvertError::InvalidSetting {
             what: "loss of the model on the calibration samples",
@@ -102,7 +108,6 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
             expected: "a finite number".into(),
         });
     }
-    let tokens = (samples.len() * context) as f64;
     let sums = blocks.iter_mut().flatten().flat_map(Sensitivity::means_mut);
     sums.flatten().for_each(|sum| *sum /= tokens);
     Ok(Sensitivities { blocks, loss })

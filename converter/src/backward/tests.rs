@@ -407,13 +407,13 @@ fn sensitivities_are_mean_squares_of_inputs_and_output_gradients() {
     let found = sensitivities(&*source, &samples).unwrap();
     let model = Backward::load(&*source, Precision::Coarse).unwrap();
     let of_layer = found.of(1, Linear::AttnK);
-    let (mut input, mut output, mut loss) = (0.0, 0.0, 0.0);
+    let (mut input, mut output, mut loss, mut seed) = (0.0, 0.0, 0.0, 0);
     let sum_at_5 = |values: &[f32], n: usize| -> f64 {
         values.iter().skip(5).step_by(n).map(|value| f64::from(value * value)).sum()
     };
     for sample in &samples {
         loss += model
-            .run(&[sample], &mut Loss::CrossEntropy, &mut |gradient| {
+            .run(&[sample], &mut Loss::Drawn(seed), &mut |gradient| {
                 if let Gradient::Linear { block: 1, layer: Linear::AttnK, x, dy } = gradient {
                     input += sum_at_5(x, of_layer.inputs.len());
                     output += sum_at_5(dy, of_layer.outputs.len());
@@ -421,11 +421,12 @@ fn sensitivities_are_mean_squares_of_inputs_and_output_gradients() {
                 Ok(())
             })
             .unwrap();
+        seed += 400;
     }
     for (found, expected) in [(of_layer.inputs[5], input), (of_layer.outputs[5], output)] {
         assert!((found * 1200.0 / expected - 1.0).abs() < 1e-4, "{found}");
     }
-    assert!((found.loss * 1197.0 / loss - 1.0).abs() < 1e-6);
+    assert!((found.loss * 1200.0 / loss - 1.0).abs() < 1e-6);
 }
 
 #[test]
@@ -447,5 +448,16 @@ fn sequences_of_unequal_or_no_length_are_refused() {
         assert!(model.run(sequences, &mut Loss::CrossEntropy, &mut |_| Ok(())).is_err());
     }
     assert!(sensitivities(&*source, &[]).is_err());
-    assert!(sensitivities(&*source, &[vec![1]]).is_err());
+    assert!(sensitivities(&*source, &[vec![]]).is_err());
+}
+
+#[test]
+fn tokens_are_drawn_as_often_as_their_probabilities_say() {
+    let log_probabilities = [0.5f32, 0.2, 0.0, 0.3].map(f32::ln);
+    let mut counts = [0; 4];
+    (0..10_000).for_each(|seed| counts[drawn(&log_probabilities, seed) as usize] += 1);
+    for (count, expected) in counts.into_iter().zip([5000, 2000, 0, 3000]) {
+        assert!(i32::abs(count - expected) <= 150, "{counts:?}");
+    }
+    assert_eq!(counts[2], 0);
 }
