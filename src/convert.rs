@@ -223,9 +223,13 @@ fn describe(
     args: &ConvertArgs,
     time: Duration,
 ) -> String {
+    let mut layers = plural(report.matrices(), "quantized layer");
+    if report.layers.len() > report.matrices() {
+        layers += &format!(", stored in {} bands", report.layers.len());
+    }
     let mut lines = vec![
         ("written", args.output.display().to_string()),
-        ("layers", plural(report.layers.len(), "quantized layer")),
+        ("layers", layers),
         (
             "bits per weight",
             format!("{:.3} in the blocks, everything counted", report.bits_per_weight),

@@ -1,6 +1,6 @@
 //! What a conversion tells its caller.
 
-use slim_formats::slim::LayerLayout;
+use slim_formats::slim::{LayerLayout, matrix_of};
 
 /// A step of a conversion, as it ends.
 #[derive(Debug, Clone)]
@@ -85,5 +85,12 @@ impl Report {
         });
         let bits_per_weight = bits as f64 / weights.max(1) as f64;
         Self { layers, file_bytes, bits_per_weight, warnings }
+    }
+
+    /// How many matrices the layers are, those in bands counted once.
+    pub fn matrices(&self) -> usize {
+        let is_first =
+            |layer: &&LayerReport| matrix_of(&layer.name).is_none_or(|(_, index)| index == "0");
+        self.layers.iter().filter(is_first).count()
     }
 }

@@ -232,7 +232,8 @@ fn inspect_slim_file_describes_the_layers() {
     assert_eq!(json.get("metadata"), None);
 
     let layers = json["layers"].as_array().unwrap();
-    assert_eq!(layers.len(), 16);
+    // 16 matrices: two blocks have `attn_q` in four bands, `ffn_gate` and `ffn_up` in six.
+    assert_eq!(layers.len(), 42);
     let down = layers.iter().find(|layer| layer["name"] == "blk.1.ffn_down.weight").unwrap();
     assert_eq!((&down["rows"], &down["cols"]), (&Value::from(64), &Value::from(160)));
     assert_eq!(down["group_size"], 32);
@@ -315,7 +316,8 @@ fn convert_dry_run_writes_nothing() {
     {
         assert!(plan.stdout.contains(fragment), "`{fragment}` in\n{}", plan.stdout);
     }
-    let planned = succeed(&["convert", llama, "-o", out, "--dry-run", "--json"]).json();
+    let gptq = ["convert", llama, "-o", out, "--method", "gptq", "--dry-run", "--json"];
+    let planned = succeed(&gptq).json();
     let size = ["convert", llama, "-o", out, "--dry-run", "--target-size", "90KiB"];
     let plan = succeed(&size);
     for fragment in ["as many as fit into 90.0 KiB", "size             at most 90.0 KiB, from"] {
@@ -337,14 +339,19 @@ fn convert_reports_on_stdout_unless_quiet() {
     let (llama, out) = (&tiny("llama"), &dir.arg("out.slim.gguf"));
     let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32"];
     let answer = succeed(&convert);
-    for fragment in ["16 quantized layers", "bits per weight", "times smaller", "slimllm run "] {
+    for fragment in [
+        "16 quantized layers, stored in 42 bands",
+        "bits per weight",
+        "times smaller",
+        "slimllm run ",
+    ] {
         assert!(answer.stdout.contains(fragment), "`{fragment}` in\n{}", answer.stdout);
     }
-    assert!(answer.stderr.contains("block 2 of 2: 7 layers, error "), "{}", answer.stderr);
+    assert!(answer.stderr.contains("block 2 of 2: 20 layers, error "), "{}", answer.stderr);
 
     let json = succeed(&[&convert[..], &["--json"]].concat()).json();
     assert_eq!(json["file_bytes"], std::fs::metadata(out).unwrap().len());
-    assert_eq!(json["layers"].as_array().unwrap().len(), 16);
+    assert_eq!(json["layers"].as_array().unwrap().len(), 42);
 
     let quiet = succeed(&[&convert[..], &["--quiet"]].concat());
     assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("", ""));

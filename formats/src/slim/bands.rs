@@ -105,7 +105,7 @@ pub fn band_name(name: &str, index: usize) -> String {
 }
 
 /// The matrix that a layer is a band of, by its name, and which one it is.
-pub(super) fn matrix_of(layer: &str) -> Option<(&str, &str)> {
+pub fn matrix_of(layer: &str) -> Option<(&str, &str)> {
     let (matrix, index) = layer.rsplit_once('.')?;
     let is_linear = matrix.starts_with("blk.") && matrix.ends_with(".weight");
     let is_number = index.bytes().all(|byte| byte.is_ascii_digit());
@@ -260,7 +260,7 @@ mod tests {
         let six_bits = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 6 };
         for (what, layers) in [
             ("one band", bands(&[16])),
-            ("five bands", bands(&[16; 5])),
+            ("17 bands", bands(&[16; MAX_BANDS + 1])),
             ("a short band above another", bands(&[20, 16])),
             ("other columns", with(1, zeros(16, 96, TWO_LEVEL, &[1, 3, 2]))),
             ("another coding", with(1, zeros(16, 64, ScaleCoding::Paper, &[1, 3]))),

@@ -13,7 +13,7 @@ mod refusals;
 mod tests;
 mod writer;
 
-pub use bands::{Bands, MAX_BANDS, band_name};
+pub use bands::{Bands, MAX_BANDS, band_name, matrix_of};
 pub use file::{FORMAT_VERSION, Fault, LayerInfo, SlimFile};
 pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
 pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, planes, unpack_codes};
