@@ -73,7 +73,7 @@ pub fn sweep(
     sweep.quantize(reordered(weights, order), *factor);
     if let Some(hessian) = hessian {
         let errors = reordered(&difference(weights, cols, &sweep.tiles), order);
-        sweep.refine(&errors, hessian);
+        sweep.refine(errors, hessian);
     }
     sweep.tiles
 }
@@ -119,11 +119,12 @@ impl Sweep<'_> {
     }
 
     /// Lowers the output error `e H e^T` of each row of `errors: [rows, cols]`.
-    fn refine(&mut self, errors: &[f32], hessian: &[f32]) {
+    fn refine(&mut self, errors: Vec<f32>, hessian: &[f32]) {
         let cols = self.order.len();
         // e H, kept up to date.
         let mut gradient = vec![0.0; errors.len()];
-        add_product(&mut gradient, Store::REPLACE, errors, hessian, 0..cols, 0..cols);
+        add_product(&mut gradient, Store::REPLACE, &errors, hessian, 0..cols, 0..cols);
+        drop(errors);
         self.refit_row_scales(&mut gradient, hessian);
         for _ in 0..REFINEMENTS {
             self.refine_codes(&mut gradient, hessian);

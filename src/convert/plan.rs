@@ -16,9 +16,9 @@ const SEARCH_COPIES: u64 = 3;
 /// Copies of a linear layer's weights in f32 besides the weights where the float model runs along: what is added to them, and
 /// the sum.
 const CORRECTION_COPIES: u64 = 2;
-/// Copies in f32 of the rows that are quantized at a time: quantized weights, their errors, and the gradient of what those cost or
-/// the weights in the order of the sweep.
-const SLAB_COPIES: u64 = 3;
+/// Copies in f32 of the rows that are quantized at a time: quantized weights, the gradient of what their errors cost, and how both
+/// move with either row scale.
+const SLAB_COPIES: u64 = 6;
 /// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian as it is and in the order of the sweep,
 /// its factor, and the inverse of that in f64 or what corrections are worked out with.
 const HESSIAN_COPIES: u64 = 6;

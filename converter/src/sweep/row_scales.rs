@@ -4,9 +4,10 @@
 //! output error `e H e^T` of a row is a parabola in `d` and `m`, and its lowest point the solution of two equations.
 
 use rayon::prelude::*;
+use slim_formats::slim::TILE_ROWS;
 use slim_kernels::linalg::Store;
 
-use super::{Step, Sweep, SweptTile, add_product, rows_of_tiles, rows_of_tiles_mut};
+use super::{Step, Sweep, SweptTile, add_product, rows_of_tiles_mut};
 use crate::coder::RowScales;
 
 /// How the weights of a layer move with one of their row scales, both `[rows, cols]`.
@@ -17,73 +18,63 @@ struct Direction {
     curved: Vec<f32>,
 }
 
-/// The direction for each row of a tile.
-struct OfTile<'d> {
-    weights: &'d [f32],
-    curved: &'d [f32],
-}
-
-impl Direction {
-    fn tiles(&self, cols: usize) -> impl IndexedParallelIterator<Item = OfTile<'_>> {
-        let tiles = rows_of_tiles(&self.weights, cols).zip(rows_of_tiles(&self.curved, cols));
-        tiles.map(|(weights, curved)| OfTile { weights, curved })
-    }
-}
-
-impl OfTile<'_> {
-    fn row(&self, lane: usize, cols: usize) -> (&[f32], &[f32]) {
-        let row = lane * cols..(lane + 1) * cols;
-        (&self.weights[row.clone()], &self.curved[row])
-    }
-}
-
 impl Sweep<'_> {
     /// Gives each row the scales with the least output error for its codes, where the coding has row scales. `gradient`, the
     /// errors times the Hessian, is kept up to date.
     pub(super) fn refit_row_scales(&mut self, gradient: &mut [f32], hessian: &[f32]) {
         let cols = self.order.len();
-        let Some(of_d) = self.direction(0, hessian) else { return };
-        let Some(of_m) = self.direction(1, hessian) else { return };
+        let Some([of_d, of_m]) = self.directions(hessian) else { return };
         let Self { runs, order, tiles, .. } = self;
-        let directions = of_d.tiles(cols).zip(of_m.tiles(cols));
-        let gradients = rows_of_tiles_mut(gradient, cols);
-        tiles.par_iter_mut().zip(gradients).zip(directions).for_each(
-            |((tile, gradient), (of_d, of_m))| {
-                for (lane, gradient) in gradient.chunks_exact_mut(cols).enumerate() {
-                    let (of_d, of_m) = (of_d.row(lane, cols), of_m.row(lane, cols));
-                    refit_row(&mut tile.rows, lane, gradient, of_d, of_m);
+        let tiles = tiles.par_iter_mut().zip(rows_of_tiles_mut(gradient, cols)).enumerate();
+        tiles.for_each(|(index, (tile, gradient))| {
+            for (lane, gradient) in gradient.chunks_exact_mut(cols).enumerate() {
+                let row = index * TILE_ROWS + lane;
+                refit_row(&mut tile.rows, lane, gradient, of_d.row(row, cols), of_m.row(row, cols));
+            }
+            for run in runs.iter() {
+                let step = Step::new(&tile.runs[run.index].2, &tile.rows, run.width);
+                for &col in &order[run.places.clone()] {
+                    tile.dequantized[col] = step.values(&tile.codes[col]);
                 }
-                for run in runs.iter() {
-                    let step = Step::new(&tile.runs[run.index].2, &tile.rows, run.width);
-                    for &col in &order[run.places.clone()] {
-                        tile.dequantized[col] = step.values(&tile.codes[col]);
-                    }
-                }
-            },
-        );
+            }
+        });
     }
 
-    /// The direction of `d` (0) or `m` (1); `None` if the coding has no row scales.
-    fn direction(&self, scale: usize, hessian: &[f32]) -> Option<Direction> {
+    /// Those of `d` and of `m`; `None` if the coding has no row scales.
+    fn directions(&self, hessian: &[f32]) -> Option<[Direction; 2]> {
         let Self { runs, order, tiles, .. } = self;
         let cols = order.len();
         let rows: usize = tiles.iter().map(|tile| tile.used).sum();
-        let mut weights = vec![0.0; rows * cols];
-        let fill = |(out, tile): (&mut [f32], &SweptTile)| {
+        let mut weights = [0, 1].map(|_| vec![0.0; rows * cols]);
+        let [of_d, of_m] = weights.each_mut().map(|weights| rows_of_tiles_mut(weights, cols));
+        let fill = |((of_d, of_m), tile): ((&mut [f32], &mut [f32]), &SweptTile)| {
             for run in runs {
                 for place in run.places.clone() {
                     let slopes = tile.runs[run.index].2.slopes(&tile.codes[order[place]])?;
-                    for (row, slope) in out.chunks_exact_mut(cols).zip(slopes[scale]) {
-                        row[place] = slope;
+                    for (out, slopes) in [&mut *of_d, &mut *of_m].into_iter().zip(slopes) {
+                        let rows = out.chunks_exact_mut(cols);
+                        rows.zip(slopes).for_each(|(row, slope)| row[place] = slope);
                     }
                 }
             }
             Some(())
         };
-        rows_of_tiles_mut(&mut weights, cols).zip(tiles).map(fill).collect::<Option<()>>()?;
+        of_d.zip(of_m).zip(tiles).map(fill).collect::<Option<()>>()?;
+        Some(weights.map(|weights| Direction::new(weights, cols, hessian)))
+    }
+}
+
+impl Direction {
+    fn new(weights: Vec<f32>, cols: usize, hessian: &[f32]) -> Self {
         let mut curved = vec![0.0; weights.len()];
         add_product(&mut curved, Store::REPLACE, &weights, hessian, 0..cols, 0..cols);
-        Some(Direction { weights, curved })
+        Self { weights, curved }
+    }
+
+    /// Both for a row.
+    fn row(&self, row: usize, cols: usize) -> (&[f32], &[f32]) {
+        let row = row * cols..(row + 1) * cols;
+        (&self.weights[row.clone()], &self.curved[row])
     }
 }
 
