@@ -26,7 +26,7 @@ macro_rules! need_device {
     };
 }
 
-/// A packed tiny model, `ffn_gate` and `ffn_up` in bands.
+/// A packed tiny model, `attn_q`, `ffn_gate` and `ffn_up` in bands.
 fn packed(dir: &Dir, name: &str) -> String {
     let file = dir.arg("model.slim.gguf");
     let source = arg(&tiny_model(name));

@@ -156,7 +156,7 @@ fn safetensors_of_a_gguf_file_have_its_tokenizer() {
     assert_eq!(greedy_text(folder), greedy_text(gguf));
 }
 
-/// At 2 bits, `ffn_gate` and `ffn_up` are stored in bands.
+/// `attn_q`, `ffn_gate` and `ffn_up` are stored in bands.
 #[test]
 fn matrices_in_bands_are_joined() {
     let dir = Dir::new();

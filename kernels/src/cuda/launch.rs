@@ -89,7 +89,7 @@ impl<'a> Strided<'a> {
 }
 
 impl Device {
-    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to eight bands of matrices of a kind and up to eight tokens.
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to 32 bands of matrices of a kind and up to eight tokens.
     ///
     /// # Errors
     /// `ShapeMismatch` if the numbers of matrices and outputs, `x` or an output do not fit; `Driver`.
@@ -245,9 +245,9 @@ impl Device {
             Target::Store | Target::Add(_) => bands,
         };
         let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
-        let slot_bytes = bands.iter().map(|band| band.w.slot_bytes()).max().unwrap_or(0);
+        let slot_bytes = largest_slot(bands);
         let mut args = MatvecArgs {
-            band: std::array::from_fn(|i| bands[i.min(bands.len() - 1)]),
+            band: filled(bands),
             x: self.input(x.values.view()),
             x_stride: x.stride() as u32,
             m: m as u32,
@@ -298,10 +298,10 @@ impl Device {
     ) -> Result<()> {
         let bands = self.bands::<K>(w, self.output(out));
         let blocks = bands.iter().map(|band| band.w.tiles().div_ceil(MATMUL_TILES)).sum();
-        let slot_bytes = bands.iter().map(|band| band.w.slot_bytes()).max().unwrap_or(0);
+        let slot_bytes = largest_slot(&bands);
         let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
         let args = MatmulArgs {
-            band: std::array::from_fn(|i| bands[i.min(bands.len() - 1)]),
+            band: filled(&bands),
             x: self.input(x.values.view()),
             x_stride: x.stride() as u32,
             m: m as u32,
@@ -747,6 +747,16 @@ impl Device {
         start().map_err(refused(format!("launch kernel `{}`", kernel.name)))?;
         self.launched(kernel)
     }
+}
+
+/// The bands that a launch takes: those beyond `bands` repeat the last, and are not looked at.
+fn filled<K: Copy, const N: usize>(bands: &[BandArgs<K>]) -> [BandArgs<K>; N] {
+    std::array::from_fn(|i| bands[i.min(bands.len() - 1)])
+}
+
+/// Bytes of shared memory for an item of a tile of any of the bands.
+fn largest_slot<K: Kind>(bands: &[BandArgs<K>]) -> u32 {
+    bands.iter().map(|band| band.w.slot_bytes()).max().unwrap_or(0)
 }
 
 /// A parameter of a kernel.
