@@ -26,6 +26,9 @@ struct Args {
     /// Test, but do not measure
     #[arg(long)]
     parity: bool,
+    /// Measure, but do not test: for a profiler
+    #[arg(long, conflicts_with = "parity")]
+    bench: bool,
     /// Measure tiny shapes: proves that the program runs
     #[arg(long)]
     smoke: bool,
@@ -70,7 +73,9 @@ fn run(args: &Args) -> Result<bool> {
         perplexity::compare(&device, model, text, args.windows, &mut report)?;
         return Ok(report.finish());
     }
-    parity::run(&device, &mut report);
+    if !args.bench {
+        parity::run(&device, &mut report);
+    }
     if !args.parity {
         let scale = if args.smoke { Scale::SMOKE } else { Scale::FULL };
         // What was found until then is worth more than the rest.
