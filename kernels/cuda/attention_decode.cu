@@ -260,11 +260,13 @@ __device__ inline void attention_decode(const float* q, const KvCache& cache, co
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3)
     attention_decode_f16(const float* q, KvCache cache, const u32* position, u32 heads, u32 window, float* partial,
                          u32* counters, u16* out) {
+    begin_after_previous_kernel();
     attention_decode<HalfRows>(q, cache, position, heads, window, partial, counters, out);
 }
 
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3)
     attention_decode_q8(const float* q, KvCache cache, const u32* position, u32 heads, u32 window, float* partial,
                         u32* counters, u16* out) {
+    begin_after_previous_kernel();
     attention_decode<CodeRows>(q, cache, position, heads, window, partial, counters, out);
 }

@@ -215,11 +215,13 @@ __device__ inline void attention_prefill(bool has_codes, const float* q, const K
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 3)
     attention_prefill_f16(const float* q, KvCache cache, const u32* position, u32 m, u32 heads, u32 window, u16* out,
                           u32 stride) {
+    begin_after_previous_kernel();
     attention_prefill(false, q, cache, position, m, heads, window, out, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 3)
     attention_prefill_q8(const float* q, KvCache cache, const u32* position, u32 m, u32 heads, u32 window, u16* out,
                          u32 stride) {
+    begin_after_previous_kernel();
     attention_prefill(true, q, cache, position, m, heads, window, out, stride);
 }

@@ -61,6 +61,7 @@ __device__ inline float weight_at(const PackedMatrix& w, const Item& item, u32 r
 }
 
 extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(PackedMatrix w, const u32* tokens, float* x) {
+    begin_after_previous_kernel();
     const Item item = w.items[blockIdx.x];
     const u32 col = threadIdx.x, row = tokens[blockIdx.y];
     if (col >= item.units * UNIT_COLS) return;
@@ -77,6 +78,7 @@ __device__ inline float weight_at(const DenseMatrix& w, u32 row, u32 col) {
 }
 
 extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_dense(DenseMatrix w, const u32* tokens, float* x) {
+    begin_after_previous_kernel();
     const u32 col = blockIdx.x * EMBED_COLS + threadIdx.x, row = tokens[blockIdx.y];
     if (col >= w.cols) return;
     x[u64(blockIdx.y) * w.cols + col] = row < w.rows ? weight_at(w, row, col) : nanf("");

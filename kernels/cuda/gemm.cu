@@ -104,6 +104,7 @@ __device__ inline void multiply_slabs(float (&sums)[8][8], const Slab& a, const 
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 2) gemm_f32(GemmArgs args) {
+    begin_after_previous_kernel();
     __shared__ Slab slabs[2][2];  // [this slab, next slab][A, B]
     const u32 first_row = blockIdx.y * GEMM_TILE, first_col = blockIdx.x * GEMM_TILE;
     const u32 thread_row = threadIdx.x / 16, thread_col = threadIdx.x % 16;

@@ -70,10 +70,10 @@ __device__ inline void copy_inputs(const u16* x, u32 x_stride, u32 m, u32 col, u
     }
 }
 
-typedef float Sums[WARP_TILES][WARP_TOKEN_BLOCKS][4];
+typedef float MatmulSums[WARP_TILES][WARP_TOKEN_BLOCKS][4];
 
 // sums += operands `a` of two products, times the inputs of all the warp's tokens in chunk `chunk`.
-__device__ inline void multiply_half_unit(Sums& sums, const u32 (&a)[WARP_TILES][2][4], const u8* inputs, u32 first_token, u32 chunk,
+__device__ inline void multiply_half_unit(MatmulSums& sums, const u32 (&a)[WARP_TILES][2][4], const u8* inputs, u32 first_token, u32 chunk,
                                           bool is_inside) {
     const u32 g = threadIdx.x % WARP / 4;
 #pragma unroll
@@ -110,30 +110,30 @@ struct WarpItem {
     u32 first_token;
 };
 
-template <int WIDTH>
-__device__ inline void multiply_warp_item(Sums& sums, const PackedMatrix& w, const WarpItem& work) {
+template <int WIDTH, u32 UNITS>
+__device__ inline void multiply_warp_item(MatmulSums& sums, const PackedMatrix& w, const WarpItem& work) {
     const Item& item = work.item;
-    Factors scales[WARP_TILES] = {};
+    const u32 per_lane = lane_units(item.units);
 #pragma unroll 1
-    for (u32 step = 0; step < lane_units(item); ++step) {
-        const u32 unit = lane_units(item) * (threadIdx.x % 4) + step;
+    for (u32 step = 0; step < per_lane; ++step) {
+        const u32 unit = per_lane * (threadIdx.x % 4) + step;
         const bool is_inside = unit < item.units;
-        const bool has_new_scales = is_inside && (step == 0 || w.sub_group_log2 == 4);
+        Unit<WIDTH> words[WARP_TILES] = {};
+        PlacedFactors<WIDTH> scales[WARP_TILES] = {};
 #pragma unroll
         for (u32 tile = 0; tile < WARP_TILES; ++tile) {
-            const u8* records = records_of(w, min(work.first_tile + tile, work.last_tile), item, work.slots + tile * work.slot_size);
-            if (has_new_scales) scales[tile] = factors_of(w, item, records, unit, work.rows[tile][threadIdx.x % WARP]);
+            if (!is_inside) continue;
+            const u8* records = records_of<0>(w, min(work.first_tile + tile, work.last_tile), item, work.slots + tile * work.slot_size);
+            scales[tile].set(factors_of<0>(w, item, records, unit, work.rows[tile][threadIdx.x % WARP]));
+            words[tile].template load<0>(work.slots + tile * work.slot_size, item, unit);
         }
-#pragma unroll 1
+#pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             u32 a[WARP_TILES][2][4];
 #pragma unroll
-            for (u32 tile = 0; tile < WARP_TILES; ++tile) {
-                HalfUnit<WIDTH> words = {};
-                if (is_inside) words.load(work.slots + tile * work.slot_size, item, unit, half);
+            for (u32 tile = 0; tile < WARP_TILES; ++tile)
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) operands(a[tile][i], words, scales[tile], i);
-            }
+                for (u32 i = 0; i < 2; ++i) operands(a[tile][i], words[tile], scales[tile], 2 * half + i);
             multiply_half_unit(sums, a, work.inputs, work.first_token, 2 * unit + half, is_inside);
         }
     }
@@ -141,7 +141,7 @@ __device__ inline void multiply_warp_item(Sums& sums, const PackedMatrix& w, con
 
 // out[t, row] for the warp's tiles and tokens.
 template <class Matrix>
-__device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, const Band<Matrix>& band, u32 first_tile, u32 first_token) {
+__device__ inline void store_sums(const MatmulSums& sums, const Matmul<Matrix>& args, const Band<Matrix>& band, u32 first_tile, u32 first_token) {
     const u32 g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (u32 tile = 0; tile < WARP_TILES; ++tile)
@@ -159,6 +159,7 @@ __device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, 
 }
 
 extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_packed(MatmulPacked args) {
+    begin_after_previous_kernel();
     DYNAMIC_SHARED(shared);
     __shared__ BlockWork<PackedMatrix> block;
     block.find(args);
@@ -183,10 +184,10 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_pack
         u8* stage = shared + i % args.stages * stage_bytes;
         const Item item = w.items[i];
         copy_inputs(args.x, args.x_stride, args.m, item.col16 * UNIT_COLS, item.units, stage);
-        copy_item(w, copied_tile, item, stage + INPUT_BYTES + warp * slot_size);
+        copy_item<0>(w, copied_tile, item, stage + INPUT_BYTES + warp * slot_size);
     };
 
-    Sums sums = {};
+    MatmulSums sums = {};
     if (args.stages > 1) copy(0);
     copy_async_commit();
     for (u32 i = 0; i < w.item_count; ++i) {
@@ -197,13 +198,14 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_pack
         work.item = w.items[i];
         work.inputs = stage;
         work.slots = stage + INPUT_BYTES + warp_tile * slot_size;
-        FOR_WIDTH(work.item.width, multiply_warp_item, sums, w, work);
+        FOR_WIDTH(work.item.width, multiply_warp_item, 0, sums, w, work);
         __syncthreads();  // the stage may be overwritten
     }
     store_sums(sums, args, block.band, work.first_tile, warp_token);
 }
 
 extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_dense(MatmulDense args) {
+    begin_after_previous_kernel();
     DYNAMIC_SHARED(shared);
     __shared__ BlockWork<DenseMatrix> block;
     block.find(args);
@@ -219,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_dens
         copy_inputs(args.x, args.x_stride, args.m, i * ITEM_COLS, units_of(i), shared + i % args.stages * INPUT_BYTES);
     };
 
-    Sums sums = {};
+    MatmulSums sums = {};
     if (args.stages > 1) copy(0);
     copy_async_commit();
     for (u32 i = 0; i < items; ++i) {

@@ -10,5 +10,6 @@
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm(const float* x, const float* weight, float epsilon, u32 n, u16* out, u32 stride) {
+    begin_after_previous_kernel();
     rms_norm_row(x + u64(blockIdx.x) * n, weight, epsilon, n, out + u64(blockIdx.x) * stride);
 }

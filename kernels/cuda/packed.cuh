@@ -51,7 +51,28 @@ struct PackedMatrix {
     u32 max_width;       // the largest width of an item
 };
 
-__device__ inline u32 lane_units(const Item& item) { return (item.units + 3) / 4; }
+__device__ inline Item load_item(const Item* aligned) {
+    const Vector16 words = load16(aligned);
+    Item item;
+    memcpy(&item, &words, sizeof item);
+    return item;
+}
+
+__device__ inline u32 lane_units(u32 units) { return (units + 3) / 4; }
+
+// *Plain* items have 4-bit scale codes for 32 columns or more, and 8 units, or 4 in groups of 64 columns. Functions of `UNITS`
+// have code of their own for plain items of so many, and with 0 take any.
+__device__ inline bool may_be_plain(const PackedMatrix& w) { return w.coding == TWO_LEVEL_4 && w.sub_group_log2 >= 5; }
+
+template <u32 UNITS>
+__device__ inline u32 units_of(const Item& item) {
+    return UNITS != 0 ? UNITS : item.units;
+}
+
+template <u32 UNITS>
+__device__ inline u32 coding_of(const PackedMatrix& w) {
+    return UNITS != 0 ? u32(TWO_LEVEL_4) : w.coding;
+}
 
 // ---- an item in shared memory ----
 
@@ -70,39 +91,52 @@ __device__ constexpr u32 log2_of(u32 bits) { return bits == 8 ? 3 : bits == 4 ? 
 // Where chunk `chunk` (16 bytes) of a plane lies in a slot. In the plane's own order the lanes q = 0..3 would read from
 // places a multiple of 128 bytes apart, the same banks.
 template <u32 BITS>
-__device__ inline u32 slot_chunk(u32 chunk, const Item& item) {
-    const u32 log2_chunks_per_lane = max(log2_of(BITS) + lane_units(item), 2u);
-    const u32 swap = item.units % 4 == 0 ? (chunk >> log2_chunks_per_lane & 3) << 1 : 0;
+__device__ inline u32 slot_chunk(u32 chunk, u32 units) {
+    const u32 log2_chunks_per_lane = max(log2_of(BITS) + lane_units(units), 2u);
+    const u32 swap = units % 4 == 0 ? (chunk >> log2_chunks_per_lane & 3) << 1 : 0;
     return chunk ^ swap;
 }
 
-template <u32 BITS>
+// Where the scale records at `offset` of a layer begin in their first chunk. Plain items' fill chunks.
+template <u32 UNITS>
+__device__ inline u32 scales_start(u64 offset) {
+    return UNITS != 0 ? 0 : offset & 15;
+}
+
+template <u32 BITS, u32 UNITS>
 __device__ inline void copy_plane(const u8*& plane, u8*& slot, const Item& item) {
     if (!(item.width & BITS)) return;
     const u8* from = plane + 2 * BITS * UNIT_COLS * item.start16;
-    const u32 chunks = 2 * BITS * item.units;
-    for (u32 i = threadIdx.x % WARP; i < chunks; i += WARP) copy16_async(slot + 16 * slot_chunk<BITS>(i, item), from + 16 * i);
+    const u32 units = units_of<UNITS>(item), chunks = 2 * BITS * units;
+#pragma unroll
+    for (u32 first = 0; first < 2 * BITS * ITEM_COLS / UNIT_COLS; first += WARP) {
+        const u32 i = first + threadIdx.x % WARP;
+        if (i < chunks) copy16_async(slot + 16 * slot_chunk<BITS>(i, units), from + 16 * i);
+    }
     plane += 2 * BITS * UNIT_COLS * item.group16;
     slot += 16 * chunks;
 }
 
 // Starts to copy an item of a tile to `slot` (16-byte aligned). The whole warp must call; a commit must follow.
+template <u32 UNITS>
 __device__ inline void copy_item(const PackedMatrix& w, u32 tile, const Item& item, u8* slot) {
     const u8* plane = w.codes + u64(tile) * w.tile_code_bytes + item.codes;
-    copy_plane<8>(plane, slot, item);
-    copy_plane<4>(plane, slot, item);
-    copy_plane<2>(plane, slot, item);
-    copy_plane<1>(plane, slot, item);
-    const u32 lane = threadIdx.x % WARP;
-    const u32 runs = w.coding == PAPER ? 1 : (((item.units * UNIT_COLS - 1) >> w.sub_group_log2) + 1);
+    copy_plane<8, UNITS>(plane, slot, item);
+    copy_plane<4, UNITS>(plane, slot, item);
+    copy_plane<2, UNITS>(plane, slot, item);
+    copy_plane<1, UNITS>(plane, slot, item);
+    const u32 lane = threadIdx.x % WARP, coding = coding_of<UNITS>(w);
+    const u32 runs = coding == PAPER ? 1 : (((units_of<UNITS>(item) * UNIT_COLS - 1) >> w.sub_group_log2) + 1);
     const u64 first = u64(tile) * w.tile_scale_bytes + item.scales;
-    const u32 bytes = u32(first & 15) + runs * record_bytes(w.coding, item.width);
+    const u32 bytes = scales_start<UNITS>(first) + runs * record_bytes(coding, item.width);
     if (16 * lane < bytes) copy16_async(slot + 16 * lane, w.scales + (first & ~u64(15)) + 16 * lane);
 }
 
 // The scale records of an item that `copy_item` brought to `slot`.
+template <u32 UNITS>
 __device__ inline const u8* records_of(const PackedMatrix& w, u32 tile, const Item& item, const u8* slot) {
-    return slot + 2 * item.width * UNIT_COLS * item.units + ((tile * w.tile_scale_bytes + item.scales) & 15);
+    const u32 first = UNITS != 0 ? 0 : tile * w.tile_scale_bytes + item.scales;
+    return slot + 2 * item.width * UNIT_COLS * units_of<UNITS>(item) + scales_start<UNITS>(first);
 }
 
 // ---- scales ----
@@ -133,10 +167,11 @@ __device__ inline float factor_scale(u32 coding) {
 constexpr float CODE_SCALE = 16777216.0f;
 __device__ inline float operand_unit(u32 coding) { return CODE_SCALE / factor_scale(coding); }
 
-__device__ inline u32 both_halves(float value) {
-    const u32 half = half_from_float(value);
-    return half | half << 16;
-}
+// A number that the row's unit keeps within the range of fp16.
+__device__ inline u32 both_halves(float value) { return half2_from_small_floats(value, value); }
+
+// 1 / power for a power of two, up to 2^126 either way.
+__device__ inline float reciprocal_of_power(float power) { return float_from_bits(0x7f000000u - float_bits(power)); }
 
 // What turns a lane's scale codes into `Factors`, for its two rows, fp16 pairs: `d` = d / unit * 2^E and `m` = -m / unit *
 // 2^(E - 24) * MAGIC, and what one fma takes off again (see `magic_number`). Paper: `d` = 2^E / unit, the bits of an f32.
@@ -156,7 +191,7 @@ __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
     RowScales scales = {};
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-        const float unit = factor_scale(w.coding) / w.units[tile * TILE_ROWS + row + r];
+        const float unit = factor_scale(w.coding) * reciprocal_of_power(w.units[tile * TILE_ROWS + row + r]);
         if (w.coding == PAPER) {
             scales.d[r] = float_bits(unit);
             continue;
@@ -177,10 +212,11 @@ struct Factors {
 };
 
 // `records` are the item's scale records in shared memory.
+template <u32 UNITS>
 __device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, const u8* records, u32 unit, const RowScales& rows) {
-    const u32 row = threadIdx.x % WARP / 4 * 2;
+    const u32 row = threadIdx.x % WARP / 4 * 2, coding = coding_of<UNITS>(w);
     Factors out;
-    if (w.coding == PAPER) {
+    if (coding == PAPER) {
 #pragma unroll
         for (u32 r = 0; r < 2; ++r) {
             const StoredScale scale = paper_scale(records, item.width, row + r);
@@ -189,16 +225,20 @@ __device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, co
         }
         return out;
     }
-    const bool has_high_bits = w.coding == TWO_LEVEL_6;
-    const u8* record = records + ((unit * UNIT_COLS) >> w.sub_group_log2) * record_bytes(w.coding, item.width);
+    const bool has_high_bits = coding == TWO_LEVEL_6;
+    const u8* record = records + ((unit * UNIT_COLS) >> w.sub_group_log2) * record_bytes(coding, item.width);
+    const auto pair_at = [record](u32 at) { return u32(*reinterpret_cast<const u16*>(record + at)); };
+    const u32 low = pair_at(row), high = has_high_bits ? pair_at(TILE_ROWS + row % 8) >> (4 * (row / 8)) : 0;
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
+        // Byte r in both halves.
+        const u32 both = r == 0 ? 0x4040 : 0x4141;
+        const u32 codes = permute_bytes(low, 0, both);
         u32 s, z;
-        const u32 codes = record[row + r] * 0x00010001u;
         if (has_high_bits) {
-            const u32 high = (record[TILE_ROWS + row % 8 + r] >> (4 * (row / 8))) * 0x00010001u;
-            s = 0x54005400u | (codes & 0x000f000f) << 4 | (high & 0x00030003) << 8;
-            z = 0x3c003c00u | (codes & 0x00f000f0) | (high & 0x000c000c) << 6;
+            const u32 upper = permute_bytes(high, 0, both);
+            s = 0x54005400u | (codes & 0x000f000f) << 4 | (upper & 0x00030003) << 8;
+            z = 0x3c003c00u | (codes & 0x00f000f0) | (upper & 0x000c000c) << 6;
         } else {
             s = 0x4c004c00u | (codes & 0x000f000f) << 6;
             z = 0x3c003c00u | (codes & 0x00f000f0) << 2;
@@ -211,74 +251,76 @@ __device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, co
 
 // ---- codes ----
 
-// Bits by which the codes of product i = 1 may stay higher than those of i = 0, which saves their shift: what is left of an
-// fp16 number's 10 bits.
+// Where a code of product t lies in the halves of a register when it is used: at bit `place`, as far as an fp16 number's 10
+// bits have room, for that saves shifts. The factor it is multiplied with is 2^-place times the unit's.
 template <int WIDTH>
-constexpr u32 IN_PLACE = WIDTH == 4 ? 4 : WIDTH == 2 || WIDTH == 3 ? 2 : WIDTH == 1 ? 1 : 0;
+__device__ constexpr u32 place(u32 t) {
+    return WIDTH == 1 ? t : WIDTH == 2 || WIDTH == 3 ? 2 * t : WIDTH >= 4 && WIDTH <= 6 ? t % 2 * 4 : 0;
+}
 
-// The words that hold half of a lane's unit: rows 2g and 2g + 1, columns 8 * half .. 8 * half + 7, the two products
-// t = 2 * half + i. Planes that WIDTH lacks are never read.
+// A lane's words of a unit: rows 2g and 2g + 1. Planes that WIDTH lacks are never read.
 template <int WIDTH>
-struct HalfUnit {
-    u32 eight[2][2];  // [i][row]
-    u32 four[2];
+struct Unit {
+    u32 eight[4][2];  // [t][row]
+    u32 four[2][2];   // [t / 2][row]
     u32 two[2];
     u32 one[2];
 
     // From an item in shared memory.
-    __device__ void load(const u8* slot, const Item& item, u32 unit, u32 half) {
+    template <u32 UNITS>
+    __device__ void load(const u8* slot, const Item& item, u32 unit) {
+        const u32 units = units_of<UNITS>(item);
         if (WIDTH & 8) {
-            block<8>(eight[0], slot, item, 4 * unit + 2 * half);
-            block<8>(eight[1], slot, item, 4 * unit + 2 * half + 1);
+#pragma unroll
+            for (u32 t = 0; t < 4; ++t) block<8>(eight[t], slot, units, 4 * unit + t);
         }
         if (WIDTH & 4) {
-            block<4>(four, slot, item, 2 * unit + half);
-            slot += 2 * 4 * UNIT_COLS * item.units;
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) block<4>(four[i], slot, units, 2 * unit + i);
+            slot += 2 * 4 * UNIT_COLS * units;
         }
         if (WIDTH & 2) {
-            block<2>(two, slot, item, unit);
-            two[0] >>= 4 * half;
-            two[1] >>= 4 * half;
-            slot += 2 * 2 * UNIT_COLS * item.units;
+            block<2>(two, slot, units, unit);
+            slot += 2 * 2 * UNIT_COLS * units;
         }
         if (WIDTH & 1) {
             // The last block of a plane with 16 columns left has 2 bytes per row (F13).
-            const bool is_short = unit % 2 == 0 && item.start16 + unit + 1 == item.group16;
+            const bool is_short = UNITS == 0 && unit % 2 == 0 && item.start16 + unit + 1 == item.group16;
             if (is_short) {
                 const u32 halves = *reinterpret_cast<const u32*>(slot + unit * 32 + threadIdx.x % WARP / 4 * 4);
-                one[0] = spread(halves & 0xffff) >> (2 * half);
-                one[1] = spread(halves >> 16) >> (2 * half);
+                one[0] = spread(halves & 0xffff);
+                one[1] = spread(halves >> 16);
             } else {
-                block<1>(one, slot, item, unit / 2);
-                one[0] >>= 4 * (unit % 2) + 2 * half;
-                one[1] >>= 4 * (unit % 2) + 2 * half;
+                block<1>(one, slot, units, unit / 2);
+                one[0] >>= 4 * (unit % 2);
+                one[1] >>= 4 * (unit % 2);
             }
         }
     }
 
-    // Two codes of row 2g + r, times 2^(i * IN_PLACE): columns 4t + odd and 4t + odd + 2 of the unit.
-    __device__ u32 codes(u32 r, u32 i, u32 odd) const {
-        if (WIDTH == 8) return eight[i][r] >> (8 * odd) & 0x00ff00ff;
-        const u32 at = i * IN_PLACE<WIDTH>;
-        u32 low = at, value = 0;
+    // Two codes of row 2g + r, times 2^place: columns 4t + odd and 4t + odd + 2 of the unit.
+    __device__ u32 codes(u32 t, u32 r, u32 odd) const {
+        if (WIDTH == 8) return eight[t][r] >> (8 * odd) & 0x00ff00ff;
+        u32 low = place<WIDTH>(t), value = 0;
+        // The upper byte's codes come down first: one shift for all products.
         if (WIDTH & 4) {
-            value = shifted(four[r] >> (8 * odd), int(low) - int(4 * i)) & (0x000f000fu << low);
+            value = shifted(four[t / 2][r] >> (8 * odd), int(low) - int(t % 2 * 4)) & (0x000f000fu << low);
             low += 4;
         }
         if (WIDTH & 2) {
-            value |= shifted(two[r] >> (8 * odd), int(low) - int(2 * i)) & (0x00030003u << low);
+            value |= shifted(two[r] >> (8 * odd), int(low) - int(2 * t)) & (0x00030003u << low);
             low += 2;
         }
-        if (WIDTH & 1) value |= shifted(one[r], int(low) - int(8 * odd + i)) & (0x00010001u << low);
+        if (WIDTH & 1) value |= shifted(one[r], int(low) - int(8 * odd + t)) & (0x00010001u << low);
         return value;
     }
 
 private:
     // The lane's two words of a block of a plane.
     template <u32 BITS>
-    __device__ static void block(u32 (&words)[2], const u8* plane, const Item& item, u32 block) {
+    __device__ static void block(u32 (&words)[2], const u8* plane, u32 units, u32 block) {
         const u32 g = threadIdx.x % WARP / 4;
-        const u64 both = *reinterpret_cast<const u64*>(plane + 16 * slot_chunk<BITS>(4 * block + g / 2, item) + g % 2 * 8);
+        const u64 both = *reinterpret_cast<const u64*>(plane + 16 * slot_chunk<BITS>(4 * block + g / 2, units) + g % 2 * 8);
         words[0] = u32(both);
         words[1] = u32(both >> 32);
     }
@@ -292,28 +334,40 @@ private:
     __device__ static u32 shifted(u32 word, int left) { return left >= 0 ? word << left : word >> -left; }
 };
 
-// Operands of product t = 2 * half + i: a[0], a[2] of row 2g, a[1], a[3] of row 2g + 1.
+// The factors of a unit's two rows for codes of each product.
 template <int WIDTH>
-__device__ inline void operands(u32 (&a)[4], const HalfUnit<WIDTH>& words, const Factors& scales, u32 i) {
-    u32 factor[2] = {scales.factor[0], scales.factor[1]};
-    if (i == 1 && IN_PLACE<WIDTH> > 0) {
-        // 2^-IN_PLACE in both halves: an exponent of 15 - IN_PLACE.
-        const u32 down = (15 - IN_PLACE<WIDTH>) * 0x04000400u;
-        for (u32 r = 0; r < 2; ++r) factor[r] = half2_fma(factor[r], down, 0);
-    }
+struct PlacedFactors {
+    u32 factor[4][2];
+    u32 offset[2];
+
+    __device__ void set(const Factors& scales) {
 #pragma unroll
-    for (u32 k = 0; k < 4; ++k) a[k] = half2_fma(words.codes(k % 2, i, k / 2), factor[k % 2], scales.offset[k % 2]);
+        for (u32 t = 0; t < 4; ++t)
+#pragma unroll
+            for (u32 r = 0; r < 2; ++r)
+                // 2^-place in both halves: an exponent of 15 - place.
+                factor[t][r] = place<WIDTH>(t) == 0 ? scales.factor[r] : half2_fma(scales.factor[r], (15 - place<WIDTH>(t)) * 0x04000400u, 0);
+        offset[0] = scales.offset[0];
+        offset[1] = scales.offset[1];
+    }
+};
+
+// Operands of product t: a[0], a[2] of row 2g, a[1], a[3] of row 2g + 1.
+template <int WIDTH>
+__device__ inline void operands(u32 (&a)[4], const Unit<WIDTH>& unit, const PlacedFactors<WIDTH>& scales, u32 t) {
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) a[k] = half2_fma(unit.codes(t, k % 2, k / 2), scales.factor[t][k % 2], scales.offset[k % 2]);
 }
 
-// Calls `body<WIDTH>(...)` for a width known at run time.
-#define FOR_WIDTH(width, body, ...)                \
-    switch (width) {                               \
-        case 1: body<1>(__VA_ARGS__); break;       \
-        case 2: body<2>(__VA_ARGS__); break;       \
-        case 3: body<3>(__VA_ARGS__); break;       \
-        case 4: body<4>(__VA_ARGS__); break;       \
-        case 5: body<5>(__VA_ARGS__); break;       \
-        case 6: body<6>(__VA_ARGS__); break;       \
-        case 7: body<7>(__VA_ARGS__); break;       \
-        default: body<8>(__VA_ARGS__);             \
+// Calls `body<WIDTH, UNITS>(...)` for a width known at run time.
+#define FOR_WIDTH(width, body, units, ...)                \
+    switch (width) {                                      \
+        case 1: body<1, units>(__VA_ARGS__); break;       \
+        case 2: body<2, units>(__VA_ARGS__); break;       \
+        case 3: body<3, units>(__VA_ARGS__); break;       \
+        case 4: body<4, units>(__VA_ARGS__); break;       \
+        case 5: body<5, units>(__VA_ARGS__); break;       \
+        case 6: body<6, units>(__VA_ARGS__); break;       \
+        case 7: body<7, units>(__VA_ARGS__); break;       \
+        default: body<8, units>(__VA_ARGS__);             \
     }

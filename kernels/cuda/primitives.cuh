@@ -189,6 +189,30 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
+// ---- kernels one behind the other ----
+
+// Where the card and its driver can, every kernel starts while the one before it ends: `device.rs` then turns these comments
+// into the instructions that they name. So every kernel must wait before it reads what an earlier one has written, and before
+// it writes anything.
+__device__ inline void wait_for_previous_kernel() {
+#ifdef __CUDACC__
+    asm volatile("//sm_90: griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The blocks of the next kernel may start as soon as all of this one have, and have room.
+__device__ inline void let_next_kernel_start() {
+#ifdef __CUDACC__
+    asm volatile("//sm_90: griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// What kernels begin with that have nothing to do before.
+__device__ inline void begin_after_previous_kernel() {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+}
+
 // ---- arithmetic ----
 
 // 2^x to 2 units in the last place; 0 below 2^-126.

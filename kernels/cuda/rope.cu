@@ -61,11 +61,13 @@ __device__ inline void rope_store(float* q, const float* k, const float* v, cons
 extern "C" __global__ void __launch_bounds__(ROPE_WARPS * WARP)
     rope_store_f16(float* q, const float* k, const float* v, const float* cos, const float* sin, const u32* position,
                    u32 heads, KvCache cache) {
+    begin_after_previous_kernel();
     rope_store<HalfRows>(q, k, v, cos, sin, position, heads, cache);
 }
 
 extern "C" __global__ void __launch_bounds__(ROPE_WARPS * WARP)
     rope_store_q8(float* q, const float* k, const float* v, const float* cos, const float* sin, const u32* position,
                   u32 heads, KvCache cache) {
+    begin_after_previous_kernel();
     rope_store<CodeRows>(q, k, v, cos, sin, position, heads, cache);
 }

@@ -9,6 +9,7 @@
 
 extern "C" __global__ void __launch_bounds__(256)
     swiglu(const float* gate, const float* up, u32 n, u16* out, u32 stride) {
+    begin_after_previous_kernel();
     const u32 col = blockIdx.x * 256 + threadIdx.x;
     if (col >= n) return;
     const u64 at = u64(blockIdx.y) * n + col;

@@ -104,6 +104,7 @@ __device__ inline void keep_largest(u64* keys, u32 k, u32 begin, u32 end, KeyAt 
 
 extern "C" __global__ void __launch_bounds__(TOP_K_THREADS)
     top_k(const float* logits, u32 n, u32 k, u64* partial, u32* counter, u32* tokens, float* values) {
+    begin_after_previous_kernel();
     __shared__ u64 keys[TOP_K_KEYS];
     const u32 stretch = (n + gridDim.x - 1) / gridDim.x;
     const u32 begin = min(blockIdx.x * stretch, n), end = min(begin + stretch, n);

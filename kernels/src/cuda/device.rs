@@ -26,8 +26,18 @@ const MIN_CUDA: (u32, u32) = (12, 0);
 /// The lowest compute capability that the kernels are compiled for: Ampere, the first with `cp.async`.
 const MIN_COMPUTE_CAPABILITY: (u32, u32) = (8, 0);
 
+/// The lowest compute capability whose kernels can start while the one before them ends, and the lowest version of CUDA
+/// that captures that in a graph.
+const OVERLAP_COMPUTE_CAPABILITY: (u32, u32) = (9, 0);
+const OVERLAP_CUDA: (u32, u32) = (12, 3);
+
 /// All kernels, as PTX (`scripts/cuda-ptx`).
 pub(super) const PTX: &str = include_str!("../../cuda/kernels.ptx");
+
+/// The kernels for devices on which they overlap: with the instructions that `PTX` only mentions.
+fn overlapping_ptx() -> String {
+    PTX.replace("//sm_90: ", "").replace(".target sm_80", ".target sm_90")
+}
 
 /// A CUDA device, its stream and the kernels on it.
 ///
@@ -39,6 +49,8 @@ pub struct Device {
     multiprocessors: usize,
     /// Bytes of shared memory that a block may have.
     pub(super) shared_memory: u32,
+    /// Whether kernels start while the one before them ends.
+    pub(super) overlaps: bool,
     /// Waits for each kernel, so that errors name the one that failed.
     waits_for_kernels: bool,
     uploader: Mutex<Uploader>,
@@ -99,8 +111,11 @@ impl Device {
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let total_memory = context.total_mem().map_err(refused())? as u64;
+        let overlaps = compute_capability >= OVERLAP_COMPUTE_CAPABILITY
+            && driver::version().map_err(refused())? >= OVERLAP_CUDA;
+        let ptx = if overlaps { overlapping_ptx() } else { PTX.to_owned() };
         let module =
-            context.load_module(Ptx::from_src(PTX)).map_err(driver::refused("load the kernels"))?;
+            context.load_module(Ptx::from_src(ptx)).map_err(driver::refused("load the kernels"))?;
         let kernels = Kernels::load(&module, shared_memory)?;
         let stream = context.new_stream().map_err(refused())?;
         let counters = Arc::new(stream.alloc_zeros(64).map_err(refused())?);
@@ -110,6 +125,7 @@ impl Device {
             total_memory,
             multiprocessors,
             shared_memory,
+            overlaps,
             waits_for_kernels: env::var_os("SLIMLLM_CUDA_SYNC").is_some_and(|value| value == "1"),
             uploader: Mutex::new(Uploader::new(Arc::clone(&stream))),
             captured: Mutex::new(None),

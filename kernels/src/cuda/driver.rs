@@ -1,7 +1,11 @@
 //! The calls to the driver that are not safe by themselves, launches aside.
 #![allow(unsafe_code, reason = "cudarc leaves these checks to the caller")]
 
-use std::sync::Arc;
+use std::{
+    ffi::{c_char, c_void},
+    ptr,
+    sync::Arc,
+};
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, result,
@@ -49,6 +53,65 @@ pub(super) fn disable_event_tracking(context: &CudaContext) {
 
 // SAFETY: the driver takes a graph from any thread, one at a time: `Graph` is not `Sync`.
 unsafe impl Send for Graph {}
+
+/// How many threads of a kernel are launched, and what each block has of dynamic shared memory.
+pub(super) struct LaunchShape {
+    pub grid: [u32; 3],
+    pub threads: u32,
+    pub shared_bytes: u32,
+}
+
+/// Launches a kernel behind the others of a stream; `overlaps`: its blocks may start when those of the kernel before have.
+///
+/// # Safety
+/// `arguments` point to the kernel's parameters, in order and of its types, and it may read and write what they point to.
+/// If it overlaps, it waits for the kernel before by itself (`wait_for_previous_kernel` in `primitives.cuh`).
+pub(super) unsafe fn launch(
+    stream: &CudaStream,
+    function: sys::CUfunction,
+    LaunchShape { grid: [x, y, z], threads, shared_bytes }: LaunchShape,
+    overlaps: bool,
+    arguments: &mut [*mut c_void],
+) -> Result<(), DriverError> {
+    let stream = stream.cu_stream();
+    if !overlaps {
+        // SAFETY: the caller's promise.
+        return unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (threads, 1, 1),
+                shared_bytes,
+                stream,
+                arguments,
+            )
+        };
+    }
+    let mut value = sys::CUlaunchAttributeValue { pad: [c_char::default(); 64] };
+    value.programmaticStreamSerializationAllowed = 1;
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: Default::default(),
+        value,
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared_bytes,
+        hStream: stream,
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    // SAFETY: the caller's promise; the driver copies the configuration.
+    unsafe {
+        sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), ptr::null_mut())
+    }
+    .result()
+}
 
 /// The address of a byte of an allocation. It is the stream's business when it may be used.
 pub(super) fn address(memory: &Memory, byte: usize) -> u64 {

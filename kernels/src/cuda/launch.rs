@@ -3,8 +3,6 @@
 
 use std::{ffi::c_void, ptr, sync::Arc};
 
-use cudarc::driver::result;
-
 use super::{
     Attention, Device, KvCache, KvType, Matrix, Operands, RopeTables, Tokens, TopK, View, ViewMut,
     arguments::{
@@ -13,7 +11,7 @@ use super::{
     },
     check_equal, check_limit,
     device::{Kernel, shared},
-    driver::{address, refused},
+    driver::{self, LaunchShape, address, refused},
     matrix::{Band, Storage},
 };
 use crate::{KernelError, Result};
@@ -728,21 +726,13 @@ impl Device {
         for (blocks, limit) in grid.into_iter().zip([i32::MAX as usize, 65535, 65535]) {
             check_limit("blocks of threads", blocks, limit)?;
         }
-        let grid = (grid[0] as u32, grid[1] as u32, grid[2] as u32);
-        let (function, stream) = (kernel.function.cu_function(), &self.stream);
-        let mut start = || {
-            stream.context().bind_to_thread()?;
-            // SAFETY: the caller's promise; the module lives as long as the kernel.
-            unsafe {
-                result::launch_kernel(
-                    function,
-                    grid,
-                    (threads, 1, 1),
-                    shared_bytes,
-                    stream.cu_stream(),
-                    arguments,
-                )
-            }
+        let shape = LaunchShape { grid: grid.map(|blocks| blocks as u32), threads, shared_bytes };
+        let start = || {
+            self.stream.context().bind_to_thread()?;
+            let function = kernel.function.cu_function();
+            // SAFETY: the caller's promise; the module lives as long as the kernel, and its kernels wait for each other if they
+            // overlap.
+            unsafe { driver::launch(&self.stream, function, shape, self.overlaps, arguments) }
         };
         start().map_err(refused(format!("launch kernel `{}`", kernel.name)))?;
         self.launched(kernel)
