@@ -110,7 +110,7 @@ struct WarpItem {
     u32 first_token;
 };
 
-template <int WIDTH, u32 UNITS>
+template <int WIDTH>
 __device__ inline void multiply_warp_item(MatmulSums& sums, const PackedMatrix& w, const WarpItem& work) {
     const Item& item = work.item;
     const u32 per_lane = lane_units(item.units);
@@ -123,9 +123,9 @@ __device__ inline void multiply_warp_item(MatmulSums& sums, const PackedMatrix& 
 #pragma unroll
         for (u32 tile = 0; tile < WARP_TILES; ++tile) {
             if (!is_inside) continue;
-            const u8* records = records_of<0>(w, min(work.first_tile + tile, work.last_tile), item, work.slots + tile * work.slot_size);
-            scales[tile].set(factors_of<0>(w, item, records, unit, work.rows[tile][threadIdx.x % WARP]));
-            words[tile].template load<0>(work.slots + tile * work.slot_size, item, unit);
+            const u8* records = records_of(w, min(work.first_tile + tile, work.last_tile), item, work.slots + tile * work.slot_size);
+            scales[tile].set(factors_of(w, item, records, unit, work.rows[tile][threadIdx.x % WARP]));
+            words[tile].load(work.slots + tile * work.slot_size, item.units, unit);
         }
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_pack
         u8* stage = shared + i % args.stages * stage_bytes;
         const Item item = w.items[i];
         copy_inputs(args.x, args.x_stride, args.m, item.col16 * UNIT_COLS, item.units, stage);
-        copy_item<0>(w, copied_tile, item, stage + INPUT_BYTES + warp * slot_size);
+        copy_item(w, copied_tile, item, stage + INPUT_BYTES + warp * slot_size);
     };
 
     MatmulSums sums = {};
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(MATMUL_WARPS * WARP, 2) matmul_pack
         work.item = w.items[i];
         work.inputs = stage;
         work.slots = stage + INPUT_BYTES + warp_tile * slot_size;
-        FOR_WIDTH(work.item.width, multiply_warp_item, 0, sums, w, work);
+        FOR_WIDTH(work.item.width, multiply_warp_item, sums, w, work);
         __syncthreads();  // the stage may be overwritten
     }
     store_sums(sums, args, block.band, work.first_tile, warp_token);

@@ -13,8 +13,7 @@
 //             norm_weight, fp16 operand order
 //   counter   one u32, zero between launches (used with norm_weight)
 //
-// Grid: the tiles of all bands in turn (SWIGLU: of the gate's). Block: 256 threads. Dynamic shared memory: packed
-// `WARPS * STAGES * slot_size`, dense none. m <= 8.
+// Grid: the tiles of all bands in turn (SWIGLU: of the gate's). Block: 256 threads. No dynamic shared memory. m <= 8.
 //
 // Weights do not depend on the kernel before: where the card can, the block starts while that one ends, and the first of its
 // weights are on their way when the inputs come.
@@ -24,11 +23,6 @@
 
 constexpr u32 MATVEC_WARPS = 8;
 constexpr u32 MATVEC_TOKENS = 8;
-// Items that a warp has under way: at 2 bits 4 * 512 bytes, with 24 warps on a multiprocessor 48 KiB, more than twice what
-// bandwidth times latency asks for.
-constexpr u32 MATVEC_STAGES = 4;
-// Entries of the item table that a warp has at hand: the items under way, and as many behind them under way themselves.
-constexpr u32 MATVEC_ITEMS = 2 * MATVEC_STAGES;
 constexpr u32 MATVEC_BANDS = 2 * MAX_BANDS;
 
 template <class Matrix>
@@ -41,7 +35,7 @@ struct Matvec {
     u32 mode;
     u16* operands;
     u32 operand_stride;
-    u32 slot_size;  // slot_bytes(largest max_width)
+    u32 unused;
     const float* norm_weight;
     u16* normed;
     u32 normed_stride;
@@ -61,101 +55,175 @@ struct Inputs {
     }
 };
 
-// Where the lane's token starts. Lanes past the last token take its inputs: their sums are never looked at.
+// All inputs, and where those of the lane's token start. Lanes past the last token take its inputs: their sums are never looked at.
+struct LaneInputs {
+    const u16* values;
+    u32 lane;
+};
+
 template <class Matrix>
-__device__ inline const u16* inputs_of_lane(const Matvec<Matrix>& args) {
-    return args.x + u64(min(threadIdx.x % WARP / 4, args.m - 1)) * args.x_stride;
+__device__ inline LaneInputs inputs_of_lane(const Matvec<Matrix>& args) {
+    return {args.x, min(threadIdx.x % WARP / 4, args.m - 1) * args.x_stride};
 }
 
 // The sums of a lane: rows 2g, 2g + 1 of a tile times tokens 2q, 2q + 1. Products are added to one and to the other by turns: each
 // has to wait for the one before it.
 typedef float Sums[2][4];
 
-// sums += an item of a tile, which lies in `slot` with its scale records in `records`.
-template <int WIDTH, u32 UNITS>
-__device__ inline void multiply_item(Sums& sums, const PackedMatrix& w, const Item& item, const u8* slot, const u8* records,
-                                     const RowScales& rows, const Inputs (&inputs)[2]) {
-    const u32 units = units_of<UNITS>(item), per_lane = lane_units(units), first = per_lane * (threadIdx.x % 4);
-    PlacedFactors<WIDTH> scales = {};
+// sums += a unit of a tile; `x`: the lane's inputs at its columns.
+template <int WIDTH>
+__device__ inline void multiply_unit(Sums& sums, const Unit<WIDTH>& codes, const PlacedFactors<WIDTH>& scales, const Inputs& inputs) {
 #pragma unroll
-    for (u32 step = 0; step < 2; ++step) {
-        if (step >= per_lane) continue;
-        const u32 unit = first + step;
-        // Past the item's columns the inputs are zero.
-        const bool is_inside = UNITS != 0 || unit < units;
-        if (is_inside && (step == 0 || (UNITS == 0 && w.sub_group_log2 == 4))) scales.set(factors_of<UNITS>(w, item, records, unit, rows));
-        Unit<WIDTH> codes = {};
-        if (is_inside) codes.template load<UNITS>(slot, item, unit);
-#pragma unroll
-        for (u32 t = 0; t < 4; ++t) {
-            u32 a[4];
-            operands(a, codes, scales, t);
-            const Vector16& b = inputs[step].half[t / 2];
-            mma_16x8x16(sums[t % 2], a[0], a[1], a[2], a[3], b.word[t % 2 * 2], b.word[t % 2 * 2 + 1]);
-        }
+    for (u32 t = 0; t < 4; ++t) {
+        u32 a[4];
+        operands(a, codes, scales, t);
+        const Vector16& b = inputs.half[t / 2];
+        mma_16x8x16(sums[t % 2], a[0], a[1], a[2], a[3], b.word[t % 2 * 2], b.word[t % 2 * 2 + 1]);
     }
 }
 
-// sums += the items `first`, `first + stride`, ... of a tile. Of this warp: `slots` for STAGES items, `items` for ITEMS entries.
-__device__ inline void multiply_tile(Sums& sums, const PackedMatrix& w, u32 tile, const u16* x, u32 first, u32 stride,
-                                     u8* slots, u32 slot_size, Item* items) {
-    const u32 lane = threadIdx.x % WARP;
-    const bool is_plain = may_be_plain(w);
-    const auto plain_units = [=](const Item& item) { return is_plain && (item.units == 8 || item.units == 4) ? item.units : 0; };
-    // The warp's item number i goes from the table to `items`, and what it says from memory to a slot.
-    const auto index_of = [=](u32 i) { return first + i * stride; };
-    const auto copy_entry = [&](u32 i) {
-        if (lane == 0 && index_of(i) < w.item_count) copy16_async(&items[i % MATVEC_ITEMS], &w.items[index_of(i)]);
-    };
-    const auto copy_codes = [&](u32 i) {
-        if (index_of(i) >= w.item_count) return;
-        const Item item = load_item(&items[i % MATVEC_ITEMS]);
-        u8* slot = slots + i % MATVEC_STAGES * slot_size;
-        switch (plain_units(item)) {
-            case 8: copy_item<8>(w, tile, item, slot); break;
-            case 4: copy_item<4>(w, tile, item, slot); break;
-            default: copy_item<0>(w, tile, item, slot);
+// ---- a tile of plain items ----
+
+// What a lane fetches of an item before its turn, so that memory is never waited for: its scale codes, and the words of its units
+// where codes have up to 4 bits. Wider items keep memory busy by themselves.
+struct Fetched {
+    u32 scales;
+    u32 word[4][2];  // of 4 bits [2 * unit + t / 2][row]; else of 2 bits [unit][row] and of 1 bit [2][row]
+};
+
+// Where a lane finds its units, `PER_LANE` of each item: rows 2g, 2g + 1, columns 16 * PER_LANE * q ..
+template <u32 PER_LANE>
+struct PlainTile {
+    const u8* codes;   // of the tile
+    const u8* scales;  // of the lane's rows and first unit
+    u32 first_unit;
+
+    __device__ PlainTile(const PackedMatrix& w, u32 tile) {
+        const u32 lane = threadIdx.x % WARP;
+        first_unit = PER_LANE * (lane % 4);
+        codes = w.codes + u64(tile) * w.tile_code_bytes;
+        scales = w.scales + u64(tile) * w.tile_scale_bytes + ((first_unit * UNIT_COLS) >> w.sub_group_log2) * TILE_ROWS + lane / 4 * 2;
+    }
+
+    __device__ u32 unit_of_group(const Item& item) const { return item.start16 + first_unit; }
+
+    __device__ void fetch(Fetched& fetched, const Item& item) const {
+        fetched.scales = *reinterpret_cast<const u16*>(scales + item.scales);
+        if (item.width > 4) return;
+        // Offsets of 32 bits as long as they are added up, which takes half the instructions.
+        const u32 unit = unit_of_group(item), row = item.codes + threadIdx.x % WARP / 4 * 8;
+        if (item.width == 4) {
+            const u8* four = codes + (row + 2 * BLOCK_BYTES * unit);
+#pragma unroll
+            for (u32 i = 0; i < 2 * PER_LANE; ++i) load_rows(fetched.word[i], four + BLOCK_BYTES * i);
+            return;
         }
-    };
-    if (lane < MATVEC_ITEMS - 1 && index_of(lane) < w.item_count) items[lane] = w.items[index_of(lane)];
-    __syncwarp();
-    for (u32 i = 0; i + 1 < MATVEC_STAGES; ++i) {
-        copy_codes(i);
-        copy_async_commit();
+        if (item.width & 2) {
+            const u8* two = codes + (row + BLOCK_BYTES * unit);
+#pragma unroll
+            for (u32 i = 0; i < PER_LANE; ++i) load_rows(fetched.word[i], two + BLOCK_BYTES * i);
+        }
+        if (item.width & 1) load_rows(fetched.word[2], codes + (row + (item.width & 2) * (BLOCK_BYTES / 2) * item.group16 + BLOCK_BYTES * (unit / 2)));
+    }
+};
+
+// The lane's unit number `i` of an item, from what was fetched, or else from memory.
+template <int WIDTH, u32 PER_LANE>
+__device__ inline Unit<WIDTH> take_unit(const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item& item, u32 i) {
+    Unit<WIDTH> unit = {};
+    if (WIDTH > 4) {
+        unit.load(tile.codes + item.codes, item.group16, tile.unit_of_group(item) + i);
+        return unit;
+    }
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+        unit.four[0][r] = fetched.word[2 * i][r];
+        unit.four[1][r] = fetched.word[2 * i + 1][r];
+        unit.two[r] = fetched.word[i][r];
+        unit.one[r] = fetched.word[2][r] >> (PER_LANE == 2 ? 4 * i : tile.first_unit % 2 * 4);
+    }
+    return unit;
+}
+
+template <int WIDTH, u32 PER_LANE>
+__device__ inline void multiply_plain_item(Sums& sums, const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item& item,
+                                           const RowScales& rows, const u16* x) {
+    PlacedFactors<WIDTH> scales;
+    scales.set(two_level_factors<false>(fetched.scales, 0, rows));
+#pragma unroll
+    for (u32 i = 0; i < PER_LANE; ++i) {
+        Inputs inputs;
+        inputs.load(x + i * UNIT_COLS);
+        multiply_unit(sums, take_unit<WIDTH>(tile, fetched, item, i), scales, inputs);
+    }
+}
+
+template <u32 PER_LANE>
+__device__ inline void multiply_plain_tile(Sums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+    const PlainTile<PER_LANE> lane(w, tile);
+    const RowScales rows = row_scales_of(w, tile);
+    const u32 last = w.item_count - 1;
+    // Whole words, or else the compiler carries every field on by itself.
+    const auto entry = [&](u32 i) { return load16(w.items + min(i, last)); };
+    Vector16 next = entry(first), after = entry(first + stride);
+    Fetched fetched = {};
+    lane.fetch(fetched, item_of(next));
+    wait_for_previous_kernel();
+    for (u32 i = first; i <= last; i += stride) {
+        const Item item = item_of(next);
+        const Fetched here = fetched;
+        next = after;
+        // Past the end the last is fetched once more.
+        lane.fetch(fetched, item_of(next));
+        after = entry(i + 2 * stride);
+        const u16* inputs = x.values + (x.lane + (item.col16 + lane.first_unit) * UNIT_COLS);
+        FOR_WIDTH(item.width, multiply_plain_item, sums, lane, here, item, rows, inputs);
+    }
+}
+
+// ---- a tile of any items ----
+
+template <int WIDTH>
+__device__ inline void multiply_item(Sums& sums, const PackedMatrix& w, u32 tile, const Item& item, const RowScales& rows, const LaneInputs& x) {
+    const u8* planes = w.codes + u64(tile) * w.tile_code_bytes + item.codes;
+    const u8* records = w.scales + u64(tile) * w.tile_scale_bytes + item.scales;
+    const u32 per_lane = lane_units(item.units);
+    for (u32 i = 0; i < per_lane; ++i) {
+        const u32 unit = per_lane * (threadIdx.x % 4) + i;
+        PlacedFactors<WIDTH> scales = {};
+        Unit<WIDTH> codes = {};
+        Inputs inputs = {};
+        if (unit < item.units) {
+            scales.set(factors_of(w, item, records, unit, rows));
+            codes.load(planes, item.group16, item.start16 + unit);
+            inputs.load(x.values + (x.lane + (item.col16 + unit) * UNIT_COLS));
+        }
+        multiply_unit(sums, codes, scales, inputs);
+    }
+}
+
+// sums += the items `first`, `first + stride`, ... of a tile.
+__device__ inline void multiply_tile(Sums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+    switch (w.plain_units) {
+        case 8: return multiply_plain_tile<2>(sums, w, tile, x, first, stride);
+        case 4: return multiply_plain_tile<1>(sums, w, tile, x, first, stride);
     }
     const RowScales rows = row_scales_of(w, tile);
     wait_for_previous_kernel();
-    for (u32 i = 0; index_of(i) < w.item_count; ++i) {
-        copy_codes(i + MATVEC_STAGES - 1);
-        copy_entry(i + MATVEC_ITEMS - 1);
-        copy_async_commit();
-        const Item item = load_item(&items[i % MATVEC_ITEMS]);
-        Inputs inputs[2] = {};
-#pragma unroll
-        for (u32 step = 0; step < 2; ++step) {
-            const u32 per_lane = lane_units(item.units), unit = per_lane * (lane % 4) + step;
-            if (step < per_lane && unit < item.units) inputs[step].load(x + (item.col16 + unit) * UNIT_COLS);
-        }
-        const u8* slot = slots + i % MATVEC_STAGES * slot_size;
-        copy_async_wait<MATVEC_STAGES - 1>();
-        __syncwarp();  // the other lanes' copies have arrived, too
-        switch (plain_units(item)) {
-            case 8: FOR_WIDTH(item.width, multiply_item, 8, sums, w, item, slot, records_of<8>(w, tile, item, slot), rows, inputs); break;
-            case 4: FOR_WIDTH(item.width, multiply_item, 4, sums, w, item, slot, records_of<4>(w, tile, item, slot), rows, inputs); break;
-            default: FOR_WIDTH(item.width, multiply_item, 0, sums, w, item, slot, records_of<0>(w, tile, item, slot), rows, inputs);
-        }
-        __syncwarp();  // the slot and the entry may be overwritten
+    for (u32 i = first; i < w.item_count; i += stride) {
+        const Item item = w.items[i];
+        FOR_WIDTH(item.width, multiply_item, sums, w, tile, item, rows, x);
     }
 }
 
-__device__ inline void multiply_tile(Sums& sums, const DenseMatrix& w, u32 tile, const u16* x, u32 first, u32 stride, u8*, u32, Item*) {
+__device__ inline void multiply_tile(Sums& sums, const DenseMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
     wait_for_previous_kernel();
     for (u32 step = first; step < w.steps; step += stride) {
         Vector16 a[4];
 #pragma unroll
         for (u32 t = 0; t < 4; ++t) a[t] = fragment(w, tile, step, t);
         Inputs inputs;
-        inputs.load(x + step * STEP_COLS + threadIdx.x % 4 * UNIT_COLS);
+        inputs.load(x.values + (x.lane + step * STEP_COLS + threadIdx.x % 4 * UNIT_COLS));
 #pragma unroll
         for (u32 t = 0; t < 4; ++t) {
             const Vector16& b = inputs.half[t / 2];
@@ -167,8 +235,6 @@ __device__ inline void multiply_tile(Sums& sums, const DenseMatrix& w, u32 tile,
 template <class Matrix>
 __device__ inline void matvec(const Matvec<Matrix>& args) {
     let_next_kernel_start();
-    DYNAMIC_SHARED(slots);
-    __shared__ Item items[MATVEC_WARPS][MATVEC_ITEMS];
     __shared__ float partial[MATVEC_WARPS][TILE_ROWS][MATVEC_TOKENS];
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const bool is_swiglu = args.mode == SWIGLU;
@@ -181,9 +247,7 @@ __device__ inline void matvec(const Matvec<Matrix>& args) {
     const u32 mine = warp < warps ? band : of_up;
 
     Sums sums = {};
-    u8* slots_of_warp = slots + warp * MATVEC_STAGES * args.slot_size;
-    multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps, slots_of_warp, args.slot_size,
-                  items[warp]);
+    multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps);
     for (u32 i = 0; i < 4; ++i) partial[warp][lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[0][i] + sums[1][i];
     __syncthreads();
 

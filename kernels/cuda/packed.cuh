@@ -40,6 +40,7 @@ struct PackedMatrix {
     const u8* scales;       // [tiles, tile_scale_bytes]
     const u16* row_scales;  // fp16 [tiles, 2, 16]; unused by the paper coding
     const float* units;     // [tiles * 16]
+    const u16* row_factors; // fp16 [tiles * 16, 4]: what `RowScales` begins with; unused by the paper coding
     const Item* items;      // [item_count], in column order
     u32 rows;
     u32 cols;
@@ -49,30 +50,24 @@ struct PackedMatrix {
     u32 coding;          // Coding
     u32 sub_group_log2;  // two-level: log2 of the columns of a sub-group
     u32 max_width;       // the largest width of an item
+    u32 plain_units;     // of all items, if they are *plain*, or 0: 4-bit scale codes for 32 columns or more; 8 units, or 4
+    u32 unused;
 };
 
-__device__ inline Item load_item(const Item* aligned) {
-    const Vector16 words = load16(aligned);
+// An entry of the table that was loaded whole.
+__device__ inline Item item_of(const Vector16& words) {
     Item item;
-    memcpy(&item, &words, sizeof item);
+    item.codes = words.word[0];
+    item.scales = words.word[1];
+    item.col16 = u16(words.word[2]);
+    item.start16 = u16(words.word[2] >> 16);
+    item.group16 = u16(words.word[3]);
+    item.width = u8(words.word[3] >> 16);
+    item.units = u8(words.word[3] >> 24);
     return item;
 }
 
 __device__ inline u32 lane_units(u32 units) { return (units + 3) / 4; }
-
-// *Plain* items have 4-bit scale codes for 32 columns or more, and 8 units, or 4 in groups of 64 columns. Functions of `UNITS`
-// have code of their own for plain items of so many, and with 0 take any.
-__device__ inline bool may_be_plain(const PackedMatrix& w) { return w.coding == TWO_LEVEL_4 && w.sub_group_log2 >= 5; }
-
-template <u32 UNITS>
-__device__ inline u32 units_of(const Item& item) {
-    return UNITS != 0 ? UNITS : item.units;
-}
-
-template <u32 UNITS>
-__device__ inline u32 coding_of(const PackedMatrix& w) {
-    return UNITS != 0 ? u32(TWO_LEVEL_4) : w.coding;
-}
 
 // ---- an item in shared memory ----
 
@@ -86,57 +81,33 @@ __device__ inline u32 record_bytes(u32 coding, u32 width) {
     return width == 1 ? 64 : 32 + 2 * width;
 }
 
-__device__ constexpr u32 log2_of(u32 bits) { return bits == 8 ? 3 : bits == 4 ? 2 : bits == 2 ? 1 : 0; }
-
-// Where chunk `chunk` (16 bytes) of a plane lies in a slot. In the plane's own order the lanes q = 0..3 would read from
-// places a multiple of 128 bytes apart, the same banks.
 template <u32 BITS>
-__device__ inline u32 slot_chunk(u32 chunk, u32 units) {
-    const u32 log2_chunks_per_lane = max(log2_of(BITS) + lane_units(units), 2u);
-    const u32 swap = units % 4 == 0 ? (chunk >> log2_chunks_per_lane & 3) << 1 : 0;
-    return chunk ^ swap;
-}
-
-// Where the scale records at `offset` of a layer begin in their first chunk. Plain items' fill chunks.
-template <u32 UNITS>
-__device__ inline u32 scales_start(u64 offset) {
-    return UNITS != 0 ? 0 : offset & 15;
-}
-
-template <u32 BITS, u32 UNITS>
 __device__ inline void copy_plane(const u8*& plane, u8*& slot, const Item& item) {
     if (!(item.width & BITS)) return;
     const u8* from = plane + 2 * BITS * UNIT_COLS * item.start16;
-    const u32 units = units_of<UNITS>(item), chunks = 2 * BITS * units;
-#pragma unroll
-    for (u32 first = 0; first < 2 * BITS * ITEM_COLS / UNIT_COLS; first += WARP) {
-        const u32 i = first + threadIdx.x % WARP;
-        if (i < chunks) copy16_async(slot + 16 * slot_chunk<BITS>(i, units), from + 16 * i);
-    }
+    const u32 chunks = 2 * BITS * item.units;
+    for (u32 i = threadIdx.x % WARP; i < chunks; i += WARP) copy16_async(slot + 16 * i, from + 16 * i);
     plane += 2 * BITS * UNIT_COLS * item.group16;
     slot += 16 * chunks;
 }
 
 // Starts to copy an item of a tile to `slot` (16-byte aligned). The whole warp must call; a commit must follow.
-template <u32 UNITS>
 __device__ inline void copy_item(const PackedMatrix& w, u32 tile, const Item& item, u8* slot) {
     const u8* plane = w.codes + u64(tile) * w.tile_code_bytes + item.codes;
-    copy_plane<8, UNITS>(plane, slot, item);
-    copy_plane<4, UNITS>(plane, slot, item);
-    copy_plane<2, UNITS>(plane, slot, item);
-    copy_plane<1, UNITS>(plane, slot, item);
-    const u32 lane = threadIdx.x % WARP, coding = coding_of<UNITS>(w);
-    const u32 runs = coding == PAPER ? 1 : (((units_of<UNITS>(item) * UNIT_COLS - 1) >> w.sub_group_log2) + 1);
+    copy_plane<8>(plane, slot, item);
+    copy_plane<4>(plane, slot, item);
+    copy_plane<2>(plane, slot, item);
+    copy_plane<1>(plane, slot, item);
+    const u32 lane = threadIdx.x % WARP;
+    const u32 runs = w.coding == PAPER ? 1 : (((item.units * UNIT_COLS - 1) >> w.sub_group_log2) + 1);
     const u64 first = u64(tile) * w.tile_scale_bytes + item.scales;
-    const u32 bytes = scales_start<UNITS>(first) + runs * record_bytes(coding, item.width);
+    const u32 bytes = u32(first & 15) + runs * record_bytes(w.coding, item.width);
     if (16 * lane < bytes) copy16_async(slot + 16 * lane, w.scales + (first & ~u64(15)) + 16 * lane);
 }
 
 // The scale records of an item that `copy_item` brought to `slot`.
-template <u32 UNITS>
 __device__ inline const u8* records_of(const PackedMatrix& w, u32 tile, const Item& item, const u8* slot) {
-    const u32 first = UNITS != 0 ? 0 : tile * w.tile_scale_bytes + item.scales;
-    return slot + 2 * item.width * UNIT_COLS * units_of<UNITS>(item) + scales_start<UNITS>(first);
+    return slot + 2 * item.width * UNIT_COLS * item.units + ((tile * w.tile_scale_bytes + item.scales) & 15);
 }
 
 // ---- scales ----
@@ -174,7 +145,9 @@ __device__ inline u32 both_halves(float value) { return half2_from_small_floats(
 __device__ inline float reciprocal_of_power(float power) { return float_from_bits(0x7f000000u - float_bits(power)); }
 
 // What turns a lane's scale codes into `Factors`, for its two rows, fp16 pairs: `d` = d / unit * 2^E and `m` = -m / unit *
-// 2^(E - 24) * MAGIC, and what one fma takes off again (see `magic_number`). Paper: `d` = 2^E / unit, the bits of an f32.
+// 2^(E - 24) * MAGIC, and what one fma takes off again: -MAGIC * d and -m. A scale code's bits, put just below the leading bit
+// of MAGIC (16 for codes of 4 bits, 64 for 6), make the sum of both. Minimum codes are put below 1 instead, which makes them
+// fractions of it: so small numbers `m` stay normal. Paper: `d` = 2^E / unit, the bits of an f32.
 struct RowScales {
     u32 d[2];
     u32 d_magic[2];
@@ -182,25 +155,21 @@ struct RowScales {
     u32 m_magic[2];
 };
 
-// The fp16 number that has room for a scale code just below its leading bit: with the code's bits put there it is the sum of
-// both. Minimum codes are put below 1 instead, which makes them fractions of it: so small numbers `m` stay normal.
-__device__ inline float magic_number(u32 coding) { return coding == TWO_LEVEL_4 ? 16.0f : 64.0f; }
-
 __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
-    const u32 row = threadIdx.x % WARP / 4 * 2;
+    const u32 row = tile * TILE_ROWS + threadIdx.x % WARP / 4 * 2;
     RowScales scales = {};
+    if (w.coding == PAPER) {
+        for (u32 r = 0; r < 2; ++r) scales.d[r] = float_bits(factor_scale(PAPER) * reciprocal_of_power(w.units[row + r]));
+        return scales;
+    }
+    const Vector16 rows = load16(w.row_factors + u64(row) * 4);
+    constexpr u32 LOW = 0x1010, HIGH = 0x3232;
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-        const float unit = factor_scale(w.coding) * reciprocal_of_power(w.units[tile * TILE_ROWS + row + r]);
-        if (w.coding == PAPER) {
-            scales.d[r] = float_bits(unit);
-            continue;
-        }
-        const u16* pair = w.row_scales + u64(tile) * 2 * TILE_ROWS + row + r;
-        scales.d[r] = both_halves(half_to_float(pair[0]) * unit);
-        scales.m[r] = both_halves(half_to_float(pair[TILE_ROWS]) * unit * (-magic_number(w.coding) / CODE_SCALE));
-        scales.d_magic[r] = both_halves(-magic_number(w.coding) * half_to_float(u16(scales.d[r])));
-        scales.m_magic[r] = both_halves(-half_to_float(u16(scales.m[r])));
+        scales.d[r] = permute_bytes(rows.word[2 * r], 0, LOW);
+        scales.d_magic[r] = permute_bytes(rows.word[2 * r], 0, HIGH);
+        scales.m[r] = permute_bytes(rows.word[2 * r + 1], 0, LOW);
+        scales.m_magic[r] = permute_bytes(rows.word[2 * r + 1], 0, HIGH);
     }
     return scales;
 }
@@ -211,31 +180,17 @@ struct Factors {
     u32 offset[2];
 };
 
-// `records` are the item's scale records in shared memory.
-template <u32 UNITS>
-__device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, const u8* records, u32 unit, const RowScales& rows) {
-    const u32 row = threadIdx.x % WARP / 4 * 2, coding = coding_of<UNITS>(w);
+// `low`: the bytes of both rows in a record of 4-bit scale codes, or the first part of one of 6-bit codes; `high`: their other bits.
+template <bool HAS_HIGH_BITS>
+__device__ inline Factors two_level_factors(u32 low, u32 high, const RowScales& rows) {
     Factors out;
-    if (coding == PAPER) {
-#pragma unroll
-        for (u32 r = 0; r < 2; ++r) {
-            const StoredScale scale = paper_scale(records, item.width, row + r);
-            out.factor[r] = both_halves(scale.factor * float_from_bits(rows.d[r]));
-            out.offset[r] = both_halves(scale.offset * float_from_bits(rows.d[r]) * (1.0f / CODE_SCALE));
-        }
-        return out;
-    }
-    const bool has_high_bits = coding == TWO_LEVEL_6;
-    const u8* record = records + ((unit * UNIT_COLS) >> w.sub_group_log2) * record_bytes(coding, item.width);
-    const auto pair_at = [record](u32 at) { return u32(*reinterpret_cast<const u16*>(record + at)); };
-    const u32 low = pair_at(row), high = has_high_bits ? pair_at(TILE_ROWS + row % 8) >> (4 * (row / 8)) : 0;
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
         // Byte r in both halves.
         const u32 both = r == 0 ? 0x4040 : 0x4141;
         const u32 codes = permute_bytes(low, 0, both);
         u32 s, z;
-        if (has_high_bits) {
+        if (HAS_HIGH_BITS) {
             const u32 upper = permute_bytes(high, 0, both);
             s = 0x54005400u | (codes & 0x000f000f) << 4 | (upper & 0x00030003) << 8;
             z = 0x3c003c00u | (codes & 0x00f000f0) | (upper & 0x000c000c) << 6;
@@ -249,6 +204,25 @@ __device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, co
     return out;
 }
 
+// `records`: the item's scale records.
+__device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, const u8* records, u32 unit, const RowScales& rows) {
+    const u32 row = threadIdx.x % WARP / 4 * 2;
+    if (w.coding == PAPER) {
+        Factors out;
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) {
+            const StoredScale scale = paper_scale(records, item.width, row + r);
+            out.factor[r] = both_halves(scale.factor * float_from_bits(rows.d[r]));
+            out.offset[r] = both_halves(scale.offset * float_from_bits(rows.d[r]) * (1.0f / CODE_SCALE));
+        }
+        return out;
+    }
+    const u8* record = records + ((unit * UNIT_COLS) >> w.sub_group_log2) * record_bytes(w.coding, item.width);
+    const auto pair_at = [record](u32 at) { return u32(*reinterpret_cast<const u16*>(record + at)); };
+    if (w.coding == TWO_LEVEL_4) return two_level_factors<false>(pair_at(row), 0, rows);
+    return two_level_factors<true>(pair_at(row), pair_at(TILE_ROWS + row % 8) >> (4 * (row / 8)), rows);
+}
+
 // ---- codes ----
 
 // Where a code of product t lies in the halves of a register when it is used: at bit `place`, as far as an fp16 number's 10
@@ -258,7 +232,20 @@ __device__ constexpr u32 place(u32 t) {
     return WIDTH == 1 ? t : WIDTH == 2 || WIDTH == 3 ? 2 * t : WIDTH >= 4 && WIDTH <= 6 ? t % 2 * 4 : 0;
 }
 
-// A lane's words of a unit: rows 2g and 2g + 1. Planes that WIDTH lacks are never read.
+constexpr u32 BLOCK_BYTES = 4 * TILE_ROWS;
+
+// A lane's two words of a block of a plane, of rows 2g and 2g + 1: from that of row 2g on.
+__device__ inline void load_rows(u32 (&words)[2], const u8* row) {
+    const u64 both = *reinterpret_cast<const u64*>(row);
+    words[0] = u32(both);
+    words[1] = u32(both >> 32);
+}
+
+__device__ inline void load_block(u32 (&words)[2], const u8* plane, u32 block) {
+    load_rows(words, plane + BLOCK_BYTES * block + threadIdx.x % WARP / 4 * 8);
+}
+
+// A lane's words of a unit. Planes that WIDTH lacks are never read.
 template <int WIDTH>
 struct Unit {
     u32 eight[4][2];  // [t][row]
@@ -266,32 +253,30 @@ struct Unit {
     u32 two[2];
     u32 one[2];
 
-    // From an item in shared memory.
-    template <u32 UNITS>
-    __device__ void load(const u8* slot, const Item& item, u32 unit) {
-        const u32 units = units_of<UNITS>(item);
+    // `planes`: those of `group16` units one after the other. The unit is number `unit` of them.
+    __device__ void load(const u8* planes, u32 group16, u32 unit) {
+        const auto next_plane = [&](u32 bits) { planes += 2 * bits * UNIT_COLS * group16; };
         if (WIDTH & 8) {
 #pragma unroll
-            for (u32 t = 0; t < 4; ++t) block<8>(eight[t], slot, units, 4 * unit + t);
+            for (u32 t = 0; t < 4; ++t) load_block(eight[t], planes, 4 * unit + t);
         }
         if (WIDTH & 4) {
 #pragma unroll
-            for (u32 i = 0; i < 2; ++i) block<4>(four[i], slot, units, 2 * unit + i);
-            slot += 2 * 4 * UNIT_COLS * units;
+            for (u32 i = 0; i < 2; ++i) load_block(four[i], planes, 2 * unit + i);
+            next_plane(4);
         }
         if (WIDTH & 2) {
-            block<2>(two, slot, units, unit);
-            slot += 2 * 2 * UNIT_COLS * units;
+            load_block(two, planes, unit);
+            next_plane(2);
         }
         if (WIDTH & 1) {
             // The last block of a plane with 16 columns left has 2 bytes per row (F13).
-            const bool is_short = UNITS == 0 && unit % 2 == 0 && item.start16 + unit + 1 == item.group16;
-            if (is_short) {
-                const u32 halves = *reinterpret_cast<const u32*>(slot + unit * 32 + threadIdx.x % WARP / 4 * 4);
+            if (unit % 2 == 0 && unit + 1 == group16) {
+                const u32 halves = *reinterpret_cast<const u32*>(planes + unit * 32 + threadIdx.x % WARP / 4 * 4);
                 one[0] = spread(halves & 0xffff);
                 one[1] = spread(halves >> 16);
             } else {
-                block<1>(one, slot, units, unit / 2);
+                load_block(one, planes, unit / 2);
                 one[0] >>= 4 * (unit % 2);
                 one[1] >>= 4 * (unit % 2);
             }
@@ -316,15 +301,6 @@ struct Unit {
     }
 
 private:
-    // The lane's two words of a block of a plane.
-    template <u32 BITS>
-    __device__ static void block(u32 (&words)[2], const u8* plane, u32 units, u32 block) {
-        const u32 g = threadIdx.x % WARP / 4;
-        const u64 both = *reinterpret_cast<const u64*>(plane + 16 * slot_chunk<BITS>(4 * block + g / 2, units) + g % 2 * 8);
-        words[0] = u32(both);
-        words[1] = u32(both >> 32);
-    }
-
     // 16 bits of a short block as the low half of a whole block's word.
     __device__ static u32 spread(u32 half) {
         half = (half | half << 8) & 0x00ff00ff;
@@ -359,15 +335,15 @@ __device__ inline void operands(u32 (&a)[4], const Unit<WIDTH>& unit, const Plac
     for (u32 k = 0; k < 4; ++k) a[k] = half2_fma(unit.codes(t, k % 2, k / 2), scales.factor[t][k % 2], scales.offset[k % 2]);
 }
 
-// Calls `body<WIDTH, UNITS>(...)` for a width known at run time.
-#define FOR_WIDTH(width, body, units, ...)                \
-    switch (width) {                                      \
-        case 1: body<1, units>(__VA_ARGS__); break;       \
-        case 2: body<2, units>(__VA_ARGS__); break;       \
-        case 3: body<3, units>(__VA_ARGS__); break;       \
-        case 4: body<4, units>(__VA_ARGS__); break;       \
-        case 5: body<5, units>(__VA_ARGS__); break;       \
-        case 6: body<6, units>(__VA_ARGS__); break;       \
-        case 7: body<7, units>(__VA_ARGS__); break;       \
-        default: body<8, units>(__VA_ARGS__);             \
+// Calls `body<WIDTH>(...)` for a width known at run time.
+#define FOR_WIDTH(width, body, ...)                \
+    switch (width) {                               \
+        case 1: body<1>(__VA_ARGS__); break;       \
+        case 2: body<2>(__VA_ARGS__); break;       \
+        case 3: body<3>(__VA_ARGS__); break;       \
+        case 4: body<4>(__VA_ARGS__); break;       \
+        case 5: body<5>(__VA_ARGS__); break;       \
+        case 6: body<6>(__VA_ARGS__); break;       \
+        case 7: body<7>(__VA_ARGS__); break;       \
+        default: body<8>(__VA_ARGS__);             \
     }

@@ -27,6 +27,7 @@ pub(super) struct PackedArgs {
     pub scales: u64,
     pub row_scales: u64,
     pub units: u64,
+    pub row_factors: u64,
     pub items: u64,
     pub rows: u32,
     pub cols: u32,
@@ -36,6 +37,8 @@ pub(super) struct PackedArgs {
     pub coding: u32,
     sub_group_log2: u32,
     pub max_width: u32,
+    pub plain_units: u32,
+    pub unused: u32,
 }
 
 /// `DenseMatrix` of `dense.cuh`.
@@ -70,7 +73,7 @@ pub(super) struct MatvecArgs<M> {
     pub mode: u32,
     pub operands: u64,
     pub operand_stride: u32,
-    pub slot_size: u32,
+    pub unused: u32,
     pub norm_weight: u64,
     pub normed: u64,
     pub normed_stride: u32,
@@ -142,12 +145,13 @@ pub(super) trait Kind: Sized + Copy {
 impl Kind for PackedArgs {
     fn of(device: &Device, w: &Band) -> Self {
         let Storage::Packed(packed) = &w.storage else { unreachable!("a packed band") };
-        let Packed { codes, scales, row_scales, units, items, .. } = packed;
+        let Packed { codes, scales, row_scales, units, row_factors, items, .. } = packed;
         Self {
             codes: device.input(codes.view()),
             scales: device.input(scales.view()),
             row_scales: device.input(row_scales.view()),
             units: device.input(units.view()),
+            row_factors: device.input(row_factors.view()),
             items: device.input(items.view()),
             rows: w.rows as u32,
             cols: w.cols as u32,
@@ -157,6 +161,8 @@ impl Kind for PackedArgs {
             coding: packed.coding,
             sub_group_log2: packed.sub_group_log2,
             max_width: packed.max_width,
+            plain_units: packed.plain_units,
+            unused: 0,
         }
     }
 

@@ -351,7 +351,7 @@ kernels! {
     matmul_dense: shared::matmul(0, 2),
     matmul_packed: shared::matmul(shared::slot(8), 2),
     matvec_dense: 0,
-    matvec_packed: shared::matvec(shared::slot(8)),
+    matvec_packed: 0,
     rms_norm: 0,
     rope_store_f16: 0,
     rope_store_q8: 0,
@@ -364,11 +364,6 @@ pub(super) mod shared {
     /// An item of a tile (`packed.cuh`): codes of up to `width` bits, scale records.
     pub const fn slot(width: u32) -> u32 {
         width * 2 * 128 + 256
-    }
-
-    /// `matvec.cu`: 8 warps with 4 items each under way.
-    pub const fn matvec(slot: u32) -> u32 {
-        8 * 4 * slot
     }
 
     /// `matmul.cu`: stages of the inputs of 128 tokens and of 8 tiles.

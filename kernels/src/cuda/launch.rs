@@ -243,7 +243,6 @@ impl Device {
             Target::Store | Target::Add(_) => bands,
         };
         let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
-        let slot_bytes = largest_slot(bands);
         let mut args = MatvecArgs {
             band: filled(bands),
             x: self.input(x.values.view()),
@@ -253,7 +252,7 @@ impl Device {
             mode: Mode::Store as u32,
             operands: 0,
             operand_stride: 0,
-            slot_size: slot_bytes,
+            unused: 0,
             norm_weight: 0,
             normed: 0,
             normed_stride: 0,
@@ -277,12 +276,11 @@ impl Device {
                 args.operands = self.output(&mut out.values.view_mut());
             }
         }
-        let shared = shared::matvec(slot_bytes);
         // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays them out, their
         // `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as many of the one matrix as of the
         // other, of the same rows); x: m <= 8 rows of their columns, padded; operands, normed: m rows of their rows;
         // norm_weight: as many; counter: zero. The callers have checked the shapes.
-        unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, shared, &mut [argument(&args)]) }
+        unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, 0, &mut [argument(&args)]) }
     }
 
     /// Any number of tokens with one matrix. All shapes have been checked.

@@ -61,12 +61,14 @@ pub(super) struct Packed {
     pub scales: Buffer<u8>,
     pub row_scales: Buffer<u8>,
     pub units: Buffer<f32>,
+    pub row_factors: Buffer<u16>,
     pub items: Buffer<Item>,
     pub tile_code_bytes: u32,
     pub tile_scale_bytes: u32,
     pub coding: u32,
     pub sub_group_log2: u32,
     pub max_width: u32,
+    pub plain_units: u32,
 }
 
 /// `DenseMatrix` of `kernels/cuda/dense.cuh`.
@@ -134,7 +136,9 @@ impl Matrix {
         let bytes = |band: &Band| match &band.storage {
             Storage::Packed(w) => {
                 let bytes = [&w.codes, &w.scales, &w.row_scales].map(Buffer::device_bytes);
-                bytes.iter().sum::<u64>() + w.units.device_bytes() + w.items.device_bytes()
+                let tables = [w.units.device_bytes(), w.row_factors.device_bytes()];
+                let tables = tables.iter().sum::<u64>() + w.items.device_bytes();
+                bytes.iter().sum::<u64>() + tables
             }
             Storage::Dense(w) => w.fragments.device_bytes(),
         };
@@ -159,9 +163,12 @@ impl Packed {
         let max_width = layout.groups().iter().map(|group| group.bit_width.bits()).max();
         check_limit("bytes of a tile's scales", layout.tile_scale_bytes(), u32::MAX as usize)?;
         let (codes, scales, row_scales) = w.parts();
+        let (units, items) = (units(w)?, items(layout));
         Ok(Self {
-            units: Buffer::upload(device, &units(w)?)?,
-            items: Buffer::upload(device, &items(layout))?,
+            units: Buffer::upload(device, &units)?,
+            row_factors: Buffer::upload(device, &row_factors(w, &units))?,
+            plain_units: plain_units(layout.coding(), &items),
+            items: Buffer::upload(device, &items)?,
             codes: Buffer::upload(device, codes)?,
             scales: Buffer::upload(device, scales)?,
             row_scales: Buffer::upload(device, row_scales)?,
@@ -197,6 +204,34 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
         width: group.bit_width.bits(),
         units: (ITEM_COLS.min(group.cols.len() - start) / UNIT_COLS) as u8,
     })
+}
+
+/// Units of each item, if all have as many and code of their own: 8, or 4, with 4-bit scale codes for 32 columns or more; or 0.
+fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
+    let is_usual = matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 });
+    let of_all = |units| is_usual && items.iter().all(|item| item.units == units);
+    [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
+}
+
+/// For each row the fp16 numbers `d / unit * 2^E`, what an fma takes off again with it, and the same for `m`: `RowScales` of
+/// `packed.cuh`. Nothing for the paper's coding.
+fn row_factors(w: PackedTensor<'_>, units: &[f32]) -> Vec<u16> {
+    const CODE_SCALE: f32 = (1 << 24) as f32;
+    let (scale, magic) = match w.layout().coding() {
+        ScaleCoding::Paper => return Vec::new(),
+        ScaleCoding::TwoLevel { scale_bits: 6, .. } => (512.0, 64.0),
+        ScaleCoding::TwoLevel { .. } => (2048.0, 16.0),
+    };
+    let of_tile = |(tile, units): (usize, &[f32])| -> [[f16; 4]; TILE_ROWS] {
+        let (d, m) = w.row_scales(tile);
+        std::array::from_fn(|r| {
+            let d = f16::from_f32(d[r] / units[r] * scale);
+            let m = f16::from_f32(m[r] / units[r] * scale * (-magic / CODE_SCALE));
+            [d, f16::from_f32(-magic * d.to_f32()), m, -m]
+        })
+    };
+    let factors: Vec<_> = units.par_chunks(TILE_ROWS).enumerate().map(of_tile).collect();
+    factors.into_flattened().into_flattened().into_iter().map(f16::to_bits).collect()
 }
 
 /// What the operands of each row are counted in, `[tiles * 16]`: weight = unit * 2^(24 - E) * operand (`packed.cuh`).
