@@ -68,11 +68,11 @@ __device__ inline LaneInputs inputs_of_lane(const Matvec<Matrix>& args) {
 
 // The sums of a lane: rows 2g, 2g + 1 of a tile times tokens 2q, 2q + 1. Products are added to one and to the other by turns: each
 // has to wait for the one before it.
-typedef float Sums[2][4];
+typedef float LaneSums[2][4];
 
 // sums += a unit of a tile; `x`: the lane's inputs at its columns.
 template <int WIDTH>
-__device__ inline void multiply_unit(Sums& sums, const Unit<WIDTH>& codes, const PlacedFactors<WIDTH>& scales, const Inputs& inputs) {
+__device__ inline void multiply_unit(LaneSums& sums, const Unit<WIDTH>& codes, const Factors& scales, const Inputs& inputs) {
 #pragma unroll
     for (u32 t = 0; t < 4; ++t) {
         u32 a[4];
@@ -115,51 +115,51 @@ struct PlainTile {
         if (item.width == 4) {
             const u8* four = codes + (row + 2 * BLOCK_BYTES * unit);
 #pragma unroll
-            for (u32 i = 0; i < 2 * PER_LANE; ++i) load_rows(fetched.word[i], four + BLOCK_BYTES * i);
+            for (u32 i = 0; i < 2 * PER_LANE; ++i) load_pair(fetched.word[i], four + BLOCK_BYTES * i);
             return;
         }
         if (item.width & 2) {
             const u8* two = codes + (row + BLOCK_BYTES * unit);
 #pragma unroll
-            for (u32 i = 0; i < PER_LANE; ++i) load_rows(fetched.word[i], two + BLOCK_BYTES * i);
+            for (u32 i = 0; i < PER_LANE; ++i) load_pair(fetched.word[i], two + BLOCK_BYTES * i);
         }
-        if (item.width & 1) load_rows(fetched.word[2], codes + (row + (item.width & 2) * (BLOCK_BYTES / 2) * item.group16 + BLOCK_BYTES * (unit / 2)));
+        if (item.width & 1) load_pair(fetched.word[2], codes + (row + (item.width & 2) * (BLOCK_BYTES / 2) * item.group16 + BLOCK_BYTES * (unit / 2)));
     }
 };
 
-// The lane's unit number `i` of an item, from what was fetched, or else from memory.
+// The lane's unit number `i` of an item, from what was fetched, or else from where the item's entry says.
 template <int WIDTH, u32 PER_LANE>
-__device__ inline Unit<WIDTH> take_unit(const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item& item, u32 i) {
+__device__ inline Unit<WIDTH> take_unit(const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item* entry, u32 i) {
     Unit<WIDTH> unit = {};
     if (WIDTH > 4) {
-        unit.load(tile.codes + item.codes, item.group16, tile.unit_of_group(item) + i);
-        return unit;
-    }
+        const Item item = *entry;
+        unit.load(GroupPlanes{tile.codes + item.codes, item.group16}, tile.unit_of_group(item) + i);
+    } else {
 #pragma unroll
-    for (u32 r = 0; r < 2; ++r) {
-        unit.four[0][r] = fetched.word[2 * i][r];
-        unit.four[1][r] = fetched.word[2 * i + 1][r];
-        unit.two[r] = fetched.word[i][r];
-        unit.one[r] = fetched.word[2][r] >> (PER_LANE == 2 ? 4 * i : tile.first_unit % 2 * 4);
+        for (u32 r = 0; r < 2; ++r) {
+            unit.four[0][r] = fetched.word[2 * i][r];
+            unit.four[1][r] = fetched.word[2 * i + 1][r];
+            unit.two[r] = fetched.word[i][r];
+            unit.one[r] = fetched.word[2][r] >> (PER_LANE == 2 ? 4 * i : tile.first_unit % 2 * 4);
+        }
     }
     return unit;
 }
 
 template <int WIDTH, u32 PER_LANE>
-__device__ inline void multiply_plain_item(Sums& sums, const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item& item,
+__device__ inline void multiply_plain_item(LaneSums& sums, const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item* entry,
                                            const RowScales& rows, const u16* x) {
-    PlacedFactors<WIDTH> scales;
-    scales.set(two_level_factors<false>(fetched.scales, 0, rows));
+    const Factors scales = two_level_factors<false>(fetched.scales, 0, rows);
 #pragma unroll
     for (u32 i = 0; i < PER_LANE; ++i) {
         Inputs inputs;
         inputs.load(x + i * UNIT_COLS);
-        multiply_unit(sums, take_unit<WIDTH>(tile, fetched, item, i), scales, inputs);
+        multiply_unit(sums, take_unit<WIDTH>(tile, fetched, entry, i), scales, inputs);
     }
 }
 
 template <u32 PER_LANE>
-__device__ inline void multiply_plain_tile(Sums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+__device__ inline void multiply_plain_tile(LaneSums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
     const PlainTile<PER_LANE> lane(w, tile);
     const RowScales rows = row_scales_of(w, tile);
     const u32 last = w.item_count - 1;
@@ -177,25 +177,25 @@ __device__ inline void multiply_plain_tile(Sums& sums, const PackedMatrix& w, u3
         lane.fetch(fetched, item_of(next));
         after = entry(i + 2 * stride);
         const u16* inputs = x.values + (x.lane + (item.col16 + lane.first_unit) * UNIT_COLS);
-        FOR_WIDTH(item.width, multiply_plain_item, sums, lane, here, item, rows, inputs);
+        FOR_WIDTH(item.width, multiply_plain_item, sums, lane, here, w.items + i, rows, inputs);
     }
 }
 
 // ---- a tile of any items ----
 
 template <int WIDTH>
-__device__ inline void multiply_item(Sums& sums, const PackedMatrix& w, u32 tile, const Item& item, const RowScales& rows, const LaneInputs& x) {
-    const u8* planes = w.codes + u64(tile) * w.tile_code_bytes + item.codes;
+__device__ inline void multiply_item(LaneSums& sums, const PackedMatrix& w, u32 tile, const Item& item, const RowScales& rows, const LaneInputs& x) {
+    const GroupPlanes planes = {w.codes + u64(tile) * w.tile_code_bytes + item.codes, item.group16};
     const u8* records = w.scales + u64(tile) * w.tile_scale_bytes + item.scales;
     const u32 per_lane = lane_units(item.units);
     for (u32 i = 0; i < per_lane; ++i) {
         const u32 unit = per_lane * (threadIdx.x % 4) + i;
-        PlacedFactors<WIDTH> scales = {};
+        Factors scales = {};
         Unit<WIDTH> codes = {};
         Inputs inputs = {};
         if (unit < item.units) {
-            scales.set(factors_of(w, item, records, unit, rows));
-            codes.load(planes, item.group16, item.start16 + unit);
+            scales = factors_of(w, item, records, unit, rows);
+            codes.load(planes, item.start16 + unit);
             inputs.load(x.values + (x.lane + (item.col16 + unit) * UNIT_COLS));
         }
         multiply_unit(sums, codes, scales, inputs);
@@ -203,7 +203,7 @@ __device__ inline void multiply_item(Sums& sums, const PackedMatrix& w, u32 tile
 }
 
 // sums += the items `first`, `first + stride`, ... of a tile.
-__device__ inline void multiply_tile(Sums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+__device__ inline void multiply_tile(LaneSums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
     switch (w.plain_units) {
         case 8: return multiply_plain_tile<2>(sums, w, tile, x, first, stride);
         case 4: return multiply_plain_tile<1>(sums, w, tile, x, first, stride);
@@ -216,7 +216,7 @@ __device__ inline void multiply_tile(Sums& sums, const PackedMatrix& w, u32 tile
     }
 }
 
-__device__ inline void multiply_tile(Sums& sums, const DenseMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+__device__ inline void multiply_tile(LaneSums& sums, const DenseMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
     wait_for_previous_kernel();
     for (u32 step = first; step < w.steps; step += stride) {
         Vector16 a[4];
@@ -246,7 +246,7 @@ __device__ inline void matvec(const Matvec<Matrix>& args) {
     const u32 warps = is_swiglu ? MATVEC_WARPS / 2 : MATVEC_WARPS;
     const u32 mine = warp < warps ? band : of_up;
 
-    Sums sums = {};
+    LaneSums sums = {};
     multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps);
     for (u32 i = 0; i < 4; ++i) partial[warp][lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[0][i] + sums[1][i];
     __syncthreads();

@@ -40,7 +40,7 @@ struct PackedMatrix {
     const u8* scales;       // [tiles, tile_scale_bytes]
     const u16* row_scales;  // fp16 [tiles, 2, 16]; unused by the paper coding
     const float* units;     // [tiles * 16]
-    const u16* row_factors; // fp16 [tiles * 16, 4]: what `RowScales` begins with; unused by the paper coding
+    const u16* row_factors; // fp16 [tiles * 16, 2]: `RowScales`; unused by the paper coding
     const Item* items;      // [item_count], in column order
     u32 rows;
     u32 cols;
@@ -69,48 +69,13 @@ __device__ inline Item item_of(const Vector16& words) {
 
 __device__ inline u32 lane_units(u32 units) { return (units + 3) / 4; }
 
-// ---- an item in shared memory ----
-
-// What one item takes: its planes one after the other, then its scale records from the last 16-byte boundary before them.
-constexpr u32 SCALE_SLOT_BYTES = 256;
-__device__ inline u32 slot_bytes(u32 max_width) { return max_width * 2 * ITEM_COLS + SCALE_SLOT_BYTES; }
+// ---- scales ----
 
 __device__ inline u32 record_bytes(u32 coding, u32 width) {
     if (coding == TWO_LEVEL_4) return 16;
     if (coding == TWO_LEVEL_6) return 24;
     return width == 1 ? 64 : 32 + 2 * width;
 }
-
-template <u32 BITS>
-__device__ inline void copy_plane(const u8*& plane, u8*& slot, const Item& item) {
-    if (!(item.width & BITS)) return;
-    const u8* from = plane + 2 * BITS * UNIT_COLS * item.start16;
-    const u32 chunks = 2 * BITS * item.units;
-    for (u32 i = threadIdx.x % WARP; i < chunks; i += WARP) copy16_async(slot + 16 * i, from + 16 * i);
-    plane += 2 * BITS * UNIT_COLS * item.group16;
-    slot += 16 * chunks;
-}
-
-// Starts to copy an item of a tile to `slot` (16-byte aligned). The whole warp must call; a commit must follow.
-__device__ inline void copy_item(const PackedMatrix& w, u32 tile, const Item& item, u8* slot) {
-    const u8* plane = w.codes + u64(tile) * w.tile_code_bytes + item.codes;
-    copy_plane<8>(plane, slot, item);
-    copy_plane<4>(plane, slot, item);
-    copy_plane<2>(plane, slot, item);
-    copy_plane<1>(plane, slot, item);
-    const u32 lane = threadIdx.x % WARP;
-    const u32 runs = w.coding == PAPER ? 1 : (((item.units * UNIT_COLS - 1) >> w.sub_group_log2) + 1);
-    const u64 first = u64(tile) * w.tile_scale_bytes + item.scales;
-    const u32 bytes = u32(first & 15) + runs * record_bytes(w.coding, item.width);
-    if (16 * lane < bytes) copy16_async(slot + 16 * lane, w.scales + (first & ~u64(15)) + 16 * lane);
-}
-
-// The scale records of an item that `copy_item` brought to `slot`.
-__device__ inline const u8* records_of(const PackedMatrix& w, u32 tile, const Item& item, const u8* slot) {
-    return slot + 2 * item.width * UNIT_COLS * item.units + ((tile * w.tile_scale_bytes + item.scales) & 15);
-}
-
-// ---- scales ----
 
 // What a scale record says about one row, before the row scales: weight = (d * factor) * code + m * offset.
 struct StoredScale {
@@ -144,15 +109,12 @@ __device__ inline u32 both_halves(float value) { return half2_from_small_floats(
 // 1 / power for a power of two, up to 2^126 either way.
 __device__ inline float reciprocal_of_power(float power) { return float_from_bits(0x7f000000u - float_bits(power)); }
 
-// What turns a lane's scale codes into `Factors`, for its two rows, fp16 pairs: `d` = d / unit * 2^E and `m` = -m / unit *
-// 2^(E - 24) * MAGIC, and what one fma takes off again: -MAGIC * d and -m. A scale code's bits, put just below the leading bit
-// of MAGIC (16 for codes of 4 bits, 64 for 6), make the sum of both. Minimum codes are put below 1 instead, which makes them
-// fractions of it: so small numbers `m` stay normal. Paper: `d` = 2^E / unit, the bits of an f32.
+// What turns a lane's scale codes into `Factors`, for its two rows. Two-level, fp16 pairs: `d` = 2^15 * d / unit and `m` =
+// -2^-9 * m / unit. A code's bits, put just below the leading bit of 1, make 1 + code / 2^(code's bits), and an fma of that,
+// the row's number and its opposite the wanted product. Paper: `d` = 2^E / unit, the bits of an f32.
 struct RowScales {
     u32 d[2];
-    u32 d_magic[2];
     u32 m[2];
-    u32 m_magic[2];
 };
 
 __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
@@ -162,14 +124,11 @@ __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
         for (u32 r = 0; r < 2; ++r) scales.d[r] = float_bits(factor_scale(PAPER) * reciprocal_of_power(w.units[row + r]));
         return scales;
     }
-    const Vector16 rows = load16(w.row_factors + u64(row) * 4);
-    constexpr u32 LOW = 0x1010, HIGH = 0x3232;
+    const u64 rows = *reinterpret_cast<const u64*>(w.row_factors + u64(row) * 2);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-        scales.d[r] = permute_bytes(rows.word[2 * r], 0, LOW);
-        scales.d_magic[r] = permute_bytes(rows.word[2 * r], 0, HIGH);
-        scales.m[r] = permute_bytes(rows.word[2 * r + 1], 0, LOW);
-        scales.m_magic[r] = permute_bytes(rows.word[2 * r + 1], 0, HIGH);
+        scales.d[r] = permute_bytes(u32(rows >> 32 * r), 0, 0x1010);
+        scales.m[r] = permute_bytes(u32(rows >> 32 * r), 0, 0x3232);
     }
     return scales;
 }
@@ -192,14 +151,14 @@ __device__ inline Factors two_level_factors(u32 low, u32 high, const RowScales& 
         u32 s, z;
         if (HAS_HIGH_BITS) {
             const u32 upper = permute_bytes(high, 0, both);
-            s = 0x54005400u | (codes & 0x000f000f) << 4 | (upper & 0x00030003) << 8;
+            s = 0x3c003c00u | (codes & 0x000f000f) << 4 | (upper & 0x00030003) << 8;
             z = 0x3c003c00u | (codes & 0x00f000f0) | (upper & 0x000c000c) << 6;
         } else {
-            s = 0x4c004c00u | (codes & 0x000f000f) << 6;
+            s = 0x3c003c00u | (codes & 0x000f000f) << 6;
             z = 0x3c003c00u | (codes & 0x00f000f0) << 2;
         }
-        out.factor[r] = half2_fma(s, rows.d[r], rows.d_magic[r]);
-        out.offset[r] = half2_fma(z, rows.m[r], rows.m_magic[r]);
+        out.factor[r] = half2_fma(s, rows.d[r], half2_negated(rows.d[r]));
+        out.offset[r] = half2_fma(z, rows.m[r], half2_negated(rows.m[r]));
     }
     return out;
 }
@@ -234,16 +193,29 @@ __device__ constexpr u32 place(u32 t) {
 
 constexpr u32 BLOCK_BYTES = 4 * TILE_ROWS;
 
-// A lane's two words of a block of a plane, of rows 2g and 2g + 1: from that of row 2g on.
-__device__ inline void load_rows(u32 (&words)[2], const u8* row) {
+// The words of rows 2g and 2g + 1 of a block, from that of row 2g on.
+__device__ inline void load_pair(u32 (&words)[2], const u8* row) {
     const u64 both = *reinterpret_cast<const u64*>(row);
     words[0] = u32(both);
     words[1] = u32(both >> 32);
 }
 
-__device__ inline void load_block(u32 (&words)[2], const u8* plane, u32 block) {
-    load_rows(words, plane + BLOCK_BYTES * block + threadIdx.x % WARP / 4 * 8);
-}
+// The planes of a group of so many units, as they lie in the file.
+struct GroupPlanes {
+    const u8* group;
+    u32 units;
+
+    __device__ const u8* plane(u32 bits_before) const { return group + 2 * bits_before * UNIT_COLS * units; }
+
+    // Whether the unit is the last block of a 1-bit plane, with 2 bytes per row (F13).
+    __device__ bool is_short(u32 unit) const { return unit % 2 == 0 && unit + 1 == units; }
+
+    // The lane's words of a block of the plane of BITS bits, behind planes of `bits_before` bits in all.
+    template <u32 BITS>
+    __device__ void load_rows(u32 (&words)[2], u32 bits_before, u32 block) const {
+        load_pair(words, plane(bits_before) + BLOCK_BYTES * block + threadIdx.x % WARP / 4 * 8);
+    }
+};
 
 // A lane's words of a unit. Planes that WIDTH lacks are never read.
 template <int WIDTH>
@@ -253,30 +225,26 @@ struct Unit {
     u32 two[2];
     u32 one[2];
 
-    // `planes`: those of `group16` units one after the other. The unit is number `unit` of them.
-    __device__ void load(const u8* planes, u32 group16, u32 unit) {
-        const auto next_plane = [&](u32 bits) { planes += 2 * bits * UNIT_COLS * group16; };
+    // Unit number `unit` of `planes`.
+    template <class Planes>
+    __device__ void load(const Planes& planes, u32 unit) {
         if (WIDTH & 8) {
 #pragma unroll
-            for (u32 t = 0; t < 4; ++t) load_block(eight[t], planes, 4 * unit + t);
+            for (u32 t = 0; t < 4; ++t) planes.template load_rows<8>(eight[t], 0, 4 * unit + t);
         }
         if (WIDTH & 4) {
 #pragma unroll
-            for (u32 i = 0; i < 2; ++i) load_block(four[i], planes, 2 * unit + i);
-            next_plane(4);
+            for (u32 i = 0; i < 2; ++i) planes.template load_rows<4>(four[i], WIDTH & 8, 2 * unit + i);
         }
-        if (WIDTH & 2) {
-            load_block(two, planes, unit);
-            next_plane(2);
-        }
+        if (WIDTH & 2) planes.template load_rows<2>(two, WIDTH & 12, unit);
         if (WIDTH & 1) {
-            // The last block of a plane with 16 columns left has 2 bytes per row (F13).
-            if (unit % 2 == 0 && unit + 1 == group16) {
-                const u32 halves = *reinterpret_cast<const u32*>(planes + unit * 32 + threadIdx.x % WARP / 4 * 4);
+            if (planes.is_short(unit)) {
+                const u8* row = planes.plane(WIDTH & 14) + BLOCK_BYTES / 2 * unit + threadIdx.x % WARP / 4 * 4;
+                const u32 halves = *reinterpret_cast<const u32*>(row);
                 one[0] = spread(halves & 0xffff);
                 one[1] = spread(halves >> 16);
             } else {
-                load_block(one, planes, unit / 2);
+                planes.template load_rows<1>(one, WIDTH & 14, unit / 2);
                 one[0] >>= 4 * (unit % 2);
                 one[1] >>= 4 * (unit % 2);
             }
@@ -310,29 +278,17 @@ private:
     __device__ static u32 shifted(u32 word, int left) { return left >= 0 ? word << left : word >> -left; }
 };
 
-// The factors of a unit's two rows for codes of each product.
-template <int WIDTH>
-struct PlacedFactors {
-    u32 factor[4][2];
-    u32 offset[2];
-
-    __device__ void set(const Factors& scales) {
-#pragma unroll
-        for (u32 t = 0; t < 4; ++t)
-#pragma unroll
-            for (u32 r = 0; r < 2; ++r)
-                // 2^-place in both halves: an exponent of 15 - place.
-                factor[t][r] = place<WIDTH>(t) == 0 ? scales.factor[r] : half2_fma(scales.factor[r], (15 - place<WIDTH>(t)) * 0x04000400u, 0);
-        offset[0] = scales.offset[0];
-        offset[1] = scales.offset[1];
-    }
-};
-
 // Operands of product t: a[0], a[2] of row 2g, a[1], a[3] of row 2g + 1.
 template <int WIDTH>
-__device__ inline void operands(u32 (&a)[4], const Unit<WIDTH>& unit, const PlacedFactors<WIDTH>& scales, u32 t) {
+__device__ inline void operands(u32 (&a)[4], const Unit<WIDTH>& unit, const Factors& scales, u32 t) {
+    u32 factor[2] = {scales.factor[0], scales.factor[1]};
+    if (place<WIDTH>(t) > 0) {
+        // 2^-place in both halves: an exponent of 15 - place.
 #pragma unroll
-    for (u32 k = 0; k < 4; ++k) a[k] = half2_fma(unit.codes(t, k % 2, k / 2), scales.factor[t][k % 2], scales.offset[k % 2]);
+        for (u32 r = 0; r < 2; ++r) factor[r] = half2_fma(factor[r], (15 - place<WIDTH>(t)) * 0x04000400u, 0);
+    }
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) a[k] = half2_fma(unit.codes(t, k % 2, k / 2), factor[k % 2], scales.offset[k % 2]);
 }
 
 // Calls `body<WIDTH>(...)` for a width known at run time.

@@ -105,6 +105,17 @@ __device__ inline u32 half2_fma(u32 a, u32 b, u32 c) {
 #endif
 }
 
+// -a for both halves; no instruction where it goes into a half2_fma.
+__device__ inline u32 half2_negated(u32 a) {
+#ifdef __CUDACC__
+    u32 d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+#else
+    return a ^ 0x80008000;
+#endif
+}
+
 // Byte i of the result is byte n of b:a (0 to 3: of a), n the i-th hexadecimal digit of `selector` from the right.
 __device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
 #ifdef __CUDACC__
@@ -213,6 +224,17 @@ __device__ inline void begin_after_previous_kernel() {
     wait_for_previous_kernel();
 }
 
+// ---- some threads of a block ----
+
+// Waits for `threads` threads (whole warps) that name the same barrier; 0 is the whole block's.
+__device__ inline void sync_threads_of(u32 barrier, u32 threads) {
+#ifdef __CUDACC__
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#else
+    emulator::synchronize(barrier, threads);
+#endif
+}
+
 // ---- arithmetic ----
 
 // 2^x to 2 units in the last place; 0 below 2^-126.
@@ -271,6 +293,10 @@ __device__ inline bool is_last_block(u32* counter, u32 blocks) {
 // Inputs of matrix products lie in fp16, and of each four columns 0 1 2 3 in the order 0 2 1 3: the order in which
 // `(word >> shift) & 0x00ff00ff` yields codes. Rows are `operand_stride` numbers apart; the padding is zero.
 __device__ inline int operand_index(int col) { return (col & ~3) | (col & 1) << 1 | (col >> 1 & 1); }
+
+struct alignas(8) Float2 {
+    float value[2];
+};
 
 struct alignas(16) Float4 {
     float value[4];

@@ -32,6 +32,11 @@ struct Warp {
     unsigned char slots[2][WARP][SLOT_BYTES];
 };
 
+// Where some threads of a block wait for each other.
+struct Barrier {
+    unsigned arrived = 0, meetings = 0;
+};
+
 struct Block;
 
 // A thread and what lets it wait.
@@ -60,6 +65,7 @@ struct Block {
     jmp_buf scheduler;
     // Threads of this block, those that have not returned, and those of them that wait for all; how often all have met.
     unsigned size = 0, alive = 0, arrived = 0, meetings = 0;
+    Barrier barriers[16];
 
     void run();
     bool run_warp(unsigned first);
@@ -91,6 +97,7 @@ void Block::run() {
     arrived = 0;
     warps.resize((size + WARP - 1) / WARP);
     for (Warp& warp : warps) warp.arrived = 0;
+    for (Barrier& barrier : barriers) barrier.arrived = 0;
     while (alive > 0) {
         bool has_run = false;
         for (unsigned first = 0; first < size; first += WARP)
@@ -244,6 +251,18 @@ void synchronize_block() {
     ++block.arrived;
     block.meet_if_all_arrived();
     if (block.meetings == fiber.seen) fiber.wait_for_change(block.meetings);
+}
+
+void synchronize(unsigned barrier, unsigned threads) {
+    Fiber& fiber = self();
+    Barrier& at = fiber.block->barriers[barrier];
+    fiber.seen = at.meetings;
+    if (++at.arrived == threads) {
+        at.arrived = 0;
+        ++at.meetings;
+    } else {
+        fiber.wait_for_change(at.meetings);
+    }
 }
 
 const unsigned char* exchange(const void* mine, size_t bytes) {

@@ -44,6 +44,9 @@ void launch(uint3 grid, uint3 block, size_t shared_bytes, const std::function<vo
 // Waits for all threads of the block that have not returned.
 void synchronize_block();
 
+// Waits until `threads` threads of the block have come to barrier `barrier`, one of 16.
+void synchronize(unsigned barrier, unsigned threads);
+
 // Waits for all 32 lanes of the warp, each of which brings `bytes` bytes (64 at most); lane i's are at result + 64 * i until
 // the warp's exchange after the next.
 const unsigned char* exchange(const void* mine, size_t bytes);

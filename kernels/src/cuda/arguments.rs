@@ -132,8 +132,8 @@ pub(super) trait Kind: Sized + Copy {
     fn of(device: &Device, w: &Band) -> Self;
     fn matvec(device: &Device) -> &Kernel;
     fn matmul(device: &Device) -> &Kernel;
-    /// Bytes of shared memory for an item of a tile.
-    fn slot_bytes(&self) -> u32;
+    /// Bytes of shared memory that `matmul_*` takes for an item of all tiles and tokens of a block.
+    fn matmul_item_bytes(&self) -> u32;
     fn rows(&self) -> u32;
 
     /// Tiles of 16 rows, the last one padded.
@@ -174,8 +174,8 @@ impl Kind for PackedArgs {
         &device.kernels.matmul_packed
     }
 
-    fn slot_bytes(&self) -> u32 {
-        shared::slot(self.max_width)
+    fn matmul_item_bytes(&self) -> u32 {
+        shared::matmul_item(self.max_width)
     }
 
     fn rows(&self) -> u32 {
@@ -203,8 +203,8 @@ impl Kind for DenseArgs {
         &device.kernels.matmul_dense
     }
 
-    fn slot_bytes(&self) -> u32 {
-        0
+    fn matmul_item_bytes(&self) -> u32 {
+        shared::MATMUL_STEP
     }
 
     fn rows(&self) -> u32 {

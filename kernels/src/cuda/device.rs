@@ -348,8 +348,8 @@ kernels! {
     embed_dense: 0,
     embed_packed: 0,
     gemm_f32: 0,
-    matmul_dense: shared::matmul(0, 2),
-    matmul_packed: shared::matmul(shared::slot(8), 2),
+    matmul_dense: shared::matmul(shared::MATMUL_STEP, 4),
+    matmul_packed: shared::matmul(shared::matmul_item(8), 4),
     matvec_dense: 0,
     matvec_packed: 0,
     rms_norm: 0,
@@ -366,9 +366,19 @@ pub(super) mod shared {
         width * 2 * 128 + 256
     }
 
-    /// `matmul.cu`: stages of the inputs of 128 tokens and of 8 tiles.
-    pub const fn matmul(slot: u32, stages: u32) -> u32 {
-        stages * (128 * 2 * 128 + 8 * slot)
+    /// `matmul.cu`: an item of 8 tiles, with the inputs of 128 tokens.
+    pub const fn matmul_item(width: u32) -> u32 {
+        128 * 2 * 128 + 8 * slot(width)
+    }
+
+    /// The same of a dense matrix: a step of 64 columns.
+    pub const MATMUL_STEP: u32 = 128 * 2 * 64 + 16 * 8 * 2 * 64;
+
+    /// `matmul.cu`: the block's work and row scales; items or, when all are done, sums.
+    pub const fn matmul(item: u32, stages: u32) -> u32 {
+        const SUMS: u32 = 128 * (128 + 4) * 4;
+        let items = stages * item;
+        128 + 8 * 16 + 8 * 8 * 16 + if items > SUMS { items } else { SUMS }
     }
 
     /// `attention_prefill.cu`: rows of queries, keys and values.

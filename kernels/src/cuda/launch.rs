@@ -21,6 +21,8 @@ const MATVEC_TOKENS: usize = 8;
 /// Rows (in tiles) and tokens of a block of `matmul_*`.
 const MATMUL_TILES: usize = 8;
 const MATMUL_TOKENS: usize = 128;
+/// Sets of four warps of a block of `matmul_*`.
+const MATMUL_SETS: u32 = 2;
 /// Columns of a block of `embed_*`, `swiglu` and `gemm_f32`.
 const EMBED_COLS: usize = 128;
 const SWIGLU_COLS: usize = 256;
@@ -294,8 +296,10 @@ impl Device {
     ) -> Result<()> {
         let bands = self.bands::<K>(w, self.output(out));
         let blocks = bands.iter().map(|band| band.w.tiles().div_ceil(MATMUL_TILES)).sum();
-        let slot_bytes = largest_slot(&bands);
-        let stages = if shared::matmul(slot_bytes, 2) <= self.shared_memory { 2 } else { 1 };
+        let item_bytes = bands.iter().map(|band| band.w.matmul_item_bytes()).max().unwrap_or(0);
+        let fits = |stages| shared::matmul(item_bytes, stages) <= self.shared_memory;
+        let stages = [2 * MATMUL_SETS, MATMUL_SETS].into_iter().find(|&stages| fits(stages));
+        let stages = stages.unwrap_or(1);
         let args = MatmulArgs {
             band: filled(&bands),
             x: self.input(x.values.view()),
@@ -307,10 +311,12 @@ impl Device {
             unused: 0,
         };
         let grid = [blocks, m.div_ceil(MATMUL_TOKENS), 1];
-        let shared = shared::matmul(slot_bytes, stages);
+        let shared = shared::matmul(item_bytes, stages);
         // SAFETY: `matmul_*(Matmul args)`. band: one to 16 of the kernel's kind, all of `w`, as `Matrix` lays them out, their `out`
         // m rows of it; x: m rows of its columns, padded. The callers have checked the shapes.
-        unsafe { self.launch(K::matmul(self), grid, 256, shared, &mut [argument(&args)]) }
+        unsafe {
+            self.launch(K::matmul(self), grid, MATMUL_SETS * 128, shared, &mut [argument(&args)])
+        }
     }
 
     /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens; `x: [m, weight.len()]`.
@@ -740,11 +746,6 @@ impl Device {
 /// The bands that a launch takes: those beyond `bands` repeat the last, and are not looked at.
 fn filled<K: Copy, const N: usize>(bands: &[BandArgs<K>]) -> [BandArgs<K>; N] {
     std::array::from_fn(|i| bands[i.min(bands.len() - 1)])
-}
-
-/// Bytes of shared memory for an item of a tile of any of the bands.
-fn largest_slot<K: Kind>(bands: &[BandArgs<K>]) -> u32 {
-    bands.iter().map(|band| band.w.slot_bytes()).max().unwrap_or(0)
 }
 
 /// A parameter of a kernel.

@@ -213,25 +213,21 @@ fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
     [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
 }
 
-/// For each row the fp16 numbers `d / unit * 2^E`, what an fma takes off again with it, and the same for `m`: `RowScales` of
-/// `packed.cuh`. Nothing for the paper's coding.
+/// For each row the fp16 numbers `2^15 * d / unit` and `-2^-9 * m / unit`: `RowScales` of `packed.cuh`. Nothing for the paper's
+/// coding.
 fn row_factors(w: PackedTensor<'_>, units: &[f32]) -> Vec<u16> {
-    const CODE_SCALE: f32 = (1 << 24) as f32;
-    let (scale, magic) = match w.layout().coding() {
-        ScaleCoding::Paper => return Vec::new(),
-        ScaleCoding::TwoLevel { scale_bits: 6, .. } => (512.0, 64.0),
-        ScaleCoding::TwoLevel { .. } => (2048.0, 16.0),
-    };
-    let of_tile = |(tile, units): (usize, &[f32])| -> [[f16; 4]; TILE_ROWS] {
+    const D: f32 = 32768.0;
+    const M: f32 = -1.0 / 512.0;
+    if w.layout().coding() == ScaleCoding::Paper {
+        return Vec::new();
+    }
+    let of_tile = |(tile, units): (usize, &[f32])| -> [[u16; 2]; TILE_ROWS] {
         let (d, m) = w.row_scales(tile);
-        std::array::from_fn(|r| {
-            let d = f16::from_f32(d[r] / units[r] * scale);
-            let m = f16::from_f32(m[r] / units[r] * scale * (-magic / CODE_SCALE));
-            [d, f16::from_f32(-magic * d.to_f32()), m, -m]
-        })
+        let half = |number: f32, row: usize| f16::from_f32(number / units[row]).to_bits();
+        std::array::from_fn(|row| [half(D * d[row], row), half(M * m[row], row)])
     };
     let factors: Vec<_> = units.par_chunks(TILE_ROWS).enumerate().map(of_tile).collect();
-    factors.into_flattened().into_flattened().into_iter().map(f16::to_bits).collect()
+    factors.into_flattened().into_flattened()
 }
 
 /// What the operands of each row are counted in, `[tiles * 16]`: weight = unit * 2^(24 - E) * operand (`packed.cuh`).
