@@ -22,9 +22,13 @@ pub struct Sensitivities {
 
 /// How much it minds errors in the weights of a layer: about as much as their squares times both means, that of the weight's
 /// input and that of its output.
+///
+/// Exactly it is the mean of the product of both squares. The tokens of the first mean are weighted by their gradients, so that
+/// at least the sum of the products over all outputs is right: inputs that are large where nothing depends on the layer count
+/// for little.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivity {
-    /// The mean square of each input, `[cols]`.
+    /// The mean square of each input, `[cols]`; each token counts as much as the sum of its squared gradients at all outputs.
     pub inputs: Vec<f64>,
     /// The mean squared gradient of the loss at each output, `[rows]`.
     pub outputs: Vec<f64>,
@@ -57,9 +61,21 @@ impl Sensitivity {
         Self { inputs: vec![0.0; cols], outputs: vec![0.0; rows] }
     }
 
-    /// Both means.
-    fn means_mut(&mut self) -> [&mut Vec<f64>; 2] {
-        [&mut self.inputs, &mut self.outputs]
+    /// Adds the squares of tokens with inputs `x: [tokens, cols]` and gradients `dy: [tokens, rows]`.
+    fn add(&mut self, x: &[f32], dy: &[f32]) {
+        let tokens = dy.par_chunks_exact(self.outputs.len());
+        let of_token = tokens.map(|dy| dy.iter().copied().map(square).sum());
+        let of_token: Vec<f64> = of_token.collect();
+        add_squares(&mut self.inputs, x, &of_token);
+        add_squares(&mut self.outputs, dy, &vec![1.0; of_token.len()]);
+    }
+
+    /// Turns the sums over `tokens` tokens into means.
+    fn divide(&mut self, tokens: f64) {
+        // It is zero where nothing depends on a layer, such as `attn_q` in samples of one token.
+        let gradients = self.outputs.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+        self.inputs.iter_mut().for_each(|sum| *sum /= gradients);
+        self.outputs.iter_mut().for_each(|sum| *sum /= tokens);
     }
 }
 
@@ -89,11 +105,7 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
         loss += model.run(&sequences, &mut Loss::Drawn(seed), &mut |gradient| {
             if let Gradient::Linear { block, layer, x, dy } = gradient {
-                let sums = blocks[block][layer as usize].means_mut();
-                for (sum, values) in sums.into_iter().zip([x, dy]) {
-                    let squares = sum_squares(values, sum.len());
-                    sum.iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
-                }
+                blocks[block][layer as usize].add(x, dy);
             }
             Ok(())
         })?;
@@ -108,22 +120,28 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
             expected: "a finite number".into(),
         });
     }
-    let sums = blocks.iter_mut().flatten().flat_map(Sensitivity::means_mut);
-    sums.flatten().for_each(|sum| *sum /= tokens);
+    blocks.iter_mut().flatten().for_each(|layer| layer.divide(tokens));
     Ok(Sensitivities { blocks, loss })
 }
 
-/// The sum over tokens of the squares of `values: [tokens, n]`.
-fn sum_squares(values: &[f32], n: usize) -> Vec<f64> {
+/// Adds the squares of `values: [tokens, sum.len()]`, times the weights of their tokens.
+fn add_squares(sum: &mut [f64], values: &[f32], weights: &[f64]) {
     const TOKENS: usize = 64;
-    let pieces = values.par_chunks(TOKENS * n).map(|values| {
+    let n = sum.len();
+    let pieces = values.par_chunks(TOKENS * n).zip(weights.par_chunks(TOKENS));
+    let sums = pieces.map(|(values, weights)| {
         let mut sum = vec![0.0; n];
-        for token in values.chunks_exact(n) {
-            for (sum, value) in sum.iter_mut().zip(token) {
-                *sum += f64::from(*value) * f64::from(*value);
+        for (token, weight) in values.chunks_exact(n).zip(weights) {
+            for (sum, &value) in sum.iter_mut().zip(token) {
+                *sum += weight * square(value);
             }
         }
         sum
     });
-    add_up(pieces.collect(), n)
+    let added = add_up(sums.collect(), n);
+    sum.iter_mut().zip(added).for_each(|(sum, added)| *sum += added);
+}
+
+fn square(value: f32) -> f64 {
+    f64::from(value) * f64::from(value)
 }

@@ -401,30 +401,35 @@ fn divergence_from_itself_is_zero_with_zero_gradients() {
 }
 
 #[test]
-fn sensitivities_are_mean_squares_of_inputs_and_output_gradients() {
+fn sensitivities_are_mean_squares_of_output_gradients_and_of_inputs_weighted_by_them() {
     let source = open("mistral-swa");
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
     let found = sensitivities(&*source, &samples).unwrap();
     let model = Backward::load(&*source, Precision::Coarse).unwrap();
     let of_layer = found.of(1, Linear::AttnK);
-    let (mut input, mut output, mut loss, mut seed) = (0.0, 0.0, 0.0, 0);
-    let sum_at_5 = |values: &[f32], n: usize| -> f64 {
-        values.iter().skip(5).step_by(n).map(|value| f64::from(value * value)).sum()
-    };
+    let (mut input, mut gradients, mut output, mut loss, mut seed) = (0.0, 0.0, 0.0, 0.0, 0);
+    let square = |value: f32| f64::from(value) * f64::from(value);
     for sample in &samples {
         loss += model
             .run(&[sample], &mut Loss::Drawn(seed), &mut |gradient| {
                 if let Gradient::Linear { block: 1, layer: Linear::AttnK, x, dy } = gradient {
-                    input += sum_at_5(x, of_layer.inputs.len());
-                    output += sum_at_5(dy, of_layer.outputs.len());
+                    let tokens = x.chunks(of_layer.inputs.len());
+                    for (x, dy) in tokens.zip(dy.chunks(of_layer.outputs.len())) {
+                        let weight = dy.iter().copied().map(square).sum::<f64>();
+                        input += weight * square(x[5]);
+                        gradients += weight;
+                        output += square(dy[5]);
+                    }
                 }
                 Ok(())
             })
             .unwrap();
         seed += 400;
     }
-    for (found, expected) in [(of_layer.inputs[5], input), (of_layer.outputs[5], output)] {
-        assert!((found * 1200.0 / expected - 1.0).abs() < 1e-4, "{found}");
+    let expected =
+        [(of_layer.inputs[5], input / gradients), (of_layer.outputs[5], output / 1200.0)];
+    for (found, expected) in expected {
+        assert!((found / expected - 1.0).abs() < 1e-4, "{found} for {expected}");
     }
     assert!((found.loss * 1200.0 / loss - 1.0).abs() < 1e-6);
 }
@@ -460,4 +465,11 @@ fn tokens_are_drawn_as_often_as_their_probabilities_say() {
         assert!(i32::abs(count - expected) <= 150, "{counts:?}");
     }
     assert_eq!(counts[2], 0);
+}
+
+#[test]
+fn sensitivities_of_layers_that_nothing_depends_on_are_zero() {
+    let found = sensitivities(&*open("llama"), &[vec![1], vec![2]]).unwrap();
+    let of_layer = found.of(0, Linear::AttnQ);
+    assert!(of_layer.inputs.iter().chain(&of_layer.outputs).all(|&mean| mean == 0.0));
 }
