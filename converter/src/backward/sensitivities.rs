@@ -72,7 +72,7 @@ impl Sensitivity {
 
     /// Turns the sums over `tokens` tokens into means.
     fn divide(&mut self, tokens: f64) {
-        // It is zero where nothing depends on a layer, such as `attn_q` in samples of one token.
+        // It is zero where nothing depends on the layer.
         let gradients = self.outputs.iter().sum::<f64>().max(f64::MIN_POSITIVE);
         self.inputs.iter_mut().for_each(|sum| *sum /= gradients);
         self.outputs.iter_mut().for_each(|sum| *sum /= tokens);
@@ -144,4 +144,30 @@ fn add_squares(sum: &mut [f64], values: &[f32], weights: &[f64]) {
 
 fn square(value: f32) -> f64 {
     f64::from(value) * f64::from(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layer_that_nothing_depends_on_has_zeros_not_nan() {
+        let mut layer = Sensitivity::zeros((2, 3));
+        layer.add(&[1.0; 12], &[0.0; 8]);
+        layer.divide(4.0);
+        assert_eq!(layer, Sensitivity::zeros((2, 3)));
+    }
+
+    #[test]
+    fn products_of_both_means_add_up_to_the_mean_of_the_products() {
+        let (x, dy) = ([1.0, 2.0, 3.0, 0.5, 0.0, 4.0], [0.5, 2.0, 1.0, 0.0]);
+        let mut layer = Sensitivity::zeros((2, 3));
+        layer.add(&x, &dy);
+        layer.divide(2.0);
+        let outputs: f64 = layer.outputs.iter().sum();
+        for (col, input) in layer.inputs.iter().enumerate() {
+            let exact = (4.25 * square(x[col]) + square(x[3 + col])) / 2.0;
+            assert!((input * outputs / exact - 1.0).abs() < 1e-12, "column {col}: {input}");
+        }
+    }
 }
