@@ -358,6 +358,37 @@ mod tests {
     }
 
     #[test]
+    fn plain_items_are_all_alike_with_small_scale_codes_for_many_columns() {
+        let units = |cols: usize, group_size: usize, coding| {
+            let bits = vec![2; cols.div_ceil(group_size)];
+            plain_units(coding, &items(&layout(cols, group_size, coding, &bits)))
+        };
+        let usual = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+        assert_eq!([64, 128, 256].map(|group_size| units(512, group_size, usual)), [4, 8, 8]);
+        // A last group of 64 columns, one of 96 in all.
+        assert_eq!([units(576, 128, usual), units(96, 128, usual)], [0, 0]);
+        let others = [
+            ScaleCoding::Paper,
+            ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 6 },
+            ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 },
+        ];
+        assert_eq!(others.map(|coding| units(512, 128, coding)), [0; 3]);
+    }
+
+    #[test]
+    fn row_factors_are_row_scales_over_the_unit() {
+        let two_level = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 };
+        let mut packed = PackedLayer::zeroed(layout(16, 16, two_level, &[2]));
+        let (mut d, mut m) = ([f16::ZERO; TILE_ROWS], [f16::ZERO; TILE_ROWS]);
+        (d[1], m[1]) = (f16::from_f32(0.375), f16::from_f32(-0.5));
+        packed.tiles_mut()[0].set_row_scales(&d, &m);
+        let factors = row_factors(packed.view(), &units(packed.view()).unwrap());
+        // The unit is 0.5.
+        assert_eq!(factors[2..4], [24576.0, 1.0 / 512.0].map(|x| f16::from_f32(x).to_bits()));
+        assert_eq!(factors.len(), 2 * TILE_ROWS);
+    }
+
+    #[test]
     fn units_keep_operands_in_the_range_of_fp16() {
         let two_level = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 };
         let mut packed = PackedLayer::zeroed(layout(16, 16, two_level, &[2]));
