@@ -4,7 +4,7 @@
 //
 // A warp takes an *item*, up to 128 columns of one group, in one or two *steps*. In a step lane (g, q) = (lane / 4, lane % 4)
 // holds rows 2g and 2g + 1 of one *unit* of 16 columns: of the 2-bit plane that is one aligned 8-byte load. Four products of
-// 16 x 16 x tokens then use up the step: product t = 2 * half + i takes columns 4t .. 4t + 3 of every lane's unit. Row g of
+// 16 x 16 x tokens then use up the step: product t takes columns 4t .. 4t + 3 of every lane's unit. Row g of
 // the product is row 2g of the tile, row g + 8 is row 2g + 1. Lane q takes units `lane_units * q` and the next, which share
 // their scales unless sub-groups have 16 columns.
 //

@@ -206,10 +206,10 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
     })
 }
 
-/// Units of each item, if all have as many and code of their own: 8, or 4, with 4-bit scale codes for 32 columns or more; or 0.
+/// Units of each item of a plain layer: 8, or 4, in all of them, with 4-bit scale codes for 32 columns or more. 0 for any other.
 fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
-    let is_usual = matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 });
-    let of_all = |units| is_usual && items.iter().all(|item| item.units == units);
+    let is_small = matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 });
+    let of_all = |units| is_small && items.iter().all(|item| item.units == units);
     [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
 }
 
