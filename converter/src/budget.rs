@@ -1,8 +1,8 @@
 //! One budget of bits for the whole model: the widths of all groups of all layers, by what an error costs the loss.
 //!
 //! What a group costs at a width is predicted by the fit of its scales: the squared error of each weight, times the mean square
-//! of its input, weighted by token, and the mean squared gradient of the loss at its output (`backward`). Widths are then shared out so that no bit
-//! would be worth more elsewhere.
+//! of its input, weighted by token, and the mean squared gradient of the loss at its output (`backward`). Widths are then shared
+//! out so that no bit would be worth more elsewhere.
 
 use std::collections::HashMap;
 
