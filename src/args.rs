@@ -114,7 +114,7 @@ pub struct ConvertArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 
-    /// Memory to use, such as 512MiB; activations that do not fit go to a temporary file
+    /// Memory to use, such as 512MiB; what does not fit goes to temporary files where it can
     #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
     pub max_memory: u64,
 

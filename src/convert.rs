@@ -39,7 +39,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let source = open(&args.source)?;
     check_target(&args.output, &source.files())?;
     let plan = Plan::new(&*source, &settings)?;
-    let activation_bytes = activation_bytes(&plan, args.max_memory)?;
+    let float_bytes = float_bytes(&plan, args.max_memory)?;
     if let Some(warning) = plan.quantized_source_warning() {
         note(format_args!("warning: {warning}"));
     }
@@ -59,7 +59,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let mut block = Vec::new();
     let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
     let target = &args.output;
-    let resources = Resources { engine, activation_bytes };
+    let resources = Resources { engine, float_bytes };
     let report = match &args.draft {
         Some(draft) => {
             let draft = SlimFile::open(draft)?;
@@ -115,10 +115,10 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
     Ok(settings)
 }
 
-/// Leaves to the activations what the rest of the work does not take.
-fn activation_bytes(plan: &Plan, max_memory: u64) -> Result<u64> {
+/// Leaves to activations and output Hessians what the rest of the work does not take.
+fn float_bytes(plan: &Plan, max_memory: u64) -> Result<u64> {
     match max_memory.checked_sub(plan.working_bytes) {
-        Some(activation_bytes) => Ok(activation_bytes),
+        Some(float_bytes) => Ok(float_bytes),
         None => {
             let (found, needed) = (size(max_memory), size(plan.working_bytes));
             let message =

@@ -1,47 +1,33 @@
-//! Activations of all calibration samples: in memory, or in a temporary file where they do not fit.
+//! Activations of all calibration samples.
 
 use std::ops::Range;
 
-use slim_formats::ScratchFile;
-
-use crate::{Engine, Result};
+use crate::{Engine, Result, floats::Floats};
 
 /// Tokens that go through a layer together, if samples are shorter: its weights are made ready for each batch.
 const BATCH_TOKENS: usize = 2048;
 
 /// `[samples, context, width]` f32.
 pub struct Activations {
-    storage: Storage,
+    values: Floats,
     samples: usize,
     context: usize,
     width: usize,
 }
 
-enum Storage {
-    Memory(Vec<f32>),
-    Scratch(ScratchFile),
-}
-
 impl Activations {
-    /// Zeros; in a temporary file if they take more than `memory_left` bytes, from which they are subtracted otherwise.
+    /// Zeros.
     ///
     /// # Errors
-    /// `Format` if the temporary file cannot be made.
+    /// As [`Floats::zeros`].
     pub fn new(
         samples: usize,
         context: usize,
         width: usize,
         memory_left: &mut u64,
     ) -> Result<Self> {
-        let len = samples * context * width;
-        let bytes = (len * size_of::<f32>()) as u64;
-        let storage = if bytes <= *memory_left {
-            *memory_left -= bytes;
-            Storage::Memory(vec![0.0; len])
-        } else {
-            Storage::Scratch(ScratchFile::new(bytes as usize)?)
-        };
-        Ok(Self { storage, samples, context, width })
+        let values = Floats::zeros(samples * context * width, memory_left)?;
+        Ok(Self { values, samples, context, width })
     }
 
     /// Calibration samples.
@@ -72,22 +58,14 @@ impl Activations {
 
     /// Samples that follow each other, `[samples.len(), context, width]`.
     pub fn batch(&self, samples: Range<usize>) -> &[f32] {
-        let values = match &self.storage {
-            Storage::Memory(values) => values,
-            Storage::Scratch(file) => bytemuck::cast_slice(file),
-        };
         let len = self.context * self.width;
-        &values[samples.start * len..samples.end * len]
+        &self.values[samples.start * len..samples.end * len]
     }
 
     /// Samples that follow each other, `[samples.len(), context, width]`.
     pub fn batch_mut(&mut self, samples: Range<usize>) -> &mut [f32] {
-        let values = match &mut self.storage {
-            Storage::Memory(values) => values.as_mut_slice(),
-            Storage::Scratch(file) => bytemuck::cast_slice_mut(file),
-        };
         let len = self.context * self.width;
-        &mut values[samples.start * len..samples.end * len]
+        &mut self.values[samples.start * len..samples.end * len]
     }
 
     /// Calls `change` with the samples of every batch and their values, `[samples, context, width]`.

@@ -22,6 +22,7 @@ use crate::{
     lanes::gather,
     layer::layout,
     neurons::Ffn,
+    rows::OutputHessian,
 };
 
 /// Tokens that sensitivities are measured on: such means settle long before a Hessian does.
@@ -33,9 +34,12 @@ pub struct Budget {
     pub widths: HashMap<String, Vec<BitWidth>>,
     /// The order of the neurons of every block; none if they are not sorted.
     pub neurons: Vec<Vec<usize>>,
+    /// By the names of the matrices whose rows are to make up for each other's errors.
+    pub outputs: HashMap<String, OutputHessian>,
 }
 
-/// Sorts neurons, if they are to be sorted, and shares out the bits.
+/// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in memory as for
+/// [`OutputHessian::zeros`].
 ///
 /// # Errors
 /// As the reverse pass; `NotFinite` for a weight that is no number.
@@ -44,6 +48,7 @@ pub fn budget(
     calibration: &Calibration,
     settings: &Settings,
     contents: &Contents,
+    memory_left: &mut u64,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Budget> {
     let of = source.config().block_count;
@@ -51,7 +56,7 @@ pub fn budget(
     let samples = &calibration.samples;
     let enough = (SENSITIVITY_TOKENS / settings.context).max(1);
     let samples = &samples[..samples.len().min(enough)];
-    let mut sensitivities = sensitivities(source, samples)?;
+    let mut sensitivities = sensitivities(source, samples, memory_left)?;
     let (mut layers, mut neurons) = (Vec::new(), Vec::new());
     for index in 0..of {
         let block = Block::load(source, index)?;
@@ -89,7 +94,7 @@ pub fn budget(
     };
     let widths = share_out(&layers, settings, file_bytes)?;
     let widths = layers.into_iter().map(|layer| layer.name).zip(widths).collect();
-    Ok(Budget { widths, neurons })
+    Ok(Budget { widths, neurons, outputs: sensitivities.outputs })
 }
 
 /// What the groups of a layer cost at each width.

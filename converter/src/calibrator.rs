@@ -7,7 +7,7 @@ use slim_formats::{
 use slim_kernels::RopeAngles;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
-use crate::{Activations, Engine, Resources, Result, Settings, layer::LayerInputs};
+use crate::{Activations, Engine, Result, Settings, layer::LayerInputs};
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
@@ -81,19 +81,19 @@ struct FloatStream {
 }
 
 impl<'a> Calibrator<'a> {
-    /// The embeddings of samples, which are equally long. Where the settings ask for it the float model runs along, so that stages
+    /// The embeddings of samples, which are equally long, in memory as for [`Activations::new`]. Where the settings ask for it the float model runs along, so that stages
     /// tell its activations, too.
     pub fn new(
         source: &'a dyn ModelSource,
         samples: &[Vec<u32>],
         settings: &Settings,
-        resources: &'a Resources,
+        engine: &'a Engine,
+        memory_left: &mut u64,
     ) -> Result<Self> {
         let config = source.config();
         let count = samples.len();
         let tokens = samples.first().map_or(0, Vec::len);
-        let mut memory_left = resources.activation_bytes;
-        let mut activations = |width| Activations::new(count, tokens, width, &mut memory_left);
+        let mut activations = |width| Activations::new(count, tokens, width, memory_left);
         let mut stream = || -> Result<Stream> {
             Ok(Stream {
                 residual: activations(config.hidden_size)?,
@@ -122,7 +122,6 @@ impl<'a> Calibrator<'a> {
             true => Some(activations(config.hidden_size)?),
             false => None,
         };
-        let engine = &resources.engine;
         let context = Context { config, backend: engine.backend(settings.precision()) };
         let angles = rope_angles(config, 0, tokens);
         Ok(Self { engine, context, angles, stream: ours, float, before })

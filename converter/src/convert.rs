@@ -22,6 +22,7 @@ use crate::{
     layer::{LayerInputs, quantize_layer, round_layer},
     neurons::Ffn,
     provenance,
+    rows::Targets,
 };
 
 /// Quantizes `source` and writes the SliM file `target`, which appears when all is done.
@@ -42,6 +43,7 @@ pub fn convert(
     }
     let contents = Contents::new(source, settings)?;
     let metadata = provenance::metadata(source, calibration, settings)?;
+    let mut memory_left = resources.float_bytes;
     let mut output = Output {
         writer: SlimWriter::create(target)?,
         source,
@@ -54,12 +56,15 @@ pub fn convert(
     };
     if settings.has_budget() {
         let contents = &output.contents;
-        output.budget = Some(budget(source, calibration, settings, contents, output.progress)?);
+        let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
+        output.budget =
+            Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
-            Some(Calibrator::new(source, &calibration.samples, settings, &resources)?)
+            let (samples, engine) = (&calibration.samples, &resources.engine);
+            Some(Calibrator::new(source, samples, settings, engine, &mut memory_left)?)
         }
     };
     let blocks = source.config().block_count;
@@ -136,11 +141,15 @@ impl Visitor for Output<'_> {
             self.keep(name, source)?;
             return Ok(Layer::Kept);
         }
+        let (rows, cols) = weight::shape(source);
+        let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
+        let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
+        let mut targets = Targets::new(weights, cols, outputs.as_ref())?;
+        drop(outputs);
         let mut bands = Vec::new();
         for (name, rows) in self.contents.layers_of(name) {
-            let weights = finite_rows(&name, source, rows)?;
             let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&name));
-            let layer = quantize_layer(&weights, inputs, self.settings, widths);
+            let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
             self.write(&name, &layer.packed, Some(layer.error))?;
             bands.push(layer.packed);
         }

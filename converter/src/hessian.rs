@@ -1,11 +1,13 @@
 //! The proxy Hessian of a layer's inputs, and its factor.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use slim_kernels::linalg::{self, Mat, Precision, Store, matmul};
 
 use crate::{Activations, Engine, Result};
 
-/// `(2 / samples) * sum x^T x` over the calibration inputs, `[n, n]`.
+/// `(2 / samples) * sum x^T x` over the calibration inputs, `[n, n]`; of outputs, see `rows.rs`.
 #[derive(Clone)]
 pub struct Hessian {
     n: usize,
@@ -19,6 +21,12 @@ pub struct Factor {
 }
 
 impl Hessian {
+    /// From its values, `[n, n]`.
+    pub fn new(values: Vec<f32>, n: usize) -> Self {
+        assert_eq!(values.len(), n * n);
+        Self { n, values }
+    }
+
     /// From the inputs of a layer.
     ///
     /// # Errors
@@ -29,7 +37,7 @@ impl Hessian {
         let scale = 2.0 / inputs.samples() as f32;
         values.iter_mut().for_each(|value| *value *= scale);
         linalg::mirror_upper(&mut values, n);
-        Ok(Self { n, values })
+        Ok(Self::new(values, n))
     }
 
     /// Adds `damping` to the diagonal.
@@ -114,6 +122,33 @@ impl Factor {
     /// `[n, n]`, row-major; zero below the diagonal.
     pub fn values(&self) -> &[f32] {
         &self.values
+    }
+
+    /// Rows and columns.
+    pub fn size(&self) -> usize {
+        self.n
+    }
+
+    /// `U_bb^-1 U_br` for the places `b` and all places `r` behind them, `[b.len(), r.len()]`: the share of an error in each
+    /// place that those behind make up for.
+    pub fn shares_behind(&self, b: Range<usize>) -> Vec<f32> {
+        let Self { n, values } = self;
+        let behind = n - b.end;
+        let row = |place: usize| &values[place * n..(place + 1) * n];
+        let mut shares = vec![0.0; b.len() * behind];
+        // From the last place to the first.
+        for (i, place) in b.clone().enumerate().rev() {
+            let (shares, done) = shares.split_at_mut((i + 1) * behind);
+            let share = &mut shares[i * behind..];
+            share.copy_from_slice(&row(place)[b.end..]);
+            for (other, done) in (place + 1..b.end).zip(done.chunks_exact(behind.max(1))) {
+                let u = row(place)[other];
+                share.iter_mut().zip(done).for_each(|(share, done)| *share -= u * done);
+            }
+            let u = row(place)[place];
+            share.iter_mut().for_each(|share| *share /= u);
+        }
+        shares
     }
 
     /// `m H^-1` for `m: [.., n]`, whose column `order[i]` is column `i` of the factor.

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, ops::Range};
 
 use rayon::prelude::*;
-use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut};
+use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS};
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
@@ -12,6 +12,7 @@ use crate::{
     coder::Coder,
     hessian::{Factor, Hessian},
     published::ABSOLUTE_DAMPING,
+    rows::Targets,
     salience::group_salience,
     sweep::{Curvature, SweptTile, difference, sweep},
     target::{Correction, Lack},
@@ -84,6 +85,14 @@ impl<'a> LayerInputs<'a> {
             extra_damping,
         })
     }
+
+    /// `weights: [rows, cols]` with what makes up for the difference to the inputs in the float model.
+    pub fn corrected(&self, weights: Vec<f32>) -> Vec<f32> {
+        match &self.correction {
+            Some(correction) => correction.apply(&weights),
+            None => weights,
+        }
+    }
 }
 
 /// Runs of columns that share scales, those with the largest inputs first: what is quantized first has the most columns left
@@ -106,32 +115,36 @@ pub const SLAB_ROWS: usize = 64 * TILE_ROWS;
 pub struct QuantizedLayer {
     /// As the file holds it.
     pub packed: PackedLayer,
-    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`, where `W` are the corrected weights.
+    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`, where `W` are the targets.
     pub error: f32,
 }
 
-/// Quantizes `weights: [rows, cols]` to a mean of `settings.bits`, on the inputs that the layer takes in.
+/// Quantizes some rows of a matrix to a mean of `settings.bits`, on the inputs that it takes in.
 ///
 /// # Panics
 /// If `cols` is not a multiple of 16.
 pub fn quantize_layer(
-    weights: &[f32],
+    targets: &mut Targets,
+    rows: Range<usize>,
     inputs: &LayerInputs<'_>,
     settings: &Settings,
     widths: Option<&Vec<BitWidth>>,
 ) -> QuantizedLayer {
-    let corrected = inputs.correction.as_ref().map(|correction| correction.apply(weights));
-    let weights = corrected.as_deref().unwrap_or(weights);
-    let quantizer = Quantizer::calibrated(weights, inputs, settings, widths);
+    let quantizer = Quantizer::calibrated(targets.rows(rows.clone()), inputs, settings, widths);
     let cols = quantizer.layout.cols();
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
+    let mut slots = packed.tiles_mut();
     let (mut error, mut total) = (0.0, 0.0);
-    for (slab, slots) in packed.tiles_mut().chunks_mut(SLAB_ROWS / TILE_ROWS).enumerate() {
-        let rows = quantizer.slab_rows(slab);
-        let weights = &weights[rows.start * cols..rows.end * cols];
-        let tiles = quantizer.sweep(weights, slots);
-        error += inputs.hessian.quadratic(&difference(weights, cols, &tiles));
-        total += inputs.hessian.quadratic(weights);
+    for slab in targets.slabs(rows.clone()) {
+        let weights = targets.of_tiles(&slab);
+        let swept = quantizer.sweep(&weights);
+        for (tile, swept) in slab.iter().zip(&swept) {
+            swept.store(&mut slots[tile - rows.start / TILE_ROWS]);
+        }
+        let errors = difference(&weights, cols, &swept);
+        error += inputs.hessian.quadratic(&errors);
+        total += inputs.hessian.quadratic(&weights);
+        targets.spread(&slab, &errors);
     }
     QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
 }
@@ -152,7 +165,8 @@ pub fn round_layer(
     let quantizer = Quantizer::rounding(rows, cols, settings);
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
     for (slab, slots) in packed.tiles_mut().chunks_mut(SLAB_ROWS / TILE_ROWS).enumerate() {
-        quantizer.sweep(&weights(quantizer.slab_rows(slab))?, slots);
+        let tiles = quantizer.sweep(&weights(quantizer.slab_rows(slab))?);
+        slots.par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
     }
     Ok(packed)
 }
@@ -205,11 +219,9 @@ impl<'a> Quantizer<'a> {
         first..self.layout.rows().min(first + SLAB_ROWS)
     }
 
-    /// Quantizes the rows in `weights` into their tiles.
-    fn sweep(&self, weights: &[f32], slots: &mut [TileMut<'_>]) -> Vec<SweptTile> {
-        let tiles = sweep(weights, &self.curvature, &self.layout, self.coder);
-        slots.par_iter_mut().zip(&tiles).for_each(|(slot, tile)| tile.store(slot));
-        tiles
+    /// Quantizes some rows.
+    fn sweep(&self, weights: &[f32]) -> Vec<SweptTile> {
+        sweep(weights, &self.curvature, &self.layout, self.coder)
     }
 }
 
@@ -249,7 +261,6 @@ pub(crate) fn sweep_layer(
     settings: &Settings,
 ) -> (LayerLayout, Vec<SweptTile>) {
     let quantizer = Quantizer::calibrated(weights, inputs, settings, None);
-    let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
-    let tiles = quantizer.sweep(weights, &mut packed.tiles_mut());
+    let tiles = quantizer.sweep(weights);
     (quantizer.layout, tiles)
 }

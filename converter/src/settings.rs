@@ -168,6 +168,7 @@ impl Settings {
 pub struct Resources {
     /// What computes the calibration.
     pub engine: Engine,
-    /// Bytes of activations to hold in memory; the rest goes to a temporary file. They do not decide the bytes of the result.
-    pub activation_bytes: u64,
+    /// Bytes of output Hessians and activations to hold in memory; the rest goes to temporary files. They do not decide the bytes
+    /// of the result.
+    pub float_bytes: u64,
 }

@@ -5,16 +5,18 @@ use std::borrow::Cow;
 use half::f16;
 use slim_formats::{
     Weight,
-    slim::{BitWidth, ScaleCoding},
+    slim::{Bands, BitWidth, ScaleCoding},
 };
 use slim_kernels::{linalg::Precision, weight};
 
 use crate::{
     Activations, Engine, Method, Settings,
+    backward::Linear,
     calibrator::Stage,
     coder::{Coder, RunScales},
     hessian::Hessian,
-    layer::{LayerInputs, layout, quantize_layer, round_layer, sweep_layer},
+    layer::{LayerInputs, QuantizedLayer, layout, quantize_layer, round_layer, sweep_layer},
+    rows::{OutputHessian, Targets},
     sweep::{Curvature, REFINEMENTS, SweptTile, sweep},
 };
 
@@ -68,6 +70,12 @@ fn activations() -> Activations {
     activations
 }
 
+/// A layer whose rows are on their own.
+fn quantized(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) -> QuantizedLayer {
+    let mut targets = Targets::new(weights.to_vec(), COLS, None).unwrap();
+    quantize_layer(&mut targets, 0..ROWS, inputs, settings, None)
+}
+
 fn dequantized(packed: &slim_formats::slim::PackedLayer) -> Vec<f32> {
     let mut out = vec![0.0; ROWS * COLS];
     weight::dequantize_rows(Weight::Packed(packed.view()), 0..ROWS, &mut out).unwrap();
@@ -84,7 +92,7 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
                 LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
                     .unwrap();
             let (_, tiles) = sweep_layer(&weights, &inputs, &settings);
-            let layer = quantize_layer(&weights, &inputs, &settings, None);
+            let layer = quantized(&weights, &inputs, &settings);
             let packed = dequantized(&layer.packed);
             for (row, values) in packed.chunks_exact(COLS).enumerate() {
                 for (col, value) in values.iter().enumerate() {
@@ -105,7 +113,7 @@ fn error_falls_with_bits_and_with_the_sweep() {
             let inputs =
                 LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
                     .unwrap();
-            quantize_layer(&weights, &inputs, &settings, None).error
+            quantized(&weights, &inputs, &settings).error
         };
         for bits in 2..=5 {
             assert!(error(bits, Method::Gptq) < error(bits, Method::RoundToNearest));
@@ -120,7 +128,7 @@ fn reported_error_is_that_of_the_layers_outputs() {
     let settings = settings(3, CODINGS[0], Method::Slim);
     let inputs =
         LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu).unwrap();
-    let layer = quantize_layer(&weights, &inputs, &settings, None);
+    let layer = quantized(&weights, &inputs, &settings);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
     for sample in 0..2 {
@@ -137,6 +145,47 @@ fn reported_error_is_that_of_the_layers_outputs() {
 }
 
 #[test]
+fn rows_that_make_up_for_each_other_cost_the_loss_less() {
+    let (weights, activations) = (noise(ROWS * COLS, 12), activations());
+    let hessian = Hessian::of(&activations, &Engine::Cpu, Precision::Fine).unwrap();
+    // Gradients at an output resemble those at the outputs far from it.
+    let mut dy = noise(500 * ROWS, 13);
+    dy.chunks_exact_mut(ROWS).for_each(|dy| (16..ROWS).for_each(|i| dy[i] += 2.0 * dy[i - 16]));
+    let outputs = || {
+        let mut outputs = OutputHessian::zeros(Linear::AttnV, ROWS, &mut (1 << 20)).unwrap();
+        outputs.as_mut().unwrap().add(&dy);
+        outputs
+    };
+    let cost = |quantized: &[f32]| -> f64 {
+        let errors: Vec<f32> = quantized.iter().zip(&weights).map(|(q, w)| q - w).collect();
+        let of_token = |dy: &[f32]| {
+            let col = |j: usize| dy.iter().zip(errors[j..].iter().step_by(COLS));
+            (0..COLS).map(|j| col(j).map(|(dy, e)| dy * e).sum()).collect::<Vec<f32>>()
+        };
+        let through: Vec<f32> = dy.chunks_exact(ROWS).flat_map(of_token).collect();
+        hessian.quadratic(&through)
+    };
+    for bits in [2, 4] {
+        let settings = settings(bits, CODINGS[0], Method::Slim);
+        let inputs =
+            LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
+                .unwrap();
+        let [alone, together] = [None, outputs()].map(|outputs| {
+            let mut targets = Targets::new(weights.clone(), COLS, outputs.as_ref()).unwrap();
+            // Two bands.
+            let quantize = |rows| quantize_layer(&mut targets, rows, &inputs, &settings, None);
+            let bands = [0..16, 16..ROWS].map(quantize);
+            let bands: Vec<_> = bands.into_iter().map(|band| band.packed).collect();
+            let mut out = vec![0.0; ROWS * COLS];
+            let weight = Weight::Bands(Bands::new(&bands));
+            weight::dequantize_rows(weight, 0..ROWS, &mut out).unwrap();
+            cost(&out)
+        });
+        assert!(together < 0.9 * alone, "{bits} bits: {together} for {alone}");
+    }
+}
+
+#[test]
 fn zero_layer_and_zero_inputs_give_zeros() {
     let zero_inputs = Activations::new(2, 96, COLS, &mut (1 << 20)).unwrap();
     for coding in CODINGS {
@@ -145,7 +194,7 @@ fn zero_layer_and_zero_inputs_give_zeros() {
             let inputs =
                 LayerInputs::new(Stage::new(activations, None, None), &settings, &Engine::Cpu)
                     .unwrap();
-            let layer = quantize_layer(&vec![0.0; ROWS * COLS], &inputs, &settings, None);
+            let layer = quantized(&vec![0.0; ROWS * COLS], &inputs, &settings);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
             assert_eq!(layer.error, 0.0);
         }
@@ -160,7 +209,7 @@ fn result_does_not_depend_on_the_number_of_threads() {
         let inputs =
             LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
                 .unwrap();
-        quantize_layer(&weights, &inputs, &settings, None).packed
+        quantized(&weights, &inputs, &settings).packed
     };
     let with_threads = |threads| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(quantize)

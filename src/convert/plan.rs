@@ -2,7 +2,9 @@
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
-use slim_converter::{Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target};
+use slim_converter::{
+    Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
+};
 use slim_formats::{
     ModelSource, Weight,
     slim::{LayerLayout, ScaleCoding},
@@ -35,10 +37,10 @@ pub struct Plan {
     pub source_bytes: u64,
     /// Type and bits per weight of the first linear layer whose weights the source has quantized already.
     quantized_source: Option<(String, f64)>,
-    /// Memory for the largest layer, without activations.
+    /// Memory for the largest layer, without what can be in temporary files.
     pub working_bytes: u64,
-    /// Activations of all calibration samples.
-    activation_bytes: u64,
+    /// Activations of all calibration samples, and output Hessians.
+    float_bytes: u64,
 }
 
 impl Plan {
@@ -52,7 +54,7 @@ impl Plan {
             source_bytes: source_bytes(source)?,
             quantized_source: quantized_source(source, &contents)?,
             working_bytes: 0,
-            activation_bytes: activation_bytes(source, settings),
+            float_bytes: float_bytes(source, settings),
             contents,
         };
         let working_bytes =
@@ -137,7 +139,7 @@ impl Plan {
         let linear = plural(self.contents.linear_matrices(), "linear layer");
         let blocks = plural(self.blocks, "block");
         let about = if self.has_even_widths() { "" } else { "about " };
-        let memory = size(self.working_bytes + self.activation_bytes);
+        let memory = size(self.working_bytes + self.float_bytes);
         let mut lines = vec![
             ("method", method.to_owned()),
             ("bits", format!("{per_code}, in groups of {group_size} columns")),
@@ -196,7 +198,7 @@ impl Plan {
             "bits_per_weight": bits_per_weight,
             "file_bytes": file_bytes,
             "is_exact": self.has_even_widths(),
-            "memory_bytes": self.working_bytes + self.activation_bytes,
+            "memory_bytes": self.working_bytes + self.float_bytes,
             "layers": self.contents.layers().map(layer).collect::<Json>(),
         })
     }
@@ -213,17 +215,19 @@ fn source_bytes(source: &dyn ModelSource) -> Result<u64> {
 }
 
 /// The residual stream, its norm, the attention outputs and the feed-forward activations of all samples, in f32; where the
-/// float model runs along, all of it again and the difference of the residual streams.
-fn activation_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
+/// float model runs along, all of it again and the difference of the residual streams. And the output Hessians.
+fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     let config = source.config();
     let stream = 2 * config.hidden_size + config.head_count * config.head_dim + config.ffn_size;
     let width = if settings.follows_float() { 2 * stream + config.hidden_size } else { stream };
-    match settings.method {
+    let activations = match settings.method {
         Method::RoundToNearest => 0,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
             4 * (settings.samples * settings.context * width) as u64
         }
-    }
+    };
+    let hessians = if settings.has_budget() { output_hessian_bytes(config) } else { 0 };
+    activations + hessians
 }
 
 /// The first linear layer whose weights are quantized already.

@@ -45,7 +45,7 @@ fn convert_to(source: &Path, settings: &Settings, target: &Path) {
     let tokenizer = Tokenizer::new(source.tokenizer()).unwrap();
     let text = &BUILT_IN_CALIBRATION[..100_000];
     let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
-    let resources = Resources { engine: Engine::Cpu, activation_bytes: 1 << 30 };
+    let resources = Resources { engine: Engine::Cpu, float_bytes: 1 << 30 };
     convert(&*source, &calibration, settings, resources, target, &mut |_| {}).unwrap();
 }
 

@@ -37,7 +37,7 @@ fn convert_to(source: &dyn ModelSource, settings: &Settings, file: &Path) -> u64
     let tokenizer = Tokenizer::new(source.tokenizer()).unwrap();
     let text = &BUILT_IN_CALIBRATION[..20_000];
     let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
-    let resources = Resources { engine: Engine::Cpu, activation_bytes: 1 << 30 };
+    let resources = Resources { engine: Engine::Cpu, float_bytes: 1 << 30 };
     let report = convert(source, &calibration, settings, resources, file, &mut |_| {}).unwrap();
     let bytes = std::fs::metadata(file).unwrap().len();
     assert_eq!(report.file_bytes, bytes);

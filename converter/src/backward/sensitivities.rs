@@ -1,21 +1,22 @@
 //! How much the loss minds errors in the weights of the linear layers.
 
-use std::ops::Range;
+use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
 use slim_formats::ModelSource;
 use slim_kernels::{linalg::Precision, weight};
 
 use super::{Backward, Gradient, Linear, Loss, block::add_up};
-use crate::{ConvertError, Result};
+use crate::{ConvertError, Result, rows::OutputHessian};
 
 /// Tokens that go through the model together.
 const BATCH_TOKENS: usize = 1024;
 
 /// How much the loss minds errors in the linear layers of all blocks.
-#[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivities {
     blocks: Vec<[Sensitivity; 7]>,
+    /// How errors at their outputs add up, by the names of their tensors, where rows are to make up for each other's errors.
+    pub outputs: HashMap<String, OutputHessian>,
     /// The loss: the mean negative log-likelihood of a drawn token, in nats.
     pub loss: f64,
 }
@@ -80,14 +81,19 @@ impl Sensitivity {
 }
 
 /// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
-/// loss [`Loss::Drawn`]. `samples`: equally long runs of tokens.
+/// loss [`Loss::Drawn`], and the output Hessians, in memory as for [`OutputHessian::zeros`]. `samples`: equally long runs of
+/// tokens.
 ///
 /// What the text has behind each token would do instead of what the model draws, but the model errs in some places by far, and these
 /// would outweigh all others (`docs/accuracy.md` has the effect).
 ///
 /// # Errors
 /// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens.
-pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<Sensitivities> {
+pub fn sensitivities(
+    source: &dyn ModelSource,
+    samples: &[Vec<u32>],
+    memory_left: &mut u64,
+) -> Result<Sensitivities> {
     let model = Backward::load(source, Precision::Coarse)?;
     let context = samples.first().map_or(0, Vec::len);
     if context == 0 {
@@ -99,6 +105,14 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
     }
     let zeros = |weight| Sensitivity::zeros(weight::shape(weight));
     let mut blocks: Vec<_> = model.blocks.iter().map(|b| b.weights().map(zeros)).collect();
+    let mut outputs = HashMap::new();
+    for (block, layers) in blocks.iter().enumerate() {
+        for (layer, of) in Linear::ALL.into_iter().zip(layers) {
+            if let Some(zeros) = OutputHessian::zeros(layer, of.outputs.len(), memory_left)? {
+                outputs.insert(layer.tensor_name(block), zeros);
+            }
+        }
+    }
     let mut loss = 0.0;
     let mut seed = 0;
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
@@ -106,6 +120,9 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
         loss += model.run(&sequences, &mut Loss::Drawn(seed), &mut |gradient| {
             if let Gradient::Linear { block, layer, x, dy } = gradient {
                 blocks[block][layer as usize].add(x, dy);
+                if let Some(hessian) = outputs.get_mut(&layer.tensor_name(block)) {
+                    hessian.add(dy);
+                }
             }
             Ok(())
         })?;
@@ -121,7 +138,7 @@ pub fn sensitivities(source: &dyn ModelSource, samples: &[Vec<u32>]) -> Result<S
         });
     }
     blocks.iter_mut().flatten().for_each(|layer| layer.divide(tokens));
-    Ok(Sensitivities { blocks, loss })
+    Ok(Sensitivities { blocks, outputs, loss })
 }
 
 /// Adds the squares of `values: [tokens, sum.len()]`, times the weights of their tokens.

@@ -401,13 +401,14 @@ fn divergence_from_itself_is_zero_with_zero_gradients() {
 }
 
 #[test]
-fn sensitivities_are_mean_squares_of_output_gradients_and_of_inputs_weighted_by_them() {
+fn sensitivities_are_what_their_definitions_say() {
     let source = open("mistral-swa");
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
-    let found = sensitivities(&*source, &samples).unwrap();
+    let found = sensitivities(&*source, &samples, &mut (1 << 30)).unwrap();
     let model = Backward::load(&*source, Precision::Coarse).unwrap();
     let of_layer = found.of(1, Linear::AttnK);
     let (mut input, mut gradients, mut output, mut loss, mut seed) = (0.0, 0.0, 0.0, 0.0, 0);
+    let mut product = 0.0;
     let square = |value: f32| f64::from(value) * f64::from(value);
     for sample in &samples {
         loss += model
@@ -419,6 +420,7 @@ fn sensitivities_are_mean_squares_of_output_gradients_and_of_inputs_weighted_by_
                         input += weight * square(x[5]);
                         gradients += weight;
                         output += square(dy[5]);
+                        product += f64::from(dy[3]) * f64::from(dy[5]);
                     }
                 }
                 Ok(())
@@ -432,6 +434,10 @@ fn sensitivities_are_mean_squares_of_output_gradients_and_of_inputs_weighted_by_
         assert!((found / expected - 1.0).abs() < 1e-4, "{found} for {expected}");
     }
     assert!((found.loss * 1200.0 / loss - 1.0).abs() < 1e-6);
+    let hessian = &found.outputs["blk.1.attn_k.weight"].sums[3 * of_layer.outputs.len()..];
+    let error = (f64::from(hessian[5]) - product).abs();
+    assert!(error < 0.01 * output, "{} for {product}, {output}", hessian[5]);
+    assert!(!found.outputs.contains_key("blk.1.ffn_up.weight"));
 }
 
 #[test]
@@ -440,9 +446,16 @@ fn sensitivities_do_not_depend_on_the_number_of_threads() {
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
     let with_threads = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| sensitivities(&*source, &samples).unwrap())
+        pool.install(|| sensitivities(&*source, &samples, &mut (1 << 30)).unwrap())
     };
-    assert_eq!(with_threads(1), with_threads(2));
+    let (one, two) = (with_threads(1), with_threads(2));
+    for (block, layer) in (0..2).flat_map(|block| Linear::ALL.map(|layer| (block, layer))) {
+        assert_eq!(one.of(block, layer), two.of(block, layer));
+        let name = layer.tensor_name(block);
+        let [one, two] =
+            [&one, &two].map(|found| found.outputs.get(&name).map(|s| s.sums.to_vec()));
+        assert_eq!(one, two);
+    }
 }
 
 #[test]
@@ -452,8 +465,8 @@ fn sequences_of_unequal_or_no_length_are_refused() {
     for sequences in [&[][..], &[&[][..]], &[&[1, 2], &[3][..]]] {
         assert!(model.run(sequences, &mut Loss::CrossEntropy, &mut |_| Ok(())).is_err());
     }
-    assert!(sensitivities(&*source, &[]).is_err());
-    assert!(sensitivities(&*source, &[vec![]]).is_err());
+    assert!(sensitivities(&*source, &[], &mut 0).is_err());
+    assert!(sensitivities(&*source, &[vec![]], &mut 0).is_err());
 }
 
 #[test]

@@ -1,0 +1,257 @@
+//! Errors of rows that the rows behind them make up for.
+//!
+//! The loss minds some directions of a layer's outputs more than others. Errors `E` of the weights cost it about `tr(S E H E^T)`:
+//! `H` is the Hessian of the inputs, `S` that of the outputs, the mean of `dy^T dy` over tokens whose gradients at the outputs are
+//! `dy`. When some rows have their errors `E_b`, the others cost least with `-S_rr^-1 S_rb E_b` added to their weights, whatever
+//! `H` is. So rows are rounded one tile after the other, and each leaves that to the tiles behind it, as the sweep does with
+//! columns.
+//!
+//! # Source
+//! The two-sided rounding of YAQA (arXiv:2505.22988), with rows in tiles.
+
+use std::ops::Range;
+
+use slim_formats::{ModelConfig, slim::TILE_ROWS};
+use slim_kernels::linalg::{self, Mat, Precision, Store};
+
+use crate::{
+    Result,
+    backward::Linear,
+    floats::Floats,
+    hessian::{Factor, Hessian},
+    layer::SLAB_ROWS,
+};
+
+/// Share of the mean diagonal that is added to `S`: it comes from far fewer tokens than `H`, and gradients have heavy tails.
+const DAMPING: f32 = 0.3;
+
+/// Rows that make up for each other's errors, at most: bounds what is kept of a layer until its turn comes.
+const REACH: usize = 1024;
+
+/// Layers whose rows make up for each other's errors. In the others, `ffn_gate` and `ffn_up`, which outputs hang together depends
+/// on the inputs, and a product of two matrices cannot say so.
+const LAYERS: [Linear; 5] =
+    [Linear::AttnQ, Linear::AttnK, Linear::AttnV, Linear::AttnOutput, Linear::FfnDown];
+
+/// `S` of a layer, for rows within reach of each other.
+pub struct OutputHessian {
+    rows: usize,
+    /// `[n, n]` for each `n` rows within reach of each other.
+    pub sums: Floats,
+}
+
+impl OutputHessian {
+    /// Zeros for a layer with `rows` outputs, in memory as for [`Floats::zeros`]; `None` if its rows are on their own.
+    ///
+    /// # Errors
+    /// As [`Floats::zeros`].
+    pub fn zeros(layer: Linear, rows: usize, memory_left: &mut u64) -> Result<Option<Self>> {
+        if !LAYERS.contains(&layer) {
+            return Ok(None);
+        }
+        Ok(Some(Self { rows, sums: Floats::zeros(value_count(rows), memory_left)? }))
+    }
+
+    /// Adds tokens with gradients `dy: [tokens, rows]`. No scale matters.
+    pub fn add(&mut self, dy: &[f32]) {
+        let tokens = dy.len() / self.rows;
+        let mut sums = &mut *self.sums;
+        for rows in within_reach(self.rows) {
+            let n = rows.len();
+            let dy = Mat::strided(&dy[rows.start..], tokens, n, self.rows);
+            let (sum, behind) = sums.split_at_mut(n * n);
+            linalg::matmul(Precision::Coarse, sum, n, Store::ADD, dy.transposed(), dy);
+            sums = behind;
+        }
+    }
+
+    fn factors(&self) -> Result<Vec<Factor>> {
+        let mut sums = &*self.sums;
+        let factor = |rows: Range<usize>| {
+            let (sum, behind) = sums.split_at(rows.len().pow(2));
+            sums = behind;
+            Ok(Hessian::new(sum.to_vec(), rows.len()).factor(DAMPING)?.0)
+        };
+        within_reach(self.rows).map(factor).collect()
+    }
+}
+
+/// What the output Hessians of a model take in memory.
+pub fn output_hessian_bytes(config: &ModelConfig) -> u64 {
+    let of = |layer| match layer {
+        Linear::AttnQ => config.head_count * config.head_dim,
+        Linear::AttnK | Linear::AttnV => config.kv_head_count * config.head_dim,
+        Linear::FfnGate | Linear::FfnUp => config.ffn_size,
+        Linear::AttnOutput | Linear::FfnDown => config.hidden_size,
+    };
+    let of_block: usize = LAYERS.into_iter().map(|layer| value_count(of(layer))).sum();
+    (config.block_count * of_block * size_of::<f32>()) as u64
+}
+
+/// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of whole tiles.
+fn reach(rows: usize) -> usize {
+    let parts = rows.div_ceil(REACH).max(1);
+    rows.div_ceil(parts).next_multiple_of(TILE_ROWS)
+}
+
+fn within_reach(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    let reach = reach(rows);
+    (0..rows).step_by(reach).map(move |first| first..rows.min(first + reach))
+}
+
+/// Values of an output Hessian.
+fn value_count(rows: usize) -> usize {
+    within_reach(rows).map(|rows| rows.len().pow(2)).sum()
+}
+
+/// The weights of a matrix as they are to be rounded by now.
+pub struct Targets {
+    /// `[rows, cols]`.
+    weights: Vec<f32>,
+    cols: usize,
+    /// Rows within reach of each other.
+    reach: usize,
+    /// Of `S`, for each such rows; none for rows that are on their own.
+    factors: Vec<Factor>,
+}
+
+impl Targets {
+    /// `weights: [rows, cols]`, with `S` if rows are to make up for each other's errors.
+    ///
+    /// # Errors
+    /// `Kernel` if `S` is not finite.
+    pub fn new(weights: Vec<f32>, cols: usize, outputs: Option<&OutputHessian>) -> Result<Self> {
+        let (reach, factors) = match outputs {
+            Some(outputs) => (reach(outputs.rows), outputs.factors()?),
+            None => (TILE_ROWS, Vec::new()),
+        };
+        Ok(Self { weights, cols, reach, factors })
+    }
+
+    /// Rows that have not been rounded.
+    pub fn rows(&self, rows: Range<usize>) -> &[f32] {
+        &self.weights[rows.start * self.cols..rows.end * self.cols]
+    }
+
+    /// The tiles that hold `rows`, in the order of rounding: each slab has tiles that are out of each other's reach.
+    pub fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Vec<usize>> + use<> {
+        let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
+        let reach = self.reach / TILE_ROWS;
+        (0..reach).flat_map(move |place| {
+            let tiles: Vec<usize> = tiles.clone().filter(|tile| tile % reach == place).collect();
+            tiles.chunks(SLAB_ROWS / TILE_ROWS).map(<[usize]>::to_vec).collect::<Vec<_>>()
+        })
+    }
+
+    /// The rows of some tiles, `[.., cols]`.
+    pub fn of_tiles(&self, tiles: &[usize]) -> Vec<f32> {
+        tiles.iter().flat_map(|&tile| self.rows(self.rows_of_tile(tile))).copied().collect()
+    }
+
+    /// Leaves the errors of tiles that have been rounded, target less result, `[.., cols]`, to the rows behind them.
+    pub fn spread(&mut self, tiles: &[usize], errors: &[f32]) {
+        if self.factors.is_empty() {
+            return;
+        }
+        let errors = errors.chunks(TILE_ROWS * self.cols);
+        tiles.iter().zip(errors).for_each(|(&tile, errors)| self.spread_tile(tile, errors));
+    }
+
+    /// With `S^-1 = U^T U`, the rows behind a tile `b` take `(U_bb^-1 U_br)^T` times its errors off their targets.
+    fn spread_tile(&mut self, tile: usize, errors: &[f32]) {
+        let Self { weights, cols, reach, factors } = self;
+        let rows = tile * TILE_ROWS;
+        let (part, first) = (rows / *reach, rows % *reach);
+        let factor = &factors[part];
+        let end = first + errors.len() / *cols;
+        let behind = factor.size() - end;
+        if behind == 0 {
+            return;
+        }
+        let shares = factor.shares_behind(first..end);
+        let shares = Mat::new(&shares, end - first, behind).transposed();
+        let errors = Mat::new(errors, end - first, *cols);
+        let behind = &mut weights[(part * *reach + end) * *cols..];
+        let store = Store { alpha: -1.0, add: true };
+        linalg::matmul(Precision::Fine, behind, *cols, store, shares, errors);
+    }
+
+    fn rows_of_tile(&self, tile: usize) -> Range<usize> {
+        let rows = self.weights.len() / self.cols;
+        tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::noise;
+
+    const COLS: usize = 16;
+
+    fn outputs(rows: usize) -> OutputHessian {
+        let mut outputs =
+            OutputHessian::zeros(Linear::FfnDown, rows, &mut (1 << 30)).unwrap().unwrap();
+        let mut dy = noise(200 * rows, 1);
+        (1..dy.len()).for_each(|i| dy[i] += 0.8 * dy[i - 1]);
+        outputs.add(&dy);
+        outputs
+    }
+
+    #[test]
+    fn rows_behind_a_tile_cost_least_with_what_it_leaves_them() {
+        const ROWS: usize = 40;
+        let outputs = outputs(ROWS);
+        let mut targets = Targets::new(vec![0.0; ROWS * COLS], COLS, Some(&outputs)).unwrap();
+        let mean = outputs.sums.iter().step_by(ROWS + 1).sum::<f32>() / ROWS as f32;
+        let damped = |i: usize, j: usize| {
+            outputs.sums[i * ROWS + j] + if i == j { DAMPING * mean } else { 0.0 }
+        };
+        let errors = noise(16 * COLS, 2);
+        targets.spread(&[0], &errors);
+        for col in 0..COLS {
+            let left: Vec<f32> = (0..ROWS)
+                .map(|i| match i {
+                    0..16 => -errors[i * COLS + col],
+                    _ => targets.weights[i * COLS + col],
+                })
+                .collect();
+            for i in 16..ROWS {
+                let slope: f32 = (0..ROWS).map(|j| damped(i, j) * left[j]).sum();
+                assert!(slope.abs() < 1e-4 * mean, "row {i}: {slope}");
+            }
+        }
+    }
+
+    #[test]
+    fn slabs_hold_every_tile_once_and_none_within_reach_of_another() {
+        for (rows, reach) in [(2100, 704), (1024, 1024), (1030, 528), (40, 48), (16, 16)] {
+            assert_eq!(super::reach(rows), reach);
+            let outputs = outputs(rows);
+            let mut targets = Targets::new(vec![0.0; rows * COLS], COLS, Some(&outputs)).unwrap();
+            let slabs: Vec<_> = targets.slabs(0..rows).collect();
+            let mut tiles = slabs.concat();
+            tiles.sort_unstable();
+            assert!(tiles.into_iter().eq(0..rows.div_ceil(TILE_ROWS)));
+            for slab in slabs {
+                targets.weights.fill(0.0);
+                let errors = vec![1.0; targets.of_tiles(&slab).len()];
+                targets.spread(&slab, &errors);
+                assert!(targets.of_tiles(&slab).iter().all(|&weight| weight == 0.0));
+                for &tile in &slab {
+                    let next = (tile + 1) * TILE_ROWS;
+                    if next < rows && !next.is_multiple_of(reach) {
+                        assert!(targets.weights[next * COLS] != 0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_on_their_own_come_in_whole_slabs() {
+        let targets = Targets::new(vec![0.0; (SLAB_ROWS + 40) * COLS], COLS, None).unwrap();
+        let slabs: Vec<_> = targets.slabs(32..SLAB_ROWS + 40).map(|slab| slab.len()).collect();
+        assert_eq!(slabs, [SLAB_ROWS / TILE_ROWS, 1]);
+    }
+}
