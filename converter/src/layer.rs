@@ -136,10 +136,12 @@ pub fn quantize_layer(
     let mut slots = packed.tiles_mut();
     let (mut error, mut total) = (0.0, 0.0);
     for slab in targets.slabs(rows.clone()) {
-        let weights = targets.of_tiles(&slab);
+        let weights: Vec<f32> =
+            slab.iter().flat_map(|block| targets.rows(block.clone())).copied().collect();
         let swept = quantizer.sweep(&weights);
-        for (tile, swept) in slab.iter().zip(&swept) {
-            swept.store(&mut slots[tile - rows.start / TILE_ROWS]);
+        let tiles = slab.iter().flat_map(|block| block.clone().step_by(TILE_ROWS));
+        for (row, swept) in tiles.zip(&swept) {
+            swept.store(&mut slots[(row - rows.start) / TILE_ROWS]);
         }
         let errors = difference(&weights, cols, &swept);
         error += inputs.hessian.quadratic(&errors);

@@ -3,11 +3,10 @@
 //! The loss minds some directions of a layer's outputs more than others. Errors `E` of the weights cost it about `tr(S E H E^T)`:
 //! `H` is the Hessian of the inputs, `S` that of the outputs, the mean of `dy^T dy` over tokens whose gradients at the outputs are
 //! `dy`. When some rows have their errors `E_b`, the others cost least with `-S_rr^-1 S_rb E_b` added to their weights, whatever
-//! `H` is. So rows are rounded one tile after the other, and each leaves that to the tiles behind it, as the sweep does with
-//! columns.
+//! `H` is. So rows are rounded a block after the other, and each leaves that to the rows behind it, as the sweep does with columns.
 //!
 //! # Source
-//! The two-sided rounding of YAQA (arXiv:2505.22988), with rows in tiles.
+//! The two-sided rounding of YAQA (arXiv:2505.22988), by blocks of rows.
 
 use std::ops::Range;
 
@@ -27,6 +26,10 @@ const DAMPING: f32 = 0.3;
 
 /// Rows that make up for each other's errors, at most: bounds what is kept of a layer until its turn comes.
 const REACH: usize = 1024;
+
+/// Rows that are rounded together, and so do not make up for each other's errors: of four times as many two thirds of the gain
+/// would be lost.
+const BLOCK_ROWS: usize = TILE_ROWS;
 
 /// Layers whose rows make up for each other's errors. In the others, `ffn_gate` and `ffn_up`, which outputs hang together depends
 /// on the inputs, and a product of two matrices cannot say so.
@@ -109,6 +112,8 @@ pub struct Targets {
     /// `[rows, cols]`.
     weights: Vec<f32>,
     cols: usize,
+    /// Rows that are rounded together.
+    block: usize,
     /// Rows within reach of each other.
     reach: usize,
     /// Of `S`, for each such rows; none for rows that are on their own.
@@ -121,11 +126,11 @@ impl Targets {
     /// # Errors
     /// `Kernel` if `S` is not finite.
     pub fn new(weights: Vec<f32>, cols: usize, outputs: Option<&OutputHessian>) -> Result<Self> {
-        let (reach, factors) = match outputs {
-            Some(outputs) => (reach(outputs.rows), outputs.factors()?),
-            None => (TILE_ROWS, Vec::new()),
+        let (block, reach, factors) = match outputs {
+            Some(outputs) => (BLOCK_ROWS, reach(outputs.rows), outputs.factors()?),
+            None => (SLAB_ROWS, weights.len() / cols, Vec::new()),
         };
-        Ok(Self { weights, cols, reach, factors })
+        Ok(Self { weights, cols, block, reach, factors })
     }
 
     /// Rows that have not been rounded.
@@ -133,52 +138,47 @@ impl Targets {
         &self.weights[rows.start * self.cols..rows.end * self.cols]
     }
 
-    /// The tiles that hold `rows`, in the order of rounding: each slab has tiles that are out of each other's reach.
-    pub fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Vec<usize>> + use<> {
-        let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
-        let reach = self.reach / TILE_ROWS;
-        (0..reach).flat_map(move |place| {
-            let tiles: Vec<usize> = tiles.clone().filter(|tile| tile % reach == place).collect();
-            tiles.chunks(SLAB_ROWS / TILE_ROWS).map(<[usize]>::to_vec).collect::<Vec<_>>()
-        })
+    /// `rows` in the order of rounding: each slab has one block at most of those within reach of each other.
+    pub fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Vec<Range<usize>>> + use<> {
+        let Self { block, reach, .. } = *self;
+        let slab = move |place: usize| -> Vec<Range<usize>> {
+            let blocks = (0..rows.end).step_by(reach).map(|first| {
+                let start = (first + place).max(rows.start);
+                start..(first + reach.min(place + block)).min(rows.end)
+            });
+            blocks.filter(|block| !block.is_empty()).collect()
+        };
+        (0..reach).step_by(block).map(slab).filter(|slab| !slab.is_empty())
     }
 
-    /// The rows of some tiles, `[.., cols]`.
-    pub fn of_tiles(&self, tiles: &[usize]) -> Vec<f32> {
-        tiles.iter().flat_map(|&tile| self.rows(self.rows_of_tile(tile))).copied().collect()
-    }
-
-    /// Leaves the errors of tiles that have been rounded, target less result, `[.., cols]`, to the rows behind them.
-    pub fn spread(&mut self, tiles: &[usize], errors: &[f32]) {
+    /// Leaves the errors of a slab that has been rounded, target less result, `[.., cols]`, to the rows behind it.
+    pub fn spread(&mut self, slab: &[Range<usize>], mut errors: &[f32]) {
         if self.factors.is_empty() {
             return;
         }
-        let errors = errors.chunks(TILE_ROWS * self.cols);
-        tiles.iter().zip(errors).for_each(|(&tile, errors)| self.spread_tile(tile, errors));
+        for rows in slab {
+            let (of_block, others) = errors.split_at(rows.len() * self.cols);
+            self.spread_block(rows, of_block);
+            errors = others;
+        }
     }
 
-    /// With `S^-1 = U^T U`, the rows behind a tile `b` take `(U_bb^-1 U_br)^T` times its errors off their targets.
-    fn spread_tile(&mut self, tile: usize, errors: &[f32]) {
-        let Self { weights, cols, reach, factors } = self;
-        let rows = tile * TILE_ROWS;
-        let (part, first) = (rows / *reach, rows % *reach);
+    /// With `S^-1 = U^T U`, the rows behind a block `b` take `(U_bb^-1 U_br)^T` times its errors off their targets.
+    fn spread_block(&mut self, rows: &Range<usize>, errors: &[f32]) {
+        let Self { weights, cols, reach, factors, .. } = self;
+        let part = rows.start / *reach;
         let factor = &factors[part];
-        let end = first + errors.len() / *cols;
-        let behind = factor.size() - end;
+        let block = rows.start - part * *reach..rows.end - part * *reach;
+        let behind = factor.size() - block.end;
         if behind == 0 {
             return;
         }
-        let shares = factor.shares_behind(first..end);
-        let shares = Mat::new(&shares, end - first, behind).transposed();
-        let errors = Mat::new(errors, end - first, *cols);
-        let behind = &mut weights[(part * *reach + end) * *cols..];
+        let shares = factor.shares_behind(block);
+        let shares = Mat::new(&shares, rows.len(), behind).transposed();
+        let errors = Mat::new(errors, rows.len(), *cols);
+        let behind = &mut weights[rows.end * *cols..];
         let store = Store { alpha: -1.0, add: true };
         linalg::matmul(Precision::Fine, behind, *cols, store, shares, errors);
-    }
-
-    fn rows_of_tile(&self, tile: usize) -> Range<usize> {
-        let rows = self.weights.len() / self.cols;
-        tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS)
     }
 }
 
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_behind_a_tile_cost_least_with_what_it_leaves_them() {
+    fn rows_behind_a_block_cost_least_with_what_it_leaves_them() {
         const ROWS: usize = 40;
         let outputs = outputs(ROWS);
         let mut targets = Targets::new(vec![0.0; ROWS * COLS], COLS, Some(&outputs)).unwrap();
@@ -208,7 +208,7 @@ mod tests {
             outputs.sums[i * ROWS + j] + if i == j { DAMPING * mean } else { 0.0 }
         };
         let errors = noise(16 * COLS, 2);
-        targets.spread(&[0], &errors);
+        targets.spread(std::slice::from_ref(&(0..16)), &errors);
         for col in 0..COLS {
             let left: Vec<f32> = (0..ROWS)
                 .map(|i| match i {
@@ -224,24 +224,26 @@ mod tests {
     }
 
     #[test]
-    fn slabs_hold_every_tile_once_and_none_within_reach_of_another() {
+    fn slabs_hold_every_row_once_and_none_within_reach_of_another() {
         for (rows, reach) in [(2100, 704), (1024, 1024), (1030, 528), (40, 48), (16, 16)] {
             assert_eq!(super::reach(rows), reach);
             let outputs = outputs(rows);
             let mut targets = Targets::new(vec![0.0; rows * COLS], COLS, Some(&outputs)).unwrap();
-            let slabs: Vec<_> = targets.slabs(0..rows).collect();
-            let mut tiles = slabs.concat();
-            tiles.sort_unstable();
-            assert!(tiles.into_iter().eq(0..rows.div_ceil(TILE_ROWS)));
+            // Two bands, which cut the rows within reach of each other.
+            let band = (rows / 3).next_multiple_of(TILE_ROWS);
+            let slabs: Vec<_> = targets.slabs(0..band).chain(targets.slabs(band..rows)).collect();
+            let mut all: Vec<usize> = slabs.iter().flatten().cloned().flatten().collect();
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..rows));
             for slab in slabs {
                 targets.weights.fill(0.0);
-                let errors = vec![1.0; targets.of_tiles(&slab).len()];
+                let errors = vec![1.0; slab.iter().map(|rows| rows.len() * COLS).sum()];
                 targets.spread(&slab, &errors);
-                assert!(targets.of_tiles(&slab).iter().all(|&weight| weight == 0.0));
-                for &tile in &slab {
-                    let next = (tile + 1) * TILE_ROWS;
-                    if next < rows && !next.is_multiple_of(reach) {
-                        assert!(targets.weights[next * COLS] != 0.0);
+                for block in slab {
+                    assert!(block.start.is_multiple_of(TILE_ROWS) && block.len() <= BLOCK_ROWS);
+                    assert!(targets.rows(block.clone()).iter().all(|&weight| weight == 0.0));
+                    if block.end < rows && !block.end.is_multiple_of(reach) {
+                        assert!(targets.weights[block.end * COLS] != 0.0);
                     }
                 }
             }
@@ -250,8 +252,9 @@ mod tests {
 
     #[test]
     fn rows_on_their_own_come_in_whole_slabs() {
-        let targets = Targets::new(vec![0.0; (SLAB_ROWS + 40) * COLS], COLS, None).unwrap();
-        let slabs: Vec<_> = targets.slabs(32..SLAB_ROWS + 40).map(|slab| slab.len()).collect();
-        assert_eq!(slabs, [SLAB_ROWS / TILE_ROWS, 1]);
+        let rows = SLAB_ROWS + 40;
+        let targets = Targets::new(vec![0.0; rows * COLS], COLS, None).unwrap();
+        let slabs: Vec<_> = targets.slabs(32..rows).flatten().collect();
+        assert_eq!(slabs, [32..SLAB_ROWS, SLAB_ROWS..rows]);
     }
 }

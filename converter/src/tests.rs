@@ -146,11 +146,12 @@ fn reported_error_is_that_of_the_layers_outputs() {
 
 #[test]
 fn rows_that_make_up_for_each_other_cost_the_loss_less() {
+    const ROWS: usize = 192;
     let (weights, activations) = (noise(ROWS * COLS, 12), activations());
     let hessian = Hessian::of(&activations, &Engine::Cpu, Precision::Fine).unwrap();
-    // Gradients at an output resemble those at the outputs far from it.
+    // Gradients at an output resemble those at the one 64 rows before it.
     let mut dy = noise(500 * ROWS, 13);
-    dy.chunks_exact_mut(ROWS).for_each(|dy| (16..ROWS).for_each(|i| dy[i] += 2.0 * dy[i - 16]));
+    dy.chunks_exact_mut(ROWS).for_each(|dy| (64..ROWS).for_each(|i| dy[i] += 2.0 * dy[i - 64]));
     let outputs = || {
         let mut outputs = OutputHessian::zeros(Linear::AttnV, ROWS, &mut (1 << 20)).unwrap();
         outputs.as_mut().unwrap().add(&dy);
@@ -174,7 +175,7 @@ fn rows_that_make_up_for_each_other_cost_the_loss_less() {
             let mut targets = Targets::new(weights.clone(), COLS, outputs.as_ref()).unwrap();
             // Two bands.
             let quantize = |rows| quantize_layer(&mut targets, rows, &inputs, &settings, None);
-            let bands = [0..16, 16..ROWS].map(quantize);
+            let bands = [0..48, 48..ROWS].map(quantize);
             let bands: Vec<_> = bands.into_iter().map(|band| band.packed).collect();
             let mut out = vec![0.0; ROWS * COLS];
             let weight = Weight::Bands(Bands::new(&bands));
