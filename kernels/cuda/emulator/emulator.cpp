@@ -26,15 +26,17 @@ constexpr unsigned WARP = 32;
 constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t SLOT_BYTES = 64;
 
-struct Warp {
-    unsigned arrived = 0, exchanges = 0;
-    // The last two exchanges: a fast lane may bring its next value before a slow one has read this one.
-    unsigned char slots[2][WARP][SLOT_BYTES];
-};
-
 // Where some threads of a block wait for each other.
 struct Barrier {
     unsigned arrived = 0, meetings = 0;
+
+    void meet_if_arrived(unsigned threads);
+};
+
+struct Warp {
+    Barrier barrier;
+    // The last two exchanges: a fast lane may bring its next value before a slow one has read this one.
+    unsigned char slots[2][WARP][SLOT_BYTES];
 };
 
 struct Block;
@@ -45,12 +47,12 @@ struct Fiber : Thread {
     jmp_buf state;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
     bool is_started = false, is_done;
-    // It waits for this counter to change.
-    const unsigned* counter;
+    // Where it has met last or waits, and the meetings there were before.
+    const Barrier* barrier;
     unsigned seen;
 
-    bool can_run() const { return !is_done && !(counter && *counter == seen); }
-    void wait_for_change(const unsigned& of_counter);
+    bool can_run() const { return !is_done && !(barrier && barrier->meetings == seen); }
+    void meet_at(Barrier& place, unsigned threads);
     void leave();
 };
 
@@ -63,14 +65,14 @@ struct Block {
     std::vector<unsigned char> shared;
     const std::function<void()>* kernel = nullptr;
     jmp_buf scheduler;
-    // Threads of this block, those that have not returned, and those of them that wait for all; how often all have met.
-    unsigned size = 0, alive = 0, arrived = 0, meetings = 0;
+    // Threads of this block, and those that have not returned.
+    unsigned size = 0, alive = 0;
+    // Number 0 is for all that have not.
     Barrier barriers[16];
 
     void run();
     bool run_warp(unsigned first);
     void resume(Fiber& fiber);
-    void meet_if_all_arrived();
 };
 
 // A fiber runs one thread after another: to start it anew for every thread would cost two system calls.
@@ -83,9 +85,18 @@ void enter_fiber() {
     }
 }
 
-void Fiber::wait_for_change(const unsigned& of_counter) {
-    counter = &of_counter;
-    leave();
+void Barrier::meet_if_arrived(unsigned threads) {
+    if (arrived == 0 || arrived < threads) return;
+    arrived = 0;
+    ++meetings;
+}
+
+void Fiber::meet_at(Barrier& place, unsigned threads) {
+    barrier = &place;
+    seen = place.meetings;
+    ++place.arrived;
+    place.meet_if_arrived(threads);
+    if (place.meetings == seen) leave();
 }
 
 void Fiber::leave() {
@@ -94,9 +105,8 @@ void Fiber::leave() {
 
 void Block::run() {
     alive = size;
-    arrived = 0;
     warps.resize((size + WARP - 1) / WARP);
-    for (Warp& warp : warps) warp.arrived = 0;
+    for (Warp& warp : warps) warp.barrier.arrived = 0;
     for (Barrier& barrier : barriers) barrier.arrived = 0;
     while (alive > 0) {
         bool has_run = false;
@@ -118,8 +128,7 @@ bool Block::run_warp(unsigned first) {
         has_run = true;
         resume(fiber);
         if (!fiber.is_done) continue;
-        --alive;
-        meet_if_all_arrived();
+        barriers[0].meet_if_arrived(--alive);
     }
     return has_run;
 }
@@ -136,12 +145,6 @@ void Block::resume(Fiber& fiber) {
     start.uc_link = nullptr;
     makecontext(&start, enter_fiber, 0);
     setcontext(&start);
-}
-
-void Block::meet_if_all_arrived() {
-    if (alive == 0 || arrived < alive) return;
-    arrived = 0;
-    ++meetings;
 }
 
 // A grid under way. Every thread that helps takes the next block that nobody has taken.
@@ -176,7 +179,7 @@ void Grid::run_block(uint64_t index) {
         fiber.grid_size = size;
         fiber.block = &block;
         fiber.is_done = false;
-        fiber.counter = nullptr;
+        fiber.barrier = nullptr;
     }
     block.run();
 }
@@ -244,41 +247,18 @@ void launch(uint3 grid_size, uint3 block_size, size_t shared_bytes, const std::f
     helpers.run(grid);
 }
 
-void synchronize_block() {
-    Fiber& fiber = self();
-    Block& block = *fiber.block;
-    fiber.seen = block.meetings;
-    ++block.arrived;
-    block.meet_if_all_arrived();
-    if (block.meetings == fiber.seen) fiber.wait_for_change(block.meetings);
-}
+void synchronize_block() { synchronize(0, self().block->alive); }
 
-void synchronize(unsigned barrier, unsigned threads) {
-    Fiber& fiber = self();
-    Barrier& at = fiber.block->barriers[barrier];
-    fiber.seen = at.meetings;
-    if (++at.arrived == threads) {
-        at.arrived = 0;
-        ++at.meetings;
-    } else {
-        fiber.wait_for_change(at.meetings);
-    }
-}
+void synchronize(unsigned barrier, unsigned threads) { self().meet_at(self().block->barriers[barrier], threads); }
 
 const unsigned char* exchange(const void* mine, size_t bytes) {
     Fiber& fiber = self();
     const uint3 at = fiber.thread_index, size = fiber.block_size;
     const unsigned index = at.x + size.x * (at.y + size.y * at.z);
     Warp& warp = fiber.block->warps[index / WARP];
-    auto& slots = warp.slots[warp.exchanges % 2];
+    auto& slots = warp.slots[warp.barrier.meetings % 2];
     if (bytes > 0) std::memcpy(slots[index % WARP], mine, bytes);
-    fiber.seen = warp.exchanges;
-    if (++warp.arrived == WARP) {
-        warp.arrived = 0;
-        ++warp.exchanges;
-    } else {
-        fiber.wait_for_change(warp.exchanges);
-    }
+    fiber.meet_at(warp.barrier, WARP);
     return &slots[0][0];
 }
 
