@@ -81,14 +81,15 @@ impl Sensitivity {
 }
 
 /// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
-/// loss [`Loss::Drawn`], and the output Hessians, in memory as for [`OutputHessian::zeros`]. `samples`: equally long runs of
-/// tokens.
+/// loss [`Loss::Drawn`], and the output Hessians: in memory, or in temporary files where they take more than `memory_left` bytes.
+/// `samples`: equally long runs of tokens.
 ///
 /// What the text has behind each token would do instead of what the model draws, but the model errs in some places by far, and these
 /// would outweigh all others (`docs/accuracy.md` has the effect).
 ///
 /// # Errors
-/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens.
+/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens;
+/// `Format` if a temporary file cannot be made.
 pub fn sensitivities(
     source: &dyn ModelSource,
     samples: &[Vec<u32>],
