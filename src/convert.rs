@@ -123,7 +123,10 @@ fn float_bytes(plan: &Plan, max_memory: u64) -> Result<u64> {
             let (found, needed) = (size(max_memory), size(plan.working_bytes));
             let message =
                 format!("`--max-memory`: found {found}, but the largest layer takes {needed}");
-            Err(advised(message, "activations go to a temporary file, a layer's weights do not"))
+            Err(advised(
+                message,
+                "activations and output Hessians go to temporary files, a layer's weights do not",
+            ))
         }
     }
 }

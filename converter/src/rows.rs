@@ -27,8 +27,8 @@ const DAMPING: f32 = 0.3;
 /// Rows that make up for each other's errors, at most: bounds what is kept of a layer until its turn comes.
 const REACH: usize = 1024;
 
-/// Rows that are rounded together, and so do not make up for each other's errors: of four times as many two thirds of the gain
-/// would be lost.
+/// Rows that are rounded together, and so do not make up for each other's errors: with four times as many about half of the gain
+/// is lost.
 const BLOCK_ROWS: usize = TILE_ROWS;
 
 /// Layers whose rows make up for each other's errors. In the others, `ffn_gate` and `ffn_up`, which outputs hang together depends
@@ -58,22 +58,18 @@ impl OutputHessian {
     /// Adds tokens with gradients `dy: [tokens, rows]`. No scale matters.
     pub fn add(&mut self, dy: &[f32]) {
         let tokens = dy.len() / self.rows;
-        let mut sums = &mut *self.sums;
         for rows in within_reach(self.rows) {
             let n = rows.len();
             let dy = Mat::strided(&dy[rows.start..], tokens, n, self.rows);
-            let (sum, behind) = sums.split_at_mut(n * n);
+            let sum = &mut self.sums[values_of(&rows, self.rows)];
             linalg::matmul(Precision::Coarse, sum, n, Store::ADD, dy.transposed(), dy);
-            sums = behind;
         }
     }
 
     fn factors(&self) -> Result<Vec<Factor>> {
-        let mut sums = &*self.sums;
-        let factor = |rows: Range<usize>| {
-            let (sum, behind) = sums.split_at(rows.len().pow(2));
-            sums = behind;
-            Ok(Hessian::new(sum.to_vec(), rows.len()).factor(DAMPING)?.0)
+        let factor = |part: Range<usize>| {
+            let sum = self.sums[values_of(&part, self.rows)].to_vec();
+            Ok(Hessian::new(sum, part.len()).factor(DAMPING)?.0)
         };
         within_reach(self.rows).map(factor).collect()
     }
@@ -100,6 +96,12 @@ fn reach(rows: usize) -> usize {
 fn within_reach(rows: usize) -> impl Iterator<Item = Range<usize>> {
     let reach = reach(rows);
     (0..rows).step_by(reach).map(move |first| first..rows.min(first + reach))
+}
+
+/// Where the values of one part of `rows` rows begin and end: all parts before it are squares of the same size.
+fn values_of(part: &Range<usize>, rows: usize) -> Range<usize> {
+    let first = part.start * reach(rows);
+    first..first + part.len().pow(2)
 }
 
 /// Values of an output Hessian.
