@@ -21,6 +21,11 @@ impl SplitMix64 {
         ((u128::from(self.next()) * u128::from(bound)) >> u64::BITS) as u64
     }
 
+    /// 64 bits, each as often 0 as 1.
+    pub fn bits(&mut self) -> u64 {
+        self.next()
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

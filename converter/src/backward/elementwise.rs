@@ -12,6 +12,20 @@ per_isa! {
 }
 
 per_isa! {
+    /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs of `signs`, lowest bit
+    /// first; gives their part of the entropy.
+    pub fn signed_roots(values: &mut [f32], signs: u64) -> f64 {
+        let mut entropy = 0.0;
+        for (bit, value) in values.iter_mut().enumerate() {
+            let root = exp(0.5 * *value);
+            entropy -= f64::from(root * root * *value);
+            *value = if signs >> bit & 1 == 0 { root } else { -root };
+        }
+        entropy
+    }
+}
+
+per_isa! {
     /// Turns log-probabilities into `(model's probability - teacher's) * share`.
     pub fn reverse_divergence(model: &mut [f32], teacher: &[f32], share: f32) {
         for (value, teacher) in model.iter_mut().zip(teacher) {

@@ -49,9 +49,9 @@ pub struct Backward<'a> {
 pub enum Loss<'t> {
     /// The negative log-likelihood of tokens 2 .. of each sequence, summed, in nats.
     CrossEntropy,
-    /// The same of a token drawn from the model's own distribution behind each position, by the random numbers of the
-    /// seeds from this one on. The squares of its gradients have the Fisher information for their mean.
-    Drawn(u64),
+    /// The entropy behind each position, summed, in nats. Its gradients are random instead, by the seeds from this one on: the
+    /// mean of their squares is the Fisher information, the curvature of KL(model || model with other weights).
+    Fisher(u64),
     /// The mean over all tokens of KL(teacher || model), in nats. Called with a range of the tokens of the batch, counted
     /// through its sequences, the teacher gives their logits or log-probabilities, `[range.len(), vocab]`.
     Divergence(&'t mut dyn FnMut(Range<usize>) -> Result<Vec<f32>>),
@@ -250,11 +250,11 @@ impl<'a> Backward<'a> {
             let mut logits = self.logits(&normed[piece.clone()])?;
             total += match loss {
                 Loss::CrossEntropy => {
-                    reverse_cross_entropy(&mut logits, vocab, |i, _| targets[tokens.start + i])
+                    reverse_cross_entropy(&mut logits, vocab, &targets[tokens.clone()])
                 }
-                Loss::Drawn(seed) => reverse_cross_entropy(&mut logits, vocab, |i, row| {
-                    Some(drawn(row, *seed + (tokens.start + i) as u64))
-                }),
+                Loss::Fisher(seed) => {
+                    reverse_fisher(&mut logits, vocab, *seed + tokens.start as u64)
+                }
                 Loss::Divergence(teacher) => {
                     let teacher = teacher(tokens.clone())?;
                     reverse_divergence(&mut logits, vocab, teacher, targets.len())
@@ -304,20 +304,16 @@ fn next_tokens(sequences: &[&[u32]]) -> Vec<Option<u32>> {
     targets
 }
 
-/// Turns logits `[m, vocab]` into gradients `softmax - one-hot`, for the token that `target` gives by row and
-/// log-probabilities; gives the loss.
-fn reverse_cross_entropy(
-    logits: &mut [f32],
-    vocab: usize,
-    target: impl Fn(usize, &[f32]) -> Option<u32> + Sync,
-) -> f64 {
-    let losses = logits.par_chunks_mut(vocab).enumerate().map(|(i, row)| {
-        log_softmax(row);
-        let Some(target) = target(i, row) else {
+/// Turns logits `[m, vocab]` into gradients `softmax - one-hot`, zero where there is no target; gives the loss.
+fn reverse_cross_entropy(logits: &mut [f32], vocab: usize, targets: &[Option<u32>]) -> f64 {
+    let rows = logits.par_chunks_mut(vocab).zip(targets);
+    let losses = rows.map(|(row, target)| {
+        let Some(target) = target else {
             row.fill(0.0);
             return 0.0;
         };
-        let target = target as usize;
+        let target = *target as usize;
+        log_softmax(row);
         let loss = -f64::from(row[target]);
         elementwise::exponentiate(row);
         row[target] -= 1.0;
@@ -326,15 +322,24 @@ fn reverse_cross_entropy(
     losses.collect::<Vec<f64>>().iter().sum()
 }
 
-/// A token by its probability, with the random number of `seed`.
-fn drawn(log_probabilities: &[f32], seed: u64) -> u32 {
-    let mut left = SplitMix64::new(seed).unit();
-    let found = log_probabilities.iter().position(|log| {
-        left -= f64::from(log.exp());
-        left < 0.0
+/// Turns logits `[m, vocab]` into random gradients whose covariance is that of `softmax - one-hot` for a token that the model
+/// draws, `diag(p) - p^T p`; gives the entropy.
+///
+/// With signs `e`, `g = sqrt(p) e - p sum(sqrt(p) e)`. Where the model is nearly certain, these are always small, where those of
+/// drawn tokens are mostly zero and rarely large: their squares come to their mean in far fewer tokens.
+fn reverse_fisher(logits: &mut [f32], vocab: usize, seed: u64) -> f64 {
+    let entropies = logits.par_chunks_mut(vocab).enumerate().map(|(i, row)| {
+        log_softmax(row);
+        let mut random = SplitMix64::new(seed + i as u64);
+        let signed = row
+            .chunks_mut(u64::BITS as usize)
+            .map(|values| elementwise::signed_roots(values, random.bits()));
+        let entropy = signed.sum();
+        let sum = row.iter().map(|&root| f64::from(root)).sum::<f64>() as f32;
+        row.iter_mut().for_each(|root| *root -= *root * *root * sum);
+        entropy
     });
-    // Rounding may leave something behind the last token.
-    found.unwrap_or(log_probabilities.len() - 1) as u32
+    entropies.collect::<Vec<f64>>().iter().sum()
 }
 
 /// Turns logits `[m, vocab]` into gradients `(softmax - teacher's softmax) / tokens`; gives these tokens' part of the loss.

@@ -17,8 +17,6 @@ pub struct Sensitivities {
     blocks: Vec<[Sensitivity; 7]>,
     /// How errors at their outputs add up, by the names of their tensors, where rows are to make up for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
-    /// The loss: the mean negative log-likelihood of a drawn token, in nats.
-    pub loss: f64,
 }
 
 /// How much it minds errors in the weights of a layer: about as much as their squares times both means, that of the weight's
@@ -81,11 +79,11 @@ impl Sensitivity {
 }
 
 /// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
-/// loss [`Loss::Drawn`], and the output Hessians: in memory, or in temporary files where they take more than `memory_left` bytes.
+/// loss [`Loss::Fisher`], and the output Hessians: in memory, or in temporary files where they take more than `memory_left` bytes.
 /// `samples`: equally long runs of tokens.
 ///
-/// What the text has behind each token would do instead of what the model draws, but the model errs in some places by far, and these
-/// would outweigh all others (`docs/accuracy.md` has the effect).
+/// The negative log-likelihood of what the text has behind each token would do, too, but the model errs in some places by far, and
+/// these would outweigh all others (`docs/accuracy.md` has the effect).
 ///
 /// # Errors
 /// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens;
@@ -114,11 +112,10 @@ pub fn sensitivities(
             }
         }
     }
-    let mut loss = 0.0;
-    let mut seed = 0;
+    let (mut entropy, mut seed) = (0.0, 0);
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
-        loss += model.run(&sequences, &mut Loss::Drawn(seed), &mut |gradient| {
+        entropy += model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
             if let Gradient::Linear { block, layer, x, dy } = gradient {
                 blocks[block][layer as usize].add(x, dy);
                 if let Some(hessian) = outputs.get_mut(&layer.tensor_name(block)) {
@@ -129,17 +126,16 @@ pub fn sensitivities(
         })?;
         seed += (batch.len() * context) as u64;
     }
-    let tokens = (samples.len() * context) as f64;
-    loss /= tokens;
-    if !loss.is_finite() {
+    if !entropy.is_finite() {
         return Err(ConvertError::InvalidSetting {
-            what: "loss of the model on the calibration samples",
-            found: loss.to_string(),
+            what: "entropy of the model on the calibration samples",
+            found: entropy.to_string(),
             expected: "a finite number".into(),
         });
     }
+    let tokens = (samples.len() * context) as f64;
     blocks.iter_mut().flatten().for_each(|layer| layer.divide(tokens));
-    Ok(Sensitivities { blocks, outputs, loss })
+    Ok(Sensitivities { blocks, outputs })
 }
 
 /// Adds the squares of `values: [tokens, sum.len()]`, times the weights of their tokens.
