@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use slim_formats::{ModelConfig, slim::TILE_ROWS};
+use slim_formats::{ModelConfig, slim::TILE_ROWS, tensor_dims};
 use slim_kernels::linalg::{self, Mat, Precision, Store};
 
 use crate::{
@@ -77,13 +77,8 @@ impl OutputHessian {
 
 /// What the output Hessians of a model take in memory.
 pub fn output_hessian_bytes(config: &ModelConfig) -> u64 {
-    let of = |layer| match layer {
-        Linear::AttnQ => config.head_count * config.head_dim,
-        Linear::AttnK | Linear::AttnV => config.kv_head_count * config.head_dim,
-        Linear::FfnGate | Linear::FfnUp => config.ffn_size,
-        Linear::AttnOutput | Linear::FfnDown => config.hidden_size,
-    };
-    let of_block: usize = LAYERS.into_iter().map(|layer| value_count(of(layer))).sum();
+    let rows = |layer: Linear| tensor_dims(&layer.tensor_name(0), config)[0];
+    let of_block: usize = LAYERS.into_iter().map(|layer| value_count(rows(layer))).sum();
     (config.block_count * of_block * size_of::<f32>()) as u64
 }
 

@@ -45,7 +45,7 @@ pub fn tensor_names(block_count: usize) -> impl Iterator<Item = (String, String)
 ///
 /// # Panics
 /// For a name that [`tensor_names`] does not give.
-pub(crate) fn dims(gguf_name: &str, config: &ModelConfig) -> Vec<usize> {
+pub fn tensor_dims(gguf_name: &str, config: &ModelConfig) -> Vec<usize> {
     let &ModelConfig { hidden_size, ffn_size, vocab_size, head_dim, .. } = config;
     let (queries, keys) = (config.head_count * head_dim, config.kv_head_count * head_dim);
     match gguf_name.rsplit('.').nth(1) {

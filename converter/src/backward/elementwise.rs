@@ -3,15 +3,6 @@
 use slim_kernels::{exp, per_isa};
 
 per_isa! {
-    /// Turns log-probabilities into probabilities.
-    pub fn exponentiate(values: &mut [f32]) {
-        for value in values {
-            *value = exp(*value);
-        }
-    }
-}
-
-per_isa! {
     /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs of `signs`, lowest bit
     /// first; gives their part of the entropy.
     pub fn signed_roots(values: &mut [f32], signs: u64) -> f64 {

@@ -47,8 +47,6 @@ pub struct Backward<'a> {
 
 /// What is differentiated.
 pub enum Loss<'t> {
-    /// The negative log-likelihood of tokens 2 .. of each sequence, summed, in nats.
-    CrossEntropy,
     /// The entropy behind each position, summed, in nats. Its gradients are random instead, by the seeds from this one on: the
     /// mean of their squares is the Fisher information, the curvature of KL(model || model with other weights).
     Fisher(u64),
@@ -182,7 +180,7 @@ impl<'a> Backward<'a> {
             self.release_pages();
         }
         let x = residuals.pop().expect("the output of the last block");
-        let (loss, mut dx) = self.reverse_output(&x, sequences, loss, visit)?;
+        let (loss, mut dx) = self.reverse_output(&x, loss, visit)?;
         drop(x);
         self.release_pages();
         for (index, x) in residuals.into_iter().enumerate().rev() {
@@ -235,29 +233,25 @@ impl<'a> Backward<'a> {
     fn reverse_output(
         &self,
         x: &[f32],
-        sequences: &[&[u32]],
         loss: &mut Loss<'_>,
         visit: &mut Visitor<'_>,
     ) -> Result<(f64, Vec<f32>)> {
         let ModelConfig { hidden_size: hidden, vocab_size: vocab, norm_epsilon, .. } = *self.config;
         let normed = self.normed(x);
-        let targets = next_tokens(sequences);
+        let count = x.len() / hidden;
         let mut d_normed = vec![0.0; x.len()];
         let mut total = 0.0;
-        for first in (0..targets.len()).step_by(LOGIT_TOKENS) {
-            let tokens = first..targets.len().min(first + LOGIT_TOKENS);
+        for first in (0..count).step_by(LOGIT_TOKENS) {
+            let tokens = first..count.min(first + LOGIT_TOKENS);
             let piece = tokens.start * hidden..tokens.end * hidden;
             let mut logits = self.logits(&normed[piece.clone()])?;
             total += match loss {
-                Loss::CrossEntropy => {
-                    reverse_cross_entropy(&mut logits, vocab, &targets[tokens.clone()])
-                }
                 Loss::Fisher(seed) => {
                     reverse_fisher(&mut logits, vocab, *seed + tokens.start as u64)
                 }
                 Loss::Divergence(teacher) => {
                     let teacher = teacher(tokens.clone())?;
-                    reverse_divergence(&mut logits, vocab, teacher, targets.len())
+                    reverse_divergence(&mut logits, vocab, teacher, count)
                 }
             };
             product::add(self.precision, &mut d_normed[piece], &logits, self.output)?;
@@ -292,34 +286,6 @@ pub fn dense(values: &[f32], rows: usize, cols: usize) -> Weight<'_> {
     assert_eq!(values.len(), rows * cols);
     let (dtype, bytes) = (DType::F32, bytemuck::cast_slice(values));
     Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })
-}
-
-/// What follows each token; nothing behind the last one of a sequence.
-fn next_tokens(sequences: &[&[u32]]) -> Vec<Option<u32>> {
-    let mut targets = Vec::new();
-    for sequence in sequences {
-        targets.extend(sequence.iter().skip(1).map(|&next| Some(next)));
-        targets.push(None);
-    }
-    targets
-}
-
-/// Turns logits `[m, vocab]` into gradients `softmax - one-hot`, zero where there is no target; gives the loss.
-fn reverse_cross_entropy(logits: &mut [f32], vocab: usize, targets: &[Option<u32>]) -> f64 {
-    let rows = logits.par_chunks_mut(vocab).zip(targets);
-    let losses = rows.map(|(row, target)| {
-        let Some(target) = target else {
-            row.fill(0.0);
-            return 0.0;
-        };
-        let target = *target as usize;
-        log_softmax(row);
-        let loss = -f64::from(row[target]);
-        elementwise::exponentiate(row);
-        row[target] -= 1.0;
-        loss
-    });
-    losses.collect::<Vec<f64>>().iter().sum()
 }
 
 /// Turns logits `[m, vocab]` into random gradients whose covariance is that of `softmax - one-hot` for a token that the model

@@ -2,8 +2,8 @@
 
 use std::{collections::HashMap, path::Path};
 
-use slim_formats::{ModelConfig, ModelSource, open_model};
-use slim_kernels::{Cpu, log_softmax, weight};
+use slim_formats::{ModelConfig, ModelSource, open_model, tensor_dims};
+use slim_kernels::{Cpu, weight};
 use slim_runtime::{Block, Model};
 
 use super::*;
@@ -45,43 +45,53 @@ fn perturbed(source: &dyn ModelSource) -> HashMap<String, Vec<f32>> {
 }
 
 fn model<'a>(config: &'a ModelConfig, tensors: &'a HashMap<String, Vec<f32>>) -> Backward<'a> {
-    let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-    let matrix = |name: &str, rows| dense(&tensors[name], rows, tensors[name].len() / rows);
+    let matrix = |name: &str| {
+        let dims = tensor_dims(name, config);
+        dense(&tensors[name], dims[0], dims[1])
+    };
     let block = |index| {
         let name = |part: &str| format!("blk.{index}.{part}.weight");
-        let kv_rows = config.kv_head_count * config.head_dim;
         Block {
             attn_norm: tensors[&name("attn_norm")].clone(),
-            attn_q: matrix(&name("attn_q"), config.head_count * config.head_dim),
-            attn_k: matrix(&name("attn_k"), kv_rows),
-            attn_v: matrix(&name("attn_v"), kv_rows),
-            attn_output: matrix(&name("attn_output"), hidden),
+            attn_q: matrix(&name("attn_q")),
+            attn_k: matrix(&name("attn_k")),
+            attn_v: matrix(&name("attn_v")),
+            attn_output: matrix(&name("attn_output")),
             ffn_norm: tensors[&name("ffn_norm")].clone(),
-            ffn_gate: matrix(&name("ffn_gate"), config.ffn_size),
-            ffn_up: matrix(&name("ffn_up"), config.ffn_size),
-            ffn_down: matrix(&name("ffn_down"), hidden),
+            ffn_gate: matrix(&name("ffn_gate")),
+            ffn_up: matrix(&name("ffn_up")),
+            ffn_down: matrix(&name("ffn_down")),
         }
     };
     let output = if config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
     Backward {
         precision: Precision::Fine,
         config,
-        embedding: matrix("token_embd.weight", vocab),
+        embedding: matrix("token_embd.weight"),
         blocks: (0..config.block_count).map(block).collect(),
         output_norm: tensors["output_norm.weight"].clone(),
-        output: matrix(output, vocab),
+        output: matrix(output),
         source: None,
     }
 }
 
-/// The loss and the gradients of all weights of the blocks and norms, by tensor name.
+/// Logits to diverge from.
+fn teacher(tokens: usize, config: &ModelConfig) -> Vec<f32> {
+    let logits = noise(tokens * config.vocab_size, 7);
+    logits.into_iter().map(|logit| 8.0 * logit).collect()
+}
+
+/// The divergence from a teacher's logits, and the gradients of all weights of the blocks and norms, by tensor name.
 fn gradients(
     model: &Backward<'_>,
     sequences: &[&[u32]],
-    loss: &mut Loss<'_>,
+    teacher: &[f32],
 ) -> (f64, HashMap<String, Vec<f64>>) {
+    let vocab = model.config.vocab_size;
+    let mut ask =
+        |range: Range<usize>| Ok(teacher[range.start * vocab..range.end * vocab].to_vec());
     let mut found = HashMap::new();
-    let loss = model.run(sequences, loss, &mut |gradient| {
+    let loss = model.run(sequences, &mut Loss::Divergence(&mut ask), &mut |gradient| {
         let (name, values) = match gradient {
             Gradient::Linear { block, layer, x, dy } => {
                 let (rows, cols) = weight::shape(model.blocks[block].weights()[layer as usize]);
@@ -126,14 +136,6 @@ impl<'a> Oracle<'a> {
             loss
         };
         (moved(STEP) - moved(-STEP)) / (2.0 * STEP)
-    }
-
-    fn cross_entropy(&self, sequences: &[&[u32]]) -> f64 {
-        let of = |sequence: &&[u32]| -> f64 {
-            let rows = self.log_probabilities(sequence);
-            rows.iter().zip(&sequence[1..]).map(|(row, &next)| -row[next as usize]).sum()
-        };
-        sequences.iter().map(of).sum()
     }
 
     fn divergence(&self, sequences: &[&[u32]], teacher: &[f32]) -> f64 {
@@ -264,28 +266,6 @@ fn largest_error(
 }
 
 #[test]
-fn loss_is_that_of_the_running_model() {
-    for name in MODELS {
-        let source = open(name);
-        let (a, b) = (tokens(40, 1), tokens(40, 2));
-        let running = Model::load(&*source, &Cpu).unwrap();
-        let mut expected = 0.0;
-        for sequence in [&a, &b] {
-            let hidden = running.forward(sequence, &mut running.new_cache(40).unwrap()).unwrap();
-            let mut logits = running.logits(&hidden).unwrap();
-            let rows = logits.chunks_exact_mut(running.config().vocab_size);
-            for (row, &next) in rows.zip(&sequence[1..]) {
-                log_softmax(row);
-                expected -= f64::from(row[next as usize]);
-            }
-        }
-        let model = Backward::load(&*source, Precision::Fine).unwrap();
-        let loss = model.run(&[&a, &b], &mut Loss::CrossEntropy, &mut |_| Ok(())).unwrap();
-        assert!((loss / expected - 1.0).abs() < 1e-6, "{name}: {loss} for {expected}");
-    }
-}
-
-#[test]
 fn hidden_states_are_those_of_the_running_model() {
     for name in MODELS {
         let source = open(name);
@@ -310,34 +290,16 @@ fn coarse_gradients_are_near_the_fine_ones() {
         let sequence = tokens(100, 11);
         let fine = model(source.config(), &tensors);
         let coarse = Backward { precision: Precision::Coarse, ..fine.clone() };
-        let (_, fine) = gradients(&fine, &[&sequence], &mut Loss::CrossEntropy);
-        let (_, coarse) = gradients(&coarse, &[&sequence], &mut Loss::CrossEntropy);
+        let teacher = teacher(100, source.config());
+        let (_, fine) = gradients(&fine, &[&sequence], &teacher);
+        let (_, coarse) = gradients(&coarse, &[&sequence], &teacher);
         for (tensor, fine) in &fine {
             let squares = |values: Vec<f64>| values.iter().map(|x| x * x).sum::<f64>();
             let errors = fine.iter().zip(&coarse[tensor]).map(|(fine, coarse)| coarse - fine);
             let error = (squares(errors.collect()) / squares(fine.clone())).sqrt();
             println!("{name} {tensor}: {error:.1e}");
-            assert!(error < 0.05, "{name} {tensor}: {error}");
+            assert!(error < 0.1, "{name} {tensor}: {error}");
         }
-    }
-}
-
-#[test]
-fn cross_entropy_gradients_are_finite_differences() {
-    for name in MODELS {
-        let source = open(name);
-        let tensors = perturbed(&*source);
-        let (a, b) = (tokens(24, 3), tokens(24, 4));
-        let sequences = [&a[..], &b[..]];
-        let model = model(source.config(), &tensors);
-        let (loss, found) = gradients(&model, &sequences, &mut Loss::CrossEntropy);
-        assert_eq!(found.len(), 9 * source.config().block_count + 1);
-        let mut oracle = Oracle::new(source.config(), &tensors);
-        let expected = oracle.cross_entropy(&sequences);
-        assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");
-        let error = largest_error(&mut oracle, &found, 3, |o| o.cross_entropy(&sequences));
-        println!("{name}: {error:.1e}");
-        assert!(error < 1e-3, "{name}: {error}");
     }
 }
 
@@ -348,13 +310,10 @@ fn divergence_gradients_are_finite_differences() {
         let (config, tensors) = (source.config(), perturbed(&*source));
         let (a, b) = (tokens(24, 5), tokens(24, 6));
         let sequences = [&a[..], &b[..]];
-        let mut teacher = noise(48 * config.vocab_size, 7);
-        teacher.iter_mut().for_each(|logit| *logit *= 8.0);
-        let vocab = config.vocab_size;
-        let mut ask =
-            |range: Range<usize>| Ok(teacher[range.start * vocab..range.end * vocab].to_vec());
+        let teacher = teacher(48, config);
         let model = model(config, &tensors);
-        let (loss, found) = gradients(&model, &sequences, &mut Loss::Divergence(&mut ask));
+        let (loss, found) = gradients(&model, &sequences, &teacher);
+        assert_eq!(found.len(), 9 * config.block_count + 1);
         let mut oracle = Oracle::new(config, &tensors);
         let expected = oracle.divergence(&sequences, &teacher);
         assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");
@@ -374,30 +333,35 @@ fn long_sequences_gradients_are_finite_differences() {
         let (a, b) = (tokens(150, 8), tokens(150, 9));
         let sequences = [&a[..], &b[..]];
         let model = model(&config, &tensors);
-        let (loss, found) = gradients(&model, &sequences, &mut Loss::CrossEntropy);
+        let teacher = teacher(300, &config);
+        let (loss, found) = gradients(&model, &sequences, &teacher);
         let mut oracle = Oracle::new(&config, &tensors);
-        let expected = oracle.cross_entropy(&sequences);
+        let expected = oracle.divergence(&sequences, &teacher);
         assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");
         let first_block = found.into_iter().filter(|(name, _)| name.starts_with("blk.0.attn_"));
         let first_block = first_block.collect();
-        let error = largest_error(&mut oracle, &first_block, 1, |o| o.cross_entropy(&sequences));
+        let error =
+            largest_error(&mut oracle, &first_block, 1, |o| o.divergence(&sequences, &teacher));
         println!("{name} {window:?}: {error:.1e}");
         assert!(error < 1e-3, "{name}: {error}");
     }
 }
 
 #[test]
-fn divergence_from_itself_is_zero_with_zero_gradients() {
-    let source = open("llama");
-    let running = Model::load(&*source, &Cpu).unwrap();
-    let (vocab, sequence) = (source.config().vocab_size, tokens(30, 10));
-    let hidden = running.forward(&sequence, &mut running.new_cache(30).unwrap()).unwrap();
-    let logits = running.logits(&hidden).unwrap();
-    let mut ask = |range: Range<usize>| Ok(logits[range.start * vocab..range.end * vocab].to_vec());
-    let model = Backward::load(&*source, Precision::Fine).unwrap();
-    let (loss, found) = gradients(&model, &[&sequence], &mut Loss::Divergence(&mut ask));
-    assert!(loss.abs() < 1e-6, "{loss}");
-    assert!(found.values().flatten().all(|value| value.abs() < 1e-6));
+fn divergence_from_the_running_model_is_zero_with_zero_gradients() {
+    for name in MODELS {
+        let source = open(name);
+        let (a, b) = (tokens(40, 1), tokens(40, 2));
+        let running = Model::load(&*source, &Cpu).unwrap();
+        let logits = [&a, &b].map(|sequence| {
+            let mut cache = running.new_cache(sequence.len()).unwrap();
+            running.logits(&running.forward(sequence, &mut cache).unwrap()).unwrap()
+        });
+        let model = Backward::load(&*source, Precision::Fine).unwrap();
+        let (loss, found) = gradients(&model, &[&a, &b], &logits.concat());
+        assert!(loss.abs() < 1e-6, "{name}: {loss}");
+        assert!(found.values().flatten().all(|value| value.abs() < 1e-6), "{name}");
+    }
 }
 
 #[test]
@@ -461,7 +425,7 @@ fn sequences_of_unequal_or_no_length_are_refused() {
     let source = open("llama");
     let model = Backward::load(&*source, Precision::Fine).unwrap();
     for sequences in [&[][..], &[&[][..]], &[&[1, 2], &[3][..]]] {
-        assert!(model.run(sequences, &mut Loss::CrossEntropy, &mut |_| Ok(())).is_err());
+        assert!(model.run(sequences, &mut Loss::Fisher(0), &mut |_| Ok(())).is_err());
     }
     assert!(sensitivities(&*source, &[], &mut 0).is_err());
     assert!(sensitivities(&*source, &[vec![]], &mut 0).is_err());

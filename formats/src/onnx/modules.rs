@@ -34,7 +34,7 @@ impl Modules {
     pub fn new(config: &ModelConfig) -> Self {
         let block_count = config.block_count;
         let slots: Vec<Slot> = names::tensor_names(block_count)
-            .map(|(hf_name, name)| Slot { dims: names::dims(&name, config), name, hf_name })
+            .map(|(hf_name, name)| Slot { dims: names::tensor_dims(&name, config), name, hf_name })
             .collect();
         let mut by_path: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, slot) in slots.iter().enumerate() {
