@@ -5,10 +5,11 @@ use slim_runtime::{SplitMix64, Tokenizer};
 
 use crate::{ConvertError, Result, Settings};
 
-/// The text that is used when the caller gives none: three quarters encyclopedia, a tenth novel, the rest code and notes
+/// The text that is used when the caller gives none: six sevenths encyclopedia, the rest a novel, code and notes
 /// (`data/README.md`).
 pub const BUILT_IN_CALIBRATION: &str = concat!(
     include_str!("../data/wikitext-2-valid.txt"),
+    include_str!("../data/articles.txt"),
     include_str!("../data/alice.txt"),
     include_str!("../data/repository.txt"),
 );

@@ -13,20 +13,16 @@ impl SplitMix64 {
     /// Evenly spread over 0 to 1, without 1.
     pub fn unit(&mut self) -> f64 {
         const MANTISSA_BITS: u32 = f64::MANTISSA_DIGITS;
-        (self.next() >> (u64::BITS - MANTISSA_BITS)) as f64 / (1u64 << MANTISSA_BITS) as f64
+        (self.bits() >> (u64::BITS - MANTISSA_BITS)) as f64 / (1u64 << MANTISSA_BITS) as f64
     }
 
     /// Below `bound`; evenly, up to `bound / 2^64`.
     pub fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> u64::BITS) as u64
+        ((u128::from(self.bits()) * u128::from(bound)) >> u64::BITS) as u64
     }
 
     /// 64 bits, each as often 0 as 1.
     pub fn bits(&mut self) -> u64 {
-        self.next()
-    }
-
-    fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -41,7 +37,7 @@ mod tests {
     #[test]
     fn numbers_are_those_of_the_reference_implementation() {
         let mut random = SplitMix64::new(1_234_567);
-        let first: Vec<u64> = (0..3).map(|_| random.next()).collect();
+        let first: Vec<u64> = (0..3).map(|_| random.bits()).collect();
         let expected =
             [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
         assert_eq!(first, expected);
