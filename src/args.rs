@@ -94,8 +94,9 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]
     pub reference: bool,
 
-    /// Bits of the embedding and the output layer; 16 keeps them as f16 [default: 6; 16 with --reference]
-    #[arg(long, value_name = "BITS", value_parser = one_of(["4", "5", "6", "8", "16"]))]
+    /// Mean bits of the embedding and the output layer; 16 keeps them as f16 [default: 4, with --target-size what is best; 6 with
+    /// methods gptq and rtn, 16 with --reference]
+    #[arg(long, value_name = "BITS", value_parser = one_of(["2", "3", "4", "5", "6", "8", "16"]))]
     pub embed_bits: Option<usize>,
 
     /// Text to calibrate on [default: a built-in one]

@@ -105,7 +105,7 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
         coding,
         method: args.method,
         reference: args.reference,
-        embed_bits: args.embed_bits.unwrap_or(if args.reference { 16 } else { 6 }) as u8,
+        embed_bits: embed_bits(args),
         samples: args.samples,
         context: args.context,
         seed: args.seed,
@@ -113,6 +113,17 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
     };
     settings.validate()?;
     Ok(settings)
+}
+
+/// The resolved bits of embedding and output layer.
+fn embed_bits(args: &ConvertArgs) -> Option<u8> {
+    let default = match args.method {
+        _ if args.reference => Some(16),
+        Method::Gptq | Method::RoundToNearest => Some(6),
+        Method::Slim | Method::SlimPlus if args.target_size.is_some() => None,
+        Method::Slim | Method::SlimPlus => Some(4),
+    };
+    args.embed_bits.map(|bits| bits as u8).or(default)
 }
 
 /// Leaves to activations and output Hessians what the rest of the work does not take.

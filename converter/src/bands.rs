@@ -1,8 +1,8 @@
 //! Which rows of a matrix share the bit-widths of its groups.
 //!
-//! The loss minds some heads and some neurons far more than others. So `attn_q` comes in bands of heads, and `ffn_gate` and `ffn_up`,
-//! whose neurons are sorted by what the loss minds about them (`neurons.rs`), in bands of neurons (`docs/accuracy.md` has the
-//! effect).
+//! The loss minds some heads, some neurons and some tokens far more than others. So `attn_q` comes in bands of heads, `ffn_gate` and
+//! `ffn_up`, whose neurons are sorted by what the loss minds about them (`neurons.rs`), in bands of neurons, and the embedding and
+//! the output layer in bands of tokens (`docs/accuracy.md` has the effect).
 
 use slim_formats::{
     ModelConfig,
@@ -21,6 +21,16 @@ pub fn bands(layer: Linear, config: &ModelConfig) -> Option<Vec<usize>> {
         Linear::FfnGate | Linear::FfnUp => of_neurons(config.ffn_size),
         Linear::AttnK | Linear::AttnV | Linear::AttnOutput | Linear::FfnDown => return None,
     };
+    several(bands)
+}
+
+/// The rows of each band of the embedding and of the output layer: halves, the first of which is cut again and again. The ids of
+/// tokens rise as they get rarer: byte-pair encoders number them in the order in which they were merged.
+pub fn of_tokens(vocab: usize) -> Option<Vec<usize>> {
+    several(in_shares(vocab, &[64, 64, 32, 16, 8, 4]))
+}
+
+fn several(bands: Vec<usize>) -> Option<Vec<usize>> {
     (bands.len() > 1).then_some(bands)
 }
 
@@ -33,17 +43,22 @@ fn of_heads(heads: usize, head_dim: usize) -> Vec<usize> {
     (0..heads).step_by(of_band).map(|first| of_band.min(heads - first) * head_dim).collect()
 }
 
-/// Two twelfths and five sixths. Of a small network that has not as many tiles, some are missing.
+/// Two twelfths and five sixths.
 fn of_neurons(neurons: usize) -> Vec<usize> {
-    const SHARES: [usize; 6] = [12, 12, 6, 6, 6, 6];
-    let unit = if neurons < 12 * BLOCK_ROWS { TILE_ROWS } else { BLOCK_ROWS };
-    let mut left = neurons;
+    in_shares(neurons, &[12, 12, 6, 6, 6, 6])
+}
+
+/// One in so many rows for each of `shares`, the first of which is the smallest band, and a last band. Of a small matrix that has
+/// not as many tiles, some are missing.
+fn in_shares(rows: usize, shares: &[usize]) -> Vec<usize> {
+    let unit = if rows < shares[0] * BLOCK_ROWS { TILE_ROWS } else { BLOCK_ROWS };
+    let mut left = rows;
     let mut take = |rows: usize| {
         let rows = rows.next_multiple_of(unit).min(left);
         left -= rows;
         rows
     };
-    let mut bands: Vec<usize> = SHARES.iter().map(|share| take(neurons / share)).collect();
+    let mut bands: Vec<usize> = shares.iter().map(|share| take(rows / share)).collect();
     bands.push(left);
     bands.retain(|&rows| rows > 0);
     bands
@@ -62,6 +77,17 @@ mod tests {
         assert_eq!(of_neurons(8), [8]);
         for neurons in 1..2000 {
             check(&of_neurons(neurons), neurons);
+        }
+    }
+
+    #[test]
+    fn bands_of_tokens_hold_every_token_once_and_whole_tiles() {
+        let bands = of_tokens(49152).unwrap();
+        assert_eq!(bands, [768, 768, 1536, 3072, 6144, 12288, 24576]);
+        assert_eq!(of_tokens(320).unwrap(), [16, 16, 16, 32, 48, 80, 112]);
+        assert_eq!(of_tokens(16), None);
+        for tokens in 17..2000 {
+            check(&of_tokens(tokens).unwrap(), tokens);
         }
     }
 

@@ -1,14 +1,15 @@
-//! One budget of bits for the whole model: the widths of all groups of all layers, by what an error costs the loss.
+//! One budget of bits for the whole model: the widths of all groups of all layers, by what an error costs the loss. Embedding and
+//! output layer have a budget of their own, unless the size of the file is the target.
 //!
 //! What a group costs at a width is predicted by the fit of its scales: the squared error of each weight, times the mean square
 //! of its input, weighted by token, and the mean squared gradient of the loss at its output (`backward`). Widths are then shared
 //! out so that no bit would be worth more elsewhere.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
 use slim_formats::{
-    ModelSource,
+    EMBEDDING, ModelSource, OUTPUT, Weight,
     slim::{BitWidth, TILE_ROWS},
 };
 use slim_runtime::Block;
@@ -16,17 +17,20 @@ use slim_runtime::Block;
 use crate::{
     Calibration, Contents, Progress, Result, Settings, Target,
     allocate::group_columns,
-    backward::{Linear, Sensitivity, sensitivities},
+    backward::{Linear, Sensitivities, Sensitivity, Vocabulary, sensitivities},
     convert::finite_rows,
     fit::fit_error,
     lanes::gather,
-    layer::layout,
+    layer::{SLAB_ROWS, layout},
     neurons::Ffn,
     rows::OutputHessian,
 };
 
 /// Tokens that sensitivities are measured on: such means settle long before a Hessian does.
 const SENSITIVITY_TOKENS: usize = 1 << 15;
+
+/// Bits that a code can have.
+const MOST_BITS: usize = 8;
 
 /// What is decided about a model before its first layer is quantized.
 pub struct Budget {
@@ -36,6 +40,8 @@ pub struct Budget {
     pub neurons: Vec<Vec<usize>>,
     /// By the names of the matrices whose rows are to make up for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
+    /// The Hessians of the embedding and the output layer, by name.
+    pub vocabulary: HashMap<&'static str, Vocabulary>,
 }
 
 /// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in memory as for
@@ -78,23 +84,71 @@ pub fn budget(
         };
         for (layer, found) in Linear::ALL.into_iter().zip(block.weights()) {
             let (matrix, sensitivity) = (layer.tensor_name(index), sensitivities.of(index, layer));
-            for (name, rows) in contents.layers_of(&matrix) {
-                let weights = finite_rows(&matrix, found, rows.clone())?;
-                let sensitivity = sensitivity.of_rows(rows);
-                layers.push(LayerCosts::new(name, &weights, &sensitivity, settings));
-            }
+            layers.extend(matrix_costs(&matrix, found, sensitivity, contents, settings)?);
         }
         source.release_pages();
         progress(Progress::Survey { done: index + 1, of });
     }
+    let vocabulary = vocabulary_costs(source, &sensitivities, contents, settings)?;
+    let of_vocabulary = match settings.embed_bits {
+        Some(_) => even_budget(vocabulary, &settings.for_embedding()),
+        None => {
+            layers.extend(vocabulary);
+            Vec::new()
+        }
+    };
     let file_bytes = |widths: &[Vec<BitWidth>]| {
+        let of_vocabulary = of_vocabulary.iter().map(|(name, widths)| (name.as_str(), widths));
         let names = layers.iter().map(|layer| layer.name.as_str());
-        let widths: HashMap<_, _> = names.zip(widths.iter().map(Vec::as_slice)).collect();
-        contents.file_bytes_with(|name| widths.get(name).copied())
+        let widths: HashMap<_, _> = names.zip(widths).chain(of_vocabulary).collect();
+        contents.file_bytes_with(|name| widths.get(name).map(|widths| widths.as_slice()))
     };
     let widths = share_out(&layers, settings, file_bytes)?;
-    let widths = layers.into_iter().map(|layer| layer.name).zip(widths).collect();
-    Ok(Budget { widths, neurons, outputs: sensitivities.outputs })
+    let names = layers.into_iter().map(|layer| layer.name);
+    let widths = names.zip(widths).chain(of_vocabulary).collect();
+    let Sensitivities { outputs, vocabulary, .. } = sensitivities;
+    Ok(Budget { widths, neurons, outputs, vocabulary })
+}
+
+/// The costs of the embedding and the output layer.
+fn vocabulary_costs(
+    source: &dyn ModelSource,
+    sensitivities: &Sensitivities,
+    contents: &Contents,
+    settings: &Settings,
+) -> Result<Vec<LayerCosts>> {
+    let settings = settings.for_embedding();
+    let mut layers = Vec::new();
+    for name in [EMBEDDING, OUTPUT] {
+        let Some(vocabulary) = sensitivities.vocabulary.get(name) else { continue };
+        let (found, sensitivity) = (source.require(name)?, &vocabulary.sensitivity);
+        layers.extend(matrix_costs(name, found, sensitivity, contents, &settings)?);
+        source.release_pages();
+    }
+    Ok(layers)
+}
+
+/// The widths of layers that have a budget of their own: what they would take at the width of the settings.
+fn even_budget(layers: Vec<LayerCosts>, settings: &Settings) -> Vec<(String, Vec<BitWidth>)> {
+    let widths = by_layer(&layers, &best(&layers, even_bits(&layers, settings)));
+    layers.into_iter().map(|layer| layer.name).zip(widths).collect()
+}
+
+/// The costs of each layer that the matrix `name` becomes.
+fn matrix_costs(
+    name: &str,
+    found: Weight<'_>,
+    sensitivity: &Sensitivity,
+    contents: &Contents,
+    settings: &Settings,
+) -> Result<Vec<LayerCosts>> {
+    let costs = |(band, rows): (String, Range<usize>)| {
+        let sensitivity = sensitivity.of_rows(rows.clone());
+        LayerCosts::new(band, &sensitivity, settings, |slab| {
+            finite_rows(name, found, rows.start + slab.start..rows.start + slab.end)
+        })
+    };
+    contents.layers_of(name).into_iter().map(costs).collect()
 }
 
 /// What the groups of a layer cost at each width.
@@ -118,52 +172,73 @@ struct Choice {
 }
 
 impl LayerCosts {
-    /// The costs of `weights: [rows, cols]`.
-    fn new(name: String, weights: &[f32], sensitivity: &Sensitivity, settings: &Settings) -> Self {
-        let cols = sensitivity.inputs.len();
-        let groups = choices(weights, sensitivity, settings);
+    /// The costs of a layer that `sensitivity` is of; `weights` gives some of its rows, `[.., cols]`.
+    fn new(
+        name: String,
+        sensitivity: &Sensitivity,
+        settings: &Settings,
+        weights: impl Fn(Range<usize>) -> Result<Vec<f32>>,
+    ) -> Result<Self> {
+        let (rows, cols) = (sensitivity.outputs.len(), sensitivity.inputs.len());
+        let groups = group_columns(cols, settings.group_size);
+        let mut losses = vec![vec![0.0; MOST_BITS]; groups.len()];
+        for first in (0..rows).step_by(SLAB_ROWS) {
+            let slab = first..rows.min(first + SLAB_ROWS);
+            let weights = weights(slab.clone())?;
+            add_losses(&mut losses, &weights, &groups, &sensitivity.of_rows(slab), settings);
+        }
+        let widths: Vec<BitWidth> = widths().collect();
+        let bits = |len: usize, width: BitWidth| {
+            let layout = layout(rows, len, len, settings.coding, &[width]);
+            8 * (layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes())) as u64
+        };
+        let of_group = |(group, losses): (&Range<usize>, &Vec<f64>)| -> Vec<Choice> {
+            let choice = |(&width, &loss)| Choice { width, loss, bits: bits(group.len(), width) };
+            widths.iter().zip(losses).map(choice).collect()
+        };
+        let groups: Vec<_> = groups.iter().zip(&losses).map(of_group).collect();
         let lowest: Vec<BitWidth> = groups.iter().map(|choices| choices[0].width).collect();
         let in_groups: u64 = groups.iter().map(|choices| choices[0].bits).sum();
-        let layout =
-            layout(weights.len() / cols, cols, settings.group_size, settings.coding, &lowest);
-        Self {
-            name,
-            weights: weights.len() as u64,
-            own_bits: layout.stored_bits() - in_groups,
-            groups,
-        }
+        let layout = layout(rows, cols, settings.group_size, settings.coding, &lowest);
+        let own_bits = layout.stored_bits() - in_groups;
+        Ok(Self { name, weights: (rows * cols) as u64, own_bits, groups })
     }
 }
 
-/// What each group of a layer costs at each width.
-fn choices(weights: &[f32], sensitivity: &Sensitivity, settings: &Settings) -> Vec<Vec<Choice>> {
+/// The widths that groups can have.
+fn widths() -> impl Iterator<Item = BitWidth> {
+    (1..=MOST_BITS as u8).filter_map(BitWidth::new)
+}
+
+/// Adds what each of `groups` of some rows costs at each width to `losses: [groups][widths]`.
+fn add_losses(
+    losses: &mut [Vec<f64>],
+    weights: &[f32],
+    groups: &[Range<usize>],
+    sensitivity: &Sensitivity,
+    settings: &Settings,
+) {
     let cols = sensitivity.inputs.len();
     let importance: Vec<f32> = sensitivity.inputs.iter().map(|&square| square as f32).collect();
-    let groups = group_columns(cols, settings.group_size);
-    let widths: Vec<BitWidth> = (1..=8).filter_map(BitWidth::new).collect();
-    let losses_of_tile = |tile: usize| -> Vec<Vec<f64>> {
+    let losses_of_tile = |tile: usize| -> Vec<f64> {
         let w = gather(weights, cols, tile, 0..cols);
         let outputs = &sensitivity.outputs[tile * TILE_ROWS..];
-        let loss = |group: &std::ops::Range<usize>, width| -> f64 {
+        let loss = |group: &Range<usize>, width| -> f64 {
             let runs = settings.coding.runs(group);
             let errors = runs.map(|run| fit_error(&w[run.clone()], &importance[run], width));
             errors.map(|error| weighted(&error, outputs)).sum()
         };
-        groups.iter().map(|group| widths.iter().map(|&w| loss(group, w)).collect()).collect()
+        groups
+            .iter()
+            .flat_map(|group| widths().map(move |width| (group, width)))
+            .map(|(group, width)| loss(group, width))
+            .collect()
     };
-    let rows = weights.len() / cols;
-    let tiles: Vec<_> = (0..rows.div_ceil(TILE_ROWS)).into_par_iter().map(losses_of_tile).collect();
-    let bits = |len: usize, width: BitWidth| {
-        let layout = layout(rows, len, len, settings.coding, &[width]);
-        8 * (layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes())) as u64
-    };
-    let choice = |group: usize, index: usize| Choice {
-        width: widths[index],
-        loss: tiles.iter().map(|tile| tile[group][index]).sum(),
-        bits: bits(groups[group].len(), widths[index]),
-    };
-    let of_group = |group| (0..widths.len()).map(|index| choice(group, index)).collect();
-    (0..groups.len()).map(of_group).collect()
+    let tiles = sensitivity.outputs.len().div_ceil(TILE_ROWS);
+    let tiles: Vec<_> = (0..tiles).into_par_iter().map(losses_of_tile).collect();
+    for tile in tiles {
+        losses.iter_mut().flatten().zip(tile).for_each(|(sum, loss)| *sum += loss);
+    }
 }
 
 fn weighted(error: &[f32; TILE_ROWS], outputs: &[f64]) -> f64 {
@@ -181,10 +256,7 @@ fn share_out(
     file_bytes: impl Fn(&[Vec<BitWidth>]) -> Result<u64>,
 ) -> Result<Vec<Vec<BitWidth>>> {
     let budget_bits = match settings.target {
-        None => {
-            let even = |choices: &Vec<Choice>| choices[usize::from(settings.bits) - 1].bits;
-            layers.iter().flat_map(|layer| &layer.groups).map(even).sum()
-        }
+        None => even_bits(layers, settings),
         Some(Target::BitsPerWeight(bits)) => {
             let weights: u64 = layers.iter().map(|layer| layer.weights).sum();
             let own_bits: u64 = layers.iter().map(|layer| layer.own_bits).sum();
@@ -193,6 +265,12 @@ fn share_out(
         Some(Target::FileBytes(bytes)) => return fit_into(layers, bytes, file_bytes),
     };
     Ok(by_layer(layers, &best(layers, budget_bits)))
+}
+
+/// What all groups take at the width of the settings.
+fn even_bits(layers: &[LayerCosts], settings: &Settings) -> u64 {
+    let even = |choices: &Vec<Choice>| choices[usize::from(settings.bits) - 1].bits;
+    layers.iter().flat_map(|layer| &layer.groups).map(even).sum()
 }
 
 /// The widths with the least predicted loss in a file of `target` bytes.
@@ -269,7 +347,9 @@ mod tests {
         sensitivity.inputs[..32].fill(first);
         let layer = |seed| {
             let weights = noise(ROWS * COLS, seed);
-            LayerCosts::new(String::new(), &weights, &sensitivity, settings)
+            let rows =
+                |rows: Range<usize>| Ok(weights[rows.start * COLS..rows.end * COLS].to_vec());
+            LayerCosts::new(String::new(), &sensitivity, settings, rows).unwrap()
         };
         vec![layer(4), layer(5)]
     }

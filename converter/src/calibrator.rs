@@ -1,7 +1,7 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
 use slim_formats::{
-    ModelSource, Weight,
+    EMBEDDING, ModelSource, Weight,
     slim::{Bands, PackedLayer},
 };
 use slim_kernels::RopeAngles;
@@ -81,10 +81,11 @@ struct FloatStream {
 }
 
 impl<'a> Calibrator<'a> {
-    /// The embeddings of samples, which are equally long, in memory as for [`Activations::new`]. Where the settings ask for it the float model runs along, so that stages
-    /// tell its activations, too.
+    /// The embeddings of samples, which are equally long, in memory as for [`Activations::new`]: by `embedding`, and where the
+    /// settings ask for it, also by that of the float model, which runs along then, so that stages tell its activations, too.
     pub fn new(
         source: &'a dyn ModelSource,
+        embedding: Weight<'_>,
         samples: &[Vec<u32>],
         settings: &Settings,
         engine: &'a Engine,
@@ -107,11 +108,11 @@ impl<'a> Calibrator<'a> {
             true => Some(stream()?),
             false => None,
         };
-        let embedding = source.require("token_embd.weight")?;
+        let of_source = source.require(EMBEDDING)?;
         for (index, tokens) in samples.iter().enumerate() {
-            let embedded = embed(embedding, tokens)?;
-            for stream in [Some(&mut ours), float.as_mut()].into_iter().flatten() {
-                stream.residual.sample_mut(index).copy_from_slice(&embedded);
+            ours.residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
+            if let Some(float) = &mut float {
+                float.residual.sample_mut(index).copy_from_slice(&embed(of_source, tokens)?);
             }
         }
         let float = match float {

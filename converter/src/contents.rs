@@ -3,14 +3,17 @@
 use std::{collections::BTreeSet, ops::Range, path::PathBuf};
 
 use slim_formats::{
-    DType, FormatError, ModelSource,
+    DType, EMBEDDING, FormatError, ModelSource, OUTPUT,
     gguf::Metadata,
     slim::{BitWidth, LayerLayout, Outline, band_name},
 };
 use slim_kernels::weight;
 
 use crate::{
-    ConvertError, Method, Result, Settings, Target, backward::Linear, bands::bands, provenance,
+    ConvertError, Method, Result, Settings, Target,
+    backward::Linear,
+    bands::{bands, of_tokens},
+    provenance,
 };
 
 /// The tensors of a conversion's result.
@@ -80,6 +83,7 @@ impl Contents {
             metadata: provenance::unhashed_metadata(source, &linear)?,
             has_bands,
         };
+        contents.vocabulary_matrix(EMBEDDING, source, &embedding)?;
         for block in 0..config.block_count {
             contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
             contents.vector(&format!("blk.{block}.ffn_norm.weight"), config.hidden_size);
@@ -87,11 +91,10 @@ impl Contents {
                 contents.linear(layer, block, source, &linear)?;
             }
         }
-        contents.matrix("token_embd.weight", source, &embedding)?;
-        if !config.tied_embeddings {
-            contents.matrix("output.weight", source, &embedding)?;
-        }
         contents.vector("output_norm.weight", config.hidden_size);
+        if !config.tied_embeddings {
+            contents.vocabulary_matrix(OUTPUT, source, &embedding)?;
+        }
         if !config.rope.is_unscaled() {
             contents.vector("rope_freqs.weight", config.rope.factors.len());
         }
@@ -201,21 +204,37 @@ impl Contents {
         source: &dyn ModelSource,
         settings: &Settings,
     ) -> Result<()> {
-        let name = layer.tensor_name(block);
-        let (_, cols) = weight::shape(source.require(&name)?);
-        let can_have_bands = self.has_bands && cols.is_multiple_of(16);
-        let Some(bands) = bands(layer, source.config()).filter(|_| can_have_bands) else {
-            return self.matrix(&name, source, settings);
-        };
-        for (index, rows) in bands.into_iter().enumerate() {
-            self.rows(band_name(&name, index), &name, [rows, cols], source, settings)?;
-        }
-        Ok(())
+        let bands = bands(layer, source.config());
+        self.matrix(&layer.tensor_name(block), bands, source, settings)
     }
 
-    fn matrix(&mut self, name: &str, source: &dyn ModelSource, settings: &Settings) -> Result<()> {
+    /// The embedding or the output layer.
+    fn vocabulary_matrix(
+        &mut self,
+        name: &str,
+        source: &dyn ModelSource,
+        settings: &Settings,
+    ) -> Result<()> {
+        self.matrix(name, of_tokens(source.config().vocab_size), source, settings)
+    }
+
+    /// A matrix, in these bands if it is quantized and there are to be any.
+    fn matrix(
+        &mut self,
+        name: &str,
+        bands: Option<Vec<usize>>,
+        source: &dyn ModelSource,
+        settings: &Settings,
+    ) -> Result<()> {
         let (rows, cols) = weight::shape(source.require(name)?);
-        self.rows(name.to_owned(), name, [rows, cols], source, settings)
+        let is_quantized = BitWidth::new(settings.bits).is_some() && cols.is_multiple_of(16);
+        let Some(bands) = bands.filter(|_| self.has_bands && is_quantized) else {
+            return self.rows(name.to_owned(), name, [rows, cols], source, settings);
+        };
+        for (index, rows) in bands.into_iter().enumerate() {
+            self.rows(band_name(name, index), name, [rows, cols], source, settings)?;
+        }
+        Ok(())
     }
 
     /// Rows of the matrix `of` as a tensor.

@@ -1,11 +1,11 @@
-//! The whole conversion: one block at a time, each layer calibrated on what the quantized layers before it give.
+//! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the quantized layers before it give.
 
 use std::{ops::Range, path::Path};
 
 use half::f16;
 use rayon::prelude::*;
 use slim_formats::{
-    DType, ModelSource, Weight,
+    DType, EMBEDDING, ModelSource, OUTPUT, Weight,
     slim::{PackedLayer, SlimWriter},
 };
 use slim_kernels::weight;
@@ -19,7 +19,7 @@ use crate::{
     calibrator::{Calibrator, Layer, Stage, Visitor},
     contents::Contents,
     distill::convert_and_distill,
-    layer::{LayerInputs, quantize_layer, round_layer},
+    layer::{FactoredHessian, LayerInputs, quantize_layer, round_layer},
     neurons::Ffn,
     provenance,
     rows::Targets,
@@ -60,13 +60,16 @@ pub fn convert(
         output.budget =
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
+    let embedding = output.vocabulary_matrix(EMBEDDING)?;
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
             let (samples, engine) = (&calibration.samples, &resources.engine);
-            Some(Calibrator::new(source, samples, settings, engine, &mut memory_left)?)
+            let embedding = embedding.weight(source.require(EMBEDDING)?);
+            Some(Calibrator::new(source, embedding, samples, settings, engine, &mut memory_left)?)
         }
     };
+    drop(embedding);
     let blocks = source.config().block_count;
     for index in 0..blocks {
         let block = Block::load(source, index)?;
@@ -88,7 +91,7 @@ pub fn convert(
         source.release_pages();
         (output.progress)(Progress::Block { done: index + 1, of: blocks });
     }
-    output.model_tensors()?;
+    output.behind_blocks()?;
     output.finish(metadata)
 }
 
@@ -97,8 +100,7 @@ fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Resu
     for (layer, weight) in Linear::ALL.into_iter().zip(block.weights()) {
         let name = layer.tensor_name(index);
         if output.fits_groups(&name, weight) {
-            let packed = output.round(&name, weight, output.settings)?;
-            output.write(&name, &packed, None)?;
+            output.stream(&name, weight, output.settings, None)?;
         } else {
             output.keep(&name, weight)?;
         }
@@ -128,7 +130,7 @@ impl Visitor for Output<'_> {
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
         let inputs = LayerInputs::new(stage, self.settings, engine)?;
-        if let Some(share) = inputs.extra_damping {
+        if let Some(share) = inputs.extra_damping() {
             self.warn(format!(
                 "`{name}`: its Hessian needed {share} of its mean diagonal as damping"
             ));
@@ -170,9 +172,44 @@ impl Output<'_> {
         fits
     }
 
-    fn round(&self, name: &str, source: Weight<'_>, settings: &Settings) -> Result<PackedLayer> {
-        let (rows, cols) = weight::shape(source);
-        round_layer(rows, cols, settings, |rows| finite_rows(name, source, rows))
+    /// The embedding or the output layer.
+    fn vocabulary_matrix(&mut self, name: &str) -> Result<Layer> {
+        let found = self.source.require(name)?;
+        if self.settings.embed_bits == Some(16) || !self.fits_groups(name, found) {
+            self.keep(name, found)?;
+            return Ok(Layer::Kept);
+        }
+        let settings = self.settings.for_embedding();
+        let hessian = match &self.budget {
+            Some(budget) => {
+                Some(FactoredHessian::new(&budget.vocabulary[name].hessian(), &settings)?)
+            }
+            None => None,
+        };
+        let layers = self.stream(name, found, &settings, hessian.as_ref())?;
+        self.source.release_pages();
+        Ok(Layer::Quantized(layers))
+    }
+
+    /// Quantizes a matrix, as for [`round_layer`]; gives its bands, or itself.
+    fn stream(
+        &mut self,
+        name: &str,
+        source: Weight<'_>,
+        settings: &Settings,
+        hessian: Option<&FactoredHessian>,
+    ) -> Result<Vec<PackedLayer>> {
+        let (_, cols) = weight::shape(source);
+        let mut bands = Vec::new();
+        for (band, rows) in self.contents.layers_of(name) {
+            let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
+            let packed = round_layer(rows.len(), cols, settings, hessian, widths, |slab| {
+                finite_rows(name, source, rows.start + slab.start..rows.start + slab.end)
+            })?;
+            self.write(&band, &packed, None)?;
+            bands.push(packed);
+        }
+        Ok(bands)
     }
 
     fn write(&mut self, name: &str, packed: &PackedLayer, error: Option<f32>) -> Result<()> {
@@ -183,27 +220,16 @@ impl Output<'_> {
         Ok(())
     }
 
-    /// Embedding, output norm, output layer and RoPE factors.
-    fn model_tensors(&mut self) -> Result<()> {
+    /// Output norm, output layer and RoPE factors.
+    fn behind_blocks(&mut self) -> Result<()> {
         let source = self.source;
         let config = source.config();
-        let mut matrices = vec!["token_embd.weight"];
-        if !config.tied_embeddings {
-            matrices.push("output.weight");
-        }
-        for name in matrices {
-            let found = source.require(name)?;
-            if self.settings.embed_bits < 16 && self.fits_groups(name, found) {
-                let packed = self.round(name, found, &self.settings.for_embedding())?;
-                self.write(name, &packed, None)?;
-            } else {
-                self.keep(name, found)?;
-            }
-            source.release_pages();
-        }
         let name = "output_norm.weight";
         let values = finite_rows(name, source.require(name)?, 0..1)?;
         self.norm(name, &values)?;
+        if !config.tied_embeddings {
+            self.vocabulary_matrix(OUTPUT)?;
+        }
         if !config.rope.is_unscaled() {
             self.norm("rope_freqs.weight", &config.rope.factors)?;
         }

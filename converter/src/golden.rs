@@ -59,7 +59,7 @@ impl Golden {
                 coding: ScaleCoding::Paper,
                 method: Method::Slim,
                 reference: true,
-                embed_bits: 16,
+                embed_bits: Some(16),
                 samples: SAMPLES,
                 context: TOKENS,
                 seed: 0,

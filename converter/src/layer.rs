@@ -25,18 +25,23 @@ const DAMPING: f32 = 0.01;
 pub struct LayerInputs<'a> {
     activations: &'a Activations,
     hessian: Hessian,
+    factored: FactoredHessian,
+    /// The ranking of the published search; only for `--reference`.
+    search_importance: Option<Vec<f32>>,
+    /// What makes up for the difference to the inputs in the float model.
+    correction: Option<Correction>,
+}
+
+/// A Hessian as the sweep takes it.
+pub struct FactoredHessian {
     factor: Factor,
     importance: Vec<f32>,
     /// Columns in the order of the sweep.
     order: Vec<usize>,
     /// The damped Hessian, its rows and columns in that order.
     reordered: Hessian,
-    /// The ranking of the published search; only for `--reference`.
-    search_importance: Option<Vec<f32>>,
-    /// What makes up for the difference to the inputs in the float model.
-    correction: Option<Correction>,
-    /// The share of the mean diagonal that was needed to factor the Hessian, if more than usual.
-    pub extra_damping: Option<f32>,
+    /// The share of the mean diagonal that was needed to factor it, if more than usual.
+    extra_damping: Option<f32>,
 }
 
 impl<'a> LayerInputs<'a> {
@@ -61,29 +66,17 @@ impl<'a> LayerInputs<'a> {
         drop(damped);
         // The factorization has one thread.
         let (factored, lack) = rayon::join(
-            || reordered.factor(DAMPING),
+            || FactoredHessian::reordered(reordered, order),
             || stage.float.map(|float| Lack::new(activations, float, settings.precision())),
         );
-        let (factor, share) = factored?;
-        let damping = share * reordered.mean_diagonal();
-        let reordered = reordered.damped(damping);
-        let mut importance = vec![0.0; order.len()];
-        for (&col, cost) in order.iter().zip(factor.importance()) {
-            importance[col] = cost;
-        }
-        let correction = lack.map(|lack| lack.correction(|m| factor.solve(m, &order)));
-        let extra_damping = (share > DAMPING).then_some(share);
-        Ok(Self {
-            activations,
-            hessian,
-            factor,
-            importance,
-            order,
-            reordered,
-            search_importance,
-            correction,
-            extra_damping,
-        })
+        let factored = factored?;
+        let correction = lack.map(|lack| lack.correction(|m| factored.solve(m)));
+        Ok(Self { activations, hessian, factored, search_importance, correction })
+    }
+
+    /// The share of the mean diagonal that was needed to factor the Hessian, if more than usual.
+    pub fn extra_damping(&self) -> Option<f32> {
+        self.factored.extra_damping
     }
 
     /// `weights: [rows, cols]` with what makes up for the difference to the inputs in the float model.
@@ -91,6 +84,44 @@ impl<'a> LayerInputs<'a> {
         match &self.correction {
             Some(correction) => correction.apply(&weights),
             None => weights,
+        }
+    }
+}
+
+impl FactoredHessian {
+    /// Of a layer that is quantized as `settings` say.
+    ///
+    /// # Errors
+    /// `Kernel` if the Hessian is not finite.
+    pub fn new(hessian: &Hessian, settings: &Settings) -> Result<Self> {
+        let order = sweep_order(&hessian.diagonal(), settings);
+        Self::reordered(hessian.reordered(&order), order)
+    }
+
+    fn reordered(reordered: Hessian, order: Vec<usize>) -> Result<Self> {
+        let (factor, share) = reordered.factor(DAMPING)?;
+        let damping = share * reordered.mean_diagonal();
+        let reordered = reordered.damped(damping);
+        let mut importance = vec![0.0; order.len()];
+        for (&col, cost) in order.iter().zip(factor.importance()) {
+            importance[col] = cost;
+        }
+        let extra_damping = (share > DAMPING).then_some(share);
+        Ok(Self { factor, importance, order, reordered, extra_damping })
+    }
+
+    /// `m H^-1` for `m: [.., cols]`.
+    fn solve(&self, m: &[f32]) -> Vec<f32> {
+        self.factor.solve(m, &self.order)
+    }
+
+    fn curvature(&self, settings: &Settings) -> Curvature<'_> {
+        let is_swept = settings.method != Method::RoundToNearest;
+        Curvature {
+            factor: is_swept.then(|| self.factor.values()),
+            importance: Cow::Borrowed(&self.importance),
+            order: Cow::Borrowed(&self.order),
+            hessian: (is_swept && !settings.reference).then(|| self.reordered.values()),
         }
     }
 }
@@ -151,7 +182,8 @@ pub fn quantize_layer(
     QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
 }
 
-/// Rounds every weight of a layer by itself; `weights` gives some of its rows as f32.
+/// Quantizes a layer whose rows come a slab at a time: `weights` gives some of them as f32. Without a Hessian every weight is
+/// rounded by itself.
 ///
 /// # Errors
 /// What `weights` answers.
@@ -162,9 +194,11 @@ pub fn round_layer(
     rows: usize,
     cols: usize,
     settings: &Settings,
+    hessian: Option<&FactoredHessian>,
+    widths: Option<&Vec<BitWidth>>,
     weights: impl Fn(Range<usize>) -> Result<Vec<f32>>,
 ) -> Result<PackedLayer> {
-    let quantizer = Quantizer::rounding(rows, cols, settings);
+    let quantizer = Quantizer::streamed(rows, cols, settings, hessian, widths);
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
     for (slab, slots) in packed.tiles_mut().chunks_mut(SLAB_ROWS / TILE_ROWS).enumerate() {
         let tiles = quantizer.sweep(&weights(quantizer.slab_rows(slab))?);
@@ -187,30 +221,34 @@ impl<'a> Quantizer<'a> {
         settings: &Settings,
         widths: Option<&Vec<BitWidth>>,
     ) -> Self {
-        let cols = inputs.importance.len();
+        let cols = inputs.factored.importance.len();
         let widths = widths.cloned().unwrap_or_else(|| own_widths(weights, inputs, settings));
         let coder = settings.coder();
-        let is_swept = settings.method != Method::RoundToNearest;
-        let curvature = Curvature {
-            factor: is_swept.then(|| inputs.factor.values()),
-            importance: Cow::Borrowed(&inputs.importance),
-            order: Cow::Borrowed(&inputs.order),
-            hessian: (is_swept && !settings.reference).then(|| inputs.reordered.values()),
-        };
+        let curvature = inputs.factored.curvature(settings);
         let layout =
             layout(weights.len() / cols, cols, settings.group_size, coder.coding(), &widths);
         Self { layout, curvature, coder }
     }
 
-    fn rounding(rows: usize, cols: usize, settings: &Settings) -> Self {
+    fn streamed(
+        rows: usize,
+        cols: usize,
+        settings: &Settings,
+        hessian: Option<&'a FactoredHessian>,
+        widths: Option<&Vec<BitWidth>>,
+    ) -> Self {
         let coder = Coder::Best(settings.coding);
-        let widths = uniform_widths(cols.div_ceil(settings.group_size), settings.bits);
+        let even = || uniform_widths(cols.div_ceil(settings.group_size), settings.bits);
+        let widths = widths.cloned().unwrap_or_else(even);
         let layout = layout(rows, cols, settings.group_size, coder.coding(), &widths);
-        let curvature = Curvature {
-            factor: None,
-            importance: Cow::Owned(vec![1.0; cols]),
-            order: Cow::Owned((0..cols).collect()),
-            hessian: None,
+        let curvature = match hessian {
+            Some(hessian) => hessian.curvature(settings),
+            None => Curvature {
+                factor: None,
+                importance: Cow::Owned(vec![1.0; cols]),
+                order: Cow::Owned((0..cols).collect()),
+                hessian: None,
+            },
         };
         Self { layout, curvature, coder }
     }
@@ -245,7 +283,8 @@ fn uniform_widths(groups: usize, bits: u8) -> Vec<BitWidth> {
 
 /// The widths of a layer that no budget has decided: as published, or all the same.
 fn own_widths(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) -> Vec<BitWidth> {
-    let LayerInputs { activations, importance, search_importance, .. } = inputs;
+    let LayerInputs { activations, factored, search_importance, .. } = inputs;
+    let importance = &factored.importance;
     let groups = group_columns(importance.len(), settings.group_size);
     let Some(search) = search_importance else {
         return uniform_widths(groups.len(), settings.bits);

@@ -58,7 +58,9 @@ fn with_hashes(
             metadata.insert("slim.quantization.scale_bits", u32::from(scale_bits))?;
         }
     }
-    metadata.insert("slim.quantization.embed_bits", u32::from(settings.embed_bits))?;
+    if let Some(bits) = settings.embed_bits {
+        metadata.insert("slim.quantization.embed_bits", u32::from(bits))?;
+    }
     if settings.method != Method::RoundToNearest {
         metadata.insert("slim.quantization.seed", settings.seed)?;
         metadata.insert("slim.calibration.text_sha256", calibration.text_sha256.as_str())?;

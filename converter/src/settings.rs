@@ -54,8 +54,9 @@ pub struct Settings {
     pub method: Method,
     /// The published algorithm to the letter (`slim` in the paper coding).
     pub reference: bool,
-    /// Bits of the embedding and the output layer: 16 keeps f16, 1 to 8 rounds to nearest.
-    pub embed_bits: u8,
+    /// Mean bits per code of the embedding and the output layer, 1 to 8, or 16, which keeps f16; `None` for as many as are worth
+    /// it within a target size of the file.
+    pub embed_bits: Option<u8>,
     /// Calibration samples.
     pub samples: usize,
     /// Tokens per calibration sample.
@@ -78,8 +79,15 @@ impl Settings {
         };
         let (bits, embed_bits, group_size) = (self.bits, self.embed_bits, self.group_size);
         check((1..=8).contains(&bits), "bits", bits.to_string(), "1 to 8")?;
-        let embed_fits = (1..=8).contains(&embed_bits) || embed_bits == 16;
-        check(embed_fits, "embed bits", embed_bits.to_string(), "1 to 8, or 16 for f16")?;
+        let (found, embed_fits, expected) = match (embed_bits, self.target) {
+            (None, Some(Target::FileBytes(_))) => (String::new(), true, ""),
+            (None, _) => ("none".into(), false, "some without a target size"),
+            (Some(bits), _) => {
+                let fits = (1..=8).contains(&bits) || bits == 16;
+                (bits.to_string(), fits, "1 to 8, or 16 for f16")
+            }
+        };
+        check(embed_fits, "embed bits", found, expected)?;
         let group_fits = group_size > 0 && group_size.is_multiple_of(16);
         check(group_fits, "group size", group_size.to_string(), "a multiple of 16")?;
         // Caps that keep every product of sizes within 64 bits.
@@ -129,7 +137,7 @@ impl Settings {
         Ok(())
     }
 
-    /// The settings of the embedding and the output layer, which are rounded to nearest.
+    /// The settings of the embedding and the output layer; of the least bits if a target decides.
     ///
     /// Two-level scales get 6-bit codes: a 4-bit minimum code would shift a grid of 256 steps by up to 8 of them
     /// (`docs/accuracy.md` has the effect).
@@ -140,7 +148,7 @@ impl Settings {
                 ScaleCoding::TwoLevel { sub_group, scale_bits: 6 }
             }
         };
-        Self { bits: self.embed_bits, coding, ..self.clone() }
+        Self { bits: self.embed_bits.unwrap_or(1), coding, ..self.clone() }
     }
 
     /// Whether one budget of bits for the whole model decides the widths.

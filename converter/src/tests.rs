@@ -35,7 +35,7 @@ pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         coding,
         method,
         reference: false,
-        embed_bits: 8,
+        embed_bits: Some(8),
         samples: 2,
         context: 96,
         seed: 0,
@@ -224,9 +224,9 @@ fn tall_layer_is_the_same_in_slabs() {
     let weights = noise(TALL * 16, 8);
     let settings = settings(8, CODINGS[1], Method::RoundToNearest);
     let rows = |rows: std::ops::Range<usize>| Ok(weights[rows.start * 16..rows.end * 16].to_vec());
-    let tall = round_layer(TALL, 16, &settings, rows).unwrap();
+    let tall = round_layer(TALL, 16, &settings, None, None, rows).unwrap();
     let last = |range: std::ops::Range<usize>| rows(range.start + TALL - 40..range.end + TALL - 40);
-    let last = round_layer(40, 16, &settings, last).unwrap();
+    let last = round_layer(40, 16, &settings, None, None, last).unwrap();
     for tile in 0..3 {
         assert_eq!(tall.view().tile_codes(TALL / 16 - 2 + tile), last.view().tile_codes(tile));
     }

@@ -27,4 +27,4 @@ pub use error::{FormatError, Result};
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
-pub use names::{tensor_dims, tensor_names};
+pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};

@@ -21,10 +21,10 @@ const BLOCK: [(&str, &str); 9] = [
 ];
 
 /// The embedding of tokens.
-pub(crate) const EMBEDDING: &str = "token_embd.weight";
+pub const EMBEDDING: &str = "token_embd.weight";
 
 /// The output projection, absent where the embedding doubles as one.
-pub(crate) const OUTPUT: &str = "output.weight";
+pub const OUTPUT: &str = "output.weight";
 
 /// The RoPE factors, part of the configuration rather than of the tensors.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";

@@ -1,18 +1,34 @@
-// x[t] = row tokens[t] of a matrix: the embeddings of m tokens.
+// x[t] = row tokens[t] of a matrix, which may be in bands: the embeddings of m tokens.
 //
 // Packed weights are read byte by byte, the way docs/format.md words it: it is only one row per token. They equal the
 // CPU's to the last bit.
 //
 //   w       [rows, cols]
 //   tokens  u32 [m]
-//   x       f32 [m, cols], overwritten; the row of a token >= w.rows becomes NaN
+//   x       f32 [m, cols], overwritten; the row of a token without a row of w becomes NaN
 //
-// Grid: packed (w.item_count, m), dense (ceil(cols / 128), m). Block: 128 threads, one column each. No dynamic shared
-// memory. m <= 65535.
+// Grid: packed (items of the band that has most, m), dense (ceil(cols / 128), m). Block: 128 threads, one column each. No
+// dynamic shared memory. m <= 65535.
 
-#include "dense.cuh"
+#include "bands.cuh"
 
 constexpr u32 EMBED_COLS = ITEM_COLS;
+
+template <class Matrix>
+struct Embed {
+    Band<Matrix> band[MAX_BANDS];  // their `out` is x
+    const u32* tokens;
+    u32 bands;
+    u32 unused;
+};
+
+// The band that has row `row`; the last one if none has it.
+template <class Matrix>
+__device__ inline const Band<Matrix>& band_of(const Embed<Matrix>& args, u32 row) {
+    u32 i = args.bands - 1;
+    while (row < args.band[i].first_row) i--;
+    return args.band[i];
+}
 
 // The code in row `row` of a tile, column `col` of an item (F10 to F13). `plane`: the first plane of the item's group.
 __device__ inline u32 code_at(const u8* plane, const Item& item, u32 row, u32 col) {
@@ -60,12 +76,17 @@ __device__ inline float weight_at(const PackedMatrix& w, const Item& item, u32 r
     return rounded_product(factor, code) + rounded_product(half_to_float(*m), scale.offset);
 }
 
-extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(PackedMatrix w, const u32* tokens, float* x) {
+extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<PackedMatrix> args) {
     begin_after_previous_kernel();
+    const u32 token = args.tokens[blockIdx.y];
+    const Band<PackedMatrix>& band = band_of(args, token);
+    const PackedMatrix& w = band.w;
+    if (blockIdx.x >= w.item_count) return;
     const Item item = w.items[blockIdx.x];
-    const u32 col = threadIdx.x, row = tokens[blockIdx.y];
+    const u32 col = threadIdx.x, row = token - band.first_row;
     if (col >= item.units * UNIT_COLS) return;
-    x[u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS + col] = row < w.rows ? weight_at(w, item, row, col) : nanf("");
+    float* x = band.out + u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS;
+    x[col] = row < w.rows ? weight_at(w, item, row, col) : nanf("");
 }
 
 // The weight in row `row`, column `col`: `fragment` of dense.cuh, one number of it.
@@ -77,9 +98,12 @@ __device__ inline float weight_at(const DenseMatrix& w, u32 row, u32 col) {
     return half_to_float(u16(step[(t * WARP + lane) * 4 + word] >> (16 * is_high)));
 }
 
-extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_dense(DenseMatrix w, const u32* tokens, float* x) {
+extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_dense(Embed<DenseMatrix> args) {
     begin_after_previous_kernel();
-    const u32 col = blockIdx.x * EMBED_COLS + threadIdx.x, row = tokens[blockIdx.y];
+    const u32 token = args.tokens[blockIdx.y];
+    const Band<DenseMatrix>& band = band_of(args, token);
+    const DenseMatrix& w = band.w;
+    const u32 col = blockIdx.x * EMBED_COLS + threadIdx.x, row = token - band.first_row;
     if (col >= w.cols) return;
-    x[u64(blockIdx.y) * w.cols + col] = row < w.rows ? weight_at(w, row, col) : nanf("");
+    band.out[u64(blockIdx.y) * w.cols + col] = row < w.rows ? weight_at(w, row, col) : nanf("");
 }

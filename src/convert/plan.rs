@@ -99,7 +99,11 @@ impl Plan {
     /// it leads to, about.
     fn size_and_bits(&self) -> (u64, f64) {
         let (least_bytes, least_bits) = (self.file_bytes, self.contents.bits_per_weight());
-        let weights = self.contents.linear_weights().max(1) as f64;
+        let weights = match self.settings.embed_bits {
+            Some(_) => self.contents.linear_weights(),
+            None => self.contents.layers().map(|(_, l)| (l.rows() * l.cols()) as u64).sum(),
+        };
+        let weights = weights.max(1) as f64;
         let bits = match self.settings.target {
             None => return (least_bytes, least_bits),
             Some(Target::BitsPerWeight(bits)) => bits,
@@ -136,6 +140,10 @@ impl Plan {
             Some(Target::BitsPerWeight(bits)) => format!("{bits} per weight, everything counted"),
             Some(Target::FileBytes(bytes)) => format!("as many as fit into {}", size(bytes)),
         };
+        let embedding = match embed_bits {
+            Some(bits) => format!("{bits} bits"),
+            None => "as many bits as are worth it".to_owned(),
+        };
         let linear = plural(self.contents.linear_matrices(), "linear layer");
         let blocks = plural(self.blocks, "block");
         let about = if self.has_even_widths() { "" } else { "about " };
@@ -144,7 +152,7 @@ impl Plan {
             ("method", method.to_owned()),
             ("bits", format!("{per_code}, in groups of {group_size} columns")),
             ("scales", scales),
-            ("embedding", format!("{embed_bits} bits")),
+            ("embedding", embedding),
         ];
         if self.is_calibrated() {
             let samples = plural(samples, "sample");

@@ -232,8 +232,8 @@ fn inspect_slim_file_describes_the_layers() {
     assert_eq!(json.get("metadata"), None);
 
     let layers = json["layers"].as_array().unwrap();
-    // 16 matrices: two blocks have `attn_q` in four bands, `ffn_gate` and `ffn_up` in six.
-    assert_eq!(layers.len(), 42);
+    // 16 matrices: two blocks have `attn_q` in four bands, `ffn_gate` and `ffn_up` in six; embedding and output layer in seven.
+    assert_eq!(layers.len(), 54);
     let down = layers.iter().find(|layer| layer["name"] == "blk.1.ffn_down.weight").unwrap();
     assert_eq!((&down["rows"], &down["cols"]), (&Value::from(64), &Value::from(160)));
     assert_eq!(down["group_size"], 32);
@@ -340,7 +340,7 @@ fn convert_reports_on_stdout_unless_quiet() {
     let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32"];
     let answer = succeed(&convert);
     for fragment in [
-        "16 quantized layers, stored in 42 bands",
+        "16 quantized layers, stored in 54 bands",
         "bits per weight",
         "times smaller",
         "slimllm run ",
@@ -351,7 +351,7 @@ fn convert_reports_on_stdout_unless_quiet() {
 
     let json = succeed(&[&convert[..], &["--json"]].concat()).json();
     assert_eq!(json["file_bytes"], std::fs::metadata(out).unwrap().len());
-    assert_eq!(json["layers"].as_array().unwrap().len(), 42);
+    assert_eq!(json["layers"].as_array().unwrap().len(), 54);
 
     let quiet = succeed(&[&convert[..], &["--quiet"]].concat());
     assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("", ""));

@@ -31,7 +31,7 @@ fn settings(bits: u8, coding: ScaleCoding, reference: bool) -> Settings {
         coding,
         method: Method::Slim,
         reference,
-        embed_bits: 8,
+        embed_bits: Some(8),
         samples: 4,
         context: 64,
         seed: 0,

@@ -11,17 +11,21 @@ mod product;
 mod sensitivities;
 #[cfg(test)]
 mod tests;
+mod vocabulary;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
-use slim_formats::{DType, DenseTensor, Layout, ModelConfig, ModelSource, Weight};
+use slim_formats::{
+    DType, DenseTensor, EMBEDDING, Layout, ModelConfig, ModelSource, OUTPUT, Weight,
+};
 use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax};
 use slim_runtime::{Block, Model, SplitMix64, embed, find_vector};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
-pub use sensitivities::{Sensitivity, sensitivities};
+pub use sensitivities::{Sensitivities, Sensitivity, sensitivities};
+pub use vocabulary::Vocabulary;
 
 /// Tokens whose logits are held at a time.
 const LOGIT_TOKENS: usize = 512;
@@ -132,6 +136,15 @@ pub enum Gradient<'g> {
     },
     /// The gradient of the loss at the weights of a norm, `[hidden]`.
     Norm(Norm, &'g [f64]),
+    /// Of the output layer `y = x w^T`, some tokens after the others.
+    Output {
+        /// Its inputs, `[tokens, hidden]`.
+        x: &'g [f32],
+        /// The gradient of the loss at the logits, `[tokens, vocab]`.
+        dy: &'g [f32],
+    },
+    /// The gradient of the loss at the embeddings of all tokens, `[tokens, hidden]`.
+    Embedding(&'g [f32]),
 }
 
 /// What is called with each gradient.
@@ -145,10 +158,10 @@ impl<'a> Backward<'a> {
     pub fn load(source: &'a dyn ModelSource, precision: Precision) -> Result<Self> {
         Model::load(source, &Cpu)?; // finds and checks every tensor
         let config = source.config();
-        let embedding = source.require("token_embd.weight")?;
+        let embedding = source.require(EMBEDDING)?;
         let output = match config.tied_embeddings {
             true => embedding,
-            false => source.require("output.weight")?,
+            false => source.require(OUTPUT)?,
         };
         let blocks = (0..config.block_count)
             .map(|index| Ok(Block::load(source, index)?))
@@ -187,6 +200,7 @@ impl<'a> Backward<'a> {
             self.walk(index, context).reverse(&x, &mut dx, visit)?;
             self.release_pages();
         }
+        visit(Gradient::Embedding(&dx))?;
         Ok(loss)
     }
 
@@ -254,6 +268,7 @@ impl<'a> Backward<'a> {
                     reverse_divergence(&mut logits, vocab, teacher, count)
                 }
             };
+            visit(Gradient::Output { x: &normed[piece.clone()], dy: &logits })?;
             product::add(self.precision, &mut d_normed[piece], &logits, self.output)?;
         }
         let mut dx = vec![0.0; x.len()];

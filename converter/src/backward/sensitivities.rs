@@ -3,20 +3,22 @@
 use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
-use slim_formats::ModelSource;
+use slim_formats::{EMBEDDING, ModelSource, OUTPUT};
 use slim_kernels::{linalg::Precision, weight};
 
-use super::{Backward, Gradient, Linear, Loss, block::add_up};
+use super::{Backward, Gradient, Linear, Loss, Vocabulary, block::add_up};
 use crate::{ConvertError, Result, rows::OutputHessian};
 
 /// Tokens that go through the model together.
 const BATCH_TOKENS: usize = 1024;
 
-/// How much the loss minds errors in the linear layers of all blocks.
+/// How much the loss minds errors in the matrices of a model.
 pub struct Sensitivities {
     blocks: Vec<[Sensitivity; 7]>,
     /// How errors at their outputs add up, by the names of their tensors, where rows are to make up for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
+    /// The embedding and the output layer, which may be one matrix, by the names of their tensors.
+    pub vocabulary: HashMap<&'static str, Vocabulary>,
 }
 
 /// How much it minds errors in the weights of a layer: about as much as their squares times both means, that of the weight's
@@ -55,13 +57,26 @@ impl Sensitivity {
         Self { inputs: self.inputs.clone(), outputs: self.outputs[rows].to_vec() }
     }
 
+    /// Of two layers that are one matrix; the sums of products over all outputs, and over all inputs, are right.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        let totals = [self, other].map(|part| part.outputs.iter().sum::<f64>());
+        let inputs = [self, other].map(|part| part.inputs.iter().sum::<f64>());
+        let outputs = self.outputs.iter().zip(&other.outputs);
+        let outputs: Vec<f64> = outputs.map(|(a, b)| inputs[0] * a + inputs[1] * b).collect();
+        let total = outputs.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+        let inputs = self.inputs.iter().zip(&other.inputs);
+        let inputs = inputs.map(|(a, b)| (totals[0] * a + totals[1] * b) / total);
+        Self { inputs: inputs.collect(), outputs }
+    }
+
     /// Zeros for a layer `[rows, cols]`.
-    fn zeros((rows, cols): (usize, usize)) -> Self {
+    pub(super) fn zeros((rows, cols): (usize, usize)) -> Self {
         Self { inputs: vec![0.0; cols], outputs: vec![0.0; rows] }
     }
 
     /// Adds the squares of tokens with inputs `x: [tokens, cols]` and gradients `dy: [tokens, rows]`.
-    fn add(&mut self, x: &[f32], dy: &[f32]) {
+    pub(super) fn add(&mut self, x: &[f32], dy: &[f32]) {
         let tokens = dy.par_chunks_exact(self.outputs.len());
         let of_token = tokens.map(|dy| dy.iter().copied().map(square).sum());
         let of_token: Vec<f64> = of_token.collect();
@@ -69,8 +84,14 @@ impl Sensitivity {
         add_squares(&mut self.outputs, dy, &vec![1.0; of_token.len()]);
     }
 
+    /// Adds the squares of tokens with inputs `x: [tokens, cols]`, each of which has one output, its row, with a gradient of 1.
+    pub(super) fn add_rows(&mut self, rows: &[u32], x: &[f32]) {
+        add_squares(&mut self.inputs, x, &vec![1.0; rows.len()]);
+        rows.iter().for_each(|&row| self.outputs[row as usize] += 1.0);
+    }
+
     /// Turns the sums over `tokens` tokens into means.
-    fn divide(&mut self, tokens: f64) {
+    pub(super) fn divide(&mut self, tokens: f64) {
         // It is zero where nothing depends on the layer.
         let gradients = self.outputs.iter().sum::<f64>().max(f64::MIN_POSITIVE);
         self.inputs.iter_mut().for_each(|sum| *sum /= gradients);
@@ -112,15 +133,23 @@ pub fn sensitivities(
             }
         }
     }
+    let config = source.config();
+    let rows = || Vocabulary::zeros(config.vocab_size, config.hidden_size);
+    let (mut embedding, mut output) = (rows(), rows());
     let (mut entropy, mut seed) = (0.0, 0);
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
         entropy += model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
-            if let Gradient::Linear { block, layer, x, dy } = gradient {
-                blocks[block][layer as usize].add(x, dy);
-                if let Some(hessian) = outputs.get_mut(&layer.tensor_name(block)) {
-                    hessian.add(dy);
+            match gradient {
+                Gradient::Linear { block, layer, x, dy } => {
+                    blocks[block][layer as usize].add(x, dy);
+                    if let Some(hessian) = outputs.get_mut(&layer.tensor_name(block)) {
+                        hessian.add(dy);
+                    }
                 }
+                Gradient::Output { x, dy } => output.add_output(x, dy),
+                Gradient::Embedding(dx) => embedding.add_embedding(&sequences.concat(), dx),
+                Gradient::Norm(..) => {}
             }
             Ok(())
         })?;
@@ -135,7 +164,13 @@ pub fn sensitivities(
     }
     let tokens = (samples.len() * context) as f64;
     blocks.iter_mut().flatten().for_each(|layer| layer.divide(tokens));
-    Ok(Sensitivities { blocks, outputs })
+    embedding.divide();
+    output.divide();
+    let vocabulary = match config.tied_embeddings {
+        true => HashMap::from([(EMBEDDING, embedding.plus(&output))]),
+        false => HashMap::from([(EMBEDDING, embedding), (OUTPUT, output)]),
+    };
+    Ok(Sensitivities { blocks, outputs, vocabulary })
 }
 
 /// Adds the squares of `values: [tokens, sum.len()]`, times the weights of their tokens.

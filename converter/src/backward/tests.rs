@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::Path};
 
-use slim_formats::{ModelConfig, ModelSource, open_model, tensor_dims};
+use slim_formats::{EMBEDDING, ModelConfig, ModelSource, OUTPUT, open_model, tensor_dims};
 use slim_kernels::{Cpu, weight};
 use slim_runtime::{Block, Model};
 
@@ -81,16 +81,19 @@ fn teacher(tokens: usize, config: &ModelConfig) -> Vec<f32> {
     logits.into_iter().map(|logit| 8.0 * logit).collect()
 }
 
-/// The divergence from a teacher's logits, and the gradients of all weights of the blocks and norms, by tensor name.
+/// The divergence from a teacher's logits, and the gradients of all weights, by tensor name.
 fn gradients(
     model: &Backward<'_>,
     sequences: &[&[u32]],
     teacher: &[f32],
 ) -> (f64, HashMap<String, Vec<f64>>) {
-    let vocab = model.config.vocab_size;
+    let ModelConfig { vocab_size: vocab, hidden_size: hidden, tied_embeddings, .. } = *model.config;
+    let output = if tied_embeddings { EMBEDDING } else { OUTPUT };
     let mut ask =
         |range: Range<usize>| Ok(teacher[range.start * vocab..range.end * vocab].to_vec());
     let mut found = HashMap::new();
+    let mut of_vocabulary =
+        HashMap::from([EMBEDDING, output].map(|name| (name, vec![0.0; vocab * hidden])));
     let loss = model.run(sequences, &mut Loss::Divergence(&mut ask), &mut |gradient| {
         let (name, values) = match gradient {
             Gradient::Linear { block, layer, x, dy } => {
@@ -106,10 +109,25 @@ fn gradients(
                 (format!("blk.{block}.ffn_norm.weight"), dw.to_vec())
             }
             Gradient::Norm(Norm::Output, dw) => ("output_norm.weight".to_owned(), dw.to_vec()),
+            Gradient::Output { x, dy } => {
+                let added = weight_gradient(model.precision, x, dy, vocab, hidden);
+                let sum = of_vocabulary.get_mut(output).unwrap();
+                sum.iter_mut().zip(added).for_each(|(sum, added)| *sum += f64::from(added));
+                return Ok(());
+            }
+            Gradient::Embedding(dx) => {
+                let sum = of_vocabulary.get_mut(EMBEDDING).unwrap();
+                for (&token, dx) in sequences.concat().iter().zip(dx.chunks_exact(hidden)) {
+                    let row = sum[token as usize * hidden..].iter_mut();
+                    row.zip(dx).for_each(|(sum, &dx)| *sum += f64::from(dx));
+                }
+                return Ok(());
+            }
         };
         assert!(found.insert(name, values).is_none());
         Ok(())
     });
+    found.extend(of_vocabulary.into_iter().map(|(name, dw)| (name.to_owned(), dw)));
     (loss.unwrap(), found)
 }
 
@@ -313,7 +331,8 @@ fn divergence_gradients_are_finite_differences() {
         let teacher = teacher(48, config);
         let model = model(config, &tensors);
         let (loss, found) = gradients(&model, &sequences, &teacher);
-        assert_eq!(found.len(), 9 * config.block_count + 1);
+        let vocabulary_matrices = if config.tied_embeddings { 1 } else { 2 };
+        assert_eq!(found.len(), 9 * config.block_count + 1 + vocabulary_matrices);
         let mut oracle = Oracle::new(config, &tensors);
         let expected = oracle.divergence(&sequences, &teacher);
         assert!((loss / expected - 1.0).abs() < 1e-5, "{name}: {loss} for {expected}");

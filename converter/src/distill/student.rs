@@ -68,6 +68,7 @@ impl<'a> Student<'a> {
                     let dw: Vec<f32> = dw.iter().map(|&d| d as f32).collect();
                     norms[norm_index(norm, blocks)].step(&dw, rate * NORM_RATE, step);
                 }
+                Gradient::Output { .. } | Gradient::Embedding(_) => {}
             }
             Ok(())
         })?;

@@ -107,9 +107,8 @@ pub fn band_name(name: &str, index: usize) -> String {
 /// The matrix that a layer is a band of, by its name, and which one it is.
 pub fn matrix_of(layer: &str) -> Option<(&str, &str)> {
     let (matrix, index) = layer.rsplit_once('.')?;
-    let is_linear = matrix.starts_with("blk.") && matrix.ends_with(".weight");
     let is_number = index.bytes().all(|byte| byte.is_ascii_digit());
-    (is_linear && is_number).then_some((matrix, index))
+    (matrix.ends_with(".weight") && is_number).then_some((matrix, index))
 }
 
 /// The matrices that layers are bands of, with their places in the table.
@@ -302,7 +301,7 @@ mod tests {
 
     #[test]
     fn numbers_behind_other_names_are_no_bands() {
-        let (_folder, file) = opened(&[("token_embd.weight.0", band(16)), ("blk.0.x.1", band(16))]);
+        let (_folder, file) = opened(&[("token_embd.0", band(16)), ("blk.0.x.1", band(16))]);
         assert_eq!(file.unwrap().tensor_names().len(), 3);
     }
 }

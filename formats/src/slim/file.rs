@@ -15,8 +15,8 @@ use super::{
     layout::{PackedTensor, TILE_ROWS, unpack_codes},
 };
 use crate::{
-    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource,
-    Weight,
+    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OUTPUT, Result,
+    TokenizerSource, Weight,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
 };
 
@@ -125,7 +125,7 @@ impl SlimFile {
         let parts = part_names(&layers);
         check_dense_tensors(&gguf, &layers, &parts)?;
         let single = layers.iter().enumerate().map(|(i, layer)| (layer.name.clone(), i..i + 1));
-        let places = single.chain(read_bands(&gguf, &layers)?).collect();
+        let places: HashMap<_, _> = single.chain(read_bands(&gguf, &layers)?).collect();
         let stored = layers.iter().map(|layer| {
             ["codes", "scales", "row_scales"].map(|part| {
                 let info = gguf.tensor(&part_name(&layer.name, part));
@@ -135,8 +135,7 @@ impl SlimFile {
         let stored = stored.collect();
         let rope_factors = gguf.f32_vector("rope_freqs.weight")?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
-        config.tied_embeddings = !layers.iter().any(|layer| layer.name == "output.weight")
-            && gguf.tensor("output.weight").is_none();
+        config.tied_embeddings = !places.contains_key(OUTPUT) && gguf.tensor(OUTPUT).is_none();
         let tokenizer = TokenizerSource::from_gguf(metadata);
         Ok(Self { config, tokenizer, layers, places, stored, parts, gguf })
     }

@@ -11,6 +11,9 @@ use super::{
 /// Bands that one launch of `matvec_*` takes: those of two matrices.
 pub(super) const MATVEC_BANDS: usize = 2 * MAX_BANDS;
 
+/// Columns of a block of `embed_*`.
+const EMBED_COLS: usize = 128;
+
 /// What a product does with its sums: `mode` of `matvec.cu` and `matmul.cu`.
 #[derive(Clone, Copy)]
 pub(super) enum Mode {
@@ -94,6 +97,15 @@ pub(super) struct MatmulArgs<M> {
     pub unused: u32,
 }
 
+/// `Embed` of `embed.cu`.
+#[repr(C)]
+pub(super) struct EmbedArgs<M> {
+    pub band: [BandArgs<M>; MAX_BANDS],
+    pub tokens: u64,
+    pub bands: u32,
+    pub unused: u32,
+}
+
 /// `GemmArgs` of `gemm.cu`.
 #[repr(C)]
 pub(super) struct GemmArgs {
@@ -132,6 +144,9 @@ pub(super) trait Kind: Sized + Copy {
     fn of(device: &Device, w: &Band) -> Self;
     fn matvec(device: &Device) -> &Kernel;
     fn matmul(device: &Device) -> &Kernel;
+    fn embed(device: &Device) -> &Kernel;
+    /// Blocks of `embed_*` for a token.
+    fn embed_blocks(&self) -> usize;
     /// Bytes of shared memory that `matmul_*` takes for an item of all tiles and tokens of a block.
     fn matmul_item_bytes(&self) -> u32;
     fn rows(&self) -> u32;
@@ -174,6 +189,14 @@ impl Kind for PackedArgs {
         &device.kernels.matmul_packed
     }
 
+    fn embed(device: &Device) -> &Kernel {
+        &device.kernels.embed_packed
+    }
+
+    fn embed_blocks(&self) -> usize {
+        self.item_count as usize
+    }
+
     fn matmul_item_bytes(&self) -> u32 {
         shared::matmul_item(self.max_width)
     }
@@ -201,6 +224,14 @@ impl Kind for DenseArgs {
 
     fn matmul(device: &Device) -> &Kernel {
         &device.kernels.matmul_dense
+    }
+
+    fn embed(device: &Device) -> &Kernel {
+        &device.kernels.embed_dense
+    }
+
+    fn embed_blocks(&self) -> usize {
+        (self.cols as usize).div_ceil(EMBED_COLS)
     }
 
     fn matmul_item_bytes(&self) -> u32 {
@@ -235,14 +266,13 @@ mod tests {
     #[test]
     fn parameters_are_those_of_the_ptx() {
         let cache = size_of::<KvCacheArgs>();
-        let (packed, dense) = (size_of::<PackedArgs>(), size_of::<DenseArgs>());
         let kernels: [(&str, &[usize]); 16] = [
             ("attention_decode_f16", &[8, cache, 8, 4, 4, 8, 8, 8]),
             ("attention_decode_q8", &[8, cache, 8, 4, 4, 8, 8, 8]),
             ("attention_prefill_f16", &[8, cache, 8, 4, 4, 4, 8, 4]),
             ("attention_prefill_q8", &[8, cache, 8, 4, 4, 4, 8, 4]),
-            ("embed_dense", &[dense, 8, 8]),
-            ("embed_packed", &[packed, 8, 8]),
+            ("embed_dense", &[size_of::<EmbedArgs<DenseArgs>>()]),
+            ("embed_packed", &[size_of::<EmbedArgs<PackedArgs>>()]),
             ("gemm_f32", &[size_of::<GemmArgs>()]),
             ("matmul_dense", &[size_of::<MatmulArgs<DenseArgs>>()]),
             ("matmul_packed", &[size_of::<MatmulArgs<PackedArgs>>()]),

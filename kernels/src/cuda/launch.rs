@@ -6,13 +6,13 @@ use std::{ffi::c_void, ptr, sync::Arc};
 use super::{
     Attention, Device, KvCache, KvType, Matrix, Operands, RopeTables, Tokens, TopK, View, ViewMut,
     arguments::{
-        BandArgs, DenseArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs, MatvecArgs,
-        Mode, PackedArgs,
+        BandArgs, DenseArgs, EmbedArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs,
+        MatvecArgs, Mode, PackedArgs,
     },
     check_equal, check_limit,
     device::{Kernel, shared},
     driver::{self, LaunchShape, address, refused},
-    matrix::{Band, Storage},
+    matrix::Band,
 };
 use crate::{KernelError, Result};
 
@@ -23,8 +23,7 @@ const MATMUL_TILES: usize = 8;
 const MATMUL_TOKENS: usize = 128;
 /// Sets of four warps of a block of `matmul_*`.
 const MATMUL_SETS: u32 = 2;
-/// Columns of a block of `embed_*`, `swiglu` and `gemm_f32`.
-const EMBED_COLS: usize = 128;
+/// Columns of a block of `swiglu` and `gemm_f32`.
 const SWIGLU_COLS: usize = 256;
 /// Heads of a block of `rope_store_*`.
 const ROPE_WARPS: usize = 4;
@@ -570,26 +569,31 @@ impl Device {
     pub fn embed(&self, w: &Matrix, tokens: View<'_, u32>, x: &mut ViewMut<'_, f32>) -> Result<()> {
         let m = tokens.len();
         check_room("outputs", x.as_view(), m * w.cols())?;
-        check_equal("bands of an embedding", w.bands.len(), 1)?;
-        let (tokens, x) = (self.input(tokens), self.output(x));
-        let w = &w.bands[0];
-        match &w.storage {
-            Storage::Packed(_) => {
-                let packed = PackedArgs::of(self, w);
-                let args = &mut [argument(&packed), argument(&tokens), argument(&x)];
-                let grid = [packed.item_count as usize, m, 1];
-                // SAFETY: `embed_packed(w, tokens, x)`. w: as `Matrix` lays it out; tokens: m, looked up if w has
-                // such a row; x: m rows of w's columns.
-                unsafe { self.launch(&self.kernels.embed_packed, grid, 128, 0, args) }
-            }
-            Storage::Dense(_) => {
-                let dense = DenseArgs::of(self, w);
-                let args = &mut [argument(&dense), argument(&tokens), argument(&x)];
-                let grid = [w.cols.div_ceil(EMBED_COLS), m, 1];
-                // SAFETY: `embed_dense(w, tokens, x)`, as above.
-                unsafe { self.launch(&self.kernels.embed_dense, grid, 128, 0, args) }
-            }
+        match w.is_packed() {
+            true => self.embed_rows::<PackedArgs>(w, tokens, x),
+            false => self.embed_rows::<DenseArgs>(w, tokens, x),
         }
+    }
+
+    /// [`Self::embed`] for a matrix of kind `K`. All shapes have been checked.
+    fn embed_rows<K: Kind>(
+        &self,
+        w: &Matrix,
+        tokens: View<'_, u32>,
+        x: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
+        let m = tokens.len();
+        let bands = self.bands::<K>(w, self.output(x));
+        let blocks = bands.iter().map(|band| band.w.embed_blocks()).max().unwrap_or(0);
+        let args = EmbedArgs {
+            band: filled(&bands),
+            tokens: self.input(tokens),
+            bands: bands.len() as u32,
+            unused: 0,
+        };
+        // SAFETY: `embed_*(Embed args)`. band: one to 16 of the kernel's kind, all of `w`, as `Matrix` lays them out, their `out`
+        // m rows of its columns; tokens: m, looked up if `w` has such a row.
+        unsafe { self.launch(K::embed(self), [blocks, m, 1], 128, 0, &mut [argument(&args)]) }
     }
 
     /// The `k` largest of `logits`, where [`TopK::read`] finds them.

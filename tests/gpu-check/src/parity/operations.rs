@@ -19,14 +19,15 @@ use crate::weights::{Fill, HostWeight, LayerSpec, TWO_LEVEL, half_vector, vector
 
 pub fn embed(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     let [rows, cols] = [70, 304];
-    let packed = |coding, widths: &[u8]| {
-        LayerSpec { rows, cols, group_size: 128, coding, widths, size: 1.0 }.fill(11, Fill::Random)
-    };
+    let spec =
+        |coding, widths| LayerSpec { rows, cols, group_size: 128, coding, widths, size: 1.0 };
+    let packed = |coding, widths| spec(coding, widths).fill(11, Fill::Random);
     let six_bit = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 };
     let weights = [
         packed(TWO_LEVEL, &[1, 2, 3]),
         packed(six_bit, &[8, 5, 7]),
         packed(ScaleCoding::Paper, &[1, 4, 6]),
+        spec(six_bit, &[7, 4, 2]).bands(11, &[16, 32, 16, 6]),
         HostWeight::dense(11, DType::F16, [rows, cols], 1.0),
         HostWeight::dense(11, DType::F16, [rows, 100], 1.0),
     ];
