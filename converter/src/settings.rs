@@ -139,16 +139,17 @@ impl Settings {
 
     /// The settings of the embedding and the output layer; of the least bits if a target decides.
     ///
-    /// Two-level scales get 6-bit codes: a 4-bit minimum code would shift a grid of 256 steps by up to 8 of them
+    /// Two-level scales of many bits get 6-bit codes: a 4-bit minimum code would shift a grid of 256 steps by up to 8 of them
     /// (`docs/accuracy.md` has the effect).
     pub fn for_embedding(&self) -> Self {
+        let bits = self.embed_bits.unwrap_or(1);
         let coding = match self.coding {
-            ScaleCoding::Paper => ScaleCoding::Paper,
-            ScaleCoding::TwoLevel { sub_group, .. } => {
+            ScaleCoding::TwoLevel { sub_group, .. } if bits >= 6 => {
                 ScaleCoding::TwoLevel { sub_group, scale_bits: 6 }
             }
+            coding => coding,
         };
-        Self { bits: self.embed_bits.unwrap_or(1), coding, ..self.clone() }
+        Self { bits, coding, ..self.clone() }
     }
 
     /// Whether one budget of bits for the whole model decides the widths.

@@ -68,7 +68,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Memory to quantize a layer in: a calibrated one is held whole, others a slab at a time; a code takes a byte at most.
+    /// Memory to quantize a layer in: one of a block that is calibrated is held whole, others a slab at a time; a code takes a byte
+    /// at most.
     fn working_bytes_of(&self, tensor: &PlannedTensor) -> u64 {
         let (rows, cols) = match tensor.storage {
             Storage::F32 => return 0,
@@ -81,7 +82,8 @@ impl Plan {
             true => rows * cols,
             false => 0,
         };
-        let hessians = if weights > 0 { HESSIAN_COPIES * cols.pow(2) } else { 0 };
+        let is_swept = weights > 0 || !is_linear && self.settings.has_budget();
+        let hessians = if is_swept { HESSIAN_COPIES * cols.pow(2) } else { 0 };
         let slab = SLAB_COPIES * rows.min(SLAB_ROWS as u64) * cols;
         rows * cols + 4 * (weights + hessians + slab)
     }
