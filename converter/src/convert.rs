@@ -19,7 +19,7 @@ use crate::{
     calibrator::{Calibrator, Layer, Stage, Visitor},
     contents::Contents,
     distill::convert_and_distill,
-    layer::{FactoredHessian, LayerInputs, quantize_layer, round_layer},
+    layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
     provenance,
     rows::Targets,
@@ -130,11 +130,7 @@ impl Visitor for Output<'_> {
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
         let inputs = LayerInputs::new(stage, self.settings, engine)?;
-        if let Some(share) = inputs.extra_damping() {
-            self.warn(format!(
-                "`{name}`: its Hessian needed {share} of its mean diagonal as damping"
-            ));
-        }
+        self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
 
@@ -182,7 +178,10 @@ impl Output<'_> {
         let settings = self.settings.for_embedding();
         let hessian = match &self.budget {
             Some(budget) => {
-                Some(FactoredHessian::new(&budget.vocabulary[name].hessian(), &settings)?)
+                let hessian = budget.vocabulary[name].hessian();
+                let hessian = FactoredHessian::new(&hessian, &settings)?;
+                self.warn_of_damping(name, &hessian);
+                Some(hessian)
             }
             None => None,
         };
@@ -191,7 +190,7 @@ impl Output<'_> {
         Ok(Layer::Quantized(layers))
     }
 
-    /// Quantizes a matrix, as for [`round_layer`]; gives its bands, or itself.
+    /// Quantizes a matrix, as for [`stream_layer`]; gives its bands, or itself.
     fn stream(
         &mut self,
         name: &str,
@@ -203,7 +202,7 @@ impl Output<'_> {
         let mut bands = Vec::new();
         for (band, rows) in self.contents.layers_of(name) {
             let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
-            let packed = round_layer(rows.len(), cols, settings, hessian, widths, |slab| {
+            let packed = stream_layer(rows.len(), cols, settings, hessian, widths, |slab| {
                 finite_rows(name, source, rows.start + slab.start..rows.start + slab.end)
             })?;
             self.write(&band, &packed, None)?;
@@ -252,6 +251,14 @@ impl Output<'_> {
             bytes.extend(weights.iter().flat_map(|&weight| f16::from_f32(weight).to_le_bytes()));
         }
         Ok(self.writer.dense(name, DType::F16, &[rows as u64, cols as u64], &bytes)?)
+    }
+
+    fn warn_of_damping(&mut self, name: &str, hessian: &FactoredHessian) {
+        if let Some(share) = hessian.extra_damping {
+            self.warn(format!(
+                "`{name}`: its Hessian needed {share} of its mean diagonal as damping"
+            ));
+        }
     }
 
     fn warn(&mut self, warning: String) {

@@ -41,7 +41,7 @@ pub struct FactoredHessian {
     /// The damped Hessian, its rows and columns in that order.
     reordered: Hessian,
     /// The share of the mean diagonal that was needed to factor it, if more than usual.
-    extra_damping: Option<f32>,
+    pub extra_damping: Option<f32>,
 }
 
 impl<'a> LayerInputs<'a> {
@@ -74,9 +74,9 @@ impl<'a> LayerInputs<'a> {
         Ok(Self { activations, hessian, factored, search_importance, correction })
     }
 
-    /// The share of the mean diagonal that was needed to factor the Hessian, if more than usual.
-    pub fn extra_damping(&self) -> Option<f32> {
-        self.factored.extra_damping
+    /// The Hessian of the inputs.
+    pub fn hessian(&self) -> &FactoredHessian {
+        &self.factored
     }
 
     /// `weights: [rows, cols]` with what makes up for the difference to the inputs in the float model.
@@ -190,7 +190,7 @@ pub fn quantize_layer(
 ///
 /// # Panics
 /// If `cols` is not a multiple of 16.
-pub fn round_layer(
+pub fn stream_layer(
     rows: usize,
     cols: usize,
     settings: &Settings,

@@ -15,7 +15,10 @@ use crate::{
     calibrator::Stage,
     coder::{Coder, RunScales},
     hessian::Hessian,
-    layer::{LayerInputs, QuantizedLayer, layout, quantize_layer, round_layer, sweep_layer},
+    layer::{
+        FactoredHessian, LayerInputs, QuantizedLayer, layout, quantize_layer, stream_layer,
+        sweep_layer,
+    },
     rows::{OutputHessian, Targets},
     sweep::{Curvature, REFINEMENTS, SweptTile, sweep},
 };
@@ -224,11 +227,31 @@ fn tall_layer_is_the_same_in_slabs() {
     let weights = noise(TALL * 16, 8);
     let settings = settings(8, CODINGS[1], Method::RoundToNearest);
     let rows = |rows: std::ops::Range<usize>| Ok(weights[rows.start * 16..rows.end * 16].to_vec());
-    let tall = round_layer(TALL, 16, &settings, None, None, rows).unwrap();
+    let tall = stream_layer(TALL, 16, &settings, None, None, rows).unwrap();
     let last = |range: std::ops::Range<usize>| rows(range.start + TALL - 40..range.end + TALL - 40);
-    let last = round_layer(40, 16, &settings, None, None, last).unwrap();
+    let last = stream_layer(40, 16, &settings, None, None, last).unwrap();
     for tile in 0..3 {
         assert_eq!(tall.view().tile_codes(TALL / 16 - 2 + tile), last.view().tile_codes(tile));
+    }
+}
+
+#[test]
+fn rows_that_come_in_slabs_are_swept_by_their_hessian() {
+    let (weights, activations) = (noise(ROWS * COLS, 9), activations());
+    let hessian = Hessian::of(&activations, &Engine::Cpu, Precision::Fine).unwrap();
+    for coding in CODINGS {
+        let settings = settings(3, coding, Method::Slim);
+        let cost = |factored: Option<&FactoredHessian>| {
+            let rows = |rows: std::ops::Range<usize>| {
+                Ok(weights[rows.start * COLS..rows.end * COLS].to_vec())
+            };
+            let layer = stream_layer(ROWS, COLS, &settings, factored, None, rows).unwrap();
+            let errors = weights.iter().zip(dequantized(&layer)).map(|(a, b)| a - b);
+            hessian.quadratic(&errors.collect::<Vec<_>>())
+        };
+        let factored = FactoredHessian::new(&hessian, &settings).unwrap();
+        let (swept, rounded) = (cost(Some(&factored)), cost(None));
+        assert!(swept < 0.5 * rounded, "{coding:?}: {swept} for {rounded}");
     }
 }
 

@@ -74,3 +74,39 @@ impl Vocabulary {
         Hessian::new(values, hidden)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The Hessian of a matrix that is embedding and output layer, and its sensitivity, tell what an error in all rows costs.
+    #[test]
+    fn costs_of_both_parts_add_up() {
+        let (x, dy) = ([1.0, 2.0, 3.0, -1.0], [1.0, 0.0, -1.0, 0.0, 1.0, 1.0]);
+        let (tokens, dx) = ([2, 0], [0.5, 1.0, 2.0, 0.0]);
+        let [mut output, mut embedding] = [Vocabulary::zeros(3, 2), Vocabulary::zeros(3, 2)];
+        output.add_output(&x[..2], &dy[..3]);
+        output.add_output(&x[2..], &dy[3..]);
+        embedding.add_embedding(&tokens, &dx);
+        output.divide();
+        embedding.divide();
+        let both = embedding.plus(&output);
+
+        let squares = |rows: &[f32], e: &[f32; 2]| -> f64 {
+            let squares = rows.chunks_exact(2).map(|row| (row[0] * e[0] + row[1] * e[1]).powi(2));
+            squares.map(f64::from).sum::<f64>() / 2.0
+        };
+        // Two logits of each token have a gradient of 1.
+        let exact = |e: &[f32; 2]| 2.0 * squares(&x, e) + squares(&dx, e);
+        for e in [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, -2.0]] {
+            assert!((both.hessian().quadratic(&e) / exact(&e) - 1.0).abs() < 1e-6, "{e:?}");
+        }
+        let Sensitivity { inputs, outputs } = &both.sensitivity;
+        let total: f64 = outputs.iter().sum();
+        for (input, e) in inputs.iter().zip([[1.0, 0.0], [0.0, 1.0]]) {
+            assert!((input * total / exact(&e) - 1.0).abs() < 1e-9, "{e:?}");
+        }
+        // The mean square of an input is 7.5, that of a gradient 2.625; rows 0 and 2 are looked up once each in two tokens.
+        assert_eq!(*outputs, [0.5 * 7.5 + 0.5 * 2.625, 0.5 * 7.5, 7.5 + 0.5 * 2.625]);
+    }
+}
