@@ -112,6 +112,11 @@ impl Tokenizer {
         self.inner.id_to_token(token)
     }
 
+    /// Whether a token is found in a text before anything else happens to the text around it.
+    pub(crate) fn is_added(&self, token: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&token)
+    }
+
     fn is_special(&self, token: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&token).is_some_and(|token| token.special)
