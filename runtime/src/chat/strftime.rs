@@ -84,8 +84,11 @@ impl Field {
             Some('#') => text = text.to_uppercase(),
             _ => {}
         }
-        let fills_with_zeros = self.flag == Some('0')
-            || (is_number && self.flag != Some('_') && !"ekl".contains(self.letter));
+        let fills_with_zeros = match self.flag {
+            Some('0') => true,
+            Some('-' | '_') => false,
+            _ => is_number && !"ekl".contains(self.letter),
+        };
         match fills_with_zeros {
             true => format!("{text:0>0$}", self.width),
             false => format!("{text:>0$}", self.width),
@@ -127,11 +130,12 @@ mod tests {
             ("%c", "Thu Jul  4 15:07:09 2024"),
             ("%D %F %T %R %r", "07/04/24 2024-07-04 15:07:09 15:07 03:07:09 PM"),
             ("%U %W %w %u %G %g %V", "26 27 4 4 2024 24 27"),
-            ("[%Z|%z|%:z]", "[||]"),
+            ("[%Z|%z]", "[|]"),
             ("%f %s %h%n%t.", "004500 1720105629 Jul\n\t."),
             ("%^a %#B %#p %^b", "THU JULY pm JUL"),
             ("%Ey %Od %EY", "24 04 2024"),
-            ("%5d %-5d %10A|%3Y", "00004 00004   Thursday|2024"),
+            ("%5d %-5d %10A|%3Y", "00004     4   Thursday|2024"),
+            ("%_5d|%05e|%5e|%^10a", "    4|00004|    4|       THU"),
             ("%Q %é %", "%Q %é %"),
         ] {
             assert_eq!(at(1_720_105_629, format), expected, "{format}");
