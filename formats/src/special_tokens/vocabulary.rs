@@ -2,12 +2,35 @@
 
 use std::collections::HashMap;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
     TokenizerSource,
     gguf::{Metadata, token_type},
 };
+
+/// What is read of a `tokenizer.json`. The merges, most of such a file, are passed over.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct TokenizerJson {
+    added_tokens: Vec<AddedToken>,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct AddedToken {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    special: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Model {
+    vocab: Value,
+}
 
 /// Token texts with their ids, as far as a tokenizer gives them: what cannot be read is left out, for
 /// the tokenizer itself to refuse.
@@ -44,30 +67,29 @@ impl Vocabulary {
     }
 
     fn from_tokenizer_json(text: &str) -> Self {
-        let json: Value = serde_json::from_str(text).unwrap_or_default();
+        let TokenizerJson { added_tokens, model } = serde_json::from_str(text).unwrap_or_default();
         let mut tokens = HashMap::new();
-        let mut insert = |text: &str, id: Option<u32>, kind| {
+        let mut insert = |text: String, id: Option<u32>, kind| {
             if let Some(id) = id {
-                tokens.insert(text.to_owned(), Token { id, kind });
+                tokens.insert(text, Token { id, kind });
             }
         };
-        match &json["model"]["vocab"] {
+        match model.vocab {
             Value::Object(vocab) => {
                 for (text, id) in vocab {
-                    insert(text, as_token_id(id), Kind::Plain);
+                    insert(text, as_token_id(&id), Kind::Plain);
                 }
             }
             // Unigram: pairs of text and score in the order of the ids.
             pairs => {
                 for (pair, id) in pairs.as_array().into_iter().flatten().zip(0..) {
-                    insert(pair[0].as_str().unwrap_or_default(), Some(id), Kind::Plain);
+                    let text = pair[0].as_str().unwrap_or_default();
+                    insert(text.to_owned(), Some(id), Kind::Plain);
                 }
             }
         }
-        for token in json["added_tokens"].as_array().into_iter().flatten() {
-            let kind = if token["special"] == true { Kind::Control } else { Kind::Added };
-            let text = token["content"].as_str().unwrap_or_default();
-            insert(text, as_token_id(&token["id"]), kind);
+        for AddedToken { id, content, special } in added_tokens {
+            insert(content, Some(id), if special { Kind::Control } else { Kind::Added });
         }
         Self { tokens }
     }

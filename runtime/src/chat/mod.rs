@@ -74,11 +74,9 @@ impl<'a> ChatFormat<'a> {
 
 /// What a template writes for chats of all kinds, as far as it accepts them.
 fn trials(template: &ChatTemplate) -> String {
-    let chats = [&["user"][..], &["system", "user"], &["user", "assistant", "user", "assistant"]];
-    let texts = chats.iter().flat_map(|roles| {
-        [false, true].map(|open| template.render(&trial(roles), open).unwrap_or_default())
-    });
-    texts.collect::<Vec<_>>().join("\n")
+    let chats = [&["user"][..], &["system", "user"], &["user", "assistant", "user"]];
+    let texts = chats.map(|roles| template.render(&trial(roles), true).unwrap_or_default());
+    texts.join("\n")
 }
 
 /// A chat to try a template with.
