@@ -10,21 +10,28 @@ mod dtype;
 mod error;
 mod folder;
 pub mod gguf;
+mod json;
 mod limits;
+mod locate;
 mod mapped;
 mod model;
 mod names;
 pub mod onnx;
 pub mod safetensors;
+mod shapes;
 pub mod slim;
+mod stand_in;
 #[cfg(test)]
 mod test_data;
+mod vocabulary;
 
 pub use atomic::AtomicFile;
 pub use config::{ModelConfig, Rope};
 pub use dtype::DType;
 pub use error::{FormatError, Result};
+pub use folder::missing_tokenizer;
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
 pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
+pub use vocabulary::vocabulary_faults;

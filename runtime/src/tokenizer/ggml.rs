@@ -99,11 +99,12 @@ impl<'a> Vocabulary<'a> {
         Ok(Self { tokens, types })
     }
 
-    /// The tokens that a text can have.
+    /// The tokens that a text can have; of several with the same text, the first.
     fn ids(&self) -> AHashMap<String, u32> {
         let ids = self.tokens.iter().cloned().zip(0..);
         let is_used = |(_, id): &(String, u32)| self.types[*id as usize] != token_type::UNUSED;
-        ids.filter(is_used).collect()
+        // Of equal keys, the last one collected stays.
+        ids.rev().filter(is_used).collect()
     }
 
     /// The tokens that are found in a text before anything else happens to it.
