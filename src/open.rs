@@ -44,10 +44,15 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
         ));
     }
     let source = open_model(path)?;
+    warn_of(&*source);
+    Ok(source)
+}
+
+/// Says what is odd about a model.
+pub fn warn_of(source: &dyn ModelSource) {
     for warning in source.warnings() {
         note(format_args!("warning: {warning}"));
     }
-    Ok(source)
 }
 
 /// The tokenizer of a model, which must have one.

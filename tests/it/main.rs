@@ -9,3 +9,4 @@ mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod real_model; // a real model, where there is one
+mod sources; // what is read of a source, refused, or warned of

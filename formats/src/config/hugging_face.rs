@@ -171,7 +171,8 @@ fn refuse_other_classes(json: &Json<'_>, model_type: &str) -> Result<()> {
     };
     match json.optional("architectures", "a list of classes", Value::as_array)? {
         Some(classes) if !classes.is_empty() && !classes.iter().any(class_of) => {
-            json.unsupported(format!("the class {}", classes[0]), "")
+            let hint = "supported are LlamaForCausalLM and MistralForCausalLM";
+            json.unsupported(format!("the class {}", classes[0]), hint)
         }
         _ => Ok(()),
     }

@@ -9,6 +9,7 @@ use super::ModelConfig;
 use crate::gguf::Value;
 
 /// Keys of `config.json` that say nothing about what is computed, by group.
+#[rustfmt::skip]
 const HARMLESS: [&[&str]; 5] = [
     // Where the model comes from, and how it is kept. The stored element type counts, not this one.
     &[
@@ -44,7 +45,7 @@ const HARMLESS: [&[&str]; 5] = [
         "output_scores",
     ],
     // Of other classes' configurations, of which this one's read another.
-    &["layer_norm_eps", "tie_encoder_decoder", "max_sequence_length", "model_max_length"],
+    &["layer_norm_eps", "is_decoder", "tie_encoder_decoder", "max_sequence_length", "model_max_length"],
 ];
 
 /// What an unread key of `config.json` is.
@@ -74,8 +75,8 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         | "lm_head_bias" | "use_qk_norm" | "qk_norm" | "qk_layernorm" | "use_qkv_bias" | "alibi"
         | "use_alibi" | "parallel_attn" | "use_parallel_residual" | "use_sliding_window"
         | "attn_output_gate" | "add_cross_attention" | "is_encoder_decoder"
-        | "use_bidirectional_attention" | "use_mrope" | "scale_depth_by_layer" => value == false,
-        "is_causal" | "is_decoder" => value.is_boolean() && (key == "is_decoder" || value == true),
+        | "use_bidirectional_attention" | "use_mrope" => value == false,
+        "is_causal" => value == true,
         "position_embedding_type" => ["rope", "rotary"].iter().any(|&kind| value == kind),
         "partial_rotary_factor" | "rotary_pct" | "rotary_percent" | "embedding_multiplier"
         | "residual_multiplier" | "logits_scaling" | "logit_scale" | "lm_head_multiplier"
