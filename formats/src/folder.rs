@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::{
-    FormatError, Limits, ModelConfig, ModelSource, Result, TokenizerSource, json, limits::read_text, stand_in,
-    vocabulary::vocabulary_faults,
+    FormatError, Limits, ModelConfig, ModelSource, Result, TokenizerSource, json,
+    limits::read_text, stand_in, vocabulary::vocabulary_faults,
 };
 
 /// What the files beside the weights say about a model.
@@ -44,9 +44,12 @@ impl Folder {
     pub fn around_onnx(path: &Path) -> Self {
         let mut folder = Self::around(path);
         let is_here = folder.root.as_os_str().is_empty();
-        let named = if is_here { Path::new(".").canonicalize().ok() } else { Some(folder.root.clone()) };
+        let named =
+            if is_here { Path::new(".").canonicalize().ok() } else { Some(folder.root.clone()) };
         folder.parent = named
-            .filter(|root| root.file_name().is_some_and(|name| name == "onnx") && !root.is_symlink())
+            .filter(|root| {
+                root.file_name().is_some_and(|name| name == "onnx") && !root.is_symlink()
+            })
             .and_then(|root| Some(root.parent()?.to_owned()));
         folder
     }

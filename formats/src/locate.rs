@@ -108,7 +108,8 @@ pub(crate) fn weights_in(root: &Path) -> Result<Weights> {
         return Err(FormatError::unsupported(root, what, hint));
     }
     if entries.has("config.json") {
-        let needed_for = format!("it, or `{INDEX}` with the files that it names, holds the weights");
+        let needed_for =
+            format!("it, or `{INDEX}` with the files that it names, holds the weights");
         return Err(FormatError::missing(single, needed_for, "download the weights, too"));
     }
     let is_model = |name: &&String| {
@@ -149,8 +150,7 @@ pub(crate) fn refuse_part(path: &Path) -> Result<()> {
 pub(crate) fn split_gguf(path: &Path, count: u64) -> FormatError {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let part = Part::of(&name);
-    let missing =
-        part.map(|part| part.missing_sentence(path.parent().unwrap_or(Path::new(""))));
+    let missing = part.map(|part| part.missing_sentence(path.parent().unwrap_or(Path::new(""))));
     let hint = format!(
         "merge the parts with `llama-gguf-split --merge FIRST-PART OUT` and give the result{}",
         missing.unwrap_or_default()

@@ -188,7 +188,9 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
     stand_in::refuse(path, &file, "a model")?;
     let hint = match has_extension("json") {
         true => "give the folder that it lies in",
-        false => "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file",
+        false => {
+            "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file"
+        }
     };
     Err(FormatError::unsupported(path, "this kind of file", hint))
 }

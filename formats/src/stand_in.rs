@@ -55,7 +55,8 @@ fn recognise(bytes: &[u8]) -> Option<(String, &'static str)> {
         return None;
     }
     if let Some(bytes) = lfs_pointer(text) {
-        let hint = "run `git lfs pull` in the folder of the repository, or download the file itself";
+        let hint =
+            "run `git lfs pull` in the folder of the repository, or download the file itself";
         return Some((format!("a Git LFS pointer to {bytes} bytes"), hint));
     }
     let line = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("blank lines");

@@ -221,15 +221,17 @@ mod tests {
         let vocab = json!({"a": 0, "b": 1, "ab": 2});
         let of = |vocab: &Json, merges: Json, added: Json| {
             let model = json!({"type": "BPE", "vocab": vocab, "merges": merges});
-            TokenizerSource::HuggingFace(
-                json!({"model": model, "added_tokens": added}).to_string(),
-            )
+            TokenizerSource::HuggingFace(json!({"model": model, "added_tokens": added}).to_string())
         };
         let sound = of(&vocab, json!(["a b"]), json!([{"id": 3, "content": "<s>"}]));
         assert!(found(&sound, 4).is_empty());
         for (tokenizer, size, expected) in [
             (&sound, 3, "the tokenizer: token 3 (\"<s>\")"),
-            (&of(&json!({"a": 0, "b": 0}), json!([]), json!([])), 9, "token 0 as \"a\" and as \"b\""),
+            (
+                &of(&json!({"a": 0, "b": 0}), json!([]), json!([])),
+                9,
+                "token 0 as \"a\" and as \"b\"",
+            ),
             (&of(&vocab, json!([["a", "c"]]), json!([])), 9, "where \"c\" is no token"),
             (&of(&vocab, json!(["a b", "b a"]), json!([])), 9, "entry 1 of \"b\" and \"a\""),
             (&of(&vocab, json!([1]), json!([])), 9, "entry 0 that is no pair"),
@@ -277,7 +279,11 @@ mod tests {
         assert!(found(&of(&[twice(), ("token_type", vec![1i32, 1, 1, 5].into())]), 4).is_empty());
         for (changes, size, expected) in [
             (vec![twice()], 4, "the text \"a\" of token 0 again as token 3"),
-            (vec![("token_type", vec![1i32; 3].into())], 4, "`tokenizer.ggml.token_type`: 3 entries"),
+            (
+                vec![("token_type", vec![1i32; 3].into())],
+                4,
+                "`tokenizer.ggml.token_type`: 3 entries",
+            ),
             (vec![("scores", vec![1f32; 5].into())], 4, "`tokenizer.ggml.scores`: 5 entries"),
             (vec![("eos_token_id", 4u32.into())], 4, "`tokenizer.ggml.eos_token_id`: 4"),
             (vec![("padding_token_id", (-1i32 as u32).into())], 4, "padding_token_id`: 4294967295"),

@@ -213,7 +213,10 @@ fn inspect_onnx_model_describes_it_like_its_directory() {
 fn onnx_model_without_its_external_data_is_refused() {
     let (folder, model) = onnx_model("dynamo");
     std::fs::remove_file(folder.path("model.onnx.data")).unwrap();
-    fail(&["run", &arg(&model), "-p", "x"], &["model.onnx.data`: there is no such file; `model.onnx` keeps weights in it"]);
+    fail(
+        &["run", &arg(&model), "-p", "x"],
+        &["model.onnx.data`: there is no such file; `model.onnx` keeps weights in it"],
+    );
     folder.write("model.onnx.data", [0; 5]);
     let fragments = ["initializer `m.model.embed_tokens.weight`", "in the 5 bytes of"];
     fail(&["convert", &arg(&model), "-o", &folder.arg("out")], &fragments);

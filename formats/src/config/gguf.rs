@@ -205,9 +205,10 @@ impl<'a> Keys<'a> {
     /// Refuses keys that no rule read and that could change the computation.
     fn refuse_unread(&self, config: &ModelConfig) -> Result<()> {
         let asked = self.asked.borrow();
-        let unread = self.metadata.iter().find(|&(key, value)| {
-            !asked.contains(key) && !is_harmless_in_gguf(key, value, config)
-        });
+        let unread = self
+            .metadata
+            .iter()
+            .find(|&(key, value)| !asked.contains(key) && !is_harmless_in_gguf(key, value, config));
         match unread {
             Some((key, value)) => self.unsupported(format!("key `{key}` of {value}")),
             None => Ok(()),

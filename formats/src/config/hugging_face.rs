@@ -165,9 +165,9 @@ fn rope_scaling(path: &Path, rope: &Rope) -> Result<Value> {
 /// Refuses classes that end in something else than an output projection to tokens.
 fn refuse_other_classes(json: &Json<'_>, model_type: &str) -> Result<()> {
     let class_of = |value: &Value| {
-        value.as_str().is_some_and(|class| {
-            class.eq_ignore_ascii_case(&format!("{model_type}ForCausalLM"))
-        })
+        value
+            .as_str()
+            .is_some_and(|class| class.eq_ignore_ascii_case(&format!("{model_type}ForCausalLM")))
     };
     match json.optional("architectures", "a list of classes", Value::as_array)? {
         Some(classes) if !classes.is_empty() && !classes.iter().any(class_of) => {

@@ -70,24 +70,56 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         "hidden_act" | "hidden_activation" | "activation_function" | "mlp_hidden_act" => {
             value == "silu" || value == "swish"
         }
-        "attention_bias" | "mlp_bias" | "bias" | "use_bias" | "qkv_bias" | "attn_bias"
-        | "attention_out_bias" | "attention_qkv_bias" | "add_bias_linear" | "add_qkv_bias"
-        | "lm_head_bias" | "use_qk_norm" | "qk_norm" | "qk_layernorm" | "use_qkv_bias" | "alibi"
-        | "use_alibi" | "parallel_attn" | "use_parallel_residual" | "use_sliding_window"
-        | "attn_output_gate" | "add_cross_attention" | "is_encoder_decoder"
-        | "use_bidirectional_attention" | "use_mrope" => value == false,
+        "attention_bias"
+        | "mlp_bias"
+        | "bias"
+        | "use_bias"
+        | "qkv_bias"
+        | "attn_bias"
+        | "attention_out_bias"
+        | "attention_qkv_bias"
+        | "add_bias_linear"
+        | "add_qkv_bias"
+        | "lm_head_bias"
+        | "use_qk_norm"
+        | "qk_norm"
+        | "qk_layernorm"
+        | "use_qkv_bias"
+        | "alibi"
+        | "use_alibi"
+        | "parallel_attn"
+        | "use_parallel_residual"
+        | "use_sliding_window"
+        | "attn_output_gate"
+        | "add_cross_attention"
+        | "is_encoder_decoder"
+        | "use_bidirectional_attention"
+        | "use_mrope" => value == false,
         "is_causal" => value == true,
         "position_embedding_type" => ["rope", "rotary"].iter().any(|&kind| value == kind),
-        "partial_rotary_factor" | "rotary_pct" | "rotary_percent" | "embedding_multiplier"
-        | "residual_multiplier" | "logits_scaling" | "logit_scale" | "lm_head_multiplier"
-        | "scale_emb" | "embedding_scale" | "residual_scale" => is(1.0),
+        "partial_rotary_factor"
+        | "rotary_pct"
+        | "rotary_percent"
+        | "embedding_multiplier"
+        | "residual_multiplier"
+        | "logits_scaling"
+        | "logit_scale"
+        | "lm_head_multiplier"
+        | "scale_emb"
+        | "embedding_scale"
+        | "residual_scale" => is(1.0),
         "rotary_dim" => is(model.head_dim as f64),
         "attention_multiplier" | "attention_scale" => is(attention_scale(model)),
         "query_pre_attn_scalar" => is(model.head_dim as f64),
         "scale_depth" => is((model.block_count as f64).sqrt()),
         "dim_model_base" => is(model.hidden_size as f64),
-        "attn_logit_softcapping" | "final_logit_softcapping" | "clip_qkv" | "num_experts"
-        | "num_local_experts" | "n_routed_experts" | "num_nextn_predict_layers" => is(0.0),
+        "attn_logit_softcapping"
+        | "final_logit_softcapping"
+        | "clip_qkv"
+        | "num_experts"
+        | "num_local_experts"
+        | "n_routed_experts"
+        | "num_nextn_predict_layers" => is(0.0),
         "num_experts_per_tok" | "kv_lora_rank" | "q_lora_rank" => is(0.0),
         "layer_types" => match model.sliding_window {
             None => all("full_attention"),
@@ -120,10 +152,17 @@ pub(super) fn is_harmless_in_gguf(key: &str, value: &Value, model: &ModelConfig)
         "logit_scale" | "residual_scale" | "embedding_scale" | "rope.scaling.attn_factor" => {
             is(0.0) || is(1.0)
         }
-        "attention.max_alibi_bias" | "attention.clamp_kqv" | "attn_logit_softcapping"
-        | "final_logit_softcapping" | "expert_count" | "expert_used_count"
-        | "expert_shared_count" | "leading_dense_block_count" | "nextn_predict_layers"
-        | "pooling_type" | "rope.scaling.yarn_log_multiplier" => is(0.0),
+        "attention.max_alibi_bias"
+        | "attention.clamp_kqv"
+        | "attn_logit_softcapping"
+        | "final_logit_softcapping"
+        | "expert_count"
+        | "expert_used_count"
+        | "expert_shared_count"
+        | "leading_dense_block_count"
+        | "nextn_predict_layers"
+        | "pooling_type"
+        | "rope.scaling.yarn_log_multiplier" => is(0.0),
         _ => false,
     }
 }

@@ -150,7 +150,11 @@ fn hugging_face_bad_configurations_are_refused() {
         (json!({"final_logit_softcapping": 30.0}), true, "key `final_logit_softcapping`"),
         (json!({"num_local_experts": 8}), true, "key `num_local_experts`"),
         (json!({"rope_local_base_freq": 1e4}), true, "key `rope_local_base_freq`"),
-        (json!({"layer_types": ["full_attention", "sliding_attention"]}), true, "key `layer_types`"),
+        (
+            json!({"layer_types": ["full_attention", "sliding_attention"]}),
+            true,
+            "key `layer_types`",
+        ),
         (llama3(4.0, 4.0), false, "key `high_freq_factor`"),
         (json!({"eos_token_id": [1, "x"]}), false, "key `eos_token_id`"),
         (
@@ -184,10 +188,13 @@ fn hugging_face_neutral_keys_are_read_over() {
 fn hugging_face_unknown_keys_are_warned_of() {
     let changes = json!({"wavelet_gate": [1, 2], "nothing": null, "sliding_window": 16});
     let (_, warnings) = read_with_warnings(&changed(llama(), &changes)).unwrap();
-    assert_eq!(warnings, [
-        "`config.json`: key `wavelet_gate` of [1,2] is not read: it is unknown in a llama model",
-        "`config.json`: key `sliding_window` of 16 is not read: it is unknown in a llama model",
-    ]);
+    assert_eq!(
+        warnings,
+        [
+            "`config.json`: key `wavelet_gate` of [1,2] is not read: it is unknown in a llama model",
+            "`config.json`: key `sliding_window` of 16 is not read: it is unknown in a llama model",
+        ]
+    );
 }
 
 fn from_gguf(metadata: &Metadata, factors: Option<Vec<f32>>) -> Result<ModelConfig> {
@@ -280,8 +287,10 @@ fn gguf_every_spelling_of_linear_scaling_is_read() {
     ] {
         assert_eq!(read(&entries).unwrap(), [factor; 8], "{entries:?}");
     }
-    let error = read(&[("scaling.factor", 4f32.into()), ("scale_linear", 2f32.into())]).unwrap_err();
-    let expected = "key `llama.rope.scale_linear`: found 2, expected 4 as in `llama.rope.scaling.factor`";
+    let error =
+        read(&[("scaling.factor", 4f32.into()), ("scale_linear", 2f32.into())]).unwrap_err();
+    let expected =
+        "key `llama.rope.scale_linear`: found 2, expected 4 as in `llama.rope.scaling.factor`";
     assert!(error.to_string().contains(expected), "{error}");
 }
 
@@ -290,7 +299,12 @@ fn gguf_bad_keys_are_refused() {
     let ffn = "llama.feed_forward_length";
     let rope_dimensions = "llama.rope.dimension_count";
     let cases: [(&str, Option<Entry<'_>>, bool, &str); 16] = [
-        ("", Some(("llama.attention.wobble", 1u32.into())), true, "key `llama.attention.wobble` of 1"),
+        (
+            "",
+            Some(("llama.attention.wobble", 1u32.into())),
+            true,
+            "key `llama.attention.wobble` of 1",
+        ),
         ("", Some(("llama.rope.scaling.yarn_beta", 1f32.into())), true, "yarn_beta` of 1"),
         ("", Some(("mistral.rope.freq_base", 1e6f32.into())), true, "key `mistral.rope.freq_base`"),
         ("", Some(("llama.expert_count", 8u32.into())), true, "key `llama.expert_count` of 8"),

@@ -594,7 +594,8 @@ fn model_that_cannot_be_run_is_refused() {
     for (entry, tensor, message) in cases {
         let path = model_file(folder.path(), entry, tensor);
         let error = GgufModel::open(&path).unwrap_err().to_string();
-        let (found, message) = (error.trim_start_matches(&format!("`{}`", path.display())), message);
+        let (found, message) =
+            (error.trim_start_matches(&format!("`{}`", path.display())), message);
         assert!(found.trim_start_matches(": ").trim_start() == message, "{error}");
     }
 }

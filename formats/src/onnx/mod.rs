@@ -138,7 +138,9 @@ impl OnnxModel {
         self.config.tied_embeddings = !self.by_name.contains_key(names::OUTPUT);
         let found = match (is_said_tied, self.config.tied_embeddings) {
             (true, false) => "true, but the graph has another matrix for the output, which is used",
-            (false, true) => "false, but the graph uses the embedding for the output, and so is it here",
+            (false, true) => {
+                "false, but the graph uses the embedding for the output, and so is it here"
+            }
             _ => return,
         };
         let path = config_path.display();

@@ -89,7 +89,10 @@ fn external_data_behind_links_is_refused() {
     }
     let mut changed = model;
     changed.tensors[3].external[0].1 = "absent".to_owned();
-    expect_refusal(open_in(&folder, &changed), "there is no such file; `model.onnx` keeps weights in it");
+    expect_refusal(
+        open_in(&folder, &changed),
+        "there is no such file; `model.onnx` keeps weights in it",
+    );
 
     // A link to the model's folder is the user's own business.
     let link = secret.path().join("link");

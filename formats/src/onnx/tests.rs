@@ -416,7 +416,11 @@ fn output_projection_that_is_the_embedding_is_left_out() {
     let mut model = export(Style::GenAi, &config_of(&folder));
     let opened = open_in(&folder, &model).unwrap();
     assert!(!opened.config().tied_embeddings && opened.tensor_names().contains(&"output.weight"));
-    assert!(opened.warnings()[0].contains("the graph has another matrix"), "{:?}", opened.warnings());
+    assert!(
+        opened.warnings()[0].contains("the graph has another matrix"),
+        "{:?}",
+        opened.warnings()
+    );
 
     let values_of = |model: &Model, name: &str| {
         let tensor = model.tensors.iter().find(|tensor| tensor.name == name).unwrap();
@@ -435,5 +439,4 @@ fn output_projection_that_is_the_embedding_is_left_out() {
         assert!(!opened.tensor_names().contains(&"output.weight"));
         model.tensors.retain(|tensor| !is_output(tensor));
     }
-}
 }

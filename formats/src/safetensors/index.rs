@@ -9,9 +9,7 @@ use std::{
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
-use crate::{
-    DType, FormatError, MappedFile, Result, json, locate, stand_in,
-};
+use crate::{DType, FormatError, MappedFile, Result, json, locate, stand_in};
 
 /// The mapped safetensors files of a model.
 #[derive(Debug)]
@@ -95,7 +93,8 @@ impl Shards {
         };
         let (header_bytes, header) = SafeTensors::read_metadata(&file).map_err(|error| {
             let hint = match error {
-                SafeTensorError::InvalidHeaderLength | SafeTensorError::MetadataIncompleteBuffer => {
+                SafeTensorError::InvalidHeaderLength
+                | SafeTensorError::MetadataIncompleteBuffer => {
                     "the file has not the length that its header says, as after a download that \
                      broke off; fetch it again"
                 }
@@ -111,10 +110,13 @@ impl Shards {
             malformed("the header".to_owned(), error.to_string(), "a safetensors header")
         })?;
         let tensors = header.tensors();
-        if let Some((name, told)) = first_quantized(tensors.iter().map(|(name, info)| (name, info.dtype))) {
+        if let Some((name, told)) =
+            first_quantized(tensors.iter().map(|(name, info)| (name, info.dtype)))
+        {
             let method = method.unwrap_or(told);
             let what = format!("a model quantized by {method} (tensor `{name}`)");
-            let hint = "start from the model that it was made from, with fp16, bf16 or fp32 weights";
+            let hint =
+                "start from the model that it was made from, with fp16, bf16 or fp32 weights";
             return Err(FormatError::unsupported(path, what, hint));
         }
         for (name, info) in tensors {
@@ -194,10 +196,8 @@ fn first_quantized<'a>(
     let found = tensors.filter_map(|(name, dtype)| {
         let has = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
         let by_name = METHODS.iter().find(|(_, suffixes)| has(suffixes)).map(|(method, _)| *method);
-        let is_small = matches!(
-            dtype,
-            Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8 | Dtype::U32
-        );
+        let is_small =
+            matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8 | Dtype::U32);
         let by_type = (is_small && name.ends_with(".weight")).then_some(match dtype {
             Dtype::F8_E4M3 | Dtype::F8_E5M2 => "FP8",
             Dtype::U32 => "MLX",

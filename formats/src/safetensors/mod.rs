@@ -195,9 +195,8 @@ fn check_derived(
     let theta = f64::from(config.rope.theta);
     let frequency = |pair: usize| theta.powf(-(pair as f64) / pairs as f64);
     // Half precision keeps three digits, and of the smallest numbers fewer.
-    let agrees = |found: f32, expected: f64| {
-        (f64::from(found) - expected).abs() <= 0.01 * expected + 1e-7
-    };
+    let agrees =
+        |found: f32, expected: f64| (f64::from(found) - expected).abs() <= 0.01 * expected + 1e-7;
     for (name, tensor) in stored.extract_if(|name, _| name.ends_with(SUFFIX)) {
         let values = floats(tensor.dtype, shards.bytes_of(&tensor));
         let is_of_rope = |factor: &dyn Fn(usize) -> f64| {

@@ -271,7 +271,8 @@ fn directory_derived_tensors_must_agree_and_are_left_out() {
     let name = "model.layers.0.self_attn.rotary_emb.inv_freq";
     let folder = one_file(json!({}), &[(name, Dtype::F32, &[1])]);
     let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
-    let expected = "found other frequencies, expected those of the RoPE base 10000 in `config.json`";
+    let expected =
+        "found other frequencies, expected those of the RoPE base 10000 in `config.json`";
     assert!(error.contains(name) && error.ends_with(expected), "{error}");
 
     // Heads of two channels have one frequency, 1; linear scaling makes it 0.5.
@@ -347,6 +348,7 @@ fn directory_of_pickles_or_onnx_is_refused_with_a_hint() {
         fs::write(folder.path().join(name), "").unwrap();
         let error = HfDirectory::open(folder.path()).unwrap_err();
         assert!(error.hint().unwrap().contains(hint), "{error}");
+        fs::remove_file(folder.path().join(name)).unwrap();
     }
 }
 
