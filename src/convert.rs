@@ -149,6 +149,8 @@ fn calibration(
     args: &ConvertArgs,
 ) -> Result<Calibration> {
     let text = args.calibration.as_deref().map(read_text).transpose()?;
+    // Without one, what is written could not be run.
+    let tokenizer = tokenizer(source)?;
     if settings.method == Method::RoundToNearest {
         if text.is_some() {
             bail!("`--calibration`: round to nearest uses no calibration text");
@@ -159,7 +161,6 @@ fn calibration(
             text: Vec::new(),
         });
     }
-    let tokenizer = tokenizer(source)?;
     Ok(Calibration::from_text(
         text.as_deref().unwrap_or(BUILT_IN_CALIBRATION),
         &tokenizer,

@@ -44,6 +44,17 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io_errors.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
+/// The advice of an error about a file. Of a SliM file with a broken rule, it is to look for more.
+fn format_hint(error: &FormatError) -> Option<String> {
+    match error {
+        FormatError::Malformed { path, rule, .. } if !rule.is_empty() => Some(format!(
+            "`slimllm inspect --verify {}` lists what is wrong with the file",
+            path.display()
+        )),
+        _ => error.hint(),
+    }
+}
+
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(advised) = cause.downcast_ref::<Advised>() {
         return Some(advised.hint.clone());
@@ -53,14 +64,14 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
     }
     if let Some(error) = cause.downcast_ref::<ConvertError>() {
         return match error {
-            ConvertError::Format(error) => error.hint(),
+            ConvertError::Format(error) => format_hint(error),
             ConvertError::Kernel(error) => error.hint(),
             ConvertError::Runtime(error) => error.hint(),
             _ => None,
         };
     }
     let runtime = cause.downcast_ref().and_then(RuntimeError::hint);
-    let format = || cause.downcast_ref().and_then(FormatError::hint);
+    let format = || cause.downcast_ref().and_then(format_hint);
     let kernel = || cause.downcast_ref().and_then(KernelError::hint);
     runtime.or_else(format).or_else(kernel)
 }

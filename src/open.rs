@@ -3,10 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use slim_formats::{ModelConfig, ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
+use slim_formats::{
+    ModelConfig, ModelSource, TokenizerSource, gguf::GgufFile, missing_tokenizer, open_model,
+    slim::SlimFile,
+};
 use slim_runtime::Tokenizer;
 
-use crate::failure::advised;
+use crate::{failure::advised, output::note};
 
 /// The model that a command runs.
 #[derive(clap::Args)]
@@ -29,7 +32,7 @@ impl ModelArgs {
     }
 }
 
-/// Opens a model of any supported kind.
+/// Opens a model of any supported kind, and says what is odd about it.
 pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
     if !path.exists() && is_hub_id(path) {
         let id = path.display();
@@ -40,11 +43,23 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
             format!("if it is a hub id, run `hf download {id} --local-dir DIR` and use DIR"),
         ));
     }
-    Ok(open_model(path)?)
+    let source = open_model(path)?;
+    warn_of(&*source);
+    Ok(source)
 }
 
-/// The tokenizer of a model.
+/// Says what is odd about a model.
+pub fn warn_of(source: &dyn ModelSource) {
+    for warning in source.warnings() {
+        note(format_args!("warning: {warning}"));
+    }
+}
+
+/// The tokenizer of a model, which must have one.
 pub fn tokenizer(source: &dyn ModelSource) -> Result<Tokenizer> {
+    if matches!(source.tokenizer(), TokenizerSource::Missing) {
+        return Err(missing_tokenizer(source).into());
+    }
     Tokenizer::new(source.tokenizer()).with_context(|| format!("`{}`", source.path().display()))
 }
 

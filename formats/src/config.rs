@@ -2,6 +2,7 @@
 
 mod gguf;
 mod hugging_face;
+mod keys;
 mod llama3;
 #[cfg(test)]
 mod tests;

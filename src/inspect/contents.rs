@@ -4,15 +4,19 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 use slim_formats::{
-    DType, FormatError, MappedFile, ModelSource, Result, Weight,
+    DType, EMBEDDING, FormatError, MappedFile, ModelSource, Result, TokenizerSource, Weight,
     gguf::{self, GgufFile, Metadata, TensorInfo},
     open_model,
     slim::{Fault, LayerInfo, SlimFile},
+    vocabulary_faults,
 };
 use slim_kernels::weight;
 
 use super::total_bytes;
-use crate::open::is_slim;
+use crate::{
+    open::{is_slim, warn_of},
+    output::note,
+};
 
 /// What a file holds.
 pub struct Contents {
@@ -26,6 +30,8 @@ pub struct Contents {
     /// The weights of the model: the tensors, but a SliM layer is one weight of several tensors.
     pub weights: Vec<WeightSize>,
     pub metadata: Metadata,
+    /// Broken rules of the vocabulary, of a GGUF file that is no SliM file.
+    vocabulary_faults: Vec<Fault>,
     /// For SliM files.
     slim: Option<SlimFile>,
 }
@@ -57,7 +63,14 @@ impl Contents {
     pub fn read(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             // Without a `config.json` beside it, or of another architecture, it is still a list of tensors.
-            return Self::of_model(path).or_else(|_| Self::of_safetensors(path));
+            return match Self::of_model(path) {
+                Err(error) if !matches!(error, FormatError::Malformed { .. }) => {
+                    let contents = Self::of_safetensors(path)?;
+                    note(format_args!("read as a list of tensors, not as a model: {error}"));
+                    Ok(contents)
+                }
+                contents => contents,
+            };
         }
         if path.is_dir() || !MappedFile::open(path)?.starts_with(&gguf::MAGIC) {
             return Self::of_model(path);
@@ -70,6 +83,7 @@ impl Contents {
 
     fn of_model(path: &Path) -> Result<Self> {
         let source = open_model(path)?;
+        warn_of(&*source);
         let mut tensors = Vec::new();
         for name in source.tensor_names() {
             if let Some(Weight::Dense(dense)) = source.tensor(name)? {
@@ -90,6 +104,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: source.config().to_gguf(),
+            vocabulary_faults: Vec::new(),
             slim: None,
         })
     }
@@ -121,6 +136,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata,
+            vocabulary_faults: Vec::new(),
             slim: None,
         })
     }
@@ -134,6 +150,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: file.metadata().clone(),
+            vocabulary_faults: vocabulary_faults_of(file),
             slim: None,
         }
     }
@@ -156,7 +173,7 @@ impl Contents {
 
     /// The broken rules that opening the file did not find.
     pub fn verify(&self) -> Vec<Fault> {
-        self.slim.as_ref().map_or_else(Vec::new, SlimFile::verify)
+        self.slim.as_ref().map_or_else(|| self.vocabulary_faults.clone(), SlimFile::verify)
     }
 
     pub fn parameters(&self) -> u64 {
@@ -176,6 +193,13 @@ impl Contents {
     pub fn weight(&self, name: &str) -> Option<&WeightSize> {
         self.weights.iter().find(|weight| weight.name == name)
     }
+}
+
+/// Those of a GGUF file, for the rows that its embedding has.
+fn vocabulary_faults_of(file: &GgufFile) -> Vec<Fault> {
+    let rows = file.tensor(EMBEDDING).and_then(|embedding| embedding.shape.first().copied());
+    let rows = rows.and_then(|rows| usize::try_from(rows).ok()).unwrap_or(usize::MAX);
+    vocabulary_faults(&TokenizerSource::from_gguf(file.metadata()), rows, "")
 }
 
 impl Tensor {

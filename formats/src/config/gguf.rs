@@ -1,8 +1,12 @@
 //! Hyperparameters as GGUF metadata.
 
-use std::path::Path;
+use std::{cell::RefCell, collections::HashSet, path::Path};
 
-use super::{ModelConfig, Rope, rope_pairs};
+use super::{
+    ModelConfig, Rope,
+    keys::{is_about, is_harmless_in_gguf},
+    rope_pairs,
+};
 use crate::{
     FormatError, Result,
     gguf::{Array, Metadata, Value},
@@ -19,23 +23,18 @@ impl ModelConfig {
     /// caller's to set.
     ///
     /// # Errors
-    /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` for another
-    /// architecture and for what this program does not compute.
+    /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
+    /// spelling; `Unsupported` for another architecture, for what this program does not compute, and
+    /// for a key of the architecture or of RoPE that nothing here reads.
     pub fn from_gguf(
         path: &Path,
         metadata: &Metadata,
         rope_factors: Option<Vec<f32>>,
     ) -> Result<Self> {
-        let keys = Keys { path, metadata };
+        let keys = Keys { path, metadata, asked: RefCell::default() };
         let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
         if architecture != "llama" {
             return keys.unsupported(format!("architecture `{architecture}`"));
-        }
-        if keys
-            .optional("llama.expert_count", "a whole number", Value::as_u64)?
-            .is_some_and(|count| count > 0)
-        {
-            return keys.unsupported("a mixture of experts".to_owned());
         }
         let hidden_size = keys.size("llama.embedding_length")?;
         let head_count = keys.size("llama.attention.head_count")?;
@@ -76,7 +75,9 @@ impl ModelConfig {
             add_bos: false,
         };
         SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
-        config.validated(path)
+        let config = config.validated(path)?;
+        keys.refuse_unread(&config)?;
+        Ok(config)
     }
 
     /// The standard keys that [`from_gguf`](Self::from_gguf) reads back.
@@ -121,6 +122,9 @@ impl ModelConfig {
     }
 }
 
+/// The factor of RoPE scaling: its name, and the one of files before autumn 2023.
+const ROPE_FACTOR_KEYS: [&str; 2] = ["llama.rope.scaling.factor", "llama.rope.scale_linear"];
+
 const EPSILON_KEY: &str = "llama.attention.layer_norm_rms_epsilon";
 
 /// The key, or the number of tokens.
@@ -133,10 +137,13 @@ fn read_vocab_size(keys: &Keys<'_>) -> Result<usize> {
 
 fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Result<Rope> {
     let theta = keys.optional("llama.rope.freq_base", "a float", Value::as_f64)?;
+    let factor = read_rope_factor(keys)?;
     let scale = match keys.optional("llama.rope.scaling.type", "a string", Value::as_str)? {
-        None | Some("none") => 1.0,
+        Some("none") => 1.0,
+        // A factor without a type is linear, as llama.cpp has it.
+        None => factor.unwrap_or(1.0) as f32,
         Some("linear") => {
-            keys.require("llama.rope.scaling.factor", "a float", Value::as_f64)? as f32
+            factor.ok_or_else(|| keys.malformed(ROPE_FACTOR_KEYS[0], "none", "a float"))? as f32
         }
         Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
     };
@@ -147,13 +154,43 @@ fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Res
     })
 }
 
-/// Metadata and the file that it comes from.
+/// The factor of linear scaling under its name or its old one; llama.cpp takes 0 for none.
+fn read_rope_factor(keys: &Keys<'_>) -> Result<Option<f64>> {
+    let mut found = None;
+    for key in ROPE_FACTOR_KEYS {
+        let factor = keys.optional(key, "a float", Value::as_f64)?.filter(|&factor| factor != 0.0);
+        match (found, factor) {
+            (Some(first), Some(factor)) if !is_about(factor, first) => {
+                let expected = format!("{first} as in `{}`", ROPE_FACTOR_KEYS[0]);
+                return Err(keys.malformed(key, factor, &expected));
+            }
+            _ => found = found.or(factor),
+        }
+    }
+    Ok(found)
+}
+
+/// Metadata, the file that it comes from, and which of its keys were asked for.
 struct Keys<'a> {
     path: &'a Path,
     metadata: &'a Metadata,
+    asked: RefCell<HashSet<String>>,
 }
 
 impl<'a> Keys<'a> {
+    /// Refuses keys that no rule read and that could change the computation.
+    fn refuse_unread(&self, config: &ModelConfig) -> Result<()> {
+        let asked = self.asked.borrow();
+        let unread = self
+            .metadata
+            .iter()
+            .find(|&(key, value)| !asked.contains(key) && !is_harmless_in_gguf(key, value, config));
+        match unread {
+            Some((key, value)) => self.unsupported(format!("key `{key}` of {value}")),
+            None => Ok(()),
+        }
+    }
+
     fn unsupported<T>(&self, what: String) -> Result<T> {
         Err(FormatError::unsupported(self.path, what, ""))
     }
@@ -169,6 +206,7 @@ impl<'a> Keys<'a> {
         kind: &str,
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
+        self.asked.borrow_mut().insert(key.to_owned());
         let value = self.metadata.get(key);
         value.map(|value| read(value).ok_or_else(|| self.malformed(key, value, kind))).transpose()
     }

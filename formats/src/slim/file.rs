@@ -18,6 +18,7 @@ use crate::{
     DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OUTPUT, Result,
     TokenizerSource, Weight,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
+    vocabulary_faults,
 };
 
 /// The version that this program reads and writes (F2).
@@ -189,9 +190,11 @@ impl SlimFile {
         (weights > 0).then(|| bits as f64 / weights as f64)
     }
 
-    /// Checks the rules that need a pass over the data: padding (F8), finite scales (F9), hashes (F18, F19).
+    /// Checks the rules that need a pass over the data: padding (F8), finite scales (F9), hashes (F18, F19),
+    /// the vocabulary (F23).
     pub fn verify(&self) -> Vec<Fault> {
         let mut faults = self.hash_faults();
+        faults.extend(vocabulary_faults(&self.tokenizer, self.config.vocab_size, "F23"));
         for info in &self.layers {
             if let Some(layer) = self.layer(&info.name) {
                 faults.extend(scale_fault(&info.name, layer, &self.gguf));

@@ -111,11 +111,11 @@ impl<'a> Vocabulary<'a> {
         Ok(Self { tokens, types })
     }
 
-    /// The tokens that a text can have.
+    /// The tokens that a text can have; of several with the same text, the first.
     fn ids(&self) -> AHashMap<String, u32> {
-        let ids = self.tokens.iter().cloned().zip(0..);
-        let is_used = |(_, id): &(String, u32)| self.types[*id as usize] != token_type::UNUSED;
-        ids.filter(is_used).collect()
+        // Of equal keys, the last one collected stays.
+        let ids = (0..self.tokens.len()).rev().filter(|&id| self.types[id] != token_type::UNUSED);
+        ids.map(|id| (self.tokens[id].clone(), id as u32)).collect()
     }
 
     /// The tokens that are found in a text before anything else happens to it.
