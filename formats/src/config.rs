@@ -8,7 +8,9 @@ mod tests;
 
 use std::path::Path;
 
-use crate::{FormatError, Result};
+pub(crate) use hugging_face::shortest;
+
+use crate::{FormatError, Generation, Result};
 
 /// Hyperparameters of a transformer of the `llama` family.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,6 +49,8 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// Whether the tokenizer leaves it to the runtime to put `bos_token_id` before a text.
     pub add_bos: bool,
+    /// How its makers want text to be drawn from it.
+    pub generation: Generation,
 }
 
 /// Rotary position embedding of heads of `2 * factors.len()` channels.

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::{FormatError, Limits, ModelConfig, Result, TokenizerSource, limits::read_text};
+use crate::{
+    FormatError, Generation, Limits, ModelConfig, Result, TokenizerSource, limits::read_text,
+};
 
 /// What the files beside the weights say about a model.
 pub(crate) struct Description {
@@ -61,6 +63,10 @@ impl Folder {
         let mut config =
             ModelConfig::from_hugging_face(&config_path, &config_json, generation_config.as_ref())?;
         config.add_bos = tokenizer_config["add_bos_token"].as_bool().unwrap_or(false);
+        if let Some(json) = &generation_config {
+            let path = self.root.join("generation_config.json");
+            config.generation = Generation::from_hugging_face(&path, json)?;
+        }
         let tokenizer = match self.text("tokenizer.json")? {
             Some(text) => TokenizerSource::HuggingFace(text),
             None => TokenizerSource::Missing,

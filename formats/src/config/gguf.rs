@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{ModelConfig, Rope, rope_pairs};
 use crate::{
-    FormatError, Result,
+    FormatError, Generation, Result,
     gguf::{Array, Metadata, Value},
 };
 
@@ -86,6 +86,7 @@ impl ModelConfig {
             add_bos: keys
                 .optional("tokenizer.ggml.add_bos_token", "a truth value", Value::as_bool)?
                 .unwrap_or(sentence_piece),
+            generation: Generation::from_gguf(path, metadata)?,
         };
         config.validated(path)
     }
@@ -126,6 +127,7 @@ impl ModelConfig {
             .then(|| (EOS_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
         entries.extend(bos.into_iter().chain(eos).chain(all_eos));
         entries.push(("tokenizer.ggml.add_bos_token".to_owned(), self.add_bos.into()));
+        entries.extend(self.generation.to_gguf());
         Metadata::from_unique(entries)
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{ModelConfig, Rope, llama3::Llama3, rope_pairs};
-use crate::{FormatError, Result};
+use crate::{FormatError, Generation, Result};
 
 /// What the `llama` and `mistral` classes of transformers take when `rope_theta` is absent.
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
@@ -13,7 +13,8 @@ const DEFAULT_ROPE_THETA: f64 = 10000.0;
 impl ModelConfig {
     /// Reads the configuration of a `llama` or `mistral` model; `path` is that of `config.json`.
     ///
-    /// `add_bos` is false: `tokenizer.json` itself says which tokens to add. The end tokens are those of
+    /// `add_bos` is false: `tokenizer.json` itself says which tokens to add. `generation` is empty and the caller's
+    /// to set ([`Generation::from_hugging_face`]). The end tokens are those of
     /// `generation_config` if it has any.
     ///
     /// # Errors
@@ -73,6 +74,7 @@ impl ModelConfig {
             bos_token_id: token_ids("bos_token_id")?.first().copied(),
             eos_token_ids: token_ids("eos_token_id")?,
             add_bos: false,
+            generation: Generation::default(),
         };
         config.validated(path)
     }
@@ -119,12 +121,16 @@ impl ModelConfig {
         if let Some(window) = self.sliding_window {
             config["sliding_window"] = window.into();
         }
-        Ok((config, token_ids))
+        let mut generation_config = token_ids;
+        for (key, value) in self.generation.to_hugging_face() {
+            generation_config[key] = value;
+        }
+        Ok((config, generation_config))
     }
 }
 
 /// The number with the fewest digits that is this f32: 1e-5, not 9.999999747378752e-6.
-fn shortest(number: f32) -> f64 {
+pub(crate) fn shortest(number: f32) -> f64 {
     number.to_string().parse().expect("a number was printed")
 }
 
