@@ -6,8 +6,11 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use slim_formats::{ModelConfig, ModelSource};
-use slim_runtime::{ChatTemplate, KvCache, Message, Model, Sampler, TextStream, Tokenizer};
+use slim_formats::ModelSource;
+use slim_runtime::{
+    ChatFormat, KvCache, Message, Model, Sampler, TextStream, Tokenizer, document_tokens,
+    end_tokens,
+};
 
 use crate::{
     args::RunArgs,
@@ -33,52 +36,44 @@ pub fn run(args: &RunArgs) -> Result<()> {
         held: Vec::new(),
         sampler: Sampler::new(args.sampling.settings())?,
         limit: args.tokens,
+        ends: end_tokens(&*source, &tokenizer),
         model,
         tokenizer: &tokenizer,
     };
     note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
     if args.chat {
-        let template = chat_template(&*source, &tokenizer)?;
-        return chat(&mut session, &template, args.prompt.clone());
+        let format = chat_format(&*source, &tokenizer)?;
+        return chat(&mut session, &format, args.prompt.clone());
     }
     let prompt = args.prompt.as_deref().unwrap_or_default();
-    session.answer(&document_tokens(&tokenizer, config, prompt)?).map(drop)
-}
-
-/// The tokens of a text that the model continues, with those that the model expects in front.
-fn document_tokens(tokenizer: &Tokenizer, config: &ModelConfig, text: &str) -> Result<Vec<u32>> {
-    let mut tokens = tokenizer.encode_document(text)?;
-    if let Some(bos) = config.bos_token_id.filter(|_| config.add_bos)
-        && tokens.first() != Some(&bos)
-    {
-        tokens.insert(0, bos);
-    }
+    let tokens = document_tokens(&tokenizer, config, prompt)?;
     ensure!(!tokens.is_empty(), "the prompt is empty");
-    Ok(tokens)
+    session.answer(&tokens).map(drop)
 }
 
-fn chat_template(source: &dyn ModelSource, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-    let config = source.config();
-    let text_of = |token: Option<u32>| {
-        token.and_then(|token| tokenizer.token_text(token)).unwrap_or_default()
-    };
-    let bos = text_of(config.bos_token_id);
-    let eos = text_of(config.eos_token_ids.first().copied());
+/// How the model writes a chat; what is wrong with that is told.
+fn chat_format<'a>(
+    source: &'a dyn ModelSource,
+    tokenizer: &'a Tokenizer,
+) -> Result<ChatFormat<'a>> {
     let Some(template) = source.chat_template() else {
         let message = format!("`{}`: the model has no chat template", source.path().display());
         return Err(advised(message, "continue a text instead: `-p TEXT` without `--chat`"));
     };
-    Ok(ChatTemplate::new(template, &bos, &eos)?)
+    let (format, warnings) = ChatFormat::new(template, source.config(), tokenizer)?;
+    for warning in warnings {
+        note(format_args!("warning: {warning}"));
+    }
+    Ok(format)
 }
 
 /// Answers messages from stdin, after `first`, until `/exit` or the end of the input.
-fn chat(session: &mut Session<'_>, template: &ChatTemplate, first: Option<String>) -> Result<()> {
+fn chat(session: &mut Session<'_>, format: &ChatFormat<'_>, first: Option<String>) -> Result<()> {
     let mut messages = Vec::new();
     let mut next = first;
     while let Some(message) = next.map_or_else(read_message, |message| Ok(Some(message)))? {
         messages.push(Message::new("user", message));
-        let tokens = session.tokenizer.encode(&template.render(&messages, true)?)?;
-        let answer = session.answer(&tokens)?;
+        let answer = session.answer(&format.tokens(&messages)?)?;
         messages.push(Message::new("assistant", answer));
         next = None;
     }
@@ -113,6 +108,8 @@ struct Session<'a> {
     sampler: Sampler,
     /// Tokens of one answer at most.
     limit: usize,
+    /// The tokens that end it.
+    ends: Vec<u32>,
 }
 
 impl Session<'_> {
@@ -125,7 +122,7 @@ impl Session<'_> {
         for index in 0..self.limit {
             let timing = if index == 0 { &mut prefill } else { &mut decode };
             let token = timing.measure(fresh.len(), || self.next_token(&fresh))?;
-            if self.model.config().eos_token_ids.contains(&token) {
+            if self.ends.contains(&token) {
                 break;
             }
             if let Some(text) = stream.push(token)? {

@@ -15,7 +15,7 @@ mod sampler;
 mod tokenizer;
 
 pub use block::{Block, Context, find_vector, find_weight};
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatFormat, ChatTemplate, Message, end_tokens};
 pub use error::{Result, RuntimeError};
 pub use generation::{End, Event, Generation, Generator, Timing, Timings};
 pub use kv_cache::{KvBlock, KvCache};
@@ -25,4 +25,4 @@ pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Prot
 pub use placement::CudaSettings;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};
-pub use tokenizer::{TextStream, Tokenizer, ggml_keys};
+pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};

@@ -1,5 +1,6 @@
 //! Text to tokens and back, exactly as the model's own tokenizer does it.
 
+mod document;
 mod ggml;
 mod hugging_face;
 mod pre_tokenizer;
@@ -12,6 +13,8 @@ use slim_formats::TokenizerSource;
 
 use crate::{Result, RuntimeError};
 
+pub use document::document_tokens;
+pub(crate) use document::with_one_bos;
 pub use stream::TextStream;
 pub use to_ggml::ggml_keys;
 
@@ -69,6 +72,14 @@ impl Tokenizer {
     /// `Tokenizer` if the library fails on this text.
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, true)
+    }
+
+    /// The tokens that a whole document has before those of its text.
+    pub(crate) fn added_in_front(&self) -> Result<Vec<u32>> {
+        let (text, mut document) = (self.encode("a")?, self.encode_document("a")?);
+        let place = document.windows(text.len()).position(|tokens| tokens == text);
+        document.truncate(place.unwrap_or(0));
+        Ok(document)
     }
 
     fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
