@@ -14,20 +14,25 @@ pub struct Generator<'a> {
     /// The tokens in `cache`.
     held: Vec<u32>,
     sampler: Sampler,
+    /// The tokens that end what the model writes.
+    ends: Vec<u32>,
 }
 
 impl<'a> Generator<'a> {
-    /// A model at the start of a text of up to `context` tokens.
+    /// A model at the start of a text of up to `context` tokens; any of `ends` ends what it writes
+    /// ([`end_tokens`](crate::end_tokens)).
     ///
     /// # Errors
     /// `Kernel` if a device has no memory for the context.
     pub fn new(
         model: &'a Model<'a>,
         tokenizer: &'a Tokenizer,
+        ends: Vec<u32>,
         context: usize,
         sampler: Sampler,
     ) -> Result<Self> {
-        Ok(Self { cache: model.new_cache(context)?, model, tokenizer, held: Vec::new(), sampler })
+        let cache = model.new_cache(context)?;
+        Ok(Self { model, tokenizer, cache, held: Vec::new(), sampler, ends })
     }
 
     /// Tokens that the context holds at most.
@@ -156,7 +161,7 @@ impl Generation<'_, '_> {
             return self.end(End::Context);
         }
         let token = self.draw()?;
-        if self.generator.model.config().eos_token_ids.contains(&token) {
+        if self.generator.ends.contains(&token) {
             return self.end(End::Model);
         }
         self.left = self.left.map(|left| left - 1);
