@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use signal_hook::{consts::SIGINT, flag};
 use slim_runtime::{End, Event, Generation, Timings};
 
 use crate::output::{note, plural, print};
@@ -25,13 +26,11 @@ impl Interrupt {
     /// Catches Ctrl-C. The second one before the first was noticed ends the process.
     pub fn catch() -> Result<Self> {
         let interrupt = Self::default();
-        let raised = Arc::clone(&interrupt.0);
-        let handler = move || {
-            if raised.swap(true, Ordering::Relaxed) {
-                std::process::exit(EXIT_INTERRUPTED);
-            }
-        };
-        ctrlc::set_handler(handler).context("cannot catch Ctrl-C")?;
+        let raised = || Arc::clone(&interrupt.0);
+        // In this order: the signal that raises it is not yet the second one.
+        flag::register_conditional_shutdown(SIGINT, EXIT_INTERRUPTED, raised())
+            .and_then(|_| flag::register(SIGINT, raised()))
+            .context("cannot catch Ctrl-C")?;
         Ok(interrupt)
     }
 
