@@ -15,7 +15,7 @@ use crate::output::{note, plural};
 #[derive(clap::Args)]
 pub struct Compute {
     /// Threads to compute with [default: one per core]
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(short = 't', long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     threads: Option<usize>,
 
     /// Where to compute: auto (an NVIDIA GPU if there is one), cpu, cuda, or cuda:0,1,... for some of the GPUs
@@ -30,7 +30,7 @@ pub struct Execution {
     compute: Compute,
 
     /// Blocks to run on the GPU, the last ones of the model [default: as many as fit]
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "n-gpu-layers", value_name = "N")]
     gpu_layers: Option<usize>,
 
     /// How the GPU stores keys and values: 16-bit numbers, or 8-bit codes in half the memory

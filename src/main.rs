@@ -9,6 +9,7 @@ mod convert;
 mod eval;
 mod export;
 mod failure;
+mod habits;
 mod inspect;
 mod logits;
 mod open;
@@ -31,7 +32,16 @@ enum Outcome {
 }
 
 fn main() -> ExitCode {
-    match dispatch(Args::parse().command) {
+    let args = Args::try_parse().unwrap_or_else(|error| {
+        if error.use_stderr()
+            && let Some((habit, advice)) = habits::explain(std::env::args_os())
+        {
+            failure::report(&failure::advised(format!("there is no `{habit}` here"), advice));
+            std::process::exit(error.exit_code());
+        }
+        error.exit()
+    });
+    match dispatch(args.command) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
         Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,

@@ -9,7 +9,9 @@ mod tests;
 
 use std::path::Path;
 
-use crate::{FormatError, Result};
+pub(crate) use hugging_face::shortest;
+
+use crate::{FormatError, Generation, Result};
 
 /// Hyperparameters of a transformer of the `llama` family.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,6 +50,8 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// Whether the model's settings have `bos_token_id` put before a text; a tokenizer can do so, too.
     pub add_bos: bool,
+    /// How its makers want text to be drawn from it.
+    pub generation: Generation,
 }
 
 /// Rotary position embedding of heads of `2 * factors.len()` channels.

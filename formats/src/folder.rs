@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::{
-    FormatError, Limits, ModelConfig, ModelSource, Result, TokenizerSource, json,
+    FormatError, Generation, Limits, ModelConfig, ModelSource, Result, TokenizerSource, json,
     limits::read_text,
     special_tokens::{SpecialTokens, TokenFiles, Vocabulary, with_added_tokens},
     stand_in,
@@ -102,6 +102,13 @@ impl Folder {
         let config_json = self.json("config.json")?.ok_or_else(|| self.no_config())?;
         let config_path = self.config_path().to_owned();
         let generation_config = self.json("generation_config.json")?;
+        let generation = match &generation_config {
+            Some(json) => {
+                let path = self.read.last().expect("it was just read");
+                Generation::from_hugging_face(path, json)?
+            }
+            None => Generation::default(),
+        };
         let tokenizer_config = self.json("tokenizer_config.json")?.unwrap_or_default();
         let special_tokens_map = self.json("special_tokens_map.json")?.unwrap_or_default();
         let added_tokens = self.json("added_tokens.json")?.unwrap_or_default();
@@ -112,6 +119,7 @@ impl Folder {
             generation_config.as_ref(),
             &mut warnings,
         )?;
+        config.generation = generation;
         let token_files = TokenFiles {
             tokenizer: &tokenizer_config,
             special_tokens_map: &special_tokens_map,

@@ -8,7 +8,7 @@ use super::{
     rope_pairs,
 };
 use crate::{
-    FormatError, Result,
+    FormatError, Generation, Result,
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -73,6 +73,7 @@ impl ModelConfig {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             add_bos: false,
+            generation: Generation::from_gguf(path, metadata)?,
         };
         SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
         let config = config.validated(path)?;
@@ -118,6 +119,7 @@ impl ModelConfig {
         let eot = self.eos_token_ids.get(1).map(|&id| (GGML_END_KEYS[1].to_owned(), id.into()));
         entries.extend(bos.into_iter().chain(eos).chain(eot).chain(all_eos));
         entries.push(("tokenizer.ggml.add_bos_token".to_owned(), self.add_bos.into()));
+        entries.extend(self.generation.to_gguf());
         Metadata::from_unique(entries)
     }
 }

@@ -11,7 +11,7 @@ use super::{
     rope_pairs,
 };
 use crate::{
-    FormatError, Result,
+    FormatError, Generation, Result,
     special_tokens::{SpecialTokens, TokenFiles, Vocabulary},
 };
 
@@ -25,7 +25,8 @@ impl ModelConfig {
     /// Reads the configuration of a `llama` or `mistral` model; `path` is that of `config.json`.
     ///
     /// The special tokens are what these two files say of them; those of a tokenizer say more.
-    /// `warnings` gets a sentence for each key that nobody knows.
+    /// `generation` is empty and the caller's to set ([`Generation::from_hugging_face`]). `warnings`
+    /// gets a sentence for each key that nobody knows.
     ///
     /// # Errors
     /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
@@ -80,6 +81,7 @@ impl ModelConfig {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             add_bos: false,
+            generation: Generation::default(),
         };
         let files = TokenFiles::of_model(json.object, generation_config);
         SpecialTokens::from_hugging_face(path, &files, &Vocabulary::default(), vocab_size)?
@@ -131,12 +133,16 @@ impl ModelConfig {
         if let Some(window) = self.sliding_window {
             config["sliding_window"] = window.into();
         }
-        Ok((config, token_ids))
+        let mut generation_config = token_ids;
+        for (key, value) in self.generation.to_hugging_face() {
+            generation_config[key] = value;
+        }
+        Ok((config, generation_config))
     }
 }
 
 /// The number with the fewest digits that is this f32: 1e-5, not 9.999999747378752e-6.
-fn shortest(number: f32) -> f64 {
+pub(crate) fn shortest(number: f32) -> f64 {
     number.to_string().parse().expect("a number was printed")
 }
 

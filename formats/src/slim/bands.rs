@@ -166,7 +166,7 @@ mod tests {
         super::{LayerLayout, ScaleCoding, SlimWriter},
         *,
     };
-    use crate::{DType, ModelConfig, ModelSource, Rope, Weight};
+    use crate::{DType, Generation, ModelConfig, ModelSource, Rope, Weight};
 
     const MATRIX: &str = "blk.0.ffn_up.weight";
     const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
@@ -200,6 +200,7 @@ mod tests {
             bos_token_id: None,
             eos_token_ids: vec![],
             add_bos: false,
+            generation: Generation::default(),
         }
     }
 

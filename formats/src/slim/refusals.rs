@@ -17,7 +17,7 @@ use super::{
     *,
 };
 use crate::{
-    DType, FormatError, ModelConfig, ModelSource, Rope, Weight,
+    DType, FormatError, Generation, ModelConfig, ModelSource, Rope, Weight,
     gguf::{Array, GgufFile, HeaderWriter, Metadata, NewTensor, Value},
     open_model,
 };
@@ -130,6 +130,7 @@ fn config() -> ModelConfig {
         bos_token_id: Some(1),
         eos_token_ids: vec![2, 3],
         add_bos: true,
+        generation: Generation::default(),
     }
 }
 
