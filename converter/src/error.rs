@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use slim_formats::FormatError;
+use slim_formats::{DType, FormatError};
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
 
@@ -29,6 +29,18 @@ pub enum ConvertError {
         row: usize,
         /// The value.
         found: f32,
+    },
+    /// A weight beyond the type that it is to be stored in.
+    #[error("tensor `{tensor}`: found {found} in row {row}, expected what {dtype:?} can represent")]
+    Unrepresentable {
+        /// The tensor.
+        tensor: String,
+        /// Output channel.
+        row: usize,
+        /// The value.
+        found: f32,
+        /// The type.
+        dtype: DType,
     },
     /// The settings contradict themselves or the model.
     #[error("{what}: found {found}, expected {expected}")]

@@ -23,6 +23,7 @@ pub mod cuda;
 mod error;
 pub mod ggml;
 pub mod linalg;
+pub mod narrow;
 mod reference;
 #[cfg(test)]
 mod tests;

@@ -73,7 +73,7 @@ impl Plan {
     fn working_bytes_of(&self, tensor: &PlannedTensor) -> u64 {
         let (rows, cols) = match tensor.storage {
             Storage::F32 => return 0,
-            Storage::F16 | Storage::Layer(_) => (tensor.rows as u64, tensor.cols as u64),
+            Storage::Dense(_) | Storage::Layer(_) => (tensor.rows as u64, tensor.cols as u64),
         };
         let is_linear = tensor.name.starts_with("blk.");
         let weights = match is_linear && self.is_calibrated() {
