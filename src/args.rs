@@ -1,12 +1,13 @@
 //! What users type.
 
-use std::{ops::RangeBounds, path::PathBuf};
+use std::{ops::RangeBounds, path::PathBuf, sync::LazyLock};
 
 use clap::{
     Parser, Subcommand, ValueEnum,
     builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser},
 };
-use slim_converter::Method;
+use slim_converter::{COMMIT, Method};
+use slim_kernels::instruction_path;
 use slim_runtime::SamplerSettings;
 
 use crate::{
@@ -16,10 +17,19 @@ use crate::{
 
 /// The command line.
 #[derive(Parser)]
-#[command(name = "slimllm", version, about)]
+#[command(name = "slimllm", version = version(), about)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// Version, commit, and what the processor computes with.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        let commit = COMMIT.map_or("no commit".to_owned(), |commit| format!("commit {commit}"));
+        format!("{} ({commit}, {})", env!("CARGO_PKG_VERSION"), instruction_path())
+    });
+    &VERSION
 }
 
 /// The subcommands, each in its own module.

@@ -157,7 +157,7 @@ impl Coder {
 }
 
 /// Whether f16 holds the scales of a matrix at every bit-width: with twice its largest weight for what
-/// the sweep adds to it, and with two bits or more for those of typical rows.
+/// the sweep adds to it, and with two of f16's smallest steps or more for those of typical rows.
 pub fn scales_fit_f16(coding: ScaleCoding, extent: &Extent) -> bool {
     let per_scale = match coding {
         ScaleCoding::Paper => 1.0,

@@ -62,21 +62,26 @@ pub enum Storage {
 }
 
 impl Contents {
-    /// What [`convert`](crate::convert()) makes of `source`.
+    /// What [`convert`](crate::convert()) makes of `source` on an [`Engine`](crate::Engine) with this
+    /// instruction path, which the file names.
     ///
     /// # Errors
     /// `Format` for a tensor that is missing or cannot be a layer, `NotFinite` for one with a value that
     /// is no number, `InvalidSetting` for a target that is out of reach.
-    pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+    pub fn new(
+        source: &dyn ModelSource,
+        settings: &Settings,
+        instructions: &str,
+    ) -> Result<Self> {
         let extents = extents(source)?;
         if settings.has_budget() {
             // Bands take some bytes, which the smallest targets may not have.
-            let in_bands = Self::of(source, settings, &extents, true)?;
+            let in_bands = Self::of(source, settings, instructions, &extents, true)?;
             if in_bands.check(settings.target).is_ok() {
                 return Ok(in_bands);
             }
         }
-        let contents = Self::of(source, settings, &extents, false)?;
+        let contents = Self::of(source, settings, instructions, &extents, false)?;
         contents.check(settings.target)?;
         Ok(contents)
     }
@@ -84,6 +89,7 @@ impl Contents {
     fn of(
         source: &dyn ModelSource,
         settings: &Settings,
+        instructions: &str,
         extents: &Extents,
         has_bands: bool,
     ) -> Result<Self> {
@@ -98,7 +104,7 @@ impl Contents {
         let mut contents = Self {
             path: source.path().to_owned(),
             tensors: Vec::new(),
-            metadata: provenance::unhashed_metadata(source, &linear)?,
+            metadata: provenance::unhashed_metadata(source, &linear, instructions)?,
             has_bands,
             warnings: Vec::new(),
         };

@@ -40,8 +40,9 @@ pub fn convert(
     if settings.method == Method::SlimPlus {
         return convert_and_distill(source, calibration, settings, resources, target, progress);
     }
-    let contents = Contents::new(source, settings)?;
-    let metadata = provenance::metadata(source, calibration, settings)?;
+    let instructions = resources.engine.instruction_path();
+    let contents = Contents::new(source, settings, &instructions)?;
+    let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
     let mut memory_left = resources.float_bytes;
     let mut output = Output {
         writer: SlimWriter::create(target)?,
@@ -130,7 +131,8 @@ impl Visitor for Output<'_> {
         stage: Stage<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
-        let inputs = LayerInputs::new(stage, self.settings, engine)?;
+        let inputs = LayerInputs::new(stage, self.settings, engine)
+            .map_err(|error| error.of_layer(name))?;
         self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
@@ -143,7 +145,8 @@ impl Visitor for Output<'_> {
         let (rows, cols) = weight::shape(source);
         let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
-        let mut targets = Targets::new(weights, cols, outputs.as_ref())?;
+        let mut targets = Targets::new(weights, cols, outputs.as_ref())
+            .map_err(|error| error.of_layer(name))?;
         drop(outputs);
         let mut bands = Vec::new();
         for (name, rows) in self.contents.layers_of(name) {
@@ -168,7 +171,8 @@ impl Output<'_> {
         let hessian = match &self.budget {
             Some(budget) => {
                 let hessian = budget.vocabulary[name].hessian();
-                let hessian = FactoredHessian::new(&hessian, &settings)?;
+                let hessian = FactoredHessian::new(&hessian, &settings)
+                    .map_err(|error| error.of_layer(name))?;
                 self.warn_of_damping(name, &hessian);
                 Some(hessian)
             }

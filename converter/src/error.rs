@@ -42,6 +42,16 @@ pub enum ConvertError {
         /// The type.
         dtype: DType,
     },
+    /// A calculation on the calibration text came to no usable number.
+    #[error("`{layer}`: found {found}, expected {expected}")]
+    Numerical {
+        /// The layer or the block.
+        layer: String,
+        /// What it came to.
+        found: String,
+        /// What would be usable.
+        expected: &'static str,
+    },
     /// The settings contradict themselves or the model.
     #[error("{what}: found {found}, expected {expected}")]
     InvalidSetting {
@@ -52,4 +62,21 @@ pub enum ConvertError {
         /// What can be done.
         expected: String,
     },
+}
+
+impl ConvertError {
+    /// A [`Self::Numerical`] whose layer [`Self::of_layer`] tells.
+    pub(crate) fn numerical(found: String, expected: &'static str) -> Self {
+        Self::Numerical { layer: String::new(), found, expected }
+    }
+
+    /// The error, if it is a numerical one without a layer, as that of layer `name`.
+    pub(crate) fn of_layer(mut self, name: &str) -> Self {
+        if let Self::Numerical { layer, .. } = &mut self
+            && layer.is_empty()
+        {
+            name.clone_into(layer);
+        }
+        self
+    }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
+    Contents, Engine, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
 };
 use slim_formats::{
     ModelSource, Weight,
@@ -46,7 +46,7 @@ pub struct Plan {
 impl Plan {
     /// The plan for `source`.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
-        let contents = Contents::new(source, settings)?;
+        let contents = Contents::new(source, settings, &Engine::Cpu.instruction_path())?;
         let mut plan = Self {
             settings: settings.clone(),
             blocks: source.config().block_count,

@@ -118,19 +118,24 @@ fn tokenizer_fault(file: &SlimFile) -> Option<Fault> {
     }
 }
 
-/// F5, for the first error that is no number.
+/// F5, for the first layer error that is no number.
 fn error_fault(file: &SlimFile) -> Option<Fault> {
-    let key = keys::layers("error");
-    let Some(Value::Array(Array::F32(errors))) = file.gguf().metadata().get(&key) else {
+    let Some(Value::Array(Array::F32(errors))) = file.gguf().metadata().get(&keys::layers("error"))
+    else {
         return None;
     };
-    let is_valid = |error: f32| error == -1.0 || error.is_finite() && error >= 0.0;
-    let at = errors.iter().position(|&error| !is_valid(error))?;
+    let measured = errors.iter().map(|&error| (error != -1.0).then_some(error));
+    measured.zip(file.layers()).find_map(|(error, info)| layer_error_fault(&info.name, error))
+}
+
+/// F5 for the error of layer `name`, `None` if it was not measured.
+pub(super) fn layer_error_fault(name: &str, error: Option<f32>) -> Option<Fault> {
+    let found = error.filter(|error| !(error.is_finite() && *error >= 0.0))?;
     Some(Fault {
         rule: "F5",
-        place: format!("key `{key}`, layer `{}`", file.layers()[at].name),
-        found: errors[at].to_string(),
-        expected: "a finite number from 0 on, or -1".into(),
+        place: format!("error of layer `{name}`"),
+        found: found.to_string(),
+        expected: "a finite number from 0 on".into(),
     })
 }
 

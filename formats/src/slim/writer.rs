@@ -83,6 +83,7 @@ impl SlimWriter {
     pub fn layer(&mut self, name: &str, layer: &PackedLayer, error: Option<f32>) -> Result<()> {
         self.claim(name)?;
         refuse(verify::scale_fault(name, layer.view()))?;
+        refuse(verify::layer_error_fault(name, error))?;
         let layout = layer.layout();
         self.outline.layer(name, layout, error);
         let bits: Vec<u8> = layout.groups().iter().map(|group| group.bit_width.bits()).collect();
