@@ -117,9 +117,9 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = range(1..=1 << 16))]
     pub samples: usize,
 
-    /// Tokens per calibration sample
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..=1 << 24))]
-    pub context: usize,
+    /// Tokens per calibration sample [default: 2048, or as many as the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = range(2..=1 << 24))]
+    pub context: Option<usize>,
 
     /// Seed of the choice of samples
     #[arg(long, default_value_t = 0)]
@@ -257,9 +257,9 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
 
-    /// Tokens per window
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..))]
-    pub context: usize,
+    /// Tokens per window [default: 2048, or as many as the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = range(2..))]
+    pub context: Option<usize>,
 
     /// Tokens that go through the model at a time [default: a window]; with 1, what generating text computes is measured
     #[arg(long, value_name = "TOKENS", value_parser = range(1..))]

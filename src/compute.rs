@@ -11,7 +11,7 @@ use slim_kernels::{
 };
 use slim_runtime::{CudaSettings, Model};
 
-use crate::output::{note, plural};
+use crate::output::{note, plural, warn};
 
 /// The flags of every command that computes.
 #[derive(clap::Args)]
@@ -84,7 +84,7 @@ impl Execution {
                 Ok(model) => model,
                 Err(error) if self.gpu_layers.is_some() => return Err(error),
                 Err(error) => {
-                    note(format_args!("computing on the CPU: {error:#}"));
+                    warn(&format!("computing on the CPU: {error:#}"));
                     self.load_on_cpu(source)?
                 }
             },

@@ -5,6 +5,7 @@ use std::{
     borrow::Cow,
     fmt::{self, Write as _},
     io::{self, Write},
+    sync::{Mutex, PoisonError},
 };
 
 use serde_json::Value;
@@ -16,9 +17,13 @@ pub fn print(text: &str) -> io::Result<()> {
     out.flush()
 }
 
-/// Prints one JSON document as data. Such characters can only be in its strings, where JSON has
-/// escapes of its own.
-pub fn print_json(document: &Value) -> io::Result<()> {
+/// The warnings so far: who reads the JSON document need not read the talk.
+static WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Prints one JSON document as data, with all warnings under `warnings`. What a terminal would obey
+/// can only be in its strings, where JSON has escapes of its own.
+pub fn print_json(mut document: Value) -> io::Result<()> {
+    document["warnings"] = WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).clone().into();
     let json = document.to_string();
     let escaped = escape(&json, is_obeyed, |c, out| {
         let _ = c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"));
@@ -32,8 +37,9 @@ pub fn note(line: impl fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "{}", visible(&line.to_string()));
 }
 
-/// Prints a warning.
+/// Prints a warning, and keeps it for the JSON document.
 pub fn warn(warning: &str) {
+    WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).push(warning.to_owned());
     note(format_args!("warning: {}", one_line(warning)));
 }
 

@@ -50,7 +50,7 @@ impl Extent {
     /// Whether f16 holds the values: none is out of its range, and typical rows lose no more than in
     /// bf16. The steps of f16 are 2^-24 at zero.
     pub fn fits_f16(&self) -> bool {
-        f16::from_f32(self.largest.1).is_finite()
+        to_f16(self.largest.1).is_some()
             && (self.typical == 0.0 || self.typical >= (-17f32).exp2())
     }
 
@@ -75,6 +75,11 @@ fn largest(row: &[f32]) -> f32 {
     }
 }
 
+/// The nearest f16; `None` if that is not finite.
+pub fn to_f16(value: f32) -> Option<f16> {
+    Some(f16::from_f32(value)).filter(|value| value.is_finite())
+}
+
 /// The little-endian bytes of `values` in type `dtype`: F32, F16 or BF16.
 ///
 /// # Errors
@@ -84,7 +89,7 @@ fn largest(row: &[f32]) -> f32 {
 /// For another type.
 pub fn to_bytes(dtype: DType, values: &[f32]) -> Result<Vec<u8>, usize> {
     let is_finite = |value: &f32| match dtype {
-        DType::F16 => f16::from_f32(*value).is_finite(),
+        DType::F16 => to_f16(*value).is_some(),
         DType::BF16 => bf16::from_f32(*value).is_finite(),
         _ => value.is_finite(),
     };

@@ -11,7 +11,7 @@ use slim_formats::{
 };
 use slim_kernels::weight;
 
-use super::total_bytes;
+use super::{total_bytes, verify};
 use crate::open::is_slim;
 
 /// What a file holds.
@@ -26,8 +26,15 @@ pub struct Contents {
     /// The weights of the model: the tensors, but a SliM layer is one weight of several tensors.
     pub weights: Vec<WeightSize>,
     pub metadata: Metadata,
-    /// For SliM files.
-    slim: Option<SlimFile>,
+    opened: Opened,
+}
+
+/// What the contents are of.
+enum Opened {
+    Slim(SlimFile),
+    Gguf(GgufFile),
+    Safetensors(MappedFile),
+    Model(Box<dyn ModelSource>),
 }
 
 /// A tensor as its file lists it.
@@ -64,7 +71,7 @@ impl Contents {
         }
         match is_slim(path) {
             true => Self::of_slim(SlimFile::open_without_hashes(path)?),
-            false => Ok(Self::of_gguf(&GgufFile::open(path)?)),
+            false => Ok(Self::of_gguf(GgufFile::open(path)?)),
         }
     }
 
@@ -90,7 +97,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: source.config().to_gguf(),
-            slim: None,
+            opened: Opened::Model(source),
         })
     }
 
@@ -121,11 +128,11 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata,
-            slim: None,
+            opened: Opened::Safetensors(file),
         })
     }
 
-    fn of_gguf(file: &GgufFile) -> Self {
+    fn of_gguf(file: GgufFile) -> Self {
         let tensors: Vec<Tensor> = file.tensors().iter().map(Tensor::of_gguf).collect();
         Self {
             format: "gguf",
@@ -134,7 +141,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: file.metadata().clone(),
-            slim: None,
+            opened: Opened::Gguf(file),
         }
     }
 
@@ -145,18 +152,34 @@ impl Contents {
                 weights.push(WeightSize::of_slim(name, found));
             }
         }
-        let gguf = Self::of_gguf(file.gguf());
-        Ok(Self { format: "slim", weights, slim: Some(file), ..gguf })
+        let gguf = file.gguf();
+        Ok(Self {
+            format: "slim",
+            architecture: gguf.metadata().str("general.architecture").map(str::to_owned),
+            file_bytes: gguf.file_bytes().len() as u64,
+            tensors: gguf.tensors().iter().map(Tensor::of_gguf).collect(),
+            weights,
+            metadata: gguf.metadata().clone(),
+            opened: Opened::Slim(file),
+        })
     }
 
     /// The layer table of a SliM file, empty for others.
     pub fn layers(&self) -> &[LayerInfo] {
-        self.slim.as_ref().map_or(&[], SlimFile::layers)
+        match &self.opened {
+            Opened::Slim(file) => file.layers(),
+            Opened::Gguf(_) | Opened::Safetensors(_) | Opened::Model(_) => &[],
+        }
     }
 
     /// The broken rules that opening the file did not find.
-    pub fn verify(&self) -> Vec<Fault> {
-        self.slim.as_ref().map_or_else(Vec::new, SlimFile::verify)
+    pub fn verify(&self) -> Result<Vec<Fault>> {
+        match &self.opened {
+            Opened::Slim(file) => Ok(file.verify()),
+            Opened::Gguf(file) => Ok(verify::gguf_faults(file)),
+            Opened::Safetensors(file) => verify::safetensors_faults(file),
+            Opened::Model(source) => verify::model_faults(&**source),
+        }
     }
 
     pub fn parameters(&self) -> u64 {
