@@ -15,7 +15,7 @@ use slim_formats::{
 use slim_kernels::{narrow::Extent, weight};
 
 use crate::{
-    ConvertError, Method, Result, Settings, Target,
+    ConvertError, Engine, Method, Result, Settings, Target,
     backward::Linear,
     bands::{bands, of_tokens},
     coder::scales_fit_f16,
@@ -62,13 +62,20 @@ pub enum Storage {
 }
 
 impl Contents {
-    /// What [`convert`](crate::convert()) makes of `source` on an [`Engine`](crate::Engine) with this
-    /// instruction path, which the file names.
+    /// What [`convert`](crate::convert()) makes of `source` on the processor.
     ///
     /// # Errors
     /// `Format` for a tensor that is missing or cannot be a layer, `NotFinite` for one with a value that
     /// is no number, `InvalidSetting` for a target that is out of reach.
-    pub fn new(
+    pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+        Self::computed_by(source, settings, &Engine::Cpu.instruction_path())
+    }
+
+    /// What it makes of it by other instructions, which the file names.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn computed_by(
         source: &dyn ModelSource,
         settings: &Settings,
         instructions: &str,

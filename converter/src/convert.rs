@@ -41,7 +41,7 @@ pub fn convert(
         return convert_and_distill(source, calibration, settings, resources, target, progress);
     }
     let instructions = resources.engine.instruction_path();
-    let contents = Contents::new(source, settings, &instructions)?;
+    let contents = Contents::computed_by(source, settings, &instructions)?;
     let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
     let mut memory_left = resources.float_bytes;
     let mut output = Output {

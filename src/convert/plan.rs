@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    Contents, Engine, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
+    Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
 };
 use slim_formats::{
     ModelSource, Weight,
@@ -49,7 +49,7 @@ pub struct Plan {
 impl Plan {
     /// The plan for `source`.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
-        let contents = Contents::new(source, settings, &Engine::Cpu.instruction_path())?;
+        let contents = Contents::new(source, settings)?;
         let mut plan = Self {
             settings: settings.clone(),
             blocks: source.config().block_count,

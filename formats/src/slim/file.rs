@@ -191,7 +191,7 @@ impl SlimFile {
 
     /// Checks the rules that opening the file does not: names and padding of the container (F1), the
     /// tensors of the model (F3), tokenizer (F4), errors of layers (F5), padding rows (F8), finite
-    /// numbers (F9, F21) and hashes (F18, F19).
+    /// numbers (F9, F22) and hashes (F18, F19).
     pub fn verify(&self) -> Vec<Fault> {
         let mut faults = self.hash_faults();
         faults.extend(verify::faults(self));

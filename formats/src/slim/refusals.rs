@@ -577,7 +577,7 @@ fn every_rule_of_the_specification_is_checked() {
         ("F18", "open_wrong_hashes_are_refused"),
         ("F19", "open_wrong_hashes_are_refused"),
         ("F20", "bands that do not belong together are refused"),
-        ("F21", "verify_finds_broken_rules, writer_numbers_that_are_not_finite_are_refused"),
+        ("F22", "verify_finds_broken_rules, writer_numbers_that_are_not_finite_are_refused"),
     ];
     let rules: std::collections::BTreeSet<_> = include_str!("../../../docs/format.md")
         .split("- **F")
@@ -617,11 +617,11 @@ fn verify_finds_broken_rules() {
         ("error NaN", "F5", &error(f32::NAN)),
         ("infinite error", "F5", &error(f32::INFINITY)),
         ("negative error", "F5", &error(-0.5)),
-        ("NaN in a norm", "F21", &|d| d.tensor(NORM).1[60..].copy_from_slice(&NAN)),
-        ("infinite bf16", "F21", &|d| {
+        ("NaN in a norm", "F22", &|d| d.tensor(NORM).1[60..].copy_from_slice(&NAN)),
+        ("infinite bf16", "F22", &|d| {
             d.tensor("blk.0.attn_norm.weight").1[..2].copy_from_slice(&NAN[2..]);
         }),
-        ("infinite f16", "F21", &|d| {
+        ("infinite f16", "F22", &|d| {
             d.tensor(EMBEDDING).1[126..].copy_from_slice(&[0x00, 0x7c]);
         }),
     ];
@@ -686,7 +686,7 @@ fn writer_numbers_that_are_not_finite_are_refused() {
     let mut writer = SlimWriter::create(&folder.path().join("out")).unwrap();
     let nan = f32::NAN.to_le_bytes();
     let error = writer.dense("norm", DType::F32, &[2], &[[0; 4], nan].concat()).unwrap_err();
-    let expected = "tensor `norm`, value 1: found NaN, expected finite values (rule F21)";
+    let expected = "tensor `norm`, value 1: found NaN, expected finite values (rule F22)";
     assert_eq!(error.to_string(), expected);
     let mut layer = two_level_layer();
     let mut d = [f16::ONE; TILE_ROWS];

@@ -139,7 +139,7 @@ pub(super) fn layer_error_fault(name: &str, error: Option<f32>) -> Option<Fault>
     })
 }
 
-/// F21, for the first dense tensor with a value that is no number.
+/// F22, for the first dense tensor with a value that is no number.
 fn dense_fault(file: &SlimFile) -> Option<Fault> {
     let dense = file.gguf().tensors().iter().filter(|info| !file.is_part(&info.name));
     let mut faults =
@@ -147,7 +147,7 @@ fn dense_fault(file: &SlimFile) -> Option<Fault> {
     faults.find_map(|fault| fault)
 }
 
-/// F21 for the values of the dense tensor `name`.
+/// F22 for the values of the dense tensor `name`.
 pub(super) fn value_fault(name: &str, dtype: DType, bytes: &[u8]) -> Option<Fault> {
     let (at, found) = match dtype {
         DType::F32 => first_not_finite(bytes, f32::from_le_bytes),
@@ -156,7 +156,7 @@ pub(super) fn value_fault(name: &str, dtype: DType, bytes: &[u8]) -> Option<Faul
         _ => None,
     }?;
     Some(Fault {
-        rule: "F21",
+        rule: "F22",
         place: format!("tensor `{name}`, value {at}"),
         found: found.to_string(),
         expected: "finite values".into(),

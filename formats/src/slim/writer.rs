@@ -65,7 +65,7 @@ impl SlimWriter {
     ///
     /// # Errors
     /// `Io` if the disk is full; `Malformed` for a second tensor of that name; `InvalidArgument` for
-    /// numbers that are not finite (F9, F21).
+    /// numbers that are not finite (F9, F22).
     ///
     /// # Panics
     /// If `bytes` does not fill `shape`.
