@@ -88,8 +88,7 @@ fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
         lines.push(("matrices", layouts.collect::<Vec<_>>().join(", ")));
         let loss = format!(
             "{mean:.6} (relative to the norm of the weights, mean over matrices)\nat most {:.6}, in {}",
-            worst.error,
-            worst.name
+            worst.error, worst.name
         );
         lines.push(("loss", loss));
     }

@@ -26,7 +26,8 @@ pub fn print_json(mut document: Value) -> io::Result<()> {
     document["warnings"] = WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).clone().into();
     let json = document.to_string();
     let escaped = escape(&json, is_obeyed, |c, out| {
-        let _ = c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"));
+        let _ =
+            c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"));
     });
     print(&format!("{escaped}\n"))
 }

@@ -166,7 +166,8 @@ pub fn scales_fit_f16(coding: ScaleCoding, extent: &Extent) -> bool {
     // From the range of a row to its scale, for codes of 1 and of 8 bits.
     let (largest, smallest) = (4.0 * extent.largest.1.abs(), 2.0 * extent.typical / 255.0);
     largest / per_scale <= f16::MAX.to_f32()
-        && (extent.typical == 0.0 || smallest / per_scale >= 2.0 * f16::MIN_POSITIVE_SUBNORMAL.to_f32())
+        && (extent.typical == 0.0
+            || smallest / per_scale >= 2.0 * f16::MIN_POSITIVE_SUBNORMAL.to_f32())
 }
 
 fn max_scale_code(scale_bits: u8) -> u8 {

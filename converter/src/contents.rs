@@ -312,7 +312,8 @@ impl Contents {
         }
         if !scales_fit_f16(settings.coding, extent) {
             let values = describe(extent);
-            self.warnings.push(format!("`{name}` is not quantized: f16 scales do not reach {values}"));
+            self.warnings
+                .push(format!("`{name}` is not quantized: f16 scales do not reach {values}"));
             return None;
         }
         Some(width)
@@ -323,7 +324,8 @@ impl Contents {
         let dtype = extent.type_for(found);
         if dtype != DType::F16 {
             let values = describe(extent);
-            self.warnings.push(format!("`{name}` is kept as {dtype:?}: f16 does not hold {values}"));
+            self.warnings
+                .push(format!("`{name}` is kept as {dtype:?}: f16 does not hold {values}"));
         }
         dtype
     }

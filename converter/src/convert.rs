@@ -131,8 +131,8 @@ impl Visitor for Output<'_> {
         stage: Stage<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
-        let inputs = LayerInputs::new(stage, self.settings, engine)
-            .map_err(|error| error.of_layer(name))?;
+        let inputs =
+            LayerInputs::new(stage, self.settings, engine).map_err(|error| error.of_layer(name))?;
         self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
@@ -145,8 +145,8 @@ impl Visitor for Output<'_> {
         let (rows, cols) = weight::shape(source);
         let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
-        let mut targets = Targets::new(weights, cols, outputs.as_ref())
-            .map_err(|error| error.of_layer(name))?;
+        let mut targets =
+            Targets::new(weights, cols, outputs.as_ref()).map_err(|error| error.of_layer(name))?;
         drop(outputs);
         let mut bands = Vec::new();
         for (name, rows) in self.contents.layers_of(name) {

@@ -50,8 +50,7 @@ impl Extent {
     /// Whether f16 holds the values: none is out of its range, and typical rows lose no more than in
     /// bf16. The steps of f16 are 2^-24 at zero.
     pub fn fits_f16(&self) -> bool {
-        to_f16(self.largest.1).is_some()
-            && (self.typical == 0.0 || self.typical >= (-17f32).exp2())
+        to_f16(self.largest.1).is_some() && (self.typical == 0.0 || self.typical >= (-17f32).exp2())
     }
 
     /// The type to keep a matrix in: F16 if it holds the values, otherwise BF16 or F32, whichever

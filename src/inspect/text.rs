@@ -21,7 +21,10 @@ const SHOWN_CHARACTERS: usize = 64;
 pub fn summary(contents: &Contents) -> String {
     let mut lines = vec![
         ("format", contents.format.to_owned()),
-        ("architecture", one_line(contents.architecture.as_deref().unwrap_or("not told")).into_owned()),
+        (
+            "architecture",
+            one_line(contents.architecture.as_deref().unwrap_or("not told")).into_owned(),
+        ),
     ];
     if let Some(name) = contents.metadata.str("general.name") {
         lines.push(("name", one_line(name).into_owned()));
@@ -114,7 +117,12 @@ fn provenance(contents: &Contents) -> String {
 pub fn tensors(contents: &Contents) -> String {
     let shape = |shape: &[u64]| shape.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
     let rows = contents.tensors.iter().map(|tensor| {
-        [one_line(&tensor.name).into_owned(), tensor.dtype.clone(), shape(&tensor.shape), count(tensor.bytes)]
+        [
+            one_line(&tensor.name).into_owned(),
+            tensor.dtype.clone(),
+            shape(&tensor.shape),
+            count(tensor.bytes),
+        ]
     });
     table(["tensor", "type", "shape", "bytes"], rows)
 }

@@ -39,9 +39,9 @@ fn model_with(dtype: Dtype, change: impl Fn(&str, &mut [f32])) -> Dir {
             (name.to_owned(), tensor.shape().to_vec(), bytes)
         })
         .collect();
-    let views = changed.iter().map(|(name, shape, bytes)| {
-        (name, TensorView::new(dtype, shape.clone(), bytes).unwrap())
-    });
+    let views = changed
+        .iter()
+        .map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).unwrap()));
     safetensors::serialize_to_file(views, None, &dir.path("model.safetensors")).unwrap();
     dir
 }
@@ -180,7 +180,8 @@ fn value_that_is_no_number_is_named_before_the_work_begins() {
         });
         let (model, out) = (&arg(source.root()), &source.arg("out"));
         let fragment = format!("tensor `blk.1.ffn_down.weight`: found {shown} in row 5, expected");
-        for more in [&["--method", "slim"][..], &["--method", "rtn"], &["--reference"], &["--dry-run"]]
+        for more in
+            [&["--method", "slim"][..], &["--method", "rtn"], &["--reference"], &["--dry-run"]]
         {
             let answer = slimllm(&[&["convert", model, "-o", out][..], more].concat());
             answer.fails(&[&fragment]);
@@ -193,10 +194,10 @@ fn value_that_is_no_number_is_named_before_the_work_begins() {
         let answer = slimllm(&["inspect", model, "--verify", "--json"]);
         assert_eq!(answer.code, 1);
         let fault = &answer.json()["faults"][0];
-        assert_eq!((&fault["place"], &fault["found"]), (
-            &"tensor `blk.1.ffn_down.weight`, row 5".into(),
-            &shown.into()
-        ));
+        assert_eq!(
+            (&fault["place"], &fault["found"]),
+            (&"tensor `blk.1.ffn_down.weight`, row 5".into(), &shown.into())
+        );
         let file = &source.arg("model.safetensors");
         assert_eq!(slimllm(&["inspect", file, "--verify"]).code, 1);
     }
@@ -226,8 +227,10 @@ fn activations_out_of_range_are_named_with_what_to_try() {
     });
     let (model, out) = (&arg(source.root()), &source.arg("out"));
     let convert = ["convert", model, "-o", out, "--samples", "2", "--context", "32"];
-    for (method, place) in [("slim", "`blk.0`: found"), ("gptq", "`blk.0.ffn_gate.weight`: found")] {
-        let fragments = [place, "on the calibration text", "hint: try more `--samples`", "`--method rtn`"];
+    for (method, place) in [("slim", "`blk.0`: found"), ("gptq", "`blk.0.ffn_gate.weight`: found")]
+    {
+        let fragments =
+            [place, "on the calibration text", "hint: try more `--samples`", "`--method rtn`"];
         fail(&[&convert[..], &["--method", method]].concat(), &fragments);
     }
     assert!(!source.path("out").exists());
@@ -245,9 +248,7 @@ fn file_names_the_instruction_path_that_decided_its_bytes() {
     assert!(version.starts_with("slimllm 0.1.0 ("), "{version}");
     assert!(version.contains("commit") && version.ends_with(&format!(", {path})\n")), "{version}");
     let convert = ["convert", model, "-o", out, "--samples", "2", "--context", "32"];
-    for (method, recorded) in
-        [("slim", true), ("gptq", true), ("slim+", true), ("rtn", false)]
-    {
+    for (method, recorded) in [("slim", true), ("gptq", true), ("slim+", true), ("rtn", false)] {
         let more = ["--method", method, "--device", "cpu", "--quiet"];
         let steps: &[&str] = if method == "slim+" { &["--steps", "2"] } else { &[] };
         succeed(&[&convert[..], &more, steps].concat());

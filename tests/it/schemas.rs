@@ -76,7 +76,8 @@ impl Schema {
                 fault(fits, &format!("dependentRequired {rule}"))
             }
             "properties" => {
-                let known = object.iter().filter_map(|(key, value)| Some((rule.get(key)?, key, value)));
+                let known =
+                    object.iter().filter_map(|(key, value)| Some((rule.get(key)?, key, value)));
                 known
                     .flat_map(|(rule, key, value)| {
                         self.faults_of(rule, value, &format!("{place}/{key}"))
@@ -84,7 +85,8 @@ impl Schema {
                     .collect()
             }
             "additionalProperties" => {
-                let others = object.iter().filter(|(key, _)| schema["properties"].get(key).is_none());
+                let others =
+                    object.iter().filter(|(key, _)| schema["properties"].get(key).is_none());
                 others
                     .flat_map(|(key, value)| match rule {
                         Value::Bool(false) => vec![format!("{place}: unknown key `{key}`")],
@@ -161,7 +163,8 @@ fn documents_of_all_commands_are_as_their_schemas_say() {
         let planned = ["convert", llama, "-o", out, "--json", "--dry-run"];
         document("convert-dry-run", &[&planned[..], &target].concat());
     }
-    let requantized = document("convert-dry-run", &["convert", slim, "-o", out, "--json", "--dry-run"]);
+    let requantized =
+        document("convert-dry-run", &["convert", slim, "-o", out, "--json", "--dry-run"]);
     assert_eq!(requantized["warnings"].as_array().unwrap().len(), 1, "{requantized}");
 
     let (_folder, onnx) = onnx_model("script");

@@ -5,7 +5,8 @@ use serde_json::Value;
 use crate::command::{Answer, Dir, slimllm};
 
 /// Colours, a title, a C1 control, a line of its own, and a change of direction.
-const HOSTILE: &str = "a\u{1b}[31m\u{1b}]0;b\u{7}\u{9b}2J\r\u{7f}c\nno faults\u{202e}d\u{2066}e\u{2028}";
+const HOSTILE: &str =
+    "a\u{1b}[31m\u{1b}]0;b\u{7}\u{9b}2J\r\u{7f}c\nno faults\u{202e}d\u{2066}e\u{2028}";
 
 /// Whether all that was printed can be shown, in as many lines as were to be.
 fn assert_tame(answer: &Answer) {
@@ -78,7 +79,8 @@ fn texts_of_a_safetensors_file_are_made_visible() {
     bytes.extend(header.as_bytes());
     bytes.extend(f32::NAN.to_le_bytes());
     let file = &dir.write("hostile.safetensors", bytes);
-    for more in [&["--tensors", "--metadata", "--verify"][..], &["--json", "--metadata", "--verify"]]
+    for more in
+        [&["--tensors", "--metadata", "--verify"][..], &["--json", "--metadata", "--verify"]]
     {
         let shown = slimllm(&[&["inspect", file][..], more].concat());
         assert_tame(&shown);

@@ -176,6 +176,9 @@ fn encode_q8_0(name: &str, first: usize, values: &[f32], bytes: &mut [u8]) -> Re
 /// A finite fp16 value.
 fn half(name: &str, row: usize, value: f32) -> Result<f16> {
     let tensor = || name.to_owned();
-    narrow::to_f16(value)
-        .ok_or_else(|| ExportError::Unrepresentable { tensor: tensor(), row, found: value })
+    narrow::to_f16(value).ok_or_else(|| ExportError::Unrepresentable {
+        tensor: tensor(),
+        row,
+        found: value,
+    })
 }

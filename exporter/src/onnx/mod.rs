@@ -12,7 +12,11 @@ use serde_json::json;
 use slim_formats::ModelSource;
 
 use self::graph::Graph;
-use crate::{Report, Result, folder::Folder, tensor::{check_values, names}};
+use crate::{
+    Report, Result,
+    folder::Folder,
+    tensor::{check_values, names},
+};
 
 pub(crate) fn write(
     model: &dyn ModelSource,

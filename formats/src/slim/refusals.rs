@@ -650,7 +650,9 @@ fn verify_finds_bytes_between_tensors_and_behind_them() {
     let target = folder.path().join("damaged");
     let gguf = GgufFile::open(&path).unwrap();
     let in_tensor = |at: &usize| {
-        gguf.tensors().iter().any(|info| (info.offset..info.offset + info.bytes).contains(&(*at as u64)))
+        gguf.tensors()
+            .iter()
+            .any(|info| (info.offset..info.offset + info.bytes).contains(&(*at as u64)))
     };
     let gaps: Vec<usize> =
         (gguf.header_bytes().len()..valid.len()).filter(|at| !in_tensor(at)).collect();
