@@ -7,9 +7,9 @@ use std::{
 };
 
 use slim_formats::{
-    DType, EMBEDDING, FormatError, ModelSource, OUTPUT, Weight,
+    DType, EMBEDDING, FormatError, ModelSource, OUTPUT,
     gguf::Metadata,
-    slim::{BitWidth, LayerLayout, Outline, band_name},
+    slim::{BitWidth, LayerLayout, Outline, ScaleCoding, band_name},
     tensor_names,
 };
 use slim_kernels::{narrow::Extent, weight};
@@ -277,11 +277,18 @@ impl Contents {
         settings: &Settings,
         extents: &Extents,
     ) -> Result<()> {
-        let found = source.require(name)?;
+        let (found, extent) = (source.require(name)?, &extents[name]);
         let (rows, cols) = weight::shape(found);
-        let Some(width) = self.width(name, found, settings, &extents[name]) else {
-            let storage = Storage::Dense(self.type_for(name, found, &extents[name]));
-            let (name, source) = (name.to_owned(), name.to_owned());
+        let width = BitWidth::new(settings.bits);
+        let obstacle = width.and_then(|_| obstacle(cols, settings.coding, extent));
+        let Some(width) = width.filter(|_| obstacle.is_none()) else {
+            let dtype = extent.type_for(found);
+            let loss =
+                (dtype != DType::F16).then(|| format!("f16 does not hold {}", describe(extent)));
+            let reason = obstacle.or(loss);
+            let warning = reason.map(|reason| format!("`{name}` is kept as {dtype:?}: {reason}"));
+            self.warnings.extend(warning);
+            let (name, source, storage) = (name.to_owned(), name.to_owned(), Storage::Dense(dtype));
             self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
             return Ok(());
         };
@@ -292,42 +299,6 @@ impl Contents {
             self.layer(band_name(name, index), name, [rows, cols], width, settings)?;
         }
         Ok(())
-    }
-
-    /// The bit-width of a matrix that is quantized; warns of one that should be and cannot.
-    fn width(
-        &mut self,
-        name: &str,
-        found: Weight<'_>,
-        settings: &Settings,
-        extent: &Extent,
-    ) -> Option<BitWidth> {
-        let width = BitWidth::new(settings.bits)?;
-        let (_, cols) = weight::shape(found);
-        if !cols.is_multiple_of(16) {
-            let warning =
-                format!("`{name}` stays at 16 bits: its {cols} columns are no multiple of 16");
-            self.warnings.push(warning);
-            return None;
-        }
-        if !scales_fit_f16(settings.coding, extent) {
-            let values = describe(extent);
-            self.warnings
-                .push(format!("`{name}` is not quantized: f16 scales do not reach {values}"));
-            return None;
-        }
-        Some(width)
-    }
-
-    /// The type of a matrix that is kept; warns if f16 does not hold its values.
-    fn type_for(&mut self, name: &str, found: Weight<'_>, extent: &Extent) -> DType {
-        let dtype = extent.type_for(found);
-        if dtype != DType::F16 {
-            let values = describe(extent);
-            self.warnings
-                .push(format!("`{name}` is kept as {dtype:?}: f16 does not hold {values}"));
-        }
-        dtype
     }
 
     /// Rows of the matrix `of` as a layer.
@@ -390,6 +361,15 @@ fn extents(source: &dyn ModelSource) -> Result<Extents> {
         }
     });
     extents.collect()
+}
+
+/// Why a matrix that should be quantized cannot be.
+fn obstacle(cols: usize, coding: ScaleCoding, extent: &Extent) -> Option<String> {
+    if !cols.is_multiple_of(16) {
+        return Some(format!("its {cols} columns are no multiple of 16"));
+    }
+    (!scales_fit_f16(coding, extent))
+        .then(|| format!("f16 scales do not reach {}", describe(extent)))
 }
 
 /// What is out of the ordinary about values that f16 does not reach.

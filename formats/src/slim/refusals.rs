@@ -556,7 +556,10 @@ fn every_rule_of_the_specification_is_checked() {
     const OPENING: &str = "open_bad_parts_are_refused";
     const LAYOUT: &str = "worked_example_equals_the_specification";
     let by_rule = [
-        ("F1", "open_bad_containers_are_refused, verify_finds_broken_rules"),
+        (
+            "F1",
+            "open_bad_containers_are_refused, verify_finds_a_name_that_is_too_long, verify_finds_bytes_between_tensors_and_behind_them",
+        ),
         ("F2", "open_bad_containers_are_refused"),
         ("F3", "verify_finds_a_model_that_is_not_whole"),
         ("F4", "verify_finds_broken_rules"),
@@ -594,7 +597,6 @@ fn verify_finds_broken_rules() {
     let (folder, path) = small_file();
     let (valid, target) = (Draft::of(&path), folder.path().join("damaged"));
     const NAN: [u8; 4] = [0, 0, 0xc0, 0x7f];
-    let long = "x".repeat(64);
     let error = |value: f32| {
         move |draft: &mut Draft| match draft.column("error") {
             Array::F32(errors) => errors[1] = value,
@@ -609,7 +611,6 @@ fn verify_finds_broken_rules() {
         }
     };
     let cases: &[Case<'_>] = &[
-        ("a long name", "F1", &|d| d.add(&long, DType::F32, &[1])),
         ("no tokenizer", "F4", &|d| d.remove("tokenizer.huggingface.json")),
         ("tokenizer cut short", "F4", &|d| d.set("tokenizer.huggingface.json", "{\"a\":")),
         ("a token twice", "F4", &tokenizer(&["a", "b", "a", "c"])),
@@ -640,6 +641,25 @@ fn open_with(valid: &Draft, target: &Path, change: &dyn Fn(&mut Draft)) -> SlimF
     change(&mut draft);
     fs::write(target, draft.bytes()).unwrap();
     SlimFile::open(target).unwrap()
+}
+
+/// The writer refuses such a name: a byte is put into it, and taken from the padding of the header.
+#[test]
+fn verify_finds_a_name_that_is_too_long() {
+    let (folder, path) = small_file();
+    let (mut draft, target) = (Draft::of(&path), folder.path().join("damaged"));
+    let name = "x".repeat(63);
+    draft.add(&name, DType::F32, &[1]);
+    fs::write(&target, draft.bytes()).unwrap();
+    let header_bytes = GgufFile::open(&target).unwrap().header_bytes().len();
+    assert!(!header_bytes.is_multiple_of(64), "padding");
+    let mut bytes = fs::read(&target).unwrap();
+    bytes.remove(header_bytes);
+    let at = bytes.windows(63).position(|window| window == name.as_bytes()).unwrap();
+    bytes[at - 8] = 64;
+    bytes.insert(at, b'x');
+    let file = open_bytes(&target, &bytes).unwrap();
+    assert!(broken_rules(&file).contains(&"F1"), "{:?}", file.verify());
 }
 
 /// No hash covers what belongs to no tensor.
