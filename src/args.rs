@@ -1,12 +1,13 @@
 //! What users type.
 
-use std::{ops::RangeBounds, path::PathBuf, str::FromStr};
+use std::{ops::RangeBounds, path::PathBuf, str::FromStr, sync::LazyLock};
 
 use clap::{
     Parser, Subcommand, ValueEnum,
     builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser},
 };
-use slim_converter::Method;
+use slim_converter::{COMMIT, Method};
+use slim_kernels::instruction_path;
 
 use crate::{
     compute::{Compute, Execution},
@@ -16,10 +17,19 @@ use crate::{
 
 /// The command line.
 #[derive(Parser)]
-#[command(name = "slimllm", version, about)]
+#[command(name = "slimllm", version = version(), about)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// Version, commit, and what the processor computes with.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        let commit = COMMIT.map_or("no commit".to_owned(), |commit| format!("commit {commit}"));
+        format!("{} ({commit}, {})", env!("CARGO_PKG_VERSION"), instruction_path())
+    });
+    &VERSION
 }
 
 /// The subcommands, each in its own module.
@@ -107,9 +117,9 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = range(1..=1 << 16))]
     pub samples: usize,
 
-    /// Tokens per calibration sample
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..=1 << 24))]
-    pub context: usize,
+    /// Tokens per calibration sample [default: 2048, or as many as the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = range(2..=1 << 24))]
+    pub context: Option<usize>,
 
     /// Seed of the choice of samples
     #[arg(long, default_value_t = 0)]
@@ -260,9 +270,9 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
 
-    /// Tokens per window
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..))]
-    pub context: usize,
+    /// Tokens per window [default: 2048, or as many as the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = range(2..))]
+    pub context: Option<usize>,
 
     /// Tokens that go through the model at a time [default: a window]; with 1, what generating text computes is measured
     #[arg(long, value_name = "TOKENS", value_parser = range(1..))]

@@ -8,7 +8,7 @@ use slim_formats::FormatError;
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
 
-use crate::output::note;
+use crate::output::{note, one_line};
 
 /// An error of the command itself, with advice.
 #[derive(Debug)]
@@ -32,9 +32,9 @@ pub fn advised(message: impl Into<String>, hint: impl Into<String>) -> anyhow::E
 
 /// Prints an error.
 pub fn report(error: &anyhow::Error) {
-    note(format_args!("error: {error:#}"));
+    note(format_args!("error: {}", one_line(&format!("{error:#}"))));
     if let Some(hint) = error.chain().find_map(hint) {
-        note(format_args!("\nhint: {hint}"));
+        note(format_args!("\nhint: {}", one_line(&hint)));
     }
 }
 
@@ -67,6 +67,10 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
             ConvertError::Format(error) => format_hint(error),
             ConvertError::Kernel(error) => error.hint(),
             ConvertError::Runtime(error) => error.hint(),
+            ConvertError::Numerical { .. } => Some(
+                "try more `--samples`, another text as `--calibration`, or `--method rtn`, which uses none"
+                    .to_owned(),
+            ),
             _ => None,
         };
     }

@@ -9,7 +9,10 @@ use slim_formats::{
 };
 use slim_runtime::Tokenizer;
 
-use crate::{failure::advised, output::note};
+use crate::{
+    failure::advised,
+    output::{note, warn},
+};
 
 /// The model that a command runs.
 #[derive(clap::Args)]
@@ -51,7 +54,7 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
 /// Says what is odd about a model.
 pub fn warn_of(source: &dyn ModelSource) {
     for warning in source.warnings() {
-        note(format_args!("warning: {warning}"));
+        warn(warning);
     }
 }
 
@@ -68,6 +71,25 @@ pub fn check_context(config: &ModelConfig, tokens: usize) -> Result<()> {
     let limit = config.context_length;
     ensure!(tokens <= limit, "the model was made for a context of {limit} tokens, not {tokens}");
     Ok(())
+}
+
+/// The context to measure or calibrate in where the user asks for none.
+pub const USUAL_CONTEXT: usize = 2048;
+
+/// The context that the user asks for, if the model was made for it; without one the usual, or what
+/// the model was made for.
+pub fn resolve_context(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
+    let limit = config.context_length;
+    if let Some(tokens) = asked {
+        check_context(config, tokens)?;
+        return Ok(tokens);
+    }
+    if limit < USUAL_CONTEXT {
+        note(format_args!(
+            "context of {limit} tokens, for which the model was made, in place of {USUAL_CONTEXT}"
+        ));
+    }
+    Ok(limit.min(USUAL_CONTEXT))
 }
 
 /// Whether a file is an ONNX model.

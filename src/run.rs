@@ -104,7 +104,7 @@ fn chat_format<'a>(
     };
     let (format, warnings) = ChatFormat::new(template, source.config(), tokenizer)?;
     for warning in warnings {
-        note(format_args!("warning: {warning}"));
+        warn(&warning);
     }
     Ok(format)
 }

@@ -1,18 +1,24 @@
 //! What a conversion writes: one list for the budget, for what is told beforehand, and for the conversion itself.
 
-use std::{collections::BTreeSet, ops::Range, path::PathBuf};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+    path::PathBuf,
+};
 
 use slim_formats::{
     DType, EMBEDDING, FormatError, ModelSource, OUTPUT,
     gguf::Metadata,
-    slim::{BitWidth, LayerLayout, Outline, band_name},
+    slim::{BitWidth, LayerLayout, Outline, ScaleCoding, band_name},
+    tensor_names,
 };
-use slim_kernels::weight;
+use slim_kernels::{narrow::Extent, weight};
 
 use crate::{
-    ConvertError, Method, Result, Settings, Target,
+    ConvertError, Engine, Method, Result, Settings, Target,
     backward::Linear,
     bands::{bands, of_tokens},
+    coder::scales_fit_f16,
     provenance,
 };
 
@@ -24,7 +30,12 @@ pub struct Contents {
     /// As large as that of the file.
     metadata: Metadata,
     has_bands: bool,
+    /// What the user should know before the work begins.
+    warnings: Vec<String>,
 }
+
+/// How large the values of each tensor of the source are, by GGUF name.
+type Extents = HashMap<String, Extent>;
 
 /// A tensor of the result.
 pub struct PlannedTensor {
@@ -44,31 +55,51 @@ pub struct PlannedTensor {
 pub enum Storage {
     /// As a quantized layer. The groups have the bit-width of the settings; in the blocks, with a target, the lowest.
     Layer(LayerLayout),
-    /// As a matrix of 16 bits: so are the settings, or its columns cannot be cut into groups.
-    F16,
+    /// As a matrix of this type, which holds its values: so are the settings, or it cannot be a layer.
+    Dense(DType),
     /// As a vector.
     F32,
 }
 
 impl Contents {
-    /// What [`convert`](crate::convert()) makes of `source`.
+    /// What [`convert`](crate::convert()) makes of `source` on the processor.
     ///
     /// # Errors
-    /// `Format` for a tensor that is missing or cannot be a layer, `InvalidSetting` for a target that is out of reach.
+    /// `Format` for a tensor that is missing or cannot be a layer, `NotFinite` for one with a value that
+    /// is no number, `InvalidSetting` for a target that is out of reach.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+        Self::computed_by(source, settings, &Engine::Cpu.instruction_path())
+    }
+
+    /// What it makes of it by other instructions, which the file names.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn computed_by(
+        source: &dyn ModelSource,
+        settings: &Settings,
+        instructions: &str,
+    ) -> Result<Self> {
+        let extents = extents(source)?;
         if settings.has_budget() {
             // Bands take some bytes, which the smallest targets may not have.
-            let in_bands = Self::of(source, settings, true)?;
+            let in_bands = Self::of(source, settings, instructions, &extents, true)?;
             if in_bands.check(settings.target).is_ok() {
                 return Ok(in_bands);
             }
         }
-        let contents = Self::of(source, settings, false)?;
+        let contents = Self::of(source, settings, instructions, &extents, false)?;
         contents.check(settings.target)?;
         Ok(contents)
     }
 
-    fn of(source: &dyn ModelSource, settings: &Settings, has_bands: bool) -> Result<Self> {
+    fn of(
+        source: &dyn ModelSource,
+        settings: &Settings,
+        instructions: &str,
+        extents: &Extents,
+        has_bands: bool,
+    ) -> Result<Self> {
         let (bits, method) = match settings.target {
             None => (settings.bits, settings.method),
             // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its metadata has besides.
@@ -80,20 +111,21 @@ impl Contents {
         let mut contents = Self {
             path: source.path().to_owned(),
             tensors: Vec::new(),
-            metadata: provenance::unhashed_metadata(source, &linear)?,
+            metadata: provenance::unhashed_metadata(source, &linear, instructions)?,
             has_bands,
+            warnings: Vec::new(),
         };
-        contents.vocabulary_matrix(EMBEDDING, source, &embedding)?;
+        contents.vocabulary_matrix(EMBEDDING, source, &embedding, extents)?;
         for block in 0..config.block_count {
             contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
             contents.vector(&format!("blk.{block}.ffn_norm.weight"), config.hidden_size);
             for layer in Linear::ALL {
-                contents.linear(layer, block, source, &linear)?;
+                contents.linear(layer, block, source, &linear, extents)?;
             }
         }
         contents.vector("output_norm.weight", config.hidden_size);
         if !config.tied_embeddings {
-            contents.vocabulary_matrix(OUTPUT, source, &embedding)?;
+            contents.vocabulary_matrix(OUTPUT, source, &embedding, extents)?;
         }
         if !config.rope.is_unscaled() {
             contents.vector("rope_freqs.weight", config.rope.factors.len());
@@ -106,6 +138,11 @@ impl Contents {
         self.has_bands
     }
 
+    /// Sentences about tensors that are not stored as the settings ask.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
     /// The tensors in the order of the file.
     pub fn tensors(&self) -> &[PlannedTensor] {
         &self.tensors
@@ -115,7 +152,7 @@ impl Contents {
     pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
         self.tensors.iter().filter_map(|tensor| match &tensor.storage {
             Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
-            Storage::F16 | Storage::F32 => None,
+            Storage::Dense(_) | Storage::F32 => None,
         })
     }
 
@@ -141,6 +178,15 @@ impl Contents {
             Some((tensor.name.clone(), first..*next_row))
         });
         with_rows.collect()
+    }
+
+    /// The type in which the matrix `name` is kept; `None` if it is not.
+    pub(crate) fn kept_type(&self, name: &str) -> Option<DType> {
+        let tensor = self.tensors.iter().find(|tensor| tensor.source == name)?;
+        match tensor.storage {
+            Storage::Dense(dtype) => Some(dtype),
+            Storage::Layer(_) | Storage::F32 => None,
+        }
     }
 
     /// Weights of the linear layers.
@@ -184,7 +230,9 @@ impl Contents {
                     outline.layer(name, &layout, None);
                 }
                 (Storage::Layer(layout), None) => outline.layer(name, layout, None),
-                (Storage::F16, _) => outline.dense(name, DType::F16, &[*rows as u64, *cols as u64]),
+                (&Storage::Dense(dtype), _) => {
+                    outline.dense(name, dtype, &[*rows as u64, *cols as u64]);
+                }
                 (Storage::F32, _) => outline.dense(name, DType::F32, &[*cols as u64]),
             }
         }
@@ -203,9 +251,10 @@ impl Contents {
         block: usize,
         source: &dyn ModelSource,
         settings: &Settings,
+        extents: &Extents,
     ) -> Result<()> {
         let bands = bands(layer, source.config());
-        self.matrix(&layer.tensor_name(block), bands, source, settings)
+        self.matrix(&layer.tensor_name(block), bands, source, settings, extents)
     }
 
     /// The embedding or the output layer.
@@ -214,8 +263,9 @@ impl Contents {
         name: &str,
         source: &dyn ModelSource,
         settings: &Settings,
+        extents: &Extents,
     ) -> Result<()> {
-        self.matrix(name, of_tokens(source.config().vocab_size), source, settings)
+        self.matrix(name, of_tokens(source.config().vocab_size), source, settings, extents)
     }
 
     /// A matrix, in these bands if it is quantized and there are to be any.
@@ -225,40 +275,49 @@ impl Contents {
         bands: Option<Vec<usize>>,
         source: &dyn ModelSource,
         settings: &Settings,
+        extents: &Extents,
     ) -> Result<()> {
-        let (rows, cols) = weight::shape(source.require(name)?);
-        let is_quantized = BitWidth::new(settings.bits).is_some() && cols.is_multiple_of(16);
-        let Some(bands) = bands.filter(|_| self.has_bands && is_quantized) else {
-            return self.rows(name.to_owned(), name, [rows, cols], source, settings);
+        let (found, extent) = (source.require(name)?, &extents[name]);
+        let (rows, cols) = weight::shape(found);
+        let width = BitWidth::new(settings.bits);
+        let obstacle = width.and_then(|_| obstacle(cols, settings.coding, extent));
+        let Some(width) = width.filter(|_| obstacle.is_none()) else {
+            let dtype = extent.type_for(found);
+            let loss =
+                (dtype != DType::F16).then(|| format!("f16 does not hold {}", describe(extent)));
+            let reason = obstacle.or(loss);
+            let warning = reason.map(|reason| format!("`{name}` is kept as {dtype:?}: {reason}"));
+            self.warnings.extend(warning);
+            let (name, source, storage) = (name.to_owned(), name.to_owned(), Storage::Dense(dtype));
+            self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
+            return Ok(());
+        };
+        let Some(bands) = bands.filter(|_| self.has_bands) else {
+            return self.layer(name.to_owned(), name, [rows, cols], width, settings);
         };
         for (index, rows) in bands.into_iter().enumerate() {
-            self.rows(band_name(name, index), name, [rows, cols], source, settings)?;
+            self.layer(band_name(name, index), name, [rows, cols], width, settings)?;
         }
         Ok(())
     }
 
-    /// Rows of the matrix `of` as a tensor.
-    fn rows(
+    /// Rows of the matrix `of` as a layer.
+    fn layer(
         &mut self,
         name: String,
         of: &str,
         [rows, cols]: [usize; 2],
-        source: &dyn ModelSource,
+        width: BitWidth,
         settings: &Settings,
     ) -> Result<()> {
-        let storage = match BitWidth::new(settings.bits) {
-            Some(width) if cols.is_multiple_of(16) => {
-                let Settings { group_size, coding, .. } = *settings;
-                let widths = vec![width; cols.div_ceil(group_size)];
-                let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
-                Storage::Layer(layout.map_err(|(rule, found, expected)| {
-                    let place = format!("tensor `{name}`");
-                    FormatError::malformed(source.path(), place, rule, found, expected)
-                })?)
-            }
-            _ => Storage::F16,
-        };
-        self.tensors.push(PlannedTensor { name, source: of.to_owned(), rows, cols, storage });
+        let Settings { group_size, coding, .. } = *settings;
+        let widths = vec![width; cols.div_ceil(group_size)];
+        let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
+        let layout = layout.map_err(|(rule, found, expected)| {
+            FormatError::malformed(&self.path, format!("tensor `{name}`"), rule, found, expected)
+        })?;
+        let (source, storage) = (of.to_owned(), Storage::Layer(layout));
+        self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
         Ok(())
     }
 
@@ -285,6 +344,40 @@ impl Contents {
         };
         let expected = format!("at least {least} with these groups and scales");
         Err(ConvertError::InvalidSetting { what, found, expected })
+    }
+}
+
+/// Looks at all weights of the source.
+fn extents(source: &dyn ModelSource) -> Result<Extents> {
+    let config = source.config();
+    let names = tensor_names(config.block_count).map(|(_, name)| name);
+    let names = names.filter(|name| !(config.tied_embeddings && name == OUTPUT));
+    let extents = names.map(|tensor| {
+        let extent = Extent::of(source.require(&tensor)?)?;
+        source.release_pages();
+        match extent.not_finite {
+            None => Ok((tensor, extent)),
+            Some((row, found)) => Err(ConvertError::NotFinite { tensor, row, found }),
+        }
+    });
+    extents.collect()
+}
+
+/// Why a matrix that should be quantized cannot be.
+fn obstacle(cols: usize, coding: ScaleCoding, extent: &Extent) -> Option<String> {
+    if !cols.is_multiple_of(16) {
+        return Some(format!("its {cols} columns are no multiple of 16"));
+    }
+    (!scales_fit_f16(coding, extent))
+        .then(|| format!("f16 scales do not reach {}", describe(extent)))
+}
+
+/// What is out of the ordinary about values that f16 does not reach.
+fn describe(extent: &Extent) -> String {
+    let (row, value) = extent.largest;
+    match value.abs() > 1.0 {
+        true => format!("{value} in row {row}"),
+        false => format!("values as small as its own, {} in a typical row", extent.typical),
     }
 }
 

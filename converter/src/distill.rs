@@ -16,7 +16,7 @@ use slim_formats::{
     gguf::Metadata,
     slim::{LayerInfo, SlimFile, SlimWriter},
 };
-use slim_kernels::linalg::Precision;
+use slim_kernels::{instruction_path, linalg::Precision};
 
 use self::student::Student;
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
     backward::{Backward, Loss},
     calibration::Windows,
     convert::convert,
+    provenance::INSTRUCTIONS,
 };
 
 /// Of the products of both models.
@@ -171,10 +172,19 @@ fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatErr
     const STEPS: &str = "slim.quantization.steps";
     let before = file.given_metadata();
     let steps = before.u64(STEPS).unwrap_or(0) + steps as u64;
+    let ours = instruction_path();
+    let instructions = match before.str(INSTRUCTIONS) {
+        // A device may have taken part in what was done on this processor.
+        Some(theirs) if theirs.starts_with(&ours) => theirs.to_owned(),
+        Some(theirs) => format!("{theirs}, {ours}"),
+        None => ours,
+    };
     let mut metadata = Metadata::new();
-    for (key, value) in before.iter().filter(|(key, _)| ![METHOD, STEPS].contains(key)) {
+    let replaced = [METHOD, STEPS, INSTRUCTIONS];
+    for (key, value) in before.iter().filter(|(key, _)| !replaced.contains(key)) {
         metadata.insert(key, value.clone())?;
     }
+    metadata.insert(INSTRUCTIONS, instructions)?;
     metadata.insert(METHOD, Method::SlimPlus.name())?;
     metadata.insert(STEPS, u32::try_from(steps).unwrap_or(u32::MAX))?;
     Ok(metadata)

@@ -4,15 +4,14 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 use slim_formats::{
-    DType, EMBEDDING, FormatError, MappedFile, ModelSource, Result, TokenizerSource, Weight,
+    DType, FormatError, MappedFile, ModelSource, Result, Weight,
     gguf::{self, GgufFile, Metadata, TensorInfo},
     open_model,
     slim::{Fault, LayerInfo, SlimFile},
-    vocabulary_faults,
 };
 use slim_kernels::weight;
 
-use super::total_bytes;
+use super::{total_bytes, verify};
 use crate::{
     open::{is_slim, warn_of},
     output::note,
@@ -30,10 +29,15 @@ pub struct Contents {
     /// The weights of the model: the tensors, but a SliM layer is one weight of several tensors.
     pub weights: Vec<WeightSize>,
     pub metadata: Metadata,
-    /// Broken rules of the vocabulary, of a GGUF file that is no SliM file.
-    vocabulary_faults: Vec<Fault>,
-    /// For SliM files.
-    slim: Option<SlimFile>,
+    opened: Opened,
+}
+
+/// What the contents are of.
+enum Opened {
+    Slim(SlimFile),
+    Gguf(GgufFile),
+    Safetensors(MappedFile),
+    Model(Box<dyn ModelSource>),
 }
 
 /// A tensor as its file lists it.
@@ -77,7 +81,7 @@ impl Contents {
         }
         match is_slim(path) {
             true => Self::of_slim(SlimFile::open_without_hashes(path)?),
-            false => Ok(Self::of_gguf(&GgufFile::open(path)?)),
+            false => Ok(Self::of_gguf(GgufFile::open(path)?)),
         }
     }
 
@@ -104,8 +108,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: source.config().to_gguf(),
-            vocabulary_faults: Vec::new(),
-            slim: None,
+            opened: Opened::Model(source),
         })
     }
 
@@ -136,12 +139,11 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata,
-            vocabulary_faults: Vec::new(),
-            slim: None,
+            opened: Opened::Safetensors(file),
         })
     }
 
-    fn of_gguf(file: &GgufFile) -> Self {
+    fn of_gguf(file: GgufFile) -> Self {
         let tensors: Vec<Tensor> = file.tensors().iter().map(Tensor::of_gguf).collect();
         Self {
             format: "gguf",
@@ -150,8 +152,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: file.metadata().clone(),
-            vocabulary_faults: vocabulary_faults_of(file),
-            slim: None,
+            opened: Opened::Gguf(file),
         }
     }
 
@@ -162,18 +163,34 @@ impl Contents {
                 weights.push(WeightSize::of_slim(name, found));
             }
         }
-        let gguf = Self::of_gguf(file.gguf());
-        Ok(Self { format: "slim", weights, slim: Some(file), ..gguf })
+        let gguf = file.gguf();
+        Ok(Self {
+            format: "slim",
+            architecture: gguf.metadata().str("general.architecture").map(str::to_owned),
+            file_bytes: gguf.file_bytes().len() as u64,
+            tensors: gguf.tensors().iter().map(Tensor::of_gguf).collect(),
+            weights,
+            metadata: gguf.metadata().clone(),
+            opened: Opened::Slim(file),
+        })
     }
 
     /// The layer table of a SliM file, empty for others.
     pub fn layers(&self) -> &[LayerInfo] {
-        self.slim.as_ref().map_or(&[], SlimFile::layers)
+        match &self.opened {
+            Opened::Slim(file) => file.layers(),
+            Opened::Gguf(_) | Opened::Safetensors(_) | Opened::Model(_) => &[],
+        }
     }
 
     /// The broken rules that opening the file did not find.
-    pub fn verify(&self) -> Vec<Fault> {
-        self.slim.as_ref().map_or_else(|| self.vocabulary_faults.clone(), SlimFile::verify)
+    pub fn verify(&self) -> Result<Vec<Fault>> {
+        match &self.opened {
+            Opened::Slim(file) => Ok(file.verify()),
+            Opened::Gguf(file) => Ok(verify::gguf_faults(file)),
+            Opened::Safetensors(file) => verify::safetensors_faults(file),
+            Opened::Model(source) => verify::model_faults(&**source),
+        }
     }
 
     pub fn parameters(&self) -> u64 {
@@ -193,13 +210,6 @@ impl Contents {
     pub fn weight(&self, name: &str) -> Option<&WeightSize> {
         self.weights.iter().find(|weight| weight.name == name)
     }
-}
-
-/// Those of a GGUF file, for the rows that its embedding has.
-fn vocabulary_faults_of(file: &GgufFile) -> Vec<Fault> {
-    let rows = file.tensor(EMBEDDING).and_then(|embedding| embedding.shape.first().copied());
-    let rows = rows.and_then(|rows| usize::try_from(rows).ok()).unwrap_or(usize::MAX);
-    vocabulary_faults(&TokenizerSource::from_gguf(file.metadata()), rows, "")
 }
 
 impl Tensor {

@@ -105,7 +105,7 @@ fn bad_arguments_are_refused_with_a_sentence() {
     fail(&["logits", llama, "--tokens", "320", "-o", out], &["found 320, expected less than 320"]);
     fail(
         &["eval", llama, "--text", text],
-        &["which is less than 1 window of 2,048 tokens", "hint: "],
+        &["which is less than 1 window of 512 tokens", "hint: "],
     );
     fail(&["bench", llama, "--prompt", "513"], &["a context of 512 tokens, not 513"]);
     fail(&[], &["Usage: slimllm <COMMAND>"]);

@@ -8,7 +8,11 @@ mod end_to_end; // from a model to its packed file to its logits
 mod export; // other engines' layouts, read back
 mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
+mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod real_model; // a real model, where there is one
 mod special_tokens; // start, stop and chat tokens, the same from every container
 mod sources; // what is read of a source, refused, or warned of
+mod reports; // what commands say of their results
+mod schemas; // every JSON document against its schema
+mod terminal; // texts from files are made visible

@@ -90,6 +90,17 @@ impl Sensitivity {
         rows.iter().for_each(|&row| self.outputs[row as usize] += 1.0);
     }
 
+    /// Refuses means that are no numbers.
+    fn check(&self) -> Result<()> {
+        match self.inputs.iter().chain(&self.outputs).find(|mean| !mean.is_finite()) {
+            None => Ok(()),
+            Some(found) => {
+                let found = format!("a mean square of {found} on the calibration text");
+                Err(ConvertError::numerical(found, "finite activations and gradients"))
+            }
+        }
+    }
+
     /// Turns the sums over `tokens` tokens into means.
     pub(super) fn divide(&mut self, tokens: f64) {
         // It is zero where nothing depends on the layer.
@@ -107,7 +118,8 @@ impl Sensitivity {
 /// these would outweigh all others (`docs/accuracy.md` has the effect).
 ///
 /// # Errors
-/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens;
+/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if there are no tokens; `Numerical` for a
+/// loss, activations or gradients that are no numbers;
 /// `Format` if a temporary file cannot be made.
 pub fn sensitivities(
     source: &dyn ModelSource,
@@ -134,12 +146,13 @@ pub fn sensitivities(
         }
     }
     let config = source.config();
+    let output_name = if config.tied_embeddings { EMBEDDING } else { OUTPUT };
     let rows = || Vocabulary::zeros(config.vocab_size, config.hidden_size);
     let (mut embedding, mut output) = (rows(), rows());
-    let (mut entropy, mut seed) = (0.0, 0);
+    let mut seed = 0;
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
-        entropy += model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
+        let entropy = model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
             match gradient {
                 Gradient::Linear { block, layer, x, dy } => {
                     blocks[block][layer as usize].add(x, dy);
@@ -153,17 +166,19 @@ pub fn sensitivities(
             }
             Ok(())
         })?;
+        if !entropy.is_finite() {
+            let found = format!("an entropy of {entropy} on the calibration text");
+            return Err(ConvertError::numerical(found, "finite logits").of_layer(output_name));
+        }
         seed += (batch.len() * context) as u64;
     }
-    if !entropy.is_finite() {
-        return Err(ConvertError::InvalidSetting {
-            what: "entropy of the model on the calibration samples",
-            found: entropy.to_string(),
-            expected: "a finite number".into(),
-        });
-    }
     let tokens = (samples.len() * context) as f64;
-    blocks.iter_mut().flatten().for_each(|layer| layer.divide(tokens));
+    for (block, layers) in blocks.iter_mut().enumerate() {
+        for (layer, sensitivity) in Linear::ALL.into_iter().zip(layers) {
+            sensitivity.divide(tokens);
+            sensitivity.check().map_err(|error| error.of_layer(&layer.tensor_name(block)))?;
+        }
+    }
     embedding.divide();
     output.divide();
     let vocabulary = match config.tied_embeddings {

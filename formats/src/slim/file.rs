@@ -6,13 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use half::f16;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{
     bands::{Bands, matrix_of, read_bands},
     group::{BitWidth, LayerLayout, ScaleCoding},
     layout::{PackedTensor, TILE_ROWS, unpack_codes},
+    verify,
 };
 use crate::{
     DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OUTPUT, Result,
@@ -190,18 +190,24 @@ impl SlimFile {
         (weights > 0).then(|| bits as f64 / weights as f64)
     }
 
-    /// Checks the rules that need a pass over the data: padding (F8), finite scales (F9), hashes (F18, F19),
-    /// the vocabulary (F23).
+    /// Checks the rules that opening the file does not: names and padding of the container (F1), the
+    /// tensors of the model (F3), tokenizer (F4, F23), errors of layers (F5), padding rows (F8),
+    /// finite numbers (F9, F22) and hashes (F18, F19).
     pub fn verify(&self) -> Vec<Fault> {
         let mut faults = self.hash_faults();
+        faults.extend(verify::faults(self));
         faults.extend(vocabulary_faults(&self.tokenizer, self.config.vocab_size, "F23"));
-        for info in &self.layers {
-            if let Some(layer) = self.layer(&info.name) {
-                faults.extend(scale_fault(&info.name, layer, &self.gguf));
-                faults.extend(padding_fault(&info.name, layer));
-            }
+        for (place, info) in self.layers.iter().enumerate() {
+            let layer = self.layer_at(place);
+            faults.extend(verify::scale_fault(&info.name, layer));
+            faults.extend(padding_fault(&info.name, layer));
         }
         faults
+    }
+
+    /// Whether a tensor is a part of a layer.
+    pub(super) fn is_part(&self, name: &str) -> bool {
+        self.parts.contains(name)
     }
 
     fn hash_faults(&self) -> Vec<Fault> {
@@ -480,34 +486,6 @@ fn hash_fault(rule: &'static str, place: String, found: u64, stored: u64) -> Opt
         found: format!("hash {found:016x}"),
         expected: format!("{stored:016x} as recorded"),
     })
-}
-
-/// F9, for the first offender of a layer.
-fn scale_fault(name: &str, layer: PackedTensor<'_>, gguf: &GgufFile) -> Option<Fault> {
-    let fault = |part: &str, value: f16| Fault {
-        rule: "F9",
-        place: format!("tensor `{}`", part_name(name, part)),
-        found: value.to_string(),
-        expected: "finite values".into(),
-    };
-    let row_scales = gguf.tensor(&part_name(name, "row_scales")).map(|info| gguf.bytes_of(info));
-    if let Some(value) = row_scales.into_iter().find_map(first_not_finite) {
-        return Some(fault("row_scales", value));
-    }
-    if layer.layout().coding() != ScaleCoding::Paper {
-        return None;
-    }
-    (0..layer.layout().tiles()).find_map(|tile| {
-        layer.layout().groups().iter().find_map(|group| {
-            let values = if group.bit_width.bits() == 1 { 2 } else { 1 } * TILE_ROWS;
-            let record = &layer.tile_scales(tile)[group.scales_offset..][..2 * values];
-            first_not_finite(record).map(|value| fault("scales", value))
-        })
-    })
-}
-
-fn first_not_finite(bytes: &[u8]) -> Option<f16> {
-    bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).find(|value| !value.is_finite())
 }
 
 /// F8: every weight of a padding row is stored as zeros.

@@ -70,6 +70,15 @@ impl Group {
         2 * usize::from(self.bit_width.bits()) * self.cols.len()
     }
 
+    /// Bytes of the floats, scales and means, that its scale records in a tile begin with (F16, F17).
+    pub(super) fn float_scale_bytes(&self, coding: ScaleCoding) -> usize {
+        match (coding, self.bit_width.bits()) {
+            (ScaleCoding::TwoLevel { .. }, _) => 0,
+            (ScaleCoding::Paper, 1) => 4 * TILE_ROWS,
+            (ScaleCoding::Paper, _) => 2 * TILE_ROWS,
+        }
+    }
+
     /// [`ScaleCoding::runs`] of its columns.
     pub fn runs(&self, coding: ScaleCoding) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
         coding.runs(&self.cols)

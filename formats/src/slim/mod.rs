@@ -11,6 +11,7 @@ mod outline;
 mod refusals;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
 pub use bands::{Bands, MAX_BANDS, band_name, matrix_of};

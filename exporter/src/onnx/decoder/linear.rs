@@ -1,6 +1,5 @@
 //! Weight matrices in the graph: how they are stored, multiplied with, and looked up in.
 
-use half::f16;
 use slim_formats::{DType, DenseTensor, Weight};
 use slim_kernels::weight;
 use slim_runtime::find_weight;
@@ -12,7 +11,7 @@ use super::{
     },
     Decoder, PIECE, cast, f32_bytes,
 };
-use crate::Result;
+use crate::{Result, tensor::to_f16};
 
 /// A weight matrix whose tensors are in the graph.
 pub struct Stored {
@@ -66,7 +65,7 @@ impl Decoder<'_> {
                     let mut values = vec![0.0; rows.len() * cols];
                     weight::dequantize_rows(found, rows, &mut values)?;
                     Ok(match element {
-                        Element::F16 => f16_bytes(&values),
+                        Element::F16 => to_f16(name, start, cols, &values)?,
                         _ => f32_bytes(&values),
                     })
                 });
@@ -187,9 +186,4 @@ fn gather_rows(graph: &mut Graph, tensor: &str) -> String {
     let rows = format!("{tensor}.of_input");
     graph.node("Gather", &[tensor, "input_ids"], &[&rows], &[("axis", Int(0))]);
     rows
-}
-
-/// Of values that were f16 before.
-fn f16_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect()
 }
