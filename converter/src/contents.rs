@@ -44,7 +44,7 @@ pub struct PlannedTensor {
 pub enum Storage {
     /// As a quantized layer. The groups have the bit-width of the settings; in the blocks, with a target, the lowest.
     Layer(LayerLayout),
-    /// As a matrix of 16 bits: so are the settings, or its columns cannot be cut into groups.
+    /// As a matrix of 16 bits: an embedding or output layer that the settings leave as it is.
     F16,
     /// As a vector.
     F32,
@@ -111,7 +111,7 @@ impl Contents {
         &self.tensors
     }
 
-    /// Names and layouts of the quantized layers.
+    /// Names and layouts of the quantized layers: all matrices of the blocks among them.
     pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
         self.tensors.iter().filter_map(|tensor| match &tensor.storage {
             Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
@@ -227,7 +227,7 @@ impl Contents {
         settings: &Settings,
     ) -> Result<()> {
         let (rows, cols) = weight::shape(source.require(name)?);
-        let is_quantized = BitWidth::new(settings.bits).is_some() && cols.is_multiple_of(16);
+        let is_quantized = BitWidth::new(settings.bits).is_some();
         let Some(bands) = bands.filter(|_| self.has_bands && is_quantized) else {
             return self.rows(name.to_owned(), name, [rows, cols], source, settings);
         };
@@ -247,7 +247,7 @@ impl Contents {
         settings: &Settings,
     ) -> Result<()> {
         let storage = match BitWidth::new(settings.bits) {
-            Some(width) if cols.is_multiple_of(16) => {
+            Some(width) => {
                 let Settings { group_size, coding, .. } = *settings;
                 let widths = vec![width; cols.div_ceil(group_size)];
                 let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
@@ -256,7 +256,7 @@ impl Contents {
                     FormatError::malformed(source.path(), place, rule, found, expected)
                 })?)
             }
-            _ => Storage::F16,
+            None => Storage::F16,
         };
         self.tensors.push(PlannedTensor { name, source: of.to_owned(), rows, cols, storage });
         Ok(())

@@ -99,11 +99,7 @@ pub fn convert(
 fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Result<()> {
     for (layer, weight) in Linear::ALL.into_iter().zip(block.weights()) {
         let name = layer.tensor_name(index);
-        if output.fits_groups(&name, weight) {
-            output.stream(&name, weight, output.settings, None)?;
-        } else {
-            output.keep(&name, weight)?;
-        }
+        output.stream(&name, weight, output.settings, None)?;
     }
     Ok(())
 }
@@ -135,10 +131,6 @@ impl Visitor for Output<'_> {
     }
 
     fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {
-        if !self.fits_groups(name, source) {
-            self.keep(name, source)?;
-            return Ok(Layer::Kept);
-        }
         let (rows, cols) = weight::shape(source);
         let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
@@ -156,22 +148,10 @@ impl Visitor for Output<'_> {
 }
 
 impl Output<'_> {
-    /// Whether a layer can be cut into groups; warns if not.
-    fn fits_groups(&mut self, name: &str, source: Weight<'_>) -> bool {
-        let fits = !self.contents.layers_of(name).is_empty();
-        if !fits {
-            let (_, cols) = weight::shape(source);
-            self.warn(format!(
-                "`{name}` stays at 16 bits: its {cols} columns are no multiple of 16"
-            ));
-        }
-        fits
-    }
-
     /// The embedding or the output layer.
     fn vocabulary_matrix(&mut self, name: &str) -> Result<Layer> {
         let found = self.source.require(name)?;
-        if self.settings.embed_bits == Some(16) || !self.fits_groups(name, found) {
+        if self.settings.embed_bits == Some(16) {
             self.keep(name, found)?;
             return Ok(Layer::Kept);
         }
@@ -268,7 +248,7 @@ impl Output<'_> {
 
     fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
         let written = self.writer.finish(metadata)?;
-        Ok(Report::new(self.layers, written.bytes, self.warnings))
+        Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
     }
 }
 

@@ -46,7 +46,7 @@ fn convert_to(source: &dyn ModelSource, settings: &Settings, file: &Path) -> u64
     bytes
 }
 
-/// A model with fewer channels between the feed-forward layers: no multiple of 16.
+/// A model with fewer channels between the feed-forward layers, which fill no whole units of 16.
 struct Narrow {
     source: Box<dyn ModelSource>,
     config: ModelConfig,
@@ -120,7 +120,7 @@ impl ModelSource for Narrow {
     }
 }
 
-/// An untied model, a tied one with scaled RoPE, and one with layers that stay at 16 bits.
+/// An untied model, a tied one with scaled RoPE, and one with columns that are no multiple of 16.
 fn models() -> [Box<dyn ModelSource>; 3] {
     let open = |name| open_model(&tiny_model(name)).unwrap();
     [open("llama"), open("llama-tied-rope3"), Box::new(Narrow::new(open("mistral-swa")))]
