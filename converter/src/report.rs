@@ -91,9 +91,9 @@ impl Report {
         let quantized = layers.iter().filter(|layer| layer.name.starts_with("blk."));
         let quantized = quantized.map(|layer| (layer.stored_bits, layer.rows * layer.cols));
         let dense = dense.iter().map(|dense| (8 * dense.stored_bytes(), dense.rows * dense.cols));
-        let (bits, weights) = quantized.chain(dense).fold((0, 0), |(bits, weights), (b, w)| {
-            (bits + b, weights + w as u64)
-        });
+        let (bits, weights) = quantized
+            .chain(dense)
+            .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w as u64));
         let bits_per_weight = bits as f64 / weights.max(1) as f64;
         Self { layers, file_bytes, bits_per_weight, warnings }
     }

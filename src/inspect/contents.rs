@@ -228,9 +228,8 @@ impl WeightSize {
 
 /// Bits per weight of some weights, everything counted; `None` of none.
 pub fn bits_per_weight<'a>(weights: impl Iterator<Item = &'a WeightSize>) -> Option<f64> {
-    let (bits, elements) = weights.fold((0, 0), |(bits, elements), weight| {
-        (bits + weight.bits, elements + weight.elements)
-    });
+    let (bits, elements) = weights
+        .fold((0, 0), |(bits, elements), weight| (bits + weight.bits, elements + weight.elements));
     (elements > 0).then(|| bits as f64 / elements as f64)
 }
 

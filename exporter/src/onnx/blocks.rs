@@ -103,8 +103,7 @@ impl Blocks {
             for (lane, row) in rows.clone().enumerate() {
                 let (factor, offset) = (d[lane] * factor[lane], m[lane] * offset[lane]);
                 let first = row * self.row_blocks;
-                let own =
-                    first + cols.start / self.block..first + cols.end.div_ceil(self.block);
+                let own = first + cols.start / self.block..first + cols.end.div_ceil(self.block);
                 self.scales[own.clone()].fill(factor);
                 self.offsets[own].fill(offset + factor * half);
             }
