@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<Pack
     const Item item = w.items[blockIdx.x];
     const u32 col = threadIdx.x, row = token - band.first_row;
     // The last unit may have padding columns (F21).
-    if (col >= min(item.units * UNIT_COLS, w.cols - item.col16 * UNIT_COLS)) return;
+    if (col >= min(u32(item.units * UNIT_COLS), w.cols - item.col16 * UNIT_COLS)) return;
     float* x = band.out + u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS;
     x[col] = row < w.rows ? weight_at(w, item, row, col) : nanf("");
 }
