@@ -64,7 +64,7 @@ pub struct ConvertArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub bits: u8,
 
-    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take; 1.2 to 8
+    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take; 1.2 to 64
     #[arg(long, value_name = "BITS", conflicts_with_all = ["bits", "reference"])]
     pub target_bpw: Option<f64>,
 

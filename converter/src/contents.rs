@@ -148,7 +148,7 @@ impl Contents {
         &self.tensors
     }
 
-    /// Names and layouts of the quantized layers.
+    /// Names and layouts of the quantized layers: all matrices of the blocks among them.
     pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
         self.tensors.iter().filter_map(|tensor| match &tensor.storage {
             Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
@@ -280,7 +280,7 @@ impl Contents {
         let (found, extent) = (source.require(name)?, &extents[name]);
         let (rows, cols) = weight::shape(found);
         let width = BitWidth::new(settings.bits);
-        let obstacle = width.and_then(|_| obstacle(cols, settings.coding, extent));
+        let obstacle = width.and_then(|_| obstacle(settings.coding, extent));
         let Some(width) = width.filter(|_| obstacle.is_none()) else {
             let dtype = extent.type_for(found);
             let loss =
@@ -364,10 +364,7 @@ fn extents(source: &dyn ModelSource) -> Result<Extents> {
 }
 
 /// Why a matrix that should be quantized cannot be.
-fn obstacle(cols: usize, coding: ScaleCoding, extent: &Extent) -> Option<String> {
-    if !cols.is_multiple_of(16) {
-        return Some(format!("its {cols} columns are no multiple of 16"));
-    }
+fn obstacle(coding: ScaleCoding, extent: &Extent) -> Option<String> {
     (!scales_fit_f16(coding, extent))
         .then(|| format!("f16 scales do not reach {}", describe(extent)))
 }

@@ -264,7 +264,7 @@ impl Output<'_> {
 
     fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
         let written = self.writer.finish(metadata)?;
-        Ok(Report::new(self.layers, written.bytes, self.warnings))
+        Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
     }
 }
 

@@ -110,7 +110,7 @@ pub fn distill(
         }
     }
     let file_bytes = write(draft, &student, settings.steps, target)?;
-    Ok(report(draft, file_bytes))
+    report(draft, file_bytes)
 }
 
 /// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine down to zero.
@@ -191,9 +191,19 @@ fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatErr
 }
 
 /// What is told about `file` once it is trained. The errors of its layers were those of the codes before.
-fn report(file: &SlimFile, file_bytes: u64) -> Report {
+fn report(file: &SlimFile, file_bytes: u64) -> Result<Report> {
     let layer = |info: &LayerInfo| LayerReport::new(&info.name, &info.layout, None);
-    Report::new(file.layers().iter().map(layer).collect(), file_bytes, Vec::new())
+    let layers = file.layers().iter().map(layer).collect();
+    // Files of other writers, and our older ones, may have linear layers of 16 bits.
+    let mut dense = Vec::new();
+    for name in file.tensor_names().into_iter().filter(|name| name.starts_with("blk.")) {
+        if let Some(Weight::Dense(tensor)) = file.tensor(name)?
+            && tensor.rows > 1
+        {
+            dense.push(tensor);
+        }
+    }
+    Ok(Report::new(layers, &dense, file_bytes, Vec::new()))
 }
 
 /// The file of the first conversion. It has a name only from its end to its opening; where an open file cannot be

@@ -151,9 +151,6 @@ pub struct QuantizedLayer {
 }
 
 /// Quantizes some rows of a matrix to a mean of `settings.bits`, on the inputs that it takes in.
-///
-/// # Panics
-/// If `cols` is not a multiple of 16.
 pub fn quantize_layer(
     targets: &mut Targets,
     rows: Range<usize>,
@@ -187,9 +184,6 @@ pub fn quantize_layer(
 ///
 /// # Errors
 /// What `weights` answers.
-///
-/// # Panics
-/// If `cols` is not a multiple of 16.
 pub fn stream_layer(
     rows: usize,
     cols: usize,

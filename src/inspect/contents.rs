@@ -58,8 +58,10 @@ pub struct WeightSize {
     pub elements: u64,
     /// Everything counted.
     pub bits: u64,
-    /// Whether `bits_per_weight` counts it: a linear layer of a block, quantized if this is a SliM file.
-    pub is_counted: bool,
+    /// Whether it is a linear layer of a block.
+    pub is_linear: bool,
+    /// Whether it is dense in a SliM file.
+    pub is_kept: bool,
 }
 
 impl Contents {
@@ -197,13 +199,14 @@ impl Contents {
         self.weights.iter().map(|weight| weight.elements).sum()
     }
 
-    /// Bits per weight of the (quantized) linear layers of the blocks, everything counted.
-    pub fn bits_per_weight(&self) -> Option<f64> {
-        let counted = self.weights.iter().filter(|weight| weight.is_counted);
-        let (bits, elements) = counted.fold((0, 0), |(bits, elements), weight| {
-            (bits + weight.bits, elements + weight.elements)
-        });
-        (elements > 0).then(|| bits as f64 / elements as f64)
+    /// The linear layers of the blocks.
+    pub fn linear_layers(&self) -> impl Iterator<Item = &WeightSize> + Clone {
+        self.weights.iter().filter(|weight| weight.is_linear)
+    }
+
+    /// Those of them that are not kept dense in a SliM file.
+    pub fn quantized_layers(&self) -> impl Iterator<Item = &WeightSize> + Clone {
+        self.linear_layers().filter(|weight| !weight.is_kept)
     }
 
     /// The weight of this name.
@@ -230,7 +233,8 @@ impl WeightSize {
             kind: tensor.dtype.clone(),
             elements: tensor.shape.iter().product(),
             bits: 8 * tensor.bytes,
-            is_counted: tensor.shape.len() > 1 && tensor.name.starts_with("blk."),
+            is_linear: tensor.shape.len() > 1 && tensor.name.starts_with("blk."),
+            is_kept: false,
         }
     }
 
@@ -246,13 +250,21 @@ impl WeightSize {
             kind,
             elements: (rows * cols) as u64,
             bits: 8 * weight::stored_bytes(found),
-            is_counted: is_layer && name.starts_with("blk."),
+            is_linear: (is_layer || rows > 1) && name.starts_with("blk."),
+            is_kept: !is_layer,
         }
     }
 
     pub fn bits_per_weight(&self) -> f64 {
         self.bits as f64 / self.elements as f64
     }
+}
+
+/// Bits per weight of some weights, everything counted; `None` of none.
+pub fn bits_per_weight<'a>(weights: impl Iterator<Item = &'a WeightSize>) -> Option<f64> {
+    let (bits, elements) = weights
+        .fold((0, 0), |(bits, elements), weight| (bits + weight.bits, elements + weight.elements));
+    (elements > 0).then(|| bits as f64 / elements as f64)
 }
 
 fn type_name(dtype: DType) -> String {

@@ -9,7 +9,7 @@ use slim_formats::{
 };
 
 use super::{
-    contents::{Contents, WeightSize},
+    contents::{Contents, WeightSize, bits_per_weight},
     json,
 };
 use crate::output::{count, facts, one_line, plural, size};
@@ -33,13 +33,14 @@ pub fn summary(contents: &Contents) -> String {
     lines.push(("size", format!("{} ({} bytes)", size(bytes), count(bytes))));
     lines.push(("tensors", count(contents.tensors.len() as u64)));
     lines.push(("parameters", count(parameters)));
-    if let Some(bits) = contents.bits_per_weight() {
-        let layers = contents.weights.iter().filter(|weight| weight.is_counted).count();
-        let layers = plural(layers, "linear layer");
-        lines.push((
-            "bits per weight",
-            format!("{bits:.3} in {layers} of the blocks, everything counted"),
-        ));
+    if let Some(bits) = bits_per_weight(contents.linear_layers()) {
+        let (all, quantized) = (contents.linear_layers(), contents.quantized_layers());
+        let layers = plural(all.count(), "linear layer");
+        let mut figure = format!("{bits:.3} in {layers} of the blocks, everything counted");
+        if let Some(of_quantized) = bits_per_weight(quantized.clone()).filter(|&of| of != bits) {
+            figure += &format!("; {of_quantized:.3} in the {} quantized ones", quantized.count());
+        }
+        lines.push(("bits per weight", figure));
     }
     for (label, name) in [("embedding", "token_embd.weight"), ("output", "output.weight")] {
         if let Some(weight) = contents.weight(name) {

@@ -61,7 +61,7 @@ fn bad_arguments_are_refused_with_a_sentence() {
     let convert = ["convert", llama, "-o", out];
     for (more, fragment) in [
         (["--bits", "9"], "9 is not in 1..=8"),
-        (["--target-bpw", "9"], "target bits per weight: found 9, expected 1.2 to 8"),
+        (["--target-bpw", "65"], "target bits per weight: found 65, expected 1.2 to 64"),
         (
             ["--target-bpw", "1.2"],
             "target bits per weight: found 1.2, expected at least 1.681 with these",

@@ -2,6 +2,7 @@
 
 mod chat; // prompts, sampling settings, and the chat, piped and on a terminal
 mod cli; // help, errors, exit codes, output of every subcommand
+mod columns; // any number of them
 mod command; // running the command
 mod cuda; // the command on a CUDA device
 mod end_to_end; // from a model to its packed file to its logits

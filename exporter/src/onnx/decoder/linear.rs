@@ -6,7 +6,7 @@ use slim_runtime::find_weight;
 
 use super::{
     super::{
-        blocks::Blocks,
+        blocks::{Blocks, block_bytes},
         graph::{Attribute::Int, Element, Graph},
     },
     Decoder, PIECE, cast, f32_bytes,
@@ -22,8 +22,8 @@ pub struct Stored {
 }
 
 enum Kind {
-    /// Tensors `NAME.codes [rows, cols / block, bytes]`, `NAME.scales` and `NAME.offsets [rows, cols / block]`.
-    Blocks { bits: u8, block: usize },
+    /// Tensors `NAME.codes [rows, row_blocks, bytes]`, `NAME.scales` and `NAME.offsets [rows, row_blocks]`.
+    Blocks { bits: u8, block: usize, row_blocks: usize },
     /// Tensor `NAME [rows, cols]`, F16 or F32.
     Dense,
 }
@@ -42,9 +42,8 @@ impl Decoder<'_> {
         let kind = match (found, found.bands()) {
             (_, Some(bands)) => {
                 let blocks = Blocks::new(bands, least_bits);
-                let Blocks { bits, block, .. } = blocks;
-                let row_blocks = cols / block;
-                let dims = [rows, row_blocks, block * usize::from(bits) / 8];
+                let Blocks { bits, block, row_blocks, .. } = blocks;
+                let dims = [rows, row_blocks, block_bytes(block, bits)];
                 let part = |part: &str| format!("{name}.{part}");
                 self.graph.tensor(&part("codes"), Element::U8, &dims, [Ok(blocks.codes)])?;
                 for (name, values) in
@@ -53,7 +52,7 @@ impl Decoder<'_> {
                     let bytes = f32_bytes(&values);
                     self.graph.tensor(&name, Element::F32, &[rows, row_blocks], [Ok(bytes)])?;
                 }
-                Kind::Blocks { bits, block }
+                Kind::Blocks { bits, block, row_blocks }
             }
             (_, None) => {
                 let element = match found {
@@ -98,8 +97,8 @@ impl Decoder<'_> {
                 cast(self.graph, name, Element::F32, &part("f32"));
                 self.multiply_dense(input, &part("f32"), output);
             }
-            Kind::Blocks { bits, block } => {
-                let sums = self.add_block_sums(input, *cols, block);
+            Kind::Blocks { bits, block, row_blocks } => {
+                let sums = self.add_block_sums(input, *cols, [row_blocks, block]);
                 let (scaled, shifted) = (format!("{output}.scaled"), format!("{output}.shifted"));
                 self.graph.contrib_node(
                     "MatMulNBits",
@@ -123,12 +122,25 @@ impl Decoder<'_> {
         self.graph.contrib_node("FusedMatMul", &[input, weight], &[output], &[("transB", Int(1))]);
     }
 
-    /// The sums of `input` over each block of columns: `[batch, sequence, cols / block]`.
-    fn add_block_sums(&mut self, input: &str, cols: usize, block: usize) -> String {
+    /// The sums of `input` over each block of columns: `[batch, sequence, row_blocks]`.
+    fn add_block_sums(
+        &mut self,
+        input: &str,
+        cols: usize,
+        [row_blocks, block]: [usize; 2],
+    ) -> String {
         let sums = format!("{input}.sums_of_{block}");
         if self.sums.insert(sums.clone()) {
-            let (shape, blocks) = (format!("{sums}.shape"), format!("{sums}.blocks"));
-            self.graph.integers(&shape, &[0, 0, (cols / block) as i64, block as i64], false);
+            let part = |part: &str| format!("{sums}.{part}");
+            let (shape, blocks, whole) = (part("shape"), part("blocks"), part("whole"));
+            let missing = row_blocks * block - cols;
+            if missing > 0 {
+                let pads = part("pads");
+                self.graph.integers(&pads, &[0, 0, 0, 0, 0, missing as i64], false);
+                self.graph.node("Pad", &[input, &pads], &[&whole], &[]);
+            }
+            let input = if missing > 0 { &whole } else { input };
+            self.graph.integers(&shape, &[0, 0, row_blocks as i64, block as i64], false);
             self.graph.node("Reshape", &[input, &shape], &[&blocks], &[]);
             self.graph.node(
                 "ReduceSum",
@@ -150,7 +162,7 @@ impl Decoder<'_> {
                 let rows = gather_rows(graph, name);
                 cast(graph, &rows, Element::F32, output);
             }
-            Kind::Blocks { .. } => {
+            Kind::Blocks { block, row_blocks, .. } => {
                 let codes = gather_rows(graph, &part("codes"));
                 let [scales, offsets] = ["scales", "offsets"].map(|name| {
                     let rows = gather_rows(graph, &part(name));
@@ -158,16 +170,26 @@ impl Decoder<'_> {
                     graph.node("Unsqueeze", &[&rows, "last_axis"], &[&column], &[]);
                     column
                 });
-                let [middle, values, centered, scaled, blocks, shape] =
-                    ["middle", "values", "centered", "scaled", "blocks", "shape"].map(part);
+                let [middle, values, centered, scaled, blocks, shape, whole, ends] =
+                    ["middle", "values", "centered", "scaled", "blocks", "shape", "whole", "ends"]
+                        .map(part);
                 graph.integers(&part("middle.i64"), &[128], true);
                 cast(graph, &part("middle.i64"), Element::F32, &middle);
                 cast(graph, &codes, Element::F32, &values);
                 graph.node("Sub", &[&values, &middle], &[&centered], &[]);
                 graph.node("Mul", &[&centered, &scales], &[&scaled], &[]);
                 graph.node("Add", &[&scaled, &offsets], &[&blocks], &[]);
-                graph.integers(&shape, &[0, 0, embedding.cols as i64], false);
-                graph.node("Reshape", &[&blocks, &shape], &[output], &[]);
+                let stored = row_blocks * block;
+                let is_padded = stored > embedding.cols;
+                graph.integers(&shape, &[0, 0, stored as i64], false);
+                let row = if is_padded { &whole } else { output };
+                graph.node("Reshape", &[&blocks, &shape], &[row], &[]);
+                if is_padded {
+                    graph.integers(&part("start"), &[0], false);
+                    graph.integers(&ends, &[embedding.cols as i64], false);
+                    let inputs = [row, &part("start"), &ends, "last_axis"];
+                    graph.node("Slice", &inputs, &[output], &[]);
+                }
             }
         }
     }
