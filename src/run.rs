@@ -19,7 +19,7 @@ use crate::{
     args::RunArgs,
     failure::advised,
     open::{check_context, tokenizer},
-    output::{note, plural},
+    output::{note, plural, warn},
 };
 use answer::{Interrupt, print_answer};
 use chat::Chat;
