@@ -23,7 +23,7 @@ pub enum FormatError {
     #[error("`{}`: {place}: found {found}, expected {expected}{}", path.display(), Rule(rule))]
     Malformed {
         /// The file.
-        path: PathBuf,
+        path: Box<Path>,
         /// Where in the file: a tensor, a key, a header field with its byte offset.
         place: String,
         /// The rule of `docs/format.md` (or of the container's specification), such as `F12`; empty if none is numbered.
@@ -33,7 +33,7 @@ pub enum FormatError {
         /// What the rule asks for.
         expected: String,
         /// What the user can do about it; empty if nothing helps.
-        hint: String,
+        hint: Box<str>,
     },
     /// A file that the model needs is not there.
     #[error("`{}`: there is no such file; {needed_for}", path.display())]
@@ -118,20 +118,20 @@ impl FormatError {
         expected: impl Into<String>,
     ) -> Self {
         Self::Malformed {
-            path: path.to_owned(),
+            path: path.into(),
             place: place.into(),
             rule,
             found: found.to_string(),
             expected: expected.into(),
-            hint: String::new(),
+            hint: Box::default(),
         }
     }
 
     /// The same error with advice, if it is of a kind that carries some.
     pub fn with_hint(mut self, advice: impl Into<String>) -> Self {
         match &mut self {
-            Self::Malformed { hint, .. }
-            | Self::Missing { hint, .. }
+            Self::Malformed { hint, .. } => *hint = advice.into().into(),
+            Self::Missing { hint, .. }
             | Self::OtherKind { hint, .. }
             | Self::Unsupported { hint, .. } => *hint = advice.into(),
             Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => {}
@@ -179,12 +179,13 @@ impl FormatError {
 
     /// One sentence of advice, where one helps.
     pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Malformed { hint, .. }
-            | Self::Missing { hint, .. }
+        let hint: &str = match self {
+            Self::Malformed { hint, .. } => hint,
+            Self::Missing { hint, .. }
             | Self::OtherKind { hint, .. }
-            | Self::Unsupported { hint, .. } => Some(hint.clone()).filter(|hint| !hint.is_empty()),
-            Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => None,
-        }
+            | Self::Unsupported { hint, .. } => hint,
+            Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => "",
+        };
+        (!hint.is_empty()).then(|| hint.to_owned())
     }
 }

@@ -185,12 +185,11 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
             false => Ok(Box::new(GgufModel::open(path)?)),
         };
     }
-    stand_in::refuse(path, &file, "a model")?;
-    let hint = match has_extension("json") {
-        true => "give the folder that it lies in",
-        false => {
-            "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file"
-        }
+    let hint = if has_extension("json") {
+        "give the folder that it lies in"
+    } else {
+        stand_in::refuse(path, &file, "a model")?;
+        "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file"
     };
     Err(FormatError::unsupported(path, "this kind of file", hint))
 }

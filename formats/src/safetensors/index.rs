@@ -195,17 +195,19 @@ fn first_quantized<'a>(
     ];
     let found = tensors.filter_map(|(name, dtype)| {
         let has = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
-        let by_name = METHODS.iter().find(|(_, suffixes)| has(suffixes)).map(|(method, _)| *method);
-        let is_small =
-            matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8 | Dtype::U32);
-        let by_type = (is_small && name.ends_with(".weight")).then_some(match dtype {
+        if let Some((method, _)) = METHODS.iter().find(|(_, suffixes)| has(suffixes)) {
+            return Some((false, name.as_str(), *method));
+        }
+        let by_type = match dtype {
             Dtype::F8_E4M3 | Dtype::F8_E5M2 => "FP8",
             Dtype::U32 => "MLX",
-            _ => "8-bit or 4-bit integers",
-        });
-        Some((name.as_str(), by_name.or(by_type)?))
+            Dtype::I8 | Dtype::U8 => "8-bit or 4-bit integers",
+            _ => return None,
+        };
+        name.ends_with(".weight").then_some((true, name.as_str(), by_type))
     });
-    found.min()
+    // A name tells more than a type.
+    found.min().map(|(_, name, method)| (name, method))
 }
 
 fn dtype_of(dtype: Dtype) -> Option<DType> {
