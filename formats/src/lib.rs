@@ -6,6 +6,7 @@
 
 mod atomic;
 mod config;
+mod disk;
 mod dtype;
 mod error;
 mod folder;
@@ -17,14 +18,19 @@ mod names;
 pub mod onnx;
 pub mod safetensors;
 pub mod slim;
+mod temporary;
 #[cfg(test)]
 mod test_data;
 
-pub use atomic::AtomicFile;
+pub use atomic::{AtomicFile, OutputPath};
 pub use config::{ModelConfig, Rope};
+pub use disk::free_bytes;
 pub use dtype::DType;
 pub use error::{FormatError, Result};
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
 pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
+pub use temporary::{
+    Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries,
+};

@@ -6,20 +6,18 @@ mod graph;
 mod protobuf;
 mod settings;
 
-use std::path::Path;
-
 use serde_json::json;
-use slim_formats::ModelSource;
+use slim_formats::{ModelSource, OutputPath};
 
 use self::graph::Graph;
 use crate::{Report, Result, folder::Folder, tensor::names};
 
 pub(crate) fn write(
     model: &dyn ModelSource,
-    target: &Path,
+    output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let folder = Folder::create(target)?;
+    let folder = Folder::create(output)?;
     let mut graph = Graph::create(folder.path())?;
     decoder::add_decoder(&mut graph, model, on_tensor)?;
     graph.finish()?;
