@@ -10,11 +10,13 @@ mod eval;
 mod export;
 mod failure;
 mod inspect;
+mod interrupt;
 mod logits;
 mod open;
 mod output;
 mod progress;
 mod run;
+mod target;
 
 use std::process::ExitCode;
 

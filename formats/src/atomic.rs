@@ -24,6 +24,16 @@ pub struct OutputPath<'p> {
     pub replaces: bool,
 }
 
+impl OutputPath<'_> {
+    /// Checks that a file can be written there, now.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub fn check_file(self) -> Result<()> {
+        AtomicFile::create(self).map(drop)
+    }
+}
+
 /// A path that is free.
 impl<'p, P: AsRef<Path> + ?Sized> From<&'p P> for OutputPath<'p> {
     fn from(path: &'p P) -> Self {

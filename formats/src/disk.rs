@@ -28,7 +28,7 @@ pub fn free_bytes(folder: &Path) -> Option<u64> {
 ///
 /// # Errors
 /// `NoSpace`, or `FileTooLarge` for more than the process may write to a file.
-pub(crate) fn reserve(
+pub fn reserve(
     file: &File,
     folder: &Path,
     bytes: u64,

@@ -24,7 +24,7 @@ mod test_data;
 
 pub use atomic::{AtomicFile, OutputPath};
 pub use config::{ModelConfig, Rope};
-pub use disk::free_bytes;
+pub use disk::{free_bytes, reserve};
 pub use dtype::DType;
 pub use error::{FormatError, Result};
 pub use limits::Limits;

@@ -8,4 +8,5 @@ mod export; // other engines' layouts, read back
 mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
+mod output_safety; // what is never overwritten, and what an early end leaves
 mod real_model; // a real model, where there is one

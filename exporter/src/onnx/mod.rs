@@ -9,7 +9,7 @@ mod settings;
 use serde_json::json;
 use slim_formats::{ModelSource, OutputPath};
 
-use self::graph::Graph;
+use self::graph::{DATA_FILE, Graph};
 use crate::{Report, Result, folder::Folder, tensor::names};
 
 pub(crate) fn write(
@@ -18,9 +18,10 @@ pub(crate) fn write(
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let folder = Folder::create(output)?;
-    let mut graph = Graph::create(folder.path())?;
+    let data_bytes = decoder::check(model).and_then(|()| decoder::data_bytes(model))?;
+    let mut graph = Graph::new(folder.new_file(DATA_FILE, data_bytes)?);
     decoder::add_decoder(&mut graph, model, on_tensor)?;
-    graph.finish()?;
+    folder.file("model.onnx", &graph.finish()?)?;
     folder.json("genai_config.json", &settings::genai_config(model.config()))?;
     folder.describe(model, json!({}))?;
     let tensors = names(model)?.len();

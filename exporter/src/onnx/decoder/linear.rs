@@ -10,7 +10,7 @@ use super::{
         blocks::Blocks,
         graph::{Attribute::Int, Element, Graph},
     },
-    Decoder, PIECE, cast, f32_bytes,
+    Decoder, LEAST_BITS, PIECE, cast, f32_bytes,
 };
 use crate::Result;
 
@@ -27,6 +27,23 @@ enum Kind {
     Blocks { bits: u8, block: usize },
     /// Tensor `NAME [rows, cols]`, F16 or F32.
     Dense,
+}
+
+/// Tensors that a weight is stored as, at most.
+pub const MAX_PARTS: u64 = 3;
+
+/// Bytes of the tensors that [`Decoder::store`] makes of a weight.
+pub fn stored_bytes(found: Weight<'_>, least_bits: u8) -> u64 {
+    let (rows, cols) = weight::shape(found);
+    let weights = (rows * cols) as u64;
+    match (found, found.bands()) {
+        (_, Some(bands)) => {
+            let (bits, block) = Blocks::bits_and_block(bands, least_bits);
+            weights * u64::from(bits) / 8 + 2 * 4 * weights / block as u64
+        }
+        (Weight::Dense(DenseTensor { dtype: DType::F16, .. }), None) if rows > 1 => 2 * weights,
+        (_, None) => 4 * weights,
+    }
 }
 
 impl Decoder<'_> {
@@ -85,7 +102,7 @@ impl Decoder<'_> {
         cols: usize,
         input: &str,
     ) -> Result<String> {
-        let stored = self.store(&format!("{layer}.weight"), rows, cols, 2)?;
+        let stored = self.store(&format!("{layer}.weight"), rows, cols, LEAST_BITS)?;
         self.multiply(&stored, input, layer);
         Ok(layer.to_owned())
     }
