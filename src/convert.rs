@@ -48,8 +48,6 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         if let Err(error) = args.target.check(kind, &inputs) {
             note(format_args!("warning: {error}"));
         }
-    } else {
-        args.target.check(kind, &inputs)?;
     }
     let plan = Plan::new(&*source, &settings)?;
     let float_bytes = float_bytes(&plan, args.max_memory)?;

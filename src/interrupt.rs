@@ -13,9 +13,9 @@ use signal_hook::{
     iterator::Signals,
     low_level::exit,
 };
-use slim_formats::{Removed, remove_leftovers};
 #[cfg(unix)]
 use slim_formats::remove_temporaries;
+use slim_formats::{Removed, remove_leftovers, removed_unfinished};
 
 use crate::output::{note, size};
 
@@ -61,7 +61,7 @@ fn end(signal: i32) {
         // Below the bar.
         note("");
     }
-    note("interrupted: nothing was finished");
+    note("interrupted");
     cleared.removed.iter().for_each(|removed| note(told(removed)));
     exit(128 + signal);
 }
@@ -71,6 +71,11 @@ pub fn clear_leftovers(folder: &std::path::Path) {
     for removed in remove_leftovers(folder) {
         note(format_args!("{}, which an earlier run had left", told(&removed)));
     }
+}
+
+/// Tells what a command that has failed has removed.
+pub fn tell_removed() {
+    removed_unfinished().iter().for_each(|removed| note(told(removed)));
 }
 
 fn told(removed: &Removed) -> String {

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             failure::report(&error);
+            interrupt::tell_removed();
             ExitCode::from(2)
         }
     }

@@ -54,7 +54,10 @@ impl Progress {
 
     /// Plans work of a kind, for one estimate over all steps of all nouns; see [`Estimate::plan`].
     pub fn plan(&mut self, kind: usize, units: f64, usual_cost: f64) {
-        self.has_plan = true;
+        if !self.has_plan {
+            self.has_plan = true;
+            self.estimate = Estimate::new(SystemClock::start());
+        }
         self.estimate.plan(kind, units, usual_cost);
     }
 
@@ -124,7 +127,7 @@ impl Progress {
         let Self { noun, done, steps, .. } = self;
         let left = match self.estimate.left() {
             None => "estimating the time".to_owned(),
-            Some(left) if left.is_zero() => String::new(),
+            Some(left) if left.as_secs() == 0 => String::new(),
             Some(left) => format!("{} left", duration(left)),
         };
         let comma = if left.is_empty() { "" } else { ", " };

@@ -6,7 +6,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Error, Result, ensure};
-use same_file::is_same_file;
 use slim_formats::{OutputPath, TemporaryFolder};
 
 use crate::{failure::advised, interrupt::clear_leftovers};
@@ -23,8 +22,8 @@ pub enum Kind {
 /// Where the output of a command goes.
 #[derive(clap::Args)]
 pub struct TargetArgs {
-    /// The file or the new folder to write
-    #[arg(short, long, value_name = "PATH")]
+    /// The output: NAME.slim.gguf of `convert`, NAME.safetensors of `logits`, of `export` a .gguf file or a new folder
+    #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
 
     /// Replace the file if it exists
@@ -36,7 +35,7 @@ impl TargetArgs {
     /// Checks that the output can be written and is none of `inputs`, and removes what killed commands have left beside it.
     pub fn prepare(&self, kind: Kind, inputs: &[PathBuf]) -> Result<OutputPath<'_>> {
         self.check(kind, inputs)?;
-        let output = OutputPath { path: &self.output, replaces: self.force };
+        let output = OutputPath { path: self.path(), replaces: self.force };
         let parent = parent_of(output.path);
         clear_leftovers(parent);
         let created = match kind {
@@ -49,15 +48,15 @@ impl TargetArgs {
 
     /// Checks what can be seen without writing anything.
     pub fn check(&self, kind: Kind, inputs: &[PathBuf]) -> Result<()> {
-        let (path, shown) = (self.output.as_path(), self.output.display());
-        check_name(path, kind)?;
+        let (path, shown) = (self.path(), self.output.display());
+        check_name(&self.output, kind)?;
         check_parent(path)?;
         let found = match path.symlink_metadata() {
             Ok(found) => found,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(Error::new(error).context(format!("`{shown}`"))),
         };
-        let is_input = inputs.iter().any(|input| is_same_file(input, path).unwrap_or(false));
+        let is_input = found.is_file() && inputs.iter().any(|input| is_same_file(input, path));
         ensure!(!is_input, "`{shown}` is a file of the source, which would be overwritten");
         match kind {
             Kind::File(_) => self.check_file(&found),
@@ -65,9 +64,14 @@ impl TargetArgs {
         }
     }
 
+    /// Without a slash at the end, which would lead through a symbolic link.
+    fn path(&self) -> &Path {
+        self.output.components().as_path()
+    }
+
     /// Checks that a file may take the place of what was found.
     fn check_file(&self, found: &Metadata) -> Result<()> {
-        let (path, shown) = (&self.output, self.output.display());
+        let (path, shown) = (self.path(), self.output.display());
         ensure!(!found.is_dir(), "`{shown}` is a folder; `-o` takes the name of a file");
         if !found.is_file() {
             let message = format!("`{shown}` is {}", kind_of(found.file_type(), path));
@@ -86,7 +90,7 @@ impl TargetArgs {
 
     /// Checks that a folder may take the place of what was found.
     fn check_folder(&self, found: &Metadata) -> Result<()> {
-        let (path, shown) = (&self.output, self.output.display());
+        let (path, shown) = (self.path(), self.output.display());
         let hint = "give a name that is free, or remove it";
         if !self.force {
             return Err(advised(format!("`{shown}` exists already"), hint));
@@ -130,15 +134,19 @@ fn check_name(path: &Path, kind: Kind) -> Result<()> {
             let has_slash = path.as_os_str().as_encoded_bytes().ends_with(b"/");
             if has_slash && !is_folder {
                 let message = format!("`{shown}` is the name of a folder, which does not exist");
-                let hint = format!("`-o` takes the name of a file, such as `{shown}NAME.{expected}`");
+                let hint =
+                    format!("`-o` takes the name of a file, such as `{shown}NAME.{expected}`");
                 return Err(advised(message, hint));
             }
             // A name may end with a version, `model-3.2`.
             let is_one = |end: &&str| end.starts_with(|c: char| c.is_ascii_alphabetic());
             match extension.filter(is_one) {
                 Some(other) if !is_folder && !other.eq_ignore_ascii_case(expected) => {
-                    let message = format!("`{shown}`: found a name that ends with `.{other}`, expected `.{expected}`");
-                    let hint = format!("it would be called `{}`", path.with_extension(expected).display());
+                    let message = format!(
+                        "`{shown}`: found a name that ends with `.{other}`, expected `.{expected}`"
+                    );
+                    let hint =
+                        format!("it would be called `{}`", path.with_extension(expected).display());
                     Err(advised(message, hint))
                 }
                 _ => Ok(()),
@@ -146,8 +154,13 @@ fn check_name(path: &Path, kind: Kind) -> Result<()> {
         }
         Kind::Folder => match extension {
             Some(file @ ("gguf" | "onnx" | "safetensors" | "bin")) if !is_folder => {
-                let message = format!("`{shown}`: found a name that ends with `.{file}`, expected that of a folder");
-                let hint = format!("several files are written, into a folder such as `{}`", path.with_extension("").display());
+                let message = format!(
+                    "`{shown}`: found a name that ends with `.{file}`, expected that of a folder"
+                );
+                let hint = format!(
+                    "several files are written, into a folder such as `{}`",
+                    path.with_extension("").display()
+                );
                 Err(advised(message, hint))
             }
             _ => Ok(()),
@@ -176,6 +189,20 @@ fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
+    }
+}
+
+/// Whether two names are of one file, by whatever links. Neither is opened: a pipe would wait.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let identity = |path: &Path| path.metadata().ok().map(|found| (found.dev(), found.ino()));
+        identity(one).is_some_and(|one| identity(other) == Some(one))
+    }
+    #[cfg(not(unix))]
+    {
+        one.canonicalize().is_ok_and(|one| other.canonicalize().is_ok_and(|other| one == other))
     }
 }
 

@@ -65,7 +65,8 @@ impl Work {
             Self::Fits if settings.has_budget() => layers(contents).map(weights).sum(),
             Self::Forward if is_calibrated => config.block_count as f64 * forward(config, settings),
             Self::Hessians if is_calibrated => {
-                config.block_count as f64 * Linear::STAGES.map(|of| hessian(config, of, settings)).iter().sum::<f64>()
+                config.block_count as f64
+                    * Linear::STAGES.map(|of| hessian(config, of, settings)).iter().sum::<f64>()
             }
             Self::Sweeps => layers(contents).map(sweep).sum(),
             Self::Steps if settings.method == Method::SlimPlus => {

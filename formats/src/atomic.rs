@@ -49,8 +49,9 @@ impl<'p, P: AsRef<Path> + ?Sized> From<&'p P> for OutputPath<'p> {
 pub struct AtomicFile {
     path: PathBuf,
     replaces: bool,
-    writer: BufWriter<NamedTempFile>,
+    // Dropped before the file, it removes it.
     listed: Listed,
+    writer: BufWriter<NamedTempFile>,
     /// Where the next byte goes, and where the last one has gone.
     position: u64,
     end: u64,
@@ -70,8 +71,8 @@ impl AtomicFile {
             Ok((file, listed)) => Ok(Self {
                 path: path.to_owned(),
                 replaces,
-                writer: BufWriter::with_capacity(1 << 20, file),
                 listed,
+                writer: BufWriter::with_capacity(1 << 20, file),
                 position: 0,
                 end: 0,
                 reserved: 0,

@@ -37,8 +37,7 @@ pub fn reserve(
 ) -> Result<bool> {
     // Asked before: a reservation that fails may have filled the disk until then.
     let free = free_bytes(folder).unwrap_or(u64::MAX);
-    let no_space =
-        |free| FormatError::NoSpace { path: path.to_owned(), what, needed: bytes, free };
+    let no_space = |free| FormatError::NoSpace { path: path.to_owned(), what, needed: bytes, free };
     if free < bytes {
         return Err(no_space(free));
     }

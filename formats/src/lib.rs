@@ -32,5 +32,5 @@ pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
 pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
 pub use temporary::{
-    Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries,
+    Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,
 };

@@ -17,13 +17,21 @@ use crate::{FormatError, Result};
 const PREFIX: &str = ".slimllm-";
 const SUFFIX: &str = ".tmp";
 
-static LISTED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+static LIST: Mutex<List> = Mutex::new(List { paths: Vec::new(), removed: Vec::new() });
 
-fn listed() -> MutexGuard<'static, Vec<PathBuf>> {
-    LISTED.lock().unwrap_or_else(PoisonError::into_inner)
+#[derive(Debug)]
+struct List {
+    /// What has a temporary name.
+    paths: Vec<PathBuf>,
+    /// What was removed because it was not finished.
+    removed: Vec<Removed>,
 }
 
-/// A path on the list, until this value is dropped.
+fn list() -> MutexGuard<'static, List> {
+    LIST.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A path on the list. When this value is dropped, what still has that name is removed.
 #[derive(Debug)]
 pub(crate) struct Listed(PathBuf);
 
@@ -41,10 +49,10 @@ impl Listed {
         options.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(mode));
         #[cfg(not(unix))]
         let _ = mode;
-        let mut listed = listed();
+        let mut list = list();
         let made = make(&options)?;
         let path = made.as_ref().to_owned();
-        listed.push(path.clone());
+        list.paths.push(path.clone());
         Ok((made, Self(path)))
     }
 
@@ -58,23 +66,26 @@ impl Listed {
 
     /// Calls `rename`, which gives the file or folder its name, while nothing is removed.
     pub(crate) fn renamed<T>(self, rename: impl FnOnce() -> T) -> T {
-        let _list = listed();
+        let _list = list();
         rename()
     }
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        listed().retain(|path| *path != self.0);
+        let mut list = list();
+        list.removed.extend(remove(&self.0));
+        list.paths.retain(|path| *path != self.0);
     }
 }
 
 /// A folder with a temporary name, which is removed with all that is in it when this value is dropped.
 #[derive(Debug)]
 pub struct TemporaryFolder {
+    // Dropped first, it removes the folder.
+    listed: Listed,
     folder: TempDir,
     _lock: Option<File>,
-    listed: Listed,
 }
 
 impl TemporaryFolder {
@@ -87,7 +98,7 @@ impl TemporaryFolder {
         let (folder, listed) =
             made.map_err(|error| FormatError::io(path, "create the folder", error))?;
         let lock = File::open(folder.path()).ok().filter(|folder| folder.try_lock().is_ok());
-        Ok(Self { folder, _lock: lock, listed })
+        Ok(Self { listed, folder, _lock: lock })
     }
 
     /// Where it is.
@@ -133,15 +144,22 @@ pub struct Removed {
 pub struct Cleared {
     /// What was removed.
     pub removed: Vec<Removed>,
-    _list: MutexGuard<'static, Vec<PathBuf>>,
+    _list: MutexGuard<'static, List>,
 }
 
 /// Removes all temporary files and folders of this process that have names: for a process that is
 /// about to end.
 pub fn remove_temporaries() -> Cleared {
-    let list = listed();
-    let removed = list.iter().filter_map(|path| remove(path)).collect();
+    let list = list();
+    let removed = list.paths.iter().filter_map(|path| remove(path)).collect();
     Cleared { removed, _list: list }
+}
+
+/// The temporary files and folders that were removed so far because they were not finished, those without a byte left out.
+pub fn removed_unfinished() -> Vec<Removed> {
+    let mut removed = std::mem::take(&mut list().removed);
+    removed.retain(|removed| removed.bytes > 0);
+    removed
 }
 
 /// Removes from `folder` the temporary files and folders of the user's processes that no longer run.
@@ -289,6 +307,6 @@ mod tests {
         fs::remove_file(&target).unwrap();
         TemporaryFolder::beside(&target).unwrap().rename(&target).unwrap();
         assert!(target.is_dir());
-        assert!(listed().iter().all(|path| !path.starts_with(parent.path())));
+        assert!(list().paths.iter().all(|path| !path.starts_with(parent.path())));
     }
 }

@@ -154,7 +154,12 @@ mod tests {
     fn conversion(factors: [f64; 5]) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let mut add = |kind: usize, seconds: f64, ends_step| {
-            pieces.push(Piece { kind, units: seconds, seconds: seconds * factors[kind], ends_step });
+            pieces.push(Piece {
+                kind,
+                units: seconds,
+                seconds: seconds * factors[kind],
+                ends_step,
+            });
         };
         (0..16).for_each(|_| add(0, 10.0, true));
         (0..30).for_each(|_| add(1, 2.0, true));

@@ -77,7 +77,9 @@ fn make_special_files(dir: &Dir, name: impl Fn(&str) -> String) -> Vec<(String, 
         assert!(dir.path(&device).metadata().unwrap().file_type().is_char_device());
         made.push((dir.arg(&device), "a device"));
     }
-    for (link, target) in [("dangling", "nowhere"), ("linked", "precious"), ("to-null", "/dev/null")] {
+    for (link, target) in
+        [("dangling", "nowhere"), ("linked", "precious"), ("to-null", "/dev/null")]
+    {
         symlink(target, dir.path(&name(link))).unwrap();
         made.push((dir.arg(&name(link)), "a symbolic link to"));
     }
@@ -222,7 +224,8 @@ fn file_beyond_the_limit_is_refused_before_the_work_and_leaves_nothing() {
     let dir = Dir::new();
     let (args, _) = &writing_commands(llama)[0];
     let more = ["-o", &dir.arg("out.gguf"), "--max-memory", "2MiB", "--samples", "64"];
-    let args: Vec<_> = args.iter().filter(|word| !["--samples", "2"].contains(&word.as_str())).cloned().collect();
+    let args: Vec<_> =
+        args.iter().filter(|word| !["--samples", "2"].contains(&word.as_str())).cloned().collect();
     with_limit(400, &args, &more).fails(&["the file takes"]);
     assert!(dir.names().is_empty());
 }

@@ -12,9 +12,10 @@ use slim_kernels::RopeAngles;
 use slim_runtime::find_vector;
 
 use super::graph::{
+    ALIGNMENT,
     Attribute::{self, Float, Int},
     Dim::{Fixed, Named},
-    ALIGNMENT, Element, Graph,
+    Element, Graph,
 };
 use crate::{ExportError, Result, tensor::names};
 

@@ -17,13 +17,13 @@ pub(crate) fn write(
     output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
+    decoder::check(model)?;
     let folder = Folder::create(output)?;
-    let data_bytes = decoder::check(model).and_then(|()| decoder::data_bytes(model))?;
-    let mut graph = Graph::new(folder.new_file(DATA_FILE, data_bytes)?);
+    folder.describe(model, json!({}))?;
+    folder.json("genai_config.json", &settings::genai_config(model.config()))?;
+    let mut graph = Graph::new(folder.new_file(DATA_FILE, decoder::data_bytes(model)?)?);
     decoder::add_decoder(&mut graph, model, on_tensor)?;
     folder.file("model.onnx", &graph.finish()?)?;
-    folder.json("genai_config.json", &settings::genai_config(model.config()))?;
-    folder.describe(model, json!({}))?;
     let tensors = names(model)?.len();
     Ok(Report { tensors, bytes: folder.finish()?, layers: Vec::new(), warnings: Vec::new() })
 }

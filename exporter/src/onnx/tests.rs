@@ -70,7 +70,8 @@ fn write_gives_a_whole_folder_and_tells_each_tensor_once() {
     for name in ["llama", "llama-tied-rope3"] {
         let model = Changed::new(name);
         let mut told = Vec::new();
-        let report = write(&model, (&folder).into(), &mut |tensor| told.push(tensor.to_owned())).unwrap();
+        let report =
+            write(&model, (&folder).into(), &mut |tensor| told.push(tensor.to_owned())).unwrap();
         assert_eq!(
             names_in(&folder),
             [
