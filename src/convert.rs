@@ -27,7 +27,7 @@ use crate::{
     interrupt::clean_up_when_interrupted,
     open::{open, read_text, tokenizer},
     output::{facts, note, plural, print, print_json, size},
-    progress::{Progress, duration},
+    progress::{Planned, Progress, duration},
     target::Kind,
 };
 
@@ -215,8 +215,10 @@ fn show(progress: &mut Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
     let shown = |error: Option<f32>| error.map_or(String::new(), |e| format!(", error {e:.5}"));
     match step {
         Step::Planned(work, units) => {
-            progress.plan(work as usize, units, work.usual_cost());
+            let (usual_cost, family) = (work.usual_cost(), usize::from(work.is_rounding()));
+            progress.plan(work as usize, Planned { units, usual_cost, family });
         }
+        Step::Begun => progress.begin_work(),
         Step::Worked(work, units) => progress.worked(work as usize, units),
         Step::Survey { done, of } => {
             progress.begin("survey", of);

@@ -10,6 +10,7 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+pub use self::estimate::Planned;
 use self::estimate::{Estimate, SystemClock};
 use crate::output::note;
 
@@ -48,17 +49,22 @@ impl Progress {
 
     fn of(kind: Kind, noun: &'static str, steps: usize) -> Self {
         let mut estimate = Estimate::new(SystemClock::start());
-        estimate.plan(0, steps as f64, 1.0);
+        estimate.plan(0, Planned { units: steps as f64, usual_cost: 1.0, family: 0 });
         Self { kind, noun, steps, done: 0, estimate, has_plan: false }
     }
 
-    /// Plans work of a kind, for one estimate over all steps of all nouns; see [`Estimate::plan`].
-    pub fn plan(&mut self, kind: usize, units: f64, usual_cost: f64) {
+    /// Plans work of a kind, for one estimate over all steps of all nouns.
+    pub fn plan(&mut self, kind: usize, planned: Planned) {
         if !self.has_plan {
             self.has_plan = true;
             self.estimate = Estimate::new(SystemClock::start());
         }
-        self.estimate.plan(kind, units, usual_cost);
+        self.estimate.plan(kind, planned);
+    }
+
+    /// Planned work begins now; what came before is a sample of what it takes.
+    pub fn begin_work(&mut self) {
+        self.estimate.begin();
     }
 
     /// Planned work is done.

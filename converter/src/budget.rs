@@ -216,6 +216,15 @@ impl LayerCosts {
     }
 }
 
+/// Weighs up the widths of the groups of `weights: [.., cols]` as if all errors cost the same: a trial of what that takes.
+pub fn try_fits(weights: &[f32], cols: usize, settings: &Settings) {
+    let groups = group_columns(cols, settings.group_size);
+    let mut losses = vec![vec![0.0; MOST_BITS]; groups.len()];
+    let outputs = vec![1.0; weights.len() / cols];
+    let sensitivity = Sensitivity { inputs: vec![1.0; cols], outputs };
+    add_losses(&mut losses, weights, &groups, &sensitivity, settings);
+}
+
 /// The widths that groups can have.
 fn widths() -> impl Iterator<Item = BitWidth> {
     (1..=MOST_BITS as u8).filter_map(BitWidth::new)

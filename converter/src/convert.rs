@@ -15,10 +15,11 @@ use crate::{
     Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
     Settings, Work,
     backward::Linear,
-    budget::{Budget, budget},
+    budget::{Budget, budget, try_fits},
     calibrator::{Calibrator, Layer, Stage, Visitor, scratch_bytes},
     contents::Contents,
     distill::convert_and_distill,
+    hessian::Hessian,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
     provenance,
@@ -65,6 +66,7 @@ pub fn convert<'p>(
         progress,
     };
     if settings.has_budget() {
+        output.try_out()?;
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
         output.budget =
@@ -175,6 +177,37 @@ impl Visitor for Output<'_> {
 }
 
 impl Output<'_> {
+    /// Does a little of what comes late, so that it is known early how long that takes on this machine.
+    fn try_out(&mut self) -> Result<()> {
+        const ROWS: usize = 256;
+        const COLS: usize = 512;
+        let name = Linear::AttnQ.tensor_name(0);
+        let found = self.source.require(&name)?;
+        let (rows, cols) = weight::shape(found);
+        let (rows, cols_tried) = (rows.min(ROWS), cols.min(COLS) / 16 * 16);
+        if cols_tried == 0 {
+            return Ok(());
+        }
+        let weights = finite_rows(&name, found, 0..rows)?;
+        let of_row = |row: &[f32]| row[..cols_tried].to_vec();
+        let weights: Vec<f32> = weights.chunks_exact(cols).flat_map(of_row).collect();
+        let mut identity = vec![0.0; cols_tried * cols_tried];
+        identity.iter_mut().step_by(cols_tried + 1).for_each(|value| *value = 1.0);
+        let hessian = Hessian::new(identity, cols_tried);
+        let hessian = FactoredHessian::new(&hessian, self.settings)?;
+
+        for _ in 0..3 {
+            (self.progress)(Progress::Begun);
+            try_fits(&weights, cols_tried, self.settings);
+            self.worked(Work::Fits, work::weights((rows, cols_tried)));
+            stream_layer(rows, cols_tried, self.settings, Some(&hessian), None, |slab| {
+                Ok(weights[slab.start * cols_tried..slab.end * cols_tried].to_vec())
+            })?;
+            self.worked(Work::Sweeps, work::sweep((rows, cols_tried)));
+        }
+        Ok(())
+    }
+
     /// Whether a layer can be cut into groups; warns if not.
     fn fits_groups(&mut self, name: &str, source: Weight<'_>) -> bool {
         let fits = !self.contents.layers_of(name).is_empty();

@@ -9,7 +9,9 @@ use crate::Work;
 pub enum Progress<'a> {
     /// So much work of a kind is to be done in all.
     Planned(Work, f64),
-    /// So much of it is done, and nothing else since the last one.
+    /// A trial of planned work begins now: what was done since the last report counts for none.
+    Begun,
+    /// So much of it is done, and nothing else since the last report.
     Worked(Work, f64),
     /// A part of the measurement of what bits are worth is done, or, of none, is going to be: a batch of samples,
     /// then a block.

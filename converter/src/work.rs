@@ -49,6 +49,11 @@ impl Work {
         }
     }
 
+    /// Whether it is bound by rounding, not by products of matrices: a machine may be fast at one of both only.
+    pub fn is_rounding(self) -> bool {
+        matches!(self, Self::Fits | Self::Sweeps)
+    }
+
     /// What a whole conversion has of it.
     pub(crate) fn planned(
         self,

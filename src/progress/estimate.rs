@@ -1,7 +1,7 @@
 //! How long the rest takes, from how long the work so far has taken.
 //!
 //! Work is of several kinds, each with a cost per unit that is measured while it is done. A kind that has not begun
-//! is taken to cost as much as usual, times what the others have turned out to cost compared with theirs.
+//! is taken to cost as much as usual, times what the others of its family have turned out to cost compared with theirs.
 
 use std::time::{Duration, Instant};
 
@@ -38,12 +38,21 @@ pub struct Estimate<C> {
     last: Duration,
 }
 
+/// A kind of work before it begins.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Planned {
+    /// How much there is in all.
+    pub units: f64,
+    /// Seconds per unit, as far as is known before; only how that compares with other kinds counts.
+    pub usual_cost: f64,
+    /// Kinds that a machine is fast or slow at together.
+    pub family: usize,
+}
+
 #[derive(Default, Clone)]
 struct Kind {
-    planned: f64,
+    planned: Planned,
     done: f64,
-    /// Seconds per unit, as far as is known before.
-    usual_cost: f64,
     /// Units and seconds since the last sample.
     units: f64,
     seconds: f64,
@@ -58,13 +67,18 @@ impl<C: Clock> Estimate<C> {
         Self { clock, kinds: Vec::new(), last }
     }
 
-    /// Plans `units` of a kind in all, which usually take `usual_cost` seconds each; only how that compares with
-    /// those of other kinds counts.
-    pub fn plan(&mut self, kind: usize, units: f64, usual_cost: f64) {
+    /// Plans a kind.
+    pub fn plan(&mut self, kind: usize, planned: Planned) {
         if kind >= self.kinds.len() {
             self.kinds.resize(kind + 1, Kind::default());
         }
-        self.kinds[kind] = Kind { planned: units, usual_cost, ..Kind::default() };
+        self.kinds[kind] = Kind { planned, ..Kind::default() };
+        self.last = self.clock.now();
+    }
+
+    /// A step begins now: the time since the last work counts for none.
+    pub fn begin(&mut self) {
+        self.step();
         self.last = self.clock.now();
     }
 
@@ -93,16 +107,34 @@ impl<C: Clock> Estimate<C> {
 
     /// The time that is left; `None` before anything has been measured.
     pub fn left(&self) -> Option<Duration> {
-        let measured = || self.kinds.iter().filter_map(|kind| Some((kind, kind.cost()?)));
-        let found: f64 = measured().map(|(kind, cost)| kind.planned * cost).sum();
-        let usual: f64 = measured().map(|(kind, _)| kind.planned * kind.usual_cost).sum();
-        let slowness = (usual > 0.0).then(|| found / usual)?;
-        let left = self.kinds.iter().map(|kind| {
-            let cost = kind.cost().unwrap_or(kind.usual_cost * slowness);
-            (kind.planned - kind.done).max(0.0) * cost
+        let of_all = self.slowness(|_, _| true)?;
+        let left = self.kinds.iter().enumerate().map(|(number, kind)| {
+            let Planned { units, usual_cost, family } = kind.planned;
+            let is_relative = |other, of: &Kind| other != number && of.planned.family == family;
+            let by_others = self.slowness(is_relative).map(|slowness| slowness * usual_cost);
+            let cost = match (kind.cost(), by_others) {
+                // A single sample may be of a cold start.
+                (Some(own), Some(others)) if kind.samples.len() == 1 => (own * others).sqrt(),
+                (own, others) => own.or(others).unwrap_or(of_all * usual_cost),
+            };
+            (units - kind.done).max(0.0) * cost
         });
         let since = self.clock.now().saturating_sub(self.last);
         Some(Duration::from_secs_f64(left.sum()).saturating_sub(since))
+    }
+
+    /// What some kinds that have been measured cost compared with what they usually do.
+    fn slowness(&self, is_chosen: impl Fn(usize, &Kind) -> bool) -> Option<f64> {
+        let (mut found, mut usual) = (0.0, 0.0);
+        for (_, kind) in
+            self.kinds.iter().enumerate().filter(|(number, kind)| is_chosen(*number, kind))
+        {
+            if let Some(cost) = kind.cost() {
+                found += kind.planned.units * cost;
+                usual += kind.planned.units * kind.planned.usual_cost;
+            }
+        }
+        (usual > 0.0).then(|| found / usual)
     }
 }
 
@@ -161,6 +193,11 @@ mod tests {
                 ends_step,
             });
         };
+        // A trial, which costs about as much as the real work.
+        for _ in 0..3 {
+            add(1, 0.02, false);
+            add(4, 0.02, true);
+        }
         (0..16).for_each(|_| add(0, 10.0, true));
         (0..30).for_each(|_| add(1, 2.0, true));
         add(1, 12.0, false);
@@ -180,9 +217,11 @@ mod tests {
         let mut estimate = Estimate::new(clock.clone());
         for kind in 0..5 {
             let units = pieces.iter().filter(|p| p.kind == kind).map(|p| p.units).sum();
-            estimate.plan(kind, units, 1.0);
+            let family = usize::from([1, 4].contains(&kind));
+            estimate.plan(kind, Planned { units, usual_cost: 1.0, family });
         }
         assert_eq!(estimate.left(), None);
+        estimate.begin();
         let total: f64 = pieces.iter().map(|piece| piece.seconds).sum();
         let mut worst = 0.0_f64;
         for piece in pieces {
@@ -207,10 +246,12 @@ mod tests {
             ("as usual", [1.0; 5]),
             ("four times faster", [0.25; 5]),
             ("ten times slower", [10.0; 5]),
-            ("slow forward passes", [1.5, 1.0, 1.5, 1.5, 1.0]),
-            ("slow sweeps", [1.0, 1.0, 1.0, 1.0, 1.7]),
-            ("slow rounding in all", [1.0, 1.4, 1.0, 1.0, 1.4]),
-            ("fast matrix products", [0.6, 1.0, 0.6, 0.6, 1.0]),
+            ("slow sweeps", [1.0, 1.0, 1.0, 1.0, 3.0]),
+            ("slow rounding in all", [1.0, 4.0, 1.0, 1.0, 4.0]),
+            ("slow forward passes", [1.0, 1.0, 1.5, 1.0, 1.0]),
+            ("slow Hessians", [1.0, 1.0, 1.0, 2.0, 1.0]),
+            ("slow matrix products", [5.0, 1.0, 5.0, 5.0, 1.0]),
+            ("fast matrix products", [0.2, 1.0, 0.2, 0.2, 1.0]),
         ] {
             let worst = worst(&conversion(factors));
             assert!(worst < 0.25, "{machine}: {worst}");
@@ -220,9 +261,10 @@ mod tests {
     #[test]
     fn cold_start_is_not_the_rule() {
         let mut pieces = conversion([1.0; 5]);
-        pieces[0].seconds *= 4.0;
-        // The first block of the second walk.
-        pieces[48].seconds *= 5.0;
+        // The first trial, the first batch, and the first block of the second walk.
+        for piece in [0, 1, 6, 54] {
+            pieces[piece].seconds *= 4.0;
+        }
         assert!(worst(&pieces) < 0.25);
     }
 
@@ -230,7 +272,7 @@ mod tests {
     fn machine_that_slows_down_is_noticed() {
         let clock = FakeClock::default();
         let mut estimate = Estimate::new(clock.clone());
-        estimate.plan(0, 200.0, 1.0);
+        estimate.plan(0, Planned { units: 200.0, usual_cost: 1.0, family: 0 });
         for step in 0..100 {
             clock.pass(if step < 50 { 1.0 } else { 2.0 });
             estimate.worked(0, 1.0);
