@@ -1,13 +1,15 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
 use slim_formats::{
-    EMBEDDING, ModelSource, Weight,
+    EMBEDDING, ModelConfig, ModelSource, Weight,
     slim::{Bands, PackedLayer},
 };
 use slim_kernels::RopeAngles;
 use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
 
-use crate::{Activations, Engine, Result, Settings, layer::LayerInputs};
+use crate::{
+    Activations, Engine, Method, Result, Settings, layer::LayerInputs, rows::output_hessian_sizes,
+};
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
@@ -72,6 +74,37 @@ pub struct Calibrator<'a> {
     /// The residual before the block, for `--reference`: the published code takes the inputs of a block's layers from the
     /// float block, and runs the quantized one afterwards.
     before: Option<Activations>,
+}
+
+/// Bytes of the activations of [`Calibrator::new`] that will go to temporary files: what `memory_left` does not hold once
+/// it holds the output Hessians.
+pub fn scratch_bytes(config: &ModelConfig, settings: &Settings, mut memory_left: u64) -> usize {
+    if settings.method == Method::RoundToNearest {
+        return 0;
+    }
+    let mut in_scratch = |bytes: u64| match memory_left.checked_sub(bytes) {
+        Some(left) => {
+            memory_left = left;
+            0
+        }
+        None => bytes,
+    };
+    if settings.has_budget() {
+        output_hessian_sizes(config).for_each(|bytes| {
+            in_scratch(bytes);
+        });
+    }
+    let hidden = config.hidden_size;
+    let stream = [hidden, hidden, config.head_count * config.head_dim, config.ffn_size];
+    let mut widths = stream.to_vec();
+    if settings.follows_float() {
+        widths.extend(stream.iter().chain([&hidden]));
+    }
+    if settings.reference {
+        widths.push(hidden);
+    }
+    let bytes = |width: usize| (settings.samples * settings.context * width) as u64 * 4;
+    widths.into_iter().map(|width| in_scratch(bytes(width)) as usize).sum()
 }
 
 struct FloatStream {

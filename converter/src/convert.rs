@@ -1,10 +1,10 @@
 //! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the quantized layers before it give.
 
-use std::{ops::Range, path::Path};
+use std::ops::Range;
 
 use rayon::prelude::*;
 use slim_formats::{
-    DType, EMBEDDING, ModelSource, OUTPUT, Weight,
+    DType, EMBEDDING, ModelSource, OUTPUT, OutputPath, ScratchFile, Weight,
     slim::{PackedLayer, SlimWriter},
 };
 use slim_kernels::{narrow, weight};
@@ -12,30 +12,34 @@ use slim_runtime::Block;
 
 use crate::{
     Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
-    Settings,
+    Settings, Work,
     backward::Linear,
-    budget::{Budget, budget},
-    calibrator::{Calibrator, Layer, Stage, Visitor},
+    budget::{Budget, budget, try_fits},
+    calibrator::{Calibrator, Layer, Stage, Visitor, scratch_bytes},
     contents::Contents,
     distill::convert_and_distill,
+    hessian::Hessian,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
     provenance,
     rows::Targets,
+    work,
 };
 
-/// Quantizes `source` and writes the SliM file `target`, which appears when all is done.
+/// Quantizes `source` and writes the SliM file `target`, which appears when all is done. Its room on the disk is
+/// reserved before, and that of the activations.
 ///
 /// # Errors
 /// A file, tensor or setting that cannot be used; nothing is written then, but by a training that has begun ([`distill`](crate::distill())).
-pub fn convert(
+pub fn convert<'p>(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
     resources: Resources,
-    target: &Path,
+    target: impl Into<OutputPath<'p>>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
+    let target = target.into();
     settings.validate()?;
     if settings.method == Method::SlimPlus {
         return convert_and_distill(source, calibration, settings, resources, target, progress);
@@ -43,9 +47,16 @@ pub fn convert(
     let instructions = resources.engine.instruction_path();
     let contents = Contents::computed_by(source, settings, &instructions)?;
     let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
+    let mut writer = SlimWriter::create(target, &contents.outline(|_| None), metadata)?;
+    writer.reserve(contents.expected_file_bytes(settings.target)?)?;
     let mut memory_left = resources.float_bytes;
+    let reserved = ScratchFile::new(scratch_bytes(source.config(), settings, memory_left))?;
+    for kind in Work::ALL {
+        let planned = kind.planned(source.config(), &contents, settings);
+        progress(Progress::Planned(kind, planned));
+    }
     let mut output = Output {
-        writer: SlimWriter::create(target)?,
+        writer,
         source,
         settings,
         contents,
@@ -58,12 +69,14 @@ pub fn convert(
         output.warn(warning);
     }
     if settings.has_budget() {
+        output.try_out()?;
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
         output.budget =
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
     let embedding = output.vocabulary_matrix(EMBEDDING)?;
+    drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
@@ -88,14 +101,17 @@ pub fn convert(
             None => block,
         };
         match &mut calibrator {
-            Some(calibrator) => calibrator.pass_block(index, &block, &mut output)?,
+            Some(calibrator) => {
+                calibrator.pass_block(index, &block, &mut output)?;
+                output.worked(Work::Forward, work::forward(source.config(), settings));
+            }
             None => round_block(index, &block, &mut output)?,
         }
         source.release_pages();
         (output.progress)(Progress::Block { done: index + 1, of: blocks });
     }
     output.behind_blocks()?;
-    output.finish(metadata)
+    output.finish()
 }
 
 /// Quantizes a block without calibration.
@@ -131,8 +147,13 @@ impl Visitor for Output<'_> {
         stage: Stage<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
+        // What ran before was a forward pass; how much, is told when the block is done.
+        self.worked(Work::Forward, 0.0);
         let inputs =
             LayerInputs::new(stage, self.settings, engine).map_err(|error| error.of_layer(name))?;
+        let layer = Linear::STAGES.into_iter().find(|layer| name.contains(layer.name()));
+        let layer = layer.expect("the first layer of a stage");
+        self.worked(Work::Hessians, work::hessian(self.source.config(), layer, self.settings));
         self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
@@ -160,6 +181,37 @@ impl Visitor for Output<'_> {
 }
 
 impl Output<'_> {
+    /// Does a little of what comes late, so that it is known early how long that takes on this machine.
+    fn try_out(&mut self) -> Result<()> {
+        const ROWS: usize = 256;
+        const COLS: usize = 512;
+        let name = Linear::AttnQ.tensor_name(0);
+        let found = self.source.require(&name)?;
+        let (rows, cols) = weight::shape(found);
+        let (rows, cols_tried) = (rows.min(ROWS), cols.min(COLS) / 16 * 16);
+        if cols_tried == 0 {
+            return Ok(());
+        }
+        let weights = finite_rows(&name, found, 0..rows)?;
+        let of_row = |row: &[f32]| row[..cols_tried].to_vec();
+        let weights: Vec<f32> = weights.chunks_exact(cols).flat_map(of_row).collect();
+        let mut identity = vec![0.0; cols_tried * cols_tried];
+        identity.iter_mut().step_by(cols_tried + 1).for_each(|value| *value = 1.0);
+        let hessian = Hessian::new(identity, cols_tried);
+        let hessian = FactoredHessian::new(&hessian, self.settings)?;
+
+        for _ in 0..3 {
+            (self.progress)(Progress::Begun);
+            try_fits(&weights, cols_tried, self.settings);
+            self.worked(Work::Fits, work::weights((rows, cols_tried)));
+            stream_layer(rows, cols_tried, self.settings, Some(&hessian), None, |slab| {
+                Ok(weights[slab.start * cols_tried..slab.end * cols_tried].to_vec())
+            })?;
+            self.worked(Work::Sweeps, work::sweep((rows, cols_tried)));
+        }
+        Ok(())
+    }
+
     /// The embedding or the output layer.
     fn vocabulary_matrix(&mut self, name: &str) -> Result<Layer> {
         let found = self.source.require(name)?;
@@ -206,6 +258,7 @@ impl Output<'_> {
 
     fn write(&mut self, name: &str, packed: &PackedLayer, error: Option<f32>) -> Result<()> {
         self.writer.layer(name, packed, error)?;
+        self.worked(Work::Sweeps, work::sweep((packed.layout().rows(), packed.layout().cols())));
         let report = LayerReport::new(name, packed.layout(), error);
         (self.progress)(Progress::Layer(&report));
         self.layers.push(report);
@@ -262,8 +315,12 @@ impl Output<'_> {
         self.warnings.push(warning);
     }
 
-    fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
-        let written = self.writer.finish(metadata)?;
+    fn worked(&mut self, kind: Work, amount: f64) {
+        (self.progress)(Progress::Worked(kind, amount));
+    }
+
+    fn finish(self) -> Result<Report> {
+        let written = self.writer.finish()?;
         Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
     }
 }

@@ -33,6 +33,7 @@ mod sweep;
 mod target;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
@@ -46,3 +47,4 @@ pub use provenance::COMMIT;
 pub use report::{LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};
+pub use work::Work;

@@ -77,9 +77,14 @@ impl OutputHessian {
 
 /// What the output Hessians of a model take in memory.
 pub fn output_hessian_bytes(config: &ModelConfig) -> u64 {
+    output_hessian_sizes(config).sum()
+}
+
+/// The bytes of each output Hessian of a model, in the order in which they are made.
+pub fn output_hessian_sizes(config: &ModelConfig) -> impl Iterator<Item = u64> {
     let rows = |layer: Linear| tensor_dims(&layer.tensor_name(0), config)[0];
-    let of_block: usize = LAYERS.into_iter().map(|layer| value_count(rows(layer))).sum();
-    (config.block_count * of_block * size_of::<f32>()) as u64
+    let of_block = LAYERS.map(|layer| (value_count(rows(layer)) * size_of::<f32>()) as u64);
+    std::iter::repeat_n(of_block, config.block_count).flatten()
 }
 
 /// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of whole tiles.

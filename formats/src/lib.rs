@@ -6,6 +6,7 @@
 
 mod atomic;
 mod config;
+mod disk;
 mod dtype;
 mod error;
 mod folder;
@@ -23,12 +24,14 @@ mod shapes;
 pub mod slim;
 mod special_tokens;
 mod stand_in;
+mod temporary;
 #[cfg(test)]
 mod test_data;
 mod vocabulary;
 
-pub use atomic::AtomicFile;
+pub use atomic::{AtomicFile, OutputPath};
 pub use config::{ModelConfig, Rope};
+pub use disk::{free_bytes, reserve};
 pub use dtype::DType;
 pub use error::{FormatError, Result};
 pub use folder::missing_tokenizer;
@@ -39,3 +42,6 @@ pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_
 pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
 pub use special_tokens::GgmlDefaults;
 pub use vocabulary::vocabulary_faults;
+pub use temporary::{
+    Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,
+};

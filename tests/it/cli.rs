@@ -29,7 +29,7 @@ fn help_names_every_flag() {
     for (subcommand, flags) in [
         (
             "convert",
-            "--output --bits --target-bpw --target-size --group-size --scales --sub-group --scale-bits --method --reference --embed-bits \
+            "--output --force --bits --target-bpw --target-size --group-size --scales --sub-group --scale-bits --method --reference --embed-bits \
              --calibration --samples --context --seed --max-memory --dry-run --quiet --json",
         ),
         (
@@ -39,9 +39,9 @@ fn help_names_every_flag() {
         ),
         ("inspect", "--tensors --bits --metadata --verify --json"),
         ("eval", "--text --context --windows --against --json --no-hash-check"),
-        ("logits", "--tokens --output --no-hash-check"),
+        ("logits", "--tokens --output --force --no-hash-check"),
         ("bench", "--prompt --generate --runs --json --no-hash-check"),
-        ("export", "--to --output --quiet --json --no-hash-check"),
+        ("export", "--to --output --force --quiet --json --no-hash-check"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
         let computes = !["inspect", "export"].contains(&subcommand);

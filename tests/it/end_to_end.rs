@@ -391,7 +391,7 @@ fn slim_plus_from_a_draft_gives_what_it_gives_by_itself() {
     assert!(convert(trained, &options) == expected);
 
     let other = &dir.arg("other");
-    convert(trained, &options); // in place of itself
+    convert(trained, &[&options[..], &["--force"]].concat()); // in place of itself
     let args = ["convert", &arg(&tiny_model("mistral-swa")), "-o", other];
     let args = [&args[..], &options].concat();
     fail(&args, &["draft: found", "with other hyperparameters, expected a SliM file of"]);

@@ -24,7 +24,9 @@ use slim_runtime::{Block, Model, SplitMix64, embed, find_vector};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
-pub use sensitivities::{Sensitivities, Sensitivity, sensitivities};
+pub use sensitivities::{
+    Sensitivities, Sensitivity, sensitivities, sensitivity_batches, sensitivity_samples,
+};
 pub use vocabulary::Vocabulary;
 
 /// Tokens whose logits are held at a time.
@@ -89,6 +91,9 @@ impl Linear {
         Self::FfnUp,
         Self::FfnDown,
     ];
+
+    /// The first layer behind each stage of a block.
+    pub const STAGES: [Self; 4] = [Self::AttnQ, Self::AttnOutput, Self::FfnGate, Self::FfnDown];
 
     /// The tensor of block `block`.
     pub fn tensor_name(self, block: usize) -> String {

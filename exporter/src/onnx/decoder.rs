@@ -7,16 +7,17 @@ mod linear;
 
 use std::collections::HashSet;
 
-use slim_formats::{ModelConfig, ModelSource};
+use slim_formats::{EMBEDDING, ModelConfig, ModelSource};
 use slim_kernels::RopeAngles;
 use slim_runtime::find_vector;
 
 use super::graph::{
+    ALIGNMENT,
     Attribute::{self, Float, Int},
     Dim::{Fixed, Named},
     Element, Graph,
 };
-use crate::{ExportError, Result};
+use crate::{ExportError, Result, tensor::names};
 
 /// `GroupQueryAttention` rotates whole vectors of this many channels.
 const HEAD_DIM_MULTIPLE: usize = 16;
@@ -29,17 +30,22 @@ const MAX_POSITIONS: usize = 1 << 17;
 /// Rows, or positions, that are written at a time.
 const PIECE: usize = 1 << 10;
 
+/// Bits per code of a layer, at least.
+const LEAST_BITS: u8 = 2;
+
+/// Of the embedding: its codes are bytes, which can be gathered.
+const EMBEDDING_BITS: u8 = 8;
+
 /// How many tokens the graph takes in all.
 pub fn context_length(config: &ModelConfig) -> usize {
     config.context_length.min(MAX_POSITIONS)
 }
 
-/// Adds the whole model to `graph`.
-pub fn add_decoder(
-    graph: &mut Graph,
-    source: &dyn ModelSource,
-    on_tensor: &mut dyn FnMut(&str),
-) -> Result<()> {
+/// Checks that ONNX Runtime has operators for the model.
+///
+/// # Errors
+/// `Unsupported` if it has none.
+pub fn check(source: &dyn ModelSource) -> Result<()> {
     let config = source.config();
     let unsupported =
         |what| Err(ExportError::unsupported(source.path(), "ONNX Runtime", what, HINT));
@@ -51,7 +57,29 @@ pub fn add_decoder(
         let what = format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},");
         return unsupported(what);
     }
-    Decoder { graph, source, config, on_tensor, sums: HashSet::new() }.add()
+    Ok(())
+}
+
+/// Bytes of the data of the model's tensors, at most.
+pub fn data_bytes(source: &dyn ModelSource) -> Result<u64> {
+    let config = source.config();
+    let mut bytes = (context_length(config) * config.head_dim * size_of::<f32>()) as u64;
+    let mut parts = 2;
+    for (_, name) in names(source)? {
+        let least_bits = if name == EMBEDDING { EMBEDDING_BITS } else { LEAST_BITS };
+        bytes += linear::stored_bytes(source.require(&name)?, least_bits);
+        parts += linear::MAX_PARTS;
+    }
+    Ok(bytes + parts * ALIGNMENT)
+}
+
+/// Adds the whole model, which was [checked](check), to `graph`.
+pub fn add_decoder(
+    graph: &mut Graph,
+    source: &dyn ModelSource,
+    on_tensor: &mut dyn FnMut(&str),
+) -> Result<()> {
+    Decoder { graph, source, config: source.config(), on_tensor, sums: HashSet::new() }.add()
 }
 
 struct Decoder<'a> {
@@ -67,8 +95,7 @@ impl Decoder<'_> {
     fn add(mut self) -> Result<()> {
         let ModelConfig { vocab_size, hidden_size, block_count, .. } = *self.config;
         self.add_shared_values();
-        // Its codes are bytes, which can be gathered.
-        let embedding = self.store("token_embd.weight", vocab_size, hidden_size, 8)?;
+        let embedding = self.store(EMBEDDING, vocab_size, hidden_size, EMBEDDING_BITS)?;
         self.embed(&embedding, "embedding");
         let mut residual = "embedding".to_owned();
         let mut normed = self.add_norm(&residual, "blk.0.attn_norm")?;
@@ -85,7 +112,7 @@ impl Decoder<'_> {
         }
         let head = match self.config.tied_embeddings {
             true => embedding,
-            false => self.store("output.weight", vocab_size, hidden_size, 2)?,
+            false => self.store("output.weight", vocab_size, hidden_size, LEAST_BITS)?,
         };
         self.multiply(&head, &normed, "logits");
         let dims = [Named("batch"), Named("sequence"), Fixed(vocab_size)];

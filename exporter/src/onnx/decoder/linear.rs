@@ -9,7 +9,7 @@ use super::{
         blocks::{Blocks, block_bytes},
         graph::{Attribute::Int, Element, Graph},
     },
-    Decoder, PIECE, cast, f32_bytes,
+    Decoder, LEAST_BITS, PIECE, cast, f32_bytes,
 };
 use crate::{Result, tensor::to_f16};
 
@@ -26,6 +26,24 @@ enum Kind {
     Blocks { bits: u8, block: usize, row_blocks: usize },
     /// Tensor `NAME [rows, cols]`, F16 or F32.
     Dense,
+}
+
+/// Tensors that a weight is stored as, at most.
+pub const MAX_PARTS: u64 = 3;
+
+/// Bytes of the tensors that [`Decoder::store`] makes of a weight.
+pub fn stored_bytes(found: Weight<'_>, least_bits: u8) -> u64 {
+    let (rows, cols) = weight::shape(found);
+    let weights = (rows * cols) as u64;
+    match (found, found.bands()) {
+        (_, Some(bands)) => {
+            let (bits, block) = Blocks::bits_and_block(bands, least_bits);
+            let codes = (rows * cols.next_multiple_of(block)) as u64;
+            codes * u64::from(bits) / 8 + 2 * 4 * codes / block as u64
+        }
+        (Weight::Dense(DenseTensor { dtype: DType::F16, .. }), None) if rows > 1 => 2 * weights,
+        (_, None) => 4 * weights,
+    }
 }
 
 impl Decoder<'_> {
@@ -83,7 +101,7 @@ impl Decoder<'_> {
         cols: usize,
         input: &str,
     ) -> Result<String> {
-        let stored = self.store(&format!("{layer}.weight"), rows, cols, 2)?;
+        let stored = self.store(&format!("{layer}.weight"), rows, cols, LEAST_BITS)?;
         self.multiply(&stored, input, layer);
         Ok(layer.to_owned())
     }
