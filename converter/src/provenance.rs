@@ -3,7 +3,10 @@
 use std::{fs::File, io::Read, path::Path};
 
 use sha2::{Digest, Sha256};
-use slim_formats::{FormatError, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding};
+use slim_formats::{
+    FormatError, ModelConfig, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding,
+};
+use slim_runtime::{Tokenizer, end_tokens};
 
 use crate::{Calibration, Method, Result, Settings, Target, calibration::hex};
 
@@ -31,7 +34,7 @@ fn with_hashes(
     settings: &Settings,
     hash: impl Fn(&Path) -> std::io::Result<(u64, String)>,
 ) -> Result<Metadata> {
-    let mut metadata = source.config().to_gguf();
+    let mut metadata = with_all_ends(source).to_gguf();
     tokenizer(source, &mut metadata)?;
     sources(source, hash, &mut metadata)?;
     metadata.insert("slim.quantization.tool", concat!("slimllm ", env!("CARGO_PKG_VERSION")))?;
@@ -72,6 +75,17 @@ fn with_hashes(
         metadata.insert("slim.quantization.steps", settings.steps as u32)?;
     }
     Ok(metadata)
+}
+
+/// The hyperparameters, with every token that ends what the model writes: so the file stops where its
+/// source does, whoever reads it.
+fn with_all_ends(source: &dyn ModelSource) -> ModelConfig {
+    let mut config = source.config().clone();
+    // Without a usable tokenizer only tokens by number are known.
+    if let Ok(tokenizer) = Tokenizer::new(source.tokenizer()) {
+        config.eos_token_ids = end_tokens(source, &tokenizer);
+    }
+    config
 }
 
 /// The source's tokenizer, whole, without the keys that the hyperparameters gave already.

@@ -47,7 +47,7 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// The tokens that end a generated text, the main one first.
     pub eos_token_ids: Vec<u32>,
-    /// Whether the tokenizer leaves it to the runtime to put `bos_token_id` before a text.
+    /// Whether the model's settings have `bos_token_id` put before a text; a tokenizer can do so, too.
     pub add_bos: bool,
     /// How its makers want text to be drawn from it.
     pub generation: Generation,

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::{
-    FormatError, Generation, Limits, ModelConfig, Result, TokenizerSource, limits::read_text,
+    FormatError, Generation, Limits, ModelConfig, Result, TokenizerSource,
+    limits::read_text,
+    special_tokens::{SpecialTokens, TokenFiles, Vocabulary, with_added_tokens},
 };
 
 /// What the files beside the weights say about a model.
@@ -53,29 +55,60 @@ impl Folder {
     }
 
     /// Reads `config.json`, which must be there, and what else there is of
-    /// `generation_config.json`, `tokenizer_config.json`, `tokenizer.json` and
-    /// `chat_template.jinja`.
+    /// `generation_config.json`, `tokenizer.json`, the files that name special tokens, and those that
+    /// may hold the chat template.
     pub fn description(&mut self) -> Result<Description> {
         let config_path = self.root.join("config.json");
         let config_json = self.json("config.json")?.ok_or_else(|| missing(&config_path))?;
         let generation_config = self.json("generation_config.json")?;
         let tokenizer_config = self.json("tokenizer_config.json")?.unwrap_or_default();
+        let special_tokens_map = self.json("special_tokens_map.json")?.unwrap_or_default();
+        let added_tokens = self.json("added_tokens.json")?.unwrap_or_default();
         let mut config =
             ModelConfig::from_hugging_face(&config_path, &config_json, generation_config.as_ref())?;
-        config.add_bos = tokenizer_config["add_bos_token"].as_bool().unwrap_or(false);
         if let Some(json) = &generation_config {
             let path = self.root.join("generation_config.json");
             config.generation = Generation::from_hugging_face(&path, json)?;
         }
-        let tokenizer = match self.text("tokenizer.json")? {
+        let token_files = TokenFiles {
+            tokenizer: &tokenizer_config,
+            special_tokens_map: &special_tokens_map,
+            added_tokens: &added_tokens,
+            ..TokenFiles::of_model(&config_json, generation_config.as_ref())
+        };
+        let mut tokenizer = match self.text("tokenizer.json")? {
             Some(text) => TokenizerSource::HuggingFace(text),
             None => TokenizerSource::Missing,
         };
-        let chat_template = match self.text("chat_template.jinja")? {
-            Some(template) => Some(template),
-            None => template_of(&tokenizer_config),
-        };
+        let mut vocabulary = Vocabulary::of(&tokenizer);
+        if let TokenizerSource::HuggingFace(text) = &tokenizer
+            && let Some(whole) = with_added_tokens(text, &token_files, &vocabulary)
+        {
+            tokenizer = TokenizerSource::HuggingFace(whole);
+            vocabulary = Vocabulary::of(&tokenizer);
+        }
+        let vocab_size = config.vocab_size;
+        SpecialTokens::from_hugging_face(&config_path, &token_files, &vocabulary, vocab_size)?
+            .describe(&mut config);
+        let chat_template = self.chat_template(&tokenizer_config)?;
         Ok(Description { config, tokenizer, chat_template })
+    }
+
+    /// The chat template called `default`: a file of its own counts more than the settings.
+    ///
+    /// # Source
+    /// `PreTrainedTokenizerBase._from_pretrained` of transformers; `chat_template.json` as in
+    /// `gguf-py/gguf/vocab.py` of llama.cpp.
+    fn chat_template(&mut self, tokenizer_config: &Value) -> Result<Option<String>> {
+        for name in ["chat_template.jinja", "additional_chat_templates/default.jinja"] {
+            if let Some(template) = self.text(name)? {
+                return Ok(Some(template));
+            }
+        }
+        match template_of(tokenizer_config) {
+            Some(template) => Ok(Some(template)),
+            None => Ok(self.json("chat_template.json")?.as_ref().and_then(template_of)),
+        }
     }
 
     /// The directory.
@@ -89,7 +122,7 @@ impl Folder {
     }
 }
 
-/// The template in `tokenizer_config.json`: a string, or the one called `default` of a list.
+/// The template in a JSON file: a string, or the one called `default` of a list.
 fn template_of(tokenizer_config: &Value) -> Option<String> {
     let template = match &tokenizer_config["chat_template"] {
         Value::Array(named) => &named.iter().find(|entry| entry["name"] == "default")?["template"],

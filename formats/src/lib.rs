@@ -18,6 +18,7 @@ mod names;
 pub mod onnx;
 pub mod safetensors;
 pub mod slim;
+mod special_tokens;
 #[cfg(test)]
 mod test_data;
 
@@ -30,3 +31,4 @@ pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
 pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
+pub use special_tokens::GgmlDefaults;

@@ -10,3 +10,4 @@ mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod real_model; // a real model, where there is one
+mod special_tokens; // start, stop and chat tokens, the same from every container

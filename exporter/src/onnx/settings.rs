@@ -79,7 +79,7 @@ mod tests {
         let found = model(&config);
         assert_eq!(found["context_length"], 512);
         assert_eq!(found["bos_token_id"], 267);
-        assert_eq!(found["eos_token_id"], json!([268]));
+        assert_eq!(found["eos_token_id"], json!([268, 270]));
         assert_eq!(found["decoder"]["num_key_value_heads"], 2);
         assert_eq!(found["decoder"]["head_size"], 16);
         config.bos_token_id = None;

@@ -6,14 +6,8 @@ use super::{ModelConfig, Rope, rope_pairs};
 use crate::{
     FormatError, Generation, Result,
     gguf::{Array, Metadata, Value},
+    special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
-
-/// The key of all end tokens where there are several; GGUF's own names one of them.
-const EOS_IDS_KEY: &str = "slim.eos_token_ids";
-
-/// GGUF's keys of end tokens: of a text, of a turn, of a message.
-const GGUF_EOS_KEYS: [&str; 3] =
-    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
 
@@ -22,7 +16,7 @@ impl ModelConfig {
     ///
     /// `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has one. Only the
     /// tensors tell whether the embeddings are tied, so `tied_embeddings` is false here and the
-    /// caller's to set. Without `tokenizer.ggml.add_bos_token`, SentencePiece models (`llama`) add one.
+    /// caller's to set.
     ///
     /// # Errors
     /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` for another
@@ -57,8 +51,8 @@ impl ModelConfig {
                     .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
             }
         }
-        let sentence_piece = metadata.str("tokenizer.ggml.model") == Some("llama");
-        let config = Self {
+        let vocab_size = read_vocab_size(&keys)?;
+        let mut config = Self {
             architecture: architecture.to_owned(),
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
             block_count: keys.size("llama.block_count")?,
@@ -69,7 +63,7 @@ impl ModelConfig {
                 .optional_size("llama.attention.head_count_kv")?
                 .unwrap_or(head_count),
             head_dim,
-            vocab_size: read_vocab_size(&keys)?,
+            vocab_size,
             context_length: keys.size("llama.context_length")?,
             norm_epsilon: keys.require(EPSILON_KEY, "a float", Value::as_f64)? as f32,
             rope: read_rope(&keys, head_dim, rope_factors)?,
@@ -77,17 +71,12 @@ impl ModelConfig {
                 .optional_size("llama.attention.sliding_window")?
                 .filter(|&window| window > 0),
             tied_embeddings: false,
-            bos_token_id: keys.optional(
-                "tokenizer.ggml.bos_token_id",
-                "a token id",
-                as_token_id,
-            )?,
-            eos_token_ids: read_eos_token_ids(&keys)?,
-            add_bos: keys
-                .optional("tokenizer.ggml.add_bos_token", "a truth value", Value::as_bool)?
-                .unwrap_or(sentence_piece),
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            add_bos: false,
             generation: Generation::from_gguf(path, metadata)?,
         };
+        SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
         config.validated(path)
     }
 
@@ -122,10 +111,12 @@ impl ModelConfig {
             self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))),
         );
         let bos = self.bos_token_id.map(|id| ("tokenizer.ggml.bos_token_id".to_owned(), id.into()));
-        let eos = self.eos_token_ids.first().map(|&id| (GGUF_EOS_KEYS[0].to_owned(), id.into()));
+        let eos = self.eos_token_ids.first().map(|&id| (GGML_END_KEYS[0].to_owned(), id.into()));
         let all_eos = (self.eos_token_ids.len() > 1)
-            .then(|| (EOS_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
-        entries.extend(bos.into_iter().chain(eos).chain(all_eos));
+            .then(|| (END_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
+        // Of several ends llama.cpp's readers know two: of a text and of a turn.
+        let eot = self.eos_token_ids.get(1).map(|&id| (GGML_END_KEYS[1].to_owned(), id.into()));
+        entries.extend(bos.into_iter().chain(eos).chain(eot).chain(all_eos));
         entries.push(("tokenizer.ggml.add_bos_token".to_owned(), self.add_bos.into()));
         entries.extend(self.generation.to_gguf());
         Metadata::from_unique(entries)
@@ -140,21 +131,6 @@ fn read_vocab_size(keys: &Keys<'_>) -> Result<usize> {
         Some(tokens) => Ok(keys.optional_size("llama.vocab_size")?.unwrap_or(tokens.len())),
         None => keys.size("llama.vocab_size"),
     }
-}
-
-fn read_eos_token_ids(keys: &Keys<'_>) -> Result<Vec<u32>> {
-    let list = |value: &Value| -> Option<Vec<u32>> {
-        value.as_array()?.to_u64s()?.into_iter().map(|id| id.try_into().ok()).collect()
-    };
-    if let Some(ids) = keys.optional(EOS_IDS_KEY, "token ids", list)? {
-        return Ok(ids);
-    }
-    let mut ids = Vec::new();
-    for key in GGUF_EOS_KEYS {
-        let id = keys.optional(key, "a token id", as_token_id)?;
-        ids.extend(id.filter(|id| !ids.contains(id)));
-    }
-    Ok(ids)
 }
 
 fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Result<Rope> {
@@ -230,8 +206,4 @@ fn all_equal(array: &Array) -> Option<u64> {
     let sizes = array.to_u64s()?;
     let first = *sizes.first()?;
     sizes.iter().all(|&size| size == first).then_some(first)
-}
-
-fn as_token_id(value: &Value) -> Option<u32> {
-    value.as_u64()?.try_into().ok()
 }

@@ -5,7 +5,10 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{ModelConfig, Rope, llama3::Llama3, rope_pairs};
-use crate::{FormatError, Generation, Result};
+use crate::{
+    FormatError, Generation, Result,
+    special_tokens::{SpecialTokens, TokenFiles, Vocabulary},
+};
 
 /// What the `llama` and `mistral` classes of transformers take when `rope_theta` is absent.
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
@@ -13,9 +16,8 @@ const DEFAULT_ROPE_THETA: f64 = 10000.0;
 impl ModelConfig {
     /// Reads the configuration of a `llama` or `mistral` model; `path` is that of `config.json`.
     ///
-    /// `add_bos` is false: `tokenizer.json` itself says which tokens to add. `generation` is empty and the caller's
-    /// to set ([`Generation::from_hugging_face`]). The end tokens are those of
-    /// `generation_config` if it has any.
+    /// The special tokens are what these two files say of them; those of a tokenizer say more.
+    /// `generation` is empty and the caller's to set ([`Generation::from_hugging_face`]).
     ///
     /// # Errors
     /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` if the model
@@ -49,14 +51,8 @@ impl ModelConfig {
             "mistral" => json.optional_size("sliding_window")?,
             _ => None,
         };
-        let generation = generation_config.map(|object| Json { path, object });
-        let token_ids = |key| -> Result<Vec<u32>> {
-            match generation.as_ref().map(|json| json.token_ids(key)).transpose()? {
-                Some(ids) if !ids.is_empty() => Ok(ids),
-                _ => json.token_ids(key),
-            }
-        };
-        let config = Self {
+        let vocab_size = json.size("vocab_size")?;
+        let mut config = Self {
             architecture: "llama".to_owned(),
             name: None,
             block_count: json.size("num_hidden_layers")?,
@@ -65,17 +61,20 @@ impl ModelConfig {
             head_count,
             kv_head_count,
             head_dim,
-            vocab_size: json.size("vocab_size")?,
+            vocab_size,
             context_length: json.size("max_position_embeddings")?,
             norm_epsilon: json.require("rms_norm_eps", "a number", Value::as_f64)? as f32,
             rope: read_rope(&json, head_dim)?,
             sliding_window,
             tied_embeddings: json.flag("tie_word_embeddings")?,
-            bos_token_id: token_ids("bos_token_id")?.first().copied(),
-            eos_token_ids: token_ids("eos_token_id")?,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
             add_bos: false,
             generation: Generation::default(),
         };
+        let files = TokenFiles::of_model(json.object, generation_config);
+        SpecialTokens::from_hugging_face(path, &files, &Vocabulary::default(), vocab_size)?
+            .describe(&mut config);
         config.validated(path)
     }
 
@@ -281,21 +280,8 @@ impl<'a> Json<'a> {
     fn flag(&self, key: &str) -> Result<bool> {
         Ok(self.optional(key, "true or false", Value::as_bool)?.unwrap_or(false))
     }
-
-    /// One token id or a list of them; none if the key is absent.
-    fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
-        let read = |value: &Value| match value {
-            Value::Array(ids) => ids.iter().map(as_token_id).collect(),
-            id => as_token_id(id).map(|id| vec![id]),
-        };
-        Ok(self.optional(key, "token ids", read)?.unwrap_or_default())
-    }
 }
 
 fn as_size(value: &Value) -> Option<usize> {
-    value.as_u64()?.try_into().ok()
-}
-
-fn as_token_id(value: &Value) -> Option<u32> {
     value.as_u64()?.try_into().ok()
 }

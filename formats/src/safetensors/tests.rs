@@ -23,7 +23,7 @@ fn golden_models_are_opened() {
         assert_eq!(config.rope.is_unscaled(), !is_tied, "{name}");
         assert_eq!(
             (config.bos_token_id, &config.eos_token_ids[..]),
-            (Some(267), &[268][..]),
+            (Some(267), &[268, 270][..]),
             "{name}"
         );
         assert!(

@@ -9,7 +9,7 @@ mod stream;
 mod tests;
 mod to_ggml;
 
-use slim_formats::TokenizerSource;
+use slim_formats::{TokenizerSource, gguf::token_type};
 
 use crate::{Result, RuntimeError};
 
@@ -112,19 +112,15 @@ impl Tokenizer {
         self.inner.id_to_token(token)
     }
 
+    /// Whether a token is found in a text before anything else happens to the text around it.
+    pub(crate) fn is_added(&self, token: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&token)
+    }
+
     fn is_special(&self, token: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&token).is_some_and(|token| token.special)
     }
-}
-
-/// What a token is for: the values of `tokenizer.ggml.token_type`.
-mod token_type {
-    pub const NORMAL: u64 = 1;
-    pub const UNKNOWN: u64 = 2;
-    pub const CONTROL: u64 = 3;
-    pub const USER_DEFINED: u64 = 4;
-    pub const UNUSED: u64 = 5;
 }
 
 /// Wraps an error of the tokenizer library.
