@@ -184,10 +184,11 @@ pub struct RunArgs {
     pub context: Option<usize>,
 
     #[command(flatten)]
-    pub sampling: SamplingArgs,
-
-    #[command(flatten)]
     pub execution: Execution,
+
+    // The last, since flags that follow would stand under its heading, too.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 }
 
 /// Tokens of an answer at most; `None` for any number.

@@ -16,7 +16,7 @@ const HABITS: [(&str, &str); 6] = [
 pub fn explain(
     arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
 ) -> Option<(&'static str, &'static str)> {
-    arguments.into_iter().find_map(|argument| {
-        HABITS.into_iter().find(|(habit, _)| argument.as_ref() == *habit)
-    })
+    arguments
+        .into_iter()
+        .find_map(|argument| HABITS.into_iter().find(|(habit, _)| argument.as_ref() == *habit))
 }

@@ -137,6 +137,8 @@ impl Progress {
             Some(left) => format!("{} left", duration(left)),
         };
         let comma = if left.is_empty() { "" } else { ", " };
+        let message = message.to_string();
+        let message = one_line(&message);
         match is_cut {
             true => format!("{noun} {done} of {steps}{comma}{left}: {message}"),
             false => format!("{noun} {done} of {steps}: {message}{comma}{left}"),

@@ -11,9 +11,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use slim_formats::ModelSource;
-use slim_runtime::{
-    ChatFormat, Generator, Sampler, Tokenizer, document_tokens, end_tokens,
-};
+use slim_runtime::{ChatFormat, Generator, Sampler, Tokenizer, document_tokens, end_tokens};
 
 use crate::{
     args::RunArgs,

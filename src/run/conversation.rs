@@ -1,10 +1,6 @@
 //! What was said in a chat, and what of it the context has room for.
 
-use std::{
-    fs::File,
-    io::Write,
-    path::Path,
-};
+use std::{fs::File, io::Write, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;

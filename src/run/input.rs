@@ -68,10 +68,7 @@ fn next_line() -> Result<Option<String>> {
     }
 }
 
-fn edit(
-    editor: &mut Editor<(), FileHistory>,
-    history: Option<&Path>,
-) -> Result<Option<String>> {
+fn edit(editor: &mut Editor<(), FileHistory>, history: Option<&Path>) -> Result<Option<String>> {
     let mut interrupted = false;
     loop {
         match editor.readline("> ") {

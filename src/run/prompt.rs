@@ -29,7 +29,10 @@ impl PromptArgs {
             (_, Some(path)) => read_text(path)?,
             (Some(prompt), None) if prompt == "-" => {
                 let mut text = String::new();
-                io::stdin().lock().read_to_string(&mut text).context("cannot read the prompt from stdin")?;
+                io::stdin()
+                    .lock()
+                    .read_to_string(&mut text)
+                    .context("cannot read the prompt from stdin")?;
                 text
             }
             (prompt, None) => return Ok(prompt.clone()),

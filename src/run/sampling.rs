@@ -21,7 +21,12 @@ impl Sampling {
         let ours = SamplerSettings::default();
         let mut choice = Choice::default();
         let settings = SamplerSettings {
-            temperature: choice.of("temperature", flags.temperature, model.temperature, ours.temperature),
+            temperature: choice.of(
+                "temperature",
+                flags.temperature,
+                model.temperature,
+                ours.temperature,
+            ),
             top_k: choice.of("top-k", flags.top_k, model.top_k, ours.top_k),
             top_p: choice.of("top-p", flags.top_p, model.top_p, ours.top_p),
             min_p: choice.of("min-p", flags.min_p, model.min_p, ours.min_p),
