@@ -4,29 +4,35 @@
 
 use std::arch::x86_64::*;
 
-use slim_formats::slim::PackedTensor;
+use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
-    TileKernel,
+    Kernels,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
 use crate::cpu::unpack::Lanes;
 
-/// The kernel, if the processor has its instructions.
-pub(super) fn detect() -> Option<TileKernel> {
+/// The kernels, if the processor has their instructions.
+pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
-    // SAFETY: the processor has what `tile` enables.
-    has.then_some(|packed, index, input| unsafe { tile(packed, index, input) })
+    // SAFETY: the processor has what `tile` and `blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+    })
 }
 
-/// The one with AVX-VNNI.
-pub(super) fn detect_vnni() -> Option<TileKernel> {
+/// Those with AVX-VNNI.
+pub(super) fn detect_vnni() -> Option<Kernels> {
     let has = detect().is_some() && is_x86_feature_detected!("avxvnni");
-    // SAFETY: the processor has what `vnni_tile` enables.
-    has.then_some(|packed, index, input| unsafe { vnni_tile(packed, index, input) })
+    // SAFETY: the processor has what `vnni_tile` and `vnni_blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { vnni_tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { vnni_blocks(tensor, first, input) },
+    })
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -39,7 +45,17 @@ fn vnni_tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
     Kernel::<_, 2>(Avx2::<true>(())).tile(packed, tile, input)
 }
 
-/// Made in [`tile`] and [`vnni_tile`] only.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 2>(Avx2::<false>(())).blocks(tensor, first, input)
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn vnni_blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 2>(Avx2::<true>(())).blocks(tensor, first, input)
+}
+
+/// Made in functions that enable its instructions only.
 #[derive(Clone, Copy)]
 struct Avx2<const HAS_VNNI: bool>(());
 
@@ -75,6 +91,7 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
         mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
         mul_add(a: __m256, b: __m256, c: __m256) -> __m256 = _mm256_fmadd_ps(a, b, c);
+        load_floats(lanes: &[f32]) -> __m256 = _mm256_loadu_ps(lanes[..8].as_ptr());
         store(values: __m256, lanes: &mut [f32]) = _mm256_storeu_ps(lanes[..8].as_mut_ptr(), values);
         prefetch(address: *const u8) = _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }

@@ -56,6 +56,7 @@ pub(super) trait Isa: Copy {
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a * b + c`, rounded once.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    fn load_floats(self, lanes: &[f32]) -> Self::Floats;
     fn store(self, values: Self::Floats, lanes: &mut [f32]);
 
     /// Asks for the 64 bytes at an address, which may lie anywhere, where that is known to pay.
@@ -78,9 +79,9 @@ macro_rules! instructions {
 pub(super) use instructions;
 
 /// A word for each of the 16 rows of a tile, in `N` registers.
-type Words<I, const N: usize> = [<I as Isa>::Words; N];
+pub(super) type Words<I, const N: usize> = [<I as Isa>::Words; N];
 /// An f32 for each.
-type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
+pub(super) type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
 
 /// Sums over the runs so far: factor times code times input, and minimum times input.
 struct Sums<I: Isa, const N: usize> {
@@ -309,7 +310,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn load(self, block: &[u8; 64]) -> Words<I, N> {
+    pub fn load(self, block: &[u8; 64]) -> Words<I, N> {
         let mut words = [self.0.words(0); N];
         for (words, bytes) in words.iter_mut().zip(block.chunks_exact(64 / N)) {
             *words = self.0.load(bytes);
@@ -327,10 +328,19 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn converted(self, words: Words<I, N>) -> Floats<I, N> {
+    pub fn converted(self, words: Words<I, N>) -> Floats<I, N> {
         let mut floats = [self.0.floats(0.0); N];
         for i in 0..N {
             floats[i] = self.0.converted(words[i]);
+        }
+        floats
+    }
+
+    #[inline(always)]
+    pub fn load_floats(self, lanes: &Lanes) -> Floats<I, N> {
+        let mut floats = [self.0.floats(0.0); N];
+        for (floats, lanes) in floats.iter_mut().zip(lanes.chunks_exact(TILE_ROWS / N)) {
+            *floats = self.0.load_floats(lanes);
         }
         floats
     }

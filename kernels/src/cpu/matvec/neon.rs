@@ -6,20 +6,23 @@
 
 use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
-use slim_formats::slim::PackedTensor;
+use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
-    TileKernel,
+    Kernels,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
 use crate::cpu::unpack::Lanes;
 
-/// The kernel, if the processor has its instructions.
-pub(super) fn detect() -> Option<TileKernel> {
+/// The kernels, if the processor has their instructions.
+pub(super) fn detect() -> Option<Kernels> {
     let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-    // SAFETY: the processor has what `tile` enables.
-    has.then_some(|packed, index, input| unsafe { tile(packed, index, input) })
+    // SAFETY: the processor has what `tile` and `blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+    })
 }
 
 #[target_feature(enable = "neon,dotprod")]
@@ -27,7 +30,12 @@ fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
     Kernel::<_, 4>(Neon(())).tile(packed, tile, input)
 }
 
-/// Made in [`tile`] only.
+#[target_feature(enable = "neon,dotprod")]
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 4>(Neon(())).blocks(tensor, first, input)
+}
+
+/// Made in [`tile`] and [`blocks`] only.
 #[derive(Clone, Copy)]
 struct Neon(());
 
@@ -69,6 +77,7 @@ impl Isa for Neon {
         sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);
         mul(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmulq_f32(a, b);
         mul_add(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t = vfmaq_f32(c, a, b);
+        load_floats(lanes: &[f32]) -> float32x4_t = vld1q_f32(lanes[..4].as_ptr());
         store(values: float32x4_t, lanes: &mut [f32]) = vst1q_f32(lanes[..4].as_mut_ptr(), values);
     }
 }
