@@ -3,7 +3,6 @@
 //! The K types (`Q2_K`, ...) cut their 256 weights into sub-blocks of 16 or 32 with a scale of their own.
 //! Below, `d`, `m`, `dmin` are little-endian fp16, and `bytes a..b` are offsets in the block.
 
-use std::array;
 use std::ops::Range;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
@@ -129,12 +128,19 @@ fn each_quantized_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUE
     out: &mut [f32],
 ) -> Result<()> {
     each_block(bytes, out, |block: &[u8; BYTES], out: &mut [f32; VALUES]| {
-        let codes = B::codes(block);
-        let runs = codes.chunks_exact(B::RUN).zip(out.chunks_exact_mut(B::RUN));
-        for (run, (codes, out)) in runs.enumerate() {
-            let (scale, minimum) = B::scale(block, run);
-            for (value, &code) in out.iter_mut().zip(codes) {
-                *value = scale * (f32::from(code) - B::OFFSET) - minimum;
+        let word = |at: usize| u32::from_le_bytes(*block[at..].first_chunk().expect("4 bytes"));
+        // The codes of a run's scale or minimum among those of four runs.
+        let code = |codes: Option<u32>, run| codes.map_or(1, |codes| codes.to_le_bytes()[run % 4]);
+        let (d, m) = (half_at(block, B::D), B::M.map(|(at, sign)| sign * half_at(block, at)));
+        for (run, out) in out.chunks_exact_mut(B::RUN).enumerate() {
+            let s = f32::from(code(B::scales(word, run / 4), run));
+            let z = f32::from(code(B::minimums(word, run / 4), run));
+            let (scale, minimum) = (d * (s - B::SCALE_OFFSET), m.map_or(0.0, |m| m * z));
+            for (i, values) in out.chunks_exact_mut(4).enumerate() {
+                let codes = B::codes(word, run * B::RUN / 4 + i).to_le_bytes();
+                for (value, code) in values.iter_mut().zip(codes) {
+                    *value = scale * (f32::from(code) - B::OFFSET) - minimum;
+                }
             }
         }
     })
@@ -148,22 +154,75 @@ fn expect_len(what: &'static str, found: usize, expected: usize) -> Result<()> {
     }
 }
 
-/// Blocks of a ggml type: `VALUES` codes, and what they are worth in runs of [`Self::RUN`].
+/// Four bytes, or those of many rows side by side: blocks are taken apart in the same way one by one and 16 at a time.
+pub(crate) trait Word: Copy {
+    fn and(self, mask: u32) -> Self;
+    fn xor(self, mask: u32) -> Self;
+    fn or(self, other: Self) -> Self;
+    fn left(self, bits: usize) -> Self;
+    fn right(self, bits: usize) -> Self;
+}
+
+impl Word for u32 {
+    #[inline(always)]
+    fn and(self, mask: u32) -> Self {
+        self & mask
+    }
+
+    #[inline(always)]
+    fn xor(self, mask: u32) -> Self {
+        self ^ mask
+    }
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        self | other
+    }
+
+    #[inline(always)]
+    fn left(self, bits: usize) -> Self {
+        self << bits
+    }
+
+    #[inline(always)]
+    fn right(self, bits: usize) -> Self {
+        self >> bits
+    }
+}
+
+/// Blocks of a ggml type: `VALUES` codes, and what they are worth in runs of [`Self::RUN`]. Of code `q` that is
+/// `scale * (q - OFFSET) - minimum`, of the run's scale code `s` and minimum code `z`
+/// `scale = d * (s - SCALE_OFFSET)` and `minimum = SIGN * m * z`.
 ///
-/// A value is `scale * (code - OFFSET) - minimum`.
+/// `block` gives the four bytes at an offset, which is [`Self::WORDS`] or a multiple of 4 more.
 pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
     /// Values that share a scale and a minimum.
     const RUN: usize;
     /// Bits of a code.
     const BITS: usize;
-    /// The code of zero, where there are no minima.
     const OFFSET: f32 = 0.0;
+    const SCALE_OFFSET: f32 = 0.0;
+    /// Where `d` lies.
+    const D: usize = 0;
+    /// Where `m` lies, in types that have minima, and `SIGN`.
+    const M: Option<(usize, f32)> = None;
+    /// Where the words begin.
+    const WORDS: usize = 0;
 
-    /// The codes, without a sign.
-    fn codes(block: &[u8; BYTES]) -> [u8; VALUES];
+    /// Codes `4 word ..`, a byte each.
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W;
 
-    /// Scale and minimum of run `run`.
-    fn scale(block: &[u8; BYTES], run: usize) -> (f32, f32);
+    /// Scale codes of runs `4 word ..`, a byte each; `None` in types whose only run has 1.
+    #[inline(always)]
+    fn scales<W: Word>(_block: impl Fn(usize) -> W, _word: usize) -> Option<W> {
+        None
+    }
+
+    /// Minimum codes likewise.
+    #[inline(always)]
+    fn minimums<W: Word>(_block: impl Fn(usize) -> W, _word: usize) -> Option<W> {
+        None
+    }
 }
 
 /// Calls `function` with the [`Block`] of a quantized type as its first generic argument; anything else gives `$otherwise`.
@@ -186,6 +245,9 @@ macro_rules! for_block {
 }
 pub(crate) use for_block;
 
+/// Every byte.
+const BYTES: u32 = 0x0101_0101;
+
 /// `d`, codes (4 bits, offset 8).
 pub(crate) struct Q4_0;
 
@@ -193,15 +255,11 @@ impl Block<18, 32> for Q4_0 {
     const RUN: usize = 32;
     const BITS: usize = 4;
     const OFFSET: f32 = 8.0;
+    const WORDS: usize = 2;
 
     #[inline(always)]
-    fn codes(block: &[u8; 18]) -> [u8; 32] {
-        fields(&block[2..], 4, 16)
-    }
-
-    #[inline(always)]
-    fn scale(block: &[u8; 18], _: usize) -> (f32, f32) {
-        (half_at(block, 0), 0.0)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 2, 4, 16, word)
     }
 }
 
@@ -211,15 +269,11 @@ pub(crate) struct Q4_1;
 impl Block<20, 32> for Q4_1 {
     const RUN: usize = 32;
     const BITS: usize = 4;
+    const M: Option<(usize, f32)> = Some((2, -1.0));
 
     #[inline(always)]
-    fn codes(block: &[u8; 20]) -> [u8; 32] {
-        fields(&block[4..], 4, 16)
-    }
-
-    #[inline(always)]
-    fn scale(block: &[u8; 20], _: usize) -> (f32, f32) {
-        (half_at(block, 0), -half_at(block, 2))
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 4, 4, 16, word)
     }
 }
 
@@ -230,15 +284,11 @@ impl Block<22, 32> for Q5_0 {
     const RUN: usize = 32;
     const BITS: usize = 5;
     const OFFSET: f32 = 16.0;
+    const WORDS: usize = 2;
 
     #[inline(always)]
-    fn codes(block: &[u8; 22]) -> [u8; 32] {
-        join(fields(&block[6..], 4, 16), fields(&block[2..6], 1, 1), 4)
-    }
-
-    #[inline(always)]
-    fn scale(block: &[u8; 22], _: usize) -> (f32, f32) {
-        (half_at(block, 0), 0.0)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 6, 4, 16, word).or(bits_in_a_row(block(2), word).left(4))
     }
 }
 
@@ -248,15 +298,11 @@ pub(crate) struct Q5_1;
 impl Block<24, 32> for Q5_1 {
     const RUN: usize = 32;
     const BITS: usize = 5;
+    const M: Option<(usize, f32)> = Some((2, -1.0));
 
     #[inline(always)]
-    fn codes(block: &[u8; 24]) -> [u8; 32] {
-        join(fields(&block[8..], 4, 16), fields(&block[4..8], 1, 1), 4)
-    }
-
-    #[inline(always)]
-    fn scale(block: &[u8; 24], _: usize) -> (f32, f32) {
-        (half_at(block, 0), -half_at(block, 2))
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 8, 4, 16, word).or(bits_in_a_row(block(4), word).left(4))
     }
 }
 
@@ -267,19 +313,11 @@ impl Block<34, 32> for Q8_0 {
     const RUN: usize = 32;
     const BITS: usize = 8;
     const OFFSET: f32 = 128.0;
+    const WORDS: usize = 2;
 
     #[inline(always)]
-    fn codes(block: &[u8; 34]) -> [u8; 32] {
-        let mut codes = [0; 32];
-        for i in 0..32 {
-            codes[i] = block[2 + i] ^ 0x80;
-        }
-        codes
-    }
-
-    #[inline(always)]
-    fn scale(block: &[u8; 34], _: usize) -> (f32, f32) {
-        (half_at(block, 0), 0.0)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        block(2 + 4 * word).xor(0x80 * BYTES)
     }
 }
 
@@ -290,16 +328,22 @@ pub(crate) struct Q2K;
 impl Block<84, 256> for Q2K {
     const RUN: usize = 16;
     const BITS: usize = 2;
+    const D: usize = 80;
+    const M: Option<(usize, f32)> = Some((82, 1.0));
 
     #[inline(always)]
-    fn codes(block: &[u8; 84]) -> [u8; 256] {
-        fields(&block[16..80], 2, 32)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 16, 2, 32, word)
     }
 
     #[inline(always)]
-    fn scale(block: &[u8; 84], run: usize) -> (f32, f32) {
-        let (d, dmin) = (half_at(block, 80), half_at(block, 82));
-        (d * f32::from(block[run] & 15), dmin * f32::from(block[run] >> 4))
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(block(4 * word).and(15 * BYTES))
+    }
+
+    #[inline(always)]
+    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(block(4 * word).right(4).and(15 * BYTES))
     }
 }
 
@@ -311,35 +355,41 @@ impl Block<110, 256> for Q3K {
     const RUN: usize = 16;
     const BITS: usize = 3;
     const OFFSET: f32 = 4.0;
+    const SCALE_OFFSET: f32 = 32.0;
+    const D: usize = 108;
 
     #[inline(always)]
-    fn codes(block: &[u8; 110]) -> [u8; 256] {
-        join(fields(&block[32..96], 2, 32), fields(&block[..32], 1, 32), 2)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 32, 2, 32, word).or(fields(&block, 0, 1, 32, word).left(2))
     }
 
     #[inline(always)]
-    fn scale(block: &[u8; 110], run: usize) -> (f32, f32) {
-        let low = block[96 + run % 8] >> (run / 8 * 4) & 15;
-        let high = block[104 + run % 4] >> (run / 4 * 2) & 3;
-        (half_at(block, 108) * (f32::from(low | high << 4) - 32.0), 0.0)
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(fields(&block, 96, 4, 8, word).or(fields(&block, 104, 2, 4, word).left(4)))
     }
 }
 
-/// `d`, `dmin`, bytes 4..16 [`scale_and_minimum`] of sub-blocks of 32, bytes 16..144 codes (4 bits).
+/// `d`, `dmin`, bytes 4..16 [`six_bit_codes`] of sub-blocks of 32, bytes 16..144 codes (4 bits).
 pub(crate) struct Q4K;
 
 impl Block<144, 256> for Q4K {
     const RUN: usize = 32;
     const BITS: usize = 4;
+    const M: Option<(usize, f32)> = Some((2, 1.0));
 
     #[inline(always)]
-    fn codes(block: &[u8; 144]) -> [u8; 256] {
-        fields(&block[16..], 4, 32)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 16, 4, 32, word)
     }
 
     #[inline(always)]
-    fn scale(block: &[u8; 144], run: usize) -> (f32, f32) {
-        scale_and_minimum(&block[..16], run)
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(six_bit_codes(block(4), block(12), word))
+    }
+
+    #[inline(always)]
+    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(six_bit_codes(block(8), block(12).right(4), word))
     }
 }
 
@@ -349,15 +399,21 @@ pub(crate) struct Q5K;
 impl Block<176, 256> for Q5K {
     const RUN: usize = 32;
     const BITS: usize = 5;
+    const M: Option<(usize, f32)> = Some((2, 1.0));
 
     #[inline(always)]
-    fn codes(block: &[u8; 176]) -> [u8; 256] {
-        join(fields(&block[48..], 4, 32), fields(&block[16..48], 1, 32), 4)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 48, 4, 32, word).or(fields(&block, 16, 1, 32, word).left(4))
     }
 
     #[inline(always)]
-    fn scale(block: &[u8; 176], run: usize) -> (f32, f32) {
-        scale_and_minimum(&block[..16], run)
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Q4K::scales(block, word)
+    }
+
+    #[inline(always)]
+    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Q4K::minimums(block, word)
     }
 }
 
@@ -369,56 +425,54 @@ impl Block<210, 256> for Q6K {
     const RUN: usize = 16;
     const BITS: usize = 6;
     const OFFSET: f32 = 32.0;
+    const SCALE_OFFSET: f32 = 128.0;
+    const D: usize = 208;
 
     #[inline(always)]
-    fn codes(block: &[u8; 210]) -> [u8; 256] {
-        join(fields(&block[..128], 4, 64), fields(&block[128..192], 2, 32), 4)
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 0, 4, 64, word).or(fields(&block, 128, 2, 32, word).left(4))
     }
 
     #[inline(always)]
-    fn scale(block: &[u8; 210], run: usize) -> (f32, f32) {
-        (half_at(block, 208) * f32::from(block[192 + run].cast_signed()), 0.0)
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(block(192 + 4 * word).xor(0x80 * BYTES))
     }
 }
 
-/// Scale and minimum of sub-block `j` from the first 16 bytes of a `Q4_K` or `Q5_K` block: `d`, `dmin`,
-/// then 8 scales and 8 minima of 6 bits in 12 bytes. Scales 0 to 3 are the low bits of bytes 0..4, minima
-/// 0 to 3 those of bytes 4..8; the others have their low 4 bits in bytes 8..12 (scale low, minimum high)
-/// and their high 2 bits on top of the byte of the scale or minimum four before.
+/// Codes `4 word ..` of `Q4_K`'s 8 scales or 8 minima. Codes 0 to 3 are the low 6 bits of the bytes of `first`; the others have
+/// their low 4 bits in `second` and their high 2 bits on top of the byte of the code four before.
 #[inline(always)]
-fn scale_and_minimum(header: &[u8], j: usize) -> (f32, f32) {
-    let packed = &header[4..];
-    let (scale, minimum) = match j {
-        0..4 => (packed[j] & 63, packed[4 + j] & 63),
-        _ => {
-            (packed[4 + j] & 15 | packed[j - 4] >> 6 << 4, packed[4 + j] >> 4 | packed[j] >> 6 << 4)
-        }
-    };
-    (half_at(header, 0) * f32::from(scale), half_at(header, 2) * f32::from(minimum))
+fn six_bit_codes<W: Word>(first: W, second: W, word: usize) -> W {
+    match word {
+        0 => first.and(63 * BYTES),
+        _ => second.and(15 * BYTES).or(first.right(6).and(3 * BYTES).left(4)),
+    }
 }
 
-/// Unpacks fields of `bits` bits. Of every `run` bytes, the lowest fields come first, one of each byte,
+/// Fields `4 word ..` of `bits` bits from the bytes at `at`. Of every `run` bytes, the lowest fields come first, one of each byte,
 /// then the next higher ones.
 #[inline(always)]
-fn fields<const LEN: usize>(bytes: &[u8], bits: usize, run: usize) -> [u8; LEN] {
-    let mut out = [0; LEN];
-    for (bytes, out) in bytes.chunks_exact(run).zip(out.chunks_exact_mut(run * 8 / bits)) {
-        for (plane, out) in out.chunks_exact_mut(run).enumerate() {
-            for (field, byte) in out.iter_mut().zip(bytes) {
-                *field = byte >> (plane * bits) & ((1 << bits) - 1);
-            }
-        }
-    }
-    out
+fn fields<W: Word>(
+    block: impl Fn(usize) -> W,
+    at: usize,
+    bits: usize,
+    run: usize,
+    word: usize,
+) -> W {
+    let (plane, byte) = (4 * word / run, 4 * word % run);
+    let (run_index, plane) = (plane / (8 / bits), plane % (8 / bits));
+    let bytes = block(at + run * run_index + byte);
+    bytes.right(plane * bits).and(((1 << bits) - 1) * BYTES)
 }
 
-/// Puts `high` above the `low_bits` bits of `low`.
+/// Bits `4 word ..` of 32 bits, a byte each.
 #[inline(always)]
-fn join<const LEN: usize>(low: [u8; LEN], high: [u8; LEN], low_bits: usize) -> [u8; LEN] {
-    array::from_fn(|i| low[i] | high[i] << low_bits)
+fn bits_in_a_row<W: Word>(bits: W, word: usize) -> W {
+    let four = bits.right(4 * word).and(15);
+    let two = four.or(four.left(14));
+    two.or(two.left(7)).and(BYTES)
 }
 
-#[inline(always)]
 fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }

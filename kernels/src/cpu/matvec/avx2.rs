@@ -70,6 +70,7 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         words(word: i32) -> __m256i = _mm256_set1_epi32(word);
         and(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
         or(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);
+        xor(a: __m256i, b: __m256i) -> __m256i = _mm256_xor_si256(a, b);
         shifted_left(words: __m256i, bits: usize) -> __m256i
             = _mm256_sllv_epi32(words, _mm256_set1_epi32(bits as i32));
         shifted_right(words: __m256i, bits: usize) -> __m256i
@@ -91,7 +92,6 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
         mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
         mul_add(a: __m256, b: __m256, c: __m256) -> __m256 = _mm256_fmadd_ps(a, b, c);
-        load_floats(lanes: &[f32]) -> __m256 = _mm256_loadu_ps(lanes[..8].as_ptr());
         store(values: __m256, lanes: &mut [f32]) = _mm256_storeu_ps(lanes[..8].as_mut_ptr(), values);
         prefetch(address: *const u8) = _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }

@@ -47,6 +47,7 @@ impl Isa for Avx512 {
         words(word: i32) -> __m512i = _mm512_set1_epi32(word);
         and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
         or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
+        xor(a: __m512i, b: __m512i) -> __m512i = _mm512_xor_si512(a, b);
         shifted_left(words: __m512i, bits: usize) -> __m512i
             = _mm512_sllv_epi32(words, _mm512_set1_epi32(bits as i32));
         shifted_right(words: __m512i, bits: usize) -> __m512i
@@ -60,7 +61,6 @@ impl Isa for Avx512 {
         sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
         mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
         mul_add(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
-        load_floats(lanes: &[f32]) -> __m512 = _mm512_loadu_ps(lanes[..16].as_ptr());
         store(values: __m512, lanes: &mut [f32]) = _mm512_storeu_ps(lanes[..16].as_mut_ptr(), values);
         prefetch(address: *const u8) = _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }

@@ -1,21 +1,21 @@
-//! One token times 16 rows of a tensor in one of ggml's quantized types: their codes are brought into the order of a tile, four
-//! columns of 16 rows a block, and multiplied as those of packed layers are.
+//! One token times 16 rows of a tensor in one of ggml's quantized types. Four bytes of each row at a time become words of a register;
+//! then codes are unpacked and multiplied as those of packed layers are.
 
-use std::array;
+use std::{array, hint::black_box};
 
 use slim_formats::{DType, DenseTensor, slim::TILE_ROWS};
 
 use super::{
     input::{FINE, Input, Step},
-    kernel::{Floats, Isa, Kernel},
+    kernel::{Floats, Isa, Kernel, Words},
 };
 use crate::{
     cpu::unpack::{Lanes, UNIT},
-    ggml::{Block, for_block},
+    ggml::{Block, Word, for_block},
 };
 
-/// Values of the longest block.
-const LONGEST: usize = 256;
+/// Bytes of the longest block.
+const LONGEST: usize = 210;
 
 /// Columns that share a scale in a tensor of this type; `None` of types whose values are no codes.
 pub(super) fn run(dtype: DType) -> Option<usize> {
@@ -25,13 +25,54 @@ pub(super) fn run(dtype: DType) -> Option<usize> {
     for_block!(dtype, of(), _ => None)
 }
 
-/// A block of each row, brought into the order of a tile.
-struct Unpacked {
-    /// For each four columns the codes of 16 rows.
-    codes: [[u32; TILE_ROWS]; LONGEST / 4],
-    factors: [Lanes; LONGEST / UNIT],
-    /// What a run takes off the product: minimum, and factor times offset.
-    minimums: [Lanes; LONGEST / UNIT],
+/// A block of each of 16 rows.
+struct Blocks {
+    /// Four bytes of each row at a time.
+    words: [[u32; TILE_ROWS]; LONGEST / 4],
+    d: [[u8; 2]; TILE_ROWS],
+    m: [[u8; 2]; TILE_ROWS],
+}
+
+/// Words of 16 rows in registers.
+#[derive(Clone, Copy)]
+struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, Words<I, N>);
+
+impl<I: Isa, const N: usize> Word for RowWords<I, N> {
+    #[inline(always)]
+    fn and(mut self, mask: u32) -> Self {
+        let isa = self.0.0;
+        for words in &mut self.1 {
+            *words = isa.and(*words, isa.words(mask.cast_signed()));
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn xor(mut self, mask: u32) -> Self {
+        let isa = self.0.0;
+        for words in &mut self.1 {
+            *words = isa.xor(*words, isa.words(mask.cast_signed()));
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        Self(self.0, self.0.or(self.1, other.1))
+    }
+
+    #[inline(always)]
+    fn left(mut self, bits: usize) -> Self {
+        for words in &mut self.1 {
+            *words = self.0.0.shifted_left(*words, bits);
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn right(self, bits: usize) -> Self {
+        Self(self.0, self.0.shifted_right(self.1, bits))
+    }
 }
 
 impl<I: Isa, const N: usize> Kernel<I, N> {
@@ -46,35 +87,37 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             let row = tensor.layout.stored_row((first + r).min(tensor.rows - 1));
             &tensor.bytes[row.expect("rows one after the other") * row_bytes..][..row_bytes]
         });
-        for_block!(tensor.dtype, Self::blocks_of(self, &rows, input), other => {
+        for_block!(tensor.dtype, Self::rows_of_blocks(self, &rows, input), other => {
             unreachable!("{other:?} has no codes")
         })
     }
 
     #[inline(always)]
-    fn blocks_of<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn rows_of_blocks<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
         rows: &[&[u8]; TILE_ROWS],
         input: &Input,
     ) -> Lanes {
-        let rows = rows.map(|row| row.as_chunks::<BYTES>().0);
-        let blocks = rows[0].len();
+        let count = rows[0].len() / BYTES;
         // With these lengths the loop needs no checks of its own.
-        let rows = rows.map(|row| &row[..blocks]);
-        let mut unpacked = Unpacked {
-            codes: [[0; TILE_ROWS]; LONGEST / 4],
-            factors: [[0.0; TILE_ROWS]; LONGEST / UNIT],
-            minimums: [[0.0; TILE_ROWS]; LONGEST / UNIT],
-        };
+        let rows = rows.map(|row| &row.as_chunks::<BYTES>().0[..count]);
+        let zero = [0; TILE_ROWS];
+        let mut blocks =
+            Blocks { words: [zero; LONGEST / 4], d: [[0; 2]; TILE_ROWS], m: [[0; 2]; TILE_ROWS] };
         let mut sums = [self.0.floats(0.0); N];
-        for index in 0..blocks {
+        for index in 0..count {
             for r in 0..TILE_ROWS {
-                unpack::<B, BYTES, VALUES>(&rows[r][index], r, &mut unpacked);
+                let block = &rows[r][index];
+                let (words, _) = block[B::WORDS..].as_chunks::<4>();
+                for (word, of_rows) in words.iter().zip(&mut blocks.words) {
+                    of_rows[r] = u32::from_le_bytes(*word);
+                }
+                blocks.d[r] = [block[B::D], block[B::D + 1]];
+                if let Some((at, _)) = B::M {
+                    blocks.m[r] = [block[at], block[at + 1]];
+                }
             }
-            for run in 0..VALUES / B::RUN {
-                let first = index * VALUES + run * B::RUN;
-                self.add_run::<B, BYTES, VALUES>(&mut sums, &unpacked, run, input, first / UNIT);
-            }
+            self.add_blocks::<B, BYTES, VALUES>(&mut sums, &blocks, input, index * VALUES / UNIT);
         }
         let mut lanes = [0.0; TILE_ROWS];
         for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
@@ -83,50 +126,83 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         lanes
     }
 
-    /// Adds the products of a run, which is a step of the input and starts with its unit `unit`.
+    /// Adds the products of a block of each row with the input from unit `unit` on.
     #[inline(always)]
-    fn add_run<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn add_blocks<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
         sums: &mut Floats<I, N>,
-        unpacked: &Unpacked,
-        run: usize,
+        blocks: &Blocks,
         input: &Input,
         unit: usize,
     ) {
         let isa = self.0;
-        let codes = &unpacked.codes[run * B::RUN / 4..][..B::RUN / 4];
-        let input = input.of(unit..unit + B::RUN / UNIT);
-        let Step { scale, sum, has_fine_codes } = input.steps[0];
-        let mut dots = self.block_products::<B, BYTES, VALUES>(codes, input.codes);
-        if has_fine_codes {
-            let rest = self.block_products::<B, BYTES, VALUES>(codes, input.fine_codes);
+        let word = |at: usize| {
+            RowWords(self, self.load(bytemuck::cast_ref(&blocks.words[(at - B::WORDS) / 4])))
+        };
+        let zero = [isa.floats(0.0); N];
+        let (mut scaled, mut shifted) = (zero, zero);
+        for run in 0..VALUES / B::RUN {
+            let input = input.of(unit + run * B::RUN / UNIT..unit + (run + 1) * B::RUN / UNIT);
+            let Step { scale, sum, has_fine_codes } = input.steps[0];
+            let mut dots = self.run_products::<B, BYTES, VALUES>(word, run, input.codes);
+            if has_fine_codes {
+                // Codes are unpacked anew, as for packed layers.
+                let run = black_box(run);
+                let rest = self.run_products::<B, BYTES, VALUES>(word, run, input.fine_codes);
+                for i in 0..N {
+                    dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+                }
+            }
+            let s = self.codes_of_run(B::scales(word, run / 4), run);
+            let z = self.codes_of_run(B::minimums(word, run / 4), run);
             for i in 0..N {
-                dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+                let mut dots = isa.mul(dots[i], isa.floats(scale));
+                if B::OFFSET > 0.0 {
+                    dots = isa.sub(dots, isa.floats(B::OFFSET * sum));
+                }
+                let s = isa.sub(s[i], isa.floats(B::SCALE_OFFSET));
+                scaled[i] = isa.mul_add(s, dots, scaled[i]);
+                shifted[i] = isa.mul_add(z[i], isa.floats(sum), shifted[i]);
             }
         }
-        let factor = self.load_floats(&unpacked.factors[run]);
-        let minimum = self.load_floats(&unpacked.minimums[run]);
+        let d = self.halves(bytemuck::cast_ref(&blocks.d));
         for i in 0..N {
-            let dots = isa.mul(dots[i], isa.floats(scale));
-            let shifted = isa.mul(minimum[i], isa.floats(sum));
-            sums[i] = isa.mul_add(factor[i], dots, isa.sub(sums[i], shifted));
+            sums[i] = isa.mul_add(d[i], scaled[i], sums[i]);
+        }
+        if let Some((_, sign)) = B::M {
+            let m = self.halves(bytemuck::cast_ref(&blocks.m));
+            for i in 0..N {
+                let m = isa.mul(m[i], isa.floats(-sign));
+                sums[i] = isa.mul_add(m, shifted[i], sums[i]);
+            }
+        }
+    }
+
+    /// The codes of a run among those of four.
+    #[inline(always)]
+    fn codes_of_run(self, codes: Option<RowWords<I, N>>, run: usize) -> Floats<I, N> {
+        match codes {
+            Some(codes) => self.converted(codes.right(run % 4 * 8).and(0xff).1),
+            None => [self.0.floats(1.0); N],
         }
     }
 
     #[inline(always)]
-    fn block_products<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn run_products<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
-        codes: &[[u32; TILE_ROWS]],
+        word: impl Fn(usize) -> RowWords<I, N> + Copy,
+        run: usize,
         input: &[[i32; 4]],
     ) -> Floats<I, N> {
         let mut sums = [self.0.words(0); N];
-        for (codes, &input) in codes.iter().zip(input.as_flattened()) {
-            let codes = self.load(bytemuck::cast_ref(codes));
+        for (i, &input) in input.as_flattened()[..B::RUN / 4].iter().enumerate() {
+            let codes = B::codes(word, run * B::RUN / 4 + i).1;
             for i in 0..N {
+                let input = self.0.words(input);
                 sums[i] = match B::BITS {
-                    ..=4 => self.0.add_products::<4>(sums[i], codes[i], self.0.words(input)),
-                    5..=7 => self.0.add_products::<7>(sums[i], codes[i], self.0.words(input)),
-                    _ => self.0.add_products::<8>(sums[i], codes[i], self.0.words(input)),
+                    ..=4 => self.0.add_products::<4>(sums[i], codes[i], input),
+                    5..=7 => self.0.add_products::<7>(sums[i], codes[i], input),
+                    _ => self.0.add_products::<8>(sums[i], codes[i], input),
                 };
             }
         }
@@ -138,24 +214,5 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             };
         }
         self.converted(sums)
-    }
-}
-
-/// Brings the block of row `r` into the order of a tile.
-#[inline(always)]
-fn unpack<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
-    block: &[u8; BYTES],
-    r: usize,
-    unpacked: &mut Unpacked,
-) {
-    let codes = B::codes(block);
-    let (words, _) = codes.as_chunks::<4>();
-    for (word, codes) in words.iter().zip(&mut unpacked.codes) {
-        codes[r] = u32::from_le_bytes(*word);
-    }
-    for run in 0..VALUES / B::RUN {
-        let (scale, minimum) = B::scale(block, run);
-        unpacked.factors[run][r] = scale;
-        unpacked.minimums[run][r] = scale * B::OFFSET + minimum;
     }
 }

@@ -28,6 +28,7 @@ pub(super) trait Isa: Copy {
     fn words(self, word: i32) -> Self::Words;
     fn and(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn or(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn xor(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn shifted_left(self, words: Self::Words, bits: usize) -> Self::Words;
     fn shifted_right(self, words: Self::Words, bits: usize) -> Self::Words;
 
@@ -56,7 +57,6 @@ pub(super) trait Isa: Copy {
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a * b + c`, rounded once.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
-    fn load_floats(self, lanes: &[f32]) -> Self::Floats;
     fn store(self, values: Self::Floats, lanes: &mut [f32]);
 
     /// Asks for the 64 bytes at an address, which may lie anywhere, where that is known to pay.
@@ -294,7 +294,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn shifted_right(self, mut words: Words<I, N>, bits: usize) -> Words<I, N> {
+    pub fn shifted_right(self, mut words: Words<I, N>, bits: usize) -> Words<I, N> {
         for words in &mut words {
             *words = self.0.shifted_right(*words, bits);
         }
@@ -302,7 +302,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn or(self, mut a: Words<I, N>, b: Words<I, N>) -> Words<I, N> {
+    pub fn or(self, mut a: Words<I, N>, b: Words<I, N>) -> Words<I, N> {
         for i in 0..N {
             a[i] = self.0.or(a[i], b[i]);
         }
@@ -337,16 +337,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    pub fn load_floats(self, lanes: &Lanes) -> Floats<I, N> {
-        let mut floats = [self.0.floats(0.0); N];
-        for (floats, lanes) in floats.iter_mut().zip(lanes.chunks_exact(TILE_ROWS / N)) {
-            *floats = self.0.load_floats(lanes);
-        }
-        floats
-    }
-
-    #[inline(always)]
-    fn halves(self, bytes: &[u8; 32]) -> Floats<I, N> {
+    pub fn halves(self, bytes: &[u8; 32]) -> Floats<I, N> {
         let mut floats = [self.0.floats(0.0); N];
         for (floats, bytes) in floats.iter_mut().zip(bytes.chunks_exact(32 / N)) {
             *floats = self.0.halves(bytes);

@@ -55,6 +55,7 @@ impl Isa for Neon {
         words(word: i32) -> uint32x4_t = vdupq_n_u32(word.cast_unsigned());
         and(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vandq_u32(a, b);
         or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vorrq_u32(a, b);
+        xor(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = veorq_u32(a, b);
         shifted_left(words: uint32x4_t, bits: usize) -> uint32x4_t
             = vshlq_u32(words, vdupq_n_s32(bits as i32));
         shifted_right(words: uint32x4_t, bits: usize) -> uint32x4_t
@@ -77,7 +78,6 @@ impl Isa for Neon {
         sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);
         mul(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmulq_f32(a, b);
         mul_add(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t = vfmaq_f32(c, a, b);
-        load_floats(lanes: &[f32]) -> float32x4_t = vld1q_f32(lanes[..4].as_ptr());
         store(values: float32x4_t, lanes: &mut [f32]) = vst1q_f32(lanes[..4].as_mut_ptr(), values);
     }
 }
