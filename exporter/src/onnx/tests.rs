@@ -1,6 +1,6 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use slim_formats::{ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model};
+use slim_formats::{FormatError, ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model};
 
 use super::*;
 use crate::ExportError;

@@ -148,7 +148,9 @@ fn new_writer<'p>(output: impl Into<OutputPath<'p>>, metadata: Metadata) -> Resu
 
 /// A writer that holds everything of the small file.
 fn filled_writer<'p>(output: impl Into<OutputPath<'p>>) -> SlimWriter {
-    let mut writer = new_writer(output, config().to_gguf()).unwrap();
+    let mut metadata = config().to_gguf();
+    metadata.insert("tokenizer.huggingface.json", "{}").unwrap();
+    let mut writer = new_writer(output, metadata).unwrap();
     let [embedding, norms @ ..] = dense_tensors();
     writer.dense(embedding.0, embedding.1, &embedding.2, &embedding.3).unwrap();
     writer.layer(TWO_LEVEL, &two_level_layer(), Some(0.25)).unwrap();
@@ -723,7 +725,7 @@ fn verify_finds_a_model_that_is_not_whole() {
 #[test]
 fn writer_numbers_that_are_not_finite_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = SlimWriter::create(&folder.path().join("out")).unwrap();
+    let mut writer = new_writer(&*folder.path().join("out"), Metadata::new()).unwrap();
     let nan = f32::NAN.to_le_bytes();
     let error = writer.dense("norm", DType::F32, &[2], &[[0; 4], nan].concat()).unwrap_err();
     let expected = "tensor `norm`, value 1: found NaN, expected finite values (rule F22)";
