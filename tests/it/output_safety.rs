@@ -108,12 +108,15 @@ fn nothing_but_a_regular_file_is_ever_replaced() {
         }
         run(&args, &["-o", &file]).fails(&["exists already", "hint: give "]);
         for force in [&[][..], &["--force"]] {
-            let with = |path: &Path| [&["-o", path.to_str().unwrap()], force].concat();
-            run(&args, &with(&folder)).fails(&["folder"]);
-            run(&args, &with(&dir.path(""))).fails(&["hint: "][..0]);
-            run(&args, &with(Path::new("/dev/null"))).fails(&["/dev/null`"]);
-            run(&args, &with(Path::new("-"))).fails(&["stdout", "hint: "]);
-            run(&args, &with(Path::new("/dev/stdout"))).fails(&["/dev/stdout`"]);
+            for (out, fragments) in [
+                (arg(&folder), &["folder"][..]),
+                (dir.arg(""), &["error: "]),
+                ("/dev/null".to_owned(), &["`/dev/null`"]),
+                ("-".to_owned(), &["stdout", "hint: "]),
+                ("/dev/stdout".to_owned(), &["`/dev/stdout`"]),
+            ] {
+                run(&args, &[&["-o", &out][..], force].concat()).fails(fragments);
+            }
         }
         assert_eq!(state(dir.root()), before, "{args:?}");
         assert!(Path::new("/dev/null").metadata().unwrap().file_type().is_char_device());
@@ -180,7 +183,7 @@ fn names_that_cannot_be_are_refused_before_the_work() {
             (dir.arg(&long), "File name too long"),
             ("/proc/out".to_owned(), "`/proc`: it cannot be written to"),
             ("/proc/self/fdinfo/out".to_owned(), "it cannot be written to"),
-            (String::new(), "the name is empty"),
+            (String::new(), "a value is required"),
         ] {
             run(&args, &["-o", &out]).fails(&[fragment, "error: "]);
         }
