@@ -53,15 +53,18 @@ impl TargetArgs {
         check_parent(path)?;
         let found = match path.symlink_metadata() {
             Ok(found) => found,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return check_extension(path, kind);
+            }
             Err(error) => return Err(Error::new(error).context(format!("`{shown}`"))),
         };
         let is_input = found.is_file() && inputs.iter().any(|input| is_same_file(input, path));
         ensure!(!is_input, "`{shown}` is a file of the source, which would be overwritten");
         match kind {
-            Kind::File(_) => self.check_file(&found),
-            Kind::Folder => self.check_folder(&found),
+            Kind::File(_) => self.check_file(&found)?,
+            Kind::Folder => self.check_folder(&found)?,
         }
+        check_extension(path, kind)
     }
 
     /// Without a slash at the end, which would lead through a symbolic link.
@@ -115,56 +118,54 @@ impl TargetArgs {
     }
 }
 
-/// Checks that a path is the name of what is to be written.
+/// Checks that a path is a name.
 fn check_name(path: &Path, kind: Kind) -> Result<()> {
     let shown = path.display();
     if path.as_os_str() == "-" {
-        let message = "`-`: the output is written in several places, which stdout cannot be";
+        let message = "`-`: the output is not written from its beginning to its end, as stdout is";
         return Err(advised(message, "give the name of a file; `./-` is one"));
     }
-    ensure!(!path.as_os_str().is_empty(), "`-o`: the name is empty");
-    let is_folder = path.is_dir();
-    ensure!(
-        is_folder || path.file_name().is_some(),
-        "`{shown}` ends with `..`, which is no name for an output"
-    );
-    let extension = path.extension().and_then(|extension| extension.to_str());
+    if path.is_dir() {
+        return Ok(());
+    }
+    ensure!(path.file_name().is_some(), "`{shown}` ends with `..`, which is no name of an output");
+    if let Kind::File(extension) = kind
+        && path.as_os_str().as_encoded_bytes().ends_with(b"/")
+    {
+        let message = format!("`{shown}` is the name of a folder, which does not exist");
+        let hint = format!("`-o` takes the name of a file, such as `{shown}NAME.{extension}`");
+        return Err(advised(message, hint));
+    }
+    Ok(())
+}
+
+/// Checks that a name does not end as those of other kinds of files do.
+fn check_extension(path: &Path, kind: Kind) -> Result<()> {
+    let shown = path.display();
+    let Some(found) = path.extension().and_then(|extension| extension.to_str()) else {
+        return Ok(());
+    };
     match kind {
-        Kind::File(expected) => {
-            let has_slash = path.as_os_str().as_encoded_bytes().ends_with(b"/");
-            if has_slash && !is_folder {
-                let message = format!("`{shown}` is the name of a folder, which does not exist");
-                let hint =
-                    format!("`-o` takes the name of a file, such as `{shown}NAME.{expected}`");
-                return Err(advised(message, hint));
-            }
-            // A name may end with a version, `model-3.2`.
-            let is_one = |end: &&str| end.starts_with(|c: char| c.is_ascii_alphabetic());
-            match extension.filter(is_one) {
-                Some(other) if !is_folder && !other.eq_ignore_ascii_case(expected) => {
-                    let message = format!(
-                        "`{shown}`: found a name that ends with `.{other}`, expected `.{expected}`"
-                    );
-                    let hint =
-                        format!("it would be called `{}`", path.with_extension(expected).display());
-                    Err(advised(message, hint))
-                }
-                _ => Ok(()),
-            }
+        // A name may end with a version, `model-3.2`.
+        Kind::File(expected)
+            if found.starts_with(|c: char| c.is_ascii_alphabetic())
+                && !found.eq_ignore_ascii_case(expected) =>
+        {
+            let message = format!(
+                "`{shown}`: found a name that ends with `.{found}`, expected `.{expected}`"
+            );
+            let name = path.with_extension(expected);
+            Err(advised(message, format!("call it `{}`", name.display())))
         }
-        Kind::Folder => match extension {
-            Some(file @ ("gguf" | "onnx" | "safetensors" | "bin")) if !is_folder => {
-                let message = format!(
-                    "`{shown}`: found a name that ends with `.{file}`, expected that of a folder"
-                );
-                let hint = format!(
-                    "several files are written, into a folder such as `{}`",
-                    path.with_extension("").display()
-                );
-                Err(advised(message, hint))
-            }
-            _ => Ok(()),
-        },
+        Kind::Folder if ["gguf", "onnx", "safetensors", "bin"].contains(&found) => {
+            let message = format!(
+                "`{shown}`: found a name that ends with `.{found}`, expected that of a folder"
+            );
+            let name = path.with_extension("");
+            let hint = format!("several files go into a folder, such as `{}`", name.display());
+            Err(advised(message, hint))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -261,18 +262,21 @@ mod tests {
     #[test]
     fn names_that_say_something_else_are_refused() {
         let gguf = Kind::File("gguf");
+        let check = |name: &str, kind| {
+            check_name(Path::new(name), kind).and_then(|()| check_extension(Path::new(name), kind))
+        };
         for (name, kind) in [
             ("-", gguf),
             ("-", Kind::Folder),
-            ("", gguf),
             ("absent/..", gguf),
+            ("absent/..", Kind::Folder),
             ("absent/", gguf),
             ("a.safetensors", gguf),
             ("a.slim", gguf),
             ("a.gguf", Kind::File("safetensors")),
             ("a.onnx", Kind::Folder),
         ] {
-            assert!(check_name(Path::new(name), kind).is_err(), "`{name}`");
+            assert!(check(name, kind).is_err(), "`{name}`");
         }
         for (name, kind) in [
             ("a.slim.gguf", gguf),
@@ -283,7 +287,7 @@ mod tests {
             ("a/", Kind::Folder),
             ("Llama-3.2.Instruct", Kind::Folder),
         ] {
-            assert!(check_name(Path::new(name), kind).is_ok(), "`{name}`");
+            assert!(check(name, kind).is_ok(), "`{name}`");
         }
     }
 }

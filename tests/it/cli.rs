@@ -101,6 +101,7 @@ fn bad_arguments_are_refused_with_a_sentence() {
     fail(&["run", llama, "-p", "a", "--top-p", "2"], &["top-p: found 2, expected above 0"]);
     fail(&["run", llama, "-p", "a", "--context", "1000000"], &["a context of 512 tokens"]);
     fail(&["run", llama, "-p", &self::text(), "--context", "8"], &["holds 8", "raise `--context`"]);
+    let out = &dir.arg("out.safetensors");
     fail(&["logits", llama, "--tokens", "1,x", "-o", out], &["invalid value 'x'"]);
     fail(&["logits", llama, "--tokens", "320", "-o", out], &["found 320, expected less than 320"]);
     fail(
@@ -340,7 +341,7 @@ fn convert_dry_run_writes_nothing() {
 fn convert_reports_on_stdout_unless_quiet() {
     let dir = Dir::new();
     let (llama, out) = (&tiny("llama"), &dir.arg("out.slim.gguf"));
-    let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32"];
+    let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32", "--force"];
     let answer = succeed(&convert);
     for fragment in [
         "16 quantized layers, stored in 54 bands",
