@@ -166,7 +166,8 @@ fn matrices_in_bands_are_joined() {
     let slim = &dir.arg("a.slim.gguf");
     for name in TINY {
         let source = arg(&tiny_model(name));
-        let fixed = ["convert", &source, "-o", slim, "--force", "--embed-bits", "16", "--bits", "2"];
+        let fixed =
+            ["convert", &source, "-o", slim, "--force", "--embed-bits", "16", "--bits", "2"];
         succeed(&[&fixed[..], &["--samples", "2", "--context", "32"]].concat());
         let file = SlimFile::open(slim.as_ref()).unwrap();
         assert!(matches!(file.tensor("blk.1.ffn_up.weight"), Ok(Some(Weight::Bands(_)))));
