@@ -40,6 +40,12 @@ impl Default for SamplerSettings {
 }
 
 impl SamplerSettings {
+    /// For a model whose makers say nothing. A small model at few bits per weight gets into loops, or
+    /// begins with what has a percent or two: here the tail is cut off and repetition costs.
+    pub fn cautious() -> Self {
+        Self { temperature: 0.7, min_p: 0.2, repeat_penalty: 1.1, ..Self::default() }
+    }
+
     /// Always the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
