@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use crate::{Engine, Result, floats::Floats};
 
-/// Tokens that go through a layer together, if samples are shorter: its weights are made ready for each batch.
+/// Tokens that go through a layer together, if samples are shorter: its weights are made ready for
+/// each batch.
 const BATCH_TOKENS: usize = 2048;
 
 /// `[samples, context, width]` f32.
@@ -68,7 +69,8 @@ impl Activations {
         &mut self.values[samples.start * len..samples.end * len]
     }
 
-    /// Calls `change` with the samples of every batch and their values, `[samples, context, width]`.
+    /// Calls `change` with the samples of every batch and their values,
+    /// `[samples, context, width]`.
     pub fn update(
         &mut self,
         engine: &Engine,

@@ -1,8 +1,8 @@
 //! The neurons of a feed-forward network, in the order of what the loss minds about them.
 //!
-//! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network gives the same in whatever
-//! order they stand. Sorted, neurons of like worth share the groups of `ffn_down` and the bands of `ffn_gate` and `ffn_up`
-//! (`docs/accuracy.md` has the effect).
+//! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network
+//! gives the same in whatever order they stand. Sorted, neurons of like worth share the groups of
+//! `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has the effect).
 
 use rayon::prelude::*;
 use slim_runtime::Block;
@@ -41,8 +41,9 @@ impl Ffn {
         })
     }
 
-    /// The neurons, those first whose weights the loss minds most: by the sum over the weights of all three matrices of their
-    /// squares times the means that belong to them, which are in the order of the fields.
+    /// The neurons, those first whose weights the loss minds most: by the sum over the weights of
+    /// all three matrices of their squares times the means that belong to them, which are in the
+    /// order of the fields.
     pub fn order(&self, sensitivities: [&Sensitivity; 3]) -> Vec<usize> {
         let [of_gate, of_up, of_down] = sensitivities;
         let hidden = self.gate.len() / self.neurons;

@@ -1,8 +1,8 @@
 //! Model files as typed metadata and borrowed views.
 //!
 //! Two types to know: a [`ModelSource`] is an opened model of any supported kind (a Hugging Face
-//! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as it lies in the
-//! memory map. Nothing here computes with weights; that is the `kernels` crate.
+//! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as
+//! it lies in the memory map. Nothing here computes with weights; that is the `kernels` crate.
 
 mod atomic;
 mod config;
@@ -41,7 +41,7 @@ pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
 pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
 pub use special_tokens::GgmlDefaults;
-pub use vocabulary::vocabulary_faults;
 pub use temporary::{
     Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,
 };
+pub use vocabulary::vocabulary_faults;

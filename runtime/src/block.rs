@@ -1,5 +1,5 @@
-//! One transformer block, cut where a linear layer's input is ready: execution calls the stages one after the other,
-//! calibration quantizes between them.
+//! One transformer block, cut where a linear layer's input is ready: execution calls the stages one
+//! after the other, calibration quantizes between them.
 
 use slim_formats::{FormatError, ModelConfig, ModelSource, Weight};
 use slim_kernels::{AttentionShape, Backend, RopeAngles, weight};
@@ -15,7 +15,8 @@ pub struct Context<'a> {
     pub backend: &'a dyn Backend,
 }
 
-/// The weights of a block of the Llama family. Linear layers are `[rows, cols]`, norms `[hidden_size]`.
+/// The weights of a block of the Llama family. Linear layers are `[rows, cols]`, norms
+/// `[hidden_size]`.
 #[derive(Clone)]
 pub struct Block<'a> {
     /// RMS norm before attention.
@@ -70,7 +71,8 @@ impl<'a> Block<'a> {
         [*attn_q, *attn_k, *attn_v, *attn_output, *ffn_gate, *ffn_up, *ffn_down]
     }
 
-    /// The whole block: `x: [m, hidden]` is updated in place. It may hold several sequences, as for [`Self::attend`].
+    /// The whole block: `x: [m, hidden]` is updated in place. It may hold several sequences, as for
+    /// [`Self::attend`].
     ///
     /// # Errors
     /// As the stages: a kernel refuses its arguments.
@@ -95,10 +97,12 @@ impl<'a> Block<'a> {
         rms_norm(context, x, &self.attn_norm)
     }
 
-    /// Stage 2: the input of `attn_output`, `[m, heads * head_dim]`; keys and values of positions `start ..` go to `kv`.
+    /// Stage 2: the input of `attn_output`, `[m, heads * head_dim]`; keys and values of positions
+    /// `start ..` go to `kv`.
     ///
-    /// If the input has more tokens than `angles`, it holds several sequences of as many as that, each of which goes on from the
-    /// `start` positions before; the keys and values of the last one stay.
+    /// If the input has more tokens than `angles`, it holds several sequences of as many as that,
+    /// each of which goes on from the `start` positions before; the keys and values of the last one
+    /// stay.
     ///
     /// # Errors
     /// A kernel refuses its arguments.

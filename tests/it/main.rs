@@ -13,8 +13,8 @@ mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod output_safety; // what is never overwritten, and what an early end leaves
 mod real_model; // a real model, where there is one
-mod special_tokens; // start, stop and chat tokens, the same from every container
-mod sources; // what is read of a source, refused, or warned of
 mod reports; // what commands say of their results
 mod schemas; // every JSON document against its schema
+mod sources; // what is read of a source, refused, or warned of
+mod special_tokens; // start, stop and chat tokens, the same from every container
 mod terminal; // texts from files are made visible

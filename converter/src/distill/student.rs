@@ -15,11 +15,13 @@ use crate::{
 /// How far the weight of a norm moves in a step.
 const NORM_RATE: f32 = 0.0003;
 
-/// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers, as the file will.
+/// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers,
+/// as the file will.
 pub struct Student<'a> {
     /// The model of the file.
     start: Backward<'a>,
-    /// The bands of the linear layers in the order of their blocks; none of those without two-level scales.
+    /// The bands of the linear layers in the order of their blocks; none of those without two-level
+    /// scales.
     layers: Vec<Vec<PackedLayer>>,
     /// What is trained behind each of them.
     trained: Vec<Vec<TrainedLayer>>,
@@ -47,8 +49,8 @@ impl<'a> Student<'a> {
         Ok(Self { start, layers, trained, norms })
     }
 
-    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradients of the loss on
-    /// `sequences`; gives the loss before it.
+    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the
+    /// gradients of the loss on `sequences`; gives the loss before it.
     pub fn step(
         &mut self,
         sequences: &[&[u32]],
@@ -104,8 +106,8 @@ impl<'a> Student<'a> {
     }
 }
 
-/// Takes a step with the bands of a matrix, against the gradients for its inputs `x: [tokens, cols]` and the gradient
-/// `dy: [tokens, rows]` of the loss at its outputs.
+/// Takes a step with the bands of a matrix, against the gradients for its inputs
+/// `x: [tokens, cols]` and the gradient `dy: [tokens, rows]` of the loss at its outputs.
 fn descend(
     bands: &[PackedLayer],
     trained: &mut [TrainedLayer],

@@ -1,6 +1,8 @@
 use std::path::{Path, PathBuf};
 
-use slim_formats::{FormatError, ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model};
+use slim_formats::{
+    FormatError, ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model,
+};
 
 use super::*;
 use crate::ExportError;
