@@ -420,7 +420,8 @@ fn packed_models_of_any_columns_agree_on_a_device() {
     let out = dir.path("logits.safetensors");
     let logits = |file: &str, device: &[&str]| -> Vec<f32> {
         let tokens = TOKENS.map(|token| token.to_string()).join(",");
-        succeed(&[&["logits", file, "--tokens", &tokens, "-o", &arg(&out)], device].concat());
+        let fixed = ["logits", file, "--tokens", &tokens, "-o", &arg(&out), "--force"];
+        succeed(&[&fixed[..], device].concat());
         let bytes = std::fs::read(&out).unwrap();
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let values = tensors.tensor("logits").unwrap().data().as_chunks().0.to_vec();
