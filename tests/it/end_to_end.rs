@@ -423,23 +423,3 @@ fn another_seed_gives_another_file() {
     };
     assert_ne!(layer(&first), layer(&second));
 }
-
-#[test]
-fn killed_conversion_leaves_nothing() {
-    let Some(model) = real_model() else { return };
-    let dir = Dir::new();
-    let target = dir.path("model.slim.gguf");
-    let mut child = dir
-        .slimllm("convert")
-        .arg(&model)
-        .arg("-o")
-        .arg(&target)
-        .args(["--samples", "4", "--context", "128"])
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(3));
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert_eq!(std::fs::read_dir(dir.root()).unwrap().count(), 0);
-}
