@@ -8,13 +8,13 @@ mod tests;
 
 use std::path::Path;
 
-use crate::{FormatError, Result};
+use crate::{FormatError, Result, arch::Family};
 
-/// Hyperparameters of a transformer of the `llama` family.
+/// Hyperparameters of a transformer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// GGUF's name of the architecture: `llama`, which Mistral models share.
-    pub architecture: String,
+    /// Whose model it is.
+    pub family: &'static dyn Family,
     /// The model's name, if the source gives one.
     pub name: Option<String>,
     /// Transformer blocks.

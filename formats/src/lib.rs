@@ -4,6 +4,7 @@
 //! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as it lies in the
 //! memory map. Nothing here computes with weights; that is the `kernels` crate.
 
+pub mod arch;
 mod atomic;
 mod config;
 mod dtype;
@@ -13,13 +14,13 @@ pub mod gguf;
 mod limits;
 mod mapped;
 mod model;
-mod names;
 pub mod onnx;
 pub mod safetensors;
 pub mod slim;
 #[cfg(test)]
 mod test_data;
 
+pub use arch::{Decoder, Part, PartMap};
 pub use atomic::AtomicFile;
 pub use config::{ModelConfig, Rope};
 pub use dtype::DType;
@@ -27,4 +28,3 @@ pub use error::{FormatError, Result};
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
-pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};

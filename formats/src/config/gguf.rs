@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{ModelConfig, Rope, rope_pairs};
 use crate::{
-    FormatError, Result,
+    FormatError, Result, arch,
     gguf::{Array, Metadata, Value},
 };
 
@@ -34,9 +34,9 @@ impl ModelConfig {
     ) -> Result<Self> {
         let keys = Keys { path, metadata };
         let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
-        if architecture != "llama" {
+        let Some(family) = arch::by_architecture(architecture) else {
             return keys.unsupported(format!("architecture `{architecture}`"));
-        }
+        };
         if keys
             .optional("llama.expert_count", "a whole number", Value::as_u64)?
             .is_some_and(|count| count > 0)
@@ -59,7 +59,7 @@ impl ModelConfig {
         }
         let sentence_piece = metadata.str("tokenizer.ggml.model") == Some("llama");
         let config = Self {
-            architecture: architecture.to_owned(),
+            family,
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
             block_count: keys.size("llama.block_count")?,
             hidden_size,
@@ -95,11 +95,11 @@ impl ModelConfig {
     /// Not among them: the RoPE factors, which GGUF keeps in the tensor `rope_freqs.weight` (needed
     /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of `output.weight`.
     pub fn to_gguf(&self) -> Metadata {
-        let own = |key: &str| format!("{}.{key}", self.architecture);
+        let own = |key: &str| format!("{}.{key}", self.family.architecture());
         // Every size was validated to be far below 2^32.
         let size = |size: usize| Value::U32(size as u32);
         let mut entries =
-            vec![("general.architecture".to_owned(), self.architecture.as_str().into())];
+            vec![("general.architecture".to_owned(), self.family.architecture().into())];
         entries.extend(
             self.name.as_ref().map(|name| ("general.name".to_owned(), name.as_str().into())),
         );

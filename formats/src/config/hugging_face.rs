@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{ModelConfig, Rope, llama3::Llama3, rope_pairs};
-use crate::{FormatError, Result};
+use crate::{FormatError, Result, arch};
 
 /// What the `llama` and `mistral` classes of transformers take when `rope_theta` is absent.
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
@@ -26,12 +26,12 @@ impl ModelConfig {
     ) -> Result<Self> {
         let json = Json { path, object: config };
         let model_type = json.require("model_type", "a string", Value::as_str)?;
-        if !matches!(model_type, "llama" | "mistral") {
-            return json.unsupported(
-                format!("model type `{model_type}`"),
-                "supported are llama and mistral",
-            );
-        }
+        let Some(family) = arch::by_model_type(model_type) else {
+            let known = arch::FAMILIES.iter().flat_map(|family| family.model_types());
+            let known = known.copied().collect::<Vec<_>>().join(", ");
+            let what = format!("model type `{model_type}`");
+            return json.unsupported(what, &format!("supported are {known}"));
+        };
         refuse_variants(&json)?;
 
         let hidden_size = json.size("hidden_size")?;
@@ -56,7 +56,7 @@ impl ModelConfig {
             }
         };
         let config = Self {
-            architecture: "llama".to_owned(),
+            family,
             name: None,
             block_count: json.size("num_hidden_layers")?,
             hidden_size,

@@ -1,21 +1,19 @@
 //! A llama.cpp model in a GGUF file, as a source.
 
-use std::{
-    collections::HashSet,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use super::GgufFile;
 use crate::{
-    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource,
-    Weight, names,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
+    TokenizerSource, Weight, arch::ROPE_FACTORS,
 };
 
-/// A GGUF model of the `llama` architecture.
+/// A GGUF model of one of the families.
 #[derive(Debug)]
 pub struct GgufModel {
     file: GgufFile,
     config: ModelConfig,
+    decoder: Decoder,
     tokenizer: TokenizerSource,
 }
 
@@ -36,12 +34,13 @@ impl GgufModel {
                 hint,
             ));
         }
-        let rope_factors = file.f32_vector(names::ROPE_FACTORS)?;
+        let rope_factors = file.f32_vector(ROPE_FACTORS)?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
-        config.tied_embeddings = file.tensor(names::OUTPUT).is_none();
-        check_tensors(&file, config.block_count)?;
+        config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
+        let decoder = Decoder::new(&config);
+        check_tensors(&file, &decoder)?;
         let tokenizer = TokenizerSource::from_gguf(metadata);
-        Ok(Self { file, config, tokenizer })
+        Ok(Self { file, config, decoder, tokenizer })
     }
 
     /// The container.
@@ -51,14 +50,15 @@ impl GgufModel {
 }
 
 /// Refuses tensors that would be ignored, and types that cannot be read.
-fn check_tensors(file: &GgufFile, block_count: usize) -> Result<()> {
-    let known: HashSet<_> = names::tensor_names(block_count).map(|(_, gguf)| gguf).collect();
+fn check_tensors(file: &GgufFile, decoder: &Decoder) -> Result<()> {
     for tensor in file.tensors() {
         let unsupported = |what| Err(FormatError::unsupported(file.path(), what, ""));
         let name = &tensor.name;
-        if name != names::ROPE_FACTORS && !known.contains(name) {
+        if name != ROPE_FACTORS && decoder.find(name).is_none() {
             return unsupported(format!(
-                "tensor `{name}` of a llama model with {block_count} blocks"
+                "tensor `{name}` of a {} model with {} blocks",
+                decoder.family.architecture(),
+                decoder.blocks.len()
             ));
         }
         if let DType::Unknown(id) = tensor.dtype {
@@ -81,18 +81,19 @@ impl ModelSource for GgufModel {
         &self.config
     }
 
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
     fn tensor_names(&self) -> Vec<&str> {
         let names = self.file.tensors().iter().map(|tensor| tensor.name.as_str());
-        names.filter(|&name| name != names::ROPE_FACTORS).collect()
+        names.filter(|&name| name != ROPE_FACTORS).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
         let Some(tensor) = self.file.tensor(name) else { return Ok(None) };
         let (rows, cols) = tensor.rows_and_cols(self.path())?;
-        let layout = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
-            true => Layout::Interleaved { head_dim: self.config.head_dim },
-            false => Layout::AsStored,
-        };
+        let layout = self.decoder.find(name).map_or(Layout::AsStored, |known| known.gguf_layout);
         let bytes = self.file.bytes_of(tensor);
         Ok(Some(Weight::Dense(DenseTensor { dtype: tensor.dtype, rows, cols, bytes, layout })))
     }

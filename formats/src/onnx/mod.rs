@@ -27,21 +27,23 @@ use std::{
 };
 
 use crate::{
-    DType, DenseTensor, FormatError, Layout, Limits, MappedFile, ModelConfig, ModelSource, Result,
-    TokenizerSource, Weight,
+    DType, Decoder, DenseTensor, FormatError, Layout, Limits, MappedFile, ModelConfig, ModelSource,
+    Result, TokenizerSource, Weight,
+    arch::Tensor,
     folder::{Description, Folder},
 };
 pub use every_tensor::check_external_data;
 
 use external::ExternalFiles;
 use graph::{Data, Graph, Initializer};
-use modules::{Modules, Slot};
+use modules::Modules;
 use weights::{Place, find_weights};
 
 /// A `llama` or `mistral` model in an ONNX file.
 #[derive(Debug)]
 pub struct OnnxModel {
     config: ModelConfig,
+    decoder: Decoder,
     model: MappedFile,
     external: Vec<MappedFile>,
     /// GGUF name and place of each tensor, in the order of use.
@@ -94,6 +96,7 @@ impl OnnxModel {
         }
         let by_name = tensors.iter().map(|(name, _)| name.clone()).zip(0..).collect();
         Ok(Self {
+            decoder: Decoder::new(&config),
             config,
             external: external.into_maps(),
             tensors,
@@ -110,7 +113,7 @@ impl StoredTensor {
     /// The values of a slot at its place, which has the right shape.
     fn new(
         path: &Path,
-        slot: &Slot,
+        slot: &Tensor,
         place: Place,
         initializer: &Initializer<'_>,
         external: &mut ExternalFiles,
@@ -123,10 +126,7 @@ impl StoredTensor {
             let what = format!("element type {}", initializer.data_type);
             return unsupported(what, "weights must be FLOAT (1), FLOAT16 (10) or BFLOAT16 (16)");
         };
-        let (rows, cols) = match slot.dims[..] {
-            [rows, cols] => (rows, cols),
-            _ => (1, slot.dims[0]),
-        };
+        let (rows, cols) = slot.shape();
         // The configuration's limits keep the products far below 2^64.
         let value_bytes = dtype.size_in_bytes(1).unwrap_or_default() as usize;
         let all_bytes = place.total_rows * cols * value_bytes;
@@ -170,6 +170,10 @@ impl ModelSource for OnnxModel {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {

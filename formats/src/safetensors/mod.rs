@@ -10,17 +10,18 @@ use std::{
 };
 
 use crate::{
-    DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource, Weight,
+    Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
+    TokenizerSource, Weight,
     folder::{Description, Folder, missing},
-    names,
 };
 use index::{Shards, StoredTensor};
 
-/// A `llama` or `mistral` model in a Hugging Face directory.
+/// A model in a Hugging Face directory.
 #[derive(Debug)]
 pub struct HfDirectory {
     path: PathBuf,
     config: ModelConfig,
+    decoder: Decoder,
     shards: Shards,
     /// GGUF name and place of each tensor, in the order of use.
     tensors: Vec<(String, StoredTensor)>,
@@ -46,7 +47,7 @@ impl HfDirectory {
             true => open_weights(&mut folder)?,
             false => Shards::open_one(path)?,
         };
-        let tensors = arrange(path, stored, &mut config)?;
+        let (decoder, tensors) = arrange(path, stored, &mut config)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
         let names = tensors.iter().map(|(name, _)| name.clone());
@@ -54,6 +55,7 @@ impl HfDirectory {
         Ok(Self {
             path: path.to_owned(),
             config,
+            decoder,
             shards,
             tensors,
             by_name,
@@ -75,6 +77,10 @@ impl ModelSource for HfDirectory {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {
@@ -106,29 +112,31 @@ impl ModelSource for HfDirectory {
     }
 }
 
-/// Brings the tensors under their GGUF names and into the order of use.
+/// What the model computes, and its tensors under their GGUF names in the order of use.
 ///
 /// An output projection that is tied to the embedding is left out, whether or not it is stored.
 fn arrange(
     path: &Path,
     mut stored: HashMap<String, StoredTensor>,
     config: &mut ModelConfig,
-) -> Result<Vec<(String, StoredTensor)>> {
-    let mut tensors = Vec::with_capacity(stored.len());
-    for (hf_name, name) in names::tensor_names(config.block_count) {
-        if let Some(tensor) = stored.remove(&hf_name)
-            && !(config.tied_embeddings && name == names::OUTPUT)
-        {
-            tensors.push((name, tensor));
-        }
+) -> Result<(Decoder, Vec<(String, StoredTensor)>)> {
+    let output = config.family.hf_name(Part::Output);
+    if config.tied_embeddings {
+        stored.remove(output);
     }
-    config.tied_embeddings = tensors.last().is_none_or(|(name, _)| name != names::OUTPUT);
+    config.tied_embeddings = !stored.contains_key(output);
+    let decoder = Decoder::new(config);
+    let mut tensors = Vec::with_capacity(stored.len());
+    for tensor in decoder.tensors() {
+        let found = stored.remove(&tensor.hf_name);
+        tensors.extend(found.map(|stored| (tensor.name.clone(), stored)));
+    }
     match stored.keys().filter(|name| !is_derived(name)).min() {
         Some(name) => {
             let what = format!("tensor `{name}` of a model with {} blocks", config.block_count);
             Err(FormatError::unsupported(path, what, ""))
         }
-        None => Ok(tensors),
+        None => Ok((decoder, tensors)),
     }
 }
 
