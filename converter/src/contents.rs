@@ -3,18 +3,14 @@
 use std::{collections::BTreeSet, ops::Range, path::PathBuf};
 
 use slim_formats::{
-    DType, EMBEDDING, FormatError, ModelSource, OUTPUT,
+    DType, FormatError, ModelSource,
+    arch::{ROPE_FACTORS, Tensor},
     gguf::Metadata,
     slim::{BitWidth, LayerLayout, Outline, band_name},
 };
 use slim_kernels::weight;
 
-use crate::{
-    ConvertError, Method, Result, Settings, Target,
-    backward::Linear,
-    bands::{bands, of_tokens},
-    provenance,
-};
+use crate::{ConvertError, Method, Result, Settings, Target, bands::bands, provenance};
 
 /// The tensors of a conversion's result.
 pub struct Contents {
@@ -83,20 +79,22 @@ impl Contents {
             metadata: provenance::unhashed_metadata(source, &linear)?,
             has_bands,
         };
-        contents.vocabulary_matrix(EMBEDDING, source, &embedding)?;
-        for block in 0..config.block_count {
-            contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
-            contents.vector(&format!("blk.{block}.ffn_norm.weight"), config.hidden_size);
-            for layer in Linear::ALL {
-                contents.linear(layer, block, source, &linear)?;
+        let decoder = source.decoder();
+        contents.matrix(decoder.embedding(), source, &embedding)?;
+        for block in 0..decoder.blocks.len() {
+            let (matrices, vectors): (Vec<_>, Vec<_>) =
+                decoder.tensors_of(block).iter().partition(|tensor| tensor.is_matrix());
+            vectors.into_iter().for_each(|tensor| contents.vector(&tensor.name, tensor.dims[0]));
+            for tensor in matrices {
+                contents.matrix(tensor, source, &linear)?;
             }
         }
-        contents.vector("output_norm.weight", config.hidden_size);
-        if !config.tied_embeddings {
-            contents.vocabulary_matrix(OUTPUT, source, &embedding)?;
+        contents.vector(&decoder.output_norm().name, decoder.hidden_size);
+        if !decoder.has_tied_embeddings() {
+            contents.matrix(decoder.output(), source, &embedding)?;
         }
         if !config.rope.is_unscaled() {
-            contents.vector("rope_freqs.weight", config.rope.factors.len());
+            contents.vector(ROPE_FACTORS, config.rope.factors.len());
         }
         Ok(contents)
     }
@@ -196,39 +194,18 @@ impl Contents {
         self.tensors.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
     }
 
-    /// A linear layer of a block.
-    fn linear(
-        &mut self,
-        layer: Linear,
-        block: usize,
-        source: &dyn ModelSource,
-        settings: &Settings,
-    ) -> Result<()> {
-        let bands = bands(layer, source.config());
-        self.matrix(&layer.tensor_name(block), bands, source, settings)
-    }
-
-    /// The embedding or the output layer.
-    fn vocabulary_matrix(
-        &mut self,
-        name: &str,
-        source: &dyn ModelSource,
-        settings: &Settings,
-    ) -> Result<()> {
-        self.matrix(name, of_tokens(source.config().vocab_size), source, settings)
-    }
-
-    /// A matrix, in these bands if it is quantized and there are to be any.
+    /// A matrix, in bands if it is quantized and there are to be any.
     fn matrix(
         &mut self,
-        name: &str,
-        bands: Option<Vec<usize>>,
+        tensor: &Tensor,
         source: &dyn ModelSource,
         settings: &Settings,
     ) -> Result<()> {
+        let name = tensor.name.as_str();
         let (rows, cols) = weight::shape(source.require(name)?);
         let is_quantized = BitWidth::new(settings.bits).is_some() && cols.is_multiple_of(16);
-        let Some(bands) = bands.filter(|_| self.has_bands && is_quantized) else {
+        let bands = bands(tensor, source.decoder()).filter(|_| self.has_bands && is_quantized);
+        let Some(bands) = bands else {
             return self.rows(name.to_owned(), name, [rows, cols], source, settings);
         };
         for (index, rows) in bands.into_iter().enumerate() {

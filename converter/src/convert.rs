@@ -1,24 +1,24 @@
 //! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the quantized layers before it give.
 
-use std::{ops::Range, path::Path};
+use std::path::Path;
 
 use half::f16;
-use rayon::prelude::*;
 use slim_formats::{
-    DType, EMBEDDING, ModelSource, OUTPUT, Weight,
+    DType, ModelSource, Weight,
+    arch::{ROPE_FACTORS, Tensor},
     slim::{PackedLayer, SlimWriter},
 };
 use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
-    Settings,
-    backward::Linear,
+    Calibration, Engine, LayerReport, Method, Progress, Report, Resources, Result, Settings,
+    activations::StageInputs,
     budget::{Budget, budget},
-    calibrator::{Calibrator, Layer, Stage, Visitor},
+    calibrator::{Calibrator, Layer, Visitor},
     contents::Contents,
     distill::convert_and_distill,
+    finite::finite_rows,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
     provenance,
@@ -60,24 +60,26 @@ pub fn convert(
         output.budget =
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
-    let embedding = output.vocabulary_matrix(EMBEDDING)?;
+    let decoder = source.decoder();
+    let embedding = output.vocabulary_matrix(decoder.embedding())?;
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
             let (samples, engine) = (&calibration.samples, &resources.engine);
-            let embedding = embedding.weight(source.require(EMBEDDING)?);
+            let embedding = embedding.weight(source.require(&decoder.embedding().name)?);
             Some(Calibrator::new(source, embedding, samples, settings, engine, &mut memory_left)?)
         }
     };
     drop(embedding);
-    let blocks = source.config().block_count;
+    let blocks = decoder.blocks.len();
     for index in 0..blocks {
         let block = Block::load(source, index)?;
-        output.norm(&format!("blk.{index}.attn_norm.weight"), &block.attn_norm)?;
-        output.norm(&format!("blk.{index}.ffn_norm.weight"), &block.ffn_norm)?;
+        for (part, values) in block.vectors.iter() {
+            output.vector(&decoder.tensor(index, part).name, values)?;
+        }
         let order = output.budget.as_ref().and_then(|budget| budget.neurons.get(index));
         let ffn = match order {
-            Some(order) => Some(Ffn::load(&block, index)?.sorted(order)),
+            Some(order) => Some(Ffn::load(&block, decoder, index)?.sorted(order)),
             None => None,
         };
         let block = match &ffn {
@@ -97,12 +99,12 @@ pub fn convert(
 
 /// Quantizes a block without calibration.
 fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Result<()> {
-    for (layer, weight) in Linear::ALL.into_iter().zip(block.weights()) {
-        let name = layer.tensor_name(index);
-        if output.fits_groups(&name, weight) {
-            output.stream(&name, weight, output.settings, None)?;
+    for (part, &weight) in block.layers.iter() {
+        let name = &output.source.decoder().tensor(index, part).name;
+        if output.fits_groups(name, weight) {
+            output.stream(name, weight, output.settings, None)?;
         } else {
-            output.keep(&name, weight)?;
+            output.keep(name, weight)?;
         }
     }
     Ok(())
@@ -125,16 +127,22 @@ struct Output<'a> {
 impl Visitor for Output<'_> {
     fn inputs<'a>(
         &mut self,
-        name: &str,
-        stage: Stage<'a>,
+        first: &Tensor,
+        stage: StageInputs<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
         let inputs = LayerInputs::new(stage, self.settings, engine)?;
-        self.warn_of_damping(name, inputs.hessian());
+        self.warn_of_damping(&first.name, inputs.hessian());
         Ok(inputs)
     }
 
-    fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {
+    fn layer(
+        &mut self,
+        tensor: &Tensor,
+        source: Weight<'_>,
+        inputs: &LayerInputs<'_>,
+    ) -> Result<Layer> {
+        let name = tensor.name.as_str();
         if !self.fits_groups(name, source) {
             self.keep(name, source)?;
             return Ok(Layer::Kept);
@@ -169,7 +177,8 @@ impl Output<'_> {
     }
 
     /// The embedding or the output layer.
-    fn vocabulary_matrix(&mut self, name: &str) -> Result<Layer> {
+    fn vocabulary_matrix(&mut self, tensor: &Tensor) -> Result<Layer> {
+        let name = tensor.name.as_str();
         let found = self.source.require(name)?;
         if self.settings.embed_bits == Some(16) || !self.fits_groups(name, found) {
             self.keep(name, found)?;
@@ -178,7 +187,7 @@ impl Output<'_> {
         let settings = self.settings.for_embedding();
         let hessian = match &self.budget {
             Some(budget) => {
-                let hessian = budget.vocabulary[name].hessian();
+                let hessian = budget.vocabulary[tensor.part].hessian();
                 let hessian = FactoredHessian::new(&hessian, &settings)?;
                 self.warn_of_damping(name, &hessian);
                 Some(hessian)
@@ -222,21 +231,21 @@ impl Output<'_> {
     /// Output norm, output layer and RoPE factors.
     fn behind_blocks(&mut self) -> Result<()> {
         let source = self.source;
-        let config = source.config();
-        let name = "output_norm.weight";
+        let (config, decoder) = (source.config(), source.decoder());
+        let name = &decoder.output_norm().name;
         let values = finite_rows(name, source.require(name)?, 0..1)?;
-        self.norm(name, &values)?;
-        if !config.tied_embeddings {
-            self.vocabulary_matrix(OUTPUT)?;
+        self.vector(name, &values)?;
+        if !decoder.has_tied_embeddings() {
+            self.vocabulary_matrix(decoder.output())?;
         }
         if !config.rope.is_unscaled() {
-            self.norm("rope_freqs.weight", &config.rope.factors)?;
+            self.vector(ROPE_FACTORS, &config.rope.factors)?;
         }
         Ok(())
     }
 
     /// Writes a vector as F32.
-    fn norm(&mut self, name: &str, values: &[f32]) -> Result<()> {
+    fn vector(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Ok(self.writer.dense(name, DType::F32, &[values.len() as u64], &bytes)?)
     }
@@ -269,24 +278,5 @@ impl Output<'_> {
     fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
         let written = self.writer.finish(metadata)?;
         Ok(Report::new(self.layers, written.bytes, self.warnings))
-    }
-}
-
-/// Some rows of the tensor `name`, `[rows.len(), cols]`.
-pub fn finite_rows(name: &str, source: Weight<'_>, rows: Range<usize>) -> Result<Vec<f32>> {
-    const ROWS: usize = 64;
-    let (_, cols) = weight::shape(source);
-    let mut weights = vec![0.0; rows.len() * cols];
-    weights.par_chunks_mut(ROWS * cols).enumerate().try_for_each(|(index, out)| {
-        let first = rows.start + index * ROWS;
-        weight::dequantize_rows(source, first..first + out.len() / cols, out)
-    })?;
-    match weights.iter().position(|weight| !weight.is_finite()) {
-        None => Ok(weights),
-        Some(at) => Err(ConvertError::NotFinite {
-            tensor: name.to_owned(),
-            row: rows.start + at / cols,
-            found: weights[at],
-        }),
     }
 }

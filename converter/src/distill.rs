@@ -128,7 +128,7 @@ fn train_on(
     step: usize,
 ) -> Result<f64> {
     let hidden = teacher.hidden(sequences)?;
-    let hidden_size = teacher.config.hidden_size;
+    let hidden_size = teacher.decoder.hidden_size;
     let mut logits = |tokens: Range<usize>| {
         teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])
     };

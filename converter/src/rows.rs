@@ -10,12 +10,15 @@
 
 use std::ops::Range;
 
-use slim_formats::{ModelConfig, slim::TILE_ROWS, tensor_dims};
+use slim_formats::{
+    Decoder,
+    arch::{Rows, Tensor},
+    slim::TILE_ROWS,
+};
 use slim_kernels::linalg::{self, Mat, Precision, Store};
 
 use crate::{
     Result,
-    backward::Linear,
     floats::Floats,
     hessian::{Factor, Hessian},
     layer::SLAB_ROWS,
@@ -31,10 +34,11 @@ const REACH: usize = 1024;
 /// is lost.
 const BLOCK_ROWS: usize = TILE_ROWS;
 
-/// Layers whose rows make up for each other's errors. In the others, `ffn_gate` and `ffn_up`, which outputs hang together depends
-/// on the inputs, and a product of two matrices cannot say so.
-const LAYERS: [Linear; 5] =
-    [Linear::AttnQ, Linear::AttnK, Linear::AttnV, Linear::AttnOutput, Linear::FfnDown];
+/// Whether the rows of a matrix make up for each other's errors. Of neurons, which outputs hang together depends on the inputs, and
+/// a product of two matrices cannot say so.
+pub fn hang_together(tensor: &Tensor) -> bool {
+    tensor.is_linear() && tensor.part.rows() != Rows::Neurons
+}
 
 /// `S` of a layer, for rows within reach of each other.
 pub struct OutputHessian {
@@ -44,15 +48,12 @@ pub struct OutputHessian {
 }
 
 impl OutputHessian {
-    /// Zeros for a layer with `rows` outputs, in memory as for [`Floats::zeros`]; `None` if its rows are on their own.
+    /// Zeros for a layer with `rows` outputs, in memory as for [`Floats::zeros`].
     ///
     /// # Errors
     /// As [`Floats::zeros`].
-    pub fn zeros(layer: Linear, rows: usize, memory_left: &mut u64) -> Result<Option<Self>> {
-        if !LAYERS.contains(&layer) {
-            return Ok(None);
-        }
-        Ok(Some(Self { rows, sums: Floats::zeros(value_count(rows), memory_left)? }))
+    pub fn zeros(rows: usize, memory_left: &mut u64) -> Result<Self> {
+        Ok(Self { rows, sums: Floats::zeros(value_count(rows), memory_left)? })
     }
 
     /// Adds tokens with gradients `dy: [tokens, rows]`. No scale matters.
@@ -76,10 +77,10 @@ impl OutputHessian {
 }
 
 /// What the output Hessians of a model take in memory.
-pub fn output_hessian_bytes(config: &ModelConfig) -> u64 {
-    let rows = |layer: Linear| tensor_dims(&layer.tensor_name(0), config)[0];
-    let of_block: usize = LAYERS.into_iter().map(|layer| value_count(rows(layer))).sum();
-    (config.block_count * of_block * size_of::<f32>()) as u64
+pub fn output_hessian_bytes(decoder: &Decoder) -> u64 {
+    let layers = decoder.tensors().iter().filter(|tensor| hang_together(tensor));
+    let values: usize = layers.map(|tensor| value_count(tensor.shape().0)).sum();
+    (values * size_of::<f32>()) as u64
 }
 
 /// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of whole tiles.
@@ -187,8 +188,7 @@ mod tests {
     const COLS: usize = 16;
 
     fn outputs(rows: usize) -> OutputHessian {
-        let mut outputs =
-            OutputHessian::zeros(Linear::FfnDown, rows, &mut (1 << 30)).unwrap().unwrap();
+        let mut outputs = OutputHessian::zeros(rows, &mut (1 << 30)).unwrap();
         let mut dy = noise(200 * rows, 1);
         (1..dy.len()).for_each(|i| dy[i] += 0.8 * dy[i - 1]);
         outputs.add(&dy);

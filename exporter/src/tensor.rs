@@ -2,7 +2,7 @@
 
 use half::f16;
 use rayon::prelude::*;
-use slim_formats::{ModelSource, Weight, slim::TILE_ROWS};
+use slim_formats::{ModelSource, Weight, arch::Tensor, slim::TILE_ROWS};
 use slim_kernels::weight;
 
 use crate::{ExportError, Result};
@@ -10,17 +10,13 @@ use crate::{ExportError, Result};
 /// Rows that are computed at a time: enough for all threads, little memory.
 const PANEL_ROWS: usize = 1024;
 
-/// The names of the tensors that the model is made of, in the order of use.
-pub fn names(model: &dyn ModelSource) -> Result<Vec<(String, String)>> {
-    let config = model.config();
-    let names = slim_formats::tensor_names(config.block_count)
-        .filter(|(_, name)| !(config.tied_embeddings && name == "output.weight"));
-    names.map(|names| Ok(model.require(&names.1).map(|_| names)?)).collect()
-}
-
-/// Whether a tensor is a matrix of a block: what quantization packs.
-pub fn is_linear(name: &str) -> bool {
-    name.starts_with("blk.") && !name.ends_with("_norm.weight")
+/// The tensors that the model is made of, all of which it has, in the order of use.
+pub fn tensors(model: &dyn ModelSource) -> Result<&[Tensor]> {
+    let tensors = model.decoder().tensors();
+    for tensor in tensors {
+        model.require(&tensor.name)?;
+    }
+    Ok(tensors)
 }
 
 /// Calls `visit` with `[rows, cols]` weights at a time and the number of their first row.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    Decoder, DType, FormatError, MappedFile, ModelConfig, Result,
+    DType, Decoder, FormatError, MappedFile, ModelConfig, Result,
     gguf::{self, GgufFile, GgufModel, Metadata},
     onnx::OnnxModel,
     safetensors::HfDirectory,

@@ -10,7 +10,8 @@ use std::{
 
 use rayon::prelude::*;
 use slim_formats::{
-    AtomicFile, DType, FormatError, Layout, ModelSource,
+    AtomicFile, DType, FormatError, ModelSource,
+    arch::{ROPE_FACTORS, Tensor},
     gguf::{HeaderWriter, NewTensor},
     slim::TILE_ROWS,
 };
@@ -18,14 +19,11 @@ use slim_kernels::{ggml, weight};
 
 use crate::{
     LayerLoss, Report, Result,
-    tensor::{Loss, for_each_panel, names},
+    tensor::{Loss, for_each_panel, tensors},
 };
 
 /// Where tensors start: at multiples of GGUF's default.
 const ALIGNMENT: u32 = 32;
-
-/// The name of the RoPE factors, which are no tensor of a [`ModelSource`].
-const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 pub(crate) fn write(
     model: &dyn ModelSource,
@@ -43,13 +41,14 @@ pub(crate) fn write(
     for (tensor, &offset) in planned.iter().zip(header.tensor_offsets()) {
         on_tensor(&tensor.name);
         pad_to(&mut out, offset).map_err(write_error)?;
-        let bytes = match tensor.name.as_str() {
-            ROPE_FACTORS => f32_bytes(&model.config().rope.factors),
-            name => {
-                let (bytes, loss) = encode(model, name, tensor.dtype)?;
+        let bytes = match model.decoder().find(&tensor.name) {
+            Some(known) => {
+                let (bytes, loss) = encode(model, known, tensor.dtype)?;
                 layers.extend(loss);
                 bytes
             }
+            // No tensor of a `ModelSource`.
+            None => f32_bytes(&model.config().rope.factors),
         };
         out.write_all(&bytes).map_err(write_error)?;
     }
@@ -75,7 +74,8 @@ fn warnings(model: &dyn ModelSource) -> Vec<String> {
 /// The tensors of the file.
 fn plan(model: &dyn ModelSource) -> Result<Vec<NewTensor>> {
     let mut planned = Vec::new();
-    for (_, name) in names(model)? {
+    for tensor in tensors(model)? {
+        let name = tensor.name.clone();
         let weight = model.require(&name)?;
         let (rows, cols) = weight::shape(weight);
         let shape = match rows {
@@ -95,16 +95,13 @@ fn plan(model: &dyn ModelSource) -> Result<Vec<NewTensor>> {
 /// The bytes of a tensor, and what a matrix loses.
 fn encode(
     model: &dyn ModelSource,
-    name: &str,
+    tensor: &Tensor,
     dtype: DType,
 ) -> Result<(Vec<u8>, Option<LayerLoss>)> {
+    let (name, order) = (tensor.name.as_str(), tensor.gguf_layout);
     let weight = model.require(name)?;
     let (rows, cols) = weight::shape(weight);
     let row_bytes = dtype.size_in_bytes(cols as u64).expect("the type was chosen for it") as usize;
-    let order = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
-        true => Layout::Interleaved { head_dim: model.config().head_dim },
-        false => Layout::AsStored,
-    };
     let mut stored = vec![0; rows * row_bytes];
     let mut loss = Loss::default();
     for_each_panel(weight, |first, values| {

@@ -12,7 +12,8 @@ use serde_json::json;
 use slim_formats::ModelSource;
 
 use self::graph::Graph;
-use crate::{Report, Result, folder::Folder, tensor::names};
+use crate::{Report, Result, folder::Folder, tensor::tensors};
+pub(crate) use decoder::lacks;
 
 pub(crate) fn write(
     model: &dyn ModelSource,
@@ -25,7 +26,7 @@ pub(crate) fn write(
     graph.finish()?;
     folder.json("genai_config.json", &settings::genai_config(model.config()))?;
     folder.describe(model, json!({}))?;
-    let tensors = names(model)?.len();
+    let tensors = tensors(model)?.len();
     Ok(Report { tensors, bytes: folder.finish()?, layers: Vec::new(), warnings: Vec::new() })
 }
 

@@ -139,14 +139,23 @@ impl Decoder {
         found.unwrap_or_else(|| panic!("no {part:?} in block {block}"))
     }
 
-    /// A tensor outside of blocks; `None` for the output layer of a model whose embedding doubles
-    /// as one.
-    pub fn outer(&self, part: Part) -> Option<&Tensor> {
-        self.find(part.gguf_name())
+    /// The embedding.
+    pub fn embedding(&self) -> &Tensor {
+        self.find(Part::Embedding.gguf_name()).expect("every model has an embedding")
+    }
+
+    /// The norm behind the last block.
+    pub fn output_norm(&self) -> &Tensor {
+        self.find(Part::OutputNorm.gguf_name()).expect("every model has one")
+    }
+
+    /// The output layer; the embedding itself in models that tie them.
+    pub fn output(&self) -> &Tensor {
+        self.find(Part::Output.gguf_name()).unwrap_or_else(|| self.embedding())
     }
 
     /// Whether the embedding is the output layer, too.
     pub fn has_tied_embeddings(&self) -> bool {
-        self.outer(Part::Output).is_none()
+        self.output().part == Part::Embedding
     }
 }

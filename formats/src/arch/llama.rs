@@ -46,9 +46,7 @@ impl Family for Llama {
 
     fn gguf_layout(&self, part: Part, spec: &BlockSpec) -> Layout {
         match part {
-            Part::AttnQ | Part::AttnK => {
-                Layout::Interleaved { head_dim: spec.attention.head_dim }
-            }
+            Part::AttnQ | Part::AttnK => Layout::Interleaved { head_dim: spec.attention.head_dim },
             _ => Layout::AsStored,
         }
     }

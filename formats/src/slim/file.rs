@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
-    TokenizerSource, Weight, arch::ROPE_FACTORS,
+    TokenizerSource, Weight,
+    arch::ROPE_FACTORS,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
 };
 

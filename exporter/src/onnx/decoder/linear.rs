@@ -1,7 +1,7 @@
 //! Weight matrices in the graph: how they are stored, multiplied with, and looked up in.
 
 use half::f16;
-use slim_formats::{DType, DenseTensor, Weight};
+use slim_formats::{DType, DenseTensor, Part, Weight, arch::Tensor};
 use slim_kernels::weight;
 use slim_runtime::find_weight;
 
@@ -10,7 +10,7 @@ use super::{
         blocks::Blocks,
         graph::{Attribute::Int, Element, Graph},
     },
-    Decoder, PIECE, cast, f32_bytes,
+    Builder, PIECE, cast, f32_bytes, value_of,
 };
 use crate::Result;
 
@@ -29,17 +29,13 @@ enum Kind {
     Dense,
 }
 
-impl Decoder<'_> {
-    /// Writes the weight `name`, `[rows, cols]`: a SliM layer with codes of at least `least_bits`, F16 as it is, anything else as f32.
-    pub fn store(
-        &mut self,
-        name: &str,
-        rows: usize,
-        cols: usize,
-        least_bits: u8,
-    ) -> Result<Stored> {
+impl Builder<'_> {
+    /// Writes a weight: a SliM layer with codes of at least `least_bits`, F16 as it is, anything else as f32.
+    pub fn store(&mut self, tensor: &Tensor, least_bits: u8) -> Result<Stored> {
+        let name = tensor.name.as_str();
+        let (rows, cols) = tensor.shape();
         (self.on_tensor)(name);
-        let found = find_weight(self.source, name, rows, cols)?;
+        let found = find_weight(self.source, tensor)?;
         let kind = match (found, found.bands()) {
             (_, Some(bands)) => {
                 let blocks = Blocks::new(bands, least_bits);
@@ -77,17 +73,13 @@ impl Decoder<'_> {
         Ok(Stored { name: name.to_owned(), rows, cols, kind })
     }
 
-    /// The product of `input` with the weight of `layer`, called like the layer.
-    pub fn add_linear(
-        &mut self,
-        layer: &str,
-        rows: usize,
-        cols: usize,
-        input: &str,
-    ) -> Result<String> {
-        let stored = self.store(&format!("{layer}.weight"), rows, cols, 2)?;
-        self.multiply(&stored, input, layer);
-        Ok(layer.to_owned())
+    /// The product of `input` with a layer's weight, called like the layer.
+    pub fn add_linear(&mut self, block: usize, part: Part, input: &str) -> Result<String> {
+        let tensor = self.decoder.tensor(block, part);
+        let stored = self.store(tensor, 2)?;
+        let output = value_of(tensor);
+        self.multiply(&stored, input, output);
+        Ok(output.to_owned())
     }
 
     /// `output = input * weight^T`.
