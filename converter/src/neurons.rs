@@ -144,8 +144,8 @@ mod tests {
         let expected = output(&ffn(), &x);
         let order: Vec<usize> = (0..NEURONS).map(|i| (i * 7 + 3) % NEURONS).collect();
         let sorted = ffn().sorted(&order);
-        let [found, expected] = [&sorted, &ffn()].map(|ffn| ffn.into[Part::FfnGate].clone());
-        assert_eq!(found[..HIDDEN], expected[3 * HIDDEN..4 * HIDDEN]);
+        let [gate, unsorted] = [&sorted, &ffn()].map(|ffn| ffn.into[Part::FfnGate].clone());
+        assert_eq!(gate[..HIDDEN], unsorted[3 * HIDDEN..4 * HIDDEN]);
         for (found, expected) in output(&sorted, &x).into_iter().zip(expected) {
             assert!((found - expected).abs() < 1e-12, "{found} {expected}");
         }

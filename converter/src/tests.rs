@@ -186,7 +186,7 @@ fn rows_that_make_up_for_each_other_cost_the_loss_less() {
             &Engine::Cpu,
         )
         .unwrap();
-        let [alone, together] = [None, outputs()].map(|outputs| {
+        let [alone, together] = [None, Some(outputs())].map(|outputs| {
             let mut targets = Targets::new(weights.clone(), COLS, outputs.as_ref()).unwrap();
             // Two bands.
             let quantize = |rows| quantize_layer(&mut targets, rows, &inputs, &settings, None);
