@@ -1,25 +1,35 @@
 //! What users type.
 
-use std::{ops::RangeBounds, path::PathBuf};
+use std::{ops::RangeBounds, path::PathBuf, str::FromStr, sync::LazyLock};
 
 use clap::{
     Parser, Subcommand, ValueEnum,
     builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser},
 };
-use slim_converter::Method;
-use slim_runtime::SamplerSettings;
+use slim_converter::{COMMIT, Method};
+use slim_kernels::instruction_path;
 
 use crate::{
     compute::{Compute, Execution},
     open::ModelArgs,
+    run::PromptArgs,
 };
 
 /// The command line.
 #[derive(Parser)]
-#[command(name = "slimllm", version, about)]
+#[command(name = "slimllm", version = version(), about)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// Version, commit, and what the processor computes with.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        let commit = COMMIT.map_or("no commit".to_owned(), |commit| format!("commit {commit}"));
+        format!("{} ({commit}, {})", env!("CARGO_PKG_VERSION"), instruction_path())
+    });
+    &VERSION
 }
 
 /// The subcommands, each in its own module.
@@ -54,7 +64,7 @@ pub struct ConvertArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub bits: u8,
 
-    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take; 1.2 to 8
+    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take; 1.2 to 64
     #[arg(long, value_name = "BITS", conflicts_with_all = ["bits", "reference"])]
     pub target_bpw: Option<f64>,
 
@@ -107,9 +117,9 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = range(1..=1 << 16))]
     pub samples: usize,
 
-    /// Tokens per calibration sample
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..=1 << 24))]
-    pub context: usize,
+    /// Tokens per calibration sample [default: 2048, or as many as the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = range(2..=1 << 24))]
+    pub context: Option<usize>,
 
     /// Seed of the choice of samples
     #[arg(long, default_value_t = 0)]
@@ -147,20 +157,30 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Text to continue; with --chat the first message
-    #[arg(short, long, required_unless_present = "chat")]
-    pub prompt: Option<String>,
+    #[command(flatten)]
+    pub prompt: PromptArgs,
 
-    /// Chat: messages are read from stdin, a line each, until /exit
+    /// Chat: messages are read from the terminal, or from stdin, a line each; /help lists commands
     #[arg(long)]
     pub chat: bool,
 
-    /// Tokens to generate at most, per answer
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
-    pub tokens: usize,
+    /// The system prompt of a chat
+    #[arg(long, alias = "system-prompt", value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+
+    /// Tokens to generate at most, per answer; -1 for as many as the model and the context give
+    #[arg(
+        short = 'n',
+        long,
+        alias = "n-predict",
+        value_name = "N",
+        default_value = "256",
+        allow_negative_numbers = true
+    )]
+    pub tokens: TokenLimit,
 
     /// Tokens that the context holds [default: as the model was made for, 4096 at most]
-    #[arg(long, value_name = "TOKENS", value_parser = range(1..))]
+    #[arg(short, long, alias = "ctx-size", value_name = "TOKENS", value_parser = range(1..))]
     pub context: Option<usize>,
 
     #[command(flatten)]
@@ -170,46 +190,49 @@ pub struct RunArgs {
     pub execution: Execution,
 }
 
-#[derive(clap::Args)]
-pub struct SamplingArgs {
-    /// Randomness of the choice; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = SamplerSettings::default().temperature)]
-    temperature: f32,
+/// Tokens of an answer at most; `None` for any number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenLimit(pub Option<usize>);
 
-    /// Choose among the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = SamplerSettings::default().top_k)]
-    top_k: usize,
+impl FromStr for TokenLimit {
+    type Err = String;
 
-    /// Choose among the most likely tokens that together have probability P
-    #[arg(long, value_name = "P", default_value_t = SamplerSettings::default().top_p)]
-    top_p: f32,
-
-    /// Choose among tokens at least P times as likely as the most likely one
-    #[arg(long, value_name = "P", default_value_t = SamplerSettings::default().min_p)]
-    min_p: f32,
-
-    /// Make recent tokens less likely; 1 changes nothing
-    #[arg(long, value_name = "X", default_value_t = SamplerSettings::default().repeat_penalty)]
-    repeat_penalty: f32,
-
-    /// Seed of the random choice
-    #[arg(long, default_value_t = SamplerSettings::default().seed)]
-    seed: u64,
-}
-
-impl SamplingArgs {
-    pub fn settings(&self) -> SamplerSettings {
-        let &Self { temperature, top_k, top_p, min_p, repeat_penalty, seed } = self;
-        SamplerSettings {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repeat_penalty,
-            seed,
-            ..SamplerSettings::default()
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.parse()) {
+            ("-1", _) => Ok(Self(None)),
+            (_, Ok(limit)) => Ok(Self(Some(limit))),
+            _ => Err("expected a whole number, or -1 for no limit".to_owned()),
         }
     }
+}
+
+/// What is not given is the model's to say, and ours where it says nothing.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Sampling (default: the model's own settings)")]
+pub struct SamplingArgs {
+    /// Randomness of the choice; 0 always takes the most likely token
+    #[arg(long, alias = "temp", value_name = "T")]
+    pub temperature: Option<f32>,
+
+    /// Choose among the K most likely tokens; 0 for all
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+
+    /// Choose among the most likely tokens that together have probability P
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+
+    /// Choose among tokens at least P times as likely as the most likely one
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+
+    /// Make recent tokens less likely; 1 changes nothing
+    #[arg(long, value_name = "X")]
+    pub repeat_penalty: Option<f32>,
+
+    /// Seed of the random choice, to repeat a text [default: another one each time, which is told]
+    #[arg(short, long)]
+    pub seed: Option<u64>,
 }
 
 #[derive(clap::Args)]
@@ -247,9 +270,9 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
 
-    /// Tokens per window
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = range(2..))]
-    pub context: usize,
+    /// Tokens per window [default: 2048, or as many as the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = range(2..))]
+    pub context: Option<usize>,
 
     /// Tokens that go through the model at a time [default: a window]; with 1, what generating text computes is measured
     #[arg(long, value_name = "TOKENS", value_parser = range(1..))]
@@ -396,6 +419,16 @@ mod tests {
     #[test]
     fn arguments_are_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn token_limits_are_read() {
+        for (text, limit) in [("0", Some(0)), ("256", Some(256)), ("-1", None)] {
+            assert_eq!(text.parse(), Ok(TokenLimit(limit)), "{text}");
+        }
+        for text in ["-2", "gl", "", "1.5"] {
+            assert!(text.parse::<TokenLimit>().is_err(), "{text}");
+        }
     }
 
     #[test]

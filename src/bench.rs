@@ -138,7 +138,7 @@ fn peak_memory_bytes() -> Option<u64> {
 }
 
 fn print_result_json(measurement: &Measurement, args: &BenchArgs) -> std::io::Result<()> {
-    print_json(&json!({
+    print_json(json!({
         "prefill_tokens_per_s": measurement.prefill_tokens_per_s,
         "decode_tokens_per_s": measurement.decode_tokens_per_s,
         "bytes_per_token": measurement.bytes_per_token,

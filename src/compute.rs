@@ -1,5 +1,7 @@
 //! Where and on how many threads a command computes.
 
+use std::collections::HashSet;
+
 use anyhow::{Context as _, Result, ensure};
 use clap::{ValueEnum, builder::RangedU64ValueParser};
 use slim_formats::ModelSource;
@@ -9,13 +11,13 @@ use slim_kernels::{
 };
 use slim_runtime::{CudaSettings, Model};
 
-use crate::output::{note, plural};
+use crate::output::{note, plural, warn};
 
 /// The flags of every command that computes.
 #[derive(clap::Args)]
 pub struct Compute {
     /// Threads to compute with [default: one per core]
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(short = 't', long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     threads: Option<usize>,
 
     /// Where to compute: auto (an NVIDIA GPU if there is one), cpu, cuda, or cuda:0,1,... for some of the GPUs
@@ -30,7 +32,7 @@ pub struct Execution {
     compute: Compute,
 
     /// Blocks to run on the GPU, the last ones of the model [default: as many as fit]
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "n-gpu-layers", value_name = "N")]
     gpu_layers: Option<usize>,
 
     /// How the GPU stores keys and values: 16-bit numbers, or 8-bit codes in half the memory
@@ -82,7 +84,7 @@ impl Execution {
                 Ok(model) => model,
                 Err(error) if self.gpu_layers.is_some() => return Err(error),
                 Err(error) => {
-                    note(format_args!("computing on the CPU: {error:#}"));
+                    warn(&format!("computing on the CPU: {error:#}"));
                     self.load_on_cpu(source)?
                 }
             },
@@ -146,14 +148,26 @@ fn parse_device(name: &str) -> Result<Choice, String> {
         ("cuda", _) => Ok(Choice::Cuda(Vec::new())),
         (_, Some(numbers)) => {
             let numbers = numbers.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
-            let mut numbers = numbers.map_err(|_| expected)?;
-            let asked = numbers.len();
-            numbers.dedup();
-            match numbers.len() == asked {
-                true => Ok(Choice::Cuda(numbers)),
-                false => Err("each GPU once".to_owned()),
+            let numbers = numbers.map_err(|_| expected)?;
+            let mut seen = HashSet::new();
+            match numbers.iter().find(|number| !seen.insert(**number)) {
+                None => Ok(Choice::Cuda(numbers)),
+                Some(twice) => Err(format!("GPU {twice} twice, expected each once")),
             }
         }
         _ => Err(expected.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_is_named_once() {
+        assert_eq!(parse_device("cuda:1,0,2"), Ok(Choice::Cuda(vec![1, 0, 2])));
+        for twice in ["cuda:0,0", "cuda:0,1,0", "cuda:2,1,0,1"] {
+            assert!(parse_device(twice).unwrap_err().contains("twice"), "{twice}");
+        }
     }
 }

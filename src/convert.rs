@@ -11,7 +11,7 @@ use slim_converter::{
     Resources, Settings, Target, convert, distill,
 };
 use slim_formats::{
-    ModelSource,
+    ModelConfig, ModelSource,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{
@@ -24,8 +24,8 @@ use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
-    open::{check_target, open, read_text, tokenizer},
-    output::{facts, note, plural, print, print_json, size},
+    open::{USUAL_CONTEXT, check_target, open, read_text, resolve_context, tokenizer},
+    output::{facts, plural, print, print_json, size, warn},
     progress::{Progress, duration},
 };
 
@@ -35,17 +35,18 @@ const DEFAULT_STEPS: usize = 300;
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
     args.compute.start()?;
-    let settings = settings(args)?;
     let source = open(&args.source)?;
+    let settings = settings(args, source.config())?;
     check_target(&args.output, &source.files())?;
     let plan = Plan::new(&*source, &settings)?;
     let float_bytes = float_bytes(&plan, args.max_memory)?;
     if let Some(warning) = plan.quantized_source_warning() {
-        note(format_args!("warning: {warning}"));
+        warn(&warning);
     }
     if args.dry_run {
+        plan.warnings().iter().for_each(|warning| warn(warning));
         match args.json {
-            true => print_json(&plan.to_json())?,
+            true => print_json(plan.to_json())?,
             false => print(&plan.describe(args.max_memory))?,
         }
         return Ok(());
@@ -70,7 +71,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     progress.finish();
     let (report, time) = (report?, start.elapsed());
     if args.json {
-        print_json(&report_json(&report, &device, args, time))?;
+        print_json(report_json(&report, &device, args, time))?;
     } else if !args.quiet {
         print(&describe(&report, &plan, device, args, time))?;
     }
@@ -78,7 +79,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 }
 
 /// The settings that the arguments resolve to.
-fn settings(args: &ConvertArgs) -> Result<Settings> {
+fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
     let has_two_level_options = args.sub_group.is_some() || args.scale_bits.is_some();
     let coding = match args.scales {
         _ if args.reference => ScaleCoding::Paper,
@@ -97,6 +98,11 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
     let is_trained = args.method == Method::SlimPlus;
     ensure!(args.steps.is_none() || is_trained, "`--steps` belongs to `--method slim+`");
     ensure!(args.draft.is_none() || is_trained, "`--draft` belongs to `--method slim+`");
+    let context = match args.method {
+        // Not used, whatever it is.
+        Method::RoundToNearest => args.context.unwrap_or(USUAL_CONTEXT),
+        Method::Slim | Method::SlimPlus | Method::Gptq => resolve_context(config, args.context)?,
+    };
     let target_bpw = args.target_bpw.map(Target::BitsPerWeight);
     let settings = Settings {
         bits: args.bits,
@@ -107,7 +113,7 @@ fn settings(args: &ConvertArgs) -> Result<Settings> {
         reference: args.reference,
         embed_bits: embed_bits(args),
         samples: args.samples,
-        context: args.context,
+        context,
         seed: args.seed,
         steps: args.steps.unwrap_or(DEFAULT_STEPS),
     };
@@ -149,6 +155,8 @@ fn calibration(
     args: &ConvertArgs,
 ) -> Result<Calibration> {
     let text = args.calibration.as_deref().map(read_text).transpose()?;
+    // Without one, what is written could not be run.
+    let tokenizer = tokenizer(source)?;
     if settings.method == Method::RoundToNearest {
         if text.is_some() {
             bail!("`--calibration`: round to nearest uses no calibration text");
@@ -159,7 +167,6 @@ fn calibration(
             text: Vec::new(),
         });
     }
-    let tokenizer = tokenizer(source)?;
     Ok(Calibration::from_text(
         text.as_deref().unwrap_or(BUILT_IN_CALIBRATION),
         &tokenizer,
@@ -192,7 +199,7 @@ fn engine(settings: &Settings, choice: &Choice) -> Result<(Engine, String)> {
             // Without a GPU there is nothing to say.
             Ok(0) | Err(KernelError::NoDriver) => on_cpu(),
             _ => on_cuda(0).unwrap_or_else(|error| {
-                note(format_args!("computing on the CPU: {error}"));
+                warn(&format!("computing on the CPU: {error}"));
                 on_cpu()
             }),
         }),
@@ -280,7 +287,6 @@ fn report_json(report: &Report, device: &str, args: &ConvertArgs, time: Duration
         "bits_per_weight": report.bits_per_weight,
         "device": device,
         "seconds": time.as_secs_f64(),
-        "warnings": report.warnings,
         "layers": report.layers.iter().map(layer).collect::<Json>(),
     })
 }

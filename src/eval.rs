@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use slim_runtime::{Evaluation, InBatches, NextTokens, OnnxGraph, OnnxRuntime, Protocol, evaluate};
@@ -17,7 +17,7 @@ use slim_runtime::{Evaluation, InBatches, NextTokens, OnnxGraph, OnnxRuntime, Pr
 use crate::{
     args::EvalArgs,
     failure::advised,
-    open::{is_onnx, open, read_text, tokenizer},
+    open::{check_context, is_onnx, open, read_text, resolve_context, tokenizer},
     output::{count, facts, plural, print, print_json},
     progress::Progress,
 };
@@ -27,34 +27,42 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let start = Instant::now();
     let text = read_text(&args.text)?;
     let source = args.model.open()?;
-    let model = args.execution.load(&*source, args.context)?;
+    let context = resolve_context(source.config(), args.context)?;
+    let model = args.execution.load(&*source, context)?;
     let (other_source, other_model);
     let mut other: Option<Box<dyn NextTokens>> = match &args.against {
         None => None,
         Some(path) if is_onnx(path) => Some(Box::new(open_graph(path)?)),
         Some(path) => {
             other_source = open(path)?;
-            other_model = args.execution.load(&*other_source, args.context)?;
-            Some(Box::new(InBatches { model: &other_model, batch: args.context }))
+            check_context(other_source.config(), context)?;
+            other_model = args.execution.load(&*other_source, context)?;
+            Some(Box::new(InBatches { model: &other_model, batch: context }))
         }
     };
     // As Python reads a text file, which is how published figures are made.
     let tokens = tokenizer(&*source)?.encode(&text.replace("\r\n", "\n"))?;
-    let windows = choose_windows(tokens.len(), args)?;
+    let windows = choose_windows(tokens.len(), context, args)?;
 
     let progress = Progress::new("window", windows);
     let show = |done, perplexity| progress.step(done, format_args!("perplexity {perplexity:.4}"));
-    let mut model = InBatches { model: &model, batch: args.batch.unwrap_or(args.context) };
-    let protocol = Protocol { context: args.context, windows };
+    let mut model = InBatches { model: &model, batch: args.batch.unwrap_or(context) };
+    let protocol = Protocol { context, windows };
     let evaluation = evaluate(&mut model, other.as_deref_mut(), &tokens, protocol, show)?;
     progress.finish();
+    ensure!(
+        evaluation.perplexity.is_finite(),
+        "`{}`: the perplexity is {}: its logits are no finite numbers",
+        source.path().display(),
+        evaluation.perplexity
+    );
 
     let text_sha256: String =
         Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
     let seconds = start.elapsed().as_secs_f64();
     match args.json {
-        true => print_result_json(&evaluation, args.context, &text_sha256, seconds)?,
-        false => print(&describe(&evaluation, args, &text_sha256, seconds))?,
+        true => print_result_json(&evaluation, context, &text_sha256, seconds)?,
+        false => print(&describe(&evaluation, args, context, &text_sha256, seconds))?,
     }
     Ok(())
 }
@@ -66,9 +74,9 @@ fn open_graph(path: &Path) -> Result<OnnxGraph> {
     Ok(OnnxRuntime::load(library.unwrap_or_else(system).as_ref())?.open(path)?)
 }
 
-/// How many windows to measure of a text of `tokens` tokens.
-fn choose_windows(tokens: usize, args: &EvalArgs) -> Result<usize> {
-    let available = tokens / args.context;
+/// How many windows of `context` tokens to measure of a text of `tokens` tokens.
+fn choose_windows(tokens: usize, context: usize, args: &EvalArgs) -> Result<usize> {
+    let available = tokens / context;
     let wanted = args.windows.unwrap_or(available.max(1));
     if wanted > available {
         let message = format!(
@@ -76,7 +84,7 @@ fn choose_windows(tokens: usize, args: &EvalArgs) -> Result<usize> {
             args.text.display(),
             plural(tokens, "token"),
             plural(wanted, "window"),
-            plural(args.context, "token"),
+            plural(context, "token"),
         );
         return Err(advised(
             message,
@@ -106,11 +114,17 @@ fn print_result_json(
         result["kl_p99"] = divergence.kl_p99.into();
         result["top1_agreement"] = divergence.top1_agreement.into();
     }
-    print_json(&result)
+    print_json(result)
 }
 
 /// The result, with the protocol in words: a perplexity says nothing without it.
-fn describe(evaluation: &Evaluation, args: &EvalArgs, text_sha256: &str, seconds: f64) -> String {
+fn describe(
+    evaluation: &Evaluation,
+    args: &EvalArgs,
+    context: usize,
+    text_sha256: &str,
+    seconds: f64,
+) -> String {
     let mut lines = vec![("perplexity", format!("{:.4}", evaluation.perplexity))];
     if let (Some(divergence), Some(other)) = (&evaluation.divergence, &args.against) {
         let kl = format!(
@@ -130,8 +144,8 @@ fn describe(evaluation: &Evaluation, args: &EvalArgs, text_sha256: &str, seconds
          log-likelihood of tokens 2 to {} of each; text tokenized whole, with line ends as \\n,\n\
          no token put in front",
         plural(evaluation.windows, "window"),
-        args.context,
-        args.context,
+        context,
+        context,
     );
     lines.push(("protocol", protocol));
     let text = args.text.file_name().unwrap_or_default().display();

@@ -9,7 +9,7 @@ use slim_exporter::{LayerLoss, Report, Target, export};
 use crate::{
     args::{ExportArgs, Layout},
     open::{check_parent, check_target},
-    output::{facts, note, plural, print, print_json, size},
+    output::{facts, plural, print, print_json, size, warn},
     progress::{Progress, duration},
 };
 
@@ -40,10 +40,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     progress.finish();
     let report = report?;
     for warning in &report.warnings {
-        note(format_args!("warning: {warning}"));
+        warn(warning);
     }
     if args.json {
-        print_json(&report_json(&report, args, start.elapsed()))?;
+        print_json(report_json(&report, args, start.elapsed()))?;
     } else if !args.quiet {
         print(&describe(&report, args, start.elapsed()))?;
     }
@@ -67,8 +67,10 @@ fn layouts(layers: &[LayerLoss]) -> Vec<(&'static str, usize)> {
     layouts
 }
 
-fn mean_error(layers: &[LayerLoss]) -> f64 {
-    layers.iter().map(|layer| layer.error).sum::<f64>() / layers.len().max(1) as f64
+/// `None` where no losses were measured.
+fn mean_error(layers: &[LayerLoss]) -> Option<f64> {
+    let sum = layers.iter().map(|layer| layer.error).sum::<f64>();
+    (!layers.is_empty()).then(|| sum / layers.len() as f64)
 }
 
 fn worst(layers: &[LayerLoss]) -> Option<&LayerLoss> {
@@ -80,19 +82,17 @@ fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
         ("written", args.output.display().to_string()),
         ("tensors", plural(report.tensors, "tensor")),
     ];
-    let layouts = layouts(&report.layers);
-    let layouts = layouts.iter().map(|(layout, count)| format!("{count} in {layout}"));
-    lines.push(("matrices", layouts.collect::<Vec<_>>().join(", ")));
-    if let Some(worst) = worst(&report.layers) {
+    if let (Some(mean), Some(worst)) = (mean_error(&report.layers), worst(&report.layers)) {
+        let layouts = layouts(&report.layers);
+        let layouts = layouts.iter().map(|(layout, count)| format!("{count} in {layout}"));
+        lines.push(("matrices", layouts.collect::<Vec<_>>().join(", ")));
         let loss = format!(
-            "{:.6} (relative to the norm of the weights, mean over matrices)\nat most {:.6}, in {}",
-            mean_error(&report.layers),
-            worst.error,
-            worst.name
+            "{mean:.6} (relative to the norm of the weights, mean over matrices)\nat most {:.6}, in {}",
+            worst.error, worst.name
         );
         lines.push(("loss", loss));
     }
-    lines.push(("size", size(report.bytes)));
+    lines.push(("size", size(report.file_bytes)));
     lines.push(("time", duration(time)));
     facts(&lines)
 }
@@ -101,12 +101,11 @@ fn report_json(report: &Report, args: &ExportArgs, time: Duration) -> Json {
     let layer = |layer: &LayerLoss| json!({"name": layer.name, "layout": layer.layout, "error": layer.error});
     json!({
         "output": args.output.to_string_lossy(),
-        "bytes": report.bytes,
+        "file_bytes": report.file_bytes,
         "tensors": report.tensors,
         "mean_error": mean_error(&report.layers),
         "worst_error": worst(&report.layers).map(|layer| layer.error),
         "seconds": time.as_secs_f64(),
-        "warnings": report.warnings,
         "layers": report.layers.iter().map(layer).collect::<Json>(),
     })
 }

@@ -8,7 +8,7 @@ use slim_formats::FormatError;
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
 
-use crate::output::note;
+use crate::output::{note, one_line};
 
 /// An error of the command itself, with advice.
 #[derive(Debug)]
@@ -32,9 +32,9 @@ pub fn advised(message: impl Into<String>, hint: impl Into<String>) -> anyhow::E
 
 /// Prints an error.
 pub fn report(error: &anyhow::Error) {
-    note(format_args!("error: {error:#}"));
+    note(format_args!("error: {}", one_line(&format!("{error:#}"))));
     if let Some(hint) = error.chain().find_map(hint) {
-        note(format_args!("\nhint: {hint}"));
+        note(format_args!("\nhint: {}", one_line(&hint)));
     }
 }
 
@@ -42,6 +42,17 @@ pub fn report(error: &anyhow::Error) {
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
     io_errors.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// The advice of an error about a file. Of a SliM file with a broken rule, it is to look for more.
+fn format_hint(error: &FormatError) -> Option<String> {
+    match error {
+        FormatError::Malformed { path, rule, .. } if !rule.is_empty() => Some(format!(
+            "`slimllm inspect --verify {}` lists what is wrong with the file",
+            path.display()
+        )),
+        _ => error.hint(),
+    }
 }
 
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
@@ -53,14 +64,18 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
     }
     if let Some(error) = cause.downcast_ref::<ConvertError>() {
         return match error {
-            ConvertError::Format(error) => error.hint(),
+            ConvertError::Format(error) => format_hint(error),
             ConvertError::Kernel(error) => error.hint(),
             ConvertError::Runtime(error) => error.hint(),
+            ConvertError::Numerical { .. } => Some(
+                "try more `--samples`, another text as `--calibration`, or `--method rtn`, which uses none"
+                    .to_owned(),
+            ),
             _ => None,
         };
     }
     let runtime = cause.downcast_ref().and_then(RuntimeError::hint);
-    let format = || cause.downcast_ref().and_then(FormatError::hint);
+    let format = || cause.downcast_ref().and_then(format_hint);
     let kernel = || cause.downcast_ref().and_then(KernelError::hint);
     runtime.or_else(format).or_else(kernel)
 }

@@ -3,6 +3,7 @@
 mod contents;
 mod json;
 mod text;
+mod verify;
 
 use std::path::Path;
 
@@ -24,9 +25,9 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
         }
         contents => contents?,
     };
-    let faults = args.verify.then(|| contents.verify());
+    let faults = args.verify.then(|| contents.verify()).transpose()?;
     match args.json {
-        true => print_json(&json::document(&contents, faults.as_deref(), args.metadata))?,
+        true => print_json(json::document(&contents, faults.as_deref(), args.metadata))?,
         false => print(&describe(&contents, faults.as_deref(), args))?,
     }
     Ok(outcome(&faults.unwrap_or_default()))
@@ -36,7 +37,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
 fn report_unreadable(fault: Fault, args: &InspectArgs) -> Result<Outcome> {
     let faults = [fault];
     match args.json {
-        true => print_json(&json!({ "faults": json::faults(&faults) }))?,
+        true => print_json(json!({ "faults": json::faults(&faults) }))?,
         false => print(&text::faults(&faults))?,
     }
     Ok(outcome(&faults))

@@ -9,6 +9,7 @@ mod convert;
 mod eval;
 mod export;
 mod failure;
+mod habits;
 mod inspect;
 mod logits;
 mod open;
@@ -20,7 +21,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Args, Command};
+use crate::{
+    args::{Args, Command},
+    output::note,
+};
 
 /// What a command that ran to its end has to say.
 enum Outcome {
@@ -31,7 +35,11 @@ enum Outcome {
 }
 
 fn main() -> ExitCode {
-    match dispatch(Args::parse().command) {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return unparsed(&error),
+    };
+    match dispatch(args.command) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
         Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -40,6 +48,18 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// Prints help, the version, or what is wrong with the arguments, which may be names of files.
+fn unparsed(error: &clap::Error) -> ExitCode {
+    match habits::explain(std::env::args_os()) {
+        _ if !error.use_stderr() => drop(error.print()),
+        Some((habit, advice)) => {
+            failure::report(&failure::advised(format!("there is no `{habit}` here"), advice));
+        }
+        None => note(error.render().to_string().trim_end()),
+    }
+    ExitCode::from(error.exit_code() as u8)
 }
 
 fn dispatch(command: Command) -> anyhow::Result<Outcome> {

@@ -3,10 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use slim_formats::{ModelConfig, ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
+use slim_formats::{
+    ModelConfig, ModelSource, TokenizerSource, gguf::GgufFile, missing_tokenizer, open_model,
+    slim::SlimFile,
+};
 use slim_runtime::Tokenizer;
 
-use crate::failure::advised;
+use crate::{
+    failure::advised,
+    output::{note, warn},
+};
 
 /// The model that a command runs.
 #[derive(clap::Args)]
@@ -29,7 +35,7 @@ impl ModelArgs {
     }
 }
 
-/// Opens a model of any supported kind.
+/// Opens a model of any supported kind, and says what is odd about it.
 pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
     if !path.exists() && is_hub_id(path) {
         let id = path.display();
@@ -40,11 +46,23 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
             format!("if it is a hub id, run `hf download {id} --local-dir DIR` and use DIR"),
         ));
     }
-    Ok(open_model(path)?)
+    let source = open_model(path)?;
+    warn_of(&*source);
+    Ok(source)
 }
 
-/// The tokenizer of a model.
+/// Says what is odd about a model.
+pub fn warn_of(source: &dyn ModelSource) {
+    for warning in source.warnings() {
+        warn(warning);
+    }
+}
+
+/// The tokenizer of a model, which must have one.
 pub fn tokenizer(source: &dyn ModelSource) -> Result<Tokenizer> {
+    if matches!(source.tokenizer(), TokenizerSource::Missing) {
+        return Err(missing_tokenizer(source).into());
+    }
     Tokenizer::new(source.tokenizer()).with_context(|| format!("`{}`", source.path().display()))
 }
 
@@ -53,6 +71,25 @@ pub fn check_context(config: &ModelConfig, tokens: usize) -> Result<()> {
     let limit = config.context_length;
     ensure!(tokens <= limit, "the model was made for a context of {limit} tokens, not {tokens}");
     Ok(())
+}
+
+/// The context to measure or calibrate in where the user asks for none.
+pub const USUAL_CONTEXT: usize = 2048;
+
+/// The context that the user asks for, if the model was made for it; without one the usual, or what
+/// the model was made for.
+pub fn resolve_context(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
+    let limit = config.context_length;
+    if let Some(tokens) = asked {
+        check_context(config, tokens)?;
+        return Ok(tokens);
+    }
+    if limit < USUAL_CONTEXT {
+        note(format_args!(
+            "context of {limit} tokens, for which the model was made, in place of {USUAL_CONTEXT}"
+        ));
+    }
+    Ok(limit.min(USUAL_CONTEXT))
 }
 
 /// Whether a file is an ONNX model.

@@ -1,8 +1,11 @@
-//! Printing: data to stdout, talk to stderr. Neither ends the process where the reader has gone.
+//! Printing: data to stdout, talk to stderr. Neither ends the process where the reader has gone, and
+//! neither hands a terminal what it would obey: texts from files are printed, too.
 
 use std::{
-    fmt,
+    borrow::Cow,
+    fmt::{self, Write as _},
     io::{self, Write},
+    sync::{Mutex, PoisonError},
 };
 
 use serde_json::Value;
@@ -10,19 +13,75 @@ use serde_json::Value;
 /// Prints text as data.
 pub fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    out.write_all(visible(text).as_bytes())?;
     out.flush()
 }
 
-/// Prints one JSON document as data.
-pub fn print_json(document: &Value) -> io::Result<()> {
-    print(&format!("{document}\n"))
+/// The warnings so far: who reads the JSON document need not read the talk.
+static WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Prints one JSON document as data, with all warnings under `warnings`. What a terminal would obey
+/// can only be in its strings, where JSON has escapes of its own.
+pub fn print_json(mut document: Value) -> io::Result<()> {
+    document["warnings"] = WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).clone().into();
+    let json = document.to_string();
+    let escaped = escape(&json, is_obeyed, |c, out| {
+        let _ =
+            c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"));
+    });
+    print(&format!("{escaped}\n"))
 }
 
 /// Prints a line as talk.
 pub fn note(line: impl fmt::Display) {
     // Talk that nobody reads is no reason to stop.
-    let _ = writeln!(io::stderr().lock(), "{line}");
+    let _ = writeln!(io::stderr().lock(), "{}", visible(&line.to_string()));
+}
+
+/// Prints a warning, and keeps it for the JSON document.
+pub fn warn(warning: &str) {
+    WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).push(warning.to_owned());
+    note(format_args!("warning: {}", one_line(warning)));
+}
+
+/// Text with everything visible that a terminal would obey, but for line breaks and tabs.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    let is_escaped = |c| is_obeyed(c) && !matches!(c, '\n' | '\t');
+    escape(text, is_escaped, |c, out| out.extend(c.escape_default()))
+}
+
+/// Text from a file within a line of ours: line breaks and tabs are visible, too.
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    escape(text, is_obeyed, |c, out| out.extend(c.escape_default()))
+}
+
+/// Whether a terminal obeys a character instead of showing it: control characters, and marks that
+/// change the direction of text or break lines.
+fn is_obeyed(c: char) -> bool {
+    let is_mark = matches!(
+        c,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    c.is_control() || is_mark
+}
+
+/// Text with other spellings of some characters.
+fn escape(
+    text: &str,
+    is_escaped: impl Fn(char) -> bool,
+    spell: impl Fn(char, &mut String),
+) -> Cow<'_, str> {
+    if !text.contains(&is_escaped) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match is_escaped(c) {
+            true => spell(c, &mut out),
+            false => out.push(c),
+        }
+    }
+    Cow::Owned(out)
 }
 
 /// Bytes in the unit that a person would use: `67.4 MiB`.
@@ -84,6 +143,14 @@ mod tests {
         ] {
             assert_eq!(size(bytes), text);
         }
+    }
+
+    #[test]
+    fn what_a_terminal_obeys_is_made_visible() {
+        let text = "a\u{1b}[31m\r\n\tb\u{7f}\u{9b}\u{202e}\u{2066}é漢";
+        assert_eq!(visible(text), "a\\u{1b}[31m\\r\n\tb\\u{7f}\\u{9b}\\u{202e}\\u{2066}é漢");
+        assert_eq!(one_line("a\nb\tc"), "a\\nb\\tc");
+        assert!(matches!(visible("a b\n"), Cow::Borrowed(_)));
     }
 
     #[test]

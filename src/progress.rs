@@ -8,7 +8,7 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::output::note;
+use crate::output::{note, one_line, warn};
 
 /// How far a command is.
 pub struct Progress {
@@ -48,7 +48,7 @@ impl Progress {
     /// A part of a step is done: a bar shows it, lines wait for the step.
     pub fn detail(&self, message: impl fmt::Display) {
         if let Kind::Bar(bar) = &self.kind {
-            bar.set_message(message.to_string());
+            bar.set_message(one_line(&message.to_string()).into_owned());
         }
     }
 
@@ -56,7 +56,7 @@ impl Progress {
     pub fn step(&self, done: usize, message: impl fmt::Display) {
         match &self.kind {
             Kind::Bar(bar) => {
-                bar.set_message(message.to_string());
+                bar.set_message(one_line(&message.to_string()).into_owned());
                 bar.set_position(done as u64);
             }
             Kind::Lines => {
@@ -71,7 +71,7 @@ impl Progress {
 
     /// Prints a warning above the bar.
     pub fn warn(&self, warning: &str) {
-        let print = || note(format_args!("warning: {warning}"));
+        let print = || warn(warning);
         match &self.kind {
             Kind::Bar(bar) => bar.suspend(print),
             Kind::Lines | Kind::Silent => print(),

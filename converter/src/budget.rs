@@ -190,7 +190,7 @@ impl LayerCosts {
         }
         let widths: Vec<BitWidth> = widths().collect();
         let bits = |len: usize, width: BitWidth| {
-            let layout = layout(rows, len, len, settings.coding, &[width]);
+            let layout = layout(rows, len, settings.group_size, settings.coding, &[width]);
             8 * (layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes())) as u64
         };
         let of_group = |(group, losses): (&Range<usize>, &Vec<f64>)| -> Vec<Choice> {

@@ -2,7 +2,7 @@
 
 use half::f16;
 use slim_formats::slim::{BitWidth, CodeColumn, Group, ScaleCoding, TILE_ROWS, TileMut};
-use slim_kernels::per_isa;
+use slim_kernels::{narrow::Extent, per_isa};
 
 use crate::{
     fit::fit,
@@ -154,6 +154,20 @@ impl Coder {
             }
         }
     }
+}
+
+/// Whether f16 holds the scales of a matrix at every bit-width: with twice its largest weight for what
+/// the sweep adds to it, and with two of f16's smallest steps or more for those of typical rows.
+pub fn scales_fit_f16(coding: ScaleCoding, extent: &Extent) -> bool {
+    let per_scale = match coding {
+        ScaleCoding::Paper => 1.0,
+        ScaleCoding::TwoLevel { scale_bits, .. } => f32::from(max_scale_code(scale_bits)),
+    };
+    // From the range of a row to its scale, for codes of 1 and of 8 bits.
+    let (largest, smallest) = (4.0 * extent.largest.1.abs(), 2.0 * extent.typical / 255.0);
+    largest / per_scale <= f16::MAX.to_f32()
+        && (extent.typical == 0.0
+            || smallest / per_scale >= 2.0 * f16::MIN_POSITIVE_SUBNORMAL.to_f32())
 }
 
 fn max_scale_code(scale_bits: u8) -> u8 {

@@ -1,16 +1,23 @@
 //! What a conversion writes: one list for the budget, for what is told beforehand, and for the conversion itself.
 
-use std::{collections::BTreeSet, ops::Range, path::PathBuf};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+    path::PathBuf,
+};
 
 use slim_formats::{
     DType, FormatError, ModelSource,
     arch::{ROPE_FACTORS, Tensor},
     gguf::Metadata,
-    slim::{BitWidth, LayerLayout, Outline, band_name},
+    slim::{BitWidth, LayerLayout, Outline, ScaleCoding, band_name},
 };
-use slim_kernels::weight;
+use slim_kernels::{narrow::Extent, weight};
 
-use crate::{ConvertError, Method, Result, Settings, Target, bands::bands, provenance};
+use crate::{
+    ConvertError, Engine, Method, Result, Settings, Target, bands::bands, coder::scales_fit_f16,
+    provenance,
+};
 
 /// The tensors of a conversion's result.
 pub struct Contents {
@@ -20,7 +27,12 @@ pub struct Contents {
     /// As large as that of the file.
     metadata: Metadata,
     has_bands: bool,
+    /// What the user should know before the work begins.
+    warnings: Vec<String>,
 }
+
+/// How large the values of each tensor of the source are, by GGUF name.
+type Extents = HashMap<String, Extent>;
 
 /// A tensor of the result.
 pub struct PlannedTensor {
@@ -40,31 +52,51 @@ pub struct PlannedTensor {
 pub enum Storage {
     /// As a quantized layer. The groups have the bit-width of the settings; in the blocks, with a target, the lowest.
     Layer(LayerLayout),
-    /// As a matrix of 16 bits: so are the settings, or its columns cannot be cut into groups.
-    F16,
+    /// As a matrix of this type, which holds its values: so are the settings, or it cannot be a layer.
+    Dense(DType),
     /// As a vector.
     F32,
 }
 
 impl Contents {
-    /// What [`convert`](crate::convert()) makes of `source`.
+    /// What [`convert`](crate::convert()) makes of `source` on the processor.
     ///
     /// # Errors
-    /// `Format` for a tensor that is missing or cannot be a layer, `InvalidSetting` for a target that is out of reach.
+    /// `Format` for a tensor that is missing or cannot be a layer, `NotFinite` for one with a value that
+    /// is no number, `InvalidSetting` for a target that is out of reach.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
+        Self::computed_by(source, settings, &Engine::Cpu.instruction_path())
+    }
+
+    /// What it makes of it by other instructions, which the file names.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn computed_by(
+        source: &dyn ModelSource,
+        settings: &Settings,
+        instructions: &str,
+    ) -> Result<Self> {
+        let extents = extents(source)?;
         if settings.has_budget() {
             // Bands take some bytes, which the smallest targets may not have.
-            let in_bands = Self::of(source, settings, true)?;
+            let in_bands = Self::of(source, settings, instructions, &extents, true)?;
             if in_bands.check(settings.target).is_ok() {
                 return Ok(in_bands);
             }
         }
-        let contents = Self::of(source, settings, false)?;
+        let contents = Self::of(source, settings, instructions, &extents, false)?;
         contents.check(settings.target)?;
         Ok(contents)
     }
 
-    fn of(source: &dyn ModelSource, settings: &Settings, has_bands: bool) -> Result<Self> {
+    fn of(
+        source: &dyn ModelSource,
+        settings: &Settings,
+        instructions: &str,
+        extents: &Extents,
+        has_bands: bool,
+    ) -> Result<Self> {
         let (bits, method) = match settings.target {
             None => (settings.bits, settings.method),
             // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its metadata has besides.
@@ -76,22 +108,23 @@ impl Contents {
         let mut contents = Self {
             path: source.path().to_owned(),
             tensors: Vec::new(),
-            metadata: provenance::unhashed_metadata(source, &linear)?,
+            metadata: provenance::unhashed_metadata(source, &linear, instructions)?,
             has_bands,
+            warnings: Vec::new(),
         };
         let decoder = source.decoder();
-        contents.matrix(decoder.embedding(), source, &embedding)?;
+        contents.matrix(decoder.embedding(), source, &embedding, extents)?;
         for block in 0..decoder.blocks.len() {
             let (matrices, vectors): (Vec<_>, Vec<_>) =
                 decoder.tensors_of(block).iter().partition(|tensor| tensor.is_matrix());
             vectors.into_iter().for_each(|tensor| contents.vector(&tensor.name, tensor.dims[0]));
             for tensor in matrices {
-                contents.matrix(tensor, source, &linear)?;
+                contents.matrix(tensor, source, &linear, extents)?;
             }
         }
         contents.vector(&decoder.output_norm().name, decoder.hidden_size);
         if !decoder.has_tied_embeddings() {
-            contents.matrix(decoder.output(), source, &embedding)?;
+            contents.matrix(decoder.output(), source, &embedding, extents)?;
         }
         if !config.rope.is_unscaled() {
             contents.vector(ROPE_FACTORS, config.rope.factors.len());
@@ -104,16 +137,21 @@ impl Contents {
         self.has_bands
     }
 
+    /// Sentences about tensors that are not stored as the settings ask.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
     /// The tensors in the order of the file.
     pub fn tensors(&self) -> &[PlannedTensor] {
         &self.tensors
     }
 
-    /// Names and layouts of the quantized layers.
+    /// Names and layouts of the quantized layers: all matrices of the blocks among them.
     pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerLayout)> {
         self.tensors.iter().filter_map(|tensor| match &tensor.storage {
             Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
-            Storage::F16 | Storage::F32 => None,
+            Storage::Dense(_) | Storage::F32 => None,
         })
     }
 
@@ -139,6 +177,15 @@ impl Contents {
             Some((tensor.name.clone(), first..*next_row))
         });
         with_rows.collect()
+    }
+
+    /// The type in which the matrix `name` is kept; `None` if it is not.
+    pub(crate) fn kept_type(&self, name: &str) -> Option<DType> {
+        let tensor = self.tensors.iter().find(|tensor| tensor.source == name)?;
+        match tensor.storage {
+            Storage::Dense(dtype) => Some(dtype),
+            Storage::Layer(_) | Storage::F32 => None,
+        }
     }
 
     /// Weights of the linear layers.
@@ -182,7 +229,9 @@ impl Contents {
                     outline.layer(name, &layout, None);
                 }
                 (Storage::Layer(layout), None) => outline.layer(name, layout, None),
-                (Storage::F16, _) => outline.dense(name, DType::F16, &[*rows as u64, *cols as u64]),
+                (&Storage::Dense(dtype), _) => {
+                    outline.dense(name, dtype, &[*rows as u64, *cols as u64]);
+                }
                 (Storage::F32, _) => outline.dense(name, DType::F32, &[*cols as u64]),
             }
         }
@@ -200,42 +249,50 @@ impl Contents {
         tensor: &Tensor,
         source: &dyn ModelSource,
         settings: &Settings,
+        extents: &Extents,
     ) -> Result<()> {
         let name = tensor.name.as_str();
-        let (rows, cols) = weight::shape(source.require(name)?);
-        let is_quantized = BitWidth::new(settings.bits).is_some() && cols.is_multiple_of(16);
-        let bands = bands(tensor, source.decoder()).filter(|_| self.has_bands && is_quantized);
-        let Some(bands) = bands else {
-            return self.rows(name.to_owned(), name, [rows, cols], source, settings);
+        let (found, extent) = (source.require(name)?, &extents[name]);
+        let (rows, cols) = weight::shape(found);
+        let width = BitWidth::new(settings.bits);
+        let obstacle = width.and_then(|_| obstacle(settings.coding, extent));
+        let Some(width) = width.filter(|_| obstacle.is_none()) else {
+            let dtype = extent.type_for(found);
+            let loss =
+                (dtype != DType::F16).then(|| format!("f16 does not hold {}", describe(extent)));
+            let reason = obstacle.or(loss);
+            let warning = reason.map(|reason| format!("`{name}` is kept as {dtype:?}: {reason}"));
+            self.warnings.extend(warning);
+            let (name, source, storage) = (name.to_owned(), name.to_owned(), Storage::Dense(dtype));
+            self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
+            return Ok(());
+        };
+        let Some(bands) = bands(tensor, source.decoder()).filter(|_| self.has_bands) else {
+            return self.layer(name.to_owned(), name, [rows, cols], width, settings);
         };
         for (index, rows) in bands.into_iter().enumerate() {
-            self.rows(band_name(name, index), name, [rows, cols], source, settings)?;
+            self.layer(band_name(name, index), name, [rows, cols], width, settings)?;
         }
         Ok(())
     }
 
-    /// Rows of the matrix `of` as a tensor.
-    fn rows(
+    /// Rows of the matrix `of` as a layer.
+    fn layer(
         &mut self,
         name: String,
         of: &str,
         [rows, cols]: [usize; 2],
-        source: &dyn ModelSource,
+        width: BitWidth,
         settings: &Settings,
     ) -> Result<()> {
-        let storage = match BitWidth::new(settings.bits) {
-            Some(width) if cols.is_multiple_of(16) => {
-                let Settings { group_size, coding, .. } = *settings;
-                let widths = vec![width; cols.div_ceil(group_size)];
-                let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
-                Storage::Layer(layout.map_err(|(rule, found, expected)| {
-                    let place = format!("tensor `{name}`");
-                    FormatError::malformed(source.path(), place, rule, found, expected)
-                })?)
-            }
-            _ => Storage::F16,
-        };
-        self.tensors.push(PlannedTensor { name, source: of.to_owned(), rows, cols, storage });
+        let Settings { group_size, coding, .. } = *settings;
+        let widths = vec![width; cols.div_ceil(group_size)];
+        let layout = LayerLayout::new(rows, cols, group_size, coding, &widths);
+        let layout = layout.map_err(|(rule, found, expected)| {
+            FormatError::malformed(&self.path, format!("tensor `{name}`"), rule, found, expected)
+        })?;
+        let (source, storage) = (of.to_owned(), Storage::Layer(layout));
+        self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
         Ok(())
     }
 
@@ -262,6 +319,35 @@ impl Contents {
         };
         let expected = format!("at least {least} with these groups and scales");
         Err(ConvertError::InvalidSetting { what, found, expected })
+    }
+}
+
+/// Looks at all weights of the source.
+fn extents(source: &dyn ModelSource) -> Result<Extents> {
+    let extents = source.decoder().tensors().iter().map(|tensor| {
+        let tensor = tensor.name.clone();
+        let extent = Extent::of(source.require(&tensor)?)?;
+        source.release_pages();
+        match extent.not_finite {
+            None => Ok((tensor, extent)),
+            Some((row, found)) => Err(ConvertError::NotFinite { tensor, row, found }),
+        }
+    });
+    extents.collect()
+}
+
+/// Why a matrix that should be quantized cannot be.
+fn obstacle(coding: ScaleCoding, extent: &Extent) -> Option<String> {
+    (!scales_fit_f16(coding, extent))
+        .then(|| format!("f16 scales do not reach {}", describe(extent)))
+}
+
+/// What is out of the ordinary about values that f16 does not reach.
+fn describe(extent: &Extent) -> String {
+    let (row, value) = extent.largest;
+    match value.abs() > 1.0 {
+        true => format!("{value} in row {row}"),
+        false => format!("values as small as its own, {} in a typical row", extent.typical),
     }
 }
 

@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
-use half::f16;
 use slim_formats::{
     DType, ModelSource, Weight,
     arch::{ROPE_FACTORS, Tensor},
     slim::{PackedLayer, SlimWriter},
 };
-use slim_kernels::weight;
+use slim_kernels::{narrow, weight};
 use slim_runtime::Block;
 
 use crate::{
@@ -41,8 +40,9 @@ pub fn convert(
     if settings.method == Method::SlimPlus {
         return convert_and_distill(source, calibration, settings, resources, target, progress);
     }
-    let contents = Contents::new(source, settings)?;
-    let metadata = provenance::metadata(source, calibration, settings)?;
+    let instructions = resources.engine.instruction_path();
+    let contents = Contents::computed_by(source, settings, &instructions)?;
+    let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
     let mut memory_left = resources.float_bytes;
     let mut output = Output {
         writer: SlimWriter::create(target)?,
@@ -54,6 +54,9 @@ pub fn convert(
         warnings: Vec::new(),
         progress,
     };
+    for warning in output.contents.warnings().to_vec() {
+        output.warn(warning);
+    }
     if settings.has_budget() {
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
@@ -101,10 +104,9 @@ pub fn convert(
 fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Result<()> {
     for (part, &weight) in block.layers.iter() {
         let name = &output.source.decoder().tensor(index, part).name;
-        if output.fits_groups(name, weight) {
-            output.stream(name, weight, output.settings, None)?;
-        } else {
-            output.keep(name, weight)?;
+        match output.contents.kept_type(name) {
+            None => drop(output.stream(name, weight, output.settings, None)?),
+            Some(dtype) => output.keep(name, weight, dtype)?,
         }
     }
     Ok(())
@@ -131,8 +133,10 @@ impl Visitor for Output<'_> {
         stage: StageInputs<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
-        let inputs = LayerInputs::new(stage, self.settings, engine)?;
-        self.warn_of_damping(&first.name, inputs.hessian());
+        let name = &first.name;
+        let inputs =
+            LayerInputs::new(stage, self.settings, engine).map_err(|error| error.of_layer(name))?;
+        self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
 
@@ -143,14 +147,15 @@ impl Visitor for Output<'_> {
         inputs: &LayerInputs<'_>,
     ) -> Result<Layer> {
         let name = tensor.name.as_str();
-        if !self.fits_groups(name, source) {
-            self.keep(name, source)?;
+        if let Some(dtype) = self.contents.kept_type(name) {
+            self.keep(name, source, dtype)?;
             return Ok(Layer::Kept);
         }
         let (rows, cols) = weight::shape(source);
         let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
-        let mut targets = Targets::new(weights, cols, outputs.as_ref())?;
+        let mut targets =
+            Targets::new(weights, cols, outputs.as_ref()).map_err(|error| error.of_layer(name))?;
         drop(outputs);
         let mut bands = Vec::new();
         for (name, rows) in self.contents.layers_of(name) {
@@ -164,31 +169,20 @@ impl Visitor for Output<'_> {
 }
 
 impl Output<'_> {
-    /// Whether a layer can be cut into groups; warns if not.
-    fn fits_groups(&mut self, name: &str, source: Weight<'_>) -> bool {
-        let fits = !self.contents.layers_of(name).is_empty();
-        if !fits {
-            let (_, cols) = weight::shape(source);
-            self.warn(format!(
-                "`{name}` stays at 16 bits: its {cols} columns are no multiple of 16"
-            ));
-        }
-        fits
-    }
-
     /// The embedding or the output layer.
     fn vocabulary_matrix(&mut self, tensor: &Tensor) -> Result<Layer> {
         let name = tensor.name.as_str();
         let found = self.source.require(name)?;
-        if self.settings.embed_bits == Some(16) || !self.fits_groups(name, found) {
-            self.keep(name, found)?;
+        if let Some(dtype) = self.contents.kept_type(name) {
+            self.keep(name, found, dtype)?;
             return Ok(Layer::Kept);
         }
         let settings = self.settings.for_embedding();
         let hessian = match &self.budget {
             Some(budget) => {
                 let hessian = budget.vocabulary[tensor.part].hessian();
-                let hessian = FactoredHessian::new(&hessian, &settings)?;
+                let hessian = FactoredHessian::new(&hessian, &settings)
+                    .map_err(|error| error.of_layer(name))?;
                 self.warn_of_damping(name, &hessian);
                 Some(hessian)
             }
@@ -250,16 +244,19 @@ impl Output<'_> {
         Ok(self.writer.dense(name, DType::F32, &[values.len() as u64], &bytes)?)
     }
 
-    /// Writes a matrix as F16.
-    fn keep(&mut self, name: &str, source: Weight<'_>) -> Result<()> {
+    /// Writes a matrix in a float type.
+    fn keep(&mut self, name: &str, source: Weight<'_>, dtype: DType) -> Result<()> {
         const ROWS: usize = 1024;
         let (rows, cols) = weight::shape(source);
-        let mut bytes = Vec::with_capacity(2 * rows * cols);
+        let mut bytes = Vec::new();
         for first in (0..rows).step_by(ROWS) {
             let weights = finite_rows(name, source, first..rows.min(first + ROWS))?;
-            bytes.extend(weights.iter().flat_map(|&weight| f16::from_f32(weight).to_le_bytes()));
+            bytes.extend(narrow::to_bytes(dtype, &weights).map_err(|at| {
+                let (tensor, row) = (name.to_owned(), first + at / cols);
+                ConvertError::Unrepresentable { tensor, row, found: weights[at], dtype }
+            })?);
         }
-        Ok(self.writer.dense(name, DType::F16, &[rows as u64, cols as u64], &bytes)?)
+        Ok(self.writer.dense(name, dtype, &[rows as u64, cols as u64], &bytes)?)
     }
 
     fn warn_of_damping(&mut self, name: &str, hessian: &FactoredHessian) {
@@ -277,6 +274,6 @@ impl Output<'_> {
 
     fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
         let written = self.writer.finish(metadata)?;
-        Ok(Report::new(self.layers, written.bytes, self.warnings))
+        Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
     }
 }

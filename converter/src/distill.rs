@@ -16,7 +16,7 @@ use slim_formats::{
     gguf::Metadata,
     slim::{LayerInfo, SlimFile, SlimWriter},
 };
-use slim_kernels::linalg::Precision;
+use slim_kernels::{instruction_path, linalg::Precision};
 
 use self::student::Student;
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
     backward::{Backward, Loss},
     calibration::Windows,
     convert::convert,
+    provenance::INSTRUCTIONS,
 };
 
 /// Of the products of both models.
@@ -109,7 +110,7 @@ pub fn distill(
         }
     }
     let file_bytes = write(draft, &student, settings.steps, target)?;
-    Ok(report(draft, file_bytes))
+    report(draft, file_bytes)
 }
 
 /// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine down to zero.
@@ -171,19 +172,38 @@ fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatErr
     const STEPS: &str = "slim.quantization.steps";
     let before = file.given_metadata();
     let steps = before.u64(STEPS).unwrap_or(0) + steps as u64;
+    let ours = instruction_path();
+    let instructions = match before.str(INSTRUCTIONS) {
+        // A device may have taken part in what was done on this processor.
+        Some(theirs) if theirs.starts_with(&ours) => theirs.to_owned(),
+        Some(theirs) => format!("{theirs}, {ours}"),
+        None => ours,
+    };
     let mut metadata = Metadata::new();
-    for (key, value) in before.iter().filter(|(key, _)| ![METHOD, STEPS].contains(key)) {
+    let replaced = [METHOD, STEPS, INSTRUCTIONS];
+    for (key, value) in before.iter().filter(|(key, _)| !replaced.contains(key)) {
         metadata.insert(key, value.clone())?;
     }
+    metadata.insert(INSTRUCTIONS, instructions)?;
     metadata.insert(METHOD, Method::SlimPlus.name())?;
     metadata.insert(STEPS, u32::try_from(steps).unwrap_or(u32::MAX))?;
     Ok(metadata)
 }
 
 /// What is told about `file` once it is trained. The errors of its layers were those of the codes before.
-fn report(file: &SlimFile, file_bytes: u64) -> Report {
+fn report(file: &SlimFile, file_bytes: u64) -> Result<Report> {
     let layer = |info: &LayerInfo| LayerReport::new(&info.name, &info.layout, None);
-    Report::new(file.layers().iter().map(layer).collect(), file_bytes, Vec::new())
+    let layers = file.layers().iter().map(layer).collect();
+    // Files of other writers, and our older ones, may have linear layers of 16 bits.
+    let mut dense = Vec::new();
+    for name in file.tensor_names().into_iter().filter(|name| name.starts_with("blk.")) {
+        if let Some(Weight::Dense(tensor)) = file.tensor(name)?
+            && tensor.rows > 1
+        {
+            dense.push(tensor);
+        }
+    }
+    Ok(Report::new(layers, &dense, file_bytes, Vec::new()))
 }
 
 /// The file of the first conversion. It has a name only from its end to its opening; where an open file cannot be

@@ -4,6 +4,7 @@ use slim_formats::Weight;
 use slim_kernels::{
     Backend, CoarseCpu, Cpu,
     cuda::{CudaBackend, Held},
+    instruction_path,
     linalg::{self, Precision},
 };
 
@@ -18,6 +19,19 @@ pub enum Engine {
 }
 
 impl Engine {
+    /// What decides in which order sums are rounded: that of the processor
+    /// ([`instruction_path`]), and the architecture of a device that takes part.
+    pub fn instruction_path(&self) -> String {
+        let processor = instruction_path();
+        match self {
+            Self::Cpu => processor,
+            Self::Cuda(backend) => {
+                let (major, minor) = backend.device().compute_capability();
+                format!("{processor}+cuda_sm{major}{minor}")
+            }
+        }
+    }
+
     /// Where the operations of the forward passes run; a device has a precision of its own.
     pub(crate) fn backend(&self, precision: Precision) -> &dyn Backend {
         match (self, precision) {

@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use slim_formats::FormatError;
+use slim_formats::{DType, FormatError};
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
 
@@ -30,6 +30,28 @@ pub enum ConvertError {
         /// The value.
         found: f32,
     },
+    /// A weight beyond the type that it is to be stored in.
+    #[error("tensor `{tensor}`: found {found} in row {row}, expected what {dtype:?} can represent")]
+    Unrepresentable {
+        /// The tensor.
+        tensor: String,
+        /// Output channel.
+        row: usize,
+        /// The value.
+        found: f32,
+        /// The type.
+        dtype: DType,
+    },
+    /// A calculation on the calibration text came to no usable number.
+    #[error("`{layer}`: found {found}, expected {expected}")]
+    Numerical {
+        /// The layer or the block.
+        layer: String,
+        /// What it came to.
+        found: String,
+        /// What would be usable.
+        expected: &'static str,
+    },
     /// The settings contradict themselves or the model.
     #[error("{what}: found {found}, expected {expected}")]
     InvalidSetting {
@@ -40,4 +62,21 @@ pub enum ConvertError {
         /// What can be done.
         expected: String,
     },
+}
+
+impl ConvertError {
+    /// A [`Self::Numerical`] whose layer [`Self::of_layer`] tells.
+    pub(crate) fn numerical(found: String, expected: &'static str) -> Self {
+        Self::Numerical { layer: String::new(), found, expected }
+    }
+
+    /// The error, if it is a numerical one without a layer, as that of layer `name`.
+    pub(crate) fn of_layer(mut self, name: &str) -> Self {
+        if let Self::Numerical { layer, .. } = &mut self
+            && layer.is_empty()
+        {
+            name.clone_into(layer);
+        }
+        self
+    }
 }

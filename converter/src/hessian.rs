@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_kernels::linalg::{self, Mat, Precision, Store, matmul};
 
-use crate::{Activations, Engine, Result};
+use crate::{Activations, ConvertError, Engine, Result};
 
 /// `(2 / samples) * sum x^T x` over the calibration inputs, `[n, n]`; of outputs, see `rows.rs`.
 #[derive(Clone)]
@@ -83,15 +83,24 @@ impl Hessian {
     /// Factors `H` damped by `share` of its mean diagonal, ten times more after each failure; tells the share that worked.
     ///
     /// # Errors
-    /// `NotPositiveDefinite` if even a share of 1 does not help: the inputs are not finite.
+    /// `Numerical` if the inputs are not finite, or if even a share of 1 does not help.
     pub fn factor(&self, share: f32) -> Result<(Factor, f32)> {
+        if let Some(found) = self.values.iter().find(|value| !value.is_finite()) {
+            let found = format!("{found} in its Hessian on the calibration text");
+            return Err(ConvertError::numerical(found, "finite activations and gradients"));
+        }
         // Inputs that are all zero say nothing: any damping gives the plain quantizer.
         let unit = self.mean_diagonal().max(f32::MIN_POSITIVE.sqrt());
         let mut share = share;
         loop {
             match linalg::inverse_cholesky(&self.values, self.n, share * unit) {
                 Ok(values) => return Ok((Factor { n: self.n, values }, share)),
-                Err(error) if share >= 1.0 => return Err(error.into()),
+                Err(_) if share >= 1.0 => {
+                    let found = format!(
+                        "a Hessian that is not positive definite, even with {share} of its mean diagonal as damping"
+                    );
+                    return Err(ConvertError::numerical(found, "one that can be factored"));
+                }
                 Err(_) => share = (10.0 * share).max(0.01),
             }
         }

@@ -48,7 +48,7 @@ impl<'a> LayerInputs<'a> {
     /// Computes the Hessian of the inputs and factors it.
     ///
     /// # Errors
-    /// `Kernel` if the inputs are not finite, or if a device fails.
+    /// `Numerical` if the inputs are not finite, `Kernel` if a device fails.
     pub fn new(stage: StageInputs<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
         let activations = stage.activations;
         let hessian = Hessian::of(activations, engine, settings.precision())?;
@@ -92,7 +92,7 @@ impl FactoredHessian {
     /// Of a layer that is quantized as `settings` say.
     ///
     /// # Errors
-    /// `Kernel` if the Hessian is not finite.
+    /// `Numerical` if the Hessian is not finite.
     pub fn new(hessian: &Hessian, settings: &Settings) -> Result<Self> {
         let order = sweep_order(&hessian.diagonal(), settings);
         Self::reordered(hessian.reordered(&order), order)
@@ -151,9 +151,6 @@ pub struct QuantizedLayer {
 }
 
 /// Quantizes some rows of a matrix to a mean of `settings.bits`, on the inputs that it takes in.
-///
-/// # Panics
-/// If `cols` is not a multiple of 16.
 pub fn quantize_layer(
     targets: &mut Targets,
     rows: Range<usize>,
@@ -187,9 +184,6 @@ pub fn quantize_layer(
 ///
 /// # Errors
 /// What `weights` answers.
-///
-/// # Panics
-/// If `cols` is not a multiple of 16.
 pub fn stream_layer(
     rows: usize,
     cols: usize,

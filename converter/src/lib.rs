@@ -43,6 +43,7 @@ pub use distill::distill;
 pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
+pub use provenance::COMMIT;
 pub use report::{LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};

@@ -3,25 +3,40 @@
 use std::{fs::File, io::Read, path::Path};
 
 use sha2::{Digest, Sha256};
-use slim_formats::{FormatError, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding};
+use slim_formats::{
+    FormatError, ModelConfig, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding,
+};
+use slim_runtime::{Tokenizer, end_tokens};
 
 use crate::{Calibration, Method, Result, Settings, Target, calibration::hex};
 
-/// General, model, tokenizer and provenance keys.
+/// The commit that this build is of, if it was built in its repository.
+pub const COMMIT: Option<&str> = option_env!("SLIMLLM_COMMIT");
+
+/// What decided how sums were rounded; not of methods that sum nothing up.
+pub(crate) const INSTRUCTIONS: &str = "slim.quantization.instructions";
+
+/// General, model, tokenizer and provenance keys; `instructions` are those of
+/// [`Engine::instruction_path`](crate::Engine::instruction_path).
 pub fn metadata(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
+    instructions: &str,
 ) -> Result<Metadata> {
-    with_hashes(source, calibration, settings, sha256)
+    with_hashes(source, calibration, settings, instructions, sha256)
 }
 
 /// [`metadata()`] of the same size, with zeros for what takes long to find out.
-pub fn unhashed_metadata(source: &dyn ModelSource, settings: &Settings) -> Result<Metadata> {
+pub fn unhashed_metadata(
+    source: &dyn ModelSource,
+    settings: &Settings,
+    instructions: &str,
+) -> Result<Metadata> {
     let hash = "0".repeat(64);
     let calibration =
         Calibration { samples: Vec::new(), text_sha256: hash.clone(), text: Vec::new() };
-    with_hashes(source, &calibration, settings, |_| Ok((0, hash.clone())))
+    with_hashes(source, &calibration, settings, instructions, |_| Ok((0, hash.clone())))
 }
 
 /// [`metadata()`] with a function that gives size and hash of a file.
@@ -29,13 +44,14 @@ fn with_hashes(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
+    instructions: &str,
     hash: impl Fn(&Path) -> std::io::Result<(u64, String)>,
 ) -> Result<Metadata> {
-    let mut metadata = source.config().to_gguf();
+    let mut metadata = with_all_ends(source).to_gguf();
     tokenizer(source, &mut metadata)?;
     sources(source, hash, &mut metadata)?;
     metadata.insert("slim.quantization.tool", concat!("slimllm ", env!("CARGO_PKG_VERSION")))?;
-    if let Some(commit) = option_env!("SLIMLLM_COMMIT") {
+    if let Some(commit) = COMMIT {
         metadata.insert("slim.quantization.commit", commit)?;
     }
     let method = if settings.reference { "reference" } else { settings.method.name() };
@@ -62,6 +78,7 @@ fn with_hashes(
         metadata.insert("slim.quantization.embed_bits", u32::from(bits))?;
     }
     if settings.method != Method::RoundToNearest {
+        metadata.insert(INSTRUCTIONS, instructions)?;
         metadata.insert("slim.quantization.seed", settings.seed)?;
         metadata.insert("slim.calibration.text_sha256", calibration.text_sha256.as_str())?;
         metadata.insert("slim.calibration.text_tokens", calibration.text.len() as u64)?;
@@ -72,6 +89,17 @@ fn with_hashes(
         metadata.insert("slim.quantization.steps", settings.steps as u32)?;
     }
     Ok(metadata)
+}
+
+/// The hyperparameters, with every token that ends what the model writes: so the file stops where its
+/// source does, whoever reads it.
+fn with_all_ends(source: &dyn ModelSource) -> ModelConfig {
+    let mut config = source.config().clone();
+    // Without a usable tokenizer only tokens by number are known.
+    if let Ok(tokenizer) = Tokenizer::new(source.tokenizer()) {
+        config.eos_token_ids = end_tokens(source, &tokenizer);
+    }
+    config
 }
 
 /// The source's tokenizer, whole, without the keys that the hyperparameters gave already.

@@ -1,6 +1,9 @@
 //! What a conversion tells its caller.
 
-use slim_formats::slim::{LayerLayout, matrix_of};
+use slim_formats::{
+    DenseTensor,
+    slim::{LayerLayout, matrix_of},
+};
 
 /// A step of a conversion, as it ends.
 #[derive(Debug, Clone)]
@@ -78,11 +81,19 @@ impl LayerReport {
 }
 
 impl Report {
-    pub(crate) fn new(layers: Vec<LayerReport>, file_bytes: u64, warnings: Vec<String>) -> Self {
-        let linear = layers.iter().filter(|layer| layer.name.starts_with("blk."));
-        let (bits, weights) = linear.fold((0, 0), |(bits, weights), layer| {
-            (bits + layer.stored_bits, weights + (layer.rows * layer.cols) as u64)
-        });
+    /// `dense`: linear layers of the blocks that are not quantized.
+    pub(crate) fn new(
+        layers: Vec<LayerReport>,
+        dense: &[DenseTensor<'_>],
+        file_bytes: u64,
+        warnings: Vec<String>,
+    ) -> Self {
+        let quantized = layers.iter().filter(|layer| layer.name.starts_with("blk."));
+        let quantized = quantized.map(|layer| (layer.stored_bits, layer.rows * layer.cols));
+        let dense = dense.iter().map(|dense| (8 * dense.stored_bytes(), dense.rows * dense.cols));
+        let (bits, weights) = quantized
+            .chain(dense)
+            .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w as u64));
         let bits_per_weight = bits as f64 / weights.max(1) as f64;
         Self { layers, file_bytes, bits_per_weight, warnings }
     }

@@ -122,7 +122,7 @@ impl Targets {
     /// `weights: [rows, cols]`, with `S` if rows are to make up for each other's errors.
     ///
     /// # Errors
-    /// `Kernel` if `S` is not finite.
+    /// `Numerical` if `S` is not finite.
     pub fn new(weights: Vec<f32>, cols: usize, outputs: Option<&OutputHessian>) -> Result<Self> {
         let (block, reach, factors) = match outputs {
             Some(outputs) => (BLOCK_ROWS, reach(outputs.rows), outputs.factors()?),

@@ -104,8 +104,9 @@ impl Settings {
         if let Some(target) = self.target {
             match target {
                 Target::BitsPerWeight(bits) => {
-                    let fits = (1.2..=8.0).contains(&bits);
-                    check(fits, "target bits per weight", bits.to_string(), "1.2 to 8")?;
+                    // Narrow matrices take far more than the 8 bits of a code.
+                    let fits = (1.2..=64.0).contains(&bits);
+                    check(fits, "target bits per weight", bits.to_string(), "1.2 to 64")?;
                 }
                 Target::FileBytes(bytes) => {
                     let fits = (1..=1 << 60).contains(&bytes);

@@ -57,7 +57,7 @@ pub struct Report {
     /// Tensors of the model, those of its configuration and tokenizer left out.
     pub tensors: usize,
     /// Bytes of all files.
-    pub bytes: u64,
+    pub file_bytes: u64,
     /// What the layout costs each matrix, in the order in which they were written.
     pub layers: Vec<LayerLoss>,
     /// What the layout cannot say about the model.

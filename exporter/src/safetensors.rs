@@ -10,7 +10,7 @@ use slim_kernels::weight;
 use crate::{
     LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
-    tensor::{Loss, for_each_panel, tensors, to_f16},
+    tensor::{Loss, check_values, for_each_panel, tensors, to_f16},
 };
 
 pub(crate) fn write(
@@ -22,6 +22,7 @@ pub(crate) fn write(
     for tensor in tensors(model)? {
         planned.push(plan_f16(tensor, model.require(&tensor.name)?));
     }
+    let warnings = check_values(model, |_| true)?;
     let folder = Folder::create(target)?;
     folder.describe(model, json!({}))?;
     let mut layers = Vec::new();
@@ -31,7 +32,7 @@ pub(crate) fn write(
         layers.extend(loss);
         Ok(bytes)
     })?;
-    Ok(Report { tensors: planned.len(), bytes: folder.finish()?, layers, warnings: Vec::new() })
+    Ok(Report { tensors: planned.len(), file_bytes: folder.finish()?, layers, warnings })
 }
 
 /// The tensor whose bytes [`f16_bytes`] gives.

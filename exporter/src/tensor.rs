@@ -1,9 +1,11 @@
 //! The weights of a tensor as f32, and what is lost of them.
 
-use half::f16;
 use rayon::prelude::*;
-use slim_formats::{ModelSource, Weight, arch::Tensor, slim::TILE_ROWS};
-use slim_kernels::weight;
+use slim_formats::{DType, ModelSource, Weight, arch::Tensor, slim::TILE_ROWS};
+use slim_kernels::{
+    narrow::{self, Extent},
+    weight,
+};
 
 use crate::{ExportError, Result};
 
@@ -38,17 +40,47 @@ pub fn for_each_panel(
     Ok(())
 }
 
+/// Looks at all weights before anything is written: each is a number, and those of tensors that
+/// become fp16 are within its range. Warns of tensors that it all but loses.
+///
+/// # Errors
+/// `Unrepresentable` for the first tensor with another value.
+pub fn check_values(
+    model: &dyn ModelSource,
+    becomes_f16: impl Fn(&Tensor) -> bool,
+) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    for tensor in tensors(model)? {
+        let name = &tensor.name;
+        let extent = Extent::of(model.require(name)?)?;
+        model.release_pages();
+        let unrepresentable =
+            |row, found| Err(ExportError::Unrepresentable { tensor: name.clone(), row, found });
+        if let Some((row, found)) = extent.not_finite {
+            return unrepresentable(row, found);
+        }
+        if !becomes_f16(tensor) || extent.fits_f16() {
+            continue;
+        }
+        let (row, found) = extent.largest;
+        if narrow::to_f16(found).is_none() {
+            return unrepresentable(row, found);
+        }
+        warnings.push(format!(
+            "`{name}`: fp16 rounds values as small as its own, {} in a typical row",
+            extent.typical
+        ));
+    }
+    Ok(warnings)
+}
+
 /// fp16 bytes of `values`, rows of `cols` from row `first` on of the tensor `name`.
 pub fn to_f16(name: &str, first: usize, cols: usize, values: &[f32]) -> Result<Vec<u8>> {
-    let rounded: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
-    match rounded.iter().position(|value| !value.is_finite()) {
-        None => Ok(rounded.iter().flat_map(|value| value.to_le_bytes()).collect()),
-        Some(at) => Err(ExportError::Unrepresentable {
-            tensor: name.to_owned(),
-            row: first + at / cols,
-            found: values[at],
-        }),
-    }
+    narrow::to_bytes(DType::F16, values).map_err(|at| ExportError::Unrepresentable {
+        tensor: name.to_owned(),
+        row: first + at / cols,
+        found: values[at],
+    })
 }
 
 /// What has been lost of a tensor so far.

@@ -2,13 +2,16 @@
 
 mod gguf;
 mod hugging_face;
+mod keys;
 mod llama3;
 #[cfg(test)]
 mod tests;
 
 use std::path::Path;
 
-use crate::{FormatError, Result, arch::Family};
+pub(crate) use hugging_face::shortest;
+
+use crate::{FormatError, Generation, Result, arch::Family};
 
 /// Hyperparameters of a transformer.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,8 +48,10 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// The tokens that end a generated text, the main one first.
     pub eos_token_ids: Vec<u32>,
-    /// Whether the tokenizer leaves it to the runtime to put `bos_token_id` before a text.
+    /// Whether the model's settings have `bos_token_id` put before a text; a tokenizer can do so, too.
     pub add_bos: bool,
+    /// How its makers want text to be drawn from it.
+    pub generation: Generation,
 }
 
 /// Rotary position embedding of heads of `2 * factors.len()` channels.

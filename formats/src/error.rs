@@ -23,7 +23,7 @@ pub enum FormatError {
     #[error("`{}`: {place}: found {found}, expected {expected}{}", path.display(), Rule(rule))]
     Malformed {
         /// The file.
-        path: PathBuf,
+        path: Box<Path>,
         /// Where in the file: a tensor, a key, a header field with its byte offset.
         place: String,
         /// The rule of `docs/format.md` (or of the container's specification), such as `F12`; empty if none is numbered.
@@ -32,6 +32,30 @@ pub enum FormatError {
         found: String,
         /// What the rule asks for.
         expected: String,
+        /// What the user can do about it; empty if nothing helps.
+        hint: Box<str>,
+    },
+    /// A file that the model needs is not there.
+    #[error("`{}`: there is no such file; {needed_for}", path.display())]
+    Missing {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What it is needed for, as a clause.
+        needed_for: String,
+        /// How one gets it.
+        hint: String,
+    },
+    /// Something else stands where a model, or a file of one, was expected.
+    #[error("`{}` is {found}, not {expected}", path.display())]
+    OtherKind {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What it was taken for.
+        expected: String,
+        /// What the user can do about it.
+        hint: String,
     },
     /// The file is right, but this program cannot use it.
     #[error("`{}`: {what} is not supported", path.display())]
@@ -94,11 +118,44 @@ impl FormatError {
         expected: impl Into<String>,
     ) -> Self {
         Self::Malformed {
-            path: path.to_owned(),
+            path: path.into(),
             place: place.into(),
             rule,
             found: found.to_string(),
             expected: expected.into(),
+            hint: Box::default(),
+        }
+    }
+
+    /// The same error with advice, if it is of a kind that carries some.
+    pub fn with_hint(mut self, advice: impl Into<String>) -> Self {
+        match &mut self {
+            Self::Malformed { hint, .. } => *hint = advice.into().into(),
+            Self::Missing { hint, .. }
+            | Self::OtherKind { hint, .. }
+            | Self::Unsupported { hint, .. } => *hint = advice.into(),
+            Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => {}
+        }
+        self
+    }
+
+    /// A file that has to be there.
+    pub fn missing(path: PathBuf, needed_for: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Missing { path, needed_for: needed_for.into(), hint: hint.into() }
+    }
+
+    /// Something else than what was expected.
+    pub fn other_kind(
+        path: &Path,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self::OtherKind {
+            path: path.to_owned(),
+            found: found.into(),
+            expected: expected.into(),
+            hint: hint.into(),
         }
     }
 
@@ -122,13 +179,13 @@ impl FormatError {
 
     /// One sentence of advice, where one helps.
     pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
-            Self::Malformed { path, .. } => Some(format!(
-                "the file may be cut short or damaged; run `slimllm inspect --verify {}`",
-                path.display()
-            )),
-            _ => None,
-        }
+        let hint: &str = match self {
+            Self::Malformed { hint, .. } => hint,
+            Self::Missing { hint, .. }
+            | Self::OtherKind { hint, .. }
+            | Self::Unsupported { hint, .. } => hint,
+            Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => "",
+        };
+        (!hint.is_empty()).then(|| hint.to_owned())
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     onnx::OnnxModel,
     safetensors::HfDirectory,
     slim::{Bands, PackedTensor, SlimFile},
+    stand_in,
 };
 
 /// An opened model. Tensors go by their GGUF names (`token_embd.weight`, `blk.0.attn_q.weight`, ...)
@@ -44,6 +45,11 @@ pub trait ModelSource: Send + Sync {
     fn chat_template(&self) -> Option<&str>;
     /// Every file that the model was read from.
     fn files(&self) -> Vec<PathBuf>;
+    /// What is odd about the model though it can be used, as sentences: flags that what is stored
+    /// contradicts, keys that nobody knows, rules that the vocabulary breaks.
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
     /// Gives back the memory of tensors that were read from mapped files; they are read again when
     /// they are needed. Who walks through a model once calls it now and then, so that a file that is
     /// larger than memory does not fill it.
@@ -174,14 +180,19 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
     if has_extension("onnx") {
         return Ok(Box::new(OnnxModel::open(path)?));
     }
-    if MappedFile::open(path)?.starts_with(&gguf::MAGIC) {
+    let file = MappedFile::open(path)?;
+    if file.starts_with(&gguf::MAGIC) {
         return match SlimFile::is_described_by(GgufFile::open(path)?.metadata()) {
             true => Ok(Box::new(SlimFile::open(path)?)),
             false => Ok(Box::new(GgufModel::open(path)?)),
         };
     }
-    let hint =
-        "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file";
+    let hint = if has_extension("json") {
+        "give the folder that it lies in"
+    } else {
+        stand_in::refuse(path, &file, "a model")?;
+        "give a Hugging Face directory, a `.safetensors` file in one, a `.gguf` or an `.onnx` file"
+    };
     Err(FormatError::unsupported(path, "this kind of file", hint))
 }
 
@@ -193,7 +204,7 @@ mod tests {
     fn open_model_other_files_are_refused_with_a_hint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.bin");
-        std::fs::write(&path, "PK").unwrap();
+        std::fs::write(&path, b"\x80\x02}q").unwrap();
         let error = open_model(&path).err().unwrap();
         assert!(matches!(error, FormatError::Unsupported { .. }), "{error}");
         assert!(error.hint().unwrap().contains("Hugging Face directory"));

@@ -84,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<Pack
     if (blockIdx.x >= w.item_count) return;
     const Item item = w.items[blockIdx.x];
     const u32 col = threadIdx.x, row = token - band.first_row;
-    if (col >= item.units * UNIT_COLS) return;
+    // The last unit may have padding columns (F21).
+    if (col >= min(u32(item.units * UNIT_COLS), w.cols - item.col16 * UNIT_COLS)) return;
     float* x = band.out + u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS;
     x[col] = row < w.rows ? weight_at(w, item, row, col) : nanf("");
 }

@@ -22,7 +22,9 @@ mod cpu;
 pub mod cuda;
 mod error;
 pub mod ggml;
+mod instructions;
 pub mod linalg;
+pub mod narrow;
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -36,6 +38,7 @@ pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
 pub use cpu::matvec;
 pub use cpu::{CoarseCpu, Cpu, attention, exp, kl_divergence, log_softmax, matmul};
 pub use error::{KernelError, Result};
+pub use instructions::instruction_path;
 pub use reference::Scalar;
 
 use slim_formats::Weight;

@@ -337,6 +337,29 @@ fn matmul_packed_layers_of_every_kind_agree() {
     }
 }
 
+/// Codes are stored for whole units of 16 columns: what is past the last column counts for nothing.
+#[test]
+fn matmul_packed_layers_of_any_columns_agree() {
+    let mut noise = Noise(31);
+    for coding in codings() {
+        for bits in [0, 1, 3, 8] {
+            for cols in [1_usize, 7, 15, 17, 31, 33, 72, 100, 172] {
+                for group_size in [16, 48, 128] {
+                    let rows = noise.pick(&[16, 33, 130]);
+                    let widths = bit_widths(&mut noise, bits, cols.div_ceil(group_size));
+                    let shape = [rows, cols, group_size];
+                    let layer = Layer::new(&mut noise, Fill::Random, shape, coding, &widths);
+                    for m in [1, noise.pick(&[2, 7, 130])] {
+                        let x = noise.vector(m * cols, 1.0);
+                        let what = format!("{coding:?}, {shape:?}, bits {widths:?}, m {m}");
+                        check_matmul(&what, layer.weight(), &layer.weights, cols, &x);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Bands of so many rows, the bit-widths of each different, and what they are worth.
 fn bands(noise: &mut Noise, rows: &[usize], coding: ScaleCoding) -> (Vec<PackedLayer>, Vec<f64>) {
     let layer = |&rows: &usize| {

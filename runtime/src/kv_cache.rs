@@ -67,4 +67,9 @@ impl KvCache {
     pub fn clear(&mut self) {
         self.position = 0;
     }
+
+    /// Forgets all tokens but the first `tokens`.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.position = self.position.min(tokens);
+    }
 }

@@ -124,6 +124,15 @@ impl<'a> Model<'a> {
         Ok(hidden)
     }
 
+    /// Feeds `tokens` whose continuation nobody asks for.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn prefill(&self, tokens: &[u32], cache: &mut KvCache) -> Result<()> {
+        self.check(tokens, cache)?;
+        tokens.chunks(PREFILL_BATCH).try_for_each(|batch| self.feed(batch, cache).map(drop))
+    }
+
     /// Logits of hidden states: `[m, hidden]` to `[m, vocab]`.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! What a conversion will do, before it does it.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
 use slim_converter::{
@@ -35,7 +37,8 @@ pub struct Plan {
     file_bytes: u64,
     /// Size of the source's files.
     pub source_bytes: u64,
-    /// Type and bits per weight of the first linear layer whose weights the source has quantized already.
+    /// Types of the linear layers whose weights the source has quantized already, and bits per weight
+    /// of all of them.
     quantized_source: Option<(String, f64)>,
     /// Memory for the largest layer, without what can be in temporary files.
     pub working_bytes: u64,
@@ -73,7 +76,7 @@ impl Plan {
     fn working_bytes_of(&self, tensor: &PlannedTensor) -> u64 {
         let (rows, cols) = match tensor.storage {
             Storage::F32 => return 0,
-            Storage::F16 | Storage::Layer(_) => (tensor.rows as u64, tensor.cols as u64),
+            Storage::Dense(_) | Storage::Layer(_) => (tensor.rows as u64, tensor.cols as u64),
         };
         let is_linear = tensor.name.starts_with("blk.");
         let weights = match is_linear && self.is_calibrated() {
@@ -116,6 +119,11 @@ impl Plan {
         // No group has more than 8 bits per code.
         let bits = bits.min(least_bits + 7.0);
         (least_bytes + ((bits - least_bits) * weights / 8.0).round() as u64, bits)
+    }
+
+    /// Sentences about tensors that will not be stored as the settings ask.
+    pub fn warnings(&self) -> &[String] {
+        self.contents.warnings()
     }
 
     /// What to say about a source whose linear layers are quantized already.
@@ -240,26 +248,31 @@ fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     activations + hessians
 }
 
-/// The first linear layer whose weights are quantized already.
+/// Types and bits per weight of the linear layers whose weights are quantized already.
 fn quantized_source(
     source: &dyn ModelSource,
     contents: &Contents,
 ) -> Result<Option<(String, f64)>> {
-    for tensor in contents.tensors().iter().filter(|tensor| tensor.source.starts_with("blk.")) {
-        if let Some(kind) = source.tensor(&tensor.source)?.and_then(quantized_kind) {
-            return Ok(Some(kind));
+    let names: BTreeSet<_> = contents.tensors().iter().map(|tensor| &tensor.source).collect();
+    let (mut kinds, mut bits, mut weights) = (BTreeSet::new(), 0, 0);
+    for name in names.into_iter().filter(|name| name.starts_with("blk.")) {
+        let found = source.require(name)?;
+        if let Some(kind) = quantized_kind(found) {
+            let (rows, cols) = weight::shape(found);
+            kinds.insert(kind);
+            bits += 8 * weight::stored_bytes(found);
+            weights += (rows * cols) as u64;
         }
     }
-    Ok(None)
+    let kinds = kinds.into_iter().collect::<Vec<_>>().join(", ");
+    Ok((weights > 0).then(|| (kinds, bits as f64 / weights as f64)))
 }
 
-/// Type and bits per weight of a weight that is quantized already.
-fn quantized_kind(found: Weight<'_>) -> Option<(String, f64)> {
-    let name = match found {
-        Weight::Dense(dense) if !dense.dtype.is_quantized() => return None,
-        Weight::Dense(dense) => format!("{:?}", dense.dtype),
-        Weight::Packed(_) | Weight::Bands(_) => "SliM".to_owned(),
-    };
-    let (rows, cols) = weight::shape(found);
-    Some((name, 8.0 * weight::stored_bytes(found) as f64 / (rows * cols) as f64))
+/// The type of a weight that is quantized already.
+fn quantized_kind(found: Weight<'_>) -> Option<String> {
+    match found {
+        Weight::Dense(dense) if !dense.dtype.is_quantized() => None,
+        Weight::Dense(dense) => Some(format!("{:?}", dense.dtype)),
+        Weight::Packed(_) | Weight::Bands(_) => Some("SliM".to_owned()),
+    }
 }

@@ -11,8 +11,11 @@ use slim_formats::{
 };
 use slim_kernels::weight;
 
-use super::total_bytes;
-use crate::open::is_slim;
+use super::{total_bytes, verify};
+use crate::{
+    open::{is_slim, warn_of},
+    output::note,
+};
 
 /// What a file holds.
 pub struct Contents {
@@ -26,8 +29,15 @@ pub struct Contents {
     /// The weights of the model: the tensors, but a SliM layer is one weight of several tensors.
     pub weights: Vec<WeightSize>,
     pub metadata: Metadata,
-    /// For SliM files.
-    slim: Option<SlimFile>,
+    opened: Opened,
+}
+
+/// What the contents are of.
+enum Opened {
+    Slim(SlimFile),
+    Gguf(GgufFile),
+    Safetensors(MappedFile),
+    Model(Box<dyn ModelSource>),
 }
 
 /// A tensor as its file lists it.
@@ -48,8 +58,10 @@ pub struct WeightSize {
     pub elements: u64,
     /// Everything counted.
     pub bits: u64,
-    /// Whether `bits_per_weight` counts it: a linear layer of a block, quantized if this is a SliM file.
-    pub is_counted: bool,
+    /// Whether it is a linear layer of a block.
+    pub is_linear: bool,
+    /// Whether it is dense in a SliM file.
+    pub is_kept: bool,
 }
 
 impl Contents {
@@ -57,19 +69,27 @@ impl Contents {
     pub fn read(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             // Without a `config.json` beside it, or of another architecture, it is still a list of tensors.
-            return Self::of_model(path).or_else(|_| Self::of_safetensors(path));
+            return match Self::of_model(path) {
+                Err(error) if !matches!(error, FormatError::Malformed { .. }) => {
+                    let contents = Self::of_safetensors(path)?;
+                    note(format_args!("read as a list of tensors, not as a model: {error}"));
+                    Ok(contents)
+                }
+                contents => contents,
+            };
         }
         if path.is_dir() || !MappedFile::open(path)?.starts_with(&gguf::MAGIC) {
             return Self::of_model(path);
         }
         match is_slim(path) {
             true => Self::of_slim(SlimFile::open_without_hashes(path)?),
-            false => Ok(Self::of_gguf(&GgufFile::open(path)?)),
+            false => Ok(Self::of_gguf(GgufFile::open(path)?)),
         }
     }
 
     fn of_model(path: &Path) -> Result<Self> {
         let source = open_model(path)?;
+        warn_of(&*source);
         let mut tensors = Vec::new();
         for name in source.tensor_names() {
             if let Some(Weight::Dense(dense)) = source.tensor(name)? {
@@ -90,7 +110,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: source.config().to_gguf(),
-            slim: None,
+            opened: Opened::Model(source),
         })
     }
 
@@ -121,11 +141,11 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata,
-            slim: None,
+            opened: Opened::Safetensors(file),
         })
     }
 
-    fn of_gguf(file: &GgufFile) -> Self {
+    fn of_gguf(file: GgufFile) -> Self {
         let tensors: Vec<Tensor> = file.tensors().iter().map(Tensor::of_gguf).collect();
         Self {
             format: "gguf",
@@ -134,7 +154,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: file.metadata().clone(),
-            slim: None,
+            opened: Opened::Gguf(file),
         }
     }
 
@@ -145,31 +165,48 @@ impl Contents {
                 weights.push(WeightSize::of_slim(name, found));
             }
         }
-        let gguf = Self::of_gguf(file.gguf());
-        Ok(Self { format: "slim", weights, slim: Some(file), ..gguf })
+        let gguf = file.gguf();
+        Ok(Self {
+            format: "slim",
+            architecture: gguf.metadata().str("general.architecture").map(str::to_owned),
+            file_bytes: gguf.file_bytes().len() as u64,
+            tensors: gguf.tensors().iter().map(Tensor::of_gguf).collect(),
+            weights,
+            metadata: gguf.metadata().clone(),
+            opened: Opened::Slim(file),
+        })
     }
 
     /// The layer table of a SliM file, empty for others.
     pub fn layers(&self) -> &[LayerInfo] {
-        self.slim.as_ref().map_or(&[], SlimFile::layers)
+        match &self.opened {
+            Opened::Slim(file) => file.layers(),
+            Opened::Gguf(_) | Opened::Safetensors(_) | Opened::Model(_) => &[],
+        }
     }
 
     /// The broken rules that opening the file did not find.
-    pub fn verify(&self) -> Vec<Fault> {
-        self.slim.as_ref().map_or_else(Vec::new, SlimFile::verify)
+    pub fn verify(&self) -> Result<Vec<Fault>> {
+        match &self.opened {
+            Opened::Slim(file) => Ok(file.verify()),
+            Opened::Gguf(file) => Ok(verify::gguf_faults(file)),
+            Opened::Safetensors(file) => verify::safetensors_faults(file),
+            Opened::Model(source) => verify::model_faults(&**source),
+        }
     }
 
     pub fn parameters(&self) -> u64 {
         self.weights.iter().map(|weight| weight.elements).sum()
     }
 
-    /// Bits per weight of the (quantized) linear layers of the blocks, everything counted.
-    pub fn bits_per_weight(&self) -> Option<f64> {
-        let counted = self.weights.iter().filter(|weight| weight.is_counted);
-        let (bits, elements) = counted.fold((0, 0), |(bits, elements), weight| {
-            (bits + weight.bits, elements + weight.elements)
-        });
-        (elements > 0).then(|| bits as f64 / elements as f64)
+    /// The linear layers of the blocks.
+    pub fn linear_layers(&self) -> impl Iterator<Item = &WeightSize> + Clone {
+        self.weights.iter().filter(|weight| weight.is_linear)
+    }
+
+    /// Those of them that are not kept dense in a SliM file.
+    pub fn quantized_layers(&self) -> impl Iterator<Item = &WeightSize> + Clone {
+        self.linear_layers().filter(|weight| !weight.is_kept)
     }
 
     /// The weight of this name.
@@ -196,7 +233,8 @@ impl WeightSize {
             kind: tensor.dtype.clone(),
             elements: tensor.shape.iter().product(),
             bits: 8 * tensor.bytes,
-            is_counted: tensor.shape.len() > 1 && tensor.name.starts_with("blk."),
+            is_linear: tensor.shape.len() > 1 && tensor.name.starts_with("blk."),
+            is_kept: false,
         }
     }
 
@@ -212,13 +250,21 @@ impl WeightSize {
             kind,
             elements: (rows * cols) as u64,
             bits: 8 * weight::stored_bytes(found),
-            is_counted: is_layer && name.starts_with("blk."),
+            is_linear: (is_layer || rows > 1) && name.starts_with("blk."),
+            is_kept: !is_layer,
         }
     }
 
     pub fn bits_per_weight(&self) -> f64 {
         self.bits as f64 / self.elements as f64
     }
+}
+
+/// Bits per weight of some weights, everything counted; `None` of none.
+pub fn bits_per_weight<'a>(weights: impl Iterator<Item = &'a WeightSize>) -> Option<f64> {
+    let (bits, elements) = weights
+        .fold((0, 0), |(bits, elements), weight| (bits + weight.bits, elements + weight.elements));
+    (elements > 0).then(|| bits as f64 / elements as f64)
 }
 
 fn type_name(dtype: DType) -> String {

@@ -6,7 +6,7 @@ use slim_formats::{
     slim::{Fault, LayerInfo, ScaleCoding},
 };
 
-use super::contents::{Contents, Tensor};
+use super::contents::{Contents, Tensor, bits_per_weight};
 
 pub fn document(contents: &Contents, faults: Option<&[Fault]>, with_metadata: bool) -> Json {
     let mut document = json!({
@@ -14,7 +14,8 @@ pub fn document(contents: &Contents, faults: Option<&[Fault]>, with_metadata: bo
         "architecture": contents.architecture,
         "file_bytes": contents.file_bytes,
         "parameters": contents.parameters(),
-        "bits_per_weight": contents.bits_per_weight(),
+        "bits_per_weight": bits_per_weight(contents.quantized_layers()),
+        "linear_bits_per_weight": bits_per_weight(contents.linear_layers()),
         "tensors": contents.tensors.iter().map(tensor).collect::<Json>(),
     });
     if contents.format == "slim" {

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 
 use serde_json::Value as Json;
-use slim_formats::slim::{Fault, LayerInfo, ScaleCoding};
+use slim_formats::{
+    gguf::Value,
+    slim::{Fault, LayerInfo, ScaleCoding},
+};
 
 use super::{
-    contents::{Contents, WeightSize},
+    contents::{Contents, WeightSize, bits_per_weight},
     json,
 };
-use crate::output::{count, facts, plural, size};
+use crate::output::{count, facts, one_line, plural, size};
 
 /// Elements of an array that are shown, and characters of a string.
 const SHOWN_ELEMENTS: usize = 6;
@@ -18,22 +21,26 @@ const SHOWN_CHARACTERS: usize = 64;
 pub fn summary(contents: &Contents) -> String {
     let mut lines = vec![
         ("format", contents.format.to_owned()),
-        ("architecture", contents.architecture.clone().unwrap_or("not told".to_owned())),
+        (
+            "architecture",
+            one_line(contents.architecture.as_deref().unwrap_or("not told")).into_owned(),
+        ),
     ];
     if let Some(name) = contents.metadata.str("general.name") {
-        lines.push(("name", name.to_owned()));
+        lines.push(("name", one_line(name).into_owned()));
     }
     let (bytes, parameters) = (contents.file_bytes, contents.parameters());
     lines.push(("size", format!("{} ({} bytes)", size(bytes), count(bytes))));
     lines.push(("tensors", count(contents.tensors.len() as u64)));
     lines.push(("parameters", count(parameters)));
-    if let Some(bits) = contents.bits_per_weight() {
-        let layers = contents.weights.iter().filter(|weight| weight.is_counted).count();
-        let layers = plural(layers, "linear layer");
-        lines.push((
-            "bits per weight",
-            format!("{bits:.3} in {layers} of the blocks, everything counted"),
-        ));
+    if let Some(bits) = bits_per_weight(contents.linear_layers()) {
+        let (all, quantized) = (contents.linear_layers(), contents.quantized_layers());
+        let layers = plural(all.count(), "linear layer");
+        let mut figure = format!("{bits:.3} in {layers} of the blocks, everything counted");
+        if let Some(of_quantized) = bits_per_weight(quantized.clone()).filter(|&of| of != bits) {
+            figure += &format!("; {of_quantized:.3} in the {} quantized ones", quantized.count());
+        }
+        lines.push(("bits per weight", figure));
     }
     for (label, name) in [("embedding", "token_embd.weight"), ("output", "output.weight")] {
         if let Some(weight) = contents.weight(name) {
@@ -111,7 +118,12 @@ fn provenance(contents: &Contents) -> String {
 pub fn tensors(contents: &Contents) -> String {
     let shape = |shape: &[u64]| shape.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
     let rows = contents.tensors.iter().map(|tensor| {
-        [tensor.name.clone(), tensor.dtype.clone(), shape(&tensor.shape), count(tensor.bytes)]
+        [
+            one_line(&tensor.name).into_owned(),
+            tensor.dtype.clone(),
+            shape(&tensor.shape),
+            count(tensor.bytes),
+        ]
     });
     table(["tensor", "type", "shape", "bytes"], rows)
 }
@@ -145,7 +157,7 @@ pub fn bit_widths(contents: &Contents) -> String {
 
 /// `blk.0.ffn_up.0` for band `blk.0.ffn_up.weight.0`.
 fn short_name(layer: &LayerInfo) -> String {
-    layer.name.replace(".weight", "")
+    one_line(&layer.name).replace(".weight", "")
 }
 
 fn mean_width(layer: &LayerInfo) -> f64 {
@@ -166,7 +178,10 @@ fn digits(layer: &LayerInfo) -> Vec<String> {
 
 pub fn metadata(contents: &Contents) -> String {
     let entries = contents.metadata.iter();
-    entries.map(|(key, value)| format!("{key} = {}\n", preview(&json::value(value)))).collect()
+    let line = |(key, value): (&str, &Value)| {
+        format!("{} = {}\n", one_line(key), preview(&json::value(value)))
+    };
+    entries.map(line).collect()
 }
 
 /// The start of a value that may be megabytes long.
@@ -193,7 +208,8 @@ pub fn faults(faults: &[Fault]) -> String {
     let mut text = format!("{}\n", plural(faults.len(), "fault"));
     for Fault { rule, place, found, expected } in faults {
         let rule = if rule.is_empty() { String::new() } else { format!(" (rule {rule})") };
-        text += &format!("  {place}: found {found}, expected {expected}{rule}\n");
+        let fault = format!("{place}: found {found}, expected {expected}{rule}");
+        text += &format!("  {}\n", one_line(&fault));
     }
     text
 }
@@ -201,7 +217,8 @@ pub fn faults(faults: &[Fault]) -> String {
 pub fn no_faults(contents: &Contents) -> String {
     match contents.format {
         "slim" => "no faults: every rule of the format and every checksum holds\n".to_owned(),
-        _ => "no faults: the structure is sound; this format has no checksums\n".to_owned(),
+        _ => "no faults: the structure is sound, and every number is one; this format has no checksums\n"
+            .to_owned(),
     }
 }
 

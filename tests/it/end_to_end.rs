@@ -50,13 +50,13 @@ fn convert_to(source: &Path, settings: &Settings, target: &Path) {
 }
 
 /// A SliM file whose packed matrices are served as f32.
-struct Dequantized {
+pub struct Dequantized {
     file: SlimFile,
     values: Vec<(String, Vec<u8>)>,
 }
 
 impl Dequantized {
-    fn open(path: &Path) -> Self {
+    pub fn open(path: &Path) -> Self {
         let file = SlimFile::open(path).unwrap();
         let packed = file.tensor_names().into_iter().filter_map(|name| {
             let packed = file.require(name).unwrap();
@@ -115,7 +115,7 @@ impl ModelSource for Dequantized {
 }
 
 /// Logits of `tokens`: of the first half, which goes through the model in one batch, and of the others, one by one.
-fn logits(source: &dyn ModelSource, backend: &dyn Backend, tokens: &[u32]) -> [Vec<f32>; 2] {
+pub fn logits(source: &dyn ModelSource, backend: &dyn Backend, tokens: &[u32]) -> [Vec<f32>; 2] {
     let model = Model::load(source, backend).unwrap();
     let mut cache = model.new_cache(tokens.len()).unwrap();
     let (batch, rest) = tokens.split_at(tokens.len() / 2);
@@ -125,7 +125,7 @@ fn logits(source: &dyn ModelSource, backend: &dyn Backend, tokens: &[u32]) -> [V
 }
 
 /// Checks that logits differ by no more than the tolerances.
-fn assert_close(what: &str, found: &[Vec<f32>; 2], expected: &[Vec<f32>; 2]) {
+pub fn assert_close(what: &str, found: &[Vec<f32>; 2], expected: &[Vec<f32>; 2]) {
     let prefill = largest_difference(&found[0], &expected[0]);
     let squares = |values: &mut dyn Iterator<Item = f32>| -> f64 {
         values.map(|value| f64::from(value).powi(2)).sum()

@@ -77,7 +77,7 @@ fn gguf_of_every_coding_runs_like_the_slim_file() {
             let report = export(slim, "gguf", exported);
             assert_eq!(layout_of(&report, "blk.1.attn_k.weight"), layout, "{more:?}");
             assert_eq!(layout_of(&report, "token_embd.weight"), "F16");
-            assert_eq!(report["bytes"], std::fs::metadata(exported).unwrap().len());
+            assert_eq!(report["file_bytes"], std::fs::metadata(exported).unwrap().len());
             let error = relative_error(&logits(&dir, exported), &logits(&dir, slim));
             assert!(error < most, "{name} {more:?}: {error}");
         }
@@ -142,7 +142,7 @@ fn safetensors_run_like_the_slim_file() {
         assert_eq!(found.chat_template(), expected.chat_template());
         let mut sizes = std::fs::read_dir(folder).unwrap();
         let bytes: u64 = sizes.by_ref().map(|file| file.unwrap().metadata().unwrap().len()).sum();
-        assert_eq!(report["bytes"], bytes);
+        assert_eq!(report["file_bytes"], bytes);
     }
 }
 

@@ -1,11 +1,19 @@
 //! The integration tests, in one binary so that they link once.
 
+mod chat; // prompts, sampling settings, and the chat, piped and on a terminal
 mod cli; // help, errors, exit codes, output of every subcommand
+mod columns; // any number of them
 mod command; // running the command
 mod cuda; // the command on a CUDA device
 mod end_to_end; // from a model to its packed file to its logits
 mod export; // other engines' layouts, read back
 mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
+mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod real_model; // a real model, where there is one
+mod reports; // what commands say of their results
+mod schemas; // every JSON document against its schema
+mod sources; // what is read of a source, refused, or warned of
+mod special_tokens; // start, stop and chat tokens, the same from every container
+mod terminal; // texts from files are made visible

@@ -120,7 +120,8 @@ impl<'a> Backward<'a> {
     ///
     /// # Errors
     /// `InvalidSetting` if the sequences are empty or not equally long; `Runtime` for a token outside the vocabulary;
-    /// `Kernel` for a weight that is not a number; those of the visitor and of the teacher.
+    /// `Kernel` for a weight that is not a number; `Numerical` for activations that are none; those of
+    /// the visitor and of the teacher.
     pub fn run(
         &self,
         sequences: &[&[u32]],
@@ -130,7 +131,9 @@ impl<'a> Backward<'a> {
         let context = equal_length(sequences)?;
         let mut residuals = vec![embed(self.embedding, &sequences.concat())?];
         for index in 0..self.blocks.len() {
-            residuals.push(self.walk(index, context).forward(&residuals[index])?);
+            let output = self.walk(index, context).forward(&residuals[index])?;
+            check_finite(index, &output)?;
+            residuals.push(output);
             self.release_pages();
         }
         let x = residuals.pop().expect("the output of the last block");
@@ -154,6 +157,7 @@ impl<'a> Backward<'a> {
         let mut x = embed(self.embedding, &sequences.concat())?;
         for index in 0..self.blocks.len() {
             x = self.walk(index, context).forward(&x)?;
+            check_finite(index, &x)?;
             self.release_pages();
         }
         Ok(self.normed(&x))
@@ -216,6 +220,18 @@ impl<'a> Backward<'a> {
         let dw = block::reverse_rms_norm(x, &self.output_norm, norm_epsilon, &d_normed, &mut dx);
         visit(Gradient::Norm { block: None, part: Part::OutputNorm, dw: &dw })?;
         Ok((total, dx))
+    }
+}
+
+/// Refuses outputs of a block that are out of range: what follows would be no numbers, either.
+fn check_finite(block: usize, output: &[f32]) -> Result<()> {
+    match output.iter().find(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(found) => Err(ConvertError::Numerical {
+            layer: format!("blk.{block}"),
+            found: format!("{found} in its output on the calibration text"),
+            expected: "finite activations",
+        }),
     }
 }
 

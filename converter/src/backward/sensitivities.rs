@@ -78,6 +78,17 @@ impl Sensitivity {
         rows.iter().for_each(|&row| self.outputs[row as usize] += 1.0);
     }
 
+    /// Refuses means that are no numbers.
+    fn check(&self) -> Result<()> {
+        match self.inputs.iter().chain(&self.outputs).find(|mean| !mean.is_finite()) {
+            None => Ok(()),
+            Some(found) => {
+                let found = format!("a mean square of {found} on the calibration text");
+                Err(ConvertError::numerical(found, "finite activations and gradients"))
+            }
+        }
+    }
+
     /// Turns the sums over `tokens` tokens into means.
     pub(super) fn divide(&mut self, tokens: f64) {
         // It is zero where nothing depends on the layer.
@@ -95,7 +106,8 @@ impl Sensitivity {
 /// these would outweigh all others (`docs/accuracy.md` has the effect).
 ///
 /// # Errors
-/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if the loss is not finite or there are no tokens;
+/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if there are no tokens; `Numerical` for a
+/// loss, activations or gradients that are no numbers;
 /// `Format` if a temporary file cannot be made.
 pub fn sensitivities(
     source: &dyn ModelSource,
@@ -123,10 +135,10 @@ pub fn sensitivities(
     }
     let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.hidden_size);
     let (mut embedding, mut output) = (rows(), rows());
-    let (mut entropy, mut seed) = (0.0, 0);
+    let mut seed = 0;
     for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
-        entropy += model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
+        let entropy = model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
             match gradient {
                 Gradient::Linear { block, part, x, dy } => {
                     blocks[block][part].add(x, dy);
@@ -140,17 +152,22 @@ pub fn sensitivities(
             }
             Ok(())
         })?;
+        if !entropy.is_finite() {
+            let found = format!("an entropy of {entropy} on the calibration text");
+            return Err(
+                ConvertError::numerical(found, "finite logits").of_layer(&decoder.output().name)
+            );
+        }
         seed += (batch.len() * context) as u64;
     }
-    if !entropy.is_finite() {
-        return Err(ConvertError::InvalidSetting {
-            what: "entropy of the model on the calibration samples",
-            found: entropy.to_string(),
-            expected: "a finite number".into(),
-        });
-    }
     let tokens = (samples.len() * context) as f64;
-    blocks.iter_mut().flat_map(PartMap::values_mut).for_each(|layer| layer.divide(tokens));
+    for (block, layers) in blocks.iter_mut().enumerate() {
+        for (part, sensitivity) in layers.iter_mut() {
+            sensitivity.divide(tokens);
+            let name = &decoder.tensor(block, part).name;
+            sensitivity.check().map_err(|error| error.of_layer(name))?;
+        }
+    }
     embedding.divide();
     output.divide();
     let vocabulary = match decoder.has_tied_embeddings() {

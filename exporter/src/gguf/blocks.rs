@@ -5,6 +5,7 @@ use slim_formats::{
     DType, Weight,
     slim::{Bands, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes},
 };
+use slim_kernels::narrow;
 
 use crate::{ExportError, Result, tensor::to_f16};
 
@@ -174,9 +175,10 @@ fn encode_q8_0(name: &str, first: usize, values: &[f32], bytes: &mut [u8]) -> Re
 
 /// A finite fp16 value.
 fn half(name: &str, row: usize, value: f32) -> Result<f16> {
-    let rounded = f16::from_f32(value);
-    match rounded.is_finite() {
-        true => Ok(rounded),
-        false => Err(ExportError::Unrepresentable { tensor: name.to_owned(), row, found: value }),
-    }
+    let tensor = || name.to_owned();
+    narrow::to_f16(value).ok_or_else(|| ExportError::Unrepresentable {
+        tensor: tensor(),
+        row,
+        found: value,
+    })
 }

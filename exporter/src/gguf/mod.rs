@@ -19,7 +19,7 @@ use slim_kernels::{ggml, weight};
 
 use crate::{
     LayerLoss, Report, Result,
-    tensor::{Loss, for_each_panel, tensors},
+    tensor::{Loss, check_values, for_each_panel, tensors},
 };
 
 /// Where tensors start: at multiples of GGUF's default.
@@ -31,6 +31,11 @@ pub(crate) fn write(
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let planned = plan(model)?;
+    let mut warnings = warnings(model);
+    warnings.extend(check_values(model, |tensor| {
+        let mut planned = planned.iter().filter(|planned| planned.name == tensor.name);
+        planned.any(|planned| planned.dtype == DType::F16)
+    })?);
     let metadata = metadata::of(model, &planned)?;
     let header = HeaderWriter::new(target, &metadata, &planned, ALIGNMENT)?;
     let write_error = |error| FormatError::io(target, "write the file", error);
@@ -55,7 +60,7 @@ pub(crate) fn write(
     pad_to(&mut out, header.file_bytes()).map_err(write_error)?;
     out.commit()?;
     let tensors = planned.iter().filter(|tensor| tensor.name != ROPE_FACTORS).count();
-    Ok(Report { tensors, bytes: header.file_bytes(), layers, warnings: warnings(model) })
+    Ok(Report { tensors, file_bytes: header.file_bytes(), layers, warnings })
 }
 
 /// What llama.cpp does not do for its `llama` architecture.

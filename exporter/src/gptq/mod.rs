@@ -20,7 +20,7 @@ use crate::{
     ExportError, LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
     safetensors::{f16_bytes, plan_f16},
-    tensor::{Loss, for_each_panel, tensors},
+    tensor::{Loss, check_values, for_each_panel, tensors},
 };
 
 pub(crate) fn write(
@@ -38,6 +38,7 @@ pub(crate) fn write(
             false => planned.push(plan_f16(tensor, weight)),
         }
     }
+    let warnings = check_values(model, |tensor| !tensor.is_linear())?;
     let folder = Folder::create(target)?;
     folder.describe(model, quantization_config(bits))?;
     let mut layers = Vec::new();
@@ -59,7 +60,7 @@ pub(crate) fn write(
         layers.extend(loss);
         Ok(bytes)
     })?;
-    Ok(Report { tensors: tensors.len(), bytes: folder.finish()?, layers, warnings: Vec::new() })
+    Ok(Report { tensors: tensors.len(), file_bytes: folder.finish()?, layers, warnings })
 }
 
 /// Bits per code, one width for the whole model: 4 where that holds every layer as it is, which is to say integer zero points and

@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use slim_formats::slim::{
-    Bands, BitWidth, Group, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes,
+    Bands, BitWidth, Group, LayerLayout, PackedTensor, TILE_ROWS, UNIT_COLS, unpack_codes,
 };
 
 /// Columns of the largest block that the operator takes.
@@ -23,13 +23,15 @@ const MIN_BLOCK_OF_2_BITS: usize = 32;
 pub struct Blocks {
     /// Bits per code: 2, 4 or 8.
     pub bits: u8,
-    /// Columns per block: a power of two that divides the columns.
+    /// Columns per block: a power of two.
     pub block: usize,
-    /// `[rows, cols * bits / 8]`, the first code of a byte in its lowest bits.
+    /// Blocks per row; the last one may have fewer columns.
+    pub row_blocks: usize,
+    /// `[rows, row_blocks * block * bits / 8]`, the first code of a byte in its lowest bits.
     pub codes: Vec<u8>,
-    /// `[rows, cols / block]`.
+    /// `[rows, row_blocks]`.
     pub scales: Vec<f32>,
-    /// `[rows, cols / block]`.
+    /// `[rows, row_blocks]`.
     pub offsets: Vec<f32>,
 }
 
@@ -38,13 +40,15 @@ impl Blocks {
     pub fn new(bands: Bands<'_>, least_bits: u8) -> Self {
         let (rows, cols) = bands.shape();
         let block = block_size(bands.get(0).layout());
+        let row_blocks = cols.div_ceil(block);
         let bits = node_bits(bands.widest(), block).max(least_bits);
         let mut blocks = Self {
             bits,
             block,
-            codes: vec![0; rows * (cols * usize::from(bits) / 8)],
-            scales: vec![0.0; rows * (cols / block)],
-            offsets: vec![0.0; rows * (cols / block)],
+            row_blocks,
+            codes: vec![0; rows * row_blocks * block_bytes(block, bits)],
+            scales: vec![0.0; rows * row_blocks],
+            offsets: vec![0.0; rows * row_blocks],
         };
         for (first_row, band) in bands.iter() {
             let layout = band.layout();
@@ -67,7 +71,7 @@ impl Blocks {
         group: &Group,
     ) {
         let bits = usize::from(self.bits);
-        let row_bytes = packed.layout().cols() * bits / 8;
+        let row_bytes = self.row_blocks * block_bytes(self.block, self.bits);
         let shift = (1 << (bits - 1)) - half_range(group) as u8;
         let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
         let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
@@ -91,7 +95,6 @@ impl Blocks {
         group: &Group,
     ) {
         let layout = packed.layout();
-        let row_blocks = layout.cols() / self.block;
         let half = f32::from(half_range(group));
         let rows = tile_rows(layout, first_row, tile);
         let (d, m) = packed.row_scales(tile);
@@ -99,8 +102,8 @@ impl Blocks {
             let (factor, offset) = packed.scales(tile, group, run);
             for (lane, row) in rows.clone().enumerate() {
                 let (factor, offset) = (d[lane] * factor[lane], m[lane] * offset[lane]);
-                let own = row * row_blocks + cols.start / self.block
-                    ..row * row_blocks + cols.end / self.block;
+                let first = row * self.row_blocks;
+                let own = first + cols.start / self.block..first + cols.end.div_ceil(self.block);
                 self.scales[own.clone()].fill(factor);
                 self.offsets[own].fill(offset + factor * half);
             }
@@ -119,10 +122,17 @@ fn half_range(group: &Group) -> u16 {
     1 << (group.bit_width.bits() - 1)
 }
 
-/// The largest block that lies in one run of every row, wherever it starts: all lengths are multiples of 16.
+/// Bytes of a block's codes.
+pub fn block_bytes(block: usize, bits: u8) -> usize {
+    block * usize::from(bits) / 8
+}
+
+/// The largest block that lies in one run of every row, wherever it starts: all lengths are multiples of 16, with the columns
+/// that are stored behind the last one.
 fn block_size(layout: &LayerLayout) -> usize {
     let starts = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
-    let ends = starts.fold(layout.cols(), |ends, run| ends | run.start);
+    let stored = layout.cols().next_multiple_of(UNIT_COLS);
+    let ends = starts.fold(stored, |ends, run| ends | run.start);
     (1 << ends.trailing_zeros()).min(MAX_BLOCK)
 }
 

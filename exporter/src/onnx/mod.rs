@@ -12,7 +12,11 @@ use serde_json::json;
 use slim_formats::ModelSource;
 
 use self::graph::Graph;
-use crate::{Report, Result, folder::Folder, tensor::tensors};
+use crate::{
+    Report, Result,
+    folder::Folder,
+    tensor::{check_values, tensors},
+};
 pub(crate) use decoder::lacks;
 
 pub(crate) fn write(
@@ -20,6 +24,7 @@ pub(crate) fn write(
     target: &Path,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
+    let warnings = check_values(model, |_| false)?;
     let folder = Folder::create(target)?;
     let mut graph = Graph::create(folder.path())?;
     decoder::add_decoder(&mut graph, model, on_tensor)?;
@@ -27,7 +32,7 @@ pub(crate) fn write(
     folder.json("genai_config.json", &settings::genai_config(model.config()))?;
     folder.describe(model, json!({}))?;
     let tensors = tensors(model)?.len();
-    Ok(Report { tensors, bytes: folder.finish()?, layers: Vec::new(), warnings: Vec::new() })
+    Ok(Report { tensors, file_bytes: folder.finish()?, layers: Vec::new(), warnings })
 }
 
 #[cfg(test)]

@@ -50,6 +50,12 @@ pub fn genai_config(config: &ModelConfig) -> Value {
             "top_p": 1.0,
         },
     });
+    // Settings that it does not know would be refused.
+    for (key, value) in config.generation.to_hugging_face() {
+        if let Some(known) = settings["search"].get_mut(key) {
+            *known = value;
+        }
+    }
     // `null` would be refused.
     if let Some(id) = config.bos_token_id {
         settings["model"]["bos_token_id"] = id.into();
@@ -73,12 +79,24 @@ mod tests {
         let found = model(&config);
         assert_eq!(found["context_length"], 512);
         assert_eq!(found["bos_token_id"], 267);
-        assert_eq!(found["eos_token_id"], json!([268]));
+        assert_eq!(found["eos_token_id"], json!([268, 270]));
         assert_eq!(found["decoder"]["num_key_value_heads"], 2);
         assert_eq!(found["decoder"]["head_size"], 16);
         config.bos_token_id = None;
         config.context_length = 1 << 30;
         assert_eq!(model(&config).get("bos_token_id"), None);
         assert_eq!(model(&config)["context_length"], 1 << 17);
+    }
+
+    #[test]
+    fn genai_config_samples_as_the_model_wants_where_genai_can() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs/llama");
+        let mut config = open_model(&folder).unwrap().config().clone();
+        assert_eq!(genai_config(&config)["search"]["do_sample"], false);
+        config.generation.temperature = Some(0.6);
+        config.generation.min_p = Some(0.1);
+        let search = &genai_config(&config)["search"];
+        assert_eq!((&search["do_sample"], &search["temperature"]), (&json!(true), &json!(0.6)));
+        assert_eq!(search.get("min_p"), None);
     }
 }

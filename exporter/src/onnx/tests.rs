@@ -95,7 +95,7 @@ fn write_gives_a_whole_folder_and_tells_each_tensor_once() {
             .iter()
             .map(|name| folder.join(name).metadata().unwrap().len())
             .sum::<u64>();
-        assert_eq!(report.bytes, lengths);
+        assert_eq!(report.file_bytes, lengths);
         let mut expected = model.tensor_names();
         expected.sort_unstable();
         told.sort_unstable();

@@ -102,6 +102,11 @@ impl<T> PartMap<T> {
         self.0.iter().map(|(&part, value)| (part, value))
     }
 
+    /// Parts and values, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Part, &mut T)> {
+        self.0.iter_mut().map(|(&part, value)| (part, value))
+    }
+
     /// The values.
     pub fn values(&self) -> impl Iterator<Item = &T> {
         self.0.values()

@@ -1,19 +1,17 @@
 //! Hyperparameters as GGUF metadata.
 
-use std::path::Path;
+use std::{cell::RefCell, collections::HashSet, path::Path};
 
-use super::{ModelConfig, Rope, rope_pairs};
-use crate::{
-    FormatError, Result, arch,
-    gguf::{Array, Metadata, Value},
+use super::{
+    ModelConfig, Rope,
+    keys::{is_about, is_harmless_in_gguf},
+    rope_pairs,
 };
-
-/// The key of all end tokens where there are several; GGUF's own names one of them.
-const EOS_IDS_KEY: &str = "slim.eos_token_ids";
-
-/// GGUF's keys of end tokens: of a text, of a turn, of a message.
-const GGUF_EOS_KEYS: [&str; 3] =
-    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+use crate::{
+    FormatError, Generation, Result, arch,
+    gguf::{Array, Metadata, Value},
+    special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
+};
 
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
 
@@ -22,27 +20,22 @@ impl ModelConfig {
     ///
     /// `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has one. Only the
     /// tensors tell whether the embeddings are tied, so `tied_embeddings` is false here and the
-    /// caller's to set. Without `tokenizer.ggml.add_bos_token`, SentencePiece models (`llama`) add one.
+    /// caller's to set.
     ///
     /// # Errors
-    /// `Malformed` if a key is missing or has a value of the wrong kind, `Unsupported` for another
-    /// architecture and for what this program does not compute.
+    /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
+    /// spelling; `Unsupported` for another architecture, for what this program does not compute, and
+    /// for a key of the architecture or of RoPE that nothing here reads.
     pub fn from_gguf(
         path: &Path,
         metadata: &Metadata,
         rope_factors: Option<Vec<f32>>,
     ) -> Result<Self> {
-        let keys = Keys { path, metadata };
+        let keys = Keys { path, metadata, asked: RefCell::default() };
         let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
         let Some(family) = arch::by_architecture(architecture) else {
             return keys.unsupported(format!("architecture `{architecture}`"));
         };
-        if keys
-            .optional("llama.expert_count", "a whole number", Value::as_u64)?
-            .is_some_and(|count| count > 0)
-        {
-            return keys.unsupported("a mixture of experts".to_owned());
-        }
         let hidden_size = keys.size("llama.embedding_length")?;
         let head_count = keys.size("llama.attention.head_count")?;
         let head_dim = match keys.optional_size("llama.attention.key_length")? {
@@ -57,8 +50,8 @@ impl ModelConfig {
                     .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
             }
         }
-        let sentence_piece = metadata.str("tokenizer.ggml.model") == Some("llama");
-        let config = Self {
+        let vocab_size = read_vocab_size(&keys)?;
+        let mut config = Self {
             family,
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
             block_count: keys.size("llama.block_count")?,
@@ -69,7 +62,7 @@ impl ModelConfig {
                 .optional_size("llama.attention.head_count_kv")?
                 .unwrap_or(head_count),
             head_dim,
-            vocab_size: read_vocab_size(&keys)?,
+            vocab_size,
             context_length: keys.size("llama.context_length")?,
             norm_epsilon: keys.require(EPSILON_KEY, "a float", Value::as_f64)? as f32,
             rope: read_rope(&keys, head_dim, rope_factors)?,
@@ -77,17 +70,15 @@ impl ModelConfig {
                 .optional_size("llama.attention.sliding_window")?
                 .filter(|&window| window > 0),
             tied_embeddings: false,
-            bos_token_id: keys.optional(
-                "tokenizer.ggml.bos_token_id",
-                "a token id",
-                as_token_id,
-            )?,
-            eos_token_ids: read_eos_token_ids(&keys)?,
-            add_bos: keys
-                .optional("tokenizer.ggml.add_bos_token", "a truth value", Value::as_bool)?
-                .unwrap_or(sentence_piece),
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            add_bos: false,
+            generation: Generation::from_gguf(path, metadata)?,
         };
-        config.validated(path)
+        SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
+        let config = config.validated(path)?;
+        keys.refuse_unread(&config)?;
+        Ok(config)
     }
 
     /// The standard keys that [`from_gguf`](Self::from_gguf) reads back.
@@ -121,14 +112,20 @@ impl ModelConfig {
             self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))),
         );
         let bos = self.bos_token_id.map(|id| ("tokenizer.ggml.bos_token_id".to_owned(), id.into()));
-        let eos = self.eos_token_ids.first().map(|&id| (GGUF_EOS_KEYS[0].to_owned(), id.into()));
+        let eos = self.eos_token_ids.first().map(|&id| (GGML_END_KEYS[0].to_owned(), id.into()));
         let all_eos = (self.eos_token_ids.len() > 1)
-            .then(|| (EOS_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
-        entries.extend(bos.into_iter().chain(eos).chain(all_eos));
+            .then(|| (END_IDS_KEY.to_owned(), self.eos_token_ids.clone().into()));
+        // Of several ends llama.cpp's readers know two: of a text and of a turn.
+        let eot = self.eos_token_ids.get(1).map(|&id| (GGML_END_KEYS[1].to_owned(), id.into()));
+        entries.extend(bos.into_iter().chain(eos).chain(eot).chain(all_eos));
         entries.push(("tokenizer.ggml.add_bos_token".to_owned(), self.add_bos.into()));
+        entries.extend(self.generation.to_gguf());
         Metadata::from_unique(entries)
     }
 }
+
+/// The factor of RoPE scaling: its name, and the one of files before autumn 2023.
+const ROPE_FACTOR_KEYS: [&str; 2] = ["llama.rope.scaling.factor", "llama.rope.scale_linear"];
 
 const EPSILON_KEY: &str = "llama.attention.layer_norm_rms_epsilon";
 
@@ -140,27 +137,15 @@ fn read_vocab_size(keys: &Keys<'_>) -> Result<usize> {
     }
 }
 
-fn read_eos_token_ids(keys: &Keys<'_>) -> Result<Vec<u32>> {
-    let list = |value: &Value| -> Option<Vec<u32>> {
-        value.as_array()?.to_u64s()?.into_iter().map(|id| id.try_into().ok()).collect()
-    };
-    if let Some(ids) = keys.optional(EOS_IDS_KEY, "token ids", list)? {
-        return Ok(ids);
-    }
-    let mut ids = Vec::new();
-    for key in GGUF_EOS_KEYS {
-        let id = keys.optional(key, "a token id", as_token_id)?;
-        ids.extend(id.filter(|id| !ids.contains(id)));
-    }
-    Ok(ids)
-}
-
 fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Result<Rope> {
     let theta = keys.optional("llama.rope.freq_base", "a float", Value::as_f64)?;
+    let factor = read_rope_factor(keys)?;
     let scale = match keys.optional("llama.rope.scaling.type", "a string", Value::as_str)? {
-        None | Some("none") => 1.0,
+        Some("none") => 1.0,
+        // A factor without a type is linear, as llama.cpp has it.
+        None => factor.unwrap_or(1.0) as f32,
         Some("linear") => {
-            keys.require("llama.rope.scaling.factor", "a float", Value::as_f64)? as f32
+            factor.ok_or_else(|| keys.malformed(ROPE_FACTOR_KEYS[0], "none", "a float"))? as f32
         }
         Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
     };
@@ -171,13 +156,43 @@ fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Res
     })
 }
 
-/// Metadata and the file that it comes from.
+/// The factor of linear scaling under its name or its old one; llama.cpp takes 0 for none.
+fn read_rope_factor(keys: &Keys<'_>) -> Result<Option<f64>> {
+    let mut found = None;
+    for key in ROPE_FACTOR_KEYS {
+        let factor = keys.optional(key, "a float", Value::as_f64)?.filter(|&factor| factor != 0.0);
+        match (found, factor) {
+            (Some(first), Some(factor)) if !is_about(factor, first) => {
+                let expected = format!("{first} as in `{}`", ROPE_FACTOR_KEYS[0]);
+                return Err(keys.malformed(key, factor, &expected));
+            }
+            _ => found = found.or(factor),
+        }
+    }
+    Ok(found)
+}
+
+/// Metadata, the file that it comes from, and which of its keys were asked for.
 struct Keys<'a> {
     path: &'a Path,
     metadata: &'a Metadata,
+    asked: RefCell<HashSet<String>>,
 }
 
 impl<'a> Keys<'a> {
+    /// Refuses keys that no rule read and that could change the computation.
+    fn refuse_unread(&self, config: &ModelConfig) -> Result<()> {
+        let asked = self.asked.borrow();
+        let unread = self
+            .metadata
+            .iter()
+            .find(|&(key, value)| !asked.contains(key) && !is_harmless_in_gguf(key, value, config));
+        match unread {
+            Some((key, value)) => self.unsupported(format!("key `{key}` of {value}")),
+            None => Ok(()),
+        }
+    }
+
     fn unsupported<T>(&self, what: String) -> Result<T> {
         Err(FormatError::unsupported(self.path, what, ""))
     }
@@ -193,6 +208,7 @@ impl<'a> Keys<'a> {
         kind: &str,
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
+        self.asked.borrow_mut().insert(key.to_owned());
         let value = self.metadata.get(key);
         value.map(|value| read(value).ok_or_else(|| self.malformed(key, value, kind))).transpose()
     }
@@ -228,8 +244,4 @@ fn all_equal(array: &Array) -> Option<u64> {
     let sizes = array.to_u64s()?;
     let first = *sizes.first()?;
     sizes.iter().all(|&size| size == first).then_some(first)
-}
-
-fn as_token_id(value: &Value) -> Option<u32> {
-    value.as_u64()?.try_into().ok()
 }

@@ -20,7 +20,13 @@ fn changed(mut config: Json, changes: &Json) -> Json {
 }
 
 fn read(config: &Json) -> Result<ModelConfig> {
-    ModelConfig::from_hugging_face(Path::new("config.json"), config, None)
+    read_with_warnings(config).map(|(config, _)| config)
+}
+
+fn read_with_warnings(config: &Json) -> Result<(ModelConfig, Vec<String>)> {
+    let mut warnings = Vec::new();
+    let path = Path::new("config.json");
+    Ok((ModelConfig::from_hugging_face(path, config, None, &mut warnings)?, warnings))
 }
 
 #[test]
@@ -59,9 +65,9 @@ fn hugging_face_linear_scaling_divides_every_frequency() {
 #[test]
 fn hugging_face_generation_config_names_the_end_tokens() {
     let generation = json!({"eos_token_id": [7, 8, 9]});
+    let path = Path::new("config.json");
     let config =
-        ModelConfig::from_hugging_face(Path::new("config.json"), &llama(), Some(&generation))
-            .unwrap();
+        ModelConfig::from_hugging_face(path, &llama(), Some(&generation), &mut Vec::new()).unwrap();
     assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![7, 8, 9]));
 }
 
@@ -99,12 +105,56 @@ fn hugging_face_bad_configurations_are_refused() {
         (json!({"rope_theta": -1.0}), false, "RoPE"),
         (json!({"attention_bias": true}), true, "`attention_bias`"),
         (json!({"mlp_bias": true}), true, "`mlp_bias`"),
-        (json!({"hidden_act": "gelu"}), true, "activation `gelu`"),
-        (json!({"quantization_config": {}}), true, "already quantized"),
+        (json!({"hidden_act": "gelu"}), true, "key `hidden_act` of \"gelu\" in a llama model"),
+        (json!({"architectures": ["LlamaForSequenceClassification"]}), true, "the class"),
         (json!({"rope_scaling": {"type": "yarn"}}), true, "RoPE scaling `yarn`"),
         (json!({"rope_scaling": {"type": "linear"}}), false, "key `factor`"),
         (json!({"rope_scaling": {"type": "linear", "factor": 0}}), false, "RoPE factor: found 0"),
         (json!({"partial_rotary_factor": 0.5}), true, "partial_rotary_factor"),
+        (
+            json!({"rope_scaling": {"factor": 4.0}}),
+            true,
+            "key `factor` of `rope_scaling` with RoPE scaling `default`: 4.0",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 32}}),
+            true,
+            "key `beta_fast`",
+        ),
+        (
+            json!({"rope_scaling": {"full_attention": {"rope_type": "default"}}}),
+            true,
+            "key `full_attention`",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 4}}),
+            false,
+            "key `type`: found `llama3`, expected `linear` as in `rope_type`",
+        ),
+        (
+            json!({"rope_parameters": {"rope_theta": 5e5}}),
+            false,
+            "key `rope_theta`: found 10000, expected 500000 as in `rope_parameters`",
+        ),
+        (
+            json!({
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            }),
+            false,
+            "expected the same as in `rope_parameters`",
+        ),
+        (json!({"attention_multiplier": 0.0156}), true, "key `attention_multiplier` of 0.0156"),
+        (json!({"embedding_multiplier": 12.0}), true, "key `embedding_multiplier`"),
+        (json!({"logits_scaling": 8}), true, "key `logits_scaling`"),
+        (json!({"final_logit_softcapping": 30.0}), true, "key `final_logit_softcapping`"),
+        (json!({"num_local_experts": 8}), true, "key `num_local_experts`"),
+        (json!({"rope_local_base_freq": 1e4}), true, "key `rope_local_base_freq`"),
+        (
+            json!({"layer_types": ["full_attention", "sliding_attention"]}),
+            true,
+            "key `layer_types`",
+        ),
         (llama3(4.0, 4.0), false, "key `high_freq_factor`"),
         (json!({"eos_token_id": [1, "x"]}), false, "key `eos_token_id`"),
         (
@@ -118,6 +168,33 @@ fn hugging_face_bad_configurations_are_refused() {
         assert_eq!(matches!(error, FormatError::Unsupported { .. }), is_unsupported, "{error}");
         assert!(error.to_string().contains(fragment), "{changes}: {error}");
     }
+}
+
+#[test]
+fn hugging_face_neutral_keys_are_read_over() {
+    let changes = json!({
+        "architectures": ["LLaMAForCausalLM"], "attention_bias": false, "mlp_bias": false,
+        "hidden_act": "swish", "attention_multiplier": 0.25, "embedding_multiplier": 1.0,
+        "logits_scaling": 1, "final_logit_softcapping": null, "partial_rotary_factor": 1.0,
+        "layer_types": ["full_attention", "full_attention"], "pretraining_tp": 2, "use_cache": true,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.0", "max_length": 20,
+        "rope_scaling": {"rope_type": "default", "factor": 1.0}, "_name_or_path": "x",
+    });
+    let (config, warnings) = read_with_warnings(&changed(llama(), &changes)).unwrap();
+    assert_eq!((config, warnings), (read(&llama()).unwrap(), vec![]));
+}
+
+#[test]
+fn hugging_face_unknown_keys_are_warned_of() {
+    let changes = json!({"wavelet_gate": [1, 2], "nothing": null, "sliding_window": 16});
+    let (_, warnings) = read_with_warnings(&changed(llama(), &changes)).unwrap();
+    assert_eq!(
+        warnings,
+        [
+            "`config.json`: key `wavelet_gate` of [1,2] is not read: it is unknown in a llama model",
+            "`config.json`: key `sliding_window` of 16 is not read: it is unknown in a llama model",
+        ]
+    );
 }
 
 fn from_gguf(metadata: &Metadata, factors: Option<Vec<f32>>) -> Result<ModelConfig> {
@@ -182,10 +259,59 @@ fn gguf_alternatives_are_read() {
 }
 
 #[test]
+fn gguf_every_spelling_of_linear_scaling_is_read() {
+    let read = |entries: &[Entry<'_>]| {
+        let mut metadata = keys("", None);
+        for (key, value) in entries {
+            metadata.insert(format!("llama.rope.{key}"), value.clone()).unwrap();
+        }
+        from_gguf(&metadata, None).map(|config| config.rope.factors)
+    };
+    let linear = || ("scaling.type", "linear".into());
+    for (entries, factor) in [
+        (vec![("scale_linear", 4f32.into())], 4.0),
+        (vec![("scaling.factor", 4f32.into())], 4.0),
+        (vec![linear(), ("scale_linear", 4f32.into())], 4.0),
+        (vec![linear(), ("scaling.factor", 4f32.into()), ("scale_linear", 4f32.into())], 4.0),
+        (vec![("scaling.factor", 0f32.into())], 1.0),
+        (vec![("scaling.type", "none".into()), ("scaling.factor", 4f32.into())], 1.0),
+        (
+            vec![
+                ("scaling.factor", 4f32.into()),
+                ("scaling.original_context_length", 2048u32.into()),
+                ("scaling.finetuned", true.into()),
+                ("scaling.attn_factor", 1f32.into()),
+            ],
+            4.0,
+        ),
+    ] {
+        assert_eq!(read(&entries).unwrap(), [factor; 8], "{entries:?}");
+    }
+    let error =
+        read(&[("scaling.factor", 4f32.into()), ("scale_linear", 2f32.into())]).unwrap_err();
+    let expected =
+        "key `llama.rope.scale_linear`: found 2, expected 4 as in `llama.rope.scaling.factor`";
+    assert!(error.to_string().contains(expected), "{error}");
+}
+
+#[test]
 fn gguf_bad_keys_are_refused() {
     let ffn = "llama.feed_forward_length";
     let rope_dimensions = "llama.rope.dimension_count";
-    let cases: [(&str, Option<Entry<'_>>, bool, &str); 8] = [
+    let cases: [(&str, Option<Entry<'_>>, bool, &str); 16] = [
+        (
+            "",
+            Some(("llama.attention.wobble", 1u32.into())),
+            true,
+            "key `llama.attention.wobble` of 1",
+        ),
+        ("", Some(("llama.rope.scaling.yarn_beta", 1f32.into())), true, "yarn_beta` of 1"),
+        ("", Some(("mistral.rope.freq_base", 1e6f32.into())), true, "key `mistral.rope.freq_base`"),
+        ("", Some(("llama.expert_count", 8u32.into())), true, "key `llama.expert_count` of 8"),
+        ("", Some(("llama.logit_scale", 8f32.into())), true, "key `llama.logit_scale`"),
+        ("", Some(("llama.attention.scale", 0.5f32.into())), true, "key `llama.attention.scale`"),
+        ("", Some(("llama.use_parallel_residual", true.into())), true, "use_parallel_residual"),
+        ("", Some(("llama.tensor_data_layout", "reference".into())), true, "tensor_data_layout"),
         ("general.architecture", None, false, "key `general.architecture`: found none"),
         ("llama.block_count", None, false, "key `llama.block_count`: found none"),
         (ffn, Some((ffn, vec![160u32, 80].into())), false, "the same for all blocks"),
@@ -238,8 +364,10 @@ fn hugging_face_keys_are_read_back() {
     ] {
         let config = read(&changed(llama(), &changes)).unwrap();
         let (json, generation) = config.to_hugging_face(Path::new("m")).unwrap();
-        let found =
-            ModelConfig::from_hugging_face(Path::new("c"), &json, Some(&generation)).unwrap();
+        let (path, mut warnings) = (Path::new("c"), Vec::new());
+        let found = ModelConfig::from_hugging_face(path, &json, Some(&generation), &mut warnings);
+        let found = found.unwrap();
+        assert!(warnings.is_empty(), "{warnings:?}");
         for (found, expected) in found.rope.factors.iter().zip(&config.rope.factors) {
             assert!((found - expected).abs() <= 1e-4 * expected, "{changes}: {found} {expected}");
         }

@@ -21,6 +21,20 @@ pub use writer::{HeaderWriter, NewTensor};
 
 use crate::DType;
 
+/// What a token is for: values of `tokenizer.ggml.token_type`.
+pub mod token_type {
+    /// Ordinary text.
+    pub const NORMAL: u64 = 1;
+    /// Stands for what has no token.
+    pub const UNKNOWN: u64 = 2;
+    /// Guides the model, and is no part of the text.
+    pub const CONTROL: u64 = 3;
+    /// Text that is found before anything else happens to the text around it.
+    pub const USER_DEFINED: u64 = 4;
+    /// Fills an id.
+    pub const UNUSED: u64 = 5;
+}
+
 /// The first bytes of every GGUF file.
 pub const MAGIC: [u8; 4] = *b"GGUF";
 

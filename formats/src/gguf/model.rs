@@ -2,10 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use super::GgufFile;
+use super::{GgufFile, Metadata};
 use crate::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
-    TokenizerSource, Weight, arch::ROPE_FACTORS,
+    TokenizerSource, Weight,
+    arch::ROPE_FACTORS,
+    folder::tokenizer_warnings,
+    locate,
+    shapes::{self, Spelling},
 };
 
 /// A GGUF model of one of the families.
@@ -15,38 +19,53 @@ pub struct GgufModel {
     config: ModelConfig,
     decoder: Decoder,
     tokenizer: TokenizerSource,
+    warnings: Vec<String>,
 }
 
 impl GgufModel {
     /// Opens a model.
     ///
     /// # Errors
-    /// `Unsupported` for another architecture, one file of several, or a tensor that the
-    /// architecture does not use; otherwise those of [`GgufFile::open`] and [`ModelConfig::from_gguf`].
+    /// `OtherKind` for one file of several, and for what is no language model; `Unsupported` for
+    /// another architecture, or a tensor that it does not use; `Malformed` if a tensor is missing or
+    /// contradicts the metadata; otherwise those of [`GgufFile::open`] and [`ModelConfig::from_gguf`].
     pub fn open(path: &Path) -> Result<Self> {
         let file = GgufFile::open(path)?;
         let metadata = file.metadata();
-        if metadata.u64("split.count").is_some_and(|count| count > 1) {
-            let hint = "merge the files with `llama-gguf-split --merge` and open the result";
-            return Err(FormatError::unsupported(
-                path,
-                "a model split over several GGUF files",
-                hint,
-            ));
+        if let Some(count) = metadata.u64("split.count").filter(|&count| count > 1) {
+            return Err(locate::split_gguf(path, count));
         }
+        refuse_other_kinds(path, metadata)?;
         let rope_factors = file.f32_vector(ROPE_FACTORS)?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
         config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
         let decoder = Decoder::new(&config);
         check_tensors(&file, &decoder)?;
+        shapes::check(path, &config, &decoder, Spelling::Gguf, |name| {
+            file.tensor(name).map(|tensor| tensor.rows_and_cols(path)).transpose()
+        })?;
         let tokenizer = TokenizerSource::from_gguf(metadata);
-        Ok(Self { file, config, decoder, tokenizer })
+        let warnings = tokenizer_warnings(path, &tokenizer, config.vocab_size).collect();
+        Ok(Self { file, config, decoder, tokenizer, warnings })
     }
 
     /// The container.
     pub fn gguf(&self) -> &GgufFile {
         &self.file
     }
+}
+
+/// Refuses GGUF files that hold something else than a model.
+fn refuse_other_kinds(path: &Path, metadata: &Metadata) -> Result<()> {
+    let (found, hint) = match metadata.str("general.type") {
+        Some("adapter") => {
+            ("a LoRA adapter", "merge it into its base model with `llama-export-lora`")
+        }
+        Some("mmproj") => ("the vision part of a model", "give the file of the language model"),
+        Some("imatrix") => ("an importance matrix", "give the file of the model"),
+        _ => return Ok(()),
+    };
+    Err(FormatError::other_kind(path, found, "a language model", hint))
 }
 
 /// Refuses tensors that would be ignored, and types that cannot be read.
@@ -108,6 +127,10 @@ impl ModelSource for GgufModel {
 
     fn files(&self) -> Vec<PathBuf> {
         vec![self.path().to_owned()]
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     fn release_pages(&self) {

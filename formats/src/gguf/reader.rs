@@ -10,7 +10,7 @@ use super::{
     Value, dtype_from_id, element_count, is_alignment, tensor_bytes,
     value::{MAX_KEY_BYTES, type_id},
 };
-use crate::{DType, FormatError, Limits, MappedFile, Result, limits};
+use crate::{DType, FormatError, Limits, MappedFile, Result, folder::CUT_SHORT, limits};
 
 /// The least bytes of a metadata entry: key length, one key byte, type, a one-byte value.
 const MIN_ENTRY_BYTES: u64 = 8 + 1 + 4 + 1;
@@ -405,24 +405,26 @@ fn place_tensors(
     let mut last_first: Vec<&mut TensorInfo> = tensors.iter_mut().collect();
     last_first.sort_unstable_by_key(|tensor| std::cmp::Reverse(tensor.offset));
     let (mut limit, mut limit_is) = (file_bytes, "the file ends".to_owned());
+    let beyond = |error: FormatError, limit| match limit == file_bytes {
+        true => error.with_hint(CUT_SHORT),
+        false => error,
+    };
     for tensor in last_first {
         let place = || format!("tensor `{}`", tensor.name);
         let expected = || format!("at most {limit}, where {limit_is}");
         let start =
             tensor.offset.checked_add(data_start).filter(|&start| start < limit).ok_or_else(
                 || {
-                    cursor.malformed(
-                        place(),
-                        format!("offset {} after {data_start}", tensor.offset),
-                        expected(),
-                    )
+                    let found = format!("offset {} after {data_start}", tensor.offset);
+                    beyond(cursor.malformed(place(), found, expected()), limit)
                 },
             )?;
         if matches!(tensor.dtype, DType::Unknown(_)) {
             tensor.bytes = limit - start;
         } else if tensor.bytes > limit - start {
             let found = format!("{} bytes from {start} on", tensor.bytes);
-            return Err(cursor.malformed(place(), found, format!("an end of {}", expected())));
+            let expected = format!("an end of {}", expected());
+            return Err(beyond(cursor.malformed(place(), found, expected), limit));
         }
         tensor.offset = start;
         (limit, limit_is) = (start, format!("tensor `{}` starts", tensor.name));
@@ -463,7 +465,7 @@ impl<'a> Cursor<'a> {
         }
         let needed = u128::from(count) * u128::from(item_bytes);
         let found = format!("{} bytes after byte {}", self.remaining(), self.position);
-        Err(self.malformed(place, found, format!("at least {needed}")))
+        Err(self.malformed(place, found, format!("at least {needed}")).with_hint(CUT_SHORT))
     }
 
     fn take(&mut self, count: u64, place: &str) -> Result<&'a [u8]> {

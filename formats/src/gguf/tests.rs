@@ -5,7 +5,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{FormatError, Limits, Result};
+use crate::{FormatError, Limits, ModelSource, Result};
 
 const PATH: &str = "test.gguf";
 
@@ -474,7 +474,7 @@ fn file_serves_header_and_tensor_bytes() {
 
 type Entry<'a> = (&'a str, Value);
 
-/// What a llama model of two blocks needs, with room for one more entry and one more tensor.
+/// A llama model of one block, with room for one more entry and one more tensor.
 fn model_file(
     folder: &Path,
     more: Option<Entry<'_>>,
@@ -487,7 +487,7 @@ fn model_file(
         metadata.insert("general.architecture", "llama").unwrap();
     }
     for (key, value) in [
-        ("llama.block_count", 2u32),
+        ("llama.block_count", 1u32),
         ("llama.embedding_length", 8),
         ("llama.feed_forward_length", 16),
         ("llama.attention.head_count", 2),
@@ -500,11 +500,22 @@ fn model_file(
     if let Some((key, value)) = more {
         metadata.insert(key, value).unwrap();
     }
+    let matrix = |name: &str, rows, cols| new_tensor(name, DType::F16, &[rows, cols]);
     let mut tensors = vec![
-        new_tensor("token_embd.weight", DType::F16, &[3, 8]),
-        new_tensor("blk.1.attn_q.weight", DType::F16, &[8, 8]),
-        new_tensor("blk.1.attn_v.weight", DType::F16, &[8, 8]),
+        matrix("token_embd.weight", 3, 8),
+        new_tensor("blk.0.attn_norm.weight", DType::F32, &[8]),
+        matrix("blk.0.attn_q.weight", 8, 8),
+        matrix("blk.0.attn_k.weight", 8, 8),
+        matrix("blk.0.attn_v.weight", 8, 8),
+        matrix("blk.0.attn_output.weight", 8, 8),
+        new_tensor("blk.0.ffn_norm.weight", DType::F32, &[8]),
+        matrix("blk.0.ffn_gate.weight", 16, 8),
+        matrix("blk.0.ffn_up.weight", 16, 8),
+        matrix("blk.0.ffn_down.weight", 8, 16),
+        new_tensor("output_norm.weight", DType::F32, &[8]),
     ];
+    // One of the same name takes the other's place.
+    tensors.retain(|tensor| more_tensor.as_ref().is_none_or(|more| more.name != tensor.name));
     tensors.extend(more_tensor);
     let header = HeaderWriter::new(&path, &metadata, &tensors, 32).unwrap();
     let mut bytes = header.bytes().to_vec();
@@ -525,17 +536,15 @@ fn model_serves_weights_tokenizer_and_template() {
     assert!(error.to_string().contains("RoPE factor"), "{error}");
 
     let model = open_model(&model_file(folder.path(), template, None)).unwrap();
-    assert_eq!((model.format(), model.config().block_count), ("gguf", 2));
+    assert_eq!((model.format(), model.config().block_count), ("gguf", 1));
     assert!(model.config().tied_embeddings);
     assert_eq!(model.chat_template(), Some("{{ messages }}"));
     assert!(matches!(model.tokenizer(), TokenizerSource::Missing));
-    assert_eq!(
-        model.tensor_names(),
-        ["token_embd.weight", "blk.1.attn_q.weight", "blk.1.attn_v.weight"]
-    );
+    assert_eq!(model.tensor_names().len(), 11);
+    assert!(model.warnings().is_empty());
     for (name, expected) in [
-        ("blk.1.attn_q.weight", Layout::Interleaved { head_dim: 4 }),
-        ("blk.1.attn_v.weight", Layout::AsStored),
+        ("blk.0.attn_q.weight", Layout::Interleaved { head_dim: 4 }),
+        ("blk.0.attn_v.weight", Layout::AsStored),
     ] {
         match model.tensor(name).unwrap() {
             Some(Weight::Dense(tensor)) => {
@@ -550,18 +559,56 @@ fn model_serves_weights_tokenizer_and_template() {
 #[test]
 fn model_that_cannot_be_run_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let tensor = |name, dtype| Some(new_tensor(name, dtype, &[8]));
-    let cases: [(Option<Entry<'_>>, Option<NewTensor>, &str); 4] = [
-        (Some(("general.architecture", "gemma2".into())), None, "architecture `gemma2`"),
-        (Some(("split.count", 2u32.into())), None, "split over several"),
-        (Some(("llama.expert_count", 8u32.into())), None, "mixture of experts"),
-        (None, tensor("blk.0.attn_q.bias", DType::F32), "tensor `blk.0.attn_q.bias`"),
+    let tensor = |name, dtype, dims: &[u64]| Some(new_tensor(name, dtype, dims));
+    let cases: [(Option<Entry<'_>>, Option<NewTensor>, &str); 7] = [
+        (
+            Some(("general.architecture", "gemma2".into())),
+            None,
+            "architecture `gemma2` is not supported",
+        ),
+        (Some(("split.count", 2u32.into())), None, "is one of 2 parts, not a whole model"),
+        (Some(("general.type", "adapter".into())), None, "is a LoRA adapter, not a language model"),
+        (
+            Some(("llama.expert_count", 8u32.into())),
+            None,
+            "key `llama.expert_count` of 8 is not supported",
+        ),
+        (
+            None,
+            tensor("blk.0.attn_q.bias", DType::F32, &[8]),
+            "tensor `blk.0.attn_q.bias` of a llama model with 1 blocks is not supported",
+        ),
+        (
+            None,
+            tensor("blk.0.ffn_down.weight", DType::F32, &[8, 32]),
+            "tensor `blk.0.ffn_down.weight`: found [8, 32], expected [8, 16] by \
+             `llama.embedding_length` 8, `llama.feed_forward_length` 16",
+        ),
+        (
+            None,
+            tensor("token_embd.weight", DType::F32, &[4, 8]),
+            "tensor `token_embd.weight`: found [4, 8], expected [3, 8] by `llama.vocab_size` 3, \
+             `llama.embedding_length` 8",
+        ),
     ];
-    for (entry, tensor, fragment) in cases {
-        let error = GgufModel::open(&model_file(folder.path(), entry, tensor)).unwrap_err();
-        assert!(matches!(error, FormatError::Unsupported { .. }), "{error}");
-        assert!(error.to_string().contains(fragment), "{error}");
+    for (entry, tensor, message) in cases {
+        let path = model_file(folder.path(), entry, tensor);
+        let error = GgufModel::open(&path).unwrap_err().to_string();
+        let (found, message) =
+            (error.trim_start_matches(&format!("`{}`", path.display())), message);
+        assert!(found.trim_start_matches(": ").trim_start() == message, "{error}");
     }
+}
+
+#[test]
+fn model_odd_vocabulary_is_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = ["a", "b", "a"].map(str::to_owned).to_vec();
+    let path = model_file(folder.path(), Some(("tokenizer.ggml.tokens", tokens.into())), None);
+    let model = GgufModel::open(&path).unwrap();
+    let expected = "`tokenizer.ggml.tokens`: found the text \"a\" of token 0 again as token 2, \
+                    expected one token of each text";
+    assert_eq!(model.warnings(), [format!("`{}`: {expected}", path.display())]);
 }
 
 fn any_array() -> impl Strategy<Value = Array> {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::graph::External;
-use crate::{FormatError, MappedFile, Result};
+use crate::{FormatError, MappedFile, Result, stand_in};
 
 /// The files beside a model that hold its tensors, each mapped once.
 #[derive(Debug)]
@@ -123,12 +123,21 @@ impl ExternalFiles {
             is_same.then(|| MappedFile::map(&shown, &file)).transpose()
         };
         match open() {
-            Ok(Some(file)) => Ok(file),
+            Ok(Some(file)) => {
+                stand_in::refuse(&shown, &file, "the external data of a model")?;
+                Ok(file)
+            }
             Ok(None) => Err(FormatError::unsupported(
                 &self.model,
                 format!("external data in `{location}`, a link or not a regular file,"),
                 "put a copy of the file in its place; `hf download --local-dir` makes no links",
             )),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let model = self.model.file_name().unwrap_or_default().display();
+                let needed_for = format!("`{model}` keeps weights in it");
+                let hint = "download it, too, into the same folder and under this name";
+                Err(FormatError::missing(shown, needed_for, hint))
+            }
             Err(error) => Err(FormatError::io(&shown, "open the external data", error)),
         }
     }

@@ -28,9 +28,10 @@ use std::{
 
 use crate::{
     DType, Decoder, DenseTensor, FormatError, Layout, Limits, MappedFile, ModelConfig, ModelSource,
-    Result, TokenizerSource, Weight,
+    Part, Result, TokenizerSource, Weight,
     arch::Tensor,
     folder::{Description, Folder},
+    stand_in,
 };
 pub use every_tensor::check_external_data;
 
@@ -53,6 +54,7 @@ pub struct OnnxModel {
     chat_template: Option<String>,
     /// Those beside the model.
     descriptions: Vec<PathBuf>,
+    warnings: Vec<String>,
 }
 
 /// Where a tensor lies and how to read it.
@@ -69,7 +71,8 @@ struct StoredTensor {
 }
 
 impl OnnxModel {
-    /// Opens an `.onnx` file with the `config.json` and the tokenizer beside it.
+    /// Opens an `.onnx` file with the `config.json` and the tokenizer beside it or, if its folder is
+    /// called `onnx`, in the folder above.
     ///
     /// Read are exports of `torch.onnx` (by TorchScript or by dynamo, so those of Optimum, too) and
     /// models of the ONNX Runtime GenAI builder, with weights in F16, BF16 or F32, in the file or
@@ -80,9 +83,18 @@ impl OnnxModel {
     /// needs what this program does not compute, is quantized, or has weights that are not
     /// recognised.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut folder = Folder::around(path);
-        let Description { mut config, tokenizer, chat_template } = folder.description()?;
         let model = MappedFile::open(path)?;
+        stand_in::refuse(path, &model, "an ONNX model")?;
+        let mut folder = Folder::around_onnx(path);
+        let Description { mut config, tokenizer, chat_template, quantization, mut warnings } =
+            folder.description()?;
+        if let Some(method) = quantization {
+            warnings.push(format!(
+                "`{}`: `quantization_config` ({method}) is not borne out by the graph, which counts",
+                folder.config_path().display()
+            ));
+        }
+        let is_said_tied = config.tied_embeddings;
         let mut external = ExternalFiles::new(path, folder.root())?;
         let modules = Modules::new(&config);
         let limits = Limits::default();
@@ -95,7 +107,8 @@ impl OnnxModel {
             tensors.push((slot.name.clone(), stored));
         }
         let by_name = tensors.iter().map(|(name, _)| name.clone()).zip(0..).collect();
-        Ok(Self {
+        let config_path = folder.config_path().to_owned();
+        let mut model = Self {
             decoder: Decoder::new(&config),
             config,
             external: external.into_maps(),
@@ -104,9 +117,68 @@ impl OnnxModel {
             tokenizer,
             chat_template,
             descriptions: folder.into_read(),
+            warnings,
             model,
-        })
+        };
+        model.settle_output(is_said_tied, &config_path);
+        Ok(model)
     }
+
+    /// Leaves out an output projection that is the embedding, perhaps transposed, and says where
+    /// `tie_word_embeddings` is wrong about it.
+    fn settle_output(&mut self, is_said_tied: bool, config_path: &Path) {
+        let output = self.by_name.get(Part::Output.gguf_name()).copied();
+        let is_embedding = |&output: &usize| {
+            let embedding = self.by_name.get(Part::Embedding.gguf_name());
+            embedding.is_some_and(|&embedding| {
+                has_same_values(&self.dense(embedding), &self.dense(output))
+            })
+        };
+        if let Some(output) = output.filter(|_| is_said_tied).filter(is_embedding) {
+            self.tensors.remove(output);
+            self.by_name = self.tensors.iter().map(|(name, _)| name.clone()).zip(0..).collect();
+        }
+        self.config.tied_embeddings = !self.by_name.contains_key(Part::Output.gguf_name());
+        self.decoder = Decoder::new(&self.config);
+        let found = match (is_said_tied, self.config.tied_embeddings) {
+            (true, false) => "true, but the graph has another matrix for the output, which is used",
+            (false, true) => {
+                "false, but the graph uses the embedding for the output, and so is it here"
+            }
+            _ => return,
+        };
+        let path = config_path.display();
+        self.warnings.push(format!("`{path}`: `tie_word_embeddings` is {found}"));
+    }
+
+    fn dense(&self, index: usize) -> DenseTensor<'_> {
+        let StoredTensor { file, ref range, dtype, rows, cols, layout } = self.tensors[index].1;
+        let file = file.map_or(&self.model, |file| &self.external[file]);
+        DenseTensor { dtype, rows, cols, bytes: &file[range.clone()], layout }
+    }
+}
+
+/// Whether two matrices of a plain type are the same, however they lie.
+fn has_same_values(a: &DenseTensor<'_>, b: &DenseTensor<'_>) -> bool {
+    // Small enough for a cache, in whichever direction the values lie.
+    const TILE: usize = 64;
+    let value_bytes = a.dtype.size_in_bytes(1).unwrap_or_default() as usize;
+    let value = |tensor: &DenseTensor<'_>, row: usize, col: usize| {
+        let index = match tensor.layout {
+            Layout::Transposed { stride } => col * stride + row,
+            Layout::AsStored | Layout::Interleaved { .. } => row * tensor.cols + col,
+        };
+        index * value_bytes..(index + 1) * value_bytes
+    };
+    (a.dtype, a.rows, a.cols) == (b.dtype, b.rows, b.cols)
+        && (0..a.rows).step_by(TILE).all(|row| {
+            (0..a.cols).step_by(TILE).all(|col| {
+                (row..a.rows.min(row + TILE)).all(|row| {
+                    (col..a.cols.min(col + TILE))
+                        .all(|col| a.bytes[value(a, row, col)] == b.bytes[value(b, row, col)])
+                })
+            })
+        })
 }
 
 impl StoredTensor {
@@ -182,10 +254,7 @@ impl ModelSource for OnnxModel {
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
         let Some(&index) = self.by_name.get(name) else { return Ok(None) };
-        let StoredTensor { file, ref range, dtype, rows, cols, layout } = self.tensors[index].1;
-        let file = file.map_or(&self.model, |file| &self.external[file]);
-        let bytes = &file[range.clone()];
-        Ok(Some(Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout })))
+        Ok(Some(Weight::Dense(self.dense(index))))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -203,6 +272,10 @@ impl ModelSource for OnnxModel {
             .cloned()
             .chain(weights.map(|file| file.path().to_owned()))
             .collect()
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     fn release_pages(&self) {

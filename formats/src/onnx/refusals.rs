@@ -89,7 +89,10 @@ fn external_data_behind_links_is_refused() {
     }
     let mut changed = model;
     changed.tensors[3].external[0].1 = "absent".to_owned();
-    expect_refusal(open_in(&folder, &changed), "cannot open the external data");
+    expect_refusal(
+        open_in(&folder, &changed),
+        "there is no such file; `model.onnx` keeps weights in it",
+    );
 
     // A link to the model's folder is the user's own business.
     let link = secret.path().join("link");
@@ -129,8 +132,11 @@ fn external_data_ranges_outside_the_file_are_refused() {
     let mut changed = model;
     changed.tensors.iter_mut().for_each(|tensor| tensor.external.truncate(2));
     open_in(&folder, &changed).unwrap();
+    fs::write(folder.path().join("weights.bin"), [0]).unwrap();
+    expect_refusal(open_in(&folder, &changed), "in the 1 bytes");
     fs::write(folder.path().join("weights.bin"), "").unwrap();
-    expect_refusal(open_in(&folder, &changed), "in the 0 bytes");
+    let fragment = "is an empty file, not the external data of a model";
+    expect_refusal(open_in(&folder, &changed), fragment);
 }
 
 #[test]
@@ -284,8 +290,9 @@ fn files_that_are_no_models_are_refused() {
     let inputs = vec![bytes(1, &[]); (1 << 16) + 1].concat();
     let tensors = vec![bytes(5, &bytes(8, b"")); (1 << 18) + 1].concat();
     for (content, fragment) in [
-        (Vec::new(), "found no graph"),
-        (b"version https://git-lfs.github.com/spec/v1\n".to_vec(), "wire type 6"),
+        (Vec::new(), "is an empty file, not an ONNX model"),
+        (vec![0x08, 0x09], "found no graph"),
+        (b"version https://example.org/spec/v1\n\x01".to_vec(), "wire type 6"),
         (varint(7, 1), "expected a message"),
         ([bytes(7, &[]), bytes(7, &[])].concat(), "found two graphs"),
         (bytes(7, &[nodes, bytes(1, &[])].concat()), "nodes: found 1048577"),
@@ -298,7 +305,7 @@ fn files_that_are_no_models_are_refused() {
         expect_refusal(OnnxModel::open(&path), fragment);
     }
     fs::remove_file(folder.path().join("config.json")).unwrap();
-    expect_refusal(OnnxModel::open(&path), "config.json`: cannot open the file");
+    expect_refusal(OnnxModel::open(&path), "config.json`: there is no such file");
 }
 
 /// The whole file, and the graph in a file that knows how long it is.

@@ -66,7 +66,7 @@ const QUANTIZED: [&str; 13] = [
 
 /// Finds the place of each tensor of the model, in the order of `modules.slots`.
 ///
-/// An output projection that is tied to the embedding is left out, whether or not it is stored.
+/// An output projection that takes the embedding's initializer is left out.
 ///
 /// # Errors
 /// `Malformed` if two initializers stand for one tensor, or one has another shape than the
@@ -318,7 +318,7 @@ impl<'a, 'g> Finder<'a, 'g> {
         let shared =
             place_of(output).filter(|&output| place_of(index_of(Part::Embedding)) == Some(output));
         config.tied_embeddings |= shared.is_some();
-        if let Some(output) = output.filter(|_| config.tied_embeddings) {
+        if let Some(output) = output.filter(|_| shared.is_some()) {
             self.places[output] = None;
         }
     }

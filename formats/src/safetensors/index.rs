@@ -6,10 +6,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
-use crate::{DType, FormatError, MappedFile, Result};
+use crate::{DType, FormatError, MappedFile, Result, json, locate, stand_in};
 
 /// The mapped safetensors files of a model.
 #[derive(Debug)]
@@ -29,19 +29,24 @@ pub(super) struct StoredTensor {
 }
 
 /// Tensors under their names in the files.
-type Table = HashMap<String, StoredTensor>;
+pub(super) type Table = HashMap<String, StoredTensor>;
 
 impl Shards {
-    /// Opens a model that is one file.
-    pub fn open_one(path: &Path) -> Result<(Self, Table)> {
+    /// Opens a model that is one file; `method` is how it says it is quantized, for messages.
+    pub fn open_one(path: &Path, method: Option<&str>) -> Result<(Self, Table)> {
         let mut shards = Self { files: Vec::new() };
         let mut table = Table::new();
-        shards.add(path, &mut table)?;
+        shards.add(path, method, &mut table)?;
         Ok((shards, table))
     }
 
     /// Opens the files in `folder` that the index names, and checks that it is right about each tensor.
-    pub fn open_index(folder: &Path, index_path: &Path, index: &Value) -> Result<(Self, Table)> {
+    pub fn open_index(
+        folder: &Path,
+        index_path: &Path,
+        index: &Value,
+        method: Option<&str>,
+    ) -> Result<(Self, Table)> {
         let malformed = |place: String, found: &str, expected: &str| {
             FormatError::malformed(index_path, place, "", found, expected)
         };
@@ -61,8 +66,11 @@ impl Shards {
         let mut shards = Self { files: Vec::new() };
         let mut table = Table::new();
         let names: BTreeSet<&str> = file_of.values().copied().collect();
+        if let Some(error) = locate::missing_shards(folder, &names) {
+            return Err(error);
+        }
         for &name in &names {
-            shards.add(&folder.join(name), &mut table)?;
+            shards.add(&folder.join(name), method, &mut table)?;
         }
         for (shard, &name) in names.iter().enumerate() {
             let mut tensors = file_of.iter().filter(|&(_, &file)| file == name);
@@ -77,16 +85,44 @@ impl Shards {
     }
 
     /// Maps one more file and enters its tensors.
-    fn add(&mut self, path: &Path, table: &mut Table) -> Result<()> {
+    fn add(&mut self, path: &Path, method: Option<&str>, table: &mut Table) -> Result<()> {
         let file = MappedFile::open(path)?;
+        stand_in::refuse(path, &file, "a safetensors file")?;
         let malformed = |place: String, found: String, expected: &str| {
             FormatError::malformed(path, place, "", found, expected)
         };
         let (header_bytes, header) = SafeTensors::read_metadata(&file).map_err(|error| {
+            let hint = match error {
+                SafeTensorError::InvalidHeaderLength
+                | SafeTensorError::MetadataIncompleteBuffer => {
+                    "the file has not the length that its header says, as after a download that \
+                     broke off; fetch it again"
+                }
+                _ => "",
+            };
             malformed("the header".to_owned(), error.to_string(), "a safetensors header")
+                .with_hint(hint)
         })?;
         let data_start = 8 + header_bytes;
-        for (name, info) in header.tensors() {
+        // The library would keep the last of two entries.
+        let text = String::from_utf8_lossy(&file[8..data_start]);
+        json::parse(&text).map_err(|error| {
+            malformed("the header".to_owned(), error.to_string(), "a safetensors header")
+        })?;
+        let tensors = header.tensors();
+        if let Some((name, told)) =
+            first_quantized(tensors.iter().map(|(name, info)| (name, info.dtype)))
+        {
+            let method = method.unwrap_or(told);
+            let what = format!("a model quantized by {method} (tensor `{name}`)");
+            let hint =
+                "start from the model that it was made from, with fp16, bf16 or fp32 weights";
+            return Err(FormatError::unsupported(path, what, hint));
+        }
+        for (name, info) in tensors {
+            if name.ends_with("rotary_emb.cos_cached") || name.ends_with("rotary_emb.sin_cached") {
+                continue;
+            }
             let place = format!("tensor `{name}`");
             let dtype = dtype_of(info.dtype).ok_or_else(|| {
                 let what = format!("{place}: element type {:?}", info.dtype);
@@ -141,6 +177,37 @@ fn is_shard_name(name: &str) -> bool {
     let is_plain =
         matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
     is_plain && name.ends_with(".safetensors") && !name.contains(['/', '\\', ':'])
+}
+
+/// The first tensor, by name, that only a quantized model has, and how it is quantized by its looks.
+fn first_quantized<'a>(
+    tensors: impl Iterator<Item = (&'a String, Dtype)>,
+) -> Option<(&'a str, &'static str)> {
+    const METHODS: [(&str, &[&str]); 8] = [
+        ("GPTQ or AWQ", &[".qweight", ".qzeros", ".g_idx"]),
+        ("bitsandbytes", &[".absmax", ".quant_map", ".nested_absmax", ".SCB", ".weight_format"]),
+        ("compressed-tensors", &[".weight_packed", ".weight_shape", ".weight_zero_point"]),
+        ("FP8", &[".weight_scale", ".weight_scale_inv", ".input_scale"]),
+        ("MXFP4", &["_blocks", "_scales"]),
+        ("EXL2 or EXL3", &[".q_weight", ".q_scale", ".trellis", ".suh"]),
+        ("AQLM", &[".codebooks", ".codes"]),
+        ("HQQ or MLX", &[".W_q", ".scales", ".biases"]),
+    ];
+    let found = tensors.filter_map(|(name, dtype)| {
+        let has = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
+        if let Some((method, _)) = METHODS.iter().find(|(_, suffixes)| has(suffixes)) {
+            return Some((false, name.as_str(), *method));
+        }
+        let by_type = match dtype {
+            Dtype::F8_E4M3 | Dtype::F8_E5M2 => "FP8",
+            Dtype::U32 => "MLX",
+            Dtype::I8 | Dtype::U8 => "8-bit or 4-bit integers",
+            _ => return None,
+        };
+        name.ends_with(".weight").then_some((true, name.as_str(), by_type))
+    });
+    // A name tells more than a type.
+    found.min().map(|(_, name, method)| (name, method))
 }
 
 fn dtype_of(dtype: Dtype) -> Option<DType> {

@@ -10,11 +10,13 @@ use std::{
 };
 
 use crate::{
-    Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
     TokenizerSource, Weight,
-    folder::{Description, Folder, missing},
+    folder::{Description, Folder},
+    locate::{self, Weights},
+    shapes::{self, Spelling},
 };
-use index::{Shards, StoredTensor};
+use index::{Shards, StoredTensor, Table};
 
 /// A model in a Hugging Face directory.
 #[derive(Debug)]
@@ -29,29 +31,63 @@ pub struct HfDirectory {
     tokenizer: TokenizerSource,
     chat_template: Option<String>,
     files: Vec<PathBuf>,
+    warnings: Vec<String>,
 }
 
 impl HfDirectory {
     /// Opens a directory, or one `.safetensors` file with the `config.json` and the tokenizer beside it.
     ///
-    /// `model.safetensors` is preferred to the shards of `model.safetensors.index.json`. Links are
-    /// followed, since the hub's cache consists of them; a shard's name cannot leave the directory.
+    /// `model.safetensors` is preferred to the shards of `model.safetensors.index.json`. Of a model's
+    /// root in a hub's cache it is the snapshot of `refs/main`. Links are followed, since the hub's
+    /// cache consists of them; a shard's name cannot leave the directory.
+    ///
+    /// What is stored counts. A `tie_word_embeddings` or `quantization_config` that it contradicts
+    /// is one of the [`warnings`](ModelSource::warnings).
     ///
     /// # Errors
-    /// `Io`, `Malformed` if a file contradicts its format or the others, `Unsupported` if the model
-    /// needs what this program does not compute, or holds a tensor that it does not know.
+    /// `Io`; `Missing` and `OtherKind` where files or all of a model are missing; `Malformed` if a
+    /// file contradicts its format or the others; `Unsupported` if the model needs what this program
+    /// does not compute, is quantized, or holds a tensor that it does not know.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut folder = Folder::around(path);
-        let Description { mut config, tokenizer, chat_template } = folder.description()?;
-        let (shards, stored) = match path.is_dir() {
-            true => open_weights(&mut folder)?,
-            false => Shards::open_one(path)?,
+        let snapshot = locate::snapshot(path)?;
+        let path = snapshot.as_deref().unwrap_or(path);
+        let weights = match path.is_dir() {
+            true => locate::weights_in(path)?,
+            false => {
+                locate::refuse_part(path)?;
+                Weights::Single(path.to_owned())
+            }
         };
-        let (decoder, tensors) = arrange(path, stored, &mut config)?;
+        let mut folder = Folder::around(path);
+        let Description { mut config, tokenizer, chat_template, quantization, mut warnings } =
+            folder.description()?;
+        let method = quantization.as_deref();
+        let (shards, mut stored) = match weights {
+            Weights::Single(file) => Shards::open_one(&file, method)?,
+            Weights::Index(index_path) => {
+                let index = folder.json(locate::INDEX)?.unwrap_or_default();
+                Shards::open_index(folder.root(), &index_path, &index, method)?
+            }
+        };
+        if let Some(method) = method {
+            warnings.push(format!(
+                "`{}`: `quantization_config` ({method}) is left over: the weights are stored plainly, \
+                 and read as they are",
+                folder.config_path().display()
+            ));
+        }
+        warnings.extend(settle_output(&shards, &mut stored, &mut config, folder.config_path()));
+        check_derived(path, &shards, &mut stored, &config)?;
+        let decoder = Decoder::new(&config);
+        let tensors = arrange(path, stored, &decoder)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
         let names = tensors.iter().map(|(name, _)| name.clone());
-        let by_name = names.zip(0..).collect();
+        let by_name: HashMap<_, _> = names.zip(0..).collect();
+        shapes::check(path, &config, &decoder, Spelling::HuggingFace, |name| {
+            let tensor = by_name.get(name).map(|&index: &usize| &tensors[index].1);
+            Ok(tensor.map(|tensor| (tensor.rows, tensor.cols)))
+        })?;
         Ok(Self {
             path: path.to_owned(),
             config,
@@ -62,6 +98,7 @@ impl HfDirectory {
             tokenizer,
             chat_template,
             files,
+            warnings,
         })
     }
 }
@@ -107,66 +144,112 @@ impl ModelSource for HfDirectory {
         self.files.clone()
     }
 
+    fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
     fn release_pages(&self) {
         self.shards.release_pages();
     }
 }
 
-/// What the model computes, and its tensors under their GGUF names in the order of use.
+/// Leaves out an output projection that is the embedding, and says where `tie_word_embeddings` is
+/// wrong about it.
+fn settle_output(
+    shards: &Shards,
+    stored: &mut Table,
+    config: &mut ModelConfig,
+    config_path: &Path,
+) -> Option<String> {
+    let [output_name, embedding_name] =
+        [Part::Output, Part::Embedding].map(|part| config.family.hf_name(part));
+    let is_said_tied = config.tied_embeddings;
+    let output = stored.get(output_name);
+    let is_embedding = |output: &StoredTensor| {
+        stored.get(embedding_name).is_some_and(|embedding| {
+            (output.dtype, output.rows) == (embedding.dtype, embedding.rows)
+                && shards.bytes_of(output) == shards.bytes_of(embedding)
+        })
+    };
+    config.tied_embeddings = match output {
+        None => true,
+        Some(output) => is_said_tied && is_embedding(output),
+    };
+    let found = match (is_said_tied, config.tied_embeddings) {
+        (true, false) => {
+            format!("true, but the stored `{output_name}` is another matrix, which is used")
+        }
+        (false, true) => {
+            format!("false, but no `{output_name}` is stored: the embedding is used for it")
+        }
+        (true, true) => {
+            stored.remove(output_name);
+            return None;
+        }
+        (false, false) => return None,
+    };
+    Some(format!("`{}`: `tie_word_embeddings` is {found}", config_path.display()))
+}
+
+/// Takes out what follows from the configuration, RoPE frequencies in old checkpoints, once it agrees.
 ///
-/// An output projection that is tied to the embedding is left out, whether or not it is stored.
+/// They are those before or after scaling: releases of transformers differ.
+fn check_derived(
+    path: &Path,
+    shards: &Shards,
+    stored: &mut Table,
+    config: &ModelConfig,
+) -> Result<()> {
+    const SUFFIX: &str = "rotary_emb.inv_freq";
+    let pairs = config.rope.factors.len();
+    let theta = f64::from(config.rope.theta);
+    let frequency = |pair: usize| theta.powf(-(pair as f64) / pairs as f64);
+    // Half precision keeps three digits, and of the smallest numbers fewer.
+    let agrees =
+        |found: f32, expected: f64| (f64::from(found) - expected).abs() <= 0.01 * expected + 1e-7;
+    for (name, tensor) in stored.extract_if(|name, _| name.ends_with(SUFFIX)) {
+        let values = floats(tensor.dtype, shards.bytes_of(&tensor));
+        let is_of_rope = |factor: &dyn Fn(usize) -> f64| {
+            values.len() == pairs
+                && (0..pairs).all(|pair| agrees(values[pair], frequency(pair) / factor(pair)))
+        };
+        if !is_of_rope(&|_| 1.0) && !is_of_rope(&|pair| config.rope.factors[pair].into()) {
+            let expected = format!("those of the RoPE base {theta} in `config.json`");
+            let place = format!("tensor `{name}`");
+            let hint = "correct `config.json`; or, if it is right, save the model with a current \
+                        transformers, which leaves this tensor out";
+            return Err(FormatError::malformed(path, place, "", "other frequencies", expected)
+                .with_hint(hint));
+        }
+    }
+    Ok(())
+}
+
+fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        DType::F16 => halves().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        DType::BF16 => halves().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+        _ => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+    }
+}
+
+/// Brings the tensors under their GGUF names and into the order of use.
 fn arrange(
     path: &Path,
-    mut stored: HashMap<String, StoredTensor>,
-    config: &mut ModelConfig,
-) -> Result<(Decoder, Vec<(String, StoredTensor)>)> {
-    let output = config.family.hf_name(Part::Output);
-    if config.tied_embeddings {
-        stored.remove(output);
-    }
-    config.tied_embeddings = !stored.contains_key(output);
-    let decoder = Decoder::new(config);
+    mut stored: Table,
+    decoder: &Decoder,
+) -> Result<Vec<(String, StoredTensor)>> {
     let mut tensors = Vec::with_capacity(stored.len());
     for tensor in decoder.tensors() {
         let found = stored.remove(&tensor.hf_name);
         tensors.extend(found.map(|stored| (tensor.name.clone(), stored)));
     }
-    match stored.keys().filter(|name| !is_derived(name)).min() {
+    match stored.keys().min() {
         Some(name) => {
             let what = format!("tensor `{name}` of a model with {} blocks", config.block_count);
             Err(FormatError::unsupported(path, what, ""))
         }
         None => Ok((decoder, tensors)),
     }
-}
-
-/// Whether a tensor follows from the configuration; old checkpoints store the RoPE frequencies of each block.
-fn is_derived(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq")
-}
-
-/// Opens `model.safetensors`, or what its index names.
-fn open_weights(folder: &mut Folder) -> Result<(Shards, HashMap<String, StoredTensor>)> {
-    let root = folder.root().to_owned();
-    let single = root.join("model.safetensors");
-    if single.exists() {
-        return Shards::open_one(&single);
-    }
-    let index_name = "model.safetensors.index.json";
-    if let Some(index) = folder.json(index_name)? {
-        return Shards::open_index(&root, &root.join(index_name), &index);
-    }
-    for (names, what, hint) in [
-        (
-            &["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"][..],
-            "a model stored as PyTorch pickles",
-            "load it with transformers and save it with `save_pretrained`, which writes safetensors",
-        ),
-        (&["model.onnx"], "a directory with weights in ONNX only", "name the `.onnx` file instead"),
-    ] {
-        if names.iter().any(|name| root.join(name).exists()) {
-            return Err(FormatError::unsupported(&root, what, hint));
-        }
-    }
-    Err(missing(&single))
 }

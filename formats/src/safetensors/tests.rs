@@ -23,7 +23,7 @@ fn golden_models_are_opened() {
         assert_eq!(config.rope.is_unscaled(), !is_tied, "{name}");
         assert_eq!(
             (config.bos_token_id, &config.eos_token_ids[..]),
-            (Some(267), &[268][..]),
+            (Some(267), &[268, 270][..]),
             "{name}"
         );
         assert!(
@@ -61,8 +61,10 @@ fn golden_file_gives_the_model_of_its_directory() {
     assert_eq!(model.tensor_names().len(), 21);
 }
 
-fn write_shard(path: &Path, tensors: &[(&str, Dtype, &[usize])]) {
-    let zeros = [0; 64];
+type Tensor<'a> = (&'a str, Dtype, &'a [usize]);
+
+fn write_shard(path: &Path, tensors: &[Tensor<'_>]) {
+    let zeros = [0; 256];
     let views: BTreeMap<&str, TensorView<'_>> = tensors
         .iter()
         .map(|&(name, dtype, shape)| {
@@ -73,14 +75,51 @@ fn write_shard(path: &Path, tensors: &[(&str, Dtype, &[usize])]) {
     fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-/// A directory with the golden configuration and two shards of one tensor each.
+/// The model of [`config`] but for its norm, all zeros.
+const REST: [Tensor<'static>; 10] = [
+    ("model.embed_tokens.weight", Dtype::F32, &[3, 4]),
+    ("model.layers.0.input_layernorm.weight", Dtype::F16, &[4]),
+    ("model.layers.0.self_attn.q_proj.weight", Dtype::F16, &[4, 4]),
+    ("model.layers.0.self_attn.k_proj.weight", Dtype::F16, &[2, 4]),
+    ("model.layers.0.self_attn.v_proj.weight", Dtype::F16, &[2, 4]),
+    ("model.layers.0.self_attn.o_proj.weight", Dtype::F16, &[4, 4]),
+    ("model.layers.0.post_attention_layernorm.weight", Dtype::F16, &[4]),
+    ("model.layers.0.mlp.gate_proj.weight", Dtype::F16, &[6, 4]),
+    ("model.layers.0.mlp.up_proj.weight", Dtype::F16, &[6, 4]),
+    ("model.layers.0.mlp.down_proj.weight", Dtype::F16, &[4, 6]),
+];
+
+/// A model of one block whose output projection is tied to the embedding.
+fn config() -> Value {
+    json!({
+        "model_type": "llama", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 3,
+        "max_position_embeddings": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+    })
+}
+
+/// A directory with that model in two shards, the norm in the first.
 fn two_shards(index: &Value) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name);
-    fs::copy(golden("llama").join("config.json"), file("config.json")).unwrap();
+    fs::write(file("config.json"), config().to_string()).unwrap();
     fs::write(file("model.safetensors.index.json"), index.to_string()).unwrap();
     write_shard(&file("a.safetensors"), &[("model.norm.weight", Dtype::BF16, &[4])]);
-    write_shard(&file("b.safetensors"), &[("model.embed_tokens.weight", Dtype::F32, &[2, 4])]);
+    write_shard(&file("b.safetensors"), &REST);
+    folder
+}
+
+/// The same model in one file, with keys of its configuration and tensors put in or in place.
+fn one_file(changes: Value, tensors: &[Tensor<'_>]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let norm: Tensor<'_> = ("model.norm.weight", Dtype::BF16, &[4]);
+    let mut all: Vec<Tensor<'_>> = REST.into_iter().chain([norm]).collect();
+    all.retain(|(name, ..)| tensors.iter().all(|(other, ..)| other != name));
+    all.extend(tensors);
+    write_shard(&folder.path().join("model.safetensors"), &all);
     folder
 }
 
@@ -92,8 +131,9 @@ fn good_index() -> Value {
 fn shards_are_joined() {
     let folder = two_shards(&good_index());
     let model = HfDirectory::open(folder.path()).unwrap();
-    assert_eq!(model.tensor_names(), ["token_embd.weight", "output_norm.weight"]);
+    assert_eq!(model.tensor_names().len(), 11);
     assert!(model.config().tied_embeddings);
+    assert!(model.warnings().is_empty(), "{:?}", model.warnings());
     assert!(matches!(model.tokenizer(), TokenizerSource::Missing));
     assert_eq!(model.files().len(), 4);
 }
@@ -112,7 +152,10 @@ fn index_bad_entries_are_refused() {
         (shard(".."), "in the same directory"),
         (shard(""), "in the same directory"),
         (shard("config.json"), "in the same directory"),
-        (shard("absent.safetensors"), "cannot open the file"),
+        (
+            shard("absent.safetensors"),
+            "there is no such file; `model.safetensors.index.json` names 1 file, of which 1 is missing",
+        ),
         (shard("b.safetensors"), "tensor `model.norm.weight`: found none"),
     ];
     for (index, fragment) in cases {
@@ -122,53 +165,153 @@ fn index_bad_entries_are_refused() {
 }
 
 #[test]
-fn shards_bad_tensors_are_refused() {
-    type Tensor<'a> = (&'a str, Dtype, &'a [usize]);
-    let cases: [(Tensor<'_>, &str); 6] = [
+fn bad_tensors_are_refused() {
+    let cases: [(Tensor<'_>, &str); 9] = [
         (("model.norm.weight", Dtype::I32, &[4]), "element type I32"),
         (("model.norm.weight", Dtype::F16, &[1, 2, 2]), "shape [1, 2, 2]"),
         (("model.norm.weight", Dtype::F16, &[0]), "shape [0]"),
         (
             ("model.layers.0.self_attn.q_proj.bias", Dtype::F16, &[4]),
-            "`model.layers.0.self_attn.q_proj.bias`",
+            "tensor `model.layers.0.self_attn.q_proj.bias` of a model with 1 blocks is not supported",
         ),
-        (("model.layers.2.mlp.up_proj.weight", Dtype::F16, &[4, 4]), "of a model with 2 blocks"),
-        (("model.embed_tokens.weight", Dtype::F16, &[4]), "a second tensor"),
+        (("model.layers.1.mlp.up_proj.weight", Dtype::F16, &[4, 4]), "of a model with 1 blocks"),
+        (
+            ("model.embed_tokens.weight", Dtype::F16, &[5, 4]),
+            "tensor `model.embed_tokens.weight`: found [5, 4], expected [3, 4] by `vocab_size` 3, \
+             `hidden_size` 4",
+        ),
+        (
+            ("model.layers.0.mlp.up_proj.weight", Dtype::F16, &[7, 4]),
+            "found [7, 4], expected [6, 4] by `intermediate_size` 6, `hidden_size` 4",
+        ),
+        (
+            ("model.layers.0.self_attn.k_proj.weight", Dtype::F16, &[4, 4]),
+            "expected [2, 4] by `num_key_value_heads` 1, `head_dim` 2, `hidden_size` 4",
+        ),
+        (("model.norm.weight", Dtype::F16, &[5]), "found [5], expected [4] by `hidden_size` 4"),
     ];
     for (tensor, fragment) in cases {
-        let index = json!({"weight_map": {tensor.0: "a.safetensors", "model.embed_tokens.weight": "b.safetensors"}});
-        let folder = two_shards(&index);
-        write_shard(&folder.path().join("a.safetensors"), &[tensor]);
-        if fragment == "a second tensor" {
-            let both = json!({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}});
-            fs::write(folder.path().join("model.safetensors.index.json"), both.to_string())
-                .unwrap();
-        }
-        let error = HfDirectory::open(folder.path()).expect_err(fragment);
+        let error = HfDirectory::open(one_file(json!({}), &[tensor]).path()).expect_err(fragment);
         assert!(error.to_string().contains(fragment), "{error}");
     }
+    let folder = two_shards(&good_index());
+    write_shard(&folder.path().join("a.safetensors"), &REST);
+    let error = HfDirectory::open(folder.path()).unwrap_err();
+    assert!(error.to_string().contains("a second tensor of this name"), "{error}");
 }
 
 #[test]
-fn directory_derived_tensors_are_left_out() {
-    let folder = two_shards(&good_index());
-    let frequencies: (&str, Dtype, &[usize]) =
-        ("model.layers.0.self_attn.rotary_emb.inv_freq", Dtype::F32, &[4]);
-    write_shard(
-        &folder.path().join("a.safetensors"),
-        &[("model.norm.weight", Dtype::F16, &[4]), frequencies],
-    );
-    assert_eq!(HfDirectory::open(folder.path()).unwrap().tensor_names().len(), 2);
+fn missing_tensors_are_named() {
+    let folder = one_file(json!({}), &[]);
+    write_shard(&folder.path().join("model.safetensors"), &REST[..9]);
+    let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
+    let expected = "tensor `model.layers.0.mlp.down_proj.weight`: found none, and none of 1 more, \
+                    expected the tensors of 1 blocks";
+    assert!(error.ends_with(expected), "{error}");
+}
+
+#[test]
+fn quantized_weights_are_refused_by_their_method() {
+    let said = json!({"quantization_config": {"quant_method": "awq", "bits": 4}});
+    let q_proj = "model.layers.0.self_attn.q_proj";
+    for (changes, suffix, dtype, method) in [
+        (json!({}), "qweight", Dtype::I32, "GPTQ or AWQ"),
+        (said.clone(), "qweight", Dtype::I32, "awq"),
+        (json!({}), "weight.absmax", Dtype::F32, "bitsandbytes"),
+        (json!({}), "weight", Dtype::F8_E4M3, "FP8"),
+        (json!({}), "weight_scale_inv", Dtype::F32, "FP8"),
+        (json!({}), "weight_packed", Dtype::I32, "compressed-tensors"),
+        (json!({}), "weight", Dtype::U8, "8-bit or 4-bit integers"),
+    ] {
+        let name = format!("{q_proj}.{suffix}");
+        let folder = one_file(changes, &[(&name, dtype, &[4, 4])]);
+        let error = HfDirectory::open(folder.path()).expect_err(method).to_string();
+        let expected = format!("a model quantized by {method} (tensor `{name}`) is not supported");
+        assert!(error.ends_with(&expected), "{error}");
+    }
+    let folder = one_file(said, &[]);
+    let model = HfDirectory::open(folder.path()).unwrap();
+    let [warning] = model.warnings() else { panic!("{:?}", model.warnings()) };
+    let expected = "config.json`: `quantization_config` (awq) is left over: the weights are stored \
+                    plainly, and read as they are";
+    assert!(warning.ends_with(expected), "{warning}");
+}
+
+#[test]
+fn stored_output_projection_counts() {
+    let output: Tensor<'_> = ("lm_head.weight", Dtype::F32, &[3, 4]);
+    let open = |is_tied: bool, tensors: &[Tensor<'_>], differs: bool| {
+        let folder = one_file(json!({"tie_word_embeddings": is_tied}), tensors);
+        if differs {
+            let path = folder.path().join("model.safetensors");
+            let mut bytes = fs::read(&path).unwrap();
+            // The first of the tensors by name, after the header.
+            let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            bytes[8 + header] = 1;
+            fs::write(path, bytes).unwrap();
+        }
+        let model = HfDirectory::open(folder.path()).unwrap();
+        let has_output = model.tensor("output.weight").unwrap().is_some();
+        (model.config().tied_embeddings, has_output, model.warnings().first().cloned())
+    };
+    assert_eq!(open(true, &[], false), (true, false, None));
+    assert_eq!(open(true, &[output], false), (true, false, None));
+    assert_eq!(open(false, &[output], false), (false, true, None));
+    let (is_tied, has_output, warning) = open(true, &[output], true);
+    assert_eq!((is_tied, has_output), (false, true));
+    let expected = "is true, but the stored `lm_head.weight` is another matrix, which is used";
+    assert!(warning.unwrap().ends_with(expected));
+    let (is_tied, has_output, warning) = open(false, &[], false);
+    assert_eq!((is_tied, has_output), (true, false));
+    assert!(warning.unwrap().contains("the embedding is used for it"));
+}
+
+#[test]
+fn directory_derived_tensors_must_agree_and_are_left_out() {
+    let name = "model.layers.0.self_attn.rotary_emb.inv_freq";
+    let folder = one_file(json!({}), &[(name, Dtype::F32, &[1])]);
+    let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
+    let expected =
+        "found other frequencies, expected those of the RoPE base 10000 in `config.json`";
+    assert!(error.contains(name) && error.ends_with(expected), "{error}");
+
+    // Heads of two channels have one frequency, 1; linear scaling makes it 0.5.
+    let path = folder.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let info: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let start = 8 + header + info[name]["data_offsets"][0].as_u64().unwrap() as usize;
+    for (frequency, is_right) in [(1f32, true), (0.5, false)] {
+        bytes[start..start + 4].copy_from_slice(&frequency.to_le_bytes());
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(HfDirectory::open(folder.path()).is_ok(), is_right, "{frequency}");
+    }
+    let mut scaled = config();
+    scaled["rope_scaling"] = json!({"type": "linear", "factor": 2});
+    fs::write(folder.path().join("config.json"), scaled.to_string()).unwrap();
+    assert_eq!(HfDirectory::open(folder.path()).unwrap().tensor_names().len(), 11);
 }
 
 #[test]
 fn directory_bad_files_are_refused() {
-    let cases: [(&str, Option<&str>, &str); 5] = [
-        ("config.json", None, "cannot open the file"),
+    let twice = r#"{"model_type": "llama", "model_type": "mistral"}"#;
+    let cases: [(&str, Option<&str>, &str); 8] = [
+        ("config.json", None, "there is no such file; it says what the model computes"),
         ("config.json", Some("{"), "expected a JSON object"),
         ("config.json", Some("[]"), "another JSON value"),
+        ("config.json", Some(twice), "a second entry of the key `model_type`"),
+        (
+            "model.safetensors.index.json",
+            Some(r#"{"weight_map": {"t": "a.safetensors", "t": "b.safetensors"}}"#),
+            "a second entry of the key `t`",
+        ),
+        ("tokenizer.json", Some(r#"{"model": {"vocab": {"a": 0, "a": 1}}}"#), "the key `a`"),
         ("a.safetensors", Some("\x08\0\0\0\0\0\0\0{}      tail"), "the header"),
-        ("model.safetensors.index.json", None, "cannot open the file"),
+        (
+            "model.safetensors.index.json",
+            None,
+            "model.safetensors`: there is no such file; it holds the weights of a folder",
+        ),
     ];
     for (name, content, fragment) in cases {
         let folder = two_shards(&good_index());
@@ -183,15 +326,29 @@ fn directory_bad_files_are_refused() {
 }
 
 #[test]
+fn header_that_names_a_tensor_twice_is_refused() {
+    let folder = one_file(json!({}), &[]);
+    let entry = r#""x":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}"#;
+    let header = format!("{{{entry},{entry}}}");
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 2]].concat();
+    fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+    let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("`x`") || error.contains("key x"), "{error}");
+}
+
+#[test]
 fn directory_of_pickles_or_onnx_is_refused_with_a_hint() {
     let folder = two_shards(&good_index());
-    fs::remove_file(folder.path().join("model.safetensors.index.json")).unwrap();
+    for name in ["model.safetensors.index.json", "a.safetensors", "b.safetensors"] {
+        fs::remove_file(folder.path().join(name)).unwrap();
+    }
     for (name, hint) in
         [("model.onnx", "the `.onnx` file"), ("pytorch_model.bin", "save_pretrained")]
     {
         fs::write(folder.path().join(name), "").unwrap();
         let error = HfDirectory::open(folder.path()).unwrap_err();
         assert!(error.hint().unwrap().contains(hint), "{error}");
+        fs::remove_file(folder.path().join(name)).unwrap();
     }
 }
 

@@ -6,23 +6,26 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use half::f16;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{
     bands::{Bands, matrix_of, read_bands},
     group::{BitWidth, LayerLayout, ScaleCoding},
-    layout::{PackedTensor, TILE_ROWS, unpack_codes},
+    layout::{PackedTensor, TILE_ROWS, UNIT_COLS, unpack_codes},
+    verify,
 };
 use crate::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
     TokenizerSource, Weight,
     arch::ROPE_FACTORS,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
+    vocabulary_faults,
 };
 
-/// The version that this program reads and writes (F2).
-pub const FORMAT_VERSION: u32 = 1;
+/// Versions of the format (F2): what is written to files that need no later one.
+pub(super) const FIRST_VERSION: u32 = 1;
+/// The first version whose layers may have padding columns (F21), and the last one that this program knows.
+pub(super) const PADDING_VERSION: u32 = 2;
 
 /// `general.alignment` of a SliM file (F1): a cache line, and a multiple of every block of codes.
 pub(super) const ALIGNMENT: u32 = 64;
@@ -110,9 +113,10 @@ impl SlimFile {
             let place = format!("key `{}`", keys::VERSION);
             FormatError::malformed(path, place, "F2", "no number", "the version of the format")
         })?;
-        if version != u64::from(FORMAT_VERSION) {
-            let what =
-                format!("SliM format version {version} (this program reads {FORMAT_VERSION})");
+        if !(u64::from(FIRST_VERSION)..=u64::from(PADDING_VERSION)).contains(&version) {
+            let what = format!(
+                "SliM format version {version} (this program reads {FIRST_VERSION} to {PADDING_VERSION})"
+            );
             return Err(FormatError::unsupported(path, what, "update slimllm"));
         }
         if gguf.version() != GGUF_VERSION {
@@ -124,6 +128,7 @@ impl SlimFile {
             return Err(FormatError::malformed(path, "general.alignment", "F1", found, expected));
         }
         let layers = read_layers(&gguf)?;
+        check_version(path, version, &layers)?;
         let parts = part_names(&layers);
         check_dense_tensors(&gguf, &layers, &parts)?;
         let single = layers.iter().enumerate().map(|(i, layer)| (layer.name.clone(), i..i + 1));
@@ -183,7 +188,7 @@ impl SlimFile {
     }
 
     /// Mean bits per weight of the layers that `include` accepts, everything counted: codes, scales, row scales,
-    /// bit-widths, row padding. `None` if there are none.
+    /// bit-widths, padding. `None` if there are none.
     pub fn bits_per_weight(&self, include: impl Fn(&LayerInfo) -> bool) -> Option<f64> {
         let chosen = self.layers.iter().filter(|layer| include(layer));
         let (bits, weights) = chosen.fold((0, 0), |(bits, weights), layer| {
@@ -193,16 +198,25 @@ impl SlimFile {
         (weights > 0).then(|| bits as f64 / weights as f64)
     }
 
-    /// Checks the rules that need a pass over the data: padding (F8), finite scales (F9), hashes (F18, F19).
+    /// Checks the rules that opening the file does not: names and padding of the container (F1), the
+    /// tensors of the model (F3), tokenizer (F4, F23), errors of layers (F5), padding rows and
+    /// columns (F8, F21), finite numbers (F9, F22) and hashes (F18, F19).
     pub fn verify(&self) -> Vec<Fault> {
         let mut faults = self.hash_faults();
-        for info in &self.layers {
-            if let Some(layer) = self.layer(&info.name) {
-                faults.extend(scale_fault(&info.name, layer, &self.gguf));
-                faults.extend(padding_fault(&info.name, layer));
-            }
+        faults.extend(verify::faults(self));
+        faults.extend(vocabulary_faults(&self.tokenizer, self.config.vocab_size, "F23"));
+        for (place, info) in self.layers.iter().enumerate() {
+            let layer = self.layer_at(place);
+            faults.extend(verify::scale_fault(&info.name, layer));
+            faults.extend(padding_fault(&info.name, layer));
+            faults.extend(column_fault(&info.name, layer));
         }
         faults
+    }
+
+    /// Whether a tensor is a part of a layer.
+    pub(super) fn is_part(&self, name: &str) -> bool {
+        self.parts.contains(name)
     }
 
     fn hash_faults(&self) -> Vec<Fault> {
@@ -377,6 +391,20 @@ fn read_layers(gguf: &GgufFile) -> Result<Vec<LayerInfo>> {
         .collect()
 }
 
+/// F21: a reader of the first version would take padding columns for a fault.
+fn check_version(path: &Path, version: u64, layers: &[LayerInfo]) -> Result<()> {
+    let has_padding = |layer: &&LayerInfo| layer.layout.has_padding_columns();
+    match layers.iter().find(has_padding) {
+        Some(layer) if version < u64::from(PADDING_VERSION) => {
+            let place = format!("layer `{}`", layer.name);
+            let found = format!("{} columns", layer.layout.cols());
+            let expected = format!("a multiple of {UNIT_COLS} in version {version}");
+            Err(FormatError::malformed(path, place, "F21", found, expected))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses a layer with less than a bit per weight, before anything is made for each of its groups.
 fn require_code_bytes(gguf: &GgufFile, layer: &str, cols: usize) -> Result<()> {
     let info = part(gguf, layer, "codes", DType::I8)?;
@@ -487,34 +515,6 @@ fn hash_fault(rule: &'static str, place: String, found: u64, stored: u64) -> Opt
     })
 }
 
-/// F9, for the first offender of a layer.
-fn scale_fault(name: &str, layer: PackedTensor<'_>, gguf: &GgufFile) -> Option<Fault> {
-    let fault = |part: &str, value: f16| Fault {
-        rule: "F9",
-        place: format!("tensor `{}`", part_name(name, part)),
-        found: value.to_string(),
-        expected: "finite values".into(),
-    };
-    let row_scales = gguf.tensor(&part_name(name, "row_scales")).map(|info| gguf.bytes_of(info));
-    if let Some(value) = row_scales.into_iter().find_map(first_not_finite) {
-        return Some(fault("row_scales", value));
-    }
-    if layer.layout().coding() != ScaleCoding::Paper {
-        return None;
-    }
-    (0..layer.layout().tiles()).find_map(|tile| {
-        layer.layout().groups().iter().find_map(|group| {
-            let values = if group.bit_width.bits() == 1 { 2 } else { 1 } * TILE_ROWS;
-            let record = &layer.tile_scales(tile)[group.scales_offset..][..2 * values];
-            first_not_finite(record).map(|value| fault("scales", value))
-        })
-    })
-}
-
-fn first_not_finite(bytes: &[u8]) -> Option<f16> {
-    bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).find(|value| !value.is_finite())
-}
-
 /// F8: every weight of a padding row is stored as zeros.
 fn padding_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
     let layout = layer.layout();
@@ -538,6 +538,24 @@ fn padding_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
         rule: "F8",
         place: format!("layer `{name}`, rows past {}", layout.rows()),
         found: "values other than zero".into(),
+        expected: "zeros".into(),
+    })
+}
+
+/// F21: the codes behind the last column are stored as zeros.
+fn column_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
+    let layout = layer.layout();
+    let last = layout.groups().last().filter(|_| layout.has_padding_columns())?;
+    let mut columns = vec![[0; TILE_ROWS]; last.stored_cols()];
+    let is_dirty = (0..layout.tiles()).any(|tile| {
+        let bytes = &layer.tile_codes(tile)[last.codes_offset..][..last.code_bytes()];
+        unpack_codes(bytes, last.bit_width, &mut columns);
+        columns[last.cols.len()..].iter().any(|column| *column != [0; TILE_ROWS])
+    });
+    is_dirty.then(|| Fault {
+        rule: "F21",
+        place: format!("layer `{name}`, columns past {}", layout.cols()),
+        found: "codes other than zero".into(),
         expected: "zeros".into(),
     })
 }

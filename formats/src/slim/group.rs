@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::layout::TILE_ROWS;
+use super::layout::{TILE_ROWS, UNIT_COLS};
 
 /// Bits per code of a group, 1 to 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,7 +54,7 @@ impl ScaleCoding {
 /// One group of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
-    /// Its columns.
+    /// Its columns; what is stored beyond those of the layer does not count (F21).
     pub cols: Range<usize>,
     /// Bits per code.
     pub bit_width: BitWidth,
@@ -65,9 +65,23 @@ pub struct Group {
 }
 
 impl Group {
+    /// Columns that its codes are stored for: whole units (F21).
+    pub fn stored_cols(&self) -> usize {
+        self.cols.len().next_multiple_of(UNIT_COLS)
+    }
+
     /// Bytes of its codes in a tile (F10).
     pub fn code_bytes(&self) -> usize {
-        2 * usize::from(self.bit_width.bits()) * self.cols.len()
+        2 * usize::from(self.bit_width.bits()) * self.stored_cols()
+    }
+
+    /// Bytes of the floats, scales and means, that its scale records in a tile begin with (F16, F17).
+    pub(super) fn float_scale_bytes(&self, coding: ScaleCoding) -> usize {
+        match (coding, self.bit_width.bits()) {
+            (ScaleCoding::TwoLevel { .. }, _) => 0,
+            (ScaleCoding::Paper, 1) => 4 * TILE_ROWS,
+            (ScaleCoding::Paper, _) => 2 * TILE_ROWS,
+        }
     }
 
     /// [`ScaleCoding::runs`] of its columns.
@@ -105,10 +119,10 @@ impl LayerLayout {
         if rows == 0 || rows > MAX_DIM {
             return Err(("F5", format!("{rows} rows"), "1 to 2^28 rows"));
         }
-        if cols == 0 || cols > MAX_DIM || !cols.is_multiple_of(16) {
-            return Err(("F5", format!("{cols} columns"), "a multiple of 16, up to 2^28"));
+        if cols == 0 || cols > MAX_DIM {
+            return Err(("F5", format!("{cols} columns"), "1 to 2^28 columns"));
         }
-        if group_size == 0 || !group_size.is_multiple_of(16) {
+        if group_size == 0 || !group_size.is_multiple_of(UNIT_COLS) {
             return Err((
                 "F5",
                 format!("group size {group_size}"),
@@ -217,7 +231,12 @@ impl LayerLayout {
         }
     }
 
-    /// Bits that the layer takes in the file, everything counted: codes, scales, row scales, bit-widths, row padding.
+    /// Whether codes are stored for more columns than there are (F21).
+    pub fn has_padding_columns(&self) -> bool {
+        !self.cols.is_multiple_of(UNIT_COLS)
+    }
+
+    /// Bits that the layer takes in the file, everything counted: codes, scales, row scales, bit-widths, padding.
     pub fn stored_bits(&self) -> u64 {
         let tile = self.tile_code_bytes + self.tile_scale_bytes + self.tile_row_scale_bytes();
         8 * (self.tiles() * tile + self.groups.len()) as u64

@@ -8,6 +8,9 @@ use super::group::{BitWidth, Group, LayerLayout, ScaleCoding, two_level_record_b
 /// Rows per tile.
 pub const TILE_ROWS: usize = 16;
 
+/// Columns that codes are stored for at a time: a group is a whole number of these *units* (F21).
+pub const UNIT_COLS: usize = 16;
+
 /// One value per row of a tile, for one column.
 pub type CodeColumn = [u8; TILE_ROWS];
 
@@ -181,12 +184,12 @@ pub fn planes(width: BitWidth) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// Where column `col` of a group with `cols` columns lies in a plane of `bits`: `(byte of row 0, bytes from row to
+/// Where column `col` of a group with `stored` columns lies in a plane of `bits`: `(byte of row 0, bytes from row to
 /// row, shift)` (F12, F13).
-fn place(bits: usize, cols: usize, col: usize) -> (usize, usize, usize) {
+fn place(bits: usize, stored: usize, col: usize) -> (usize, usize, usize) {
     let block_cols = 32 / bits;
     let (block, j) = (col / block_cols, col % block_cols);
-    let short = cols - block * block_cols < block_cols;
+    let short = stored - block * block_cols < block_cols;
     if short {
         (64 * block + j % 4 / 2, 2, 4 * (j % 2) + j / 4)
     } else {
@@ -197,40 +200,40 @@ fn place(bits: usize, cols: usize, col: usize) -> (usize, usize, usize) {
 /// Unpacks the codes of one group of a tile, a column at a time.
 ///
 /// # Shapes and layout
-/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, overwritten.
+/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, or per stored column, overwritten.
 ///
 /// # Panics
 /// If the lengths do not agree.
 pub fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
-    let cols = columns.len();
+    let stored = columns.len().next_multiple_of(UNIT_COLS);
     columns.fill([0; TILE_ROWS]);
     let mut start = 0;
     for (bits, low) in planes(width) {
         let mask = u8::MAX >> (8 - bits);
         for (col, column) in columns.iter_mut().enumerate() {
-            let (first, stride, shift) = place(bits, cols, col);
+            let (first, stride, shift) = place(bits, stored, col);
             for (r, code) in column.iter_mut().enumerate() {
                 *code |= (bytes[start + first + stride * r] >> shift & mask) << low;
             }
         }
-        start += 2 * bits * cols;
+        start += 2 * bits * stored;
     }
 }
 
-/// Packs what [`unpack_codes`] unpacks, over what was there.
+/// Packs what [`unpack_codes`] unpacks, over what was there; columns that are only stored get zeros (F21).
 fn pack_codes(columns: &[CodeColumn], width: BitWidth, bytes: &mut [u8]) {
     bytes.fill(0);
-    let cols = columns.len();
+    let stored = columns.len().next_multiple_of(UNIT_COLS);
     let mut start = 0;
     for (bits, low) in planes(width) {
         let mask = u8::MAX >> (8 - bits);
         for (col, column) in columns.iter().enumerate() {
-            let (first, stride, shift) = place(bits, cols, col);
+            let (first, stride, shift) = place(bits, stored, col);
             for (r, code) in column.iter().enumerate() {
                 bytes[start + first + stride * r] |= (code >> low & mask) << shift;
             }
         }
-        start += 2 * bits * cols;
+        start += 2 * bits * stored;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{
-    file::{ALIGNMENT, FORMAT_VERSION, keys, part_name},
+    file::{ALIGNMENT, FIRST_VERSION, PADDING_VERSION, keys, part_name},
     group::{LayerLayout, ScaleCoding},
 };
 use crate::{
@@ -21,6 +21,8 @@ pub struct Outline {
 /// The columns of the layer table (F5).
 #[derive(Debug, Clone, Default)]
 struct LayerTable {
+    /// Whether a layer needs the version that has padding columns (F21).
+    has_padding_columns: bool,
     name: Vec<String>,
     rows: Vec<u32>,
     cols: Vec<u32>,
@@ -85,6 +87,7 @@ impl LayerTable {
             ScaleCoding::Paper => (0, 0, 0),
             ScaleCoding::TwoLevel { sub_group, scale_bits } => (1, sub_group as u8, scale_bits),
         };
+        self.has_padding_columns |= layout.has_padding_columns();
         self.name.push(name.to_owned());
         self.rows.push(layout.rows() as u32);
         self.cols.push(layout.cols() as u32);
@@ -96,7 +99,8 @@ impl LayerTable {
     }
 
     fn describe(&self, metadata: &mut Metadata) -> Result<()> {
-        metadata.insert(keys::VERSION, Value::U32(FORMAT_VERSION))?;
+        let version = if self.has_padding_columns { PADDING_VERSION } else { FIRST_VERSION };
+        metadata.insert(keys::VERSION, Value::U32(version))?;
         for (column, array) in [
             ("name", Array::String(self.name.clone())),
             ("rows", Array::U32(self.rows.clone())),

@@ -27,6 +27,40 @@ fn layout_takes_exactly_n_bits_per_code() {
 }
 
 #[test]
+fn layout_of_any_columns_stores_whole_units() {
+    for (cols, group_size, stored) in
+        [(1, 64, &[16][..]), (15, 16, &[16]), (17, 64, &[32]), (72, 32, &[32, 32, 16])]
+    {
+        for coding in [TWO_LEVEL, ScaleCoding::Paper] {
+            let widths = vec![3; stored.len()];
+            let padded = layout(17, cols, group_size, coding, &widths);
+            let found: Vec<_> = padded.groups().iter().map(Group::stored_cols).collect();
+            assert_eq!((&*found, padded.has_padding_columns()), (stored, true), "{cols}");
+            assert_eq!(padded.groups().iter().map(|group| group.cols.len()).sum::<usize>(), cols);
+            // As a layer of as many columns as are stored.
+            let whole = layout(17, stored.iter().sum(), group_size, coding, &widths);
+            assert!(!whole.has_padding_columns());
+            assert_eq!(padded.stored_bits(), whole.stored_bits());
+        }
+    }
+}
+
+/// A layer of one column and one of 15 more, of which only the first counts, have the same bytes.
+#[test]
+fn padding_columns_are_packed_as_codes_of_zero() {
+    for bits in 1..=8 {
+        let packed = |cols: usize| {
+            let mut layer = PackedLayer::zeroed(layout(16, cols, 16, TWO_LEVEL, &[bits]));
+            let mut columns = vec![[0; ROWS]; cols];
+            columns[0] = [1; ROWS];
+            layer.tiles_mut()[0].set_codes(0, &columns);
+            layer.parts().0.to_vec()
+        };
+        assert_eq!(packed(1), packed(16), "{bits} bits");
+    }
+}
+
+#[test]
 fn layout_bad_parameters_are_refused_by_rule() {
     let width = BitWidth::new(3).unwrap();
     let new = |rows, cols, group_size, coding, widths: usize| {
@@ -34,7 +68,7 @@ fn layout_bad_parameters_are_refused_by_rule() {
     };
     assert_eq!(new(0, 64, 64, TWO_LEVEL, 1), "F5");
     assert_eq!(new(16, 0, 64, TWO_LEVEL, 0), "F5");
-    assert_eq!(new(16, 24, 64, TWO_LEVEL, 1), "F5");
+    assert_eq!(new(16, (1 << 28) + 1, 1 << 28, TWO_LEVEL, 2), "F5");
     assert_eq!(new(16, 64, 24, TWO_LEVEL, 3), "F5");
     assert_eq!(new(16, 64, 0, TWO_LEVEL, 3), "F5");
     let coding = ScaleCoding::TwoLevel { sub_group: 48, scale_bits: 4 };
@@ -50,10 +84,10 @@ fn layout_bad_parameters_are_refused_by_rule() {
 fn worked_example_equals_the_specification() {
     let coding = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 };
     let mut layer = PackedLayer::zeroed(layout(16, 16, 16, coding, &[3]));
-    let codes: Vec<CodeColumn> =
+    let all: Vec<CodeColumn> =
         (0..16).map(|c| std::array::from_fn(|r| ((r + c) % 8) as u8)).collect();
     for mut tile in layer.tiles_mut() {
-        tile.set_codes(0, &codes);
+        tile.set_codes(0, &all);
         tile.set_two_level(
             0,
             0,
@@ -69,6 +103,9 @@ fn worked_example_equals_the_specification() {
         let found: Vec<&str> = block.unwrap().split_whitespace().collect();
         assert_eq!(found, expected, "{fence}");
     }
+    let mut narrow = PackedLayer::zeroed(self::layout(16, 12, 16, coding, &[3]));
+    narrow.tiles_mut()[0].set_codes(0, &all[..12]);
+    assert_eq!(narrow.parts().0[4..8], [0x15, 0x2a, 0x3f, 0x00]);
 }
 
 #[test]
@@ -104,11 +141,11 @@ proptest! {
     #[test]
     fn codes_pack_and_unpack_to_themselves(
         bits in 1u8..=8,
-        units in 1usize..6,
+        cols in 1usize..97,
         seed in any::<[u8; 32]>(),
     ) {
-        let cols = 16 * units;
-        let mut layer = PackedLayer::zeroed(layout(16, cols, cols, TWO_LEVEL, &[bits]));
+        let group_size = cols.next_multiple_of(UNIT_COLS);
+        let mut layer = PackedLayer::zeroed(layout(16, cols, group_size, TWO_LEVEL, &[bits]));
         let codes: Vec<CodeColumn> = (0..cols)
             .map(|c| std::array::from_fn(|r| {
                 seed[(c * 7 + r * 3) % 32].wrapping_mul(c as u8 | 1).wrapping_add(r as u8) >> (8 - bits)
@@ -116,8 +153,14 @@ proptest! {
             .collect();
         layer.tiles_mut()[0].set_codes(0, &codes);
         let mut unpacked = vec![[9; ROWS]; cols];
-        unpack_codes(layer.parts().0, BitWidth::new(bits).unwrap(), &mut unpacked);
-        prop_assert_eq!(unpacked, codes);
+        let width = BitWidth::new(bits).unwrap();
+        unpack_codes(layer.parts().0, width, &mut unpacked);
+        prop_assert_eq!(&unpacked, &codes);
+        // Columns that are only stored are zero.
+        unpacked.resize(group_size, [9; ROWS]);
+        unpack_codes(layer.parts().0, width, &mut unpacked);
+        prop_assert_eq!(&unpacked[..cols], &codes);
+        prop_assert!(unpacked[cols..].iter().flatten().all(|&code| code == 0));
     }
 
     #[test]

@@ -12,7 +12,12 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{file::keys, layout::PackedLayer, outline::Outline};
+use super::{
+    file::{Fault, keys},
+    layout::PackedLayer,
+    outline::Outline,
+    verify,
+};
 use crate::{
     AtomicFile, DType, FormatError, Result,
     gguf::{Metadata, NewTensor},
@@ -59,12 +64,14 @@ impl SlimWriter {
     /// Adds a dense tensor of type F32, F16 or BF16 (F7); `shape` is outermost first.
     ///
     /// # Errors
-    /// `Io` if the disk is full; `Malformed` for a second tensor of that name.
+    /// `Io` if the disk is full; `Malformed` for a second tensor of that name; `InvalidArgument` for
+    /// numbers that are not finite (F9, F22).
     ///
     /// # Panics
     /// If `bytes` does not fill `shape`.
     pub fn dense(&mut self, name: &str, dtype: DType, shape: &[u64], bytes: &[u8]) -> Result<()> {
         self.claim(name)?;
+        refuse(verify::value_fault(name, dtype, bytes))?;
         self.outline.dense(name, dtype, shape);
         self.append(bytes)
     }
@@ -75,6 +82,8 @@ impl SlimWriter {
     /// As [`Self::dense`].
     pub fn layer(&mut self, name: &str, layer: &PackedLayer, error: Option<f32>) -> Result<()> {
         self.claim(name)?;
+        refuse(verify::scale_fault(name, layer.view()))?;
+        refuse(verify::layer_error_fault(name, error))?;
         let layout = layer.layout();
         self.outline.layer(name, layout, error);
         let bits: Vec<u8> = layout.groups().iter().map(|group| group.bit_width.bits()).collect();
@@ -130,6 +139,18 @@ impl SlimWriter {
         self.spool
             .write_all(bytes)
             .map_err(|e| FormatError::io(&self.target, "write the tensor data", e))
+    }
+}
+
+/// What would break a rule is not written.
+fn refuse(fault: Option<Fault>) -> Result<()> {
+    match fault {
+        None => Ok(()),
+        Some(Fault { rule, place, found, expected }) => Err(FormatError::InvalidArgument {
+            what: place,
+            found,
+            expected: format!("{expected} (rule {rule})"),
+        }),
     }
 }
 

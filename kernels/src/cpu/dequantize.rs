@@ -12,7 +12,9 @@ use super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
 /// Equal to [`crate::weight::dequantize_rows`] up to one rounding, where the processor fuses multiply and add.
 pub fn columns(bands: Bands<'_>, tiles: Range<usize>) -> Vec<f32> {
     let stride = tiles.len() * TILE_ROWS;
-    let mut out = vec![0.0; bands.shape().1 * stride];
+    // Whole units are written; what is past the last column is cut off then.
+    let cols = bands.shape().1;
+    let mut out = vec![0.0; cols.next_multiple_of(UNIT) * stride];
     for (first_row, band) in bands.iter() {
         let first = first_row / TILE_ROWS;
         let end = first + band.layout().tiles();
@@ -20,6 +22,7 @@ pub fn columns(bands: Bands<'_>, tiles: Range<usize>) -> Vec<f32> {
             tile_columns(band, tile - first, &mut out[(tile - tiles.start) * TILE_ROWS..], stride);
         }
     }
+    out.truncate(cols * stride);
     out
 }
 
@@ -36,7 +39,7 @@ per_isa! {
                     offset[r] *= m[r];
                 }
                 let first = cols.start - group.cols.start;
-                let units = first / UNIT..(first + cols.len()) / UNIT;
+                let units = first / UNIT..(first + cols.len()).div_ceil(UNIT);
                 let out = &mut out[cols.start * stride..];
                 for_width!(group.bit_width, run_columns(codes, units, &factor, &offset, out, stride));
             }

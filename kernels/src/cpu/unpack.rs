@@ -2,13 +2,13 @@
 //!
 //! Loops over rows are written out rather than mapped: a closure that is not inlined loses the caller's instruction set.
 
-use slim_formats::slim::TILE_ROWS;
+use slim_formats::slim::{TILE_ROWS, UNIT_COLS};
 
 /// One value for each row of a tile.
 pub type Lanes = [f32; TILE_ROWS];
 
-/// Columns that are unpacked at a time: every group is a whole number of them.
-pub const UNIT: usize = 16;
+/// Columns that are unpacked at a time: every group is stored as a whole number of them.
+pub const UNIT: usize = UNIT_COLS;
 
 /// Calls `function::<WIDTH>(arguments)` for a bit-width that is known at run time.
 macro_rules! for_width {

@@ -7,7 +7,7 @@ use half::f16;
 use rayon::prelude::*;
 use slim_formats::{
     Weight,
-    slim::{Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS},
+    slim::{Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS, UNIT_COLS},
 };
 
 use super::{Buffer, Device, check_limit};
@@ -16,8 +16,6 @@ use crate::{
     weight::{dequantize_rows, shape},
 };
 
-/// Columns that kernels count together.
-const UNIT_COLS: usize = 16;
 /// Columns of an item at most.
 const ITEM_COLS: usize = 128;
 /// Columns of a step.
@@ -195,14 +193,14 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
         ScaleCoding::TwoLevel { sub_group, scale_bits: 6 } => (sub_group, 24),
         ScaleCoding::TwoLevel { sub_group, .. } => (sub_group, 16),
     };
-    (0..group.cols.len()).step_by(ITEM_COLS).map(move |start| Item {
+    (0..group.stored_cols()).step_by(ITEM_COLS).map(move |start| Item {
         codes: group.codes_offset as u32,
         scales: (group.scales_offset + start / run_cols * record_bytes) as u32,
         col16: ((group.cols.start + start) / UNIT_COLS) as u16,
         start16: (start / UNIT_COLS) as u16,
-        group16: (group.cols.len() / UNIT_COLS) as u16,
+        group16: (group.stored_cols() / UNIT_COLS) as u16,
         width: group.bit_width.bits(),
-        units: (ITEM_COLS.min(group.cols.len() - start) / UNIT_COLS) as u8,
+        units: (ITEM_COLS.min(group.stored_cols() - start) / UNIT_COLS) as u8,
     })
 }
 

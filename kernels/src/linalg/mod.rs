@@ -130,6 +130,14 @@ pub enum Precision {
     Coarse,
 }
 
+/// AMX, if this machine has it; looked for once.
+static AMX: LazyLock<Option<Amx>> = LazyLock::new(Amx::detect);
+
+/// Whether products are computed in AMX.
+pub(crate) fn has_amx() -> bool {
+    AMX.is_some()
+}
+
 /// What computes the products.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Method {
@@ -145,9 +153,8 @@ impl Method {
         Amx::detect().into_iter().flat_map(of_amx).chain([Self::Faer]).collect()
     }
 
-    /// The fastest one of this precision or more; looked for once.
+    /// The fastest one of this precision or more.
     fn fastest(precision: Precision) -> Self {
-        static AMX: LazyLock<Option<Amx>> = LazyLock::new(Amx::detect);
         AMX.map_or(Self::Faer, |amx| Self::Amx(amx, precision))
     }
 }

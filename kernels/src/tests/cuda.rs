@@ -195,6 +195,27 @@ fn matmul_packed_layers_agree() {
 }
 
 #[test]
+fn matmul_packed_layers_of_any_columns_agree() {
+    let device = device_or_skip!();
+    let mut noise = Noise(107);
+    for coding in codings() {
+        for (cols, group_size) in
+            [(1_usize, 64_usize), (15, 16), (17, 64), (72, 64), (100, 32), (172, 128), (259, 256)]
+        {
+            let widths = bit_widths(&mut noise, 0, cols.div_ceil(group_size));
+            let layer = layer(&mut noise, [33, cols, group_size], coding, &widths);
+            let matrix = Matrix::upload(&device, layer.weight()).unwrap();
+            for m in [1, 3, 9] {
+                let x = noise.vector(m * cols, 1.0);
+                let what = format!("{coding:?}, {cols} columns, bits {widths:?}, m {m}");
+                let found = product(&device, &matrix, &x, m);
+                assert_nmse(&what, &found, &reference(layer.weight(), &x, m), PRODUCT_NMSE);
+            }
+        }
+    }
+}
+
+#[test]
 fn matmul_packed_extreme_codes_agree() {
     let device = device_or_skip!();
     let mut noise = Noise(102);

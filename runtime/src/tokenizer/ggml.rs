@@ -3,7 +3,10 @@
 use std::cmp::Reverse;
 
 use ahash::AHashMap;
-use slim_formats::gguf::{Array, Metadata};
+use slim_formats::{
+    GgmlDefaults,
+    gguf::{Array, Metadata},
+};
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::decoders::fuse::Fuse;
@@ -22,13 +25,13 @@ use crate::{Result, RuntimeError};
 pub(super) fn build(metadata: &Metadata) -> Result<Tokenizer> {
     let keys = Keys(metadata);
     let vocabulary = Vocabulary::read(keys)?;
-    let (mut tokenizer, add_bos) = match keys.str("model")? {
+    let mut tokenizer = match keys.str("model")? {
         "gpt2" => byte_level(keys, &vocabulary)?,
         "llama" => sentence_piece(keys, &vocabulary)?,
         other => return Err(keys.unsupported("model", other)),
     };
     tokenizer.add_tokens(vocabulary.added_tokens()).map_err(failed("special tokens"))?;
-    let add_bos = keys.bool("add_bos_token").unwrap_or(add_bos);
+    let add_bos = keys.bool("add_bos_token").unwrap_or(GgmlDefaults::of(metadata).add_bos);
     let add_eos = keys.bool("add_eos_token").unwrap_or(false);
     tokenizer.with_post_processor(Some(document_frame(keys, &vocabulary, add_bos, add_eos)?));
     Ok(tokenizer)
@@ -66,9 +69,18 @@ impl<'a> Keys<'a> {
         self.0.get(&Self::name(key))?.as_array()
     }
 
-    /// The token whose id a key holds, with its text.
-    fn token(self, key: &str, vocabulary: &Vocabulary<'a>) -> Result<(u32, &'a str)> {
-        let id = Self::required(key, self.0.u64(&Self::name(key)))?;
+    /// The token whose id a key holds, or else `default`, with its text.
+    fn token(
+        self,
+        key: &str,
+        default: Option<u32>,
+        vocabulary: &Vocabulary<'a>,
+    ) -> Result<(u32, &'a str)> {
+        let id = match self.0.contains(&Self::name(key)) {
+            true => self.0.u64(&Self::name(key)),
+            false => default.map(u64::from),
+        };
+        let id = Self::required(key, id)?;
         let text = usize::try_from(id).ok().and_then(|id| vocabulary.tokens.get(id));
         let text = text.ok_or_else(|| {
             let (key, count) = (Self::name(key), vocabulary.tokens.len());
@@ -99,11 +111,11 @@ impl<'a> Vocabulary<'a> {
         Ok(Self { tokens, types })
     }
 
-    /// The tokens that a text can have.
+    /// The tokens that a text can have; of several with the same text, the first.
     fn ids(&self) -> AHashMap<String, u32> {
-        let ids = self.tokens.iter().cloned().zip(0..);
-        let is_used = |(_, id): &(String, u32)| self.types[*id as usize] != token_type::UNUSED;
-        ids.filter(is_used).collect()
+        // Of equal keys, the last one collected stays.
+        let ids = (0..self.tokens.len()).rev().filter(|&id| self.types[id] != token_type::UNUSED);
+        ids.map(|id| (self.tokens[id].clone(), id as u32)).collect()
     }
 
     /// The tokens that are found in a text before anything else happens to it.
@@ -127,8 +139,8 @@ fn same_length(key: &str, found: usize, expected: usize) -> Result<()> {
     Err(RuntimeError::tokenizer(format!("key `{key}`: {found} entries for {expected} tokens")))
 }
 
-/// Byte-level BPE. Also gives whether BOS is added by default.
-fn byte_level(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
+/// Byte-level BPE.
+fn byte_level(keys: Keys, vocabulary: &Vocabulary) -> Result<Tokenizer> {
     let name = keys.str("pre")?;
     let pre = PreTokenizer::named(name).ok_or_else(|| keys.unsupported("pre", name))?;
     let ids = vocabulary.ids();
@@ -149,14 +161,14 @@ fn byte_level(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> 
     if pre.normalize_nfc {
         tokenizer.with_normalizer(Some(NFC)).map_err(failed("the normalizer cannot be built"))?;
     }
-    Ok((tokenizer, pre.add_bos))
+    Ok(tokenizer)
 }
 
-/// SentencePiece BPE. Also gives whether BOS is added by default.
+/// SentencePiece BPE.
 ///
 /// # Source
 /// As `transformers` converts SentencePiece models (`convert_slow_tokenizer.py`, `LlamaConverter`).
-fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
+fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<Tokenizer> {
     const SPACE: &str = "▁";
     let broken = failed("the SentencePiece tokenizer cannot be built");
 
@@ -166,7 +178,7 @@ fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, boo
         .byte_fallback(true)
         .fuse_unk(true);
     if keys.0.contains(&Keys::name("unknown_token_id")) {
-        model = model.unk_token(keys.token("unknown_token_id", vocabulary)?.1.to_owned());
+        model = model.unk_token(keys.token("unknown_token_id", None, vocabulary)?.1.to_owned());
     }
     let mut tokenizer = Tokenizer::new(finish(model)?);
 
@@ -183,7 +195,7 @@ fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<(Tokenizer, boo
     normalizers.push(Replace::new(" ", SPACE).map_err(&broken)?.into());
     tokenizer.with_normalizer(Some(Normalizers::new(normalizers))).map_err(&broken)?;
     tokenizer.with_decoder(Some(Decoders::new(decoders)));
-    Ok((tokenizer, true))
+    Ok(tokenizer)
 }
 
 /// Every way to put a token together from two others, the token with the highest score first.
@@ -227,17 +239,18 @@ fn document_frame(
 ) -> Result<TemplateProcessing> {
     let mut pieces = vec!["$A"];
     let mut special_tokens = Vec::new();
-    let mut define = |name: &str, key| {
-        let (id, text) = keys.token(key, vocabulary)?;
+    let defaults = GgmlDefaults::of(keys.0);
+    let mut define = |name: &str, key, default| {
+        let (id, text) = keys.token(key, default, vocabulary)?;
         special_tokens.push(SpecialToken::new(name.to_owned(), vec![id], vec![text.to_owned()]));
         Ok::<_, RuntimeError>(())
     };
     if add_bos {
-        define("bos", "bos_token_id")?;
+        define("bos", "bos_token_id", defaults.bos)?;
         pieces.insert(0, "bos");
     }
     if add_eos {
-        define("eos", "eos_token_id")?;
+        define("eos", "eos_token_id", defaults.eos)?;
         pieces.push("eos");
     }
     let special_tokens: Vec<_> = special_tokens

@@ -1,5 +1,6 @@
 //! Text to tokens and back, exactly as the model's own tokenizer does it.
 
+mod document;
 mod ggml;
 mod hugging_face;
 mod pre_tokenizer;
@@ -8,10 +9,12 @@ mod stream;
 mod tests;
 mod to_ggml;
 
-use slim_formats::TokenizerSource;
+use slim_formats::{TokenizerSource, gguf::token_type};
 
 use crate::{Result, RuntimeError};
 
+pub use document::document_tokens;
+pub(crate) use document::with_one_bos;
 pub use stream::TextStream;
 pub use to_ggml::ggml_keys;
 
@@ -71,6 +74,14 @@ impl Tokenizer {
         self.encode_with(text, true)
     }
 
+    /// The tokens that a whole document has before those of its text.
+    pub(crate) fn added_in_front(&self) -> Result<Vec<u32>> {
+        let (text, mut document) = (self.encode("a")?, self.encode_document("a")?);
+        let place = document.windows(text.len()).position(|tokens| tokens == text);
+        document.truncate(place.unwrap_or(0));
+        Ok(document)
+    }
+
     fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         let encoding = encoding.map_err(failed("the text cannot be encoded"))?;
@@ -101,19 +112,15 @@ impl Tokenizer {
         self.inner.id_to_token(token)
     }
 
+    /// Whether a token is found in a text before anything else happens to the text around it.
+    pub(crate) fn is_added(&self, token: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&token)
+    }
+
     fn is_special(&self, token: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&token).is_some_and(|token| token.special)
     }
-}
-
-/// What a token is for: the values of `tokenizer.ggml.token_type`.
-mod token_type {
-    pub const NORMAL: u64 = 1;
-    pub const UNKNOWN: u64 = 2;
-    pub const CONTROL: u64 = 3;
-    pub const USER_DEFINED: u64 = 4;
-    pub const UNUSED: u64 = 5;
 }
 
 /// Wraps an error of the tokenizer library.

@@ -14,19 +14,12 @@ pub(super) struct PreTokenizer {
     splits: &'static [&'static str],
     /// A word that is a token is not built by merges.
     pub(super) ignore_merges: bool,
-    /// A beginning-of-text token goes in front unless the file says otherwise.
-    pub(super) add_bos: bool,
     /// The text is brought to Unicode form NFC first.
     pub(super) normalize_nfc: bool,
 }
 
-const PLAIN: PreTokenizer = PreTokenizer {
-    names: &[],
-    splits: &[],
-    ignore_merges: false,
-    add_bos: false,
-    normalize_nfc: false,
-};
+const PLAIN: PreTokenizer =
+    PreTokenizer { names: &[], splits: &[], ignore_merges: false, normalize_nfc: false };
 
 pub(super) const DIGIT: &str = r"\p{N}";
 pub(super) const GPT_2: &str =
@@ -60,7 +53,6 @@ const KNOWN: &[PreTokenizer] = &[
         names: &["llama-bpe", "llama-v3", "llama3", "falcon3"],
         splits: &[LLAMA_3],
         ignore_merges: true,
-        add_bos: true,
         ..PLAIN
     },
     PreTokenizer { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], splits: &[LLAMA_3], ..PLAIN },
@@ -71,13 +63,7 @@ const KNOWN: &[PreTokenizer] = &[
         ..PLAIN
     },
     PreTokenizer { names: &["stablelm2"], splits: &[QWEN_2], ..PLAIN },
-    PreTokenizer {
-        names: &["tekken"],
-        splits: &[TEKKEN],
-        ignore_merges: true,
-        add_bos: true,
-        ..PLAIN
-    },
+    PreTokenizer { names: &["tekken"], splits: &[TEKKEN], ignore_merges: true, ..PLAIN },
     PreTokenizer { names: &["gpt-4o", "llama4"], splits: &[GPT_4O], ..PLAIN },
 ];
 

@@ -55,7 +55,7 @@ impl<'a> TextStream<'a> {
     ///
     /// # Errors
     /// `Tokenizer` if the library fails on the tokens.
-    pub fn finish(self) -> Result<String> {
+    pub fn finish(&self) -> Result<String> {
         self.new_text()
     }
 

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::Result;
-use slim_formats::{DType, ModelConfig, Rope};
+use slim_formats::{DType, Generation, ModelConfig, Rope};
 use slim_kernels::{
     RopeAngles,
     cuda::{
@@ -118,6 +118,7 @@ impl Scale {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             add_bos: false,
+            generation: Generation::default(),
         }
     }
 }

@@ -85,6 +85,7 @@ pub fn run(device: &Arc<Device>, report: &mut Report) {
         };
         test("widths and codings", &|check| products::widths(device, check, tokens));
         test("group sizes and rows", &|check| products::shapes(device, check, tokens));
+        test("any number of columns", &|check| products::columns(device, check, tokens));
         test("extreme codes and scales", &|check| products::extremes(device, check, tokens));
         test("dense weights", &|check| products::dense(device, check, tokens));
         test("several matrices at once", &|check| products::several(device, check, tokens));

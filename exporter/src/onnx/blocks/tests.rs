@@ -99,9 +99,9 @@ fn worth(blocks: &Blocks, rows: usize, cols: usize) -> Vec<f64> {
     let middle = (1 << (bits - 1)) as f64;
     let value = |index: usize| {
         let (row, col) = (index / cols, index % cols);
-        let byte = blocks.codes[(row * cols + col) * bits / 8];
+        let byte = blocks.codes[(row * blocks.row_blocks * blocks.block + col) * bits / 8];
         let code = f64::from(byte >> (col * bits % 8) & (u8::MAX >> (8 - bits)));
-        let place = row * (cols / blocks.block) + col / blocks.block;
+        let place = row * blocks.row_blocks + col / blocks.block;
         f64::from(blocks.scales[place]) * (code - middle) + f64::from(blocks.offsets[place])
     };
     (0..rows * cols).map(value).collect()
@@ -167,6 +167,10 @@ fn blocks_of_ragged_shapes_are_worth_what_the_layer_is() {
     check(&layer(17, 80, 48, TWO_LEVEL, &[2, 7]), 8, 16);
     check(&layer(33, 576, 128, ScaleCoding::Paper, &[2, 2, 1, 2, 2]), 2, 64);
     check(&layer(16, 1024, 512, ScaleCoding::Paper, &[2, 2]), 2, 256);
+    // Columns that do not fill a block.
+    check(&layer(17, 172, 64, TWO_LEVEL, &[3, 1, 2]), 4, 16);
+    check(&layer(16, 100, 128, ScaleCoding::Paper, &[7]), 8, 16);
+    check(&layer(3, 1, 16, TWO_LEVEL, &[1]), 4, 16);
 }
 
 #[test]

@@ -1,18 +1,17 @@
 //! Weight matrices in the graph: how they are stored, multiplied with, and looked up in.
 
-use half::f16;
 use slim_formats::{DType, DenseTensor, Part, Weight, arch::Tensor};
 use slim_kernels::weight;
 use slim_runtime::find_weight;
 
 use super::{
     super::{
-        blocks::Blocks,
+        blocks::{Blocks, block_bytes},
         graph::{Attribute::Int, Element, Graph},
     },
     Builder, PIECE, cast, f32_bytes, value_of,
 };
-use crate::Result;
+use crate::{Result, tensor::to_f16};
 
 /// A weight matrix whose tensors are in the graph.
 pub struct Stored {
@@ -23,8 +22,8 @@ pub struct Stored {
 }
 
 enum Kind {
-    /// Tensors `NAME.codes [rows, cols / block, bytes]`, `NAME.scales` and `NAME.offsets [rows, cols / block]`.
-    Blocks { bits: u8, block: usize },
+    /// Tensors `NAME.codes [rows, row_blocks, bytes]`, `NAME.scales` and `NAME.offsets [rows, row_blocks]`.
+    Blocks { bits: u8, block: usize, row_blocks: usize },
     /// Tensor `NAME [rows, cols]`, F16 or F32.
     Dense,
 }
@@ -39,9 +38,8 @@ impl Builder<'_> {
         let kind = match (found, found.bands()) {
             (_, Some(bands)) => {
                 let blocks = Blocks::new(bands, least_bits);
-                let Blocks { bits, block, .. } = blocks;
-                let row_blocks = cols / block;
-                let dims = [rows, row_blocks, block * usize::from(bits) / 8];
+                let Blocks { bits, block, row_blocks, .. } = blocks;
+                let dims = [rows, row_blocks, block_bytes(block, bits)];
                 let part = |part: &str| format!("{name}.{part}");
                 self.graph.tensor(&part("codes"), Element::U8, &dims, [Ok(blocks.codes)])?;
                 for (name, values) in
@@ -50,7 +48,7 @@ impl Builder<'_> {
                     let bytes = f32_bytes(&values);
                     self.graph.tensor(&name, Element::F32, &[rows, row_blocks], [Ok(bytes)])?;
                 }
-                Kind::Blocks { bits, block }
+                Kind::Blocks { bits, block, row_blocks }
             }
             (_, None) => {
                 let element = match found {
@@ -62,7 +60,7 @@ impl Builder<'_> {
                     let mut values = vec![0.0; rows.len() * cols];
                     weight::dequantize_rows(found, rows, &mut values)?;
                     Ok(match element {
-                        Element::F16 => f16_bytes(&values),
+                        Element::F16 => to_f16(name, start, cols, &values)?,
                         _ => f32_bytes(&values),
                     })
                 });
@@ -91,8 +89,8 @@ impl Builder<'_> {
                 cast(self.graph, name, Element::F32, &part("f32"));
                 self.multiply_dense(input, &part("f32"), output);
             }
-            Kind::Blocks { bits, block } => {
-                let sums = self.add_block_sums(input, *cols, block);
+            Kind::Blocks { bits, block, row_blocks } => {
+                let sums = self.add_block_sums(input, *cols, [row_blocks, block]);
                 let (scaled, shifted) = (format!("{output}.scaled"), format!("{output}.shifted"));
                 self.graph.contrib_node(
                     "MatMulNBits",
@@ -116,12 +114,25 @@ impl Builder<'_> {
         self.graph.contrib_node("FusedMatMul", &[input, weight], &[output], &[("transB", Int(1))]);
     }
 
-    /// The sums of `input` over each block of columns: `[batch, sequence, cols / block]`.
-    fn add_block_sums(&mut self, input: &str, cols: usize, block: usize) -> String {
+    /// The sums of `input` over each block of columns: `[batch, sequence, row_blocks]`.
+    fn add_block_sums(
+        &mut self,
+        input: &str,
+        cols: usize,
+        [row_blocks, block]: [usize; 2],
+    ) -> String {
         let sums = format!("{input}.sums_of_{block}");
         if self.sums.insert(sums.clone()) {
-            let (shape, blocks) = (format!("{sums}.shape"), format!("{sums}.blocks"));
-            self.graph.integers(&shape, &[0, 0, (cols / block) as i64, block as i64], false);
+            let part = |part: &str| format!("{sums}.{part}");
+            let (shape, blocks, whole) = (part("shape"), part("blocks"), part("whole"));
+            let missing = row_blocks * block - cols;
+            if missing > 0 {
+                let pads = part("pads");
+                self.graph.integers(&pads, &[0, 0, 0, 0, 0, missing as i64], false);
+                self.graph.node("Pad", &[input, &pads], &[&whole], &[]);
+            }
+            let input = if missing > 0 { &whole } else { input };
+            self.graph.integers(&shape, &[0, 0, row_blocks as i64, block as i64], false);
             self.graph.node("Reshape", &[input, &shape], &[&blocks], &[]);
             self.graph.node(
                 "ReduceSum",
@@ -143,7 +154,7 @@ impl Builder<'_> {
                 let rows = gather_rows(graph, name);
                 cast(graph, &rows, Element::F32, output);
             }
-            Kind::Blocks { .. } => {
+            Kind::Blocks { block, row_blocks, .. } => {
                 let codes = gather_rows(graph, &part("codes"));
                 let [scales, offsets] = ["scales", "offsets"].map(|name| {
                     let rows = gather_rows(graph, &part(name));
@@ -151,16 +162,26 @@ impl Builder<'_> {
                     graph.node("Unsqueeze", &[&rows, "last_axis"], &[&column], &[]);
                     column
                 });
-                let [middle, values, centered, scaled, blocks, shape] =
-                    ["middle", "values", "centered", "scaled", "blocks", "shape"].map(part);
+                let [middle, values, centered, scaled, blocks, shape, whole, ends] =
+                    ["middle", "values", "centered", "scaled", "blocks", "shape", "whole", "ends"]
+                        .map(part);
                 graph.integers(&part("middle.i64"), &[128], true);
                 cast(graph, &part("middle.i64"), Element::F32, &middle);
                 cast(graph, &codes, Element::F32, &values);
                 graph.node("Sub", &[&values, &middle], &[&centered], &[]);
                 graph.node("Mul", &[&centered, &scales], &[&scaled], &[]);
                 graph.node("Add", &[&scaled, &offsets], &[&blocks], &[]);
-                graph.integers(&shape, &[0, 0, embedding.cols as i64], false);
-                graph.node("Reshape", &[&blocks, &shape], &[output], &[]);
+                let stored = row_blocks * block;
+                let is_padded = stored > embedding.cols;
+                graph.integers(&shape, &[0, 0, stored as i64], false);
+                let row = if is_padded { &whole } else { output };
+                graph.node("Reshape", &[&blocks, &shape], &[row], &[]);
+                if is_padded {
+                    graph.integers(&part("start"), &[0], false);
+                    graph.integers(&ends, &[embedding.cols as i64], false);
+                    let inputs = [row, &part("start"), &ends, "last_axis"];
+                    graph.node("Slice", &inputs, &[output], &[]);
+                }
             }
         }
     }
@@ -179,9 +200,4 @@ fn gather_rows(graph: &mut Graph, tensor: &str) -> String {
     let rows = format!("{tensor}.of_input");
     graph.node("Gather", &[tensor, "input_ids"], &[&rows], &[("axis", Int(0))]);
     rows
-}
-
-/// Of values that were f16 before.
-fn f16_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect()
 }

@@ -2,7 +2,7 @@
 
 use slim_formats::slim::LayerLayout;
 
-use super::super::unpack::UNIT;
+use super::{super::unpack::UNIT, in_whole_units};
 
 /// Columns that share a scale, at most: two units.
 const STEP: usize = 2 * UNIT;
@@ -56,6 +56,7 @@ const OUTLIER: f32 = 4.0;
 impl Input {
     /// Quantizes `x[cols]` for a layer.
     pub fn new(layout: &LayerLayout, x: &[f32]) -> Self {
+        let x = &*in_whole_units(x);
         let units = x.len() / UNIT;
         let mut input = Self {
             codes: vec![[0; 4]; units],
@@ -83,15 +84,17 @@ impl Input {
                 let codes = codes[cols.clone()].iter().zip(&fine_codes[cols]);
                 codes.map(move |(&code, &fine)| scale * (f32::from(code) + FINE * f32::from(fine)))
             })
+            .take(layout.cols())
             .collect()
     }
 }
 
-/// The columns of each step.
+/// The columns of each step, in whole units.
 fn steps(layout: &LayerLayout) -> impl Iterator<Item = std::ops::Range<usize>> {
     let runs = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
     runs.flat_map(|run| {
-        run.clone().step_by(STEP).map(move |first| first..run.end.min(first + STEP))
+        let end = run.end.next_multiple_of(UNIT);
+        run.step_by(STEP).map(move |first| first..end.min(first + STEP))
     })
 }
 

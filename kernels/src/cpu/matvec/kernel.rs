@@ -104,7 +104,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         for group in layout.groups() {
             let codes = &codes[group.codes_offset..][..group.code_bytes()];
             let records = &records[group.scales_offset..];
-            let input = input.of(group.cols.start / UNIT..group.cols.end / UNIT);
+            let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
             for_width!(
                 group.bit_width,
                 Self::add_group(self, &mut sums, codes, layout.coding(), records, input)

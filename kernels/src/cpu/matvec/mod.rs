@@ -13,12 +13,12 @@ mod kernel;
 mod neon;
 mod portable;
 
-use std::{fmt, mem, sync::LazyLock};
+use std::{borrow::Cow, fmt, mem, sync::LazyLock};
 
 use rayon::prelude::*;
 use slim_formats::slim::{Bands, PackedTensor, TILE_ROWS};
 
-use super::unpack::Lanes;
+use super::unpack::{Lanes, UNIT};
 
 pub use input::Input;
 
@@ -92,10 +92,21 @@ pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], ou
             for_each_tile(bands, out, |band, tile| kernel(band, tile, &input));
         }
         Method::Float => {
-            let sums = portable::column_sums(x);
-            for_each_tile(bands, out, |band, tile| portable::tile(band, tile, x, &sums));
+            let x = in_whole_units(x);
+            let sums = portable::column_sums(&x);
+            for_each_tile(bands, out, |band, tile| portable::tile(band, tile, &x, &sums));
         }
     }
+}
+
+/// `x` with zeros behind it, which take padding columns (F21) out of every sum.
+fn in_whole_units(x: &[f32]) -> Cow<'_, [f32]> {
+    if x.len().is_multiple_of(UNIT) {
+        return Cow::Borrowed(x);
+    }
+    let mut padded = x.to_vec();
+    padded.resize(x.len().next_multiple_of(UNIT), 0.0);
+    Cow::Owned(padded)
 }
 
 /// Stores the 16 products that `product` gives for each tile of each band.

@@ -6,13 +6,13 @@ use slim_formats::slim::{PackedTensor, TILE_ROWS};
 
 use super::super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
 
-/// The sums of `x` over each run of 16 columns: what a minimum multiplies, shared by all rows.
+/// The sums of `x`, in whole units, over each unit: what a minimum multiplies, shared by all rows.
 pub fn column_sums(x: &[f32]) -> Vec<f32> {
     x.chunks_exact(UNIT).map(|unit| unit.iter().sum()).collect()
 }
 
 per_isa! {
-    /// The products of the 16 rows of a tile with `x`; `sums` from [`column_sums`].
+    /// The products of the 16 rows of a tile with `x`, in whole units; `sums` from [`column_sums`].
     ///
     /// # Accuracy
     /// f32 sums in column order within a sub-group (two-level) or group (paper), then over those.
@@ -23,9 +23,10 @@ per_isa! {
             let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
             let first_unit = group.cols.start / UNIT;
             for (run, cols) in group.runs(layout.coding()).enumerate() {
-                let units = cols.start / UNIT - first_unit..cols.end / UNIT - first_unit;
-                let sum: f32 = sums[cols.start / UNIT..cols.end / UNIT].iter().sum();
-                let x = &x[cols];
+                let units = cols.start / UNIT..cols.end.div_ceil(UNIT);
+                let sum: f32 = sums[units.clone()].iter().sum();
+                let x = &x[units.start * UNIT..units.end * UNIT];
+                let units = units.start - first_unit..units.end - first_unit;
                 let dots = for_width!(group.bit_width, dots(codes, units, x));
                 let (factor, offset) = packed.scales(tile, group, run);
                 for r in 0..TILE_ROWS {

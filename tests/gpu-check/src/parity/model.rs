@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use slim_formats::{ModelConfig, Rope};
+use slim_formats::{Generation, ModelConfig, Rope};
 use slim_kernels::{
     Scalar,
     cuda::{Device, KvType},
@@ -45,6 +45,7 @@ fn tiny_model() -> RandomModel {
         bos_token_id: None,
         eos_token_ids: Vec::new(),
         add_bos: false,
+        generation: Generation::default(),
     };
     RandomModel::new(config, 2, 64, Storage::Packed(&[3]))
 }

@@ -28,6 +28,8 @@ pub fn embed(device: &Arc<Device>, check: &mut Check) -> Result<()> {
         packed(six_bit, &[8, 5, 7]),
         packed(ScaleCoding::Paper, &[1, 4, 6]),
         spec(six_bit, &[7, 4, 2]).bands(11, &[16, 32, 16, 6]),
+        LayerSpec { cols: 100, ..spec(TWO_LEVEL, &[3]) }.fill(11, Fill::Random),
+        LayerSpec { cols: 259, ..spec(ScaleCoding::Paper, &[1, 4, 6]) }.fill(11, Fill::Random),
         HostWeight::dense(11, DType::F16, [rows, cols], 1.0),
         HostWeight::dense(11, DType::F16, [rows, 100], 1.0),
     ];

@@ -69,6 +69,19 @@ pub fn shapes(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Re
     Ok(())
 }
 
+pub fn columns(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
+    let mut tokens = tokens.iter().cycle();
+    for coding in codings() {
+        for cols in [1, 17, 72, 100, 172, 300] {
+            let widths = &[3, 1, 8];
+            let spec = LayerSpec { rows: 33, cols, group_size: 64, coding, widths, size: 0.1 };
+            let tokens = tokens.next();
+            multiply(device, check, &format!("{spec:?}"), &spec.fill(5, Fill::Random), tokens)?;
+        }
+    }
+    Ok(())
+}
+
 pub fn extremes(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
     let mut tokens = tokens.iter().cycle();
     for coding in codings() {

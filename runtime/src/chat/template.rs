@@ -1,14 +1,14 @@
 //! The model's own chat template, run without file, network or attribute access.
 
 use std::io;
-use std::time::{Duration, SystemTime};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
-use serde_json::Value as Json;
 
+use super::generation::without_generation_blocks;
+use super::strftime::strftime_now;
+use super::to_json::to_json;
 use crate::{Result, RuntimeError};
 
 /// Template instructions that one rendering may take: seconds at most. A chat of a thousand
@@ -57,11 +57,11 @@ impl ChatTemplate {
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let template = Self {
             environment: environment(),
-            source: source.to_owned(),
+            source: without_generation_blocks(source).into_owned(),
             bos: bos.to_owned(),
             eos: eos.to_owned(),
         };
-        template.environment.template_from_str(source).map_err(failed("be read"))?;
+        template.environment.template_from_str(&template.source).map_err(failed("be read"))?;
         Ok(template)
     }
 
@@ -107,7 +107,7 @@ fn environment() -> Environment<'static> {
     environment.set_unknown_method_callback(unknown_method_callback);
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
+    environment.add_function("strftime_now", strftime_now);
     environment
 }
 
@@ -130,135 +130,6 @@ impl io::Write for LimitedOutput {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// The filter `tojson`: Python's `json.dumps` with `ensure_ascii=False`. Jinja's own escapes
-/// `<`, `>`, `&` and `'` for HTML, which `transformers` turns off.
-fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    options.assert_all_used()?;
-    let json = serde_json::to_value(value).map_err(|error| {
-        Error::new(ErrorKind::BadSerialization, "cannot write as JSON").with_source(error)
-    })?;
-    let mut text = String::new();
-    write_json(&json, indent, 0, &mut text);
-    Ok(text)
-}
-
-fn write_json(json: &Json, indent: Option<usize>, depth: usize, text: &mut String) {
-    match json {
-        Json::Array(items) if !items.is_empty() => {
-            let write_item =
-                |item: &Json, text: &mut String| write_json(item, indent, depth + 1, text);
-            write_json_items('[', items, write_item, ']', indent, depth, text);
-        }
-        Json::Object(entries) if !entries.is_empty() => {
-            let write_entry = |(key, value): (&String, &Json), text: &mut String| {
-                text.push_str(&Json::from(key.as_str()).to_string());
-                text.push_str(": ");
-                write_json(value, indent, depth + 1, text);
-            };
-            write_json_items('{', entries, write_entry, '}', indent, depth, text);
-        }
-        scalar => text.push_str(&scalar.to_string()),
-    }
-}
-
-/// Writes items between brackets, on one line or each on its own line.
-fn write_json_items<T>(
-    open: char,
-    items: impl IntoIterator<Item = T>,
-    write_item: impl Fn(T, &mut String),
-    close: char,
-    indent: Option<usize>,
-    depth: usize,
-    text: &mut String,
-) {
-    let new_line = |depth: usize| indent.map(|width| format!("\n{}", " ".repeat(width * depth)));
-    text.push(open);
-    for (index, item) in items.into_iter().enumerate() {
-        if index > 0 {
-            text.push_str(if indent.is_some() { "," } else { ", " });
-        }
-        text.extend(new_line(depth + 1));
-        write_item(item, text);
-    }
-    text.extend(new_line(depth));
-    text.push(close);
-}
-
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const WEEKDAYS: [&str; 7] =
-    ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
-
-/// Python's `strftime` for the fields that chat templates use, in UTC and English.
-fn strftime(format: &str, time: SystemTime) -> Result<String, Error> {
-    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
-    let (days, second_of_day) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil_date(days);
-    let month_name = MONTHS[month as usize - 1];
-    // 1970-01-01 was a Thursday.
-    let weekday = WEEKDAYS[((days + 3) % 7) as usize];
-    let (hour, minute, second) =
-        (second_of_day / 3600, second_of_day / 60 % 60, second_of_day % 60);
-
-    let mut text = String::new();
-    let mut letters = format.chars();
-    while let Some(letter) = letters.next() {
-        if letter != '%' {
-            text.push(letter);
-            continue;
-        }
-        text.push_str(&match letters.next() {
-            Some('Y') => year.to_string(),
-            Some('m') => format!("{month:02}"),
-            Some('d') => format!("{day:02}"),
-            Some('B') => month_name.to_owned(),
-            Some('b') => month_name[..3].to_owned(),
-            Some('A') => weekday.to_owned(),
-            Some('a') => weekday[..3].to_owned(),
-            Some('H') => format!("{hour:02}"),
-            Some('M') => format!("{minute:02}"),
-            Some('S') => format!("{second:02}"),
-            Some('%') => "%".to_owned(),
-            other => {
-                let detail = format!("strftime_now: `%{}` is not supported", other.unwrap_or(' '));
-                return Err(Error::new(ErrorKind::InvalidOperation, detail));
-            }
-        });
-    }
-    Ok(text)
-}
-
-/// Year, month and day of a number of days since 1970-01-01.
-///
-/// # Source
-/// `civil_from_days` in Howard Hinnant's "chrono-Compatible Low-Level Date Algorithms".
-fn civil_date(days: u64) -> (u64, u64, u64) {
-    // Counted from 0000-03-01, so that leap days end a year; 400 years are 146097 days.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let months_since_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * months_since_march + 2) / 5 + 1;
-    let month = (months_since_march + 2) % 12 + 1;
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    (year, month, day)
 }
 
 #[cfg(test)]
@@ -363,31 +234,18 @@ mod tests {
     }
 
     #[test]
-    fn to_json_writes_what_python_writes() {
-        let json = |expression: &str| render(&format!("{{{{ {expression} }}}}"), &[]).unwrap();
-        assert_eq!(
-            json(r#"{"b": [1, 2.5, true, none], "a": "<é'&>\n", "c": {}} | tojson"#),
-            r#"{"b": [1, 2.5, true, null], "a": "<é'&>\n", "c": {}}"#
-        );
-        assert_eq!(
-            json(r#"{"a": [1, {"b": []}]} | tojson(indent=2)"#),
-            "{\n  \"a\": [\n    1,\n    {\n      \"b\": []\n    }\n  ]\n}"
-        );
+    fn generation_block_renders_its_content() {
+        let source = "{% for m in messages %}\n{%- generation %}\n[{{ m.content }}]\n{% endgeneration -%}\n{% endfor %}";
+        assert_eq!(render(source, &[("user", "a"), ("user", "b")]).unwrap(), "[a]\n[b]\n");
+        let scoped =
+            "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}";
+        assert_eq!(render(scoped, &[]).unwrap(), "21");
     }
 
     #[test]
-    fn strftime_knows_the_calendar() {
-        let at = |seconds, format| {
-            strftime(format, SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).unwrap()
-        };
-        assert_eq!(at(0, "%Y-%m-%d %H:%M:%S %A"), "1970-01-01 00:00:00 Thursday");
-        assert_eq!(at(951_782_400, "%d %b %Y"), "29 Feb 2000");
-        assert_eq!(
-            at(4_107_542_399, "%a %d %B %Y %H:%M:%S 100%%"),
-            "Sun 28 February 2100 23:59:59 100%"
-        );
-        assert_eq!(at(4_107_542_400, "%d %B"), "01 March");
-        assert!(refusal("{{ strftime_now('%Q') }}").contains("`%Q` is not supported"));
+    fn loop_controls_work() {
+        let source = "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}";
+        assert_eq!(render(source, &[("user", "a"), ("user", "b"), ("user", "c")]).unwrap(), "b");
     }
 
     #[test]

@@ -1,0 +1,102 @@
+//! Chats as tokens: the model's own template, its tokenizer, one beginning-of-text token.
+
+mod control;
+mod generation;
+mod strftime;
+mod template;
+#[cfg(test)]
+mod tests;
+mod to_json;
+
+use slim_formats::{ModelConfig, ModelSource};
+
+use crate::{Result, Tokenizer, tokenizer::with_one_bos};
+use control::MendedTexts;
+
+pub use template::{ChatTemplate, Message};
+
+/// How a model writes a chat: its template, and the tokens of what the template writes.
+pub struct ChatFormat<'a> {
+    template: ChatTemplate,
+    tokenizer: &'a Tokenizer,
+    config: &'a ModelConfig,
+    mended: MendedTexts,
+}
+
+impl<'a> ChatFormat<'a> {
+    /// The format of a model with this template; also what is wrong with it, a sentence each.
+    ///
+    /// # Errors
+    /// `ChatTemplate` if the template is not valid Jinja.
+    pub fn new(
+        template: &str,
+        config: &'a ModelConfig,
+        tokenizer: &'a Tokenizer,
+    ) -> Result<(Self, Vec<String>)> {
+        let text_of = |token: Option<u32>| {
+            token.and_then(|token| tokenizer.token_text(token)).unwrap_or_default()
+        };
+        let bos = text_of(config.bos_token_id);
+        let eos = text_of(config.eos_token_ids.first().copied());
+        let template = ChatTemplate::new(template, &bos, &eos)?;
+        let (mended, warnings) = MendedTexts::find(&trials(&template), tokenizer)?;
+        Ok((Self { template, tokenizer, config, mended }, warnings))
+    }
+
+    /// The tokens of a chat up to where the assistant answers, with one beginning-of-text token at
+    /// most.
+    ///
+    /// # Errors
+    /// `ChatTemplate` if the template refuses the messages, `Tokenizer` if its text cannot be encoded.
+    pub fn tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let broken = |message: &Message| {
+            Message::new(message.role.as_str(), self.mended.broken(&message.content))
+        };
+        let messages: Vec<_> = messages.iter().map(broken).collect();
+        let text = self.template.render(&messages, true)?;
+        with_one_bos(self.tokenizer, self.config, self.mended.encode(&text, self.tokenizer)?)
+    }
+
+    /// The token that the template writes after an answer, if it writes one there.
+    fn turn_end(&self) -> Option<u32> {
+        let chats = [&["user", "assistant", "user"][..], &["user", "assistant"]];
+        let text =
+            chats.iter().find_map(|roles| self.template.render(&trial(roles), false).ok())?;
+        let (_, behind) = text.split_once(&trial_content("assistant"))?;
+        let tokens = self.mended.encode(behind.trim_start(), self.tokenizer).ok()?;
+        let first = *tokens.first()?;
+        let is_found = self.tokenizer.is_added(first) || self.mended.tokens().any(|t| t == first);
+        let is_token = (first as usize) < self.config.vocab_size;
+        // A template that opens each turn with the first token of a text does not end one with it.
+        (is_found && is_token && Some(first) != self.config.bos_token_id).then_some(first)
+    }
+}
+
+/// What a template writes for chats of all kinds, as far as it accepts them.
+fn trials(template: &ChatTemplate) -> String {
+    let chats = [&["user"][..], &["system", "user"], &["user", "assistant", "user"]];
+    let texts = chats.map(|roles| template.render(&trial(roles), true).unwrap_or_default());
+    texts.join("\n")
+}
+
+/// A chat to try a template with.
+fn trial(roles: &[&str]) -> Vec<Message> {
+    roles.iter().map(|&role| Message::new(role, trial_content(role))).collect()
+}
+
+/// What nobody else writes, and templates do not change.
+fn trial_content(role: &str) -> String {
+    format!("What the {role} says in this trial.")
+}
+
+/// The tokens that end what the model writes, the main one first: those that its files name, and the
+/// one that its chat template writes after an answer.
+pub fn end_tokens(source: &dyn ModelSource, tokenizer: &Tokenizer) -> Vec<u32> {
+    let config = source.config();
+    let format = source.chat_template().map(|text| ChatFormat::new(text, config, tokenizer));
+    // A template that cannot be read is an error where a chat begins.
+    let turn_end = format.and_then(|format| format.ok()?.0.turn_end());
+    let mut ends = config.eos_token_ids.clone();
+    ends.extend(turn_end.filter(|token| !ends.contains(token)));
+    ends
+}
