@@ -26,7 +26,7 @@ EMULATOR := $(CURDIR)/target/cuda-emulator
 demo: $(MODEL)
 	cargo build --release
 	mkdir -p $(dir $(DEMO))
-	$(SLIMLLM) convert $(MODEL) -o $(DEMO) --bits 3 --samples 32 --context 512
+	$(SLIMLLM) convert $(MODEL) -o $(DEMO) --force --bits 3 --samples 32 --context 512
 	$(SLIMLLM) inspect $(DEMO)
 	$(SLIMLLM) run $(DEMO) -p "Once upon a time" -n 40 --temperature 0
 
@@ -54,7 +54,7 @@ gpu-check:
 # Two GGUF readers that are not ours must find in a SliM file what `inspect` says.
 test-peers: $(VENV)/ready
 	mkdir -p $(dir $(PEER))
-	cargo run --quiet -- convert tests/data/archs/llama -o $(PEER) \
+	cargo run --quiet -- convert tests/data/archs/llama -o $(PEER) --force \
 	    --bits 3 --group-size 32 --samples 4 --context 64
 	cargo run --quiet -- inspect $(PEER) --json --metadata > $(PEER).json
 	$(PYTHON) tests/peers/read_with_gguf.py $(PEER) $(PEER).json
@@ -68,7 +68,7 @@ test-onnx: $(VENV)/onnx
 	cargo build --quiet
 	for name in llama llama-tied-rope3 mistral-swa; do \
 	    rm -rf target/onnx/$$name && \
-	    $(DEBUG)/slimllm convert tests/data/archs/$$name -o target/onnx/$$name.slim.gguf \
+	    $(DEBUG)/slimllm convert tests/data/archs/$$name -o target/onnx/$$name.slim.gguf --force \
 	        --bits 3 --group-size 32 --samples 4 --context 64 --quiet && \
 	    $(DEBUG)/slimllm export target/onnx/$$name.slim.gguf --to onnx -o target/onnx/$$name --quiet && \
 	    $(PYTHON) scripts/check-onnx-export target/onnx/$$name target/onnx/$$name.slim.gguf \

@@ -13,6 +13,7 @@ use crate::{
     compute::{Compute, Execution},
     open::ModelArgs,
     run::PromptArgs,
+    target::TargetArgs,
 };
 
 /// The command line.
@@ -56,9 +57,8 @@ pub struct ConvertArgs {
     /// A Hugging Face directory, an ONNX file with its `config.json` beside it, or a GGUF file
     pub source: PathBuf,
 
-    /// The SliM file to write, NAME.slim.gguf
-    #[arg(short, long, value_name = "FILE")]
-    pub output: PathBuf,
+    #[command(flatten)]
+    pub target: TargetArgs,
 
     /// Mean bits per code of the linear layers, 1 to 8
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
@@ -184,10 +184,11 @@ pub struct RunArgs {
     pub context: Option<usize>,
 
     #[command(flatten)]
-    pub sampling: SamplingArgs,
-
-    #[command(flatten)]
     pub execution: Execution,
+
+    // The last, since flags that follow would stand under its heading, too.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 }
 
 /// Tokens of an answer at most; `None` for any number.
@@ -304,9 +305,8 @@ pub struct LogitsArgs {
     #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
     pub tokens: Vec<u32>,
 
-    /// The safetensors file to write
-    #[arg(short, long, value_name = "FILE")]
-    pub output: PathBuf,
+    #[command(flatten)]
+    pub target: TargetArgs,
 
     #[command(flatten)]
     pub execution: Execution,
@@ -346,9 +346,8 @@ pub struct ExportArgs {
     #[arg(long, value_enum, value_name = "LAYOUT")]
     pub to: Layout,
 
-    /// The file (gguf) or the new folder (the others) to write
-    #[arg(short, long, value_name = "PATH")]
-    pub output: PathBuf,
+    #[command(flatten)]
+    pub target: TargetArgs,
 
     /// Print only warnings and errors
     #[arg(long)]

@@ -24,9 +24,11 @@ use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
-    open::{USUAL_CONTEXT, check_target, open, read_text, resolve_context, tokenizer},
+    interrupt::clean_up_when_interrupted,
+    open::{USUAL_CONTEXT, open, read_text, resolve_context, tokenizer},
     output::{facts, plural, print, print_json, size, warn},
-    progress::{Progress, duration},
+    progress::{Planned, Progress, duration},
+    target::Kind,
 };
 
 const DEFAULT_SUB_GROUP: usize = 32;
@@ -34,10 +36,19 @@ const DEFAULT_SCALE_BITS: usize = 4;
 const DEFAULT_STEPS: usize = 300;
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
+    clean_up_when_interrupted()?;
     args.compute.start()?;
     let source = open(&args.source)?;
     let settings = settings(args, source.config())?;
-    check_target(&args.output, &source.files())?;
+    let mut inputs = source.files();
+    inputs.extend(args.draft.iter().chain(&args.calibration).cloned());
+    let kind = Kind::File("gguf");
+    if args.dry_run {
+        // What stands in the way of the output is worth a word, not the plan.
+        if let Err(error) = args.target.check(kind, &inputs) {
+            warn(&error.to_string());
+        }
+    }
     let plan = Plan::new(&*source, &settings)?;
     let float_bytes = float_bytes(&plan, args.max_memory)?;
     if let Some(warning) = plan.quantized_source_warning() {
@@ -51,6 +62,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         }
         return Ok(());
     }
+    let target = args.target.prepare(kind, &inputs)?;
 
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
@@ -59,7 +71,6 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         if args.quiet { Progress::silent() } else { Progress::new("block", plan.blocks) };
     let mut block = Vec::new();
     let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
-    let target = &args.output;
     let resources = Resources { engine, float_bytes };
     let report = match &args.draft {
         Some(draft) => {
@@ -210,6 +221,12 @@ fn engine(settings: &Settings, choice: &Choice) -> Result<(Engine, String)> {
 fn show(progress: &mut Progress, step: Step<'_>, block: &mut Vec<Option<f32>>) {
     let shown = |error: Option<f32>| error.map_or(String::new(), |e| format!(", error {e:.5}"));
     match step {
+        Step::Planned(work, units) => {
+            let (usual_cost, family) = (work.usual_cost(), usize::from(work.is_rounding()));
+            progress.plan(work as usize, Planned { units, usual_cost, family });
+        }
+        Step::Begun => progress.begin_work(),
+        Step::Worked(work, units) => progress.worked(work as usize, units),
         Step::Survey { done, of } => {
             progress.begin("survey", of);
             progress.step(done, "what bits are worth");
@@ -249,7 +266,7 @@ fn describe(
         layers += &format!(", stored in {} bands", report.layers.len());
     }
     let mut lines = vec![
-        ("written", args.output.display().to_string()),
+        ("written", args.target.output.display().to_string()),
         ("layers", layers),
         (
             "bits per weight",
@@ -264,7 +281,7 @@ fn describe(
     lines.push(("size", format!("{after}, from {before}: {ratio:.2} times smaller")));
     lines.push(("device", device));
     lines.push(("time", duration(time)));
-    let output = args.output.display();
+    let output = args.target.output.display();
     facts(&lines)
         + &format!("\ntry it:  slimllm run {output} -p \"Once upon a time\"\n")
         + &format!("look in: slimllm inspect {output} --bits\n")
@@ -282,7 +299,7 @@ fn report_json(report: &Report, device: &str, args: &ConvertArgs, time: Duration
         })
     };
     json!({
-        "output": args.output.to_string_lossy(),
+        "output": args.target.output.to_string_lossy(),
         "file_bytes": report.file_bytes,
         "bits_per_weight": report.bits_per_weight,
         "device": device,

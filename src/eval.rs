@@ -44,7 +44,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let tokens = tokenizer(&*source)?.encode(&text.replace("\r\n", "\n"))?;
     let windows = choose_windows(tokens.len(), context, args)?;
 
-    let progress = Progress::new("window", windows);
+    let mut progress = Progress::new("window", windows);
     let show = |done, perplexity| progress.step(done, format_args!("perplexity {perplexity:.4}"));
     let mut model = InBatches { model: &model, batch: args.batch.unwrap_or(context) };
     let protocol = Protocol { context, windows };

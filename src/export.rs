@@ -8,12 +8,14 @@ use slim_exporter::{LayerLoss, Report, Target, export};
 
 use crate::{
     args::{ExportArgs, Layout},
-    open::{check_parent, check_target},
+    interrupt::clean_up_when_interrupted,
     output::{facts, plural, print, print_json, size, warn},
     progress::{Progress, duration},
+    target::Kind,
 };
 
 pub fn run(args: &ExportArgs) -> Result<()> {
+    clean_up_when_interrupted()?;
     let start = Instant::now();
     let source = args.model.open()?;
     let target = match args.to {
@@ -22,14 +24,15 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         Layout::Onnx => Target::Onnx,
         Layout::Safetensors => Target::Safetensors,
     };
-    match target {
-        Target::Gguf => check_target(&args.output, &source.files())?,
-        Target::Gptq | Target::Onnx | Target::Safetensors => check_parent(&args.output)?,
-    }
+    let kind = match target {
+        Target::Gguf => Kind::File("gguf"),
+        Target::Gptq | Target::Onnx | Target::Safetensors => Kind::Folder,
+    };
+    let output = args.target.prepare(kind, &source.files())?;
     let blocks = source.config().block_count;
-    let progress = if args.quiet { Progress::silent() } else { Progress::new("block", blocks) };
+    let mut progress = if args.quiet { Progress::silent() } else { Progress::new("block", blocks) };
     let mut done = 0;
-    let report = export(&*source, target, &args.output, &mut |tensor| {
+    let report = export(&*source, target, output, &mut |tensor| {
         progress.detail(tensor);
         let block = block_of(tensor).unwrap_or(done);
         if block > done {
@@ -37,6 +40,9 @@ pub fn run(args: &ExportArgs) -> Result<()> {
             progress.step(done, tensor);
         }
     });
+    if let Ok(report) = &report {
+        progress.step(blocks, plural(report.tensors, "tensor"));
+    }
     progress.finish();
     let report = report?;
     for warning in &report.warnings {
@@ -79,7 +85,7 @@ fn worst(layers: &[LayerLoss]) -> Option<&LayerLoss> {
 
 fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
     let mut lines = vec![
-        ("written", args.output.display().to_string()),
+        ("written", args.target.output.display().to_string()),
         ("tensors", plural(report.tensors, "tensor")),
     ];
     if let (Some(mean), Some(worst)) = (mean_error(&report.layers), worst(&report.layers)) {
@@ -100,7 +106,7 @@ fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
 fn report_json(report: &Report, args: &ExportArgs, time: Duration) -> Json {
     let layer = |layer: &LayerLoss| json!({"name": layer.name, "layout": layer.layout, "error": layer.error});
     json!({
-        "output": args.output.to_string_lossy(),
+        "output": args.target.output.to_string_lossy(),
         "file_bytes": report.file_bytes,
         "tensors": report.tensors,
         "mean_error": mean_error(&report.layers),

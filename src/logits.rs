@@ -6,12 +6,19 @@ use anyhow::{Context as _, Result};
 use safetensors::{Dtype, tensor::TensorView};
 use slim_formats::AtomicFile;
 
-use crate::{args::LogitsArgs, open::check_target};
+use crate::{args::LogitsArgs, interrupt::clean_up_when_interrupted, target::Kind};
+
+/// What comes before the logits, at most.
+const HEADER_BYTES: usize = 1024;
 
 pub fn run(args: &LogitsArgs) -> Result<()> {
+    clean_up_when_interrupted()?;
     args.execution.start()?;
     let source = args.model.open()?;
-    check_target(&args.output, &source.files())?;
+    let output = args.target.prepare(Kind::File("safetensors"), &source.files())?;
+    let mut out = AtomicFile::create(output)?;
+    let logits_bytes = args.tokens.len() * source.config().vocab_size * size_of::<f32>();
+    out.reserve((logits_bytes + HEADER_BYTES) as u64)?;
     let model = args.execution.load(&*source, args.tokens.len())?;
     let mut cache = model.new_cache(args.tokens.len())?;
     let hidden = model.forward(&args.tokens, &mut cache)?;
@@ -21,7 +28,6 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let shape = vec![args.tokens.len(), model.config().vocab_size];
     let tensor = TensorView::new(Dtype::F32, shape, &bytes)?;
     let file = safetensors::serialize([("logits", tensor)], None)?;
-    let mut out = AtomicFile::create(&args.output)?;
-    out.write_all(&file).with_context(|| format!("`{}`: cannot write", args.output.display()))?;
+    out.write_all(&file).with_context(|| format!("`{}`: cannot write", output.path.display()))?;
     Ok(out.commit()?)
 }

@@ -11,11 +11,13 @@ mod export;
 mod failure;
 mod habits;
 mod inspect;
+mod interrupt;
 mod logits;
 mod open;
 mod output;
 mod progress;
 mod run;
+mod target;
 
 use std::process::ExitCode;
 
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             failure::report(&error);
+            interrupt::tell_removed();
             ExitCode::from(2)
         }
     }

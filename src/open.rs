@@ -127,29 +127,6 @@ pub fn read_text(path: &Path) -> Result<String> {
         .with_context(|| format!("`{}`: cannot read the text", path.display()))
 }
 
-/// Checks, before any work is done, that `target` can be written and is none of `sources`.
-pub fn check_target(target: &Path, sources: &[PathBuf]) -> Result<()> {
-    let shown = target.display();
-    ensure!(!target.is_dir(), "`{shown}` is a folder; `-o` takes the name of a file");
-    check_parent(target)?;
-    let Ok(target) = target.canonicalize() else { return Ok(()) };
-    let is_source = sources.iter().any(|path| path.canonicalize().is_ok_and(|path| path == target));
-    ensure!(!is_source, "`{shown}` is a file of the source, which would be overwritten");
-    Ok(())
-}
-
-/// Checks that the folder is there in which `target` is to be written.
-pub fn check_parent(target: &Path) -> Result<()> {
-    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-        return Err(advised(
-            format!("`{}`: there is no folder `{}`", target.display(), folder.display()),
-            format!("create it with `mkdir -p {}`", folder.display()),
-        ));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

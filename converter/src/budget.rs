@@ -12,22 +12,24 @@ use slim_formats::{
     ModelSource, PartMap, Weight,
     slim::{BitWidth, TILE_ROWS},
 };
+use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, Contents, Progress, Result, Settings, Target,
+    Calibration, Contents, Progress, Result, Settings, Target, Work,
     allocate::group_columns,
-    backward::{Sensitivities, Sensitivity, Vocabulary, sensitivities},
+    backward::{
+        Sensitivities, Sensitivity, Vocabulary, sensitivities, sensitivity_batches,
+        sensitivity_samples,
+    },
     finite::finite_rows,
     fit::fit_error,
     lanes::gather,
     layer::{SLAB_ROWS, layout},
     neurons::Ffn,
     rows::OutputHessian,
+    work,
 };
-
-/// Tokens that sensitivities are measured on: such means settle long before a Hessian does.
-const SENSITIVITY_TOKENS: usize = 1 << 15;
 
 /// Bits that a code can have.
 const MOST_BITS: usize = 8;
@@ -58,14 +60,18 @@ pub fn budget(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Budget> {
     let decoder = source.decoder();
-    let of = decoder.blocks.len();
-    progress(Progress::Survey { done: 0, of });
     let samples = &calibration.samples;
-    let enough = (SENSITIVITY_TOKENS / settings.context).max(1);
-    let samples = &samples[..samples.len().min(enough)];
-    let mut sensitivities = sensitivities(source, samples, memory_left)?;
+    let samples = &samples[..sensitivity_samples(samples.len(), settings.context)];
+    let mut done = 0;
+    let of = sensitivity_batches(samples).len() + decoder.blocks.len();
+    progress(Progress::Survey { done, of });
+    let mut sensitivities = sensitivities(source, samples, memory_left, &mut |tokens| {
+        done += 1;
+        progress(Progress::Worked(Work::Sensitivities, work::sensitivities(decoder, tokens)));
+        progress(Progress::Survey { done, of });
+    })?;
     let (mut layers, mut neurons) = (Vec::new(), Vec::new());
-    for index in 0..of {
+    for index in 0..decoder.blocks.len() {
         let block = Block::load(source, index)?;
         let ffn = match contents.has_bands() {
             true => {
@@ -86,11 +92,13 @@ pub fn budget(
             let name = &decoder.tensor(index, part).name;
             let sensitivity = &sensitivities.blocks[index][part];
             layers.extend(matrix_costs(name, found, sensitivity, contents, settings)?);
+            progress(Progress::Worked(Work::Fits, work::weights(weight::shape(found))));
         }
         source.release_pages();
-        progress(Progress::Survey { done: index + 1, of });
+        done += 1;
+        progress(Progress::Survey { done, of });
     }
-    let vocabulary = vocabulary_costs(source, &sensitivities, contents, settings)?;
+    let vocabulary = vocabulary_costs(source, &sensitivities, contents, settings, progress)?;
     let of_vocabulary = match settings.embed_bits {
         Some(_) => even_budget(vocabulary, &settings.for_embedding()),
         None => {
@@ -117,6 +125,7 @@ fn vocabulary_costs(
     sensitivities: &Sensitivities,
     contents: &Contents,
     settings: &Settings,
+    progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Vec<LayerCosts>> {
     let settings = settings.for_embedding();
     let mut layers = Vec::new();
@@ -124,6 +133,7 @@ fn vocabulary_costs(
         let name = part.gguf_name();
         let (found, sensitivity) = (source.require(name)?, &vocabulary.sensitivity);
         layers.extend(matrix_costs(name, found, sensitivity, contents, &settings)?);
+        progress(Progress::Worked(Work::Fits, work::weights(weight::shape(found))));
         source.release_pages();
     }
     Ok(layers)
@@ -204,6 +214,15 @@ impl LayerCosts {
         let own_bits = layout.stored_bits() - in_groups;
         Ok(Self { name, weights: (rows * cols) as u64, own_bits, groups })
     }
+}
+
+/// Weighs up the widths of the groups of `weights: [.., cols]` as if all errors cost the same: a trial of what that takes.
+pub fn try_fits(weights: &[f32], cols: usize, settings: &Settings) {
+    let groups = group_columns(cols, settings.group_size);
+    let mut losses = vec![vec![0.0; MOST_BITS]; groups.len()];
+    let outputs = vec![1.0; weights.len() / cols];
+    let sensitivity = Sensitivity { inputs: vec![1.0; cols], outputs };
+    add_losses(&mut losses, weights, &groups, &sensitivity, settings);
 }
 
 /// The widths that groups can have.

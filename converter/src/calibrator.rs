@@ -1,7 +1,7 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
 use slim_formats::{
-    ModelSource, PartMap, Weight,
+    Decoder, ModelSource, PartMap, Weight,
     arch::{BlockSpec, Stage, Tensor},
     slim::{Bands, PackedLayer},
 };
@@ -9,9 +9,10 @@ use slim_kernels::cuda::Held;
 use slim_runtime::{Block, Context, KvBlock, Positions, embed};
 
 use crate::{
-    Activations, Engine, Result, Settings,
+    Activations, Engine, Method, Result, Settings,
     activations::{FloatInputs, StageInputs},
     layer::LayerInputs,
+    rows::output_hessian_sizes,
 };
 
 /// What is done with the linear layers on the way.
@@ -65,6 +66,37 @@ pub struct Calibrator<'a> {
     before: Option<Activations>,
 }
 
+/// Bytes of the activations of [`Calibrator::new`] that will go to temporary files: what `memory_left` does not hold once
+/// it holds the output Hessians.
+pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u64) -> usize {
+    if settings.method == Method::RoundToNearest {
+        return 0;
+    }
+    let mut in_scratch = |bytes: u64| match memory_left.checked_sub(bytes) {
+        Some(left) => {
+            memory_left = left;
+            0
+        }
+        None => bytes,
+    };
+    if settings.has_budget() {
+        output_hessian_sizes(decoder).for_each(|bytes| {
+            in_scratch(bytes);
+        });
+    }
+    let hidden = decoder.hidden_size;
+    let stream = Stream::widths(decoder);
+    let mut widths = stream.to_vec();
+    if settings.follows_float() {
+        widths.extend(stream.iter().chain([&hidden]));
+    }
+    if settings.reference {
+        widths.push(hidden);
+    }
+    let bytes = |width: usize| (settings.samples * settings.context * width) as u64 * 4;
+    widths.into_iter().map(|width| in_scratch(bytes(width)) as usize).sum()
+}
+
 struct FloatStream {
     stream: Stream,
     /// The residual of the float model without ours.
@@ -87,13 +119,13 @@ impl<'a> Calibrator<'a> {
         let tokens = samples.first().map_or(0, Vec::len);
         let mut activations = |width| Activations::new(count, tokens, width, memory_left);
         let hidden = decoder.hidden_size;
-        let BlockSpec { attention, ffn } = decoder.blocks[0];
         let mut stream = || -> Result<Stream> {
+            let [residual, normed, attended, activated] = Stream::widths(decoder);
             Ok(Stream {
-                residual: activations(hidden)?,
-                normed: activations(hidden)?,
-                attended: activations(attention.heads * attention.head_dim)?,
-                activated: activations(ffn.width)?,
+                residual: activations(residual)?,
+                normed: activations(normed)?,
+                attended: activations(attended)?,
+                activated: activations(activated)?,
             })
         };
         let mut ours = stream()?;
@@ -230,6 +262,13 @@ struct Stream {
 
 /// The stages of [`Block::forward`], each for all samples.
 impl Stream {
+    /// The channels of its activations, in the order of the fields.
+    fn widths(decoder: &Decoder) -> [usize; 4] {
+        let BlockSpec { attention, ffn } = decoder.blocks[0];
+        let hidden = decoder.hidden_size;
+        [hidden, hidden, attention.heads * attention.head_dim, ffn.width]
+    }
+
     /// The inputs of a stage's layers, once it has been entered.
     fn inputs_of(&self, stage: Stage) -> &Activations {
         match stage {

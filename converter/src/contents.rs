@@ -215,6 +215,11 @@ impl Contents {
         &self,
         widths: impl Fn(&str) -> Option<&'w [BitWidth]>,
     ) -> Result<u64> {
+        Ok(self.outline(widths).file_bytes(&self.path, self.metadata.clone())?)
+    }
+
+    /// The tensors of the file if some layers have other widths.
+    pub(crate) fn outline<'w>(&self, widths: impl Fn(&str) -> Option<&'w [BitWidth]>) -> Outline {
         let mut outline = Outline::default();
         for PlannedTensor { name, rows, cols, storage, .. } in &self.tensors {
             match (storage, widths(name)) {
@@ -235,7 +240,23 @@ impl Contents {
                 (Storage::F32, _) => outline.dense(name, DType::F32, &[*cols as u64]),
             }
         }
-        Ok(outline.file_bytes(&self.path, self.metadata.clone())?)
+        outline
+    }
+
+    /// Size of the file, as far as it is known before the widths are: with a target about the largest.
+    ///
+    /// # Errors
+    /// As [`Self::file_bytes`].
+    pub(crate) fn expected_file_bytes(&self, target: Option<Target>) -> Result<u64> {
+        let least = self.file_bytes()?;
+        Ok(match target {
+            None => least,
+            Some(Target::FileBytes(bytes)) => bytes,
+            Some(Target::BitsPerWeight(bits)) => {
+                let more = (bits - self.bits_per_weight()).max(0.0) * self.linear_weights() as f64;
+                least + (more / 8.0) as u64
+            }
+        })
     }
 
     fn vector(&mut self, name: &str, cols: usize) {

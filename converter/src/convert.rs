@@ -1,9 +1,7 @@
 //! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the quantized layers before it give.
 
-use std::path::Path;
-
 use slim_formats::{
-    DType, ModelSource, Weight,
+    DType, ModelSource, OutputPath, Part, ScratchFile, Weight,
     arch::{ROPE_FACTORS, Tensor},
     slim::{PackedLayer, SlimWriter},
 };
@@ -11,31 +9,36 @@ use slim_kernels::{narrow, weight};
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, Engine, LayerReport, Method, Progress, Report, Resources, Result, Settings,
+    Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
+    Settings, Work,
     activations::StageInputs,
-    budget::{Budget, budget},
-    calibrator::{Calibrator, Layer, Visitor},
+    budget::{Budget, budget, try_fits},
+    calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
     contents::Contents,
     distill::convert_and_distill,
     finite::finite_rows,
+    hessian::Hessian,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
     provenance,
     rows::Targets,
+    work,
 };
 
-/// Quantizes `source` and writes the SliM file `target`, which appears when all is done.
+/// Quantizes `source` and writes the SliM file `target`, which appears when all is done. Its room on the disk is
+/// reserved before, and that of the activations.
 ///
 /// # Errors
 /// A file, tensor or setting that cannot be used; nothing is written then, but by a training that has begun ([`distill`](crate::distill())).
-pub fn convert(
+pub fn convert<'p>(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
     resources: Resources,
-    target: &Path,
+    target: impl Into<OutputPath<'p>>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
+    let target = target.into();
     settings.validate()?;
     if settings.method == Method::SlimPlus {
         return convert_and_distill(source, calibration, settings, resources, target, progress);
@@ -43,9 +46,17 @@ pub fn convert(
     let instructions = resources.engine.instruction_path();
     let contents = Contents::computed_by(source, settings, &instructions)?;
     let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
+    let mut writer = SlimWriter::create(target, &contents.outline(|_| None), metadata)?;
+    writer.reserve(contents.expected_file_bytes(settings.target)?)?;
+    let decoder = source.decoder();
     let mut memory_left = resources.float_bytes;
+    let reserved = ScratchFile::new(scratch_bytes(decoder, settings, memory_left))?;
+    for kind in Work::ALL {
+        let planned = kind.planned(decoder, &contents, settings);
+        progress(Progress::Planned(kind, planned));
+    }
     let mut output = Output {
-        writer: SlimWriter::create(target)?,
+        writer,
         source,
         settings,
         contents,
@@ -58,13 +69,14 @@ pub fn convert(
         output.warn(warning);
     }
     if settings.has_budget() {
+        output.try_out()?;
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
         output.budget =
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
-    let decoder = source.decoder();
     let embedding = output.vocabulary_matrix(decoder.embedding())?;
+    drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
@@ -90,14 +102,17 @@ pub fn convert(
             None => block,
         };
         match &mut calibrator {
-            Some(calibrator) => calibrator.pass_block(index, &block, &mut output)?,
+            Some(calibrator) => {
+                calibrator.pass_block(index, &block, &mut output)?;
+                output.worked(Work::Forward, work::forward(decoder, index, settings));
+            }
             None => round_block(index, &block, &mut output)?,
         }
         source.release_pages();
         (output.progress)(Progress::Block { done: index + 1, of: blocks });
     }
     output.behind_blocks()?;
-    output.finish(metadata)
+    output.finish()
 }
 
 /// Quantizes a block without calibration.
@@ -134,8 +149,11 @@ impl Visitor for Output<'_> {
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
         let name = &first.name;
+        // What ran before was a forward pass; how much, is told when the block is done.
+        self.worked(Work::Forward, 0.0);
         let inputs =
             LayerInputs::new(stage, self.settings, engine).map_err(|error| error.of_layer(name))?;
+        self.worked(Work::Hessians, work::hessian(first, self.settings));
         self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
@@ -169,6 +187,37 @@ impl Visitor for Output<'_> {
 }
 
 impl Output<'_> {
+    /// Does a little of what comes late, so that it is known early how long that takes on this machine.
+    fn try_out(&mut self) -> Result<()> {
+        const ROWS: usize = 256;
+        const COLS: usize = 512;
+        let name = &self.source.decoder().tensor(0, Part::AttnQ).name;
+        let found = self.source.require(name)?;
+        let (rows, cols) = weight::shape(found);
+        let (rows, cols_tried) = (rows.min(ROWS), cols.min(COLS) / 16 * 16);
+        if cols_tried == 0 {
+            return Ok(());
+        }
+        let weights = finite_rows(name, found, 0..rows)?;
+        let of_row = |row: &[f32]| row[..cols_tried].to_vec();
+        let weights: Vec<f32> = weights.chunks_exact(cols).flat_map(of_row).collect();
+        let mut identity = vec![0.0; cols_tried * cols_tried];
+        identity.iter_mut().step_by(cols_tried + 1).for_each(|value| *value = 1.0);
+        let hessian = Hessian::new(identity, cols_tried);
+        let hessian = FactoredHessian::new(&hessian, self.settings)?;
+
+        for _ in 0..3 {
+            (self.progress)(Progress::Begun);
+            try_fits(&weights, cols_tried, self.settings);
+            self.worked(Work::Fits, work::weights((rows, cols_tried)));
+            stream_layer(rows, cols_tried, self.settings, Some(&hessian), None, |slab| {
+                Ok(weights[slab.start * cols_tried..slab.end * cols_tried].to_vec())
+            })?;
+            self.worked(Work::Sweeps, work::sweep((rows, cols_tried)));
+        }
+        Ok(())
+    }
+
     /// The embedding or the output layer.
     fn vocabulary_matrix(&mut self, tensor: &Tensor) -> Result<Layer> {
         let name = tensor.name.as_str();
@@ -216,6 +265,7 @@ impl Output<'_> {
 
     fn write(&mut self, name: &str, packed: &PackedLayer, error: Option<f32>) -> Result<()> {
         self.writer.layer(name, packed, error)?;
+        self.worked(Work::Sweeps, work::sweep((packed.layout().rows(), packed.layout().cols())));
         let report = LayerReport::new(name, packed.layout(), error);
         (self.progress)(Progress::Layer(&report));
         self.layers.push(report);
@@ -272,8 +322,12 @@ impl Output<'_> {
         self.warnings.push(warning);
     }
 
-    fn finish(self, metadata: slim_formats::gguf::Metadata) -> Result<Report> {
-        let written = self.writer.finish(metadata)?;
+    fn worked(&mut self, kind: Work, amount: f64) {
+        (self.progress)(Progress::Worked(kind, amount));
+    }
+
+    fn finish(self) -> Result<Report> {
+        let written = self.writer.finish()?;
         Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
     }
 }

@@ -5,26 +5,24 @@ mod layer;
 mod parameters;
 mod student;
 
-use std::{
-    fs,
-    ops::Range,
-    path::{Path, PathBuf},
-};
+use std::ops::Range;
 
 use slim_formats::{
-    DType, FormatError, ModelSource, Weight,
+    DType, FormatError, ModelSource, OutputPath, TemporaryFolder, Weight,
     gguf::Metadata,
-    slim::{LayerInfo, SlimFile, SlimWriter},
+    slim::{LayerInfo, Outline, SlimFile, SlimWriter},
 };
 use slim_kernels::{instruction_path, linalg::Precision};
 
 use self::student::Student;
 use crate::{
     Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources, Result, Settings,
+    Work,
     backward::{Backward, Loss},
     calibration::Windows,
     convert::convert,
     provenance::INSTRUCTIONS,
+    work,
 };
 
 /// Of the products of both models.
@@ -48,15 +46,24 @@ pub fn convert_and_distill(
     calibration: &Calibration,
     settings: &Settings,
     resources: Resources,
-    target: &Path,
+    target: OutputPath<'_>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
-    let draft = Draft::beside(target);
+    target.check_file()?;
+    // Where an open file cannot be removed, the folder stays until the end.
+    let folder = TemporaryFolder::beside(target.path)?;
+    let draft = folder.path().join("draft.slim.gguf");
     let first = Settings { method: Method::Slim, ..settings.clone() };
+    let training = work::step(source.decoder(), settings) * settings.steps as f64;
+    let mut with_training = |step: Progress<'_>| match step {
+        Progress::Planned(Work::Steps, _) => progress(Progress::Planned(Work::Steps, training)),
+        step => progress(step),
+    };
     let Report { warnings, .. } =
-        convert(source, calibration, &first, resources, &draft.0, progress)?;
-    let file = SlimFile::open(&draft.0)?;
-    draft.remove();
+        convert(source, calibration, &first, resources, &draft, &mut with_training)?;
+    let file = SlimFile::open(&draft)?;
+    #[cfg(unix)]
+    drop(folder);
     let report = distill(source, &file, calibration, settings, target, progress)?;
     Ok(Report { warnings, ..report })
 }
@@ -72,14 +79,16 @@ pub fn convert_and_distill(
 /// # Errors
 /// A file or tensor that cannot be used, a draft of another model, or a divergence that is no number; the last target
 /// written stays.
-pub fn distill(
+pub fn distill<'p>(
     source: &dyn ModelSource,
     draft: &SlimFile,
     calibration: &Calibration,
     settings: &Settings,
-    target: &Path,
+    target: impl Into<OutputPath<'p>>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
+    let mut target = target.into();
+    target.check_file()?;
     if draft.config() != source.config() {
         return Err(ConvertError::InvalidSetting {
             what: "draft",
@@ -90,6 +99,8 @@ pub fn distill(
     let mut student = Student::new(draft)?;
     let teacher = Backward::load(source, PRECISION)?;
     let tokens = settings.context.min(SEQUENCE_TOKENS);
+    let work_of_step = work::step(source.decoder(), settings);
+    progress(Progress::Planned(Work::Steps, work_of_step * settings.steps as f64));
     // Not in the order of the calibration samples.
     let mut windows = Windows::new(&calibration.text, tokens, !settings.seed);
     for step in 0..settings.steps {
@@ -104,13 +115,21 @@ pub fn distill(
             });
         }
         let done = step + 1;
+        progress(Progress::Worked(Work::Steps, work_of_step));
         progress(Progress::Step { done, of: settings.steps, loss });
         if done.is_multiple_of(STEPS_PER_CHECKPOINT) && done < settings.steps {
             write(draft, &student, done, target)?;
+            // The next one takes the place of this one.
+            target.replaces = true;
         }
     }
     let file_bytes = write(draft, &student, settings.steps, target)?;
     report(draft, file_bytes)
+}
+
+/// Tokens that a step trains on.
+pub fn tokens_of_step(settings: &Settings) -> usize {
+    SEQUENCES * settings.context.min(SEQUENCE_TOKENS)
 }
 
 /// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine down to zero.
@@ -141,9 +160,12 @@ fn write(
     file: &SlimFile,
     student: &Student<'_>,
     steps: usize,
-    target: &Path,
+    target: OutputPath<'_>,
 ) -> Result<u64, FormatError> {
-    let mut writer = SlimWriter::create(target)?;
+    let (outline, metadata) = (trained_outline(file, student)?, trained_metadata(file, steps)?);
+    let file_bytes = outline.file_bytes(target.path, metadata.clone())?;
+    let mut writer = SlimWriter::create(target, &outline, metadata)?;
+    writer.reserve(file_bytes)?;
     for info in file.gguf().tensors() {
         // Parts of layers are no tensors of the model; the first one stands for its layer.
         if let Some(Weight::Dense(tensor)) = file.tensor(&info.name)? {
@@ -163,7 +185,24 @@ fn write(
             }
         }
     }
-    Ok(writer.finish(trained_metadata(file, steps)?)?.bytes)
+    Ok(writer.finish()?.bytes)
+}
+
+/// The tensors of `file` once it is trained: those that it has, norms as F32.
+fn trained_outline(file: &SlimFile, student: &Student<'_>) -> Result<Outline, FormatError> {
+    let mut outline = Outline::default();
+    for info in file.gguf().tensors() {
+        if let Some(Weight::Dense(_)) = file.tensor(&info.name)? {
+            let is_trained = student.norm(&info.name).is_some();
+            let dtype = if is_trained { DType::F32 } else { info.dtype };
+            outline.dense(&info.name, dtype, &info.shape);
+        } else if let Some(name) = info.name.strip_suffix(".bits")
+            && let Some(layer) = file.layer(name)
+        {
+            outline.layer(name, layer.layout(), None);
+        }
+    }
+    Ok(outline)
 }
 
 /// The metadata of `file` after `steps` more steps.
@@ -204,25 +243,4 @@ fn report(file: &SlimFile, file_bytes: u64) -> Result<Report> {
         }
     }
     Ok(Report::new(layers, &dense, file_bytes, Vec::new()))
-}
-
-/// The file of the first conversion. It has a name only from its end to its opening; where an open file cannot be
-/// removed, until the end.
-struct Draft(PathBuf);
-
-impl Draft {
-    fn beside(target: &Path) -> Self {
-        let name = target.file_name().unwrap_or_default().to_string_lossy();
-        Self(target.with_file_name(format!(".{name}.{}.tmp", std::process::id())))
-    }
-
-    fn remove(&self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        self.remove();
-    }
 }

@@ -34,6 +34,7 @@ mod sweep;
 mod target;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
@@ -47,3 +48,4 @@ pub use provenance::COMMIT;
 pub use report::{LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};
+pub use work::Work;

@@ -5,14 +5,23 @@ use slim_formats::{
     slim::{LayerLayout, matrix_of},
 };
 
+use crate::Work;
+
 /// A step of a conversion, as it ends.
 #[derive(Debug, Clone)]
 pub enum Progress<'a> {
-    /// What bits are worth in the groups of a block has been measured, or, of none, is going to be.
+    /// So much work of a kind is to be done in all.
+    Planned(Work, f64),
+    /// A trial of planned work begins now: what was done since the last report counts for none.
+    Begun,
+    /// So much of it is done, and nothing else since the last report.
+    Worked(Work, f64),
+    /// A part of the measurement of what bits are worth is done, or, of none, is going to be: a batch of samples,
+    /// then a block.
     Survey {
-        /// Blocks done.
+        /// Parts done.
         done: usize,
-        /// Blocks of the model.
+        /// Parts in all.
         of: usize,
     },
     /// A layer was quantized.

@@ -78,9 +78,13 @@ impl OutputHessian {
 
 /// What the output Hessians of a model take in memory.
 pub fn output_hessian_bytes(decoder: &Decoder) -> u64 {
+    output_hessian_sizes(decoder).sum()
+}
+
+/// The bytes of each output Hessian of a model, in the order in which they are made.
+pub fn output_hessian_sizes(decoder: &Decoder) -> impl Iterator<Item = u64> {
     let layers = decoder.tensors().iter().filter(|tensor| hang_together(tensor));
-    let values: usize = layers.map(|tensor| value_count(tensor.shape().0)).sum();
-    (values * size_of::<f32>()) as u64
+    layers.map(|tensor| (value_count(tensor.shape().0) * size_of::<f32>()) as u64)
 }
 
 /// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of whole tiles.

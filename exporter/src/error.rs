@@ -44,12 +44,6 @@ pub enum ExportError {
         /// The weight, scale or minimum.
         found: f32,
     },
-    /// The folder to write is there already.
-    #[error("`{}` exists already", path.display())]
-    TargetExists {
-        /// The folder.
-        path: PathBuf,
-    },
 }
 
 impl ExportError {
@@ -70,7 +64,6 @@ impl ExportError {
             Self::Kernels(error) => error.hint(),
             Self::Runtime(error) => error.hint(),
             Self::Unsupported { hint, .. } if !hint.is_empty() => Some(hint.clone()),
-            Self::TargetExists { .. } => Some("give a name that is free, or remove it".to_owned()),
             _ => None,
         }
     }

@@ -2,17 +2,18 @@
 //! by tensor.
 
 use std::{
-    fs::{File, Permissions},
+    fs::File,
     io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
 
 use serde_json::{Map, Value, json};
-use slim_formats::{FormatError, ModelSource, TokenizerSource};
+use slim_formats::{
+    FormatError, ModelSource, OutputPath, TemporaryFolder, TokenizerSource, reserve,
+};
 use slim_runtime::Tokenizer;
-use tempfile::TempDir;
 
-use crate::{ExportError, Result};
+use crate::Result;
 
 /// Bytes of tensors in one file, as the hub has them at most.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -21,7 +22,15 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// temporary one beside it.
 pub struct Folder {
     target: PathBuf,
-    temporary: TempDir,
+    temporary: TemporaryFolder,
+}
+
+/// A file of the folder, with room that is reserved for it.
+pub struct NewFile {
+    /// In the folder by its last name.
+    path: PathBuf,
+    out: BufWriter<File>,
+    bytes: u64,
 }
 
 /// A tensor to be written.
@@ -44,33 +53,19 @@ pub enum Element {
 }
 
 impl Folder {
-    /// Starts a folder that will be called `target`.
+    /// Starts a folder that will be called as `output` says.
     ///
     /// # Errors
-    /// `TargetExists`, or `Io` if no folder can be created beside it.
-    pub fn create(target: &Path) -> Result<Self> {
-        if target.symlink_metadata().is_ok() {
-            return Err(ExportError::TargetExists { path: target.to_owned() });
+    /// `Exists`, or `Io` if no folder can be created beside it.
+    pub fn create(output: OutputPath<'_>) -> Result<Self> {
+        let OutputPath { path, replaces } = output;
+        let is_empty = || path.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+        match path.symlink_metadata() {
+            Ok(found) if !(replaces && found.is_dir() && is_empty()) => {
+                Err(FormatError::Exists { path: path.to_owned() }.into())
+            }
+            _ => Ok(Self { target: path.to_owned(), temporary: TemporaryFolder::beside(path)? }),
         }
-        let parent = match target.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let mut options = tempfile::Builder::new();
-        options.prefix(".slimllm-").suffix(".tmp");
-        // Temporary folders are private by default; this one becomes the user's, with the usual
-        // access.
-        #[cfg(unix)]
-        options.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o777));
-        let temporary = options.tempdir_in(parent);
-        let temporary =
-            temporary.map_err(|error| FormatError::io(target, "create the folder", error))?;
-        Ok(Self { target: target.to_owned(), temporary })
-    }
-
-    /// Where its files are until then.
-    pub fn path(&self) -> &Path {
-        self.temporary.path()
     }
 
     /// Writes the configuration, with `more` keys, and the tokenizer.
@@ -105,21 +100,23 @@ impl Folder {
     /// Brings the files to the disk, gives the folder its name and tells how many bytes its files have.
     pub fn finish(self) -> Result<u64> {
         let Self { target, temporary } = self;
-        let rename = || {
+        let sync = || -> std::io::Result<u64> {
             let mut bytes = 0;
             for entry in std::fs::read_dir(temporary.path())? {
                 let file = File::open(entry?.path())?;
                 file.sync_all()?;
                 bytes += file.metadata()?.len();
             }
-            std::fs::rename(temporary.path(), &target)?;
             Ok(bytes)
         };
-        let bytes =
-            rename().map_err(|error| FormatError::io(&target, "write the folder", error))?;
-        // It has its new name now: there is nothing to remove.
-        let _ = temporary.keep();
+        let bytes = sync().map_err(|error| FormatError::io(&target, "write the folder", error))?;
+        temporary.rename(&target)?;
         Ok(bytes)
+    }
+
+    /// Starts a file of at most `bytes` bytes.
+    pub fn new_file(&self, name: &str, bytes: u64) -> Result<NewFile> {
+        NewFile::create(self.temporary.path(), &self.target, name, bytes)
     }
 
     fn shards(
@@ -133,11 +130,17 @@ impl Folder {
             1 => "model.safetensors".to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
         };
+        // Room for all of them, before the first is written.
+        let files: Vec<NewFile> = shards
+            .iter()
+            .enumerate()
+            .map(|(index, shard)| self.new_file(&name_of(index), shard_bytes_of(shard)))
+            .collect::<Result<_>>()?;
         let mut weight_map = Map::new();
-        for (index, shard) in shards.iter().enumerate() {
+        for (index, (shard, file)) in shards.iter().zip(files).enumerate() {
             let name = name_of(index);
             weight_map.extend(shard.iter().map(|tensor| (tensor.name.clone(), json!(name))));
-            self.shard(&name, shard, bytes_of)?;
+            write_shard(file, shard, bytes_of)?;
         }
         if shards.len() > 1 {
             let total: u64 = tensors.iter().map(PlannedTensor::bytes).sum();
@@ -147,38 +150,69 @@ impl Folder {
         Ok(())
     }
 
-    /// Writes one safetensors file: the length of the header, the header, the tensors.
-    fn shard(
-        &self,
-        name: &str,
-        tensors: &[PlannedTensor],
-        bytes_of: &mut dyn FnMut(&PlannedTensor) -> Result<Vec<u8>>,
-    ) -> Result<()> {
-        let header = header(tensors);
-        let target = self.target.join(name);
-        let failed = |error| FormatError::io(&target, "write the file", error);
-        let file = File::create_new(self.temporary.path().join(name)).map_err(failed)?;
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-        out.write_all(header.as_bytes()).map_err(failed)?;
-        for tensor in tensors {
-            let bytes = bytes_of(tensor)?;
-            assert_eq!(bytes.len() as u64, tensor.bytes(), "bytes of `{}`", tensor.name);
-            out.write_all(&bytes).map_err(failed)?;
-        }
-        Ok(out.flush().map_err(failed)?)
-    }
-
     /// Writes a JSON file.
     pub fn json(&self, name: &str, value: &Value) -> Result<()> {
         self.file(name, format!("{value:#}\n").as_bytes())
     }
 
-    fn file(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let written = std::fs::write(self.temporary.path().join(name), bytes);
-        let path = self.target.join(name);
-        Ok(written.map_err(|error| FormatError::io(&path, "write the file", error))?)
+    /// Writes a small file.
+    pub fn file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let mut file = self.new_file(name, bytes.len() as u64)?;
+        file.append(bytes)?;
+        file.finish()
     }
+}
+
+impl NewFile {
+    /// Starts the file `name` in `folder`, which will be called `target`.
+    pub fn create(folder: &Path, target: &Path, name: &str, bytes: u64) -> Result<Self> {
+        let path = target.join(name);
+        let file = File::create_new(folder.join(name))
+            .map_err(|error| FormatError::io(&path, "create the file", error))?;
+        reserve(&file, folder, bytes, &path, "the file takes")?;
+        Ok(Self { path, out: BufWriter::with_capacity(1 << 20, file), bytes: 0 })
+    }
+
+    /// Writes `bytes` behind those that it has.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes += bytes.len() as u64;
+        let written = self.out.write_all(bytes);
+        Ok(written.map_err(|error| FormatError::io(&self.path, "write the file", error))?)
+    }
+
+    /// How many bytes it has.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes what is left, and gives back what was reserved and not needed.
+    pub fn finish(mut self) -> Result<()> {
+        let finished = self.out.flush().and_then(|()| self.out.get_ref().set_len(self.bytes));
+        Ok(finished.map_err(|error| FormatError::io(&self.path, "write the file", error))?)
+    }
+}
+
+/// Writes one safetensors file: the length of the header, the header, the tensors.
+fn write_shard(
+    mut file: NewFile,
+    tensors: &[PlannedTensor],
+    bytes_of: &mut dyn FnMut(&PlannedTensor) -> Result<Vec<u8>>,
+) -> Result<()> {
+    let header = header(tensors);
+    file.append(&(header.len() as u64).to_le_bytes())?;
+    file.append(header.as_bytes())?;
+    for tensor in tensors {
+        let bytes = bytes_of(tensor)?;
+        assert_eq!(bytes.len() as u64, tensor.bytes(), "bytes of `{}`", tensor.name);
+        file.append(&bytes)?;
+    }
+    file.finish()
+}
+
+/// The size of a safetensors file.
+fn shard_bytes_of(tensors: &[PlannedTensor]) -> u64 {
+    let tensor_bytes: u64 = tensors.iter().map(PlannedTensor::bytes).sum();
+    8 + header(tensors).len() as u64 + tensor_bytes
 }
 
 impl PlannedTensor {
@@ -265,7 +299,7 @@ mod tests {
     fn tensors_above_the_limit_go_to_shards_that_an_index_names() {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("out");
-        let folder = Folder::create(&target).unwrap();
+        let folder = Folder::create((&target).into()).unwrap();
         // 8, 16, 24, 32 bytes.
         let bytes_of = &mut |tensor: &PlannedTensor| Ok(vec![7; tensor.bytes() as usize]);
         folder.shards(&planned(4), 24, bytes_of).unwrap();
@@ -297,14 +331,21 @@ mod tests {
     fn folder_that_fails_or_exists_leaves_nothing() {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("out");
-        let folder = Folder::create(&target).unwrap();
+        let folder = Folder::create((&target).into()).unwrap();
         folder.file("config.json", b"{}").unwrap();
         drop(folder);
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
 
         std::fs::create_dir(&target).unwrap();
-        let error = Folder::create(&target).err().unwrap();
-        assert!(matches!(error, ExportError::TargetExists { .. }), "{error}");
+        let exists = |created: Result<Folder>| {
+            matches!(created, Err(crate::ExportError::Format(FormatError::Exists { .. })))
+        };
+        let may_replace = OutputPath { path: &target, replaces: true };
+        assert!(exists(Folder::create((&target).into())));
+        Folder::create(may_replace).unwrap().finish().unwrap();
+        std::fs::write(target.join("precious"), "kept").unwrap();
+        assert!(exists(Folder::create(may_replace)));
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 1);
+        assert!(target.join("precious").exists());
     }
 }

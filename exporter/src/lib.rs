@@ -11,9 +11,7 @@ mod onnx;
 mod safetensors;
 mod tensor;
 
-use std::path::Path;
-
-use slim_formats::{Decoder, ModelSource};
+use slim_formats::{Decoder, ModelSource, OutputPath};
 
 pub use error::{ExportError, Result};
 
@@ -75,19 +73,20 @@ pub struct LayerLoss {
     pub error: f64,
 }
 
-/// Writes `model` in the layout of `target` to `path`: a file for [`Target::Gguf`], which is
-/// replaced if it exists, for the others a folder that must not exist. It appears whole or not at
-/// all. `on_tensor` is told each tensor before it is written.
+/// Writes `model` in the layout of `target` to `output`: a file for [`Target::Gguf`], for the
+/// others a folder. It appears whole or not at all. `on_tensor` is told each tensor before it is
+/// written.
 ///
 /// # Errors
-/// `Unsupported` and `Unrepresentable` for what the layout cannot hold, `TargetExists`, and what
-/// reading and writing may fail with.
-pub fn export(
+/// `Unsupported` and `Unrepresentable` for what the layout cannot hold, and what reading and
+/// writing may fail with.
+pub fn export<'p>(
     model: &dyn ModelSource,
     target: Target,
-    path: &Path,
+    output: impl Into<OutputPath<'p>>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
+    let output = output.into();
     let on_tensor = &mut |name: &str| {
         model.release_pages();
         on_tensor(name);
@@ -97,9 +96,9 @@ pub fn export(
         return Err(ExportError::unsupported(model.path(), target.engine(), what, hint));
     }
     match target {
-        Target::Gguf => gguf::write(model, path, on_tensor),
-        Target::Gptq => gptq::write(model, path, on_tensor),
-        Target::Onnx => onnx::write(model, path, on_tensor),
-        Target::Safetensors => safetensors::write(model, path, on_tensor),
+        Target::Gguf => gguf::write(model, output, on_tensor),
+        Target::Gptq => gptq::write(model, output, on_tensor),
+        Target::Onnx => onnx::write(model, output, on_tensor),
+        Target::Safetensors => safetensors::write(model, output, on_tensor),
     }
 }

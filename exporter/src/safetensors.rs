@@ -1,10 +1,8 @@
 //! `--to safetensors`: a Hugging Face folder in fp16.
 
-use std::path::Path;
-
 use half::f16;
 use serde_json::json;
-use slim_formats::{ModelSource, Weight, arch::Tensor};
+use slim_formats::{ModelSource, OutputPath, Weight, arch::Tensor};
 use slim_kernels::weight;
 
 use crate::{
@@ -15,7 +13,7 @@ use crate::{
 
 pub(crate) fn write(
     model: &dyn ModelSource,
-    target: &Path,
+    output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let mut planned = Vec::new();
@@ -23,7 +21,7 @@ pub(crate) fn write(
         planned.push(plan_f16(tensor, model.require(&tensor.name)?));
     }
     let warnings = check_values(model, |_| true)?;
-    let folder = Folder::create(target)?;
+    let folder = Folder::create(output)?;
     folder.describe(model, json!({}))?;
     let mut layers = Vec::new();
     folder.tensors(&planned, &mut |PlannedTensor { source, .. }| {

@@ -1,12 +1,45 @@
 //! Files that appear whole or not at all.
 
-use std::fs::{File, Permissions};
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, PersistError};
 
-use crate::{FormatError, Result};
+use crate::{
+    FormatError, Result,
+    disk::{self, free_bytes},
+    temporary::{Listed, folder_of},
+};
+
+/// Where an output goes.
+#[derive(Debug, Clone, Copy)]
+pub struct OutputPath<'p> {
+    /// What it will be called.
+    pub path: &'p Path,
+    /// Whether it takes the place of a regular file of that name, or an empty folder, if it is a
+    /// folder. Nothing else is ever replaced.
+    pub replaces: bool,
+}
+
+impl OutputPath<'_> {
+    /// Checks that a file can be written there, now.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub fn check_file(self) -> Result<()> {
+        AtomicFile::create(self).map(drop)
+    }
+}
+
+/// A path that is free.
+impl<'p, P: AsRef<Path> + ?Sized> From<&'p P> for OutputPath<'p> {
+    fn from(path: &'p P) -> Self {
+        Self { path: path.as_ref(), replaces: false }
+    }
+}
 
 /// A buffered file that takes its name only when [`commit`](Self::commit) is called.
 ///
@@ -15,71 +48,138 @@ use crate::{FormatError, Result};
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
+    replaces: bool,
+    // Dropped before the file, it removes it.
+    listed: Listed,
     writer: BufWriter<NamedTempFile>,
+    /// Where the next byte goes, and where the last one has gone.
+    position: u64,
+    end: u64,
+    reserved: u64,
 }
 
 impl AtomicFile {
-    /// Starts a file that will be called `path`.
+    /// Starts a file that will be called as `output` says.
     ///
     /// # Errors
-    /// `Io` if no file can be created in the folder of `path`.
-    pub fn create(path: &Path) -> Result<Self> {
-        let temporary = new_file_options().tempfile_in(folder_of(path));
-        match temporary {
-            Ok(file) => {
-                Ok(Self { path: path.to_owned(), writer: BufWriter::with_capacity(1 << 20, file) })
-            }
+    /// `Exists` if something has the name that is not to be replaced, `Io` if no file can be created
+    /// in its folder.
+    pub fn create<'p>(output: impl Into<OutputPath<'p>>) -> Result<Self> {
+        let OutputPath { path, replaces } = output.into();
+        check_replaceable(path, replaces)?;
+        match Listed::file_in(folder_of(path)) {
+            Ok((file, listed)) => Ok(Self {
+                path: path.to_owned(),
+                replaces,
+                listed,
+                writer: BufWriter::with_capacity(1 << 20, file),
+                position: 0,
+                end: 0,
+                reserved: 0,
+            }),
             Err(error) => Err(FormatError::io(path, "create the file", error)),
         }
+    }
+
+    /// Reserves room for a file of `bytes` bytes. It may become smaller or larger.
+    ///
+    /// # Errors
+    /// `NoSpace` or `FileTooLarge` if there is no room.
+    pub fn reserve(&mut self, bytes: u64) -> Result<()> {
+        let file = self.writer.get_ref().as_file();
+        disk::reserve(file, folder_of(&self.path), bytes, &self.path, "the file takes")?;
+        self.reserved = bytes;
+        Ok(())
     }
 
     /// Brings the bytes to the disk and gives the file its name.
     ///
     /// # Errors
-    /// `Io` if the bytes cannot be written or the file cannot be renamed; the temporary file is removed.
-    pub fn commit(self) -> Result<()> {
-        let Self { path, writer } = self;
-        let rename = || {
-            let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
-            file.as_file().sync_all()?;
-            file.persist(&path).map_err(|error| error.error)
-        };
-        rename().map_err(|error| FormatError::io(&path, "write the file", error))?;
+    /// `Io` if the bytes cannot be written or the file cannot be renamed, `Exists` if something has
+    /// taken the name meanwhile that is not to be replaced; the temporary file is removed.
+    pub fn commit(mut self) -> Result<()> {
+        let flushed = self.flush();
+        let Self { path, replaces, writer, listed, end, .. } = self;
+        let failed = |error| FormatError::io(&path, "write the file", error);
+        flushed.map_err(failed)?;
+        let file = writer.into_inner().map_err(|error| failed(error.into_error()))?;
+        // What was reserved and not needed is given back.
+        let written = file.as_file().set_len(end).and_then(|()| file.as_file().sync_all());
+        written.map_err(failed)?;
+        listed.renamed(|| persist(file, &path, replaces))?;
         // Makes the new name survive a power cut, where the system can do that; the file is whole either way.
         let _ = File::open(folder_of(&path)).and_then(|folder| folder.sync_all());
         Ok(())
     }
+
+    /// An error of writing, with figures if the disk is full.
+    fn explained(&self, error: io::Error) -> io::Error {
+        if !disk::is_full(&error) {
+            return error;
+        }
+        let error = FormatError::NoSpace {
+            path: self.path.clone(),
+            what: "the file takes",
+            needed: self.reserved.max(self.position),
+            free: free_bytes(folder_of(&self.path)).unwrap_or(0),
+        };
+        io::Error::new(ErrorKind::StorageFull, error)
+    }
 }
 
-/// Temporary files are private by default; this one becomes the user's file, with the usual access.
-fn new_file_options() -> tempfile::Builder<'static, 'static> {
-    let mut options = tempfile::Builder::new();
-    options.prefix(".slimllm-").suffix(".tmp");
-    #[cfg(unix)]
-    options.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
-    options
+/// Checks that nothing has the name `path`, or something that may be replaced.
+fn check_replaceable(path: &Path, replaces: bool) -> Result<()> {
+    match path.symlink_metadata() {
+        Err(_) => Ok(()),
+        Ok(found) if replaces && found.is_file() => Ok(()),
+        Ok(_) => Err(FormatError::Exists { path: path.to_owned() }),
+    }
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
+/// Gives a file its name.
+fn persist(file: NamedTempFile, path: &Path, replaces: bool) -> Result<()> {
+    check_replaceable(path, replaces)?;
+    let persisted = match replaces {
+        true => file.persist(path),
+        // Some file systems can only replace: nothing had the name a moment ago.
+        false => file.persist_noclobber(path).or_else(|PersistError { error, file }| {
+            match error.kind() {
+                ErrorKind::AlreadyExists => Err(PersistError { error, file }),
+                _ => file.persist(path),
+            }
+        }),
+    };
+    match persisted {
+        Ok(_) => Ok(()),
+        Err(PersistError { error, .. }) if error.kind() == ErrorKind::AlreadyExists => {
+            Err(FormatError::Exists { path: path.to_owned() })
+        }
+        Err(PersistError { error, .. }) => Err(FormatError::io(path, "write the file", error)),
     }
 }
 
 impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.writer.write(bytes)
+        let written = self.writer.write(bytes).map_err(|error| self.explained(error))?;
+        self.position += written as u64;
+        self.end = self.end.max(self.position);
+        Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.writer.flush()
+        self.writer.flush().map_err(|error| self.explained(error))
     }
 }
 
 impl Seek for AtomicFile {
     fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
-        self.writer.seek(position)
+        self.position = self.writer.seek(position)?;
+        Ok(self.position)
+    }
+
+    /// Without writing what is buffered.
+    fn stream_position(&mut self) -> io::Result<u64> {
+        Ok(self.position)
     }
 }
 
@@ -97,7 +197,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out");
         std::fs::write(&path, "before").unwrap();
-        let mut file = AtomicFile::create(&path).unwrap();
+        let mut file = AtomicFile::create(OutputPath { path: &path, replaces: true }).unwrap();
+        file.reserve(10_000).unwrap();
         file.write_all(b"_fter, and more").unwrap();
         file.seek(SeekFrom::Start(0)).unwrap();
         file.write_all(b"a").unwrap();
@@ -105,6 +206,38 @@ mod tests {
         file.commit().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"after, and more");
         assert_eq!(names_in(folder.path()), ["out"]);
+    }
+
+    #[test]
+    fn file_that_is_there_or_comes_meanwhile_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.write_all(b"ours").unwrap();
+        std::fs::write(&path, "theirs").unwrap();
+        assert!(matches!(AtomicFile::create(&path), Err(FormatError::Exists { .. })));
+        assert!(matches!(file.commit(), Err(FormatError::Exists { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
+        assert_eq!(names_in(folder.path()), ["out"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn link_and_folder_are_never_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let (link, inner) = (folder.path().join("link"), folder.path().join("folder"));
+        std::os::unix::fs::symlink("nowhere", &link).unwrap();
+        std::fs::create_dir(&inner).unwrap();
+        for path in [&link, &inner] {
+            let created = AtomicFile::create(OutputPath { path, replaces: true });
+            assert!(matches!(created, Err(FormatError::Exists { .. })), "{}", path.display());
+        }
+        // A link that takes the place of a file while it is written.
+        let path = &folder.path().join("out");
+        let file = AtomicFile::create(OutputPath { path, replaces: true }).unwrap();
+        std::os::unix::fs::symlink("nowhere", path).unwrap();
+        assert!(matches!(file.commit(), Err(FormatError::Exists { .. })));
+        assert!(path.is_symlink());
     }
 
     #[test]
@@ -118,7 +251,7 @@ mod tests {
 
     #[test]
     fn create_in_a_missing_folder_is_refused() {
-        let error = AtomicFile::create(Path::new("/no/such/folder/out")).unwrap_err();
+        let error = AtomicFile::create("/no/such/folder/out").unwrap_err();
         assert!(matches!(error, FormatError::Io { .. }));
     }
 }

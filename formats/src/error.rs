@@ -79,6 +79,34 @@ pub enum FormatError {
         /// What is granted.
         limit: u64,
     },
+    /// Something has the name of an output, and is not to be replaced.
+    #[error("`{}` exists already", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// A disk has too little room.
+    #[error("`{}`: {what} {}, but {} are free on its disk", path.display(), Size(*needed), Size(*free))]
+    NoSpace {
+        /// The file, or the folder of the temporary files.
+        path: PathBuf,
+        /// What takes room, with its verb: `the file takes`.
+        what: &'static str,
+        /// How many bytes it takes.
+        needed: u64,
+        /// How many are free.
+        free: u64,
+    },
+    /// A file may not become as large as it has to.
+    #[error("`{}`: the file takes {}, but may have {} at most", path.display(), Size(*needed), Size(*limit))]
+    FileTooLarge {
+        /// The file, or the folder of the temporary files.
+        path: PathBuf,
+        /// How many bytes it takes.
+        needed: u64,
+        /// How many it may have.
+        limit: u64,
+    },
     /// The caller asks for something that the format cannot hold.
     #[error("{what}: found {found}, expected {expected}")]
     InvalidArgument {
@@ -99,6 +127,18 @@ impl std::fmt::Display for Rule<'_> {
         match self.0 {
             "" => Ok(()),
             rule => write!(f, " (rule {rule})"),
+        }
+    }
+}
+
+/// Prints bytes as `75.3 MB`.
+struct Size(u64);
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            bytes @ 0..100_000 => write!(f, "{bytes} bytes"),
+            bytes => write!(f, "{:.1} MB", bytes as f64 / 1e6),
         }
     }
 }
@@ -134,7 +174,7 @@ impl FormatError {
             Self::Missing { hint, .. }
             | Self::OtherKind { hint, .. }
             | Self::Unsupported { hint, .. } => *hint = advice.into(),
-            Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => {}
+            _ => {}
         }
         self
     }
@@ -184,6 +224,9 @@ impl FormatError {
             Self::Missing { hint, .. }
             | Self::OtherKind { hint, .. }
             | Self::Unsupported { hint, .. } => hint,
+            Self::Exists { .. } => "give a name that is free, or remove it",
+            Self::NoSpace { .. } => "free some space, or use another disk",
+            Self::FileTooLarge { .. } => "`ulimit -f` tells and sets the limit of the shell",
             Self::Io { .. } | Self::LimitExceeded { .. } | Self::InvalidArgument { .. } => "",
         };
         (!hint.is_empty()).then(|| hint.to_owned())

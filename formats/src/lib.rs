@@ -7,6 +7,7 @@
 pub mod arch;
 mod atomic;
 mod config;
+mod disk;
 mod dtype;
 mod error;
 mod folder;
@@ -23,13 +24,15 @@ mod shapes;
 pub mod slim;
 mod special_tokens;
 mod stand_in;
+mod temporary;
 #[cfg(test)]
 mod test_data;
 mod vocabulary;
 
 pub use arch::{Decoder, Part, PartMap};
-pub use atomic::AtomicFile;
+pub use atomic::{AtomicFile, OutputPath};
 pub use config::{ModelConfig, Rope};
+pub use disk::{free_bytes, reserve};
 pub use dtype::DType;
 pub use error::{FormatError, Result};
 pub use folder::missing_tokenizer;
@@ -38,4 +41,7 @@ pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
 pub use special_tokens::GgmlDefaults;
+pub use temporary::{
+    Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,
+};
 pub use vocabulary::vocabulary_faults;

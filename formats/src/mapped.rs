@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, MmapMut};
 
-use crate::{FormatError, Result};
+use crate::{FormatError, Result, disk::reserve};
 
 /// A file's bytes, mapped read-only.
 ///
@@ -79,7 +79,7 @@ impl Deref for MappedFile {
 /// Zeroed read-write memory backed by a nameless temporary file, for data that may not fit in memory.
 ///
 /// It starts on a page boundary. The file lies in the system's folder for temporary files (`TMPDIR`)
-/// and is gone when this value is dropped or the process ends. Its zeros are written when it is made: a full disk is
+/// and is gone when this value is dropped or the process ends. Its room is reserved when it is made: a full disk is
 /// an error then, not a signal that ends the process at the first write that finds no room.
 #[derive(Debug)]
 pub struct ScratchFile {
@@ -90,19 +90,18 @@ impl ScratchFile {
     /// Maps a new temporary file of `bytes` zero bytes.
     ///
     /// # Errors
-    /// `Io` if the file cannot be created, sized or mapped.
+    /// `NoSpace` or `FileTooLarge` if there is no room, `Io` if the file cannot be created, sized or mapped.
     pub fn new(bytes: usize) -> Result<Self> {
-        let create = || {
-            let mut file = tempfile::tempfile()?;
-            io::copy(&mut io::repeat(0).take(bytes as u64), &mut file)?;
-            map_read_write(&file)
-        };
-        match (bytes > 0).then(create).transpose() {
-            Ok(map) => Ok(Self { map }),
-            Err(error) => {
-                Err(FormatError::io(&std::env::temp_dir(), "create a temporary file", error))
-            }
+        if bytes == 0 {
+            return Ok(Self { map: None });
         }
+        let folder = &std::env::temp_dir();
+        let failed = |error| FormatError::io(folder, "create a temporary file", error);
+        let mut file = tempfile::tempfile().map_err(failed)?;
+        if !reserve(&file, folder, bytes as u64, folder, "a temporary file takes")? {
+            io::copy(&mut io::repeat(0).take(bytes as u64), &mut file).map_err(failed)?;
+        }
+        Ok(Self { map: Some(map_read_write(&file).map_err(failed)?) })
     }
 }
 

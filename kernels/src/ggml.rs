@@ -3,10 +3,9 @@
 //! The K types (`Q2_K`, ...) cut their 256 weights into sub-blocks of 16 or 32 with a scale of their own.
 //! Below, `d`, `m`, `dmin` are little-endian fp16, and `bytes a..b` are offsets in the block.
 
-use std::array;
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use slim_formats::{DType, DenseTensor, Layout};
 
 use crate::{KernelError, Result};
@@ -25,25 +24,13 @@ use crate::{KernelError, Result};
 pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     match dtype {
         DType::F32 => each_block(bytes, out, |&block, out| *out = [f32::from_le_bytes(block)]),
-        DType::F16 => {
-            each_block(bytes, out, |&block, out| *out = [f16::from_le_bytes(block).to_f32()])
-        }
+        DType::F16 => halves(bytes, out),
         DType::BF16 => {
             each_block(bytes, out, |&block, out| *out = [bf16::from_le_bytes(block).to_f32()])
         }
-        DType::Q4_0 => each_block(bytes, out, q4_0),
-        DType::Q4_1 => each_block(bytes, out, q4_1),
-        DType::Q5_0 => each_block(bytes, out, q5_0),
-        DType::Q5_1 => each_block(bytes, out, q5_1),
-        DType::Q8_0 => each_block(bytes, out, q8_0),
-        DType::Q2_K => each_block(bytes, out, q2_k),
-        DType::Q3_K => each_block(bytes, out, q3_k),
-        DType::Q4_K => each_block(bytes, out, q4_k),
-        DType::Q5_K => each_block(bytes, out, q5_k),
-        DType::Q6_K => each_block(bytes, out, q6_k),
-        DType::F64 | DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::Unknown(_) => {
+        quantized => for_block!(quantized, each_quantized_block(bytes, out), _ => {
             Err(KernelError::UnsupportedType { dtype })
-        }
+        }),
     }
 }
 
@@ -121,6 +108,44 @@ fn each_block<const BYTES: usize, const VALUES: usize>(
     Ok(())
 }
 
+/// The values of fp16 numbers, many at a time: the processor's conversion is looked for at each call.
+fn halves(bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    const PIECE: usize = 64;
+    expect_len("bytes of a dequantized tensor", bytes.len(), 2 * out.len())?;
+    for (bytes, out) in bytes.as_chunks().0.chunks(PIECE).zip(out.chunks_mut(PIECE)) {
+        let mut halves = [f16::ZERO; PIECE];
+        for (half, &bytes) in halves.iter_mut().zip(bytes) {
+            *half = f16::from_le_bytes(bytes);
+        }
+        halves[..out.len()].convert_to_f32_slice(out);
+    }
+    Ok(())
+}
+
+/// The values of blocks of codes.
+fn each_quantized_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+) -> Result<()> {
+    each_block(bytes, out, |block: &[u8; BYTES], out: &mut [f32; VALUES]| {
+        let word = |at: usize| u32::from_le_bytes(*block[at..].first_chunk().expect("4 bytes"));
+        // The codes of a run's scale or minimum among those of four runs.
+        let code = |codes: Option<u32>, run| codes.map_or(1, |codes| codes.to_le_bytes()[run % 4]);
+        let (d, m) = (half_at(block, B::D), B::M.map(|(at, sign)| sign * half_at(block, at)));
+        for (run, out) in out.chunks_exact_mut(B::RUN).enumerate() {
+            let s = f32::from(code(B::scales(word, run / 4), run));
+            let z = f32::from(code(B::minimums(word, run / 4), run));
+            let (scale, minimum) = (d * (s - B::SCALE_OFFSET), m.map_or(0.0, |m| m * z));
+            for (i, values) in out.chunks_exact_mut(4).enumerate() {
+                let codes = B::codes(word, run * B::RUN / 4 + i).to_le_bytes();
+                for (value, code) in values.iter_mut().zip(codes) {
+                    *value = scale * (f32::from(code) - B::OFFSET) - minimum;
+                }
+            }
+        }
+    })
+}
+
 fn expect_len(what: &'static str, found: usize, expected: usize) -> Result<()> {
     if found == expected {
         Ok(())
@@ -129,137 +154,323 @@ fn expect_len(what: &'static str, found: usize, expected: usize) -> Result<()> {
     }
 }
 
+/// Four bytes, or those of many rows side by side: blocks are taken apart in the same way one by one and 16 at a time.
+pub(crate) trait Word: Copy {
+    fn and(self, mask: u32) -> Self;
+    fn xor(self, mask: u32) -> Self;
+    fn or(self, other: Self) -> Self;
+    fn left(self, bits: usize) -> Self;
+    fn right(self, bits: usize) -> Self;
+}
+
+impl Word for u32 {
+    #[inline(always)]
+    fn and(self, mask: u32) -> Self {
+        self & mask
+    }
+
+    #[inline(always)]
+    fn xor(self, mask: u32) -> Self {
+        self ^ mask
+    }
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        self | other
+    }
+
+    #[inline(always)]
+    fn left(self, bits: usize) -> Self {
+        self << bits
+    }
+
+    #[inline(always)]
+    fn right(self, bits: usize) -> Self {
+        self >> bits
+    }
+}
+
+/// Blocks of a ggml type: `VALUES` codes, and what they are worth in runs of [`Self::RUN`]. Of code `q` that is
+/// `scale * (q - OFFSET) - minimum`, of the run's scale code `s` and minimum code `z`
+/// `scale = d * (s - SCALE_OFFSET)` and `minimum = SIGN * m * z`.
+///
+/// `block` gives the four bytes at an offset, which is [`Self::WORDS`] or a multiple of 4 more.
+pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
+    /// Values that share a scale and a minimum.
+    const RUN: usize;
+    /// Bits of a code.
+    const BITS: usize;
+    const OFFSET: f32 = 0.0;
+    const SCALE_OFFSET: f32 = 0.0;
+    /// Where `d` lies.
+    const D: usize = 0;
+    /// Where `m` lies, in types that have minima, and `SIGN`.
+    const M: Option<(usize, f32)> = None;
+    /// Where the words begin.
+    const WORDS: usize = 0;
+
+    /// Codes `4 word ..`, a byte each.
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W;
+
+    /// Scale codes of runs `4 word ..`, a byte each; `None` in types whose only run has 1.
+    #[inline(always)]
+    fn scales<W: Word>(_block: impl Fn(usize) -> W, _word: usize) -> Option<W> {
+        None
+    }
+
+    /// Minimum codes likewise.
+    #[inline(always)]
+    fn minimums<W: Word>(_block: impl Fn(usize) -> W, _word: usize) -> Option<W> {
+        None
+    }
+}
+
+/// Calls `function` with the [`Block`] of a quantized type as its first generic argument; anything else gives `$otherwise`.
+macro_rules! for_block {
+    ($dtype:expr, $($function:ident)::+($($argument:expr),*), $other:pat => $otherwise:expr) => {
+        match $dtype {
+            DType::Q4_0 => $($function)::+::<$crate::ggml::Q4_0, _, _>($($argument),*),
+            DType::Q4_1 => $($function)::+::<$crate::ggml::Q4_1, _, _>($($argument),*),
+            DType::Q5_0 => $($function)::+::<$crate::ggml::Q5_0, _, _>($($argument),*),
+            DType::Q5_1 => $($function)::+::<$crate::ggml::Q5_1, _, _>($($argument),*),
+            DType::Q8_0 => $($function)::+::<$crate::ggml::Q8_0, _, _>($($argument),*),
+            DType::Q2_K => $($function)::+::<$crate::ggml::Q2K, _, _>($($argument),*),
+            DType::Q3_K => $($function)::+::<$crate::ggml::Q3K, _, _>($($argument),*),
+            DType::Q4_K => $($function)::+::<$crate::ggml::Q4K, _, _>($($argument),*),
+            DType::Q5_K => $($function)::+::<$crate::ggml::Q5K, _, _>($($argument),*),
+            DType::Q6_K => $($function)::+::<$crate::ggml::Q6K, _, _>($($argument),*),
+            $other => $otherwise,
+        }
+    };
+}
+pub(crate) use for_block;
+
+/// Every byte.
+const BYTES: u32 = 0x0101_0101;
+
 /// `d`, codes (4 bits, offset 8).
-fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
-    let codes: [u8; 32] = fields(&block[2..], 4, 16);
-    affine(&codes, 8.0, half_at(block, 0), 0.0, out);
+pub(crate) struct Q4_0;
+
+impl Block<18, 32> for Q4_0 {
+    const RUN: usize = 32;
+    const BITS: usize = 4;
+    const OFFSET: f32 = 8.0;
+    const WORDS: usize = 2;
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 2, 4, 16, word)
+    }
 }
 
 /// `d`, `m`, codes (4 bits).
-fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
-    let codes: [u8; 32] = fields(&block[4..], 4, 16);
-    affine(&codes, 0.0, half_at(block, 0), -half_at(block, 2), out);
+pub(crate) struct Q4_1;
+
+impl Block<20, 32> for Q4_1 {
+    const RUN: usize = 32;
+    const BITS: usize = 4;
+    const M: Option<(usize, f32)> = Some((2, -1.0));
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 4, 4, 16, word)
+    }
 }
 
 /// `d`, bytes 2..6 bit 4 of the codes in a row, bytes 6..22 bits 0 to 3 (offset 16).
-fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
-    let codes: [u8; 32] = join(fields(&block[6..], 4, 16), fields(&block[2..6], 1, 1), 4);
-    affine(&codes, 16.0, half_at(block, 0), 0.0, out);
+pub(crate) struct Q5_0;
+
+impl Block<22, 32> for Q5_0 {
+    const RUN: usize = 32;
+    const BITS: usize = 5;
+    const OFFSET: f32 = 16.0;
+    const WORDS: usize = 2;
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 6, 4, 16, word).or(bits_in_a_row(block(2), word).left(4))
+    }
 }
 
 /// `d`, `m`, bytes 4..8 bit 4 of the codes in a row, bytes 8..24 bits 0 to 3.
-fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
-    let codes: [u8; 32] = join(fields(&block[8..], 4, 16), fields(&block[4..8], 1, 1), 4);
-    affine(&codes, 0.0, half_at(block, 0), -half_at(block, 2), out);
+pub(crate) struct Q5_1;
+
+impl Block<24, 32> for Q5_1 {
+    const RUN: usize = 32;
+    const BITS: usize = 5;
+    const M: Option<(usize, f32)> = Some((2, -1.0));
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 8, 4, 16, word).or(bits_in_a_row(block(4), word).left(4))
+    }
 }
 
-/// `d`, signed bytes.
-fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
-    let d = half_at(block, 0);
-    for (value, code) in out.iter_mut().zip(&block[2..]) {
-        *value = d * f32::from(code.cast_signed());
+/// `d`, signed bytes: codes of offset 128 but for their highest bit.
+pub(crate) struct Q8_0;
+
+impl Block<34, 32> for Q8_0 {
+    const RUN: usize = 32;
+    const BITS: usize = 8;
+    const OFFSET: f32 = 128.0;
+    const WORDS: usize = 2;
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        block(2 + 4 * word).xor(0x80 * BYTES)
     }
 }
 
 /// Bytes 0..16 per sub-block of 16: scale (low 4 bits), minimum (high 4 bits); bytes 16..80 codes (2 bits);
 /// `d` at 80, `dmin` at 82.
-fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
-    let codes: [u8; 256] = fields(&block[16..80], 2, 32);
-    let (d, dmin) = (half_at(block, 80), half_at(block, 82));
-    sub_blocks::<16>(&codes, 0.0, out, |j| {
-        (d * f32::from(block[j] & 15), dmin * f32::from(block[j] >> 4))
-    });
+pub(crate) struct Q2K;
+
+impl Block<84, 256> for Q2K {
+    const RUN: usize = 16;
+    const BITS: usize = 2;
+    const D: usize = 80;
+    const M: Option<(usize, f32)> = Some((82, 1.0));
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 16, 2, 32, word)
+    }
+
+    #[inline(always)]
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(block(4 * word).and(15 * BYTES))
+    }
+
+    #[inline(always)]
+    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(block(4 * word).right(4).and(15 * BYTES))
+    }
 }
 
 /// Bytes 0..32 bit 2 of the codes, 32..96 bits 0 and 1 (offset 4); scales of sub-blocks of 16 (offset 32):
 /// bytes 96..104 bits 0 to 3, 104..108 bits 4 and 5; `d` at 108.
-fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
-    let codes: [u8; 256] = join(fields(&block[32..96], 2, 32), fields(&block[..32], 1, 32), 2);
-    let scales: [u8; 16] = join(fields(&block[96..104], 4, 8), fields(&block[104..108], 2, 4), 4);
-    let d = half_at(block, 108);
-    sub_blocks::<16>(&codes, 4.0, out, |j| (d * (f32::from(scales[j]) - 32.0), 0.0));
+pub(crate) struct Q3K;
+
+impl Block<110, 256> for Q3K {
+    const RUN: usize = 16;
+    const BITS: usize = 3;
+    const OFFSET: f32 = 4.0;
+    const SCALE_OFFSET: f32 = 32.0;
+    const D: usize = 108;
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 32, 2, 32, word).or(fields(&block, 0, 1, 32, word).left(2))
+    }
+
+    #[inline(always)]
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(fields(&block, 96, 4, 8, word).or(fields(&block, 104, 2, 4, word).left(4)))
+    }
 }
 
-/// `d`, `dmin`, bytes 4..16 [`scale_and_minimum`] of sub-blocks of 32, bytes 16..144 codes (4 bits).
-fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
-    let codes: [u8; 256] = fields(&block[16..], 4, 32);
-    sub_blocks::<32>(&codes, 0.0, out, |j| scale_and_minimum(&block[..16], j));
+/// `d`, `dmin`, bytes 4..16 [`six_bit_codes`] of sub-blocks of 32, bytes 16..144 codes (4 bits).
+pub(crate) struct Q4K;
+
+impl Block<144, 256> for Q4K {
+    const RUN: usize = 32;
+    const BITS: usize = 4;
+    const M: Option<(usize, f32)> = Some((2, 1.0));
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(block, 16, 4, 32, word)
+    }
+
+    #[inline(always)]
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(six_bit_codes(block(4), block(12), word))
+    }
+
+    #[inline(always)]
+    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(six_bit_codes(block(8), block(12).right(4), word))
+    }
 }
 
-/// As [`q4_k`], with bit 4 of the codes in bytes 16..48 and bits 0 to 3 in bytes 48..176.
-fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
-    let codes: [u8; 256] = join(fields(&block[48..], 4, 32), fields(&block[16..48], 1, 32), 4);
-    sub_blocks::<32>(&codes, 0.0, out, |j| scale_and_minimum(&block[..16], j));
+/// As [`Q4K`], with bit 4 of the codes in bytes 16..48 and bits 0 to 3 in bytes 48..176.
+pub(crate) struct Q5K;
+
+impl Block<176, 256> for Q5K {
+    const RUN: usize = 32;
+    const BITS: usize = 5;
+    const M: Option<(usize, f32)> = Some((2, 1.0));
+
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 48, 4, 32, word).or(fields(&block, 16, 1, 32, word).left(4))
+    }
+
+    #[inline(always)]
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Q4K::scales(block, word)
+    }
+
+    #[inline(always)]
+    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Q4K::minimums(block, word)
+    }
 }
 
 /// Bytes 0..128 bits 0 to 3 of the codes, 128..192 bits 4 and 5 (offset 32); bytes 192..208 signed scales
 /// of sub-blocks of 16; `d` at 208.
-fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
-    let codes: [u8; 256] = join(fields(&block[..128], 4, 64), fields(&block[128..192], 2, 32), 4);
-    let d = half_at(block, 208);
-    sub_blocks::<16>(&codes, 32.0, out, |j| (d * f32::from(block[192 + j].cast_signed()), 0.0));
-}
+pub(crate) struct Q6K;
 
-/// Scale and minimum of sub-block `j` from the first 16 bytes of a `Q4_K` or `Q5_K` block: `d`, `dmin`,
-/// then 8 scales and 8 minima of 6 bits in 12 bytes. Scales 0 to 3 are the low bits of bytes 0..4, minima
-/// 0 to 3 those of bytes 4..8; the others have their low 4 bits in bytes 8..12 (scale low, minimum high)
-/// and their high 2 bits on top of the byte of the scale or minimum four before.
-fn scale_and_minimum(header: &[u8], j: usize) -> (f32, f32) {
-    let packed = &header[4..];
-    let (scale, minimum) = match j {
-        0..4 => (packed[j] & 63, packed[4 + j] & 63),
-        _ => {
-            (packed[4 + j] & 15 | packed[j - 4] >> 6 << 4, packed[4 + j] >> 4 | packed[j] >> 6 << 4)
-        }
-    };
-    (half_at(header, 0) * f32::from(scale), half_at(header, 2) * f32::from(minimum))
-}
+impl Block<210, 256> for Q6K {
+    const RUN: usize = 16;
+    const BITS: usize = 6;
+    const OFFSET: f32 = 32.0;
+    const SCALE_OFFSET: f32 = 128.0;
+    const D: usize = 208;
 
-/// Writes the sub-blocks of `LEN` codes; `scale` gives the scale and the minimum of each.
-fn sub_blocks<const LEN: usize>(
-    codes: &[u8; 256],
-    offset: f32,
-    out: &mut [f32; 256],
-    scale: impl Fn(usize) -> (f32, f32),
-) {
-    let codes = codes.as_chunks::<LEN>().0;
-    for (j, (codes, out)) in codes.iter().zip(out.as_chunks_mut::<LEN>().0).enumerate() {
-        let (scale, minimum) = scale(j);
-        affine(codes, offset, scale, minimum, out);
+    #[inline(always)]
+    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+        fields(&block, 0, 4, 64, word).or(fields(&block, 128, 2, 32, word).left(4))
+    }
+
+    #[inline(always)]
+    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+        Some(block(192 + 4 * word).xor(0x80 * BYTES))
     }
 }
 
-/// `out = scale * (code - offset) - minimum`.
-fn affine<const LEN: usize>(
-    codes: &[u8; LEN],
-    offset: f32,
-    scale: f32,
-    minimum: f32,
-    out: &mut [f32; LEN],
-) {
-    for (value, &code) in out.iter_mut().zip(codes) {
-        *value = scale * (f32::from(code) - offset) - minimum;
+/// Codes `4 word ..` of `Q4_K`'s 8 scales or 8 minima. Codes 0 to 3 are the low 6 bits of the bytes of `first`; the others have
+/// their low 4 bits in `second` and their high 2 bits on top of the byte of the code four before.
+#[inline(always)]
+fn six_bit_codes<W: Word>(first: W, second: W, word: usize) -> W {
+    match word {
+        0 => first.and(63 * BYTES),
+        _ => second.and(15 * BYTES).or(first.right(6).and(3 * BYTES).left(4)),
     }
 }
 
-/// Unpacks fields of `bits` bits. Of every `run` bytes, the lowest fields come first, one of each byte,
+/// Fields `4 word ..` of `bits` bits from the bytes at `at`. Of every `run` bytes, the lowest fields come first, one of each byte,
 /// then the next higher ones.
 #[inline(always)]
-fn fields<const LEN: usize>(bytes: &[u8], bits: usize, run: usize) -> [u8; LEN] {
-    let mut out = [0; LEN];
-    for (bytes, out) in bytes.chunks_exact(run).zip(out.chunks_exact_mut(run * 8 / bits)) {
-        for (plane, out) in out.chunks_exact_mut(run).enumerate() {
-            for (field, byte) in out.iter_mut().zip(bytes) {
-                *field = byte >> (plane * bits) & ((1 << bits) - 1);
-            }
-        }
-    }
-    out
+fn fields<W: Word>(
+    block: impl Fn(usize) -> W,
+    at: usize,
+    bits: usize,
+    run: usize,
+    word: usize,
+) -> W {
+    let (plane, byte) = (4 * word / run, 4 * word % run);
+    let (run_index, plane) = (plane / (8 / bits), plane % (8 / bits));
+    let bytes = block(at + run * run_index + byte);
+    bytes.right(plane * bits).and(((1 << bits) - 1) * BYTES)
 }
 
-/// Puts `high` above the `low_bits` bits of `low`.
-fn join<const LEN: usize>(low: [u8; LEN], high: [u8; LEN], low_bits: usize) -> [u8; LEN] {
-    array::from_fn(|i| low[i] | high[i] << low_bits)
+/// Bits `4 word ..` of 32 bits, a byte each.
+#[inline(always)]
+fn bits_in_a_row<W: Word>(bits: W, word: usize) -> W {
+    let four = bits.right(4 * word).and(15);
+    let two = four.or(four.left(14));
+    two.or(two.left(7)).and(BYTES)
 }
 
 fn half_at(bytes: &[u8], at: usize) -> f32 {

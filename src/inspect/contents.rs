@@ -34,7 +34,7 @@ pub struct Contents {
 
 /// What the contents are of.
 enum Opened {
-    Slim(SlimFile),
+    Slim(Box<SlimFile>),
     Gguf(GgufFile),
     Safetensors(MappedFile),
     Model(Box<dyn ModelSource>),
@@ -173,7 +173,7 @@ impl Contents {
             tensors: gguf.tensors().iter().map(Tensor::of_gguf).collect(),
             weights,
             metadata: gguf.metadata().clone(),
-            opened: Opened::Slim(file),
+            opened: Opened::Slim(Box::new(file)),
         })
     }
 

@@ -29,7 +29,7 @@ fn help_names_every_flag() {
     for (subcommand, flags) in [
         (
             "convert",
-            "--output --bits --target-bpw --target-size --group-size --scales --sub-group --scale-bits --method --reference --embed-bits \
+            "--output --force --bits --target-bpw --target-size --group-size --scales --sub-group --scale-bits --method --reference --embed-bits \
              --calibration --samples --context --seed --max-memory --dry-run --quiet --json",
         ),
         (
@@ -39,9 +39,9 @@ fn help_names_every_flag() {
         ),
         ("inspect", "--tensors --bits --metadata --verify --json"),
         ("eval", "--text --context --windows --against --json --no-hash-check"),
-        ("logits", "--tokens --output --no-hash-check"),
+        ("logits", "--tokens --output --force --no-hash-check"),
         ("bench", "--prompt --generate --runs --json --no-hash-check"),
-        ("export", "--to --output --quiet --json --no-hash-check"),
+        ("export", "--to --output --force --quiet --json --no-hash-check"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
         let computes = !["inspect", "export"].contains(&subcommand);
@@ -101,6 +101,7 @@ fn bad_arguments_are_refused_with_a_sentence() {
     fail(&["run", llama, "-p", "a", "--top-p", "2"], &["top-p: found 2, expected above 0"]);
     fail(&["run", llama, "-p", "a", "--context", "1000000"], &["a context of 512 tokens"]);
     fail(&["run", llama, "-p", &self::text(), "--context", "8"], &["holds 8", "raise `--context`"]);
+    let out = &dir.arg("out.safetensors");
     fail(&["logits", llama, "--tokens", "1,x", "-o", out], &["invalid value 'x'"]);
     fail(&["logits", llama, "--tokens", "320", "-o", out], &["found 320, expected less than 320"]);
     fail(
@@ -340,7 +341,7 @@ fn convert_dry_run_writes_nothing() {
 fn convert_reports_on_stdout_unless_quiet() {
     let dir = Dir::new();
     let (llama, out) = (&tiny("llama"), &dir.arg("out.slim.gguf"));
-    let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32"];
+    let convert = ["convert", llama, "-o", out, "--samples", "2", "--context", "32", "--force"];
     let answer = succeed(&convert);
     for fragment in [
         "16 quantized layers, stored in 54 bands",

@@ -7,7 +7,7 @@ use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use slim_formats::{
     DType, Decoder, Layout, ModelConfig, ModelSource, Weight, open_model,
-    slim::{SlimFile, SlimWriter},
+    slim::{Outline, SlimFile, SlimWriter},
 };
 use slim_kernels::{Cpu, Scalar, weight};
 
@@ -284,26 +284,39 @@ fn layers_that_stay_at_16_bits_are_counted() {
     let file = convert(&dir, &model(&dir, &STORIES), &["--method", "rtn", "--bits", "3"]);
     let packed = SlimFile::open(Path::new(&file)).unwrap();
     let kept = dir.path("kept.slim.gguf");
-    let mut writer = SlimWriter::create(&kept).unwrap();
+    let is_kept = |name: &str| name.contains("ffn_down");
+    let shape = |found| {
+        let (rows, cols) = weight::shape(found);
+        if rows == 1 { vec![cols as u64] } else { vec![rows as u64, cols as u64] }
+    };
+    let mut planned = Outline::default();
     for name in packed.tensor_names() {
         let found = packed.require(name).unwrap();
-        let (rows, cols) = weight::shape(found);
         match found {
-            Weight::Packed(_) if name.contains("ffn_down") => {
-                let shape = [rows as u64, cols as u64];
-                writer.dense(name, DType::F16, &shape, &vec![0; 2 * rows * cols]).unwrap();
+            Weight::Packed(_) if is_kept(name) => planned.dense(name, DType::F16, &shape(found)),
+            Weight::Packed(layer) => planned.layer(name, layer.layout(), None),
+            Weight::Dense(dense) => planned.dense(name, dense.dtype, &shape(found)),
+            Weight::Bands(_) => unreachable!("of `rtn`"),
+        }
+    }
+    let mut writer = SlimWriter::create(&*kept, &planned, packed.given_metadata()).unwrap();
+    for name in packed.tensor_names() {
+        let found = packed.require(name).unwrap();
+        let shape = shape(found);
+        match found {
+            Weight::Packed(_) if is_kept(name) => {
+                let zeros = vec![0; 2 * shape.iter().product::<u64>() as usize];
+                writer.dense(name, DType::F16, &shape, &zeros).unwrap();
             }
             Weight::Packed(layer) => writer.layer(name, &layer.to_layer(), None).unwrap(),
             Weight::Dense(dense) => {
                 assert_eq!(dense.layout, Layout::AsStored);
-                let all = [rows as u64, cols as u64];
-                let shape = if rows == 1 { &all[1..] } else { &all };
-                writer.dense(name, dense.dtype, shape, dense.bytes).unwrap();
+                writer.dense(name, dense.dtype, &shape, dense.bytes).unwrap();
             }
             Weight::Bands(_) => unreachable!("of `rtn`"),
         }
     }
-    writer.finish(packed.given_metadata()).unwrap();
+    writer.finish().unwrap();
     let found = succeed(&["inspect", &arg(&kept), "--json"]).json();
     let [quantized, all] =
         ["bits_per_weight", "linear_bits_per_weight"].map(|key| found[key].as_f64().unwrap());

@@ -58,7 +58,7 @@ fn run(command: &mut Command) -> (String, String) {
 fn logits(dir: &Dir, model: &str, flags: &[&str]) -> (Vec<f64>, String) {
     let file = dir.path("logits.safetensors");
     let command = &mut dir.slimllm("logits");
-    command.args([model, "--tokens", TOKENS, "-o"]).arg(&file).args(flags);
+    command.args([model, "--tokens", TOKENS, "--force", "-o"]).arg(&file).args(flags);
     let (_, stderr) = run(command);
     (read_logits(&file), stderr)
 }

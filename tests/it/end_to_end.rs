@@ -7,8 +7,8 @@ use slim_converter::{
     BUILT_IN_CALIBRATION, Calibration, Engine, Method, Resources, Settings, convert,
 };
 use slim_formats::{
-    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, TokenizerSource,
-    Weight, open_model,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OutputPath,
+    TokenizerSource, Weight, open_model,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
@@ -46,7 +46,8 @@ fn convert_to(source: &Path, settings: &Settings, target: &Path) {
     let text = &BUILT_IN_CALIBRATION[..100_000];
     let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
     let resources = Resources { engine: Engine::Cpu, float_bytes: 1 << 30 };
-    convert(&*source, &calibration, settings, resources, target, &mut |_| {}).unwrap();
+    let output = OutputPath { path: target, replaces: true };
+    convert(&*source, &calibration, settings, resources, output, &mut |_| {}).unwrap();
 }
 
 /// A SliM file whose packed matrices are served as f32.
@@ -277,7 +278,7 @@ fn conversion_on_a_device_gives_the_same_bytes_again_and_the_cpus_quality() {
     for more in [&[][..], &["--reference"]] {
         let convert = |device: &str, seed: &str| {
             let (source, target) = (arg(&tiny_model("llama")), dir.arg("model.slim.gguf"));
-            let fixed = ["convert", &source, "-o", &target, "--json"];
+            let fixed = ["convert", &source, "-o", &target, "--json", "--force"];
             let chosen = ["--device", device, "--seed", seed];
             let report = succeed(&[&fixed[..], &QUICK, &chosen, more].concat()).json();
             (report, std::fs::read(target).unwrap())
@@ -395,7 +396,7 @@ fn slim_plus_from_a_draft_gives_what_it_gives_by_itself() {
     assert!(convert(trained, &options) == expected);
 
     let other = &dir.arg("other");
-    convert(trained, &options); // in place of itself
+    convert(trained, &[&options[..], &["--force"]].concat()); // in place of itself
     let args = ["convert", &arg(&tiny_model("mistral-swa")), "-o", other];
     let args = [&args[..], &options].concat();
     fail(&args, &["draft: found", "with other hyperparameters, expected a SliM file of"]);

@@ -15,13 +15,15 @@ const TINY: [&str; 3] = ["llama", "llama-tied-rope3", "mistral-swa"];
 /// Converts a tiny model in no time, with the embedding in fp16.
 fn convert(name: &str, target: &str, more: &[&str]) {
     let source = arg(&tiny_model(name));
-    let fixed = ["convert", &source, "-o", target, "--method", "rtn", "--embed-bits", "16"];
+    let fixed =
+        ["convert", &source, "-o", target, "--force", "--method", "rtn", "--embed-bits", "16"];
     succeed(&[&fixed, more].concat());
 }
 
 /// Exports a model and gives the report.
 fn export(model: &str, layout: &str, target: &str) -> Value {
-    succeed(&["export", model, "--to", layout, "-o", target, "--quiet", "--json"]).json()
+    let fixed = ["export", model, "--to", layout, "--quiet", "--json", "--force"];
+    succeed(&[&fixed[..], &["-o", target]].concat()).json()
 }
 
 fn layout_of(report: &Value, name: &str) -> String {
@@ -36,7 +38,8 @@ fn layer<'a>(report: &'a Value, name: &str) -> &'a Value {
 fn logits(dir: &Dir, model: &str) -> Vec<f32> {
     let tokens: Vec<String> = (0..40).map(|i| (i * 7 % 300).to_string()).collect();
     let out = dir.arg("logits.safetensors");
-    succeed(&["logits", model, "--tokens", &tokens.join(","), "-o", &out, "--device", "cpu"]);
+    let fixed = ["logits", model, "--device", "cpu", "--force"];
+    succeed(&[&fixed[..], &["--tokens", &tokens.join(","), "-o", &out]].concat());
     let bytes = std::fs::read(&out).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let values = file.tensor("logits").unwrap().data().as_chunks().0.to_vec();

@@ -7,8 +7,8 @@ use slim_converter::{
     convert,
 };
 use slim_formats::{
-    Decoder, DenseTensor, FormatError, ModelConfig, ModelSource, TokenizerSource, Weight,
-    open_model,
+    Decoder, DenseTensor, FormatError, ModelConfig, ModelSource, OutputPath, TokenizerSource,
+    Weight, open_model,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_runtime::Tokenizer;
@@ -39,7 +39,8 @@ fn convert_to(source: &dyn ModelSource, settings: &Settings, file: &Path) -> u64
     let text = &BUILT_IN_CALIBRATION[..20_000];
     let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
     let resources = Resources { engine: Engine::Cpu, float_bytes: 1 << 30 };
-    let report = convert(source, &calibration, settings, resources, file, &mut |_| {}).unwrap();
+    let output = OutputPath { path: file, replaces: true };
+    let report = convert(source, &calibration, settings, resources, output, &mut |_| {}).unwrap();
     let bytes = std::fs::metadata(file).unwrap().len();
     assert_eq!(report.file_bytes, bytes);
     let faults = SlimFile::open(file).unwrap().verify();

@@ -11,6 +11,7 @@ mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
 mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
+mod output_safety; // what is never overwritten, and what an early end leaves
 mod real_model; // a real model, where there is one
 mod reports; // what commands say of their results
 mod schemas; // every JSON document against its schema

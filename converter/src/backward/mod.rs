@@ -22,7 +22,9 @@ use slim_runtime::{Block, Model, SplitMix64, embed, find_vector};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
-pub use sensitivities::{Sensitivities, Sensitivity, sensitivities};
+pub use sensitivities::{
+    Sensitivities, Sensitivity, sensitivities, sensitivity_batches, sensitivity_samples,
+};
 pub use vocabulary::Vocabulary;
 
 /// Tokens whose logits are held at a time.

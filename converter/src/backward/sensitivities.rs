@@ -15,6 +15,20 @@ use crate::{
 /// Tokens that go through the model together.
 const BATCH_TOKENS: usize = 1024;
 
+/// Tokens that sensitivities are measured on: such means settle long before a Hessian does.
+const TOKENS: usize = 1 << 15;
+
+/// How many of `samples` samples of `context` tokens are measured on.
+pub fn sensitivity_samples(samples: usize, context: usize) -> usize {
+    samples.min((TOKENS / context).max(1))
+}
+
+/// Samples in batches that go through the model together.
+pub fn sensitivity_batches(samples: &[Vec<u32>]) -> std::slice::Chunks<'_, Vec<u32>> {
+    let context = samples.first().map_or(1, |sample| sample.len().max(1));
+    samples.chunks((BATCH_TOKENS / context).max(1))
+}
+
 /// How much the loss minds errors in the matrices of a model.
 pub struct Sensitivities {
     /// The linear layers of the blocks.
@@ -100,7 +114,7 @@ impl Sensitivity {
 
 /// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
 /// loss [`Loss::Fisher`], and the output Hessians: in memory, or in temporary files where they take more than `memory_left` bytes.
-/// `samples`: equally long runs of tokens.
+/// `samples`: equally long runs of tokens. `on_batch` is called with the tokens of each batch that is done.
 ///
 /// The negative log-likelihood of what the text has behind each token would do, too, but the model errs in some places by far, and
 /// these would outweigh all others (`docs/accuracy.md` has the effect).
@@ -113,6 +127,7 @@ pub fn sensitivities(
     source: &dyn ModelSource,
     samples: &[Vec<u32>],
     memory_left: &mut u64,
+    on_batch: &mut dyn FnMut(usize),
 ) -> Result<Sensitivities> {
     let model = Backward::load(source, Precision::Coarse)?;
     let context = samples.first().map_or(0, Vec::len);
@@ -136,7 +151,7 @@ pub fn sensitivities(
     let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.hidden_size);
     let (mut embedding, mut output) = (rows(), rows());
     let mut seed = 0;
-    for batch in samples.chunks((BATCH_TOKENS / context).max(1)) {
+    for batch in sensitivity_batches(samples) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
         let entropy = model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
             match gradient {
@@ -159,6 +174,7 @@ pub fn sensitivities(
             );
         }
         seed += (batch.len() * context) as u64;
+        on_batch(batch.len() * context);
     }
     let tokens = (samples.len() * context) as f64;
     for (block, layers) in blocks.iter_mut().enumerate() {

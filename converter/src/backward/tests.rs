@@ -382,7 +382,7 @@ fn divergence_from_the_running_model_is_zero_with_zero_gradients() {
 fn sensitivities_are_what_their_definitions_say() {
     let source = open("mistral-swa");
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
-    let found = sensitivities(&*source, &samples, &mut (1 << 30)).unwrap();
+    let found = sensitivities(&*source, &samples, &mut (1 << 30), &mut |_| {}).unwrap();
     let model = Backward::load(&*source, Precision::Coarse).unwrap();
     let of_layer = &found.blocks[1][Part::AttnK];
     let (mut input, mut gradients, mut output, mut product, mut seed) = (0.0, 0.0, 0.0, 0.0, 0);
@@ -422,7 +422,7 @@ fn sensitivities_do_not_depend_on_the_number_of_threads() {
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
     let with_threads = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| sensitivities(&*source, &samples, &mut (1 << 30)).unwrap())
+        pool.install(|| sensitivities(&*source, &samples, &mut (1 << 30), &mut |_| {}).unwrap())
     };
     let (one, two) = (with_threads(1), with_threads(2));
     assert_eq!(one.blocks, two.blocks);
@@ -440,8 +440,8 @@ fn sequences_of_unequal_or_no_length_are_refused() {
     for sequences in [&[][..], &[&[][..]], &[&[1, 2], &[3][..]]] {
         assert!(model.run(sequences, &mut Loss::Fisher(0), &mut |_| Ok(())).is_err());
     }
-    assert!(sensitivities(&*source, &[], &mut 0).is_err());
-    assert!(sensitivities(&*source, &[vec![]], &mut 0).is_err());
+    assert!(sensitivities(&*source, &[], &mut 0, &mut |_| {}).is_err());
+    assert!(sensitivities(&*source, &[vec![]], &mut 0, &mut |_| {}).is_err());
 }
 
 #[test]

@@ -3,14 +3,11 @@
 mod blocks;
 mod metadata;
 
-use std::{
-    io::{Read, Seek, Write},
-    path::Path,
-};
+use std::io::{Read, Seek, Write};
 
 use rayon::prelude::*;
 use slim_formats::{
-    AtomicFile, DType, FormatError, ModelSource,
+    AtomicFile, DType, FormatError, ModelSource, OutputPath,
     arch::{ROPE_FACTORS, Tensor},
     gguf::{HeaderWriter, NewTensor},
     slim::TILE_ROWS,
@@ -27,7 +24,7 @@ const ALIGNMENT: u32 = 32;
 
 pub(crate) fn write(
     model: &dyn ModelSource,
-    target: &Path,
+    output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let planned = plan(model)?;
@@ -37,10 +34,11 @@ pub(crate) fn write(
         planned.any(|planned| planned.dtype == DType::F16)
     })?);
     let metadata = metadata::of(model, &planned)?;
-    let header = HeaderWriter::new(target, &metadata, &planned, ALIGNMENT)?;
-    let write_error = |error| FormatError::io(target, "write the file", error);
+    let header = HeaderWriter::new(output.path, &metadata, &planned, ALIGNMENT)?;
+    let write_error = |error| FormatError::io(output.path, "write the file", error);
 
-    let mut out = AtomicFile::create(target)?;
+    let mut out = AtomicFile::create(output)?;
+    out.reserve(header.file_bytes())?;
     out.write_all(header.bytes()).map_err(write_error)?;
     let mut layers = Vec::new();
     for (tensor, &offset) in planned.iter().zip(header.tensor_offsets()) {

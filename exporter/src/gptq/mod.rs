@@ -8,11 +8,9 @@
 
 mod fit;
 
-use std::path::Path;
-
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use slim_formats::{ModelSource, Weight, arch::Tensor, slim::ScaleCoding};
+use slim_formats::{ModelSource, OutputPath, Weight, arch::Tensor, slim::ScaleCoding};
 use slim_kernels::weight;
 
 use self::fit::{Fitted, GROUP, fit};
@@ -25,7 +23,7 @@ use crate::{
 
 pub(crate) fn write(
     model: &dyn ModelSource,
-    target: &Path,
+    output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let tensors = tensors(model)?;
@@ -39,7 +37,7 @@ pub(crate) fn write(
         }
     }
     let warnings = check_values(model, |tensor| !tensor.is_linear())?;
-    let folder = Folder::create(target)?;
+    let folder = Folder::create(output)?;
     folder.describe(model, quantization_config(bits))?;
     let mut layers = Vec::new();
     // Of the layer whose first tensor was written last.

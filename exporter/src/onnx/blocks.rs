@@ -39,9 +39,8 @@ impl Blocks {
     /// Lays out a matrix with codes of at least `least_bits`.
     pub fn new(bands: Bands<'_>, least_bits: u8) -> Self {
         let (rows, cols) = bands.shape();
-        let block = block_size(bands.get(0).layout());
+        let (bits, block) = Self::bits_and_block(bands, least_bits);
         let row_blocks = cols.div_ceil(block);
-        let bits = node_bits(bands.widest(), block).max(least_bits);
         let mut blocks = Self {
             bits,
             block,
@@ -60,6 +59,12 @@ impl Blocks {
             }
         }
         blocks
+    }
+
+    /// Bits per code and columns per block of the matrix.
+    pub fn bits_and_block(bands: Bands<'_>, least_bits: u8) -> (u8, usize) {
+        let block = block_size(bands.get(0).layout());
+        (node_bits(bands.widest(), block).max(least_bits), block)
     }
 
     /// Codes of `width` bits move to the middle of those of `bits`.

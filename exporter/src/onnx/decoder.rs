@@ -15,11 +15,12 @@ use slim_kernels::RopeAngles;
 use slim_runtime::find_vector;
 
 use super::graph::{
+    ALIGNMENT,
     Attribute::{self, Float, Int},
     Dim::{Fixed, Named},
     Element, Graph,
 };
-use crate::Result;
+use crate::{Result, tensor::tensors};
 
 /// `GroupQueryAttention` rotates whole vectors of this many channels.
 const HEAD_DIM_MULTIPLE: usize = 16;
@@ -29,6 +30,12 @@ const MAX_POSITIONS: usize = 1 << 17;
 
 /// Rows, or positions, that are written at a time.
 const PIECE: usize = 1 << 10;
+
+/// Bits per code of a layer, at least.
+const LEAST_BITS: u8 = 2;
+
+/// Of the embedding: its codes are bytes, which can be gathered.
+const EMBEDDING_BITS: u8 = 8;
 
 /// What a model computes that ONNX Runtime's operators do not.
 pub fn lacks(decoder: &Decoder) -> Option<String> {
@@ -40,6 +47,20 @@ pub fn lacks(decoder: &Decoder) -> Option<String> {
 /// How many tokens the graph takes in all.
 pub fn context_length(config: &ModelConfig) -> usize {
     config.context_length.min(MAX_POSITIONS)
+}
+
+/// Bytes of the data of the model's tensors, at most.
+pub fn data_bytes(source: &dyn ModelSource) -> Result<u64> {
+    let config = source.config();
+    let mut bytes = (context_length(config) * config.head_dim * size_of::<f32>()) as u64;
+    let mut parts = 2;
+    for tensor in tensors(source)? {
+        let is_embedding = tensor.part == Part::Embedding;
+        let least_bits = if is_embedding { EMBEDDING_BITS } else { LEAST_BITS };
+        bytes += linear::stored_bytes(source.require(&tensor.name)?, least_bits);
+        parts += linear::MAX_PARTS;
+    }
+    Ok(bytes + parts * ALIGNMENT)
 }
 
 /// Adds the whole model to `graph`.
@@ -66,8 +87,7 @@ impl Builder<'_> {
     fn add(mut self) -> Result<()> {
         let decoder = self.decoder;
         self.add_shared_values();
-        // Its codes are bytes, which can be gathered.
-        let embedding = self.store(decoder.embedding(), 8)?;
+        let embedding = self.store(decoder.embedding(), EMBEDDING_BITS)?;
         self.embed(&embedding, "embedding");
         let mut residual = "embedding".to_owned();
         let mut normed = self.add_norm(&residual, decoder.tensor(0, Part::AttnNorm))?;
@@ -84,7 +104,7 @@ impl Builder<'_> {
         }
         let head = match decoder.has_tied_embeddings() {
             true => embedding,
-            false => self.store(decoder.output(), 2)?,
+            false => self.store(decoder.output(), LEAST_BITS)?,
         };
         self.multiply(&head, &normed, "logits");
         let dims = [Named("batch"), Named("sequence"), Fixed(decoder.vocab_size)];

@@ -2,17 +2,11 @@
 //!
 //! Field numbers are those of `onnx.proto` (ONNX 1.20).
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
-
-use slim_formats::FormatError;
-
 use super::protobuf::Message;
-use crate::Result;
+use crate::{Result, folder::NewFile};
 
-const MODEL_FILE: &str = "model.onnx";
-const DATA_FILE: &str = "model.onnx.data";
+/// The file of the data, beside the model.
+pub const DATA_FILE: &str = "model.onnx.data";
 
 /// ONNX 1.18, the first with opset 23.
 const IR_VERSION: i64 = 11;
@@ -21,7 +15,7 @@ const OPSET: i64 = 23;
 const CONTRIB_DOMAIN: &str = "com.microsoft";
 
 /// Tensors start at multiples of a page, so that they can be mapped one by one.
-const ALIGNMENT: u64 = 4096;
+pub const ALIGNMENT: u64 = 4096;
 
 /// Element types of tensors, with their numbers in `TensorProto.DataType`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,24 +44,17 @@ pub enum Attribute {
 
 /// The graph so far, and the file of its data.
 pub struct Graph {
-    folder: PathBuf,
     /// A `GraphProto`.
     graph: Message,
-    data: BufWriter<File>,
-    /// Bytes in `data`.
-    data_bytes: u64,
+    data: NewFile,
 }
 
 impl Graph {
-    /// An empty graph whose files go to `folder`.
-    pub fn create(folder: &Path) -> Result<Self> {
-        let path = folder.join(DATA_FILE);
-        let data = File::create(&path)
-            .map_err(|error| FormatError::io(&path, "create the file", error))?;
-        let data = BufWriter::with_capacity(1 << 20, data);
+    /// An empty graph; the data of its tensors goes to `data`.
+    pub fn new(data: NewFile) -> Self {
         let mut graph = Message::default();
         graph.text(graph_proto::NAME, "model");
-        Ok(Self { folder: folder.to_owned(), graph, data, data_bytes: 0 })
+        Self { graph, data }
     }
 
     /// Declares an input.
@@ -142,13 +129,12 @@ impl Graph {
         dims: &[usize],
         pieces: impl IntoIterator<Item = Result<Vec<u8>>>,
     ) -> Result<()> {
-        let padding = self.data_bytes.next_multiple_of(ALIGNMENT) - self.data_bytes;
-        self.append(&vec![0; padding as usize])?;
-        let offset = self.data_bytes;
+        let offset = self.data.bytes().next_multiple_of(ALIGNMENT);
+        self.data.append(&vec![0; (offset - self.data.bytes()) as usize])?;
         for piece in pieces {
-            self.append(&piece?)?;
+            self.data.append(&piece?)?;
         }
-        let length = self.data_bytes - offset;
+        let length = self.data.bytes() - offset;
         let mut tensor = tensor(name, element, dims);
         for (key, value) in [
             ("location", DATA_FILE),
@@ -164,14 +150,9 @@ impl Graph {
         Ok(())
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        self.data_bytes += bytes.len() as u64;
-        Ok(self.data.write_all(bytes).map_err(|error| self.not_written(DATA_FILE, error))?)
-    }
-
-    /// Writes what is left, and the graph itself.
-    pub fn finish(mut self) -> Result<()> {
-        self.data.flush().map_err(|error| self.not_written(DATA_FILE, error))?;
+    /// Writes what is left of the data; gives the model that refers to it.
+    pub fn finish(self) -> Result<Vec<u8>> {
+        self.data.finish()?;
         let mut model = Message::default();
         model
             .int(model_proto::IR_VERSION, IR_VERSION)
@@ -180,12 +161,7 @@ impl Graph {
             .message(model_proto::GRAPH, &self.graph)
             .message(model_proto::OPSET_IMPORT, &opset("", OPSET))
             .message(model_proto::OPSET_IMPORT, &opset(CONTRIB_DOMAIN, 1));
-        std::fs::write(self.folder.join(MODEL_FILE), model.as_bytes())
-            .map_err(|error| self.not_written(MODEL_FILE, error).into())
-    }
-
-    fn not_written(&self, file: &str, error: std::io::Error) -> FormatError {
-        FormatError::io(&self.folder.join(file), "write the file", error)
+        Ok(model.as_bytes().to_vec())
     }
 }
 
@@ -331,17 +307,17 @@ mod tests {
     #[test]
     fn tensors_start_at_pages_and_the_graph_says_where() {
         let folder = tempfile::tempdir().unwrap();
-        let mut graph = Graph::create(folder.path()).unwrap();
+        let data = NewFile::create(folder.path(), folder.path(), DATA_FILE, 0).unwrap();
+        let mut graph = Graph::new(data);
         graph.tensor("a", Element::U8, &[3], [Ok(vec![1, 2]), Ok(vec![3])]).unwrap();
         graph.tensor("b", Element::F16, &[1, 2], [Ok(vec![4; 4])]).unwrap();
-        graph.finish().unwrap();
+        let model = graph.finish().unwrap();
 
         let data = std::fs::read(folder.path().join(DATA_FILE)).unwrap();
         assert_eq!(data.len(), 4096 + 4);
         assert_eq!(data[..4], [1, 2, 3, 0]);
         assert_eq!(data[4096..], [4; 4]);
 
-        let model = std::fs::read(folder.path().join(MODEL_FILE)).unwrap();
         // dims 1, dims 2, data_type FLOAT16, name "b".
         assert!(holds(&model, b"\x08\x01\x08\x02\x10\x0a\x42\x01b"));
         // external_data { key: "offset" value: "4096" }, { key: "length" value: "4" }, data_location EXTERNAL.
@@ -354,11 +330,11 @@ mod tests {
     #[test]
     fn nodes_name_operator_domain_and_attributes() {
         let folder = tempfile::tempdir().unwrap();
-        let mut graph = Graph::create(folder.path()).unwrap();
+        let data = NewFile::create(folder.path(), folder.path(), DATA_FILE, 0).unwrap();
+        let mut graph = Graph::new(data);
         let attributes = [("n", Attribute::Int(3)), ("f", Attribute::Float(1.0))];
         graph.contrib_node("Op", &["x"], &["y"], &attributes);
-        graph.finish().unwrap();
-        let model = std::fs::read(folder.path().join(MODEL_FILE)).unwrap();
+        let model = graph.finish().unwrap();
         let node = b"\x0a\x01x\x12\x01y\x1a\x01y\x22\x02Op\
             \x2a\x08\x0a\x01n\x18\x03\xa0\x01\x02\
             \x2a\x0b\x0a\x01f\x15\x00\x00\x80\x3f\xa0\x01\x01\

@@ -6,12 +6,10 @@ mod graph;
 mod protobuf;
 mod settings;
 
-use std::path::Path;
-
 use serde_json::json;
-use slim_formats::ModelSource;
+use slim_formats::{ModelSource, OutputPath};
 
-use self::graph::Graph;
+use self::graph::{DATA_FILE, Graph};
 use crate::{
     Report, Result,
     folder::Folder,
@@ -21,16 +19,16 @@ pub(crate) use decoder::lacks;
 
 pub(crate) fn write(
     model: &dyn ModelSource,
-    target: &Path,
+    output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let warnings = check_values(model, |_| false)?;
-    let folder = Folder::create(target)?;
-    let mut graph = Graph::create(folder.path())?;
-    decoder::add_decoder(&mut graph, model, on_tensor)?;
-    graph.finish()?;
-    folder.json("genai_config.json", &settings::genai_config(model.config()))?;
+    let folder = Folder::create(output)?;
     folder.describe(model, json!({}))?;
+    folder.json("genai_config.json", &settings::genai_config(model.config()))?;
+    let mut graph = Graph::new(folder.new_file(DATA_FILE, decoder::data_bytes(model)?)?);
+    decoder::add_decoder(&mut graph, model, on_tensor)?;
+    folder.file("model.onnx", &graph.finish()?)?;
     let tensors = tensors(model)?.len();
     Ok(Report { tensors, file_bytes: folder.finish()?, layers: Vec::new(), warnings })
 }

@@ -1,7 +1,7 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use slim_formats::{
-    Decoder, ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model,
+    Decoder, FormatError, ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model,
 };
 
 use super::*;
@@ -77,7 +77,8 @@ fn write_gives_a_whole_folder_and_tells_each_tensor_once() {
     for name in ["llama", "llama-tied-rope3"] {
         let model = Changed::new(name);
         let mut told = Vec::new();
-        let report = write(&model, &folder, &mut |tensor| told.push(tensor.to_owned())).unwrap();
+        let report =
+            write(&model, (&folder).into(), &mut |tensor| told.push(tensor.to_owned())).unwrap();
         assert_eq!(
             names_in(&folder),
             [
@@ -109,7 +110,7 @@ fn write_of_the_same_model_gives_the_same_bytes() {
     let parent = tempfile::tempdir().unwrap();
     let [first, second] = ["a", "b"].map(|name| {
         let folder = parent.path().join(name);
-        write(&Changed::new("llama"), &folder, &mut |_| {}).unwrap();
+        write(&Changed::new("llama"), (&folder).into(), &mut |_| {}).unwrap();
         ["model.onnx", "model.onnx.data"].map(|file| std::fs::read(folder.join(file)).unwrap())
     });
     assert!(first == second);
@@ -120,7 +121,7 @@ fn write_that_fails_leaves_nothing() {
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("out");
     let model = Changed { missing: "blk.1.ffn_down.weight", ..Changed::new("llama") };
-    let error = write(&model, &folder, &mut |_| {}).unwrap_err();
+    let error = write(&model, (&folder).into(), &mut |_| {}).unwrap_err();
     assert!(error.to_string().contains("blk.1.ffn_down.weight"), "{error}");
     assert!(names_in(parent.path()).is_empty());
 }
@@ -129,8 +130,8 @@ fn write_that_fails_leaves_nothing() {
 fn write_over_a_folder_is_refused() {
     let parent = tempfile::tempdir().unwrap();
     std::fs::write(parent.path().join("precious"), "kept").unwrap();
-    let error = write(&Changed::new("llama"), parent.path(), &mut |_| {}).unwrap_err();
-    assert!(matches!(error, ExportError::TargetExists { .. }), "{error}");
+    let error = write(&Changed::new("llama"), parent.path().into(), &mut |_| {}).unwrap_err();
+    assert!(matches!(error, ExportError::Format(FormatError::Exists { .. })), "{error}");
     assert_eq!(names_in(parent.path()), ["precious"]);
 }
 

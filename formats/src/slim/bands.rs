@@ -163,7 +163,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::{
-        super::{LayerLayout, ScaleCoding, SlimWriter},
+        super::{LayerLayout, Outline, ScaleCoding, SlimWriter},
         *,
     };
     use crate::{DType, Generation, ModelConfig, ModelSource, Rope, Weight};
@@ -208,12 +208,15 @@ mod tests {
     fn opened(layers: &[(&str, PackedLayer)]) -> (TempDir, Result<SlimFile>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("banded");
-        let mut writer = SlimWriter::create(&path).unwrap();
+        let mut planned = Outline::default();
+        layers.iter().for_each(|(name, layer)| planned.layer(name, layer.layout(), None));
+        planned.dense("blk.0.ffn_norm.weight", DType::F32, &[1]);
+        let mut writer = SlimWriter::create(&path, &planned, config().to_gguf()).unwrap();
         for (name, layer) in layers {
             writer.layer(name, layer, None).unwrap();
         }
         writer.dense("blk.0.ffn_norm.weight", DType::F32, &[1], &[0; 4]).unwrap();
-        writer.finish(config().to_gguf()).unwrap();
+        writer.finish().unwrap();
         (folder, SlimFile::open(&path))
     }
 

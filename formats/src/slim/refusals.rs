@@ -17,7 +17,7 @@ use super::{
     *,
 };
 use crate::{
-    DType, FormatError, Generation, ModelConfig, ModelSource, Rope, Weight,
+    DType, FormatError, Generation, ModelConfig, ModelSource, OutputPath, Result, Rope, Weight,
     gguf::{Array, GgufFile, HeaderWriter, Metadata, NewTensor, Value},
     open_model,
 };
@@ -135,9 +135,22 @@ fn config() -> ModelConfig {
     }
 }
 
+/// A writer of the small file.
+fn new_writer<'p>(output: impl Into<OutputPath<'p>>, metadata: Metadata) -> Result<SlimWriter> {
+    let [embedding, norms @ ..] = dense_tensors();
+    let mut planned = Outline::default();
+    planned.dense(embedding.0, embedding.1, &embedding.2);
+    planned.layer(TWO_LEVEL, two_level_layer().layout(), None);
+    norms.iter().for_each(|(name, dtype, shape, _)| planned.dense(name, *dtype, shape));
+    planned.layer(PAPER, paper_layer().layout(), None);
+    SlimWriter::create(output, &planned, metadata)
+}
+
 /// A writer that holds everything of the small file.
-fn filled_writer(target: &Path) -> SlimWriter {
-    let mut writer = SlimWriter::create(target).unwrap();
+fn filled_writer<'p>(output: impl Into<OutputPath<'p>>) -> SlimWriter {
+    let mut metadata = config().to_gguf();
+    metadata.insert("tokenizer.huggingface.json", "{}").unwrap();
+    let mut writer = new_writer(output, metadata).unwrap();
     let [embedding, norms @ ..] = dense_tensors();
     writer.dense(embedding.0, embedding.1, &embedding.2, &embedding.3).unwrap();
     writer.layer(TWO_LEVEL, &two_level_layer(), Some(0.25)).unwrap();
@@ -152,9 +165,7 @@ fn filled_writer(target: &Path) -> SlimWriter {
 fn small_file() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("small.slim.gguf");
-    let mut metadata = config().to_gguf();
-    metadata.insert("tokenizer.huggingface.json", "{}").unwrap();
-    filled_writer(&path).finish(metadata).unwrap();
+    filled_writer(&path).finish().unwrap();
     (folder, path)
 }
 
@@ -714,7 +725,7 @@ fn verify_finds_a_model_that_is_not_whole() {
 #[test]
 fn writer_numbers_that_are_not_finite_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = SlimWriter::create(&folder.path().join("out")).unwrap();
+    let mut writer = new_writer(&*folder.path().join("out"), Metadata::new()).unwrap();
     let nan = f32::NAN.to_le_bytes();
     let error = writer.dense("norm", DType::F32, &[2], &[[0; 4], nan].concat()).unwrap_err();
     let expected = "tensor `norm`, value 1: found NaN, expected finite values (rule F22)";
@@ -894,24 +905,35 @@ fn dropped_writer_leaves_nothing() {
 }
 
 #[test]
-fn existing_target_is_replaced_by_finish_only() {
+fn existing_target_is_replaced_if_asked_and_by_finish_only() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("out");
     fs::write(&target, "before").unwrap();
-    drop(filled_writer(&target));
+    assert!(new_writer(&target, config().to_gguf()).is_err());
+    let output = OutputPath { path: &target, replaces: true };
+    drop(filled_writer(output));
     assert_eq!(fs::read(&target).unwrap(), b"before");
 
     let mut twice = config().to_gguf();
     twice.insert(keys::VERSION, 1u32).unwrap();
-    assert!(filled_writer(&target).finish(twice).is_err());
+    assert!(new_writer(output, twice).is_err());
     assert_eq!(fs::read(&target).unwrap(), b"before");
 
-    let writer = filled_writer(&target);
+    let writer = filled_writer(output);
     assert_eq!(fs::read(&target).unwrap(), b"before");
-    let written = writer.finish(config().to_gguf()).unwrap();
+    let written = writer.finish().unwrap();
     assert_eq!(fs::metadata(&target).unwrap().len(), written.bytes);
     assert!(SlimFile::open(&target).is_ok());
     assert_eq!(names_in(&folder), ["out"]);
+}
+
+#[test]
+fn writer_other_tensors_than_planned_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("out");
+    let error = new_writer(&target, config().to_gguf()).unwrap().finish().unwrap_err();
+    assert!(error.to_string().contains("bytes of the header: found"), "{error}");
+    assert!(names_in(&folder).is_empty());
 }
 
 #[test]

@@ -1,32 +1,34 @@
 //! Writes a SliM file while its layers are being made.
 //!
-//! Tensor data is spooled to an unnamed temporary file beside the target, since the header comes first and holds
-//! what is known last (sizes, hashes, errors). The target appears, whole, when [`SlimWriter::finish`] returns.
+//! The header comes first, but holds what is known last (bit-widths, hashes, errors). What it takes is known
+//! before, though: room for it is left, and it is written last. The target appears, whole, when
+//! [`SlimWriter::finish`] returns.
 
 use std::{
     collections::HashSet,
-    fs::File,
-    io::{BufWriter, Read, Seek, SeekFrom, Write},
-    path::{Path, PathBuf},
+    io::{Read, Seek, SeekFrom, Write},
+    path::PathBuf,
 };
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    file::{Fault, keys},
+    file::{ALIGNMENT, Fault, keys},
     layout::PackedLayer,
     outline::Outline,
     verify,
 };
 use crate::{
-    AtomicFile, DType, FormatError, Result,
-    gguf::{Metadata, NewTensor},
+    AtomicFile, DType, FormatError, OutputPath, Result,
+    gguf::{HeaderWriter, Metadata, NewTensor},
 };
 
 /// Collects layers and dense tensors; see the module documentation.
 pub struct SlimWriter {
     target: PathBuf,
-    spool: BufWriter<File>,
+    out: AtomicFile,
+    metadata: Metadata,
+    header_bytes: usize,
     names: HashSet<String>,
     outline: Outline,
     /// Of the tensors whose data has been written.
@@ -41,24 +43,41 @@ pub struct WrittenFile {
 }
 
 impl SlimWriter {
-    /// Prepares to write `target`, which is left as it is until [`Self::finish`].
+    /// Prepares to write `target`, which is left as it is until [`Self::finish`], with `metadata` (general, model,
+    /// tokenizer and provenance keys). `planned` has the tensors that will be added; only bit-widths and errors
+    /// of its layers may differ.
     ///
     /// # Errors
-    /// `Io` if the folder cannot be written to.
-    pub fn create(target: &Path) -> Result<Self> {
-        let folder = match target.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let spool = tempfile::tempfile_in(folder)
-            .map_err(|e| FormatError::io(target, "create a temporary file beside it", e))?;
+    /// As [`AtomicFile::create`], or `Malformed` for metadata that GGUF cannot hold.
+    pub fn create<'p>(
+        target: impl Into<OutputPath<'p>>,
+        planned: &Outline,
+        metadata: Metadata,
+    ) -> Result<Self> {
+        let target = target.into();
+        let mut out = AtomicFile::create(target)?;
+        let hashes = vec![0; planned.tensors().len()];
+        let header = planned.header(target.path, metadata.clone(), hashes)?;
+        let header_bytes = header.bytes().len();
+        out.seek(SeekFrom::Start(header_bytes as u64))
+            .map_err(|e| FormatError::io(target.path, "leave room for the header", e))?;
         Ok(Self {
-            target: target.to_owned(),
-            spool: BufWriter::with_capacity(1 << 20, spool),
+            target: target.path.to_owned(),
+            out,
+            metadata,
+            header_bytes,
             names: HashSet::new(),
             outline: Outline::default(),
             hashes: Vec::new(),
         })
+    }
+
+    /// Reserves room for a file of `bytes` bytes.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::reserve`].
+    pub fn reserve(&mut self, bytes: u64) -> Result<()> {
+        self.out.reserve(bytes)
     }
 
     /// Adds a dense tensor of type F32, F16 or BF16 (F7); `shape` is outermost first.
@@ -97,29 +116,22 @@ impl SlimWriter {
         Ok(())
     }
 
-    /// Writes the header with `metadata` (general, model, tokenizer and provenance keys) and all data, and puts the
-    /// file in place.
+    /// Writes the header, and puts the file in place.
     ///
     /// # Errors
-    /// `Io`, or `Malformed` for metadata that GGUF cannot hold.
-    pub fn finish(self, metadata: Metadata) -> Result<WrittenFile> {
-        let mut header = self.outline.header(&self.target, metadata, self.hashes)?;
+    /// `Io`, or `InvalidArgument` for other tensors than were planned.
+    pub fn finish(mut self) -> Result<WrittenFile> {
+        let mut header = self.outline.header(&self.target, self.metadata, self.hashes)?;
+        if header.bytes().len() != self.header_bytes {
+            let what = format!("`{}`: bytes of the header", self.target.display());
+            let (found, expected) = (header.bytes().len(), self.header_bytes.to_string());
+            return Err(FormatError::invalid_argument(what, found, expected));
+        }
         let hash = xxh3_64(header.unpadded());
         header.set_u64(keys::HEADER_HASH, hash);
-
-        let spool_error = |e| FormatError::io(&self.target, "copy the tensor data", e);
-        let mut spool = self.spool.into_inner().map_err(|e| spool_error(e.into_error()))?;
-        spool.seek(SeekFrom::Start(0)).map_err(spool_error)?;
-        let mut out = AtomicFile::create(&self.target)?;
-        out.write_all(header.bytes()).map_err(spool_error)?;
-        for (tensor, offset) in self.outline.tensors().iter().zip(header.tensor_offsets()) {
-            pad_to(&mut out, *offset).map_err(spool_error)?;
-            let bytes = tensor.bytes().unwrap_or_default();
-            std::io::copy(&mut Read::by_ref(&mut spool).take(bytes), &mut out)
-                .map_err(spool_error)?;
-        }
-        pad_to(&mut out, header.file_bytes()).map_err(spool_error)?;
-        out.commit()?;
+        write_header(&mut self.out, &header)
+            .map_err(|e| FormatError::io(&self.target, "write the header", e))?;
+        self.out.commit()?;
         Ok(WrittenFile { bytes: header.file_bytes() })
     }
 
@@ -136,9 +148,11 @@ impl SlimWriter {
         let NewTensor { dtype, shape, .. } = &self.outline.tensors()[self.hashes.len()];
         assert_eq!(dtype.size_in_bytes(shape.iter().product()), Some(bytes.len() as u64));
         self.hashes.push(xxh3_64(bytes));
-        self.spool
-            .write_all(bytes)
-            .map_err(|e| FormatError::io(&self.target, "write the tensor data", e))
+        let append = |out: &mut AtomicFile| {
+            out.write_all(bytes)?;
+            pad(out)
+        };
+        append(&mut self.out).map_err(|e| FormatError::io(&self.target, "write the tensor data", e))
     }
 }
 
@@ -154,7 +168,15 @@ fn refuse(fault: Option<Fault>) -> Result<()> {
     }
 }
 
-fn pad_to(out: &mut AtomicFile, offset: u64) -> std::io::Result<()> {
+fn write_header(out: &mut AtomicFile, header: &HeaderWriter) -> std::io::Result<()> {
+    debug_assert_eq!(out.stream_position()?, header.file_bytes());
+    out.seek(SeekFrom::Start(0))?;
+    out.write_all(header.bytes())
+}
+
+/// Zeros up to where the next tensor starts.
+fn pad(out: &mut AtomicFile) -> std::io::Result<()> {
     let position = out.stream_position()?;
-    std::io::copy(&mut std::io::repeat(0).take(offset.saturating_sub(position)), out).map(drop)
+    let padding = position.next_multiple_of(ALIGNMENT.into()) - position;
+    std::io::copy(&mut std::io::repeat(0).take(padding), out).map(drop)
 }

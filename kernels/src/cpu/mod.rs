@@ -28,13 +28,20 @@ pub struct Cpu;
 
 impl Backend for Cpu {
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
-        match w.bands() {
-            Some(bands) if m == 1 => {
-                check_matmul(w, x, m, out)?;
+        if m > 1 {
+            return matmul(Precision::Fine, w, x, m, out);
+        }
+        check_matmul(w, x, m, out)?;
+        match w {
+            Weight::Dense(matrix) => matvec::dense_by(Method::fastest(), &matrix, x, out),
+            Weight::Packed(layer) => {
+                matvec::matvec_by(Method::fastest(), layer, x, out);
+                Ok(())
+            }
+            Weight::Bands(bands) => {
                 matvec::matvec_by(Method::fastest(), bands, x, out);
                 Ok(())
             }
-            _ => matmul(Precision::Fine, w, x, m, out),
         }
     }
 

@@ -9,7 +9,7 @@ use super::{
         blocks::{Blocks, block_bytes},
         graph::{Attribute::Int, Element, Graph},
     },
-    Builder, PIECE, cast, f32_bytes, value_of,
+    Builder, LEAST_BITS, PIECE, cast, f32_bytes, value_of,
 };
 use crate::{Result, tensor::to_f16};
 
@@ -26,6 +26,24 @@ enum Kind {
     Blocks { bits: u8, block: usize, row_blocks: usize },
     /// Tensor `NAME [rows, cols]`, F16 or F32.
     Dense,
+}
+
+/// Tensors that a weight is stored as, at most.
+pub const MAX_PARTS: u64 = 3;
+
+/// Bytes of the tensors that [`Builder::store`] makes of a weight.
+pub fn stored_bytes(found: Weight<'_>, least_bits: u8) -> u64 {
+    let (rows, cols) = weight::shape(found);
+    let weights = (rows * cols) as u64;
+    match (found, found.bands()) {
+        (_, Some(bands)) => {
+            let (bits, block) = Blocks::bits_and_block(bands, least_bits);
+            let codes = (rows * cols.next_multiple_of(block)) as u64;
+            codes * u64::from(bits) / 8 + 2 * 4 * codes / block as u64
+        }
+        (Weight::Dense(DenseTensor { dtype: DType::F16, .. }), None) if rows > 1 => 2 * weights,
+        (_, None) => 4 * weights,
+    }
 }
 
 impl Builder<'_> {
@@ -74,7 +92,7 @@ impl Builder<'_> {
     /// The product of `input` with a layer's weight, called like the layer.
     pub fn add_linear(&mut self, block: usize, part: Part, input: &str) -> Result<String> {
         let tensor = self.decoder.tensor(block, part);
-        let stored = self.store(tensor, 2)?;
+        let stored = self.store(tensor, LEAST_BITS)?;
         let output = value_of(tensor);
         self.multiply(&stored, input, output);
         Ok(output.to_owned())

@@ -4,29 +4,35 @@
 
 use std::arch::x86_64::*;
 
-use slim_formats::slim::PackedTensor;
+use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
-    TileKernel,
+    Kernels,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
 use crate::cpu::unpack::Lanes;
 
-/// The kernel, if the processor has its instructions.
-pub(super) fn detect() -> Option<TileKernel> {
+/// The kernels, if the processor has their instructions.
+pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
-    // SAFETY: the processor has what `tile` enables.
-    has.then_some(|packed, index, input| unsafe { tile(packed, index, input) })
+    // SAFETY: the processor has what `tile` and `blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+    })
 }
 
-/// The one with AVX-VNNI.
-pub(super) fn detect_vnni() -> Option<TileKernel> {
+/// Those with AVX-VNNI.
+pub(super) fn detect_vnni() -> Option<Kernels> {
     let has = detect().is_some() && is_x86_feature_detected!("avxvnni");
-    // SAFETY: the processor has what `vnni_tile` enables.
-    has.then_some(|packed, index, input| unsafe { vnni_tile(packed, index, input) })
+    // SAFETY: the processor has what `vnni_tile` and `vnni_blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { vnni_tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { vnni_blocks(tensor, first, input) },
+    })
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -39,7 +45,17 @@ fn vnni_tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
     Kernel::<_, 2>(Avx2::<true>(())).tile(packed, tile, input)
 }
 
-/// Made in [`tile`] and [`vnni_tile`] only.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 2>(Avx2::<false>(())).blocks(tensor, first, input)
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn vnni_blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 2>(Avx2::<true>(())).blocks(tensor, first, input)
+}
+
+/// Made in functions that enable its instructions only.
 #[derive(Clone, Copy)]
 struct Avx2<const HAS_VNNI: bool>(());
 
@@ -54,6 +70,7 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         words(word: i32) -> __m256i = _mm256_set1_epi32(word);
         and(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
         or(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);
+        xor(a: __m256i, b: __m256i) -> __m256i = _mm256_xor_si256(a, b);
         shifted_left(words: __m256i, bits: usize) -> __m256i
             = _mm256_sllv_epi32(words, _mm256_set1_epi32(bits as i32));
         shifted_right(words: __m256i, bits: usize) -> __m256i

@@ -3,20 +3,23 @@
 
 use std::arch::x86_64::*;
 
-use slim_formats::slim::PackedTensor;
+use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
-    TileKernel,
+    Kernels,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
 use crate::cpu::unpack::Lanes;
 
-/// The kernel, if the processor has its instructions.
-pub(super) fn detect() -> Option<TileKernel> {
+/// The kernels, if the processor has their instructions.
+pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
-    // SAFETY: the processor has what `tile` enables.
-    has.then_some(|packed, index, input| unsafe { tile(packed, index, input) })
+    // SAFETY: the processor has what `tile` and `blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+    })
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
@@ -24,7 +27,12 @@ fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
     Kernel::<_, 1>(Avx512(())).tile(packed, tile, input)
 }
 
-/// Made in [`tile`] only.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 1>(Avx512(())).blocks(tensor, first, input)
+}
+
+/// Made in [`tile`] and [`blocks`] only.
 #[derive(Clone, Copy)]
 struct Avx512(());
 
@@ -39,6 +47,7 @@ impl Isa for Avx512 {
         words(word: i32) -> __m512i = _mm512_set1_epi32(word);
         and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
         or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
+        xor(a: __m512i, b: __m512i) -> __m512i = _mm512_xor_si512(a, b);
         shifted_left(words: __m512i, bits: usize) -> __m512i
             = _mm512_sllv_epi32(words, _mm512_set1_epi32(bits as i32));
         shifted_right(words: __m512i, bits: usize) -> __m512i

@@ -1,5 +1,7 @@
 //! The input of a product with one token as 8-bit integers.
 
+use std::ops::Range;
+
 use slim_formats::slim::LayerLayout;
 
 use super::{super::unpack::UNIT, in_whole_units};
@@ -57,18 +59,28 @@ impl Input {
     /// Quantizes `x[cols]` for a layer.
     pub fn new(layout: &LayerLayout, x: &[f32]) -> Self {
         let x = &*in_whole_units(x);
+        Self::in_steps(&steps(layout).collect::<Vec<_>>(), x)
+    }
+
+    /// Quantizes `x[cols]` for a matrix whose runs are all of `run` columns: one unit or two.
+    pub fn in_runs(run: usize, x: &[f32]) -> Self {
+        let firsts = (0..x.len()).step_by(run);
+        Self::in_steps(&firsts.map(|first| first..first + run).collect::<Vec<_>>(), x)
+    }
+
+    fn in_steps(steps: &[Range<usize>], x: &[f32]) -> Self {
         let units = x.len() / UNIT;
         let mut input = Self {
             codes: vec![[0; 4]; units],
             fine_codes: vec![[0; 4]; units],
             steps: vec![Step::default(); units],
         };
-        quantize(layout, x, &mut input);
+        quantize(steps, x, &mut input);
         input
     }
 
     /// Some units of it.
-    pub(super) fn of(&self, units: std::ops::Range<usize>) -> Units<'_> {
+    pub(super) fn of(&self, units: Range<usize>) -> Units<'_> {
         let (codes, fine_codes) = (&self.codes[units.clone()], &self.fine_codes[units.clone()]);
         Units { codes, fine_codes, steps: &self.steps[units] }
     }
@@ -76,21 +88,34 @@ impl Input {
     /// The rounded input, `[cols]`.
     #[cfg(test)]
     pub fn values(&self, layout: &LayerLayout) -> Vec<f32> {
+        let mut values = self.values_in_steps(steps(layout));
+        values.truncate(layout.cols());
+        values
+    }
+
+    /// The same after [`Self::in_runs`].
+    #[cfg(test)]
+    pub fn values_in_runs(&self, run: usize) -> Vec<f32> {
+        let firsts = (0..UNIT * self.codes.len()).step_by(run);
+        self.values_in_steps(firsts.map(|first| first..first + run))
+    }
+
+    #[cfg(test)]
+    fn values_in_steps(&self, steps: impl Iterator<Item = Range<usize>>) -> Vec<f32> {
         let codes: &[i8] = bytemuck::cast_slice(&self.codes);
         let fine_codes: &[i8] = bytemuck::cast_slice(&self.fine_codes);
-        steps(layout)
+        steps
             .flat_map(|cols| {
                 let scale = self.steps[cols.start / UNIT].scale;
                 let codes = codes[cols.clone()].iter().zip(&fine_codes[cols]);
                 codes.map(move |(&code, &fine)| scale * (f32::from(code) + FINE * f32::from(fine)))
             })
-            .take(layout.cols())
             .collect()
     }
 }
 
 /// The columns of each step, in whole units.
-fn steps(layout: &LayerLayout) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn steps(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
     let runs = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
     runs.flat_map(|run| {
         let end = run.end.next_multiple_of(UNIT);
@@ -99,11 +124,11 @@ fn steps(layout: &LayerLayout) -> impl Iterator<Item = std::ops::Range<usize>> {
 }
 
 per_isa! {
-    fn quantize(layout: &LayerLayout, x: &[f32], input: &mut Input) {
-        for cols in steps(layout) {
+    fn quantize(steps: &[Range<usize>], x: &[f32], input: &mut Input) {
+        for cols in steps {
             let first = cols.start / UNIT;
             let (codes, fine_codes) = (&mut input.codes[first..], &mut input.fine_codes[first..]);
-            input.steps[first] = quantize_step(&x[cols], codes, fine_codes);
+            input.steps[first] = quantize_step(&x[cols.clone()], codes, fine_codes);
         }
     }
 }

@@ -28,6 +28,7 @@ pub(super) trait Isa: Copy {
     fn words(self, word: i32) -> Self::Words;
     fn and(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn or(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn xor(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn shifted_left(self, words: Self::Words, bits: usize) -> Self::Words;
     fn shifted_right(self, words: Self::Words, bits: usize) -> Self::Words;
 
@@ -78,9 +79,9 @@ macro_rules! instructions {
 pub(super) use instructions;
 
 /// A word for each of the 16 rows of a tile, in `N` registers.
-type Words<I, const N: usize> = [<I as Isa>::Words; N];
+pub(super) type Words<I, const N: usize> = [<I as Isa>::Words; N];
 /// An f32 for each.
-type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
+pub(super) type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
 
 /// Sums over the runs so far: factor times code times input, and minimum times input.
 struct Sums<I: Isa, const N: usize> {
@@ -293,7 +294,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn shifted_right(self, mut words: Words<I, N>, bits: usize) -> Words<I, N> {
+    pub fn shifted_right(self, mut words: Words<I, N>, bits: usize) -> Words<I, N> {
         for words in &mut words {
             *words = self.0.shifted_right(*words, bits);
         }
@@ -301,7 +302,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn or(self, mut a: Words<I, N>, b: Words<I, N>) -> Words<I, N> {
+    pub fn or(self, mut a: Words<I, N>, b: Words<I, N>) -> Words<I, N> {
         for i in 0..N {
             a[i] = self.0.or(a[i], b[i]);
         }
@@ -309,7 +310,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn load(self, block: &[u8; 64]) -> Words<I, N> {
+    pub fn load(self, block: &[u8; 64]) -> Words<I, N> {
         let mut words = [self.0.words(0); N];
         for (words, bytes) in words.iter_mut().zip(block.chunks_exact(64 / N)) {
             *words = self.0.load(bytes);
@@ -327,7 +328,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn converted(self, words: Words<I, N>) -> Floats<I, N> {
+    pub fn converted(self, words: Words<I, N>) -> Floats<I, N> {
         let mut floats = [self.0.floats(0.0); N];
         for i in 0..N {
             floats[i] = self.0.converted(words[i]);
@@ -336,7 +337,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn halves(self, bytes: &[u8; 32]) -> Floats<I, N> {
+    pub fn halves(self, bytes: &[u8; 32]) -> Floats<I, N> {
         let mut floats = [self.0.floats(0.0); N];
         for (floats, bytes) in floats.iter_mut().zip(bytes.chunks_exact(32 / N)) {
             *floats = self.0.halves(bytes);

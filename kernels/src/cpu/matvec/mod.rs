@@ -1,12 +1,16 @@
-//! One token times a packed layer, straight from the file's bytes: 16 rows are 16 lanes, and no sum goes across them.
+//! One token times a weight matrix, straight from the file's bytes. Of packed layers and ggml's blocks 16 rows are 16 lanes, and no
+//! sum goes across them.
 //!
 //! Where the processor multiplies bytes, the input becomes 8-bit integers first ([`Input`]): a code then costs a fraction of an
-//! instruction, and decoding waits for the memory. Elsewhere `portable` multiplies in f32.
+//! instruction, and decoding waits for the memory. Elsewhere `portable` and `dense` multiply in f32, and so does `dense` everywhere
+//! with weights that are floats.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod blocks;
+mod dense;
 mod input;
 mod kernel;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -16,23 +20,33 @@ mod portable;
 use std::{borrow::Cow, fmt, mem, sync::LazyLock};
 
 use rayon::prelude::*;
-use slim_formats::slim::{Bands, PackedTensor, TILE_ROWS};
+use slim_formats::{
+    DenseTensor, Layout,
+    slim::{Bands, PackedTensor, TILE_ROWS},
+};
 
 use super::unpack::{Lanes, UNIT};
+use crate::Result;
 
 pub use input::Input;
 
 /// Bytes of a layer in a task. With eight times as many, threads wait for each other: decoding SmolLM2 at 3 bits took half as long again.
 const TASK_BYTES: usize = 1 << 15;
 
-/// The products of the 16 rows of a tile with an input.
-type TileKernel = fn(PackedTensor<'_>, usize, &Input) -> Lanes;
+/// What an instruction set multiplies bytes with. The products of 16 rows with an input:
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    /// of a tile,
+    tile: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
+    /// of blocks from a row on.
+    blocks: fn(&DenseTensor<'_>, usize, &Input) -> Lanes,
+}
 
 /// What multiplies.
 #[derive(Clone, Copy)]
 pub enum Method {
     /// Codes with 8-bit integers, in the instruction set of this name.
-    Integer(&'static str, TileKernel),
+    Integer(&'static str, Kernels),
     /// Codes with the f32 input, in loops that the compiler vectorises.
     Float,
 }
@@ -52,9 +66,9 @@ impl Method {
             target_arch = "x86_64",
             all(target_arch = "aarch64", target_endian = "little")
         )))]
-        let kernels: [(&'static str, Option<TileKernel>); 0] = [];
-        let found = kernels.into_iter().filter_map(|(name, kernel)| Some((name, kernel?)));
-        found.map(|(name, kernel)| Self::Integer(name, kernel)).chain([Self::Float]).collect()
+        let kernels: [(&'static str, Option<Kernels>); 0] = [];
+        let found = kernels.into_iter().filter_map(|(name, kernels)| Some((name, kernels?)));
+        found.map(|(name, kernels)| Self::Integer(name, kernels)).chain([Self::Float]).collect()
     }
 
     /// The fastest one, found out once.
@@ -86,10 +100,10 @@ pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], ou
     let (rows, cols) = bands.shape();
     assert_eq!((x.len(), out.len()), (cols, rows), "inputs and outputs");
     match method {
-        Method::Integer(_, kernel) => {
+        Method::Integer(_, kernels) => {
             // Bands have the same columns in a sub-group or group.
             let input = Input::new(bands.get(0).layout(), x);
-            for_each_tile(bands, out, |band, tile| kernel(band, tile, &input));
+            for_each_tile(bands, out, |band, tile| (kernels.tile)(band, tile, &input));
         }
         Method::Float => {
             let x = in_whole_units(x);
@@ -107,6 +121,46 @@ fn in_whole_units(x: &[f32]) -> Cow<'_, [f32]> {
     let mut padded = x.to_vec();
     padded.resize(x.len().next_multiple_of(UNIT), 0.0);
     Cow::Owned(padded)
+}
+
+/// `out[rows]` from a dense matrix times `x[cols]`.
+///
+/// # Accuracy
+/// [`Method::Integer`] with one of ggml's quantized types: as [`matvec_by`]. Otherwise f32 sums over 256 columns, then over those.
+///
+/// # Errors
+/// `UnsupportedType` for element types that hold no weights.
+///
+/// # Panics
+/// If `x` or `out` is not as long as the matrix is wide or high.
+pub fn dense_by(
+    method: Method,
+    matrix: &DenseTensor<'_>,
+    x: &[f32],
+    out: &mut [f32],
+) -> Result<()> {
+    assert_eq!((x.len(), out.len()), (matrix.cols, matrix.rows), "inputs and outputs");
+    let row_bytes = (matrix.stored_bytes() as usize).div_ceil(matrix.rows.max(1)).max(1);
+    let task_rows = TASK_BYTES.div_ceil(row_bytes).next_multiple_of(TILE_ROWS);
+    let tasks = out.par_chunks_mut(task_rows).enumerate();
+    match (method, blocks::run(matrix.dtype), matrix.layout) {
+        (_, _, Layout::Transposed { .. }) | (_, None, _) | (Method::Float, ..) => tasks
+            .try_for_each(|(task, out)| {
+                let first = task * task_rows;
+                dense::products(matrix, first..first + out.len(), x, out)
+            }),
+        (Method::Integer(_, kernels), Some(run), _) => {
+            let input = Input::in_runs(run, x);
+            tasks.for_each(|(task, out)| {
+                for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+                    let products =
+                        (kernels.blocks)(matrix, task * task_rows + i * TILE_ROWS, &input);
+                    out.copy_from_slice(&products[..out.len()]);
+                }
+            });
+            Ok(())
+        }
+    }
 }
 
 /// Stores the 16 products that `product` gives for each tile of each band.

@@ -6,20 +6,23 @@
 
 use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
-use slim_formats::slim::PackedTensor;
+use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
-    TileKernel,
+    Kernels,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
 use crate::cpu::unpack::Lanes;
 
-/// The kernel, if the processor has its instructions.
-pub(super) fn detect() -> Option<TileKernel> {
+/// The kernels, if the processor has their instructions.
+pub(super) fn detect() -> Option<Kernels> {
     let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-    // SAFETY: the processor has what `tile` enables.
-    has.then_some(|packed, index, input| unsafe { tile(packed, index, input) })
+    // SAFETY: the processor has what `tile` and `blocks` enable.
+    has.then_some(Kernels {
+        tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+    })
 }
 
 #[target_feature(enable = "neon,dotprod")]
@@ -27,7 +30,12 @@ fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
     Kernel::<_, 4>(Neon(())).tile(packed, tile, input)
 }
 
-/// Made in [`tile`] only.
+#[target_feature(enable = "neon,dotprod")]
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
+    Kernel::<_, 4>(Neon(())).blocks(tensor, first, input)
+}
+
+/// Made in [`tile`] and [`blocks`] only.
 #[derive(Clone, Copy)]
 struct Neon(());
 
@@ -47,6 +55,7 @@ impl Isa for Neon {
         words(word: i32) -> uint32x4_t = vdupq_n_u32(word.cast_unsigned());
         and(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vandq_u32(a, b);
         or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vorrq_u32(a, b);
+        xor(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = veorq_u32(a, b);
         shifted_left(words: uint32x4_t, bits: usize) -> uint32x4_t
             = vshlq_u32(words, vdupq_n_s32(bits as i32));
         shifted_right(words: uint32x4_t, bits: usize) -> uint32x4_t

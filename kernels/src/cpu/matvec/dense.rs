@@ -1,0 +1,54 @@
+//! One token times a dense tensor, straight from the bytes where they lie: f32 inputs and sums, in loops that the compiler vectorises.
+
+use std::ops::Range;
+
+use slim_formats::{DenseTensor, Layout};
+
+use crate::{Result, cpu::elementwise::dot, ggml::dequantize};
+
+/// Values that are brought into f32 at a time: whole blocks of every type, and they stay in the first cache.
+const PIECE: usize = 256;
+
+per_isa! {
+    /// The products of rows `rows` with `x`.
+    ///
+    /// # Errors
+    /// `UnsupportedType` for element types that hold no weights.
+    pub fn products(
+        tensor: &DenseTensor<'_>,
+        rows: Range<usize>,
+        x: &[f32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let mut values = [0.0; PIECE];
+        let bytes_of = |count: usize| tensor.dtype.size_in_bytes(count as u64).unwrap_or(0) as usize;
+        out.fill(0.0);
+        if let Layout::Transposed { stride } = tensor.layout {
+            // A column is the weights of one input.
+            for (rows, out) in rows.clone().step_by(PIECE).zip(out.chunks_mut(PIECE)) {
+                let values = &mut values[..out.len()];
+                for (col, x) in x.iter().enumerate() {
+                    let start = bytes_of(col * stride + rows);
+                    let bytes = &tensor.bytes[start..start + bytes_of(out.len())];
+                    dequantize(tensor.dtype, bytes, values)?;
+                    for (out, value) in out.iter_mut().zip(values.iter()) {
+                        *out += x * value;
+                    }
+                }
+            }
+            return Ok(());
+        }
+        for (row, out) in rows.zip(out) {
+            let stored = tensor.layout.stored_row(row).expect("rows one after the other");
+            let row_bytes = tensor.bytes.len() / tensor.rows;
+            let bytes = &tensor.bytes[stored * row_bytes..][..row_bytes];
+            for (piece, x) in x.chunks(PIECE).enumerate() {
+                let values = &mut values[..x.len()];
+                let bytes = &bytes[bytes_of(piece * PIECE)..][..bytes_of(x.len())];
+                dequantize(tensor.dtype, bytes, values)?;
+                *out += dot(values, x);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,83 @@
+//! Commands that write clean up when they are interrupted.
+
+#[cfg(unix)]
+use std::{
+    io::{self, IsTerminal},
+    sync::{Arc, atomic::AtomicBool},
+};
+
+#[cfg(unix)]
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    flag,
+    iterator::Signals,
+    low_level::exit,
+};
+#[cfg(unix)]
+use slim_formats::remove_temporaries;
+use slim_formats::{Removed, remove_leftovers, removed_unfinished};
+
+use crate::output::{note, size};
+
+/// Exceeding the limit on the size of a file; of all Unix systems.
+#[cfg(unix)]
+const SIGXFSZ: i32 = 25;
+
+/// From here on, Ctrl-C and what else ends a command removes its temporary files first, and tells which. Writing beyond the
+/// limit on the size of a file becomes an error, after which they are removed, too.
+#[cfg(unix)]
+pub fn clean_up_when_interrupted() -> io::Result<()> {
+    let ignored = ignored_signals();
+    let heeded = |signal: &i32| ignored & (1 << (signal - 1)) == 0;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP].into_iter().filter(heeded))?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            end(signal);
+        }
+    });
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
+    Ok(())
+}
+
+/// Elsewhere temporary files of an interrupted command stay until the next one.
+#[cfg(not(unix))]
+pub fn clean_up_when_interrupted() -> std::io::Result<()> {
+    Ok(())
+}
+
+/// The signals that the command is to ignore, a bit each from the lowest: of `nohup`, it is SIGHUP. Linux tells.
+#[cfg(unix)]
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(unix)]
+fn end(signal: i32) {
+    // As long as this value lives, nothing new comes into being.
+    let cleared = remove_temporaries();
+    if io::stderr().is_terminal() {
+        // Below the bar.
+        note("");
+    }
+    note("interrupted");
+    cleared.removed.iter().for_each(|removed| note(told(removed)));
+    exit(128 + signal);
+}
+
+/// Removes what killed commands have left in the folder of an output, and tells it.
+pub fn clear_leftovers(folder: &std::path::Path) {
+    for removed in remove_leftovers(folder) {
+        note(format_args!("{}, which an earlier run had left", told(&removed)));
+    }
+}
+
+/// Tells what a command that has failed has removed.
+pub fn tell_removed() {
+    removed_unfinished().iter().for_each(|removed| note(told(removed)));
+}
+
+fn told(removed: &Removed) -> String {
+    format!("removed the temporary `{}` ({})", removed.path.display(), size(removed.bytes))
+}
