@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Error, Result, ensure};
 use slim_formats::{OutputPath, TemporaryFolder};
 
-use crate::{failure::advised, interrupt::clear_leftovers};
+use crate::{failure::advised, interrupt::clear_leftovers, output::note};
 
 /// What a command writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,10 +58,8 @@ impl TargetArgs {
             }
             Err(error) => return Err(Error::new(error).context(format!("`{shown}`"))),
         };
-        let is_input = found.is_file() && inputs.iter().any(|input| is_same_file(input, path));
-        ensure!(!is_input, "`{shown}` is a file of the source, which would be overwritten");
         match kind {
-            Kind::File(_) => self.check_file(&found)?,
+            Kind::File(_) => self.check_file(&found, inputs)?,
             Kind::Folder => self.check_folder(&found)?,
         }
         check_extension(path, kind)
@@ -73,13 +71,15 @@ impl TargetArgs {
     }
 
     /// Checks that a file may take the place of what was found.
-    fn check_file(&self, found: &Metadata) -> Result<()> {
+    fn check_file(&self, found: &Metadata, inputs: &[PathBuf]) -> Result<()> {
         let (path, shown) = (self.path(), self.output.display());
         ensure!(!found.is_dir(), "`{shown}` is a folder; `-o` takes the name of a file");
         if !found.is_file() {
             let message = format!("`{shown}` is {}", kind_of(found.file_type(), path));
             return Err(advised(message, "only a regular file is replaced; give another name"));
         }
+        let is_input = inputs.iter().any(|input| is_same_file(input, path));
+        ensure!(!is_input, "`{shown}` is a file of the source, which would be overwritten");
         if !self.force {
             let message = format!("`{shown}` exists already");
             return Err(advised(message, "give another name, or replace it with `--force`"));
@@ -145,25 +145,19 @@ fn check_extension(path: &Path, kind: Kind) -> Result<()> {
     let Some(found) = path.extension().and_then(|extension| extension.to_str()) else {
         return Ok(());
     };
+    // A name may end with a version, `model-3.2`.
+    let is_one = found.starts_with(|c: char| c.is_ascii_alphabetic());
     match kind {
-        // A name may end with a version, `model-3.2`.
-        Kind::File(expected)
-            if found.starts_with(|c: char| c.is_ascii_alphabetic())
-                && !found.eq_ignore_ascii_case(expected) =>
-        {
+        Kind::File(expected) if is_one && !found.eq_ignore_ascii_case(expected) => {
             let message = format!(
                 "`{shown}`: found a name that ends with `.{found}`, expected `.{expected}`"
             );
             let name = path.with_extension(expected);
             Err(advised(message, format!("call it `{}`", name.display())))
         }
-        Kind::Folder if ["gguf", "onnx", "safetensors", "bin"].contains(&found) => {
-            let message = format!(
-                "`{shown}`: found a name that ends with `.{found}`, expected that of a folder"
-            );
-            let name = path.with_extension("");
-            let hint = format!("several files go into a folder, such as `{}`", name.display());
-            Err(advised(message, hint))
+        Kind::Folder if ["gguf", "onnx", "safetensors"].contains(&found) => {
+            note(format_args!("warning: `{shown}` becomes a folder, in spite of its name"));
+            Ok(())
         }
         _ => Ok(()),
     }
@@ -274,7 +268,6 @@ mod tests {
             ("a.safetensors", gguf),
             ("a.slim", gguf),
             ("a.gguf", Kind::File("safetensors")),
-            ("a.onnx", Kind::Folder),
         ] {
             assert!(check(name, kind).is_err(), "`{name}`");
         }

@@ -179,12 +179,14 @@ impl Generation<'_, '_> {
     }
 
     fn draw(&mut self) -> Result<u32> {
-        let Generator { model, cache, held, sampler, .. } = &mut *self.generator;
+        let Generator { model, cache, held, sampler, ends, .. } = &mut *self.generator;
         let fresh = std::mem::take(&mut self.fresh);
         held.extend(&fresh);
+        // A chat is full of ends of turns. A penalty on them would make the model talk on and on.
+        let recent: Vec<u32> = held.iter().copied().filter(|token| !ends.contains(token)).collect();
         let Timings { prefill, decode } = &mut self.timings;
         let timing = if prefill.tokens + fresh.len() <= self.total { prefill } else { decode };
-        timing.measure(fresh.len(), || model.next_token(&fresh, cache, sampler, held))
+        timing.measure(fresh.len(), || model.next_token(&fresh, cache, sampler, &recent))
     }
 
     fn end(&mut self, reason: End) -> Result<Event> {

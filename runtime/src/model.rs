@@ -170,7 +170,7 @@ impl<'a> Model<'a> {
             (Residual::OnHost(x), _) => sampler.sample(&self.logits_of_last(&x)?, recent),
             // The device sorts; a hundred logits come to the host instead of a hundred thousand.
             (Residual::OnDevice(session), Some(k)) if k <= MAX_TOP => {
-                sampler.sample_top(&session.top(k)?)
+                sampler.sample_top(&session.top(k)?, recent)
             }
             (Residual::OnDevice(session), _) => sampler.sample(&session.logits()?, recent),
         }

@@ -40,6 +40,12 @@ impl Default for SamplerSettings {
 }
 
 impl SamplerSettings {
+    /// For a model whose makers say nothing. A small model at few bits per weight gets into loops, or
+    /// begins with what has a percent or two: here the tail is cut off and repetition costs.
+    pub fn cautious() -> Self {
+        Self { temperature: 0.7, min_p: 0.2, repeat_penalty: 1.1, ..Self::default() }
+    }
+
     /// Always the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
@@ -48,7 +54,7 @@ impl SamplerSettings {
     fn validate(&self) -> Result<()> {
         let numbers = [
             ("temperature", self.temperature, 0.0..=f32::MAX, "0 or more"),
-            ("top-p", self.top_p, f32::MIN_POSITIVE..=1.0, "above 0, at most 1"),
+            ("top-p", self.top_p, 0.0..=1.0, "0 to 1"),
             ("min-p", self.min_p, 0.0..=1.0, "0 to 1"),
             ("repeat penalty", self.repeat_penalty, f32::MIN_POSITIVE..=f32::MAX, "above 0"),
         ];
@@ -104,19 +110,26 @@ impl Sampler {
 
     /// How many of the most likely tokens decide the draw, if that is a number known before.
     pub fn deciding_tokens(&self) -> Option<usize> {
-        match &self.settings {
-            settings if settings.repeat_penalty != 1.0 => None,
-            settings if settings.temperature == 0.0 => Some(1),
-            settings => Some(settings.top_k).filter(|&k| k > 0),
-        }
+        let settings = &self.settings;
+        let kept = if settings.temperature == 0.0 { 1 } else { settings.top_k };
+        let lowered = match settings.repeat_penalty {
+            1.0 => 0,
+            // Each token that is lowered makes room for one behind.
+            penalty if penalty > 1.0 => settings.repeat_window_tokens,
+            _ => return None,
+        };
+        Some(kept).filter(|&kept| kept > 0).map(|kept| kept.saturating_add(lowered))
     }
 
-    /// Draws the next token as [`Self::sample`] does, from the [`Self::deciding_tokens`] most likely ones: token and logit.
+    /// Draws the next token as [`Self::sample`] does, from the [`Self::deciding_tokens`] most likely
+    /// ones: token and logit.
     ///
     /// # Errors
     /// As [`Self::sample`].
-    pub fn sample_top(&mut self, top: &[(u32, f32)]) -> Result<u32> {
-        self.choose(candidates(top.iter().copied())?)
+    pub fn sample_top(&mut self, top: &[(u32, f32)], recent: &[u32]) -> Result<u32> {
+        let mut candidates = candidates(top.iter().copied())?;
+        self.penalize(&mut candidates, recent);
+        self.choose(candidates)
     }
 
     /// Draws from all candidates, in any order.
@@ -143,7 +156,13 @@ impl Sampler {
         }
         let start = recent.len().saturating_sub(self.settings.repeat_window_tokens);
         for token in recent[start..].iter().collect::<BTreeSet<_>>() {
-            if let Some(Candidate { logit, .. }) = candidates.get_mut(*token as usize) {
+            // Of a whole vocabulary, a token stands at its own place.
+            let place = match candidates.get(*token as usize) {
+                Some(candidate) if candidate.token == *token => Some(*token as usize),
+                _ => candidates.iter().position(|candidate| candidate.token == *token),
+            };
+            if let Some(place) = place {
+                let logit = &mut candidates[place].logit;
                 let lowered = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
                 *logit = lowered.min(f32::MAX);
             }
@@ -281,20 +300,28 @@ mod tests {
 
     #[test]
     fn deciding_tokens_alone_give_the_same_draws() {
-        let logits: Vec<f32> = (0..100).map(|token| ((token * 37) % 100) as f32 * 0.1).collect();
-        for settings in [SamplerSettings::default(), SamplerSettings::greedy()] {
+        let logits: Vec<f32> =
+            (0..200).map(|token| ((token * 37) % 200) as f32 * 0.1 - 5.0).collect();
+        let recent: Vec<u32> = (0..70).map(|index| (index * 27) % 200).collect();
+        let penalty = SamplerSettings { repeat_penalty: 1.5, ..SamplerSettings::default() };
+        let greedy_penalty = SamplerSettings { temperature: 0.0, ..penalty.clone() };
+        for settings in
+            [SamplerSettings::default(), SamplerSettings::greedy(), penalty, greedy_penalty]
+        {
             let [mut of_all, mut of_top] = [0, 1].map(|_| Sampler::new(settings.clone()).unwrap());
             let count = of_top.deciding_tokens().unwrap();
             let mut top: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
             top.sort_by(|a, b| b.1.total_cmp(&a.1));
             top.truncate(count);
             for _ in 0..100 {
-                assert_eq!(of_top.sample_top(&top).unwrap(), of_all.sample(&logits, &[]).unwrap());
+                let expected = of_all.sample(&logits, &recent).unwrap();
+                assert_eq!(of_top.sample_top(&top, &recent).unwrap(), expected, "{settings:?}");
             }
         }
         assert_eq!(Sampler::new(plain()).unwrap().deciding_tokens(), None);
-        let penalty = SamplerSettings { repeat_penalty: 1.1, ..SamplerSettings::default() };
-        assert_eq!(Sampler::new(penalty).unwrap().deciding_tokens(), None);
+        // A token that becomes more likely may come from anywhere.
+        let reward = SamplerSettings { repeat_penalty: 0.9, ..SamplerSettings::default() };
+        assert_eq!(Sampler::new(reward).unwrap().deciding_tokens(), None);
     }
 
     #[test]
@@ -318,6 +345,7 @@ mod tests {
     #[test]
     fn top_p_keeps_the_token_that_crosses_the_share() {
         let logits = [0.5f32, 0.3, 0.15, 0.05].map(f32::ln);
+        assert_eq!(drawn(SamplerSettings { top_p: 0.0, ..plain() }, &logits), [0].into());
         assert_eq!(drawn(SamplerSettings { top_p: 0.1, ..plain() }, &logits), [0].into());
         assert_eq!(drawn(SamplerSettings { top_p: 0.7, ..plain() }, &logits), [0, 1].into());
         assert_eq!(drawn(SamplerSettings { top_p: 0.9, ..plain() }, &logits), [0, 1, 2].into());
@@ -402,7 +430,7 @@ mod tests {
         let refused = [
             SamplerSettings { temperature: -0.1, ..plain() },
             SamplerSettings { temperature: f32::INFINITY, ..plain() },
-            SamplerSettings { top_p: 0.0, ..plain() },
+            SamplerSettings { top_p: -0.1, ..plain() },
             SamplerSettings { top_p: f32::NAN, ..plain() },
             SamplerSettings { min_p: 1.1, ..plain() },
             SamplerSettings { repeat_penalty: 0.0, ..plain() },
@@ -412,6 +440,6 @@ mod tests {
             assert!(matches!(error, RuntimeError::InvalidArgument { .. }), "{settings:?}");
         }
         let error = Sampler::new(SamplerSettings { top_p: 2.0, ..plain() }).unwrap_err();
-        assert_eq!(error.to_string(), "top-p: found 2, expected above 0, at most 1");
+        assert_eq!(error.to_string(), "top-p: found 2, expected 0 to 1");
     }
 }

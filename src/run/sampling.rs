@@ -18,15 +18,18 @@ pub struct Sampling {
 
 impl Sampling {
     pub fn new(flags: &SamplingArgs, model: &Generation) -> Self {
-        let ours = SamplerSettings::default();
+        let mut ours = match model.is_empty() {
+            true => SamplerSettings::cautious(),
+            false => SamplerSettings::default(),
+        };
         let mut choice = Choice::default();
+        let temperature =
+            choice.of("temperature", flags.temperature, model.temperature, ours.temperature);
+        if temperature == 0.0 {
+            ours = SamplerSettings::greedy();
+        }
         let settings = SamplerSettings {
-            temperature: choice.of(
-                "temperature",
-                flags.temperature,
-                model.temperature,
-                ours.temperature,
-            ),
+            temperature,
             top_k: choice.of("top-k", flags.top_k, model.top_k, ours.top_k),
             top_p: choice.of("top-p", flags.top_p, model.top_p, ours.top_p),
             min_p: choice.of("min-p", flags.min_p, model.min_p, ours.min_p),

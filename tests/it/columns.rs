@@ -137,7 +137,7 @@ fn hf_name(name: &str) -> String {
 /// Converts on little text; gives the file.
 fn convert(dir: &Dir, model: &Path, more: &[&str]) -> String {
     let (model, file) = (&arg(model), dir.arg("a.slim.gguf"));
-    succeed(&[&["convert", model, "-o", &file][..], QUICK, more].concat());
+    succeed(&[&["convert", model, "-o", &file, "--force"][..], QUICK, more].concat());
     file
 }
 
@@ -212,7 +212,7 @@ fn dry_run_foretells_what_comes_out() {
         for way in WAYS {
             let model = &arg(&source);
             let file = dir.arg("a.slim.gguf");
-            let dry = &["convert", model, "-o", &file, "--dry-run", "--json"];
+            let dry = &["convert", model, "-o", &file, "--force", "--dry-run", "--json"];
             let plan = succeed(&[dry, QUICK, way].concat()).json();
             convert(&dir, &source, way);
             let found = succeed(&["inspect", &file, "--json"]).json();

@@ -166,13 +166,15 @@ fn matrices_in_bands_are_joined() {
     let slim = &dir.arg("a.slim.gguf");
     for name in TINY {
         let source = arg(&tiny_model(name));
-        let fixed = ["convert", &source, "-o", slim, "--embed-bits", "16", "--bits", "2"];
+        let fixed =
+            ["convert", &source, "-o", slim, "--force", "--embed-bits", "16", "--bits", "2"];
         succeed(&[&fixed[..], &["--samples", "2", "--context", "32"]].concat());
         let file = SlimFile::open(slim.as_ref()).unwrap();
         assert!(matches!(file.tensor("blk.1.ffn_up.weight"), Ok(Some(Weight::Bands(_)))));
         let expected = logits(&dir, slim);
-        for layout in ["gguf", "safetensors"] {
-            let exported = &dir.arg(&format!("{name}.{layout}"));
+        let (file_name, folder_name) = (format!("{name}.gguf"), format!("{name}-float"));
+        for (layout, exported) in [("gguf", file_name), ("safetensors", folder_name)] {
+            let exported = &dir.arg(&exported);
             export(slim, layout, exported);
             let error = relative_error(&logits(&dir, exported), &expected);
             assert!(error < 2e-3, "{name}, {layout}: {error}");
@@ -273,7 +275,7 @@ fn targets_and_models_that_do_not_fit_are_refused() {
     std::fs::create_dir(taken).unwrap();
     for (to, target, fragments) in [
         ("safetensors", taken.as_str(), &["`", "exists already", "hint: give a name"][..]),
-        ("gptq", slim, &["exists already"]),
+        ("gptq", slim, &["is a file of the source, which would be overwritten"]),
         ("gguf", taken, &["is a folder; `-o` takes the name of a file"]),
         ("gguf", slim, &["is a file of the source"]),
         ("safetensors", "/no/such/folder/out", &["there is no folder", "mkdir -p"]),

@@ -49,8 +49,9 @@ fn model_with(dtype: Dtype, change: impl Fn(&str, &mut [f32])) -> Dir {
 /// Converts in no time; gives what was said.
 fn convert(source: &Dir, target: &str, more: &[&str]) -> (String, Vec<String>) {
     let source = arg(source.root());
-    let fixed = ["convert", &source, "-o", target, "--samples", "2", "--context", "32", "--json"];
-    let answer = succeed(&[&fixed, more].concat());
+    let quick = ["--samples", "2", "--context", "32", "--json"];
+    let fixed = [&["convert", &source, "-o", target, "--force"][..], &quick].concat();
+    let answer = succeed(&[&fixed[..], more].concat());
     let warnings = answer.json()["warnings"].as_array().unwrap().clone();
     let warnings = warnings.iter().map(|warning| warning.as_str().unwrap().to_owned());
     (answer.stderr.clone(), warnings.collect())
@@ -183,7 +184,7 @@ fn value_that_is_no_number_is_named_before_the_work_begins() {
         for more in
             [&["--method", "slim"][..], &["--method", "rtn"], &["--reference"], &["--dry-run"]]
         {
-            let answer = slimllm(&[&["convert", model, "-o", out][..], more].concat());
+            let answer = slimllm(&[&["convert", model, "-o", out, "--force"][..], more].concat());
             answer.fails(&[&fragment]);
             assert!(!answer.stderr.contains("survey"), "{}", answer.stderr);
         }
@@ -226,7 +227,7 @@ fn activations_out_of_range_are_named_with_what_to_try() {
         }
     });
     let (model, out) = (&arg(source.root()), &source.arg("out"));
-    let convert = ["convert", model, "-o", out, "--samples", "2", "--context", "32"];
+    let convert = ["convert", model, "-o", out, "--force", "--samples", "2", "--context", "32"];
     for (method, place) in
         [("slim", "`blk.0`: found"), ("gptq", "`blk.0.attn_output.weight`: found")]
     {
@@ -248,7 +249,7 @@ fn file_names_the_instruction_path_that_decided_its_bytes() {
     let path = slim_kernels::instruction_path();
     assert!(version.starts_with("slimllm 0.1.0 ("), "{version}");
     assert!(version.contains("commit") && version.ends_with(&format!(", {path})\n")), "{version}");
-    let convert = ["convert", model, "-o", out, "--samples", "2", "--context", "32"];
+    let convert = ["convert", model, "-o", out, "--force", "--samples", "2", "--context", "32"];
     for (method, recorded) in [("slim", true), ("gptq", true), ("slim+", true), ("rtn", false)] {
         let more = ["--method", method, "--device", "cpu", "--quiet"];
         let steps: &[&str] = if method == "slim+" { &["--steps", "2"] } else { &[] };

@@ -634,7 +634,6 @@ fn verify_finds_broken_rules() {
         ("no tokenizer", "F4", &|d| d.remove("tokenizer.huggingface.json")),
         ("tokenizer cut short", "F23", &|d| d.set("tokenizer.huggingface.json", "{\"a\":")),
         ("a token twice", "F23", &tokenizer(&["a", "b", "a", "c"])),
-        ("an end beyond the vocabulary", "F4", &|d| d.set("slim.eos_token_ids", vec![2u32, 4])),
         ("error NaN", "F5", &error(f32::NAN)),
         ("infinite error", "F5", &error(f32::INFINITY)),
         ("negative error", "F5", &error(-0.5)),

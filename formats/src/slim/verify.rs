@@ -77,24 +77,14 @@ fn model_fault(file: &SlimFile) -> Option<Fault> {
     })
 }
 
-/// F4: a tokenizer, and tokens that it can have.
+/// F4: a tokenizer; opening checks the ids of its special tokens.
 fn tokenizer_fault(file: &SlimFile) -> Option<Fault> {
-    let fault = |place: &str, found: String, expected: &str| {
-        let (place, expected) = (format!("key `{place}`"), expected.to_owned());
-        Some(Fault { rule: "F4", place, found, expected })
-    };
-    let vocab_size = file.config().vocab_size;
-    let mut ends = file.config().eos_token_ids.iter();
-    if let Some(id) = ends.find(|&&id| id as usize >= vocab_size) {
-        let expected = format!("tokens below {vocab_size}");
-        return fault("slim.eos_token_ids", id.to_string(), &expected);
-    }
-    match file.tokenizer() {
-        TokenizerSource::Missing => {
-            fault("tokenizer.huggingface.json", "none".into(), "it, or `tokenizer.ggml.tokens`")
-        }
-        TokenizerSource::HuggingFace(_) | TokenizerSource::Ggml(_) => None,
-    }
+    matches!(file.tokenizer(), TokenizerSource::Missing).then(|| Fault {
+        rule: "F4",
+        place: "key `tokenizer.huggingface.json`".into(),
+        found: "none".into(),
+        expected: "it, or `tokenizer.ggml.tokens`".into(),
+    })
 }
 
 /// F5, for the first layer error that is no number.
