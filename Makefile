@@ -1,6 +1,7 @@
 # Runs from a fresh clone with cargo, a C and C++ toolchain, and python3 with pip.
 #
-#   make demo          fetch a small model, quantize it to 3 bits, look at the file, generate text with it
+#   make demo          fetch a small model, quantize it to 3 bits, look at the file, generate text
+#                      with it
 #   make test          set up what the tests need and run them all
 #   make test-engines  check exported files in llama.cpp, which it builds first (twenty minutes)
 #   make gpu-check     build the program that tests and measures on a GPU
@@ -45,7 +46,8 @@ test-cuda:
 	cargo test --test it -- cuda on_a_device
 	cargo run --quiet --package slim-gpu-check -- --smoke
 
-# One program that tests and measures the CUDA kernels on a machine with a GPU, which needs nothing but the driver.
+# One program that tests and measures the CUDA kernels on a machine with a GPU, which needs nothing
+# but the driver.
 gpu-check:
 	cargo build --release --package slim-gpu-check
 	strip $(RELEASE)/gpu-check
@@ -75,7 +77,8 @@ test-onnx: $(VENV)/onnx
 	        --tokens target/onnx/tokens --context 128 --tolerance 0.02 --slimllm $(DEBUG)/slimllm || exit 1; \
 	done
 
-# An engine that is not ours must find in an exported file what we find in the original. Not part of `test`: llama.cpp takes long to build.
+# An engine that is not ours must find in an exported file what we find in the original. Not part of
+# `test`: llama.cpp takes long to build.
 test-engines: $(MODEL) $(VENV)/ready
 	scripts/llama-cpp
 	cargo build --release

@@ -11,7 +11,8 @@ import tempfile
 
 import numpy as np
 
-# The furthest seen: 0.43 in llama.cpp, which rounds activations to 8 bits, 0.05 in ONNX Runtime, 0 in transformers.
+# The furthest seen: 0.43 in llama.cpp, which rounds activations to 8 bits, 0.05 in ONNX Runtime, 0
+# in transformers.
 NEAR = 0.5
 
 

@@ -64,7 +64,8 @@ pub struct ConvertArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub bits: u8,
 
-    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would take; 1.2 to 64
+    /// Bits per weight of the linear layers, everything counted, instead of those that --bits would
+    /// take; 1.2 to 64
     #[arg(long, value_name = "BITS", conflicts_with_all = ["bits", "reference"])]
     pub target_bpw: Option<f64>,
 
@@ -104,8 +105,8 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with_all = ["scales", "sub_group", "scale_bits", "method"])]
     pub reference: bool,
 
-    /// Mean bits of the embedding and the output layer; 16 keeps them as f16 [default: 4, with --target-size what is best; 6 with
-    /// methods gptq and rtn, 16 with --reference]
+    /// Mean bits of the embedding and the output layer; 16 keeps them as f16 [default: 4, with
+    /// --target-size what is best; 6 with methods gptq and rtn, 16 with --reference]
     #[arg(long, value_name = "BITS", value_parser = one_of(["2", "3", "4", "5", "6", "8", "16"]))]
     pub embed_bits: Option<usize>,
 
@@ -275,7 +276,8 @@ pub struct EvalArgs {
     #[arg(long, value_name = "TOKENS", value_parser = range(2..))]
     pub context: Option<usize>,
 
-    /// Tokens that go through the model at a time [default: a window]; with 1, what generating text computes is measured
+    /// Tokens that go through the model at a time [default: a window]; with 1, what generating text
+    /// computes is measured
     #[arg(long, value_name = "TOKENS", value_parser = range(1..))]
     pub batch: Option<usize>,
 
@@ -283,8 +285,9 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", value_parser = range(1..))]
     pub windows: Option<usize>,
 
-    /// Also measure the divergence from this model, usually the unquantized source; the graph of an .onnx file is run by
-    /// ONNX Runtime, from the library that ORT_DYLIB_PATH names or the system's
+    /// Also measure the divergence from this model, usually the unquantized source; the graph of an
+    /// .onnx file is run by ONNX Runtime, from the library that ORT_DYLIB_PATH names or the
+    /// system's
     #[arg(long, value_name = "SOURCE")]
     pub against: Option<PathBuf>,
 
@@ -363,7 +366,8 @@ pub struct ExportArgs {
 pub enum Layout {
     /// A llama.cpp file
     Gguf,
-    /// A Hugging Face folder with linear layers as GPTQ packs them, in 4 bits where that loses nothing, otherwise in 8
+    /// A Hugging Face folder with linear layers as GPTQ packs them, in 4 bits where that loses
+    /// nothing, otherwise in 8
     Gptq,
     /// A folder that ONNX Runtime and ONNX Runtime GenAI run
     Onnx,

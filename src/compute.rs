@@ -20,7 +20,8 @@ pub struct Compute {
     #[arg(short = 't', long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     threads: Option<usize>,
 
-    /// Where to compute: auto (an NVIDIA GPU if there is one), cpu, cuda, or cuda:0,1,... for some of the GPUs
+    /// Where to compute: auto (an NVIDIA GPU if there is one), cpu, cuda, or cuda:0,1,... for some
+    /// of the GPUs
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: Choice,
 }
@@ -71,7 +72,8 @@ impl Execution {
         self.compute.start()
     }
 
-    /// Loads a model for texts of up to `context` tokens, and says what runs where unless all is on the CPU.
+    /// Loads a model for texts of up to `context` tokens, and says what runs where unless all is on
+    /// the CPU.
     pub fn load<'a>(&self, source: &'a dyn ModelSource, context: usize) -> Result<Model<'a>> {
         let model = match &self.compute.device {
             Choice::Cpu => self.load_on_cpu(source)?,

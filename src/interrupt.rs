@@ -23,8 +23,9 @@ use crate::output::{note, size};
 #[cfg(unix)]
 const SIGXFSZ: i32 = 25;
 
-/// From here on, Ctrl-C and what else ends a command removes its temporary files first, and tells which. Writing beyond the
-/// limit on the size of a file becomes an error, after which they are removed, too.
+/// From here on, Ctrl-C and what else ends a command removes its temporary files first, and tells
+/// which. Writing beyond the limit on the size of a file becomes an error, after which they are
+/// removed, too.
 #[cfg(unix)]
 pub fn clean_up_when_interrupted() -> io::Result<()> {
     let ignored = ignored_signals();
@@ -45,7 +46,8 @@ pub fn clean_up_when_interrupted() -> std::io::Result<()> {
     Ok(())
 }
 
-/// The signals that the command is to ignore, a bit each from the lowest: of `nohup`, it is SIGHUP. Linux tells.
+/// The signals that the command is to ignore, a bit each from the lowest: of `nohup`, it is SIGHUP.
+/// Linux tells.
 #[cfg(unix)]
 fn ignored_signals() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -1,5 +1,5 @@
-//! Printing: data to stdout, talk to stderr. Neither ends the process where the reader has gone, and
-//! neither hands a terminal what it would obey: texts from files are printed, too.
+//! Printing: data to stdout, talk to stderr. Neither ends the process where the reader has gone,
+//! and neither hands a terminal what it would obey: texts from files are printed, too.
 
 use std::{
     borrow::Cow,

@@ -22,7 +22,8 @@ pub enum Kind {
 /// Where the output of a command goes.
 #[derive(clap::Args)]
 pub struct TargetArgs {
-    /// The output: NAME.slim.gguf of `convert`, NAME.safetensors of `logits`, of `export` a .gguf file or a new folder
+    /// The output: NAME.slim.gguf of `convert`, NAME.safetensors of `logits`, of `export` a .gguf
+    /// file or a new folder
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
 
@@ -32,7 +33,8 @@ pub struct TargetArgs {
 }
 
 impl TargetArgs {
-    /// Checks that the output can be written and is none of `inputs`, and removes what killed commands have left beside it.
+    /// Checks that the output can be written and is none of `inputs`, and removes what killed
+    /// commands have left beside it.
     pub fn prepare(&self, kind: Kind, inputs: &[PathBuf]) -> Result<OutputPath<'_>> {
         self.check(kind, inputs)?;
         let output = OutputPath { path: self.path(), replaces: self.force };

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use crate::{Engine, Result, floats::Floats};
 
-/// Tokens that go through a layer together, if samples are shorter: its weights are made ready for each batch.
+/// Tokens that go through a layer together, if samples are shorter: its weights are made ready for
+/// each batch.
 const BATCH_TOKENS: usize = 2048;
 
 /// `[samples, context, width]` f32.
@@ -29,8 +30,8 @@ pub struct StageInputs<'a> {
 pub struct FloatInputs<'a> {
     /// `[samples, tokens, cols]`.
     pub activations: &'a Activations,
-    /// What the residual stream lacks to that of the float model before a layer adds to it, `[samples, tokens, rows]`;
-    /// `None` for layers that do not add to it.
+    /// What the residual stream lacks to that of the float model before a layer adds to it,
+    /// `[samples, tokens, rows]`; `None` for layers that do not add to it.
     pub missing: Option<&'a Activations>,
 }
 
@@ -87,7 +88,8 @@ impl Activations {
         &mut self.values[samples.start * len..samples.end * len]
     }
 
-    /// Calls `change` with the samples of every batch and their values, `[samples, context, width]`.
+    /// Calls `change` with the samples of every batch and their values,
+    /// `[samples, context, width]`.
     pub fn update(
         &mut self,
         engine: &Engine,

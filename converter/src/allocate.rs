@@ -1,8 +1,9 @@
 //! SBA: which groups get a bit more, which a bit less (Sec. 3.2, Eq. 4 of arXiv:2405.14917).
 //!
-//! Of the groups of a layer, ranked by salience, the `p` lowest lose a bit and the `p` highest gain one, so that the mean
-//! stays. The published search takes the `p` with the least divergence of the layer's outputs; ours predicts the loss of
-//! the sweep itself, may keep `p = 0`, and ranks by what a bit is worth (`docs/slim-llm.md` has the measurements).
+//! Of the groups of a layer, ranked by salience, the `p` lowest lose a bit and the `p` highest gain
+//! one, so that the mean stays. The published search takes the `p` with the least divergence of the
+//! layer's outputs; ours predicts the loss of the sweep itself, may keep `p = 0`, and ranks by what
+//! a bit is worth (`docs/slim-llm.md` has the measurements).
 
 use std::ops::Range;
 
@@ -40,7 +41,8 @@ fn ranking(salience: &[f64]) -> Vec<usize> {
     order
 }
 
-/// The published search: for each `p` from 1 to half the groups less one, the divergence of the layer's outputs.
+/// The published search: for each `p` from 1 to half the groups less one, the divergence of the
+/// layer's outputs.
 ///
 /// Returns the divergence for each `p`.
 pub fn published_divergences(

@@ -1,8 +1,9 @@
 //! Which rows of a matrix share the bit-widths of its groups.
 //!
-//! The loss minds some heads, some neurons and some tokens far more than others. So `attn_q` comes in bands of heads, `ffn_gate` and
-//! `ffn_up`, whose neurons are sorted by what the loss minds about them (`neurons.rs`), in bands of neurons, and the embedding and
-//! the output layer in bands of tokens (`docs/accuracy.md` has the effect).
+//! The loss minds some heads, some neurons and some tokens far more than others. So `attn_q` comes
+//! in bands of heads, `ffn_gate` and `ffn_up`, whose neurons are sorted by what the loss minds
+//! about them (`neurons.rs`), in bands of neurons, and the embedding and the output layer in bands
+//! of tokens (`docs/accuracy.md` has the effect).
 
 use slim_formats::{
     Decoder,
@@ -28,8 +29,8 @@ pub fn bands(tensor: &Tensor, decoder: &Decoder) -> Option<Vec<usize>> {
     (bands.len() > 1).then_some(bands)
 }
 
-/// Halves, the first of which is cut again and again. The ids of tokens rise as they get rarer: byte-pair encoders number them in
-/// the order in which they were merged.
+/// Halves, the first of which is cut again and again. The ids of tokens rise as they get rarer:
+/// byte-pair encoders number them in the order in which they were merged.
 fn of_tokens(vocab: usize) -> Vec<usize> {
     in_shares(vocab, &[64, 64, 32, 16, 8, 4])
 }
@@ -48,8 +49,8 @@ fn of_neurons(neurons: usize) -> Vec<usize> {
     in_shares(neurons, &[12, 12, 6, 6, 6, 6])
 }
 
-/// One in so many rows for each of `shares`, the first of which is the smallest band, and a last band. Of a small matrix that has
-/// not as many tiles, some are missing.
+/// One in so many rows for each of `shares`, the first of which is the smallest band, and a last
+/// band. Of a small matrix that has not as many tiles, some are missing.
 fn in_shares(rows: usize, shares: &[usize]) -> Vec<usize> {
     let unit = if rows < shares[0] * BLOCK_ROWS { TILE_ROWS } else { BLOCK_ROWS };
     let mut left = rows;

@@ -1,9 +1,11 @@
-//! One budget of bits for the whole model: the widths of all groups of all layers, by what an error costs the loss. Embedding and
-//! output layer have a budget of their own, unless the size of the file is the target.
+//! One budget of bits for the whole model: the widths of all groups of all layers, by what an error
+//! costs the loss. Embedding and output layer have a budget of their own, unless the size of the
+//! file is the target.
 //!
-//! What a group costs at a width is predicted by the fit of its scales: the squared error of each weight, times the mean square
-//! of its input, weighted by token, and the mean squared gradient of the loss at its output (`backward`). Widths are then shared
-//! out so that no bit would be worth more elsewhere.
+//! What a group costs at a width is predicted by the fit of its scales: the squared error of each
+//! weight, times the mean square of its input, weighted by token, and the mean squared gradient of
+//! the loss at its output (`backward`). Widths are then shared out so that no bit would be worth
+//! more elsewhere.
 
 use std::{collections::HashMap, ops::Range};
 
@@ -46,8 +48,8 @@ pub struct Budget {
     pub vocabulary: PartMap<Vocabulary>,
 }
 
-/// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in memory as for
-/// [`OutputHessian::zeros`].
+/// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in
+/// memory as for [`OutputHessian::zeros`].
 ///
 /// # Errors
 /// As the reverse pass; `NotFinite` for a weight that is no number.
@@ -139,7 +141,8 @@ fn vocabulary_costs(
     Ok(layers)
 }
 
-/// The widths of layers that have a budget of their own: what they would take at the width of the settings.
+/// The widths of layers that have a budget of their own: what they would take at the width of the
+/// settings.
 fn even_budget(layers: Vec<LayerCosts>, settings: &Settings) -> Vec<(String, Vec<BitWidth>)> {
     let widths = by_layer(&layers, &best(&layers, even_bits(&layers, settings)));
     layers.into_iter().map(|layer| layer.name).zip(widths).collect()
@@ -183,7 +186,8 @@ struct Choice {
 }
 
 impl LayerCosts {
-    /// The costs of a layer that `sensitivity` is of; `weights` gives some of its rows, `[.., cols]`.
+    /// The costs of a layer that `sensitivity` is of; `weights` gives some of its rows,
+    /// `[.., cols]`.
     fn new(
         name: String,
         sensitivity: &Sensitivity,
@@ -216,7 +220,8 @@ impl LayerCosts {
     }
 }
 
-/// Weighs up the widths of the groups of `weights: [.., cols]` as if all errors cost the same: a trial of what that takes.
+/// Weighs up the widths of the groups of `weights: [.., cols]` as if all errors cost the same: a
+/// trial of what that takes.
 pub fn try_fits(weights: &[f32], cols: usize, settings: &Settings) {
     let groups = group_columns(cols, settings.group_size);
     let mut losses = vec![vec![0.0; MOST_BITS]; groups.len()];
@@ -265,8 +270,8 @@ fn weighted(error: &[f32; TILE_ROWS], outputs: &[f64]) -> f64 {
     error.iter().zip(outputs).map(|(&error, output)| f64::from(error) * output).sum()
 }
 
-/// The widths with the least predicted loss among those that the settings allow; `file_bytes` tells what size such widths give
-/// the file.
+/// The widths with the least predicted loss among those that the settings allow; `file_bytes` tells
+/// what size such widths give the file.
 ///
 /// # Errors
 /// As `file_bytes`.
@@ -316,10 +321,11 @@ fn fit_into(
     }
 }
 
-/// The choices of all groups with the least predicted loss among those that take no more than `budget_bits`; the lowest widths
-/// if all take more.
+/// The choices of all groups with the least predicted loss among those that take no more than
+/// `budget_bits`; the lowest widths if all take more.
 ///
-/// At a price per bit each group has its best choice; the price is the lowest that the budget can pay.
+/// At a price per bit each group has its best choice; the price is the lowest that the budget can
+/// pay.
 fn best(layers: &[LayerCosts], budget_bits: u64) -> Vec<Choice> {
     let at = |price: f64| {
         layers.iter().flat_map(|layer| &layer.groups).map(move |choices| {

@@ -5,8 +5,8 @@ use slim_runtime::{SplitMix64, Tokenizer};
 
 use crate::{ConvertError, Result, Settings};
 
-/// The text that is used when the caller gives none: six sevenths encyclopedia, the rest a novel, code and notes
-/// (`data/README.md`).
+/// The text that is used when the caller gives none: six sevenths encyclopedia, the rest a novel,
+/// code and notes (`data/README.md`).
 pub const BUILT_IN_CALIBRATION: &str = concat!(
     include_str!("../data/wikitext-2-valid.txt"),
     include_str!("../data/articles.txt"),
@@ -26,8 +26,8 @@ pub struct Calibration {
 }
 
 impl Calibration {
-    /// Takes `settings.samples` windows of `settings.context` tokens from the text, which is tokenized whole, without BOS.
-    /// None is taken twice before all have been.
+    /// Takes `settings.samples` windows of `settings.context` tokens from the text, which is
+    /// tokenized whole, without BOS. None is taken twice before all have been.
     ///
     /// # Errors
     /// `InvalidSetting` if the text is shorter than one sample.
@@ -47,7 +47,8 @@ impl Calibration {
     }
 }
 
-/// Windows of a text that do not overlap, without end, in random order: none again before all have been there.
+/// Windows of a text that do not overlap, without end, in random order: none again before all have
+/// been there.
 pub struct Windows<'t> {
     text: &'t [u32],
     /// Of a window.

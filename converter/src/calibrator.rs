@@ -61,13 +61,13 @@ pub struct Calibrator<'a> {
     stream: Stream,
     /// Through the float model, where the visitor wants to know its outputs.
     float: Option<FloatStream>,
-    /// The residual before the block, for `--reference`: the published code takes the inputs of a block's layers from the
-    /// float block, and runs the quantized one afterwards.
+    /// The residual before the block, for `--reference`: the published code takes the inputs of a
+    /// block's layers from the float block, and runs the quantized one afterwards.
     before: Option<Activations>,
 }
 
-/// Bytes of the activations of [`Calibrator::new`] that will go to temporary files: what `memory_left` does not hold once
-/// it holds the output Hessians.
+/// Bytes of the activations of [`Calibrator::new`] that will go to temporary files: what
+/// `memory_left` does not hold once it holds the output Hessians.
 pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u64) -> usize {
     if settings.method == Method::RoundToNearest {
         return 0;
@@ -104,8 +104,9 @@ struct FloatStream {
 }
 
 impl<'a> Calibrator<'a> {
-    /// The embeddings of samples, which are equally long, in memory as for [`Activations::new`]: by `embedding`, and where the
-    /// settings ask for it, also by that of the float model, which runs along then, so that stages tell its activations, too.
+    /// The embeddings of samples, which are equally long, in memory as for [`Activations::new`]: by
+    /// `embedding`, and where the settings ask for it, also by that of the float model, which runs
+    /// along then, so that stages tell its activations, too.
     pub fn new(
         source: &'a dyn ModelSource,
         embedding: Weight<'_>,
@@ -153,8 +154,8 @@ impl<'a> Calibrator<'a> {
         Ok(Self { engine, context, positions, stream: ours, float, before })
     }
 
-    /// Leads `visitor` to the layers of a block in the order in which data flows through them, and the samples through what
-    /// it makes of them.
+    /// Leads `visitor` to the layers of a block in the order in which data flows through them, and
+    /// the samples through what it makes of them.
     pub fn pass_block(
         &mut self,
         index: usize,

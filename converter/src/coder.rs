@@ -46,7 +46,8 @@ pub struct RowScales {
 }
 
 impl RunScales {
-    /// Factor and offset of each row: a weight is `factor * code + offset`, as `docs/format.md` defines it.
+    /// Factor and offset of each row: a weight is `factor * code + offset`, as `docs/format.md`
+    /// defines it.
     pub fn affine(&self, rows: &RowScales) -> (Lanes, Lanes) {
         match self {
             Self::TwoLevel { scale, minimum } => {
@@ -63,7 +64,8 @@ impl RunScales {
         }
     }
 
-    /// What a weight with each of `codes` gains for one more of `d` and of `m`; `None` in a coding without row scales.
+    /// What a weight with each of `codes` gains for one more of `d` and of `m`; `None` in a coding
+    /// without row scales.
     pub fn slopes(&self, codes: &CodeColumn) -> Option<[Lanes; 2]> {
         let Self::TwoLevel { scale, minimum } = self else { return None };
         let of_d = std::array::from_fn(|r| f32::from(scale[r]) * f32::from(codes[r]));
@@ -156,8 +158,9 @@ impl Coder {
     }
 }
 
-/// Whether f16 holds the scales of a matrix at every bit-width: with twice its largest weight for what
-/// the sweep adds to it, and with two of f16's smallest steps or more for those of typical rows.
+/// Whether f16 holds the scales of a matrix at every bit-width: with twice its largest weight for
+/// what the sweep adds to it, and with two of f16's smallest steps or more for those of typical
+/// rows.
 pub fn scales_fit_f16(coding: ScaleCoding, extent: &Extent) -> bool {
     let per_scale = match coding {
         ScaleCoding::Paper => 1.0,
@@ -236,7 +239,8 @@ per_isa! {
     }
 }
 
-/// An f16 scale with an integer zero point near the real-valued fit; for one bit, the fit itself as mean and scale.
+/// An f16 scale with an integer zero point near the real-valued fit; for one bit, the fit itself as
+/// mean and scale.
 fn best_paper(w: &[Lanes], importance: &[f32], width: BitWidth) -> RunScales {
     let round = |value: f32| f16::from_f32(value).to_f32();
     let target = fit(w, importance, width);

@@ -1,4 +1,5 @@
-//! What a conversion writes: one list for the budget, for what is told beforehand, and for the conversion itself.
+//! What a conversion writes: one list for the budget, for what is told beforehand, and for the
+//! conversion itself.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -50,9 +51,11 @@ pub struct PlannedTensor {
 
 /// How a tensor is stored.
 pub enum Storage {
-    /// As a quantized layer. The groups have the bit-width of the settings; in the blocks, with a target, the lowest.
+    /// As a quantized layer. The groups have the bit-width of the settings; in the blocks, with a
+    /// target, the lowest.
     Layer(LayerLayout),
-    /// As a matrix of this type, which holds its values: so are the settings, or it cannot be a layer.
+    /// As a matrix of this type, which holds its values: so are the settings, or it cannot be a
+    /// layer.
     Dense(DType),
     /// As a vector.
     F32,
@@ -62,8 +65,8 @@ impl Contents {
     /// What [`convert`](crate::convert()) makes of `source` on the processor.
     ///
     /// # Errors
-    /// `Format` for a tensor that is missing or cannot be a layer, `NotFinite` for one with a value that
-    /// is no number, `InvalidSetting` for a target that is out of reach.
+    /// `Format` for a tensor that is missing or cannot be a layer, `NotFinite` for one with a value
+    /// that is no number, `InvalidSetting` for a target that is out of reach.
     pub fn new(source: &dyn ModelSource, settings: &Settings) -> Result<Self> {
         Self::computed_by(source, settings, &Engine::Cpu.instruction_path())
     }
@@ -99,7 +102,8 @@ impl Contents {
     ) -> Result<Self> {
         let (bits, method) = match settings.target {
             None => (settings.bits, settings.method),
-            // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its metadata has besides.
+            // A draft for `slim+` is made by `slim`: the target leaves room for the keys that its
+            // metadata has besides.
             Some(_) => (1, Method::SlimPlus),
         };
         let linear = Settings { bits, method, ..settings.clone() };
@@ -132,7 +136,8 @@ impl Contents {
         Ok(contents)
     }
 
-    /// Whether matrices are cut into bands, and the neurons of the feed-forward networks sorted for it.
+    /// Whether matrices are cut into bands, and the neurons of the feed-forward networks sorted for
+    /// it.
     pub fn has_bands(&self) -> bool {
         self.has_bands
     }
@@ -167,7 +172,8 @@ impl Contents {
         sources.into_iter().filter(|source| source.starts_with("blk.")).count()
     }
 
-    /// The quantized layers that the tensor `source` becomes, with the rows of it that each holds; none if it stays dense.
+    /// The quantized layers that the tensor `source` becomes, with the rows of it that each holds;
+    /// none if it stays dense.
     pub(crate) fn layers_of(&self, source: &str) -> Vec<(String, Range<usize>)> {
         let tensors = self.tensors.iter().filter(|tensor| tensor.source == source);
         let layers = tensors.filter(|tensor| matches!(tensor.storage, Storage::Layer(_)));
@@ -193,7 +199,8 @@ impl Contents {
         self.linear_layers().map(|(_, layout)| (layout.rows() * layout.cols()) as u64).sum()
     }
 
-    /// Bits per weight of the linear layers, everything counted, at the widths of [`Storage::Layer`].
+    /// Bits per weight of the linear layers, everything counted, at the widths of
+    /// [`Storage::Layer`].
     pub fn bits_per_weight(&self) -> f64 {
         let bits: u64 = self.linear_layers().map(|(_, layout)| layout.stored_bits()).sum();
         bits as f64 / self.linear_weights().max(1) as f64
@@ -243,7 +250,8 @@ impl Contents {
         outline
     }
 
-    /// Size of the file, as far as it is known before the widths are: with a target about the largest.
+    /// Size of the file, as far as it is known before the widths are: with a target about the
+    /// largest.
     ///
     /// # Errors
     /// As [`Self::file_bytes`].

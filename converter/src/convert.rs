@@ -1,4 +1,5 @@
-//! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the quantized layers before it give.
+//! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the
+//! quantized layers before it give.
 
 use slim_formats::{
     DType, ModelSource, OutputPath, Part, ScratchFile, Weight,
@@ -25,11 +26,12 @@ use crate::{
     work,
 };
 
-/// Quantizes `source` and writes the SliM file `target`, which appears when all is done. Its room on the disk is
-/// reserved before, and that of the activations.
+/// Quantizes `source` and writes the SliM file `target`, which appears when all is done. Its room
+/// on the disk is reserved before, and that of the activations.
 ///
 /// # Errors
-/// A file, tensor or setting that cannot be used; nothing is written then, but by a training that has begun ([`distill`](crate::distill())).
+/// A file, tensor or setting that cannot be used; nothing is written then, but by a training that
+/// has begun ([`distill`](crate::distill())).
 pub fn convert<'p>(
     source: &dyn ModelSource,
     calibration: &Calibration,
@@ -187,7 +189,8 @@ impl Visitor for Output<'_> {
 }
 
 impl Output<'_> {
-    /// Does a little of what comes late, so that it is known early how long that takes on this machine.
+    /// Does a little of what comes late, so that it is known early how long that takes on this
+    /// machine.
     fn try_out(&mut self) -> Result<()> {
         const ROWS: usize = 256;
         const COLS: usize = 512;

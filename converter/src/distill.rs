@@ -1,5 +1,5 @@
-//! `slim+`: trains the scales and norms of a quantized model end to end, its codes fixed, towards the distributions of
-//! its source.
+//! `slim+`: trains the scales and norms of a quantized model end to end, its codes fixed, towards
+//! the distributions of its source.
 
 mod layer;
 mod parameters;
@@ -40,7 +40,8 @@ const WARM_UP: f64 = 10.0;
 /// Steps after which the target is written as it is by then: what an interrupted training leaves.
 const STEPS_PER_CHECKPOINT: usize = 25;
 
-/// [`convert()`] for [`Method::SlimPlus`]: a conversion by [`Method::Slim`] into a temporary file, then [`distill`].
+/// [`convert()`] for [`Method::SlimPlus`]: a conversion by [`Method::Slim`] into a temporary file,
+/// then [`distill`].
 pub fn convert_and_distill(
     source: &dyn ModelSource,
     calibration: &Calibration,
@@ -68,8 +69,8 @@ pub fn convert_and_distill(
     Ok(Report { warnings, ..report })
 }
 
-/// Trains `draft`, a SliM file of `source`, for some steps on windows of the calibration text, and writes the result as
-/// `target`. Every 25 steps the target is written as it is by then.
+/// Trains `draft`, a SliM file of `source`, for some steps on windows of the calibration text, and
+/// writes the result as `target`. Every 25 steps the target is written as it is by then.
 ///
 /// Of `settings`, steps, context and seed count.
 ///
@@ -77,8 +78,8 @@ pub fn convert_and_distill(
 /// One linear layer in f32, and what `backward` needs for 1,024 tokens.
 ///
 /// # Errors
-/// A file or tensor that cannot be used, a draft of another model, or a divergence that is no number; the last target
-/// written stays.
+/// A file or tensor that cannot be used, a draft of another model, or a divergence that is no
+/// number; the last target written stays.
 pub fn distill<'p>(
     source: &dyn ModelSource,
     draft: &SlimFile,
@@ -132,7 +133,8 @@ pub fn tokens_of_step(settings: &Settings) -> usize {
     SEQUENCES * settings.context.min(SEQUENCE_TOKENS)
 }
 
-/// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine down to zero.
+/// The share of the full rate in step `step`, counted from 0: a linear rise, then half a cosine
+/// down to zero.
 fn rate(step: usize, steps: usize) -> f64 {
     let rise = ((step + 1) as f64 / WARM_UP).min(1.0);
     let fall = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
@@ -229,7 +231,8 @@ fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatErr
     Ok(metadata)
 }
 
-/// What is told about `file` once it is trained. The errors of its layers were those of the codes before.
+/// What is told about `file` once it is trained. The errors of its layers were those of the codes
+/// before.
 fn report(file: &SlimFile, file_bytes: u64) -> Result<Report> {
     let layer = |info: &LayerInfo| LayerReport::new(&info.name, &info.layout, None);
     let layers = file.layers().iter().map(layer).collect();

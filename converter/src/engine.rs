@@ -10,7 +10,8 @@ use slim_kernels::{
 
 use crate::{Activations, Result};
 
-/// The processor or a CUDA device. Each gives the same bytes every time, but not those of the other.
+/// The processor or a CUDA device. Each gives the same bytes every time, but not those of the
+/// other.
 pub enum Engine {
     /// The processor.
     Cpu,
@@ -51,8 +52,8 @@ impl Engine {
         }
     }
 
-    /// Calls `f` with each task; on the processor with two at a time, so that what one of them does in one thread leaves no other
-    /// thread idle.
+    /// Calls `f` with each task; on the processor with two at a time, so that what one of them does
+    /// in one thread leaves no other thread idle.
     pub(crate) fn for_each<T: Send>(
         &self,
         mut tasks: impl Iterator<Item = T>,
@@ -73,8 +74,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined. A device has a precision of its
-    /// own.
+    /// The sum of `x^T x` over all samples, `[n, n]`. What is below the diagonal is undefined. A
+    /// device has a precision of its own.
     pub(crate) fn gram(&self, inputs: &Activations, precision: Precision) -> Result<Vec<f32>> {
         let n = inputs.width();
         let batches = inputs.batches().map(|batch| inputs.batch(batch));

@@ -1,4 +1,5 @@
-//! The real-valued scale and minimum of a run of columns: weighted least squares over a search of the range.
+//! The real-valued scale and minimum of a run of columns: weighted least squares over a search of
+//! the range.
 
 use slim_formats::slim::{BitWidth, TILE_ROWS};
 use slim_kernels::per_isa;
@@ -24,8 +25,9 @@ const ROUGH_RANGE_STEPS: usize = 6;
 
 /// Fits each row of a run of columns.
 ///
-/// For each tried range, codes are rounded, scale and minimum re-fitted to them by least squares (weights: `importance`
-/// per column), and codes rounded again; the range with the least error wins.
+/// For each tried range, codes are rounded, scale and minimum re-fitted to them by least squares
+/// (weights: `importance` per column), and codes rounded again; the range with the least error
+/// wins.
 pub fn fit(w: &[Lanes], importance: &[f32], width: BitWidth) -> Affine {
     fit_lanes(w, importance, f32::from(width.max_code()), RANGE_STEPS)
 }
@@ -93,8 +95,9 @@ fn range(w: &[Lanes]) -> (Lanes, Lanes) {
     (low, high)
 }
 
-/// Replaces scale and minimum by the least-squares solution for the codes that they round to. A solution that is
-/// degenerate, or not representable (scale below zero, minimum above), leaves the scale, or clamps the minimum.
+/// Replaces scale and minimum by the least-squares solution for the codes that they round to. A
+/// solution that is degenerate, or not representable (scale below zero, minimum above), leaves the
+/// scale, or clamps the minimum.
 #[inline(always)]
 fn least_squares(
     w: &[Lanes],

@@ -15,7 +15,8 @@ pub enum Floats {
 }
 
 impl Floats {
-    /// `len` zeros; in a temporary file if they take more than `memory_left` bytes, from which they are subtracted otherwise.
+    /// `len` zeros; in a temporary file if they take more than `memory_left` bytes, from which they
+    /// are subtracted otherwise.
     ///
     /// # Errors
     /// `Format` if the temporary file cannot be made.

@@ -1,5 +1,5 @@
-//! `--reference` against the layers that the published code quantized (`tests/data/layers`, and every further one in
-//! the folder that `SLIMLLM_GOLDEN` names).
+//! `--reference` against the layers that the published code quantized (`tests/data/layers`, and
+//! every further one in the folder that `SLIMLLM_GOLDEN` names).
 
 use std::{
     collections::HashMap,
@@ -164,8 +164,8 @@ fn layers_equal_the_published_ones() {
         let name = path.file_name().unwrap();
         println!("{name:?}: {:.3} % of the weights equal, {scales_off} scales off", 100.0 * share);
         assert!(share >= 0.995, "{name:?}: {share}");
-        // None is off where this was written (AVX-512). Another order of float sums flips a code at a rounding tie here and
-        // there, and the scales of that row's later groups with it.
+        // None is off where this was written (AVX-512). Another order of float sums flips a code at
+        // a rounding tie here and there, and the scales of that row's later groups with it.
         assert!(scales_off <= golden.tensors["scale"].len() / 100, "{name:?}: {scales_off}");
     }
 }

@@ -80,7 +80,8 @@ impl Hessian {
         (sum / self.n as f64) as f32
     }
 
-    /// Factors `H` damped by `share` of its mean diagonal, ten times more after each failure; tells the share that worked.
+    /// Factors `H` damped by `share` of its mean diagonal, ten times more after each failure; tells
+    /// the share that worked.
     ///
     /// # Errors
     /// `Numerical` if the inputs are not finite, or if even a share of 1 does not help.
@@ -106,7 +107,8 @@ impl Hessian {
         }
     }
 
-    /// `sum_r d_r H d_r^T` over the rows of `rows: [.., n]`: the squared output error of a weight error, times 2 / samples.
+    /// `sum_r d_r H d_r^T` over the rows of `rows: [.., n]`: the squared output error of a weight
+    /// error, times 2 / samples.
     pub fn quadratic(&self, rows: &[f32]) -> f64 {
         const ROWS: usize = 64;
         let n = self.n;
@@ -138,8 +140,8 @@ impl Factor {
         self.n
     }
 
-    /// `U_bb^-1 U_br` for the places `b` and all places `r` behind them, `[b.len(), r.len()]`: the share of an error in each
-    /// place that those behind make up for.
+    /// `U_bb^-1 U_br` for the places `b` and all places `r` behind them, `[b.len(), r.len()]`: the
+    /// share of an error in each place that those behind make up for.
     pub fn shares_behind(&self, b: Range<usize>) -> Vec<f32> {
         let Self { n, values } = self;
         let behind = n - b.end;
@@ -186,7 +188,8 @@ impl Factor {
         out
     }
 
-    /// `1 / U_jj^2`: what an error in column `j` costs after the columns behind it have made up for it.
+    /// `1 / U_jj^2`: what an error in column `j` costs after the columns behind it have made up for
+    /// it.
     pub fn importance(&self) -> Vec<f32> {
         self.values.iter().step_by(self.n + 1).map(|u| 1.0 / (u * u)).collect()
     }

@@ -1,5 +1,5 @@
-//! Sixteen rows at a time: a tile's weights as columns of 16 lanes, so that loops over rows vectorise and every row's
-//! arithmetic is its own.
+//! Sixteen rows at a time: a tile's weights as columns of 16 lanes, so that loops over rows
+//! vectorise and every row's arithmetic is its own.
 
 use std::ops::Range;
 
@@ -9,7 +9,8 @@ use slim_kernels::per_isa;
 /// One value for each row of a tile.
 pub type Lanes = [f32; TILE_ROWS];
 
-/// The columns `span` of rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are zero.
+/// The columns `span` of rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are
+/// zero.
 pub fn gather(weights: &[f32], cols: usize, tile: usize, span: Range<usize>) -> Vec<Lanes> {
     let rows = &weights[tile * TILE_ROWS * cols..];
     let mut columns = vec![[0.0; TILE_ROWS]; span.len()];
@@ -34,7 +35,8 @@ pub fn zip(a: &Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
     std::array::from_fn(|r| f(a[r], b[r]))
 }
 
-/// The code that is nearest to `w` in each lane, for weights `factor * code + offset`; 0 where the factor is 0.
+/// The code that is nearest to `w` in each lane, for weights `factor * code + offset`; 0 where the
+/// factor is 0.
 #[inline(always)]
 pub fn nearest_codes(w: &Lanes, factor: &Lanes, offset: &Lanes, max_code: f32) -> Lanes {
     let mut codes = [0.0; TILE_ROWS];
@@ -46,7 +48,8 @@ pub fn nearest_codes(w: &Lanes, factor: &Lanes, offset: &Lanes, max_code: f32) -
 }
 
 per_isa! {
-    /// The weighted squared error of quantizing a run of columns to the nearest codes, for each row.
+    /// The weighted squared error of quantizing a run of columns to the nearest codes, for each
+    /// row.
     pub fn run_error(w: &[Lanes], importance: &[f32], factor: &Lanes, offset: &Lanes, max_code: u8) -> Lanes {
         let mut sum = [0.0; TILE_ROWS];
         for (w, importance) in w.iter().zip(importance) {

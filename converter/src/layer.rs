@@ -79,7 +79,8 @@ impl<'a> LayerInputs<'a> {
         &self.factored
     }
 
-    /// `weights: [rows, cols]` with what makes up for the difference to the inputs in the float model.
+    /// `weights: [rows, cols]` with what makes up for the difference to the inputs in the float
+    /// model.
     pub fn corrected(&self, weights: Vec<f32>) -> Vec<f32> {
         match &self.correction {
             Some(correction) => correction.apply(&weights),
@@ -126,8 +127,8 @@ impl FactoredHessian {
     }
 }
 
-/// Runs of columns that share scales, those with the largest inputs first: what is quantized first has the most columns left
-/// that make up for its error.
+/// Runs of columns that share scales, those with the largest inputs first: what is quantized first
+/// has the most columns left that make up for its error.
 fn sweep_order(diagonal: &[f32], settings: &Settings) -> Vec<usize> {
     let groups = group_columns(diagonal.len(), settings.group_size);
     let mut runs: Vec<Range<usize>> =
@@ -139,14 +140,16 @@ fn sweep_order(diagonal: &[f32], settings: &Settings) -> Vec<usize> {
     runs.into_iter().flatten().collect()
 }
 
-/// Rows whose quantized form is held as f32 at a time: bounds the memory that a tall layer, such as an embedding, takes.
+/// Rows whose quantized form is held as f32 at a time: bounds the memory that a tall layer, such as
+/// an embedding, takes.
 pub const SLAB_ROWS: usize = 64 * TILE_ROWS;
 
 /// A layer that was quantized on its calibration inputs.
 pub struct QuantizedLayer {
     /// As the file holds it.
     pub packed: PackedLayer,
-    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`, where `W` are the targets.
+    /// Relative squared output error, `||X (What - W)^T||^2 / ||X W^T||^2`, where `W` are the
+    /// targets.
     pub error: f32,
 }
 
@@ -179,8 +182,8 @@ pub fn quantize_layer(
     QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
 }
 
-/// Quantizes a layer whose rows come a slab at a time: `weights` gives some of them as f32. Without a Hessian every weight is
-/// rounded by itself.
+/// Quantizes a layer whose rows come a slab at a time: `weights` gives some of them as f32. Without
+/// a Hessian every weight is rounded by itself.
 ///
 /// # Errors
 /// What `weights` answers.

@@ -1,8 +1,8 @@
 //! The neurons of a feed-forward network, in the order of what the loss minds about them.
 //!
-//! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network gives the same in whatever
-//! order they stand. Sorted, neurons of like worth share the groups of `ffn_down` and the bands of `ffn_gate` and `ffn_up`
-//! (`docs/accuracy.md` has the effect).
+//! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network
+//! gives the same in whatever order they stand. Sorted, neurons of like worth share the groups of
+//! `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has the effect).
 
 use rayon::prelude::*;
 use slim_formats::{Decoder, Part, PartMap, arch::Rows};
@@ -44,8 +44,8 @@ impl Ffn {
         self.out[Part::FfnDown].len() / self.neurons
     }
 
-    /// The neurons, those first whose weights the loss minds most: by the sum over the weights of all matrices of their squares
-    /// times the means that belong to them.
+    /// The neurons, those first whose weights the loss minds most: by the sum over the weights of
+    /// all matrices of their squares times the means that belong to them.
     pub fn order(&self, sensitivities: &PartMap<Sensitivity>) -> Vec<usize> {
         let hidden = self.hidden();
         let mut losses = vec![0.0; self.neurons];

@@ -91,8 +91,8 @@ fn with_hashes(
     Ok(metadata)
 }
 
-/// The hyperparameters, with every token that ends what the model writes: so the file stops where its
-/// source does, whoever reads it.
+/// The hyperparameters, with every token that ends what the model writes: so the file stops where
+/// its source does, whoever reads it.
 fn with_all_ends(source: &dyn ModelSource) -> ModelConfig {
     let mut config = source.config().clone();
     // Without a usable tokenizer only tokens by number are known.

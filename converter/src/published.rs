@@ -1,5 +1,5 @@
-//! `--reference`: the quantizer and the bit allocation of the published code, to the letter where `docs/slim-llm.md`
-//! does not say otherwise.
+//! `--reference`: the quantizer and the bit allocation of the published code, to the letter where
+//! `docs/slim-llm.md` does not say otherwise.
 
 use slim_formats::slim::{BitWidth, CodeColumn, TILE_ROWS};
 use slim_kernels::per_isa;
@@ -12,8 +12,8 @@ use crate::{
 /// The damping that the published code adds to every Hessian before it ranks groups.
 pub const ABSOLUTE_DAMPING: f32 = 0.01;
 
-/// SQC: the range factor, of 1 and 50 steps up to 1.1 and down to 0.9, with the least sum of `|error|^2.4`; the first of
-/// equals. For one bit: mean and mean magnitude.
+/// SQC: the range factor, of 1 and 50 steps up to 1.1 and down to 0.9, with the least sum of
+/// `|error|^2.4`; the first of equals. For one bit: mean and mean magnitude.
 pub fn sqc(w: &[Lanes], width: BitWidth) -> RunScales {
     if width.bits() == 1 {
         let (scale, mean) = binary(w);
@@ -96,8 +96,8 @@ per_isa! {
     }
 }
 
-/// `|x|^2.4`, relative error below 1e-5: the logarithm's mantissa part and the exponential as polynomials, without
-/// branches, so that loops vectorise.
+/// `|x|^2.4`, relative error below 1e-5: the logarithm's mantissa part and the exponential as
+/// polynomials, without branches, so that loops vectorise.
 #[inline(always)]
 fn power_2_4(x: f32) -> f32 {
     let x = x.abs().max(1e-12);

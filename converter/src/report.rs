@@ -16,8 +16,8 @@ pub enum Progress<'a> {
     Begun,
     /// So much of it is done, and nothing else since the last report.
     Worked(Work, f64),
-    /// A part of the measurement of what bits are worth is done, or, of none, is going to be: a batch of samples,
-    /// then a block.
+    /// A part of the measurement of what bits are worth is done, or, of none, is going to be: a
+    /// batch of samples, then a block.
     Survey {
         /// Parts done.
         done: usize,
@@ -59,7 +59,8 @@ pub struct LayerReport {
     pub bits: Vec<u8>,
     /// Bits in the file, everything counted.
     pub stored_bits: u64,
-    /// Relative squared output error on the calibration inputs; `None` for layers without calibration.
+    /// Relative squared output error on the calibration inputs; `None` for layers without
+    /// calibration.
     pub error: Option<f32>,
 }
 

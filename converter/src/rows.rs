@@ -1,9 +1,11 @@
 //! Errors of rows that the rows behind them make up for.
 //!
-//! The loss minds some directions of a layer's outputs more than others. Errors `E` of the weights cost it about `tr(S E H E^T)`:
-//! `H` is the Hessian of the inputs, `S` that of the outputs, the mean of `dy^T dy` over tokens whose gradients at the outputs are
-//! `dy`. When some rows have their errors `E_b`, the others cost least with `-S_rr^-1 S_rb E_b` added to their weights, whatever
-//! `H` is. So rows are rounded a block after the other, and each leaves that to the rows behind it, as the sweep does with columns.
+//! The loss minds some directions of a layer's outputs more than others. Errors `E` of the weights
+//! cost it about `tr(S E H E^T)`: `H` is the Hessian of the inputs, `S` that of the outputs, the
+//! mean of `dy^T dy` over tokens whose gradients at the outputs are `dy`. When some rows have their
+//! errors `E_b`, the others cost least with `-S_rr^-1 S_rb E_b` added to their weights, whatever
+//! `H` is. So rows are rounded a block after the other, and each leaves that to the rows behind it,
+//! as the sweep does with columns.
 //!
 //! # Source
 //! The two-sided rounding of YAQA (arXiv:2505.22988), by blocks of rows.
@@ -24,18 +26,20 @@ use crate::{
     layer::SLAB_ROWS,
 };
 
-/// Share of the mean diagonal that is added to `S`: it comes from far fewer tokens than `H`, and gradients have heavy tails.
+/// Share of the mean diagonal that is added to `S`: it comes from far fewer tokens than `H`, and
+/// gradients have heavy tails.
 const DAMPING: f32 = 0.3;
 
-/// Rows that make up for each other's errors, at most: bounds what is kept of a layer until its turn comes.
+/// Rows that make up for each other's errors, at most: bounds what is kept of a layer until its
+/// turn comes.
 const REACH: usize = 1024;
 
-/// Rows that are rounded together, and so do not make up for each other's errors: with four times as many about half of the gain
-/// is lost.
+/// Rows that are rounded together, and so do not make up for each other's errors: with four times
+/// as many about half of the gain is lost.
 const BLOCK_ROWS: usize = TILE_ROWS;
 
-/// Whether the rows of a matrix make up for each other's errors. Of neurons, which outputs hang together depends on the inputs, and
-/// a product of two matrices cannot say so.
+/// Whether the rows of a matrix make up for each other's errors. Of neurons, which outputs hang
+/// together depends on the inputs, and a product of two matrices cannot say so.
 pub fn hang_together(tensor: &Tensor) -> bool {
     tensor.is_linear() && tensor.part.rows() != Rows::Neurons
 }
@@ -87,7 +91,8 @@ pub fn output_hessian_sizes(decoder: &Decoder) -> impl Iterator<Item = u64> {
     layers.map(|tensor| (value_count(tensor.shape().0) * size_of::<f32>()) as u64)
 }
 
-/// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of whole tiles.
+/// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of
+/// whole tiles.
 fn reach(rows: usize) -> usize {
     let parts = rows.div_ceil(REACH).max(1);
     rows.div_ceil(parts).next_multiple_of(TILE_ROWS)
@@ -98,7 +103,8 @@ fn within_reach(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(reach).map(move |first| first..rows.min(first + reach))
 }
 
-/// Where the values of one part of `rows` rows begin and end: all parts before it are squares of the same size.
+/// Where the values of one part of `rows` rows begin and end: all parts before it are squares of
+/// the same size.
 fn values_of(part: &Range<usize>, rows: usize) -> Range<usize> {
     let first = part.start * reach(rows);
     first..first + part.len().pow(2)
@@ -140,7 +146,8 @@ impl Targets {
         &self.weights[rows.start * self.cols..rows.end * self.cols]
     }
 
-    /// `rows` in the order of rounding: each slab has one block at most of those within reach of each other.
+    /// `rows` in the order of rounding: each slab has one block at most of those within reach of
+    /// each other.
     pub fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Vec<Range<usize>>> + use<> {
         let Self { block, reach, .. } = *self;
         let slab = move |place: usize| -> Vec<Range<usize>> {
@@ -153,7 +160,8 @@ impl Targets {
         (0..reach).step_by(block).map(slab).filter(|slab| !slab.is_empty())
     }
 
-    /// Leaves the errors of a slab that has been rounded, target less result, `[.., cols]`, to the rows behind it.
+    /// Leaves the errors of a slab that has been rounded, target less result, `[.., cols]`, to the
+    /// rows behind it.
     pub fn spread(&mut self, slab: &[Range<usize>], mut errors: &[f32]) {
         if self.factors.is_empty() {
             return;
@@ -165,7 +173,8 @@ impl Targets {
         }
     }
 
-    /// With `S^-1 = U^T U`, the rows behind a block `b` take `(U_bb^-1 U_br)^T` times its errors off their targets.
+    /// With `S^-1 = U^T U`, the rows behind a block `b` take `(U_bb^-1 U_br)^T` times its errors
+    /// off their targets.
     fn spread_block(&mut self, rows: &Range<usize>, errors: &[f32]) {
         let Self { weights, cols, reach, factors, .. } = self;
         let part = rows.start / *reach;

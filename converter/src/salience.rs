@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-/// `sum w_ij^2 / d_j^2` over all rows and the columns of each group, `d` the diagonal of the upper Cholesky factor of `H^-1`;
-/// `importance` is `1 / d_j^2`.
+/// `sum w_ij^2 / d_j^2` over all rows and the columns of each group, `d` the diagonal of the upper
+/// Cholesky factor of `H^-1`; `importance` is `1 / d_j^2`.
 ///
 /// # Shapes and layout
 /// `weights`: [rows, cols], row-major; `importance`: [cols].

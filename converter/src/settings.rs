@@ -33,18 +33,21 @@ impl Method {
 /// What a result may take.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
-    /// Bits per weight of the linear layers: codes, scales, bit-widths and the padding of their rows; not the embedding.
+    /// Bits per weight of the linear layers: codes, scales, bit-widths and the padding of their
+    /// rows; not the embedding.
     BitsPerWeight(f64),
     /// Bytes of the whole file, from header and tokenizer to the padding of its last tensor.
     FileBytes(u64),
 }
 
-/// Everything that decides the bytes of the result, besides the source, the calibration text and the [`Engine`].
+/// Everything that decides the bytes of the result, besides the source, the calibration text and
+/// the [`Engine`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Mean bits per code of the linear layers, 1 to 8; not used with a target.
     pub bits: u8,
-    /// What methods `slim` and `slim+` may take; `None` for as many bits as `bits` everywhere would.
+    /// What methods `slim` and `slim+` may take; `None` for as many bits as `bits` everywhere
+    /// would.
     pub target: Option<Target>,
     /// Columns that share a bit-width: a multiple of 16.
     pub group_size: usize,
@@ -54,8 +57,8 @@ pub struct Settings {
     pub method: Method,
     /// The published algorithm to the letter (`slim` in the paper coding).
     pub reference: bool,
-    /// Mean bits per code of the embedding and the output layer, 1 to 8, or 16, which keeps f16; `None` for as many as are worth
-    /// it within a target size of the file.
+    /// Mean bits per code of the embedding and the output layer, 1 to 8, or 16, which keeps f16;
+    /// `None` for as many as are worth it within a target size of the file.
     pub embed_bits: Option<u8>,
     /// Calibration samples.
     pub samples: usize,
@@ -140,8 +143,8 @@ impl Settings {
 
     /// The settings of the embedding and the output layer; of the least bits if a target decides.
     ///
-    /// Two-level scales of many bits get 6-bit codes: a 4-bit minimum code would shift a grid of 256 steps by up to 8 of them
-    /// (`docs/accuracy.md` has the effect).
+    /// Two-level scales of many bits get 6-bit codes: a 4-bit minimum code would shift a grid of
+    /// 256 steps by up to 8 of them (`docs/accuracy.md` has the effect).
     pub fn for_embedding(&self) -> Self {
         let bits = self.embed_bits.unwrap_or(1);
         let coding = match self.coding {
@@ -158,7 +161,8 @@ impl Settings {
         matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference
     }
 
-    /// Whether the float model runs along in the calibration, so that layers make up for what those before them changed.
+    /// Whether the float model runs along in the calibration, so that layers make up for what those
+    /// before them changed.
     pub fn follows_float(&self) -> bool {
         self.has_budget()
     }
@@ -178,7 +182,7 @@ impl Settings {
 pub struct Resources {
     /// What computes the calibration.
     pub engine: Engine,
-    /// Bytes of output Hessians and activations to hold in memory; the rest goes to temporary files. They do not decide the bytes
-    /// of the result.
+    /// Bytes of output Hessians and activations to hold in memory; the rest goes to temporary
+    /// files. They do not decide the bytes of the result.
     pub float_bytes: u64,
 }

@@ -1,8 +1,8 @@
-//! The GPTQ sweep: quantize column by column, and push each column's error to the columns not yet done; then refine codes and row
-//! scales.
+//! The GPTQ sweep: quantize column by column, and push each column's error to the columns not yet
+//! done; then refine codes and row scales.
 //!
-//! Errors go to the columns of the same block one by one, sixteen rows at a time, and to those behind it by one matrix product
-//! for each block of columns.
+//! Errors go to the columns of the same block one by one, sixteen rows at a time, and to those
+//! behind it by one matrix product for each block of columns.
 
 mod row_scales;
 
@@ -20,21 +20,26 @@ use crate::{
     lanes::{Lanes, gather, nearest_codes, scatter, zip},
 };
 
-/// Columns of a block, but for the rest of its last run: work within a block grows with it, products between blocks lose by less.
+/// Columns of a block, but for the rest of its last run: work within a block grows with it,
+/// products between blocks lose by less.
 const BLOCK_COLS: usize = 128;
 
-/// Passes of coordinate descent over the codes of a layer: two more than two took SmolLM2 from 24.08 to 23.66 at 3.30 bits.
+/// Passes of coordinate descent over the codes of a layer: two more than two took SmolLM2 from
+/// 24.08 to 23.66 at 3.30 bits.
 pub(crate) const REFINEMENTS: usize = 4;
 
 /// What the sweep weighs errors by.
 pub struct Curvature<'a> {
-    /// Upper triangular `[cols, cols]` with `H^-1 = U^T U`, for columns in `order`; `None` quantizes each weight by itself.
+    /// Upper triangular `[cols, cols]` with `H^-1 = U^T U`, for columns in `order`; `None`
+    /// quantizes each weight by itself.
     pub factor: Option<&'a [f32]>,
     /// What an error in a column costs, `[cols]`: `1 / U_jj^2`, or ones.
     pub importance: Cow<'a, [f32]>,
-    /// The columns in the order in which they are quantized, which is that of `factor`: whole runs one after the other.
+    /// The columns in the order in which they are quantized, which is that of `factor`: whole runs
+    /// one after the other.
     pub order: Cow<'a, [usize]>,
-    /// The damped Hessian itself, `[cols, cols]` in `order`, to refine the codes by; `None` leaves them as they are.
+    /// The damped Hessian itself, `[cols, cols]` in `order`, to refine the codes by; `None` leaves
+    /// them as they are.
     pub hessian: Option<&'a [f32]>,
 }
 
@@ -42,7 +47,8 @@ pub struct Curvature<'a> {
 pub struct SweptTile {
     /// One entry per column.
     pub codes: Vec<CodeColumn>,
-    /// The scales of each run of columns, with its group and its number in the group, in the order of the sweep.
+    /// The scales of each run of columns, with its group and its number in the group, in the order
+    /// of the sweep.
     pub runs: Vec<(usize, usize, RunScales)>,
     /// Row scales.
     pub rows: RowScales,
@@ -78,8 +84,8 @@ pub fn sweep(
     sweep.tiles
 }
 
-/// Some rows of a layer on their way to codes. Matrices have their columns in the order of the sweep, in which a column is known
-/// by its place.
+/// Some rows of a layer on their way to codes. Matrices have their columns in the order of the
+/// sweep, in which a column is known by its place.
 struct Sweep<'a> {
     runs: Vec<Run>,
     order: &'a [usize],
@@ -132,8 +138,8 @@ impl Sweep<'_> {
         self.refit_row_scales(&mut gradient, hessian);
     }
 
-    /// One pass of coordinate descent: one column after the other takes the code that is best now that all others are known. The
-    /// sweep could not know those that came later.
+    /// One pass of coordinate descent: one column after the other takes the code that is best now
+    /// that all others are known. The sweep could not know those that came later.
     fn refine_codes(&mut self, gradient: &mut [f32], hessian: &[f32]) {
         let Self { runs, order, tiles, .. } = self;
         let cols = order.len();
@@ -161,7 +167,8 @@ fn rows_of_tiles_mut(matrix: &mut [f32], cols: usize) -> rayon::slice::ChunksMut
     matrix.par_chunks_mut(TILE_ROWS * cols)
 }
 
-/// `out[:, into]` from `left: [rows, from.len()]` times `right[from, into]`, for `out: [rows, cols]`, `right: [cols, cols]`.
+/// `out[:, into]` from `left: [rows, from.len()]` times `right[from, into]`, for
+/// `out: [rows, cols]`, `right: [cols, cols]`.
 fn add_product(
     out: &mut [f32],
     store: Store,
@@ -305,8 +312,8 @@ impl SweptTile {
         scales
     }
 
-    /// Quantizes the first columns of `w`, those of `run`. What the columns behind a column lose in proportion to their part of
-    /// `factor` stays in its place.
+    /// Quantizes the first columns of `w`, those of `run`. What the columns behind a column lose in
+    /// proportion to their part of `factor` stays in its place.
     fn sweep_run(
         &mut self,
         w: &mut [Lanes],
@@ -359,8 +366,8 @@ impl SweptTile {
 }
 
 per_isa! {
-    /// Quantizes the first column of `w` and spreads its error over the others: `w_k -= error / u_0 * u_k`. What it multiplies
-    /// with stays in its place.
+    /// Quantizes the first column of `w` and spreads its error over the others:
+    /// `w_k -= error / u_0 * u_k`. What it multiplies with stays in its place.
     fn sweep_column(w: &mut [Lanes], step: &Step, u: Option<&[f32]>) -> (CodeColumn, Lanes) {
         let (first, rest) = w.split_at_mut(1);
         let (code, value) = step.nearest(&first[0]);

@@ -1,9 +1,11 @@
-//! What a layer should make of its inputs when the layers before it have changed them: what the float model makes of its own.
+//! What a layer should make of its inputs when the layers before it have changed them: what the
+//! float model makes of its own.
 //!
-//! A layer with weights `W` sees `X` where the float model sees `Xf`. Among the layers on `X`, the one with weights
-//! `W + (W (Xf - X)^T + M^T) X (X^T X)^-1` comes closest to the output `W Xf^T + M^T`, where `M` is what the residual stream
-//! lacks before the layer adds to it (only for layers that do). The sweep then rounds those weights, as it would round `W`.
-//! Either part is taken by a share: the whole of it also follows what is particular to the calibration samples.
+//! A layer with weights `W` sees `X` where the float model sees `Xf`. Among the layers on `X`, the
+//! one with weights `W + (W (Xf - X)^T + M^T) X (X^T X)^-1` comes closest to the output
+//! `W Xf^T + M^T`, where `M` is what the residual stream lacks before the layer adds to it (only
+//! for layers that do). The sweep then rounds those weights, as it would round `W`. Either part is
+//! taken by a share: the whole of it also follows what is particular to the calibration samples.
 
 use std::ops::Range;
 
@@ -27,7 +29,8 @@ pub struct Correction {
     absolute: Option<Vec<f32>>,
 }
 
-/// What inputs and residual stream lack, times the inputs: a [`Correction`] before it is multiplied with the inverse Hessian.
+/// What inputs and residual stream lack, times the inputs: a [`Correction`] before it is multiplied
+/// with the inverse Hessian.
 pub struct Lack(Correction);
 
 impl Lack {
@@ -76,8 +79,8 @@ fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
     out
 }
 
-/// `share * (2 / samples) * sum y^T x`, `[rows, x.width()]`, over `y: [tokens, rows]` of each batch of `x`: in the measure of
-/// `Hessian`.
+/// `share * (2 / samples) * sum y^T x`, `[rows, x.width()]`, over `y: [tokens, rows]` of each batch
+/// of `x`: in the measure of `Hessian`.
 fn cross(
     precision: Precision,
     x: &Activations,

@@ -272,7 +272,8 @@ fn rows_that_come_in_slabs_are_swept_by_their_hessian() {
 
 const WIDE: usize = 336;
 
-/// A row of a quantized layer, one column after the other, in widths of 3 bits and runs of 32 columns in groups of 64.
+/// A row of a quantized layer, one column after the other, in widths of 3 bits and runs of 32
+/// columns in groups of 64.
 struct Row {
     /// Scale and minimum code of each column.
     scales: Vec<(f64, f64)>,

@@ -22,7 +22,8 @@ pub enum Work {
     Steps,
 }
 
-/// Multiplications that rounding a weight takes as much time as, besides those with the columns behind it.
+/// Multiplications that rounding a weight takes as much time as, besides those with the columns
+/// behind it.
 const ROUNDING: usize = 1000;
 
 /// Multiplications of a matrix product that one of a factorization takes as much time as.
@@ -33,8 +34,8 @@ impl Work {
     pub const ALL: [Self; 6] =
         [Self::Sensitivities, Self::Fits, Self::Forward, Self::Hessians, Self::Sweeps, Self::Steps];
 
-    /// What a unit takes on a machine with two cores, in picoseconds: where no unit has been measured yet, the others
-    /// and these tell.
+    /// What a unit takes on a machine with two cores, in picoseconds: where no unit has been
+    /// measured yet, the others and these tell.
     pub fn usual_cost(self) -> f64 {
         match self {
             Self::Sensitivities => 5.0,
@@ -46,7 +47,8 @@ impl Work {
         }
     }
 
-    /// Whether it is bound by rounding, not by products of matrices: a machine may be fast at one of both only.
+    /// Whether it is bound by rounding, not by products of matrices: a machine may be fast at one
+    /// of both only.
     pub fn is_rounding(self) -> bool {
         matches!(self, Self::Fits | Self::Sweeps)
     }

@@ -97,7 +97,8 @@ impl Folder {
         self.shards(tensors, SHARD_BYTES, bytes_of)
     }
 
-    /// Brings the files to the disk, gives the folder its name and tells how many bytes its files have.
+    /// Brings the files to the disk, gives the folder its name and tells how many bytes its files
+    /// have.
     pub fn finish(self) -> Result<u64> {
         let Self { target, temporary } = self;
         let sync = || -> std::io::Result<u64> {

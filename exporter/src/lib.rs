@@ -29,8 +29,8 @@ pub enum Target {
 }
 
 impl Target {
-    /// What a model computes that the engines of this layout do not, as the subject of "... cannot be
-    /// exported"; `None` if they can run it.
+    /// What a model computes that the engines of this layout do not, as the subject of "... cannot
+    /// be exported"; `None` if they can run it.
     pub fn lacks(self, decoder: &Decoder) -> Option<String> {
         match self {
             Self::Onnx => onnx::lacks(decoder),

@@ -62,8 +62,8 @@ impl AtomicFile {
     /// Starts a file that will be called as `output` says.
     ///
     /// # Errors
-    /// `Exists` if something has the name that is not to be replaced, `Io` if no file can be created
-    /// in its folder.
+    /// `Exists` if something has the name that is not to be replaced, `Io` if no file can be
+    /// created in its folder.
     pub fn create<'p>(output: impl Into<OutputPath<'p>>) -> Result<Self> {
         let OutputPath { path, replaces } = output.into();
         check_replaceable(path, replaces)?;
@@ -107,7 +107,8 @@ impl AtomicFile {
         let written = file.as_file().set_len(end).and_then(|()| file.as_file().sync_all());
         written.map_err(failed)?;
         listed.renamed(|| persist(file, &path, replaces))?;
-        // Makes the new name survive a power cut, where the system can do that; the file is whole either way.
+        // Makes the new name survive a power cut, where the system can do that; the file is whole
+        // either way.
         let _ = File::open(folder_of(&path)).and_then(|folder| folder.sync_all());
         Ok(())
     }

@@ -48,7 +48,8 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// The tokens that end a generated text, the main one first.
     pub eos_token_ids: Vec<u32>,
-    /// Whether the model's settings have `bos_token_id` put before a text; a tokenizer can do so, too.
+    /// Whether the model's settings have `bos_token_id` put before a text; a tokenizer can do so,
+    /// too.
     pub add_bos: bool,
     /// How its makers want text to be drawn from it.
     pub generation: Generation,
@@ -57,7 +58,8 @@ pub struct ModelConfig {
 /// Rotary position embedding of heads of `2 * factors.len()` channels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// The base of the frequencies: pair `i` of `head_dim / 2` turns by `theta^(-2 i / head_dim)` per token ...
+    /// The base of the frequencies: pair `i` of `head_dim / 2` turns by `theta^(-2 i / head_dim)`
+    /// per token ...
     pub theta: f32,
     /// ... divided by entry `i`. All 1 without scaling.
     pub factors: Vec<f32>,
@@ -72,7 +74,8 @@ impl Rope {
 
 const MAX_HEAD_DIM: usize = 1 << 14;
 
-/// Pairs of channels of a head; of a head that [`ModelConfig::validated`] will refuse, no more than memory can hold.
+/// Pairs of channels of a head; of a head that [`ModelConfig::validated`] will refuse, no more than
+/// memory can hold.
 fn rope_pairs(head_dim: usize) -> usize {
     head_dim.min(MAX_HEAD_DIM) / 2
 }

@@ -22,8 +22,8 @@ pub fn free_bytes(folder: &Path) -> Option<u64> {
     }
 }
 
-/// Reserves room for the first `bytes` bytes of `file` in `folder`, and tells whether it could: some
-/// file systems cannot, of which only the free bytes are asked then. `what` is the subject of
+/// Reserves room for the first `bytes` bytes of `file` in `folder`, and tells whether it could:
+/// some file systems cannot, of which only the free bytes are asked then. `what` is the subject of
 /// [`FormatError::NoSpace`], with `path` as the file.
 ///
 /// # Errors

@@ -26,7 +26,8 @@ pub enum FormatError {
         path: Box<Path>,
         /// Where in the file: a tensor, a key, a header field with its byte offset.
         place: String,
-        /// The rule of `docs/format.md` (or of the container's specification), such as `F12`; empty if none is numbered.
+        /// The rule of `docs/format.md` (or of the container's specification), such as `F12`; empty
+        /// if none is numbered.
         rule: &'static str,
         /// What the file holds.
         found: String,

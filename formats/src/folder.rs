@@ -42,8 +42,8 @@ impl Folder {
         Self { root: root.to_owned(), parent: None, limits: Limits::default(), read: Vec::new() }
     }
 
-    /// The directory that holds an ONNX file. If it is called `onnx`, as where transformers.js looks
-    /// for graphs, what is not in it is looked for in its parent.
+    /// The directory that holds an ONNX file. If it is called `onnx`, as where transformers.js
+    /// looks for graphs, what is not in it is looked for in its parent.
     pub fn around_onnx(path: &Path) -> Self {
         let mut folder = Self::around(path);
         let is_here = folder.root.as_os_str().is_empty();
@@ -60,7 +60,8 @@ impl Folder {
     /// A text file, `None` if there is none of this name.
     ///
     /// # Errors
-    /// `Io`, `LimitExceeded`, `OtherKind` for a stand-in, `Unsupported` for a link out of an ONNX folder.
+    /// `Io`, `LimitExceeded`, `OtherKind` for a stand-in, `Unsupported` for a link out of an ONNX
+    /// folder.
     pub fn text(&mut self, name: &str) -> Result<Option<String>> {
         let mut path = self.root.join(name);
         let mut text = read_text(&path, &self.limits)?;
@@ -96,8 +97,8 @@ impl Folder {
     }
 
     /// Reads `config.json`, which must be there, and what else there is of
-    /// `generation_config.json`, `tokenizer.json`, the files that name special tokens, and those that
-    /// may hold the chat template.
+    /// `generation_config.json`, `tokenizer.json`, the files that name special tokens, and those
+    /// that may hold the chat template.
     pub fn description(&mut self) -> Result<Description> {
         let config_json = self.json("config.json")?.ok_or_else(|| self.no_config())?;
         let config_path = self.config_path().to_owned();

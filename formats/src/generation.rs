@@ -124,10 +124,13 @@ impl Generation {
     }
 }
 
-/// The numbers of a file: of a key that is there, its value if it is a number, and its text.
+/// The value of a key if it is a number, and its text.
+type Found = (Option<f64>, String);
+
+/// The numbers of a file, by their keys.
 struct Numbers<'a> {
     path: &'a Path,
-    get: &'a dyn Fn(&str) -> Option<(Option<f64>, String)>,
+    get: &'a dyn Fn(&str) -> Option<Found>,
 }
 
 impl Numbers<'_> {

@@ -1,8 +1,8 @@
 //! Model files as typed metadata and borrowed views.
 //!
 //! Two types to know: a [`ModelSource`] is an opened model of any supported kind (a Hugging Face
-//! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as it lies in the
-//! memory map. Nothing here computes with weights; that is the `kernels` crate.
+//! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as
+//! it lies in the memory map. Nothing here computes with weights; that is the `kernels` crate.
 
 pub mod arch;
 mod atomic;

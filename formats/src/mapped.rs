@@ -47,13 +47,13 @@ impl MappedFile {
         &self.path
     }
 
-    /// Gives back the memory of the pages that reading has brought in. They are read again when they
-    /// are needed, mostly from the system's cache. Does nothing on other systems than Unix.
+    /// Gives back the memory of the pages that reading has brought in. They are read again when
+    /// they are needed, mostly from the system's cache. Does nothing on other systems than Unix.
     pub fn release_pages(&self) {
         #[cfg(unix)]
         if let Some(map) = &self.map {
-            // SAFETY: the map is shared and never written to, so its pages hold nothing but what the
-            // file has; whoever reads them at this moment finds the same bytes.
+            // SAFETY: the map is shared and never written to, so its pages hold nothing but what
+            // the file has; whoever reads them at this moment finds the same bytes.
             let advised = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
             // Where the system does not follow the advice, pages stay.
             drop(advised);
@@ -76,11 +76,13 @@ impl Deref for MappedFile {
     }
 }
 
-/// Zeroed read-write memory backed by a nameless temporary file, for data that may not fit in memory.
+/// Zeroed read-write memory backed by a nameless temporary file, for data that may not fit in
+/// memory.
 ///
-/// It starts on a page boundary. The file lies in the system's folder for temporary files (`TMPDIR`)
-/// and is gone when this value is dropped or the process ends. Its room is reserved when it is made: a full disk is
-/// an error then, not a signal that ends the process at the first write that finds no room.
+/// It starts on a page boundary. The file lies in the system's folder for temporary files
+/// (`TMPDIR`) and is gone when this value is dropped or the process ends. Its room is reserved when
+/// it is made: a full disk is an error then, not a signal that ends the process at the first write
+/// that finds no room.
 #[derive(Debug)]
 pub struct ScratchFile {
     map: Option<MmapMut>,
@@ -90,7 +92,8 @@ impl ScratchFile {
     /// Maps a new temporary file of `bytes` zero bytes.
     ///
     /// # Errors
-    /// `NoSpace` or `FileTooLarge` if there is no room, `Io` if the file cannot be created, sized or mapped.
+    /// `NoSpace` or `FileTooLarge` if there is no room, `Io` if the file cannot be created, sized
+    /// or mapped.
     pub fn new(bytes: usize) -> Result<Self> {
         if bytes == 0 {
             return Ok(Self { map: None });

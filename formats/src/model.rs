@@ -11,8 +11,8 @@ use crate::{
     stand_in,
 };
 
-/// An opened model. Tensors go by their GGUF names (`token_embd.weight`, `blk.0.attn_q.weight`, ...)
-/// whatever the source calls them.
+/// An opened model. Tensors go by their GGUF names (`token_embd.weight`, `blk.0.attn_q.weight`,
+/// ...) whatever the source calls them.
 pub trait ModelSource: Send + Sync {
     /// The path that was opened.
     fn path(&self) -> &Path;
@@ -51,8 +51,8 @@ pub trait ModelSource: Send + Sync {
         &[]
     }
     /// Gives back the memory of tensors that were read from mapped files; they are read again when
-    /// they are needed. Who walks through a model once calls it now and then, so that a file that is
-    /// larger than memory does not fill it.
+    /// they are needed. Who walks through a model once calls it now and then, so that a file that
+    /// is larger than memory does not fill it.
     fn release_pages(&self) {}
 }
 
@@ -87,8 +87,9 @@ pub struct DenseTensor<'a> {
     pub rows: usize,
     /// Input channels.
     pub cols: usize,
-    /// From the tensor's first value to its last. Exactly `dtype.size_in_bytes(rows * cols)` bytes, `cols` filling
-    /// whole blocks, unless the layout is [`Layout::Transposed`], which tells how many.
+    /// From the tensor's first value to its last. Exactly `dtype.size_in_bytes(rows * cols)` bytes,
+    /// `cols` filling whole blocks, unless the layout is [`Layout::Transposed`], which tells how
+    /// many.
     pub bytes: &'a [u8],
     /// Where in `bytes` the values are.
     pub layout: Layout,
@@ -107,22 +108,25 @@ impl DenseTensor<'_> {
     }
 }
 
-/// Where the values of a dense tensor lie. Everything in this project takes rows for output channels, and rotates
-/// (RoPE) channel `i` of a head with channel `i + head_dim / 2`, as Hugging Face does.
+/// Where the values of a dense tensor lie. Everything in this project takes rows for output
+/// channels, and rotates (RoPE) channel `i` of a head with channel `i + head_dim / 2`, as Hugging
+/// Face does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// Row by row, in the order in which the rows are used.
     AsStored,
-    /// Row by row, in llama.cpp's order of `attn_q` and `attn_k` in the `llama` architecture: within each head of
-    /// `head_dim` rows, stored row `2 i` is row `i`, and stored row `2 i + 1` is row `i + head_dim / 2`.
+    /// Row by row, in llama.cpp's order of `attn_q` and `attn_k` in the `llama` architecture:
+    /// within each head of `head_dim` rows, stored row `2 i` is row `i`, and stored row `2 i + 1`
+    /// is row `i + head_dim / 2`.
     Interleaved {
         /// Rows per head.
         head_dim: usize,
     },
-    /// Column by column, as in the right factor of an ONNX `MatMul`. The values are of a plain type; `bytes` holds
-    /// `(cols - 1) * stride + rows` of them.
+    /// Column by column, as in the right factor of an ONNX `MatMul`. The values are of a plain
+    /// type; `bytes` holds `(cols - 1) * stride + rows` of them.
     Transposed {
-        /// Values from a column to the next: `rows`, or more if the tensor is a part of a fused one.
+        /// Values from a column to the next: `rows`, or more if the tensor is a part of a fused
+        /// one.
         stride: usize,
     },
 }

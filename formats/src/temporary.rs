@@ -44,7 +44,8 @@ impl Listed {
         let prefix = format!("{PREFIX}{}-", std::process::id());
         let mut options = Builder::new();
         options.prefix(&prefix).suffix(SUFFIX);
-        // Temporary files are private by default; this one becomes the user's, with the usual access.
+        // Temporary files are private by default; this one becomes the user's, with the usual
+        // access.
         #[cfg(unix)]
         options.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(mode));
         #[cfg(not(unix))]
@@ -79,7 +80,8 @@ impl Drop for Listed {
     }
 }
 
-/// A folder with a temporary name, which is removed with all that is in it when this value is dropped.
+/// A folder with a temporary name, which is removed with all that is in it when this value is
+/// dropped.
 #[derive(Debug)]
 pub struct TemporaryFolder {
     // Dropped first, it removes the folder.
@@ -155,14 +157,16 @@ pub fn remove_temporaries() -> Cleared {
     Cleared { removed, _list: list }
 }
 
-/// The temporary files and folders that were removed so far because they were not finished, those without a byte left out.
+/// The temporary files and folders that were removed so far because they were not finished, those
+/// without a byte left out.
 pub fn removed_unfinished() -> Vec<Removed> {
     let mut removed = std::mem::take(&mut list().removed);
     removed.retain(|removed| removed.bytes > 0);
     removed
 }
 
-/// Removes from `folder` the temporary files and folders of the user's processes that no longer run.
+/// Removes from `folder` the temporary files and folders of the user's processes that no longer
+/// run.
 pub fn remove_leftovers(folder: &Path) -> Vec<Removed> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let entries = entries.filter_map(io::Result::ok);
@@ -175,7 +179,8 @@ pub fn remove_leftovers(folder: &Path) -> Vec<Removed> {
     removed.collect()
 }
 
-/// Whether a name is that of a temporary file of a process that does not run, on this machine at least.
+/// Whether a name is that of a temporary file of a process that does not run, on this machine at
+/// least.
 fn is_leftover(name: &str) -> bool {
     let middle = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX));
     let process = middle.and_then(|middle| middle.split_once('-')?.0.parse().ok());

@@ -1,10 +1,12 @@
 //! How fast the CPU's kernels are, next to a plain read of memory.
 //!
-//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES]]`. Layers and caches come from memory, as those of a model
-//! do: copies, more than the processor's caches hold, take turns. With few mebibytes they come from a cache.
+//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES]]`. Layers and caches come
+//! from memory, as those of a model do: copies, more than the processor's caches hold, take turns.
+//! With few mebibytes they come from a cache.
 //!
-//! What counts is the share of a plain read, which on a shared machine only two measurements in turn give. Benchmark harnesses
-//! measure one function after the other and print no ratios: hence no divan or criterion.
+//! What counts is the share of a plain read, which on a shared machine only two measurements in
+//! turn give. Benchmark harnesses measure one function after the other and print no ratios: hence
+//! no divan or criterion.
 
 use std::{hint::black_box, time::Instant};
 
@@ -135,7 +137,8 @@ impl Memory {
         vec![value; (self.bytes() / bytes).max(1)]
     }
 
-    /// Prints what a kernel takes for one of some inputs, that is for so many multiplications and bytes read.
+    /// Prints what a kernel takes for one of some inputs, that is for so many multiplications and
+    /// bytes read.
     fn measure<T>(
         &self,
         name: &str,

@@ -1,21 +1,25 @@
-// Attention of one query token: out = softmax(q K^T / sqrt(head_dim)) V over the positions that it sees.
+// Attention of one query token: out = softmax(q K^T / sqrt(head_dim)) V over the positions that it
+// sees.
 //
 //   q         f32 [heads, head_dim], rotated
 //   cache     rows of all positions up to the token's own
-//   position  one u32: the token's. It sees positions max(0, position + 1 - window) ..= position; window 0: all
+//   position  one u32: the token's. It sees positions max(0, position + 1 - window) ..= position;
+//             window 0: all
 //   partial   f32 [heads, gridDim.y, head_dim + 4]: scratch, 16-byte aligned
 //   counters  u32 [kv_heads * gridDim.z], zero between launches
 //   out       fp16 [heads * head_dim] in operand order
 //
-// Grid: (kv_heads, splits, ceil(heads / kv_heads / 8)): a block takes up to 8 heads, which share their kv head, over a
-// *span* of the positions. A span is at least 64 positions, so short contexts leave blocks without work; the last block
-// of a head to finish joins what all have found. Block: 128. Shared memory: static, 41 KiB.
+// Grid: (kv_heads, splits, ceil(heads / kv_heads / 8)): a block takes up to 8 heads, which share
+// their kv head, over a *span* of the positions. A span is at least 64 positions, so short contexts
+// leave blocks without work; the last block of a head to finish joins what all have found. Block:
+// 128. Shared memory: static, 41 KiB.
 //
-// A product has 16 rows and there are 8 heads: what fp16 rounds off a number takes row g + 8 of its head's row g. So
-// queries and probabilities count with 22 bits, and the only rounding is the cache's own. A warp takes 16 positions at
-// a time straight from the cache to operands: of the keys lane (g, q) = (lane / 4, lane % 4) loads 8 channels of
-// position g, of the values 8 channels of each of the positions 2q, 2q + 1, 2q + 8, 2q + 9. Which channel is which
-// column of a product is then free.
+// A product has 16 rows and there are 8 heads: what fp16 rounds off a number takes row g + 8 of its
+// head's row g. So queries and probabilities count with 22 bits, and the only rounding is the
+// cache's own. A warp takes 16 positions at a time straight from the cache to operands: of the keys
+// lane (g, q) = (lane / 4, lane % 4) loads 8 channels of position g, of the values 8 channels of
+// each of the positions 2q, 2q + 1, 2q + 8, 2q + 9. Which channel is which column of a product is
+// then free.
 
 #include "kv_cache.cuh"
 
@@ -30,8 +34,8 @@ constexpr u32 DECODE_VALUE_CHANNELS = 64;
 constexpr u32 DECODE_KEY_LOADS = 4;
 constexpr u32 DECODE_VALUE_LOADS = 2;
 
-// A head's result over some positions: sum of values weighted by exp2(score - max). In memory max, sum, two unused
-// words, and head_dim weighted values: a *part*.
+// A head's result over some positions: sum of values weighted by exp2(score - max). In memory max,
+// sum, two unused words, and head_dim weighted values: a *part*.
 constexpr u32 PART_HEADER = 4;
 
 struct Joined {
@@ -39,8 +43,8 @@ struct Joined {
     float max, sum;
 };
 
-// Four channels of `count` parts, `stride` floats apart, as one. The order of the sums depends on nothing but `count`.
-// Not inlined, for both caches use it.
+// Four channels of `count` parts, `stride` floats apart, as one. The order of the sums depends on
+// nothing but `count`. Not inlined, for both caches use it.
 template <u32 BATCH>
 __device__ __noinline__ Joined join_parts(const float* parts, u64 stride, u32 count, u32 channel) {
     Joined joined = {{}, LOWEST_SCORE, 0.0f};
@@ -79,8 +83,9 @@ __device__ inline void split_halves(u32& rounded, u32& rest, float x, float y) {
     rest = half2_from_floats(x - half_to_float(u16(rounded)), y - half_to_float(u16(rounded >> 16)));
 }
 
-// Operands of the queries of `count` heads: product s of 16 channels takes [s][lane]. Lane (g, q) has of head g the
-// channels that its keys hold in words 0, 1 (even s) or 2, 3 (odd s). Not inlined, for both caches use it.
+// Operands of the queries of `count` heads: product s of 16 channels takes [s][lane]. Lane (g, q)
+// has of head g the channels that its keys hold in words 0, 1 (even s) or 2, 3 (odd s). Not
+// inlined, for both caches use it.
 __device__ __noinline__ void stage_queries(Vector16* operands, const float* q, u32 count, u32 head_dim) {
     for (u32 k = 0; k < MAX_HEAD_DIM / 16 / DECODE_WARPS; ++k) {
         const u32 i = k * DECODE_WARPS * WARP + threadIdx.x;
@@ -94,8 +99,8 @@ __device__ __noinline__ void stage_queries(Vector16* operands, const float* q, u
     }
 }
 
-// The warp's share of the positions begin .. end, `first` its first: writes the part of each head, of its values those
-// of channels from value_channel.
+// The warp's share of the positions begin .. end, `first` its first: writes the part of each head,
+// of its values those of channels from value_channel.
 template <class Rows>
 __device__ inline void attend(const Vector16* queries, const KvCache& cache, u64 row0, u32 first, u32 end,
                               u32 value_channel, u32 count, float* parts) {
@@ -103,7 +108,8 @@ __device__ inline void attend(const Vector16* queries, const KvCache& cache, u64
     const u32 lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, head_dim = cache.head_dim;
     const float scale = score_scale(head_dim);
     float max = LOWEST_SCORE, sum = 0.0f;
-    // What `values` counts in: the largest scale of the rows so far, so that probability * scale fits fp16.
+    // What `values` counts in: the largest scale of the rows so far, so that probability * scale
+    // fits fp16.
     float unit = Rows::HAS_SCALES ? 1e-30f : 1.0f;
     float values[DECODE_VALUE_LOADS][8][4] = {};
 

@@ -1,17 +1,20 @@
-// Attention of m query tokens: out[t] = softmax(q[t] K^T / sqrt(head_dim)) V over the positions that token t sees.
+// Attention of m query tokens: out[t] = softmax(q[t] K^T / sqrt(head_dim)) V over the positions
+// that token t sees.
 //
 //   q         f32 [m, heads, head_dim], rotated
 //   cache     rows of all positions up to the last token's own
-//   position  one u32: the first token's. Token t sees max(0, position + t + 1 - window) ..= position + t; window 0: all
+//   position  one u32: the first token's. Token t sees max(0, position + t + 1 - window) ..=
+//             position + t; window 0: all
 //   out       fp16 [m, stride] in operand order, column head * head_dim + channel
 //
-// Grid: (ceil(m * heads / kv_heads / 64), kv_heads). The heads that share a kv head are rows of one matrix, row = token
-// * (heads / kv_heads) + head: a block takes 64 rows, a warp 16 of them, and goes through the positions in tiles of 64.
-// Block: 128. Dynamic shared memory: 128 * (2 * P + V) bytes, P = head_dim rounded up to 16, plus 8, V = 72 if head_dim
-// <= 64, else 136 (at most 83 KiB).
+// Grid: (ceil(m * heads / kv_heads / 64), kv_heads). The heads that share a kv head are rows of one
+// matrix, row = token * (heads / kv_heads) + head: a block takes 64 rows, a warp 16 of them, and
+// goes through the positions in tiles of 64. Block: 128. Dynamic shared memory:
+// 128 * (2 * P + V) bytes, P = head_dim rounded up to 16, plus 8, V = 72 if head_dim <= 64, else
+// 136 (at most 83 KiB).
 //
-// Queries and probabilities are rounded to fp16. Rows in shared memory are an odd number of 16 bytes apart, so that the
-// eight rows of a matrix come from all banks.
+// Queries and probabilities are rounded to fp16. Rows in shared memory are an odd number of 16
+// bytes apart, so that the eight rows of a matrix come from all banks.
 
 #include "kv_cache.cuh"
 
@@ -21,9 +24,9 @@ constexpr u32 PREFILL_TILE = 64;
 // Channels of values that a block has sums for; longer heads take two passes, each with all scores.
 constexpr u32 PREFILL_CHANNELS = 128;
 
-// Copies rows `first` .. of keys or values, PREFILL_TILE of them, no further than `last`, to shared memory: channels
-// begin .. end, zero from head_dim. Codes come multiplied by `scales`, or if there are none, as they are. They are there
-// after the next copy_async_wait and barrier.
+// Copies rows `first` .. of keys or values, PREFILL_TILE of them, no further than `last`, to shared
+// memory: channels begin .. end, zero from head_dim. Codes come multiplied by `scales`, or if there
+// are none, as they are. They are there after the next copy_async_wait and barrier.
 template <class Rows>
 __device__ inline void copy_rows(u16* tile, u32 tile_stride, const void* rows, const float* scales, u32 head_dim,
                                  u64 first, u64 last, u32 begin, u32 end) {
@@ -52,8 +55,9 @@ __device__ __noinline__ void stage(bool has_codes, u16* tile, u32 tile_stride, c
     }
 }
 
-// Channels value_channel .. value_channel + PREFILL_CHANNELS of the block's results. One function for both kinds of
-// rows, which differ only on their way to shared memory; not inlined, for it is most of the code.
+// Channels value_channel .. value_channel + PREFILL_CHANNELS of the block's results. One function
+// for both kinds of rows, which differ only on their way to shared memory; not inlined, for it is
+// most of the code.
 __device__ __noinline__ void attend_rows(bool has_codes, const float* q, const KvCache cache, u32 start, u32 m,
                                          u32 heads, u32 window, u16* out, u32 stride, u32 value_channel) {
     DYNAMIC_SHARED(shared);

@@ -1,8 +1,10 @@
-// fp16 weights in *fragment order*: the words that the lanes of a warp feed to the matrix product, one after the other.
+// fp16 weights in *fragment order*: the words that the lanes of a warp feed to the matrix product,
+// one after the other.
 //
-// `[tiles][steps][4 products t][32 lanes][4 words]`: with lane = 4g + q, words 0 and 2 are row 2g of the tile, words 1 and 3
-// row 2g + 1, at columns 4t, 4t + 2 (words 0, 1) and 4t + 1, 4t + 3 (words 2, 3) of the lane's unit, columns
-// 64 * step + 16q .. of the matrix. Rows and columns past the matrix are zero.
+// `[tiles][steps][4 products t][32 lanes][4 words]`: with lane = 4g + q, words 0 and 2 are row 2g
+// of the tile, words 1 and 3 row 2g + 1, at columns 4t, 4t + 2 (words 0, 1) and 4t + 1, 4t + 3
+// (words 2, 3) of the lane's unit, columns 64 * step + 16q .. of the matrix. Rows and columns past
+// the matrix are zero.
 #pragma once
 
 #include "packed.cuh"

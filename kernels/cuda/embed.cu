@@ -1,14 +1,14 @@
 // x[t] = row tokens[t] of a matrix, which may be in bands: the embeddings of m tokens.
 //
-// Packed weights are read byte by byte, the way docs/format.md words it: it is only one row per token. They equal the
-// CPU's to the last bit.
+// Packed weights are read byte by byte, the way docs/format.md words it: it is only one row per
+// token. They equal the CPU's to the last bit.
 //
 //   w       [rows, cols]
 //   tokens  u32 [m]
 //   x       f32 [m, cols], overwritten; the row of a token without a row of w becomes NaN
 //
-// Grid: packed (items of the band that has most, m), dense (ceil(cols / 128), m). Block: 128 threads, one column each. No
-// dynamic shared memory. m <= 65535.
+// Grid: packed (items of the band that has most, m), dense (ceil(cols / 128), m). Block: 128
+// threads, one column each. No dynamic shared memory. m <= 65535.
 
 #include "bands.cuh"
 
@@ -30,7 +30,8 @@ __device__ inline const Band<Matrix>& band_of(const Embed<Matrix>& args, u32 row
     return args.band[i];
 }
 
-// The code in row `row` of a tile, column `col` of an item (F10 to F13). `plane`: the first plane of the item's group.
+// The code in row `row` of a tile, column `col` of an item (F10 to F13). `plane`: the first plane
+// of the item's group.
 __device__ inline u32 code_at(const u8* plane, const Item& item, u32 row, u32 col) {
     const u32 group_cols = item.group16 * UNIT_COLS, group_col = item.start16 * UNIT_COLS + col;
     u32 code = 0, low = 0;

@@ -1,16 +1,18 @@
-// C = beta * C + alpha * A B^T in f32: C[i, j] = beta * C[i, j] + alpha * sum over l of A[i, l] * B[j, l].
+// C = beta * C + alpha * A B^T in f32: C[i, j] = beta * C[i, j] + alpha * sum over l of A[i, l] *
+// B[j, l].
 //
-// A block computes 128 x 128 numbers of C, a thread 8 x 8 of them. A and B pass through shared memory in slabs of 8
-// columns; while one slab is multiplied, the next is on its way to registers. Sums run in the order of l: equal inputs
-// give equal bits.
+// A block computes 128 x 128 numbers of C, a thread 8 x 8 of them. A and B pass through shared
+// memory in slabs of 8 columns; while one slab is multiplied, the next is on its way to registers.
+// Sums run in the order of l: equal inputs give equal bits.
 //
 //   a  f32 [m, k]: A[i, l] is a[i * a_row + l * a_col]; likewise b [n, k]
 //   c  f32 [m, n]: C[i, j] is c[i * c_row + j]; not read if beta = 0
 //
-// Reads coalesce if one stride of an operand is 1, so X W^T takes X and W as they lie, and X^T X takes X twice with
-// a_row = 1. C must not overlap A or B.
+// Reads coalesce if one stride of an operand is 1, so X W^T takes X and W as they lie, and X^T X
+// takes X twice with a_row = 1. C must not overlap A or B.
 //
-// Grid: (ceil(n / 128), ceil(m / 128)). Block: 256 threads. No dynamic shared memory (17 KiB static). m <= 128 * 65535.
+// Grid: (ceil(n / 128), ceil(m / 128)). Block: 256 threads. No dynamic shared memory (17 KiB
+// static). m <= 128 * 65535.
 
 #include "primitives.cuh"
 
@@ -41,15 +43,16 @@ struct alignas(16) Vector4 {
     float value[4];
 };
 
-// A slab of an operand, column after column. The 4 numbers between two columns let a warp store 4 rows of 8 columns
-// without bank conflicts.
+// A slab of an operand, column after column. The 4 numbers between two columns let a warp store 4
+// rows of 8 columns without bank conflicts.
 struct Slab {
     Vector4 column[GEMM_DEPTH][GEMM_TILE / 4 + 1];
 
     __device__ float& at(u32 row, u32 col) { return column[col][row / 4].value[row % 4]; }
 };
 
-// What a thread reads of an operand: GEMM_SHARE numbers of each slab, neighbouring threads neighbouring numbers.
+// What a thread reads of an operand: GEMM_SHARE numbers of each slab, neighbouring threads
+// neighbouring numbers.
 struct Reader {
     const float* from;       // the first of them
     u64 next;                // from one to the next

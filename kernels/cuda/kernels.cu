@@ -1,4 +1,5 @@
-// Every kernel, in the order of a forward pass: what scripts/cuda-ptx compiles to kernels.ptx, and the emulator runs.
+// Every kernel, in the order of a forward pass: what scripts/cuda-ptx compiles to kernels.ptx, and
+// the emulator runs.
 
 #include "embed.cu"
 #include "norm.cu"

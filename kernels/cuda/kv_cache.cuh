@@ -1,15 +1,15 @@
 // The keys and values of one transformer block, and how its rows are stored.
 //
-// A row is head_dim numbers of one kv head at one position: `[kv_heads, capacity, head_dim]`. head_dim is a multiple of
-// 8, at most 256.
+// A row is head_dim numbers of one kv head at one position: `[kv_heads, capacity, head_dim]`.
+// head_dim is a multiple of 8, at most 256.
 #pragma once
 
 #include "primitives.cuh"
 
 constexpr u32 MAX_HEAD_DIM = 256;
 
-// Where the running maximum of scores begins: below every score, and yet a number, so that 2^(-inf - LOWEST_SCORE) is 0
-// and 2^(LOWEST_SCORE - LOWEST_SCORE) is 1.
+// Where the running maximum of scores begins: below every score, and yet a number, so that
+// 2^(-inf - LOWEST_SCORE) is 0 and 2^(LOWEST_SCORE - LOWEST_SCORE) is 1.
 constexpr float LOWEST_SCORE = -1e30f;
 
 // Scores are logarithms to base 2: a query is multiplied by this.

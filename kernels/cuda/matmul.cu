@@ -1,24 +1,27 @@
-// Products of many tokens with the bands of one matrix: out[t, row] = sum over columns of w[row, col] * x[t, col].
+// Products of many tokens with the bands of one matrix: out[t, row] = sum over columns of w[row,
+// col] * x[t, col].
 //
-// A block computes 128 rows (8 tiles) of a band x 128 tokens. Its warps form two *sets* of four, which take the matrix's items (up to
-// 128 columns; of dense ones 64) in turn and add up their sums at the end. So a warp has 64 rows x 64 tokens: half of its registers
-// are sums, and operands, once read or made of codes, serve 8 products. A set brings its next item to shared memory while it works
-// on one, and does not wait for the other: while one turns scales and codes into operands, the other has products under way.
-// Packed weights never exist in fp16 outside registers.
+// A block computes 128 rows (8 tiles) of a band x 128 tokens. Its warps form two *sets* of four,
+// which take the matrix's items (up to 128 columns; of dense ones 64) in turn and add up their sums
+// at the end. So a warp has 64 rows x 64 tokens: half of its registers are sums, and operands, once
+// read or made of codes, serve 8 products. A set brings its next item to shared memory while it
+// works on one, and does not wait for the other: while one turns scales and codes into operands,
+// the other has products under way. Packed weights never exist in fp16 outside registers.
 //
 //   x    fp16 [m, x_stride], operand order; padding zero
 //   out  f32 [m, matrix_rows]: overwritten (STORE) or added to (ADD)
 //
-// Grid: (sum over the bands of ceil(tiles / 8), ceil(m / 128)). Block: MATMUL_THREADS. Dynamic shared memory: HEAD_BYTES + the larger
-// of SUMS_BYTES and stages * (packed: INPUT_BYTES<128> + 8 * slot_bytes(largest max_width); dense: INPUT_BYTES<64> + 8 * FRAGMENT_BYTES).
+// Grid: (sum over the bands of ceil(tiles / 8), ceil(m / 128)). Block: MATMUL_THREADS. Dynamic
+// shared memory: HEAD_BYTES + the larger of SUMS_BYTES and stages * (packed: INPUT_BYTES<128> + 8 *
+// slot_bytes(largest max_width); dense: INPUT_BYTES<64> + 8 * FRAGMENT_BYTES).
 
 #include "bands.cuh"
 #include "slot.cuh"
 
 constexpr u32 MATMUL_TILES = 8;
 constexpr u32 MATMUL_TOKENS = 128;
-// Sets of warps, as `launch.rs` counts them, too, and warps of a set. A multiprocessor has room for two sets: of one block, which makes
-// do with half as many blocks, or of two.
+// Sets of warps, as `launch.rs` counts them, too, and warps of a set. A multiprocessor has room for
+// two sets: of one block, which makes do with half as many blocks, or of two.
 constexpr u32 SETS = 2;
 constexpr u32 SET_WARPS = 4;
 constexpr u32 SET_THREADS = SET_WARPS * WARP;
@@ -62,8 +65,9 @@ struct BlockWork {
     }
 };
 
-// Shared memory begins with the block's work, the table's entries of items under way (number i at i % ENTRIES: a set has up to
-// three, two apart) and the row scales of the block's tiles, which the lanes 4g .. 4g + 3 share.
+// Shared memory begins with the block's work, the table's entries of items under way (number i at i
+// % ENTRIES: a set has up to three, two apart) and the row scales of the block's tiles, which the
+// lanes 4g .. 4g + 3 share.
 constexpr u32 WORK_BYTES = 128;
 constexpr u32 ENTRIES = 8;
 constexpr u32 ROWS_AT = WORK_BYTES + ENTRIES * sizeof(Item);
@@ -94,15 +98,15 @@ struct Share {
 template <u32 COLS>
 constexpr u32 INPUT_BYTES = MATMUL_TOKENS * 2 * COLS;
 
-// Where chunk `chunk` of token `token` lies: so swapped, the 8 lanes that read at a time (two tokens, q = 0..3) find theirs in
-// all 32 banks.
+// Where chunk `chunk` of token `token` lies: so swapped, the 8 lanes that read at a time (two
+// tokens, q = 0..3) find theirs in all 32 banks.
 template <u32 COLS>
 __device__ inline u32 input_offset(u32 token, u32 chunk) {
     return token * 2 * COLS + (chunk ^ (token & 1) ^ (chunk >> 3 << 1)) * 16;
 }
 
-// Starts to copy `units` units of inputs from column `col` on, by the threads of a set. Tokens past the last repeat it: their sums
-// are not stored. What lanes without a unit read is zero.
+// Starts to copy `units` units of inputs from column `col` on, by the threads of a set. Tokens past
+// the last repeat it: their sums are not stored. What lanes without a unit read is zero.
 template <u32 COLS>
 __device__ inline void copy_inputs(const u16* x, u32 x_stride, u32 m, u32 col, u32 units, u8* to) {
     constexpr u32 CHUNKS = COLS / 8, STRIDE = SET_THREADS / CHUNKS;
@@ -124,7 +128,8 @@ __device__ inline void copy_inputs(const u16* x, u32 x_stride, u32 m, u32 col, u
 
 typedef float Sums[WARP_TILES][WARP_TOKEN_BLOCKS][4];
 
-// sums += operands `a` of two products, times the inputs of all the warp's tokens in a chunk; `inputs` are the lane's first.
+// sums += operands `a` of two products, times the inputs of all the warp's tokens in a chunk;
+// `inputs` are the lane's first.
 template <u32 COLS>
 __device__ inline void multiply_chunk(Sums& sums, const u32 (&a)[WARP_TILES][2][4], const u8* inputs) {
 #pragma unroll
@@ -140,7 +145,8 @@ __device__ inline void multiply_chunk(Sums& sums, const u32 (&a)[WARP_TILES][2][
 
 __device__ inline u32 sets_at_work(u32 stages) { return min(stages, SETS); }
 
-// Calls `multiply(i, stage)` for the items of a set, each after `copy(i, stage)` has brought it to shared memory.
+// Calls `multiply(i, stage)` for the items of a set, each after `copy(i, stage)` has brought it to
+// shared memory.
 template <class Copy, class Multiply>
 __device__ inline void for_items_of_set(u32 set, u32 items, u32 stages, u8* shared, u32 stage_bytes, const Copy& copy, const Multiply& multiply) {
     const u32 sets = sets_at_work(stages), depth = stages / sets, ahead = (depth - 1) * sets;
@@ -165,8 +171,8 @@ __device__ inline void for_items_of_set(u32 set, u32 items, u32 stages, u8* shar
 
 // ---- sums ----
 
-// Sums of the block, f32 [tokens][SUM_PITCH], in the place of the stages. With this pitch the lanes of half a warp write 8 bytes
-// each to all 32 banks.
+// Sums of the block, f32 [tokens][SUM_PITCH], in the place of the stages. With this pitch the lanes
+// of half a warp write 8 bytes each to all 32 banks.
 constexpr u32 SUM_PITCH = MATMUL_TILES * TILE_ROWS + 4;
 constexpr u32 SUMS_BYTES = MATMUL_TOKENS * SUM_PITCH * sizeof(float);
 

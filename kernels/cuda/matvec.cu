@@ -1,22 +1,26 @@
 // Products of 1 to 8 tokens with up to 32 bands of rows of one matrix or of several: a band has
 // out[t, row] = sum over columns of w[row, col] * x[t, col] for some rows of its matrix.
 //
-// A block owns one tile (16 rows) of one band; with SwiGLU the same tile of two, half of the warps each. Its warps share
-// out the columns, every warp adds up its own share on tensor cores (one instruction serves 8 tokens), and the block adds the
-// warps' sums in a fixed order. Every byte of the weights is read once.
+// A block owns one tile (16 rows) of one band; with SwiGLU the same tile of two, half of the warps
+// each. Its warps share out the columns, every warp adds up its own share on tensor cores (one
+// instruction serves 8 tokens), and the block adds the warps' sums in a fixed order. Every byte of
+// the weights is read once.
 //
 //   x         fp16 [m, x_stride], operand order; padding zero
 //   out       f32 [m, matrix_rows], of a band its own rows: overwritten (STORE) or added to (ADD)
-//   operands  fp16 [m, operand_stride], operand order (SWIGLU): silu(gate x) * (up x); the first half of the bands is the gate's, the
+//   operands  fp16 [m, operand_stride], operand order (SWIGLU): silu(gate x) * (up x); the first
+//             half of the bands is the gate's, the
 //             other up's, of the same rows
-//   normed    with ADD and norm_weight, the bands being all of one matrix: the last block also writes rms_norm(out) *
+//   normed    with ADD and norm_weight, the bands being all of one matrix: the last block also
+//             writes rms_norm(out) *
 //             norm_weight, fp16 operand order
 //   counter   one u32, zero between launches (used with norm_weight)
 //
-// Grid: the tiles of all bands in turn (SWIGLU: of the gate's). Block: 256 threads. No dynamic shared memory. m <= 8.
+// Grid: the tiles of all bands in turn (SWIGLU: of the gate's). Block: 256 threads. No dynamic
+// shared memory. m <= 8.
 //
-// Weights do not depend on the kernel before: where the card can, the block starts while that one ends, and the first of its
-// weights are on their way when the inputs come.
+// Weights do not depend on the kernel before: where the card can, the block starts while that one
+// ends, and the first of its weights are on their way when the inputs come.
 
 #include "bands.cuh"
 #include "norm.cuh"
@@ -55,7 +59,8 @@ struct Inputs {
     }
 };
 
-// All inputs, and where those of the lane's token start. Lanes past the last token take its inputs: their sums are never looked at.
+// All inputs, and where those of the lane's token start. Lanes past the last token take its inputs:
+// their sums are never looked at.
 struct LaneInputs {
     const u16* values;
     u32 lane;
@@ -66,8 +71,8 @@ __device__ inline LaneInputs inputs_of_lane(const Matvec<Matrix>& args) {
     return {args.x, min(threadIdx.x % WARP / 4, args.m - 1) * args.x_stride};
 }
 
-// The sums of a lane: rows 2g, 2g + 1 of a tile times tokens 2q, 2q + 1. Products are added to one and to the other by turns: each
-// has to wait for the one before it.
+// The sums of a lane: rows 2g, 2g + 1 of a tile times tokens 2q, 2q + 1. Products are added to one
+// and to the other by turns: each has to wait for the one before it.
 typedef float LaneSums[2][4];
 
 // sums += a unit of a tile; `x`: the lane's inputs at its columns.
@@ -84,14 +89,16 @@ __device__ inline void multiply_unit(LaneSums& sums, const Unit<WIDTH>& codes, c
 
 // ---- a tile of plain items ----
 
-// What a lane fetches of an item before its turn, so that memory is never waited for: its scale codes, and the words of its units
-// where codes have up to 4 bits. Wider items keep memory busy by themselves.
+// What a lane fetches of an item before its turn, so that memory is never waited for: its scale
+// codes, and the words of its units where codes have up to 4 bits. Wider items keep memory busy by
+// themselves.
 struct Fetched {
     u32 scales;
     u32 word[4][2];  // of 4 bits [2 * unit + t / 2][row]; else of 2 bits [unit][row] and of 1 bit [2][row]
 };
 
-// Where a lane finds its units, `PER_LANE` of each item: rows 2g, 2g + 1, columns 16 * PER_LANE * q ..
+// Where a lane finds its units, `PER_LANE` of each item: rows 2g, 2g + 1, columns 16 * PER_LANE * q
+// ..
 template <u32 PER_LANE>
 struct PlainTile {
     const u8* codes;   // of the tile
@@ -127,7 +134,8 @@ struct PlainTile {
     }
 };
 
-// The lane's unit number `i` of an item, from what was fetched, or else from where the item's entry says.
+// The lane's unit number `i` of an item, from what was fetched, or else from where the item's entry
+// says.
 template <int WIDTH, u32 PER_LANE>
 __device__ inline Unit<WIDTH> take_unit(const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item* entry, u32 i) {
     Unit<WIDTH> unit = {};

@@ -1,14 +1,18 @@
-// A SliM layer as it lies in the file (docs/format.md), and how a warp turns it into operands of a matrix product.
+// A SliM layer as it lies in the file (docs/format.md), and how a warp turns it into operands of a
+// matrix product.
 //
-//   tile (16 rows) = groups of columns; a group = planes of 8, 4, 2, 1 bits; a plane = 64-byte blocks, a word per row
+//   tile (16 rows) = groups of columns; a group = planes of 8, 4, 2, 1 bits; a plane = 64-byte
+//   blocks, a word per row
 //
-// A warp takes an *item*, up to 128 columns of one group, in one or two *steps*. In a step lane (g, q) = (lane / 4, lane % 4)
-// holds rows 2g and 2g + 1 of one *unit* of 16 columns: of the 2-bit plane that is one aligned 8-byte load. Four products of
-// 16 x 16 x tokens then use up the step: product t takes columns 4t .. 4t + 3 of every lane's unit. Row g of
-// the product is row 2g of the tile, row g + 8 is row 2g + 1. Lane q takes units `lane_units * q` and the next, which share
+// A warp takes an *item*, up to 128 columns of one group, in one or two *steps*. In a step lane (g,
+// q) = (lane / 4, lane % 4) holds rows 2g and 2g + 1 of one *unit* of 16 columns: of the 2-bit
+// plane that is one aligned 8-byte load. Four products of 16 x 16 x tokens then use up the step:
+// product t takes columns 4t .. 4t + 3 of every lane's unit. Row g of the product is row 2g of the
+// tile, row g + 8 is row 2g + 1. Lane q takes units `lane_units * q` and the next, which share
 // their scales unless sub-groups have 16 columns.
 //
-// A code is used as the fp16 number with the same bits, the subnormal code * 2^-24: no conversion, one fma per two weights:
+// A code is used as the fp16 number with the same bits, the subnormal code * 2^-24: no conversion,
+// one fma per two weights:
 //   operand = code * (factor * 2^E) + offset * 2^(E - 24),  weight = unit * 2^(24 - E) * operand
 // with the row's unit (docs/kernels.md) such that nothing leaves the range of fp16.
 #pragma once
@@ -33,8 +37,8 @@ struct alignas(16) Item {
     u8 units;     // columns of the item / 16, 1 to 8
 };
 
-// A packed layer in device memory. `codes`, `scales`, `row_scales` are the file's tensors, 16-byte aligned and readable
-// for 16 bytes past their ends.
+// A packed layer in device memory. `codes`, `scales`, `row_scales` are the file's tensors, 16-byte
+// aligned and readable for 16 bytes past their ends.
 struct PackedMatrix {
     const u8* codes;        // [tiles, tile_code_bytes]
     const u8* scales;       // [tiles, tile_scale_bytes]
@@ -77,7 +81,8 @@ __device__ inline u32 record_bytes(u32 coding, u32 width) {
     return width == 1 ? 64 : 32 + 2 * width;
 }
 
-// What a scale record says about one row, before the row scales: weight = (d * factor) * code + m * offset.
+// What a scale record says about one row, before the row scales: weight = (d * factor) * code + m *
+// offset.
 struct StoredScale {
     float factor;
     float offset;
@@ -109,9 +114,10 @@ __device__ inline u32 both_halves(float value) { return half2_from_small_floats(
 // 1 / power for a power of two, up to 2^126 either way.
 __device__ inline float reciprocal_of_power(float power) { return float_from_bits(0x7f000000u - float_bits(power)); }
 
-// What turns a lane's scale codes into `Factors`, for its two rows. Two-level, fp16 pairs: `d` = 2^15 * d / unit and `m` =
-// -2^-9 * m / unit. A code's bits, put just below the leading bit of 1, make 1 + code / 2^(code's bits), and an fma of that,
-// the row's number and its opposite the wanted product. Paper: `d` = 2^E / unit, the bits of an f32.
+// What turns a lane's scale codes into `Factors`, for its two rows. Two-level, fp16 pairs: `d` =
+// 2^15 * d / unit and `m` = -2^-9 * m / unit. A code's bits, put just below the leading bit of 1,
+// make 1 + code / 2^(code's bits), and an fma of that, the row's number and its opposite the wanted
+// product. Paper: `d` = 2^E / unit, the bits of an f32.
 struct RowScales {
     u32 d[2];
     u32 m[2];
@@ -133,13 +139,15 @@ __device__ inline RowScales row_scales_of(const PackedMatrix& w, u32 tile) {
     return scales;
 }
 
-// The factors and offsets of a lane's two rows for a unit, fp16 pairs with the same number in both halves.
+// The factors and offsets of a lane's two rows for a unit, fp16 pairs with the same number in both
+// halves.
 struct Factors {
     u32 factor[2];
     u32 offset[2];
 };
 
-// `low`: the bytes of both rows in a record of 4-bit scale codes, or the first part of one of 6-bit codes; `high`: their other bits.
+// `low`: the bytes of both rows in a record of 4-bit scale codes, or the first part of one of 6-bit
+// codes; `high`: their other bits.
 template <bool HAS_HIGH_BITS>
 __device__ inline Factors two_level_factors(u32 low, u32 high, const RowScales& rows) {
     Factors out;
@@ -184,8 +192,9 @@ __device__ inline Factors factors_of(const PackedMatrix& w, const Item& item, co
 
 // ---- codes ----
 
-// Where a code of product t lies in the halves of a register when it is used: at bit `place`, as far as an fp16 number's 10
-// bits have room, for that saves shifts. The factor it is multiplied with is 2^-place times the unit's.
+// Where a code of product t lies in the halves of a register when it is used: at bit `place`, as
+// far as an fp16 number's 10 bits have room, for that saves shifts. The factor it is multiplied
+// with is 2^-place times the unit's.
 template <int WIDTH>
 __device__ constexpr u32 place(u32 t) {
     return WIDTH == 1 ? t : WIDTH == 2 || WIDTH == 3 ? 2 * t : WIDTH >= 4 && WIDTH <= 6 ? t % 2 * 4 : 0;
@@ -210,7 +219,8 @@ struct GroupPlanes {
     // Whether the unit is the last block of a 1-bit plane, with 2 bytes per row (F13).
     __device__ bool is_short(u32 unit) const { return unit % 2 == 0 && unit + 1 == units; }
 
-    // The lane's words of a block of the plane of BITS bits, behind planes of `bits_before` bits in all.
+    // The lane's words of a block of the plane of BITS bits, behind planes of `bits_before` bits in
+    // all.
     template <u32 BITS>
     __device__ void load_rows(u32 (&words)[2], u32 bits_before, u32 block) const {
         load_pair(words, plane(bits_before) + BLOCK_BYTES * block + threadIdx.x % WARP / 4 * 8);

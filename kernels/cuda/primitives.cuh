@@ -1,7 +1,9 @@
-// What every kernel is written in: fp16 pairs, matrix products of a warp, asynchronous copies, reductions.
+// What every kernel is written in: fp16 pairs, matrix products of a warp, asynchronous copies,
+// reductions.
 //
-// Compiled twice: by nvcc, where a primitive is the PTX instruction it is named after, and by a host compiler for the
-// emulator, where it is the same arithmetic in plain C++. Nothing else in this folder knows which.
+// Compiled twice: by nvcc, where a primitive is the PTX instruction it is named after, and by a
+// host compiler for the emulator, where it is the same arithmetic in plain C++. Nothing else in
+// this folder knows which.
 #pragma once
 
 #ifndef __CUDACC__
@@ -116,7 +118,8 @@ __device__ inline u32 half2_negated(u32 a) {
 #endif
 }
 
-// Byte i of the result is byte n of b:a (0 to 3: of a), n the i-th hexadecimal digit of `selector` from the right.
+// Byte i of the result is byte n of b:a (0 to 3: of a), n the i-th hexadecimal digit of `selector`
+// from the right.
 __device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
 #ifdef __CUDACC__
     return __byte_perm(a, b, selector);
@@ -130,10 +133,11 @@ __device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
 
 // ---- products of a warp ----
 
-// c[16 rows, 8 columns] += a[16 rows, 16] * b[16, 8 columns]: fp16 in, fp32 sums. With g = lane / 4 and q = lane % 4, a lane
-// holds of a: rows g (a[0], a[2]) and g + 8 (a[1], a[3]), at 2q, 2q + 1 (a[0], a[1]) and 2q + 8, 2q + 9 (a[2], a[3]);
-// of b: column g at 2q, 2q + 1 (b0) and 2q + 8, 2q + 9 (b1); of c: columns 2q, 2q + 1 of row g (c[0], c[1]) and of row
-// g + 8 (c[2], c[3]). PTX: mma.m16n8k16.
+// c[16 rows, 8 columns] += a[16 rows, 16] * b[16, 8 columns]: fp16 in, fp32 sums. With g = lane / 4
+// and q = lane % 4, a lane holds of a: rows g (a[0], a[2]) and g + 8 (a[1], a[3]), at 2q, 2q + 1
+// (a[0], a[1]) and 2q + 8, 2q + 9 (a[2], a[3]); of b: column g at 2q, 2q + 1 (b0) and 2q + 8, 2q +
+// 9 (b1); of c: columns 2q, 2q + 1 of row g (c[0], c[1]) and of row g + 8 (c[2], c[3]). PTX:
+// mma.m16n8k16.
 __device__ inline void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #ifdef __CUDACC__
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -144,9 +148,9 @@ __device__ inline void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3
 #endif
 }
 
-// Four matrices of 8 rows of 8 fp16 numbers from shared memory: row r of matrix i is the 16 bytes that lane 8i + r points to.
-// With g = lane / 4 and q = lane % 4, out[i] is what row g of matrix i holds at 2q, 2q + 1, or TRANSPOSED what its column g
-// does. PTX: ldmatrix.m8n8.x4.
+// Four matrices of 8 rows of 8 fp16 numbers from shared memory: row r of matrix i is the 16 bytes
+// that lane 8i + r points to. With g = lane / 4 and q = lane % 4, out[i] is what row g of matrix i
+// holds at 2q, 2q + 1, or TRANSPOSED what its column g does. PTX: ldmatrix.m8n8.x4.
 template <bool TRANSPOSED>
 __device__ inline void load_matrices(u32 (&out)[4], const void* row) {
 #ifdef __CUDACC__
@@ -202,9 +206,9 @@ __device__ inline void copy_async_wait() {
 
 // ---- kernels one behind the other ----
 
-// Where the card and its driver can, every kernel starts while the one before it ends: `device.rs` then turns these comments
-// into the instructions that they name. So every kernel must wait before it reads what an earlier one has written, and before
-// it writes anything.
+// Where the card and its driver can, every kernel starts while the one before it ends: `device.rs`
+// then turns these comments into the instructions that they name. So every kernel must wait before
+// it reads what an earlier one has written, and before it writes anything.
 __device__ inline void wait_for_previous_kernel() {
 #ifdef __CUDACC__
     asm volatile("//sm_90: griddepcontrol.wait;" ::: "memory");
@@ -262,7 +266,8 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// The sum over a block of up to 1024 threads (whole warps), the same for every thread. All threads must call.
+// The sum over a block of up to 1024 threads (whole warps), the same for every thread. All threads
+// must call.
 __device__ inline float block_sum(float value) {
     __shared__ float partial[WARP];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -273,8 +278,8 @@ __device__ inline float block_sum(float value) {
     return warp_sum(lane < int(blockDim.x) / WARP ? partial[lane] : 0.0f);
 }
 
-// Whether this block is the last of `blocks` to get here; it then sees what the others wrote before. All threads must
-// call. `counter` starts at zero and is zero again afterwards.
+// Whether this block is the last of `blocks` to get here; it then sees what the others wrote
+// before. All threads must call. `counter` starts at zero and is zero again afterwards.
 __device__ inline bool is_last_block(u32* counter, u32 blocks) {
     __shared__ bool is_last;
     __threadfence();
@@ -290,8 +295,9 @@ __device__ inline bool is_last_block(u32* counter, u32 blocks) {
 
 // ---- operand order ----
 
-// Inputs of matrix products lie in fp16, and of each four columns 0 1 2 3 in the order 0 2 1 3: the order in which
-// `(word >> shift) & 0x00ff00ff` yields codes. Rows are `operand_stride` numbers apart; the padding is zero.
+// Inputs of matrix products lie in fp16, and of each four columns 0 1 2 3 in the order 0 2 1 3: the
+// order in which `(word >> shift) & 0x00ff00ff` yields codes. Rows are `operand_stride` numbers
+// apart; the padding is zero.
 __device__ inline int operand_index(int col) { return (col & ~3) | (col & 1) << 1 | (col >> 1 & 1); }
 
 struct alignas(8) Float2 {

@@ -1,14 +1,15 @@
 // Rotates queries and keys by their position, and stores keys and values in the cache.
 //
-//   a' = a * cos - b * sin,  b' = b * cos + a * sin,  a = channel i, b = channel i + head_dim / 2, i < head_dim / 2
+//   a' = a * cos - b * sin,  b' = b * cos + a * sin,  a = channel i, b = channel i + head_dim / 2,
+//                            i < head_dim / 2
 //
 //   q         f32 [m, heads, head_dim], rotated in place
 //   k, v      f32 [m, kv_heads, head_dim]; k is rotated on its way to the cache
 //   cos, sin  f32 [capacity, head_dim / 2]: of the angles at each position
 //   position  one u32: where the first of the m tokens stands. The last must be below capacity
 //
-// Grid: (ceil((heads + 2 * kv_heads) / 4), m). Block: 128, a warp per head of q, then of k, then of v. No shared
-// memory.
+// Grid: (ceil((heads + 2 * kv_heads) / 4), m). Block: 128, a warp per head of q, then of k, then of
+// v. No shared memory.
 
 #include "kv_cache.cuh"
 

@@ -3,21 +3,23 @@
 
 #include "packed.cuh"
 
-// Most items have 8 units, or 4 in groups of 64 columns. Functions of `UNITS` have code of their own for these; 0 takes any.
+// Most items have 8 units, or 4 in groups of 64 columns. Functions of `UNITS` have code of their
+// own for these; 0 takes any.
 
 template <u32 UNITS>
 __device__ inline u32 units_of(const Item& item) {
     return UNITS != 0 ? UNITS : item.units;
 }
 
-// What one item takes: its planes one after the other, then its scale records from the last 16-byte boundary before them.
+// What one item takes: its planes one after the other, then its scale records from the last 16-byte
+// boundary before them.
 constexpr u32 SCALE_SLOT_BYTES = 256;
 __device__ inline u32 slot_bytes(u32 max_width) { return max_width * 2 * ITEM_COLS + SCALE_SLOT_BYTES; }
 
 __device__ constexpr u32 log2_of(u32 bits) { return bits == 8 ? 3 : bits == 4 ? 2 : bits == 2 ? 1 : 0; }
 
-// Where chunk `chunk` (16 bytes) of a plane lies in a slot. In the plane's own order the lanes q = 0..3 would read from
-// places a multiple of 128 bytes apart, the same banks.
+// Where chunk `chunk` (16 bytes) of a plane lies in a slot. In the plane's own order the lanes q =
+// 0..3 would read from places a multiple of 128 bytes apart, the same banks.
 template <u32 BITS>
 __device__ inline u32 slot_chunk(u32 chunk, u32 units) {
     const u32 log2_chunks_per_lane = max(log2_of(BITS) + lane_units(units), 2u);
@@ -39,7 +41,8 @@ __device__ inline void copy_plane(const u8*& plane, u8*& slot, const Item& item)
     slot += 16 * chunks;
 }
 
-// Starts to copy an item of a tile to `slot` (16-byte aligned). The whole warp must call; a commit must follow.
+// Starts to copy an item of a tile to `slot` (16-byte aligned). The whole warp must call; a commit
+// must follow.
 template <u32 UNITS>
 __device__ inline void copy_item(const PackedMatrix& w, u32 tile, const Item& item, u8* slot) {
     const u8* plane = w.codes + u64(tile) * w.tile_code_bytes + item.codes;

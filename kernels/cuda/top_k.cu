@@ -1,7 +1,8 @@
 // The k largest of n logits, largest first; of equal ones the lower index first.
 //
-// A logit becomes a *key*, one 64-bit number, larger the earlier the logit comes in the result. A block picks the k
-// largest keys of its stretch, the last block to finish picks among those of all blocks.
+// A logit becomes a *key*, one 64-bit number, larger the earlier the logit comes in the result. A
+// block picks the k largest keys of its stretch, the last block to finish picks among those of all
+// blocks.
 //
 //   logits   f32 [n]; NaN counts as the largest, -0 as 0
 //   partial  u64 [gridDim.x, k]: scratch
@@ -9,8 +10,8 @@
 //   tokens   u32 [k]: indices; 0xffffffff past the n-th
 //   values   f32 [k]: the logits there; -inf past the n-th
 //
-// Grid: any number of blocks; min(ceil(n / 2048), 64) is meant. Block: 1024 threads. No dynamic shared memory (32 KiB
-// static). k is 1 to 128, n at most 2^26.
+// Grid: any number of blocks; min(ceil(n / 2048), 64) is meant. Block: 1024 threads. No dynamic
+// shared memory (32 KiB static). k is 1 to 128, n at most 2^26.
 
 #include "primitives.cuh"
 
@@ -35,7 +36,8 @@ __device__ inline float logit_of(u64 key) {
     return float_from_bits(order >> 31 ? order & 0x7fffffff : ~order);
 }
 
-// Waits for the threads that share runs of `run` keys: two for each thread, so up to 64 they are of one warp.
+// Waits for the threads that share runs of `run` keys: two for each thread, so up to 64 they are of
+// one warp.
 __device__ inline void synchronize_runs(u32 run) {
     if (run > 2 * WARP) {
         __syncthreads();
@@ -44,7 +46,8 @@ __device__ inline void synchronize_runs(u32 run) {
     }
 }
 
-// Of each pair of keys i and i ^ mask puts the larger first. `distance` is the highest bit of the mask.
+// Of each pair of keys i and i ^ mask puts the larger first. `distance` is the highest bit of the
+// mask.
 __device__ inline void order_pairs(u64* keys, u32 count, u32 distance, u32 mask, u32 run) {
     for (u32 pair = threadIdx.x; pair < count / 2; pair += TOP_K_THREADS) {
         const u32 i = 2 * pair - (pair & (distance - 1)), j = i ^ mask;
@@ -57,7 +60,8 @@ __device__ inline void order_pairs(u64* keys, u32 count, u32 distance, u32 mask,
     synchronize_runs(run);
 }
 
-// Sorts sequences of `size` keys, largest first, that rise and then fall or fall and then rise: a bitonic merge.
+// Sorts sequences of `size` keys, largest first, that rise and then fall or fall and then rise: a
+// bitonic merge.
 __device__ inline void sort_bitonic(u64* keys, u32 count, u32 size, u32 run) {
     for (u32 distance = size / 2; distance > 0; distance /= 2) order_pairs(keys, count, distance, distance, run);
 }
@@ -69,7 +73,8 @@ __device__ inline void select_largest(u64* keys, u32 count, u32 run) {
         order_pairs(keys, count, size / 2, size - 1, run);
         sort_bitonic(keys, count, size / 2, run);
     }
-    // Of two sorted runs, one mirrored, the larger keys of all pairs are the largest `run` keys: a bitonic sequence.
+    // Of two sorted runs, one mirrored, the larger keys of all pairs are the largest `run` keys: a
+    // bitonic sequence.
     while (count > run) {
         __syncthreads();
         count /= 2;

@@ -6,19 +6,22 @@ use crate::Result;
 
 /// A way to compute the operations of a forward pass on activations in host memory.
 ///
-/// All matrices are row-major f32; `m` is the number of tokens. Implementations give the same result for any number of
-/// threads. [`crate::Scalar`] is the oracle, [`crate::Cpu`] is what runs.
+/// All matrices are row-major f32; `m` is the number of tokens. Implementations give the same
+/// result for any number of threads. [`crate::Scalar`] is the oracle, [`crate::Cpu`] is what runs.
 pub trait Backend: Send + Sync {
     /// `out[m, rows] = x[m, cols] * w^T`.
     ///
     /// # Errors
-    /// `ShapeMismatch` if `x` or `out` do not fit `w` and `m`; `UnsupportedType` for a weight that is not a number.
+    /// `ShapeMismatch` if `x` or `out` do not fit `w` and `m`; `UnsupportedType` for a weight that
+    /// is not a number.
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()>;
 
-    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight`, token by token; `x`, `out`: [m, weight.len()].
+    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight`, token by token; `x`, `out`: [m,
+    /// weight.len()].
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]);
 
-    /// Rotates `x: [m, heads * head_dim]` in place: channel `i` of each head with channel `i + head_dim / 2`.
+    /// Rotates `x: [m, heads * head_dim]` in place: channel `i` of each head with channel
+    /// `i + head_dim / 2`.
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles);
 
     /// Causal attention of `q` over the cached keys and values; `out`: [m, heads, head_dim].
@@ -49,7 +52,8 @@ pub struct RopeAngles {
 }
 
 impl RopeAngles {
-    /// The angles of positions `start .. start + m`: `position / (theta^(2 i / head_dim) * factors[i])`.
+    /// The angles of positions `start .. start + m`:
+    /// `position / (theta^(2 i / head_dim) * factors[i])`.
     pub fn new(head_dim: usize, theta: f32, factors: &[f32], start: usize, m: usize) -> Self {
         let inverse_frequencies: Vec<f32> = factors
             .iter()

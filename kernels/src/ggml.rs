@@ -1,7 +1,8 @@
 //! Real values of ggml's tensor types.
 //!
-//! The K types (`Q2_K`, ...) cut their 256 weights into sub-blocks of 16 or 32 with a scale of their own.
-//! Below, `d`, `m`, `dmin` are little-endian fp16, and `bytes a..b` are offsets in the block.
+//! The K types (`Q2_K`, ...) cut their 256 weights into sub-blocks of 16 or 32 with a scale of
+//! their own. Below, `d`, `m`, `dmin` are little-endian fp16, and `bytes a..b` are offsets in the
+//! block.
 
 use std::ops::Range;
 
@@ -13,7 +14,8 @@ use crate::{KernelError, Result};
 /// Computes the values of whole blocks of `dtype`.
 ///
 /// # Shapes and layout
-/// `bytes`: exactly `dtype.size_in_bytes(out.len())` bytes as they lie in a GGUF file; `out`: overwritten.
+/// `bytes`: exactly `dtype.size_in_bytes(out.len())` bytes as they lie in a GGUF file; `out`:
+/// overwritten.
 ///
 /// # Accuracy
 /// Every value equals that of the Python package `gguf` to the last bit.
@@ -36,14 +38,15 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
 
 /// Computes the values of rows of a tensor, wherever they lie ([`Layout`]).
 ///
-/// A transposed tensor is read 16 columns of up to 128 rows at a time: asked for its rows one by one, it is read
-/// through the cache once for each.
+/// A transposed tensor is read 16 columns of up to 128 rows at a time: asked for its rows one by
+/// one, it is read through the cache once for each.
 ///
 /// # Shapes and layout
 /// `out`: [`rows.len()`, `tensor.cols`] row-major, overwritten.
 ///
 /// # Errors
-/// As [`dequantize`]; also `KernelError::ShapeMismatch` if `rows` ends after the last row of the tensor.
+/// As [`dequantize`]; also `KernelError::ShapeMismatch` if `rows` ends after the last row of the
+/// tensor.
 pub fn dequantize_rows(
     tensor: &DenseTensor<'_>,
     rows: Range<usize>,
@@ -67,8 +70,8 @@ pub fn dequantize_rows(
     Ok(())
 }
 
-/// Some rows of a tensor that is stored column by column, a few columns at a time so that what is read and what is
-/// written stays in the first cache.
+/// Some rows of a tensor that is stored column by column, a few columns at a time so that what is
+/// read and what is written stays in the first cache.
 fn transposed_rows(
     tensor: &DenseTensor<'_>,
     stride: usize,
@@ -108,7 +111,8 @@ fn each_block<const BYTES: usize, const VALUES: usize>(
     Ok(())
 }
 
-/// The values of fp16 numbers, many at a time: the processor's conversion is looked for at each call.
+/// The values of fp16 numbers, many at a time: the processor's conversion is looked for at each
+/// call.
 fn halves(bytes: &[u8], out: &mut [f32]) -> Result<()> {
     const PIECE: usize = 64;
     expect_len("bytes of a dequantized tensor", bytes.len(), 2 * out.len())?;
@@ -154,7 +158,8 @@ fn expect_len(what: &'static str, found: usize, expected: usize) -> Result<()> {
     }
 }
 
-/// Four bytes, or those of many rows side by side: blocks are taken apart in the same way one by one and 16 at a time.
+/// Four bytes, or those of many rows side by side: blocks are taken apart in the same way one by
+/// one and 16 at a time.
 pub(crate) trait Word: Copy {
     fn and(self, mask: u32) -> Self;
     fn xor(self, mask: u32) -> Self;
@@ -190,8 +195,8 @@ impl Word for u32 {
     }
 }
 
-/// Blocks of a ggml type: `VALUES` codes, and what they are worth in runs of [`Self::RUN`]. Of code `q` that is
-/// `scale * (q - OFFSET) - minimum`, of the run's scale code `s` and minimum code `z`
+/// Blocks of a ggml type: `VALUES` codes, and what they are worth in runs of [`Self::RUN`]. Of code
+/// `q` that is `scale * (q - OFFSET) - minimum`, of the run's scale code `s` and minimum code `z`
 /// `scale = d * (s - SCALE_OFFSET)` and `minimum = SIGN * m * z`.
 ///
 /// `block` gives the four bytes at an offset, which is [`Self::WORDS`] or a multiple of 4 more.
@@ -225,7 +230,8 @@ pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
     }
 }
 
-/// Calls `function` with the [`Block`] of a quantized type as its first generic argument; anything else gives `$otherwise`.
+/// Calls `function` with the [`Block`] of a quantized type as its first generic argument; anything
+/// else gives `$otherwise`.
 macro_rules! for_block {
     ($dtype:expr, $($function:ident)::+($($argument:expr),*), $other:pat => $otherwise:expr) => {
         match $dtype {
@@ -321,8 +327,8 @@ impl Block<34, 32> for Q8_0 {
     }
 }
 
-/// Bytes 0..16 per sub-block of 16: scale (low 4 bits), minimum (high 4 bits); bytes 16..80 codes (2 bits);
-/// `d` at 80, `dmin` at 82.
+/// Bytes 0..16 per sub-block of 16: scale (low 4 bits), minimum (high 4 bits); bytes 16..80 codes
+/// (2 bits); `d` at 80, `dmin` at 82.
 pub(crate) struct Q2K;
 
 impl Block<84, 256> for Q2K {
@@ -347,8 +353,8 @@ impl Block<84, 256> for Q2K {
     }
 }
 
-/// Bytes 0..32 bit 2 of the codes, 32..96 bits 0 and 1 (offset 4); scales of sub-blocks of 16 (offset 32):
-/// bytes 96..104 bits 0 to 3, 104..108 bits 4 and 5; `d` at 108.
+/// Bytes 0..32 bit 2 of the codes, 32..96 bits 0 and 1 (offset 4); scales of sub-blocks of 16
+/// (offset 32): bytes 96..104 bits 0 to 3, 104..108 bits 4 and 5; `d` at 108.
 pub(crate) struct Q3K;
 
 impl Block<110, 256> for Q3K {
@@ -417,8 +423,8 @@ impl Block<176, 256> for Q5K {
     }
 }
 
-/// Bytes 0..128 bits 0 to 3 of the codes, 128..192 bits 4 and 5 (offset 32); bytes 192..208 signed scales
-/// of sub-blocks of 16; `d` at 208.
+/// Bytes 0..128 bits 0 to 3 of the codes, 128..192 bits 4 and 5 (offset 32); bytes 192..208 signed
+/// scales of sub-blocks of 16; `d` at 208.
 pub(crate) struct Q6K;
 
 impl Block<210, 256> for Q6K {
@@ -439,8 +445,9 @@ impl Block<210, 256> for Q6K {
     }
 }
 
-/// Codes `4 word ..` of `Q4_K`'s 8 scales or 8 minima. Codes 0 to 3 are the low 6 bits of the bytes of `first`; the others have
-/// their low 4 bits in `second` and their high 2 bits on top of the byte of the code four before.
+/// Codes `4 word ..` of `Q4_K`'s 8 scales or 8 minima. Codes 0 to 3 are the low 6 bits of the bytes
+/// of `first`; the others have their low 4 bits in `second` and their high 2 bits on top of the
+/// byte of the code four before.
 #[inline(always)]
 fn six_bit_codes<W: Word>(first: W, second: W, word: usize) -> W {
     match word {
@@ -449,8 +456,8 @@ fn six_bit_codes<W: Word>(first: W, second: W, word: usize) -> W {
     }
 }
 
-/// Fields `4 word ..` of `bits` bits from the bytes at `at`. Of every `run` bytes, the lowest fields come first, one of each byte,
-/// then the next higher ones.
+/// Fields `4 word ..` of `bits` bits from the bytes at `at`. Of every `run` bytes, the lowest
+/// fields come first, one of each byte, then the next higher ones.
 #[inline(always)]
 fn fields<W: Word>(
     block: impl Fn(usize) -> W,
@@ -482,7 +489,8 @@ mod tests {
     use super::*;
     use safetensors::SafeTensors;
 
-    /// Random blocks and the values that the Python package `gguf` gives them (`tests/oracle/ggml_blocks.py`).
+    /// Random blocks and the values that the Python package `gguf` gives them
+    /// (`tests/oracle/ggml_blocks.py`).
     const BLOCKS: &[u8] = include_bytes!("../../tests/data/ggml/blocks.safetensors");
 
     const TYPES: [DType; 13] = [
@@ -566,7 +574,8 @@ mod tests {
         assert_eq!(out, [2.0, 2.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 6.0, 6.0]);
     }
 
-    /// Columns of a fused matrix of 400 rows, more than are read at a time, in all ways of asking for them.
+    /// Columns of a fused matrix of 400 rows, more than are read at a time, in all ways of asking
+    /// for them.
     #[test]
     fn dequantize_rows_transposed_gives_the_rows_of_a_part() {
         let (stride, first, rows, cols) = (400, 100, 290, 35);

@@ -14,8 +14,8 @@ const ROWS: usize = 64;
 pub struct Extent {
     /// The value with the largest magnitude, and its row.
     pub largest: (usize, f32),
-    /// The median, over the rows that are not all zero, of the largest magnitude in a row: neither a
-    /// few outliers nor a few rows that are close to nothing change it. 0 for a matrix of zeros.
+    /// The median, over the rows that are not all zero, of the largest magnitude in a row: neither
+    /// a few outliers nor a few rows that are close to nothing change it. 0 for a matrix of zeros.
     pub typical: f32,
     /// The first value that is not finite, and its row.
     pub not_finite: Option<(usize, f32)>,
@@ -47,8 +47,8 @@ impl Extent {
         })
     }
 
-    /// Whether f16 holds the values: none is out of its range, and typical rows lose no more than in
-    /// bf16. The steps of f16 are 2^-24 at zero.
+    /// Whether f16 holds the values: none is out of its range, and typical rows lose no more than
+    /// in bf16. The steps of f16 are 2^-24 at zero.
     pub fn fits_f16(&self) -> bool {
         to_f16(self.largest.1).is_some() && (self.typical == 0.0 || self.typical >= (-17f32).exp2())
     }

@@ -1,7 +1,7 @@
 //! Parity: one suite for every backend, against expectations that are computed here in f64.
 //!
-//! Packed layers are filled from known codes and scales, and what they are worth is worked out from those by the
-//! formulas of `docs/format.md`, not by unpacking.
+//! Packed layers are filled from known codes and scales, and what they are worth is worked out from
+//! those by the formulas of `docs/format.md`, not by unpacking.
 
 mod cuda;
 mod dense;
@@ -22,22 +22,24 @@ use crate::{
     weight::{dequantize_rows, stored_bytes},
 };
 
-/// Bounds of the normalized mean square error (`sum (found - expected)^2 / sum expected^2`) against f64.
+/// Bounds of the normalized mean square error (`sum (found - expected)^2 / sum expected^2`) against
+/// f64.
 ///
 /// Measured 1.3e-11 where a layer of one row gives a single output near zero; 1e-13 for usual ones.
 const MATMUL_NMSE: f64 = 1e-10;
-/// 8-bit codes of uniform noise: steps of 1/127 have an error of 1/127^2/12, which is 1.6e-5 of a mean square of 1/3. Measured
-/// 1.5e-5.
+/// 8-bit codes of uniform noise: steps of 1/127 have an error of 1/127^2/12, which is 1.6e-5 of a
+/// mean square of 1/3. Measured 1.5e-5.
 const INPUT_NMSE: f64 = 2e-5;
 const DEQUANTIZE_NMSE: f64 = 1e-12;
 const RMS_NORM_NMSE: f64 = 1e-12;
 const ROPE_NMSE: f64 = 1e-12;
 const SWIGLU_NMSE: f64 = 1e-12;
-/// Measured 1.04e-11 for scores of several hundred, whose f32 rounding goes into the exponent; 1e-13 for usual ones.
+/// Measured 1.04e-11 for scores of several hundred, whose f32 rounding goes into the exponent;
+/// 1e-13 for usual ones.
 const ATTENTION_NMSE: f64 = 1e-10;
 const FAER_NMSE: f64 = 1e-11;
-/// AMX rounds factors to 17 bits: a product is off by 2^-17.8 in root mean square, which is 1.9e-11 squared. Measured 5.7e-11, for
-/// five outputs.
+/// AMX rounds factors to 17 bits: a product is off by 2^-17.8 in root mean square, which is 1.9e-11
+/// squared. Measured 5.7e-11, for five outputs.
 const AMX_NMSE: f64 = 5e-10;
 /// The same for 8 bits.
 const AMX_COARSE_NMSE: f64 = 5e-5;
@@ -265,8 +267,8 @@ fn bit_widths(noise: &mut Noise, bits: u8, groups: usize) -> Vec<u8> {
         .collect()
 }
 
-/// One token as `method` multiplies packed codes with it: rounded to 8 bits by methods in integers. How far rounding may take it is
-/// tested apart.
+/// One token as `method` multiplies packed codes with it: rounded to 8 bits by methods in integers.
+/// How far rounding may take it is tested apart.
 fn as_multiplied(method: matvec::Method, layout: &LayerLayout, x: &[f32]) -> Vec<f32> {
     match method {
         matvec::Method::Integer(..) => Input::new(layout, x).values(layout),
@@ -286,7 +288,8 @@ fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec
     }
 }
 
-/// Multiplies with every backend, and a packed layer with one token in every way that this machine has.
+/// Multiplies with every backend, and a packed layer with one token in every way that this machine
+/// has.
 #[track_caller]
 fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x: &[f32]) {
     let m = x.len() / cols;
@@ -480,7 +483,8 @@ fn matmul_outlier_row_leaves_the_others_alone() {
     }
 }
 
-/// Every test of `matvec` runs all methods of the machine. Where one of them has to be there, its absence is no pass.
+/// Every test of `matvec` runs all methods of the machine. Where one of them has to be there, its
+/// absence is no pass.
 #[test]
 fn matvec_instruction_set_to_be_tested_is_there() {
     let found: Vec<_> = matvec::Method::all().iter().map(|method| format!("{method:?}")).collect();
@@ -490,7 +494,8 @@ fn matvec_instruction_set_to_be_tested_is_there() {
     }
 }
 
-/// Where all scales are 1 and the input is integers up to 127, sums are integers that f32 holds exactly.
+/// Where all scales are 1 and the input is integers up to 127, sums are integers that f32 holds
+/// exactly.
 #[test]
 fn matvec_integer_products_are_exact() {
     let mut noise = Noise(24);
@@ -860,7 +865,8 @@ fn swiglu_large_inputs_saturate() {
         backend.swiglu(&mut out, &up);
         for (found, &gate) in out.iter().zip(&gate) {
             let (found, expected) = (f64::from(*found), 1.5 * silu(gate));
-            // A result that f32 holds as a normal number is accurate; below that it only has to be tiny.
+            // A result that f32 holds as a normal number is accurate; below that it only has to be
+            // tiny.
             let bound = 1e-6 * expected.abs() + 1e-31;
             assert!((found - expected).abs() <= bound, "{name}: silu({gate}) is {found}");
         }
@@ -1063,7 +1069,8 @@ fn results_do_not_depend_on_the_number_of_threads() {
     }
 }
 
-/// A random symmetric positive definite matrix; the lower triangle, which nobody may read, is NaN in the first.
+/// A random symmetric positive definite matrix; the lower triangle, which nobody may read, is NaN
+/// in the first.
 fn positive_definite(noise: &mut Noise, n: usize) -> (Vec<f32>, Vec<f64>) {
     let tokens = 2 * n + 3;
     let x = noise.vector(tokens * n, 1.0);
@@ -1238,7 +1245,8 @@ fn matmul_with_strides_leaves_the_gaps_alone() {
     }
 }
 
-/// What `matmul` says about its accuracy, on products of one value with one value, of any usual size.
+/// What `matmul` says about its accuracy, on products of one value with one value, of any usual
+/// size.
 #[test]
 fn matmul_single_products_are_as_accurate_as_stated() {
     let mut noise = Noise(23);

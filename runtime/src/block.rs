@@ -69,11 +69,11 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    /// The input of a stage's layers, `[m, cols]`, made `from` the residual stream or from the input
-    /// of the stage before, whichever the stage reads. Keys and values go to `kv`.
+    /// The input of a stage's layers, `[m, cols]`, made `from` the residual stream or from the
+    /// input of the stage before, whichever the stage reads. Keys and values go to `kv`.
     ///
-    /// If there are more tokens than `positions`, they are several sequences of as many as that, each
-    /// of which goes on from the positions before; the keys and values of the last one stay.
+    /// If there are more tokens than `positions`, they are several sequences of as many as that,
+    /// each of which goes on from the positions before; the keys and values of the last one stay.
     ///
     /// # Errors
     /// A kernel refuses its arguments.

@@ -20,7 +20,8 @@ use crate::{
     model::PREFILL_BATCH,
 };
 
-/// Consecutive blocks on one device, the embedding if the first of the model is among them, the output layer if the last is.
+/// Consecutive blocks on one device, the embedding if the first of the model is among them, the
+/// output layer if the last is.
 pub(crate) struct Segment {
     device: Arc<Device>,
     name: String,
@@ -211,8 +212,9 @@ impl Session {
         })
     }
 
-    /// Runs up to a batch of m tokens, the first of which stands at `start`, through the blocks; the residual stream stays
-    /// on the device, and with it, if the output layer is here, the logits that follow the last token.
+    /// Runs up to a batch of m tokens, the first of which stands at `start`, through the blocks;
+    /// the residual stream stays on the device, and with it, if the output layer is here, the
+    /// logits that follow the last token.
     pub fn forward(&mut self, input: Input<'_>, start: usize, m: usize) -> Result<()> {
         self.position.set(start)?;
         match input {

@@ -16,7 +16,8 @@ pub struct KvBlock {
 }
 
 impl KvBlock {
-    /// Room for `capacity` positions of a block's attention. The system hands out the memory as it is first written.
+    /// Room for `capacity` positions of a block's attention. The system hands out the memory as it
+    /// is first written.
     pub fn new(attention: &Attention, capacity: usize) -> Self {
         let len = attention.kv_heads * capacity * attention.head_dim;
         let (keys, values) = (vec![0.0; len], vec![0.0; len]);

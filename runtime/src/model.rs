@@ -15,13 +15,15 @@ use crate::{
     cuda::{Input, Segment, Session},
 };
 
-/// Tokens that go through the blocks together: bounds the memory of activations, fills the matrix products.
+/// Tokens that go through the blocks together: bounds the memory of activations, fills the matrix
+/// products.
 pub(crate) const PREFILL_BATCH: usize = 512;
 
 /// The most likely tokens that a CUDA device can sort out.
 const MAX_TOP: usize = 128;
 
-/// A model: the weights of blocks on the CPU where they lie in its source, copies of the others on CUDA devices.
+/// A model: the weights of blocks on the CPU where they lie in its source, copies of the others on
+/// CUDA devices.
 pub struct Model<'a> {
     config: &'a ModelConfig,
     context: Context<'a>,
@@ -57,7 +59,8 @@ impl<'a> Model<'a> {
     /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
     ///
     /// # Errors
-    /// As [`Self::load`]; `InvalidArgument` if not as many blocks fit as were asked for; `Kernel` if a device refuses.
+    /// As [`Self::load`]; `InvalidArgument` if not as many blocks fit as were asked for; `Kernel`
+    /// if a device refuses.
     pub fn load_on_cuda(source: &'a dyn ModelSource, settings: &CudaSettings) -> Result<Self> {
         let mut model = Self::load(source, &Cpu)?;
         let ranges = settings.place(source)?;
@@ -107,10 +110,12 @@ impl<'a> Model<'a> {
         Ok(KvCache { blocks, sessions: sessions.collect::<Result<_>>()?, capacity, position: 0 })
     }
 
-    /// Feeds `tokens` after those that `cache` holds; gives the normed last hidden states, `[tokens.len(), hidden]`.
+    /// Feeds `tokens` after those that `cache` holds; gives the normed last hidden states,
+    /// `[tokens.len(), hidden]`.
     ///
     /// # Errors
-    /// `InvalidArgument` for a token outside the vocabulary or a full cache; `Kernel` if a device refuses.
+    /// `InvalidArgument` for a token outside the vocabulary or a full cache; `Kernel` if a device
+    /// refuses.
     pub fn forward(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
         self.check(tokens, cache)?;
         let mut hidden = Vec::with_capacity(tokens.len() * self.config().hidden_size);
@@ -155,7 +160,8 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Feeds `tokens` and lets `sampler` draw the next one; `recent` are the tokens so far, `tokens` included.
+    /// Feeds `tokens` and lets `sampler` draw the next one; `recent` are the tokens so far,
+    /// `tokens` included.
     ///
     /// # Errors
     /// As [`Self::next_logits`] and [`Sampler::sample`].
@@ -260,8 +266,8 @@ fn input<'x>(tokens: &'x [u32], x: &'x Option<Vec<f32>>) -> Input<'x> {
     }
 }
 
-/// Runs `work` on a thread of the pool: the hundreds of small parallel steps of a token then start there, instead of
-/// being handed over one by one from a thread outside.
+/// Runs `work` on a thread of the pool: the hundreds of small parallel steps of a token then start
+/// there, instead of being handed over one by one from a thread outside.
 fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| work())
 }

@@ -18,7 +18,8 @@ const RESERVE_BYTES: u64 = 300 << 20;
 /// The CUDA devices that a model may use, and how.
 #[derive(Clone)]
 pub struct CudaSettings {
-    /// The devices with the numbers that the user knows them by, in the order in which blocks go to them.
+    /// The devices with the numbers that the user knows them by, in the order in which blocks go to
+    /// them.
     pub devices: Vec<(usize, Arc<Device>)>,
     /// Blocks on them; `None` for as many as fit.
     pub blocks: Option<usize>,
@@ -114,8 +115,8 @@ impl Sizes {
         })
     }
 
-    /// How many blocks each device takes, of which `free` bytes are free: `wanted` blocks, or as many as fit; in
-    /// proportion to what would fit on each.
+    /// How many blocks each device takes, of which `free` bytes are free: `wanted` blocks, or as
+    /// many as fit; in proportion to what would fit on each.
     ///
     /// # Errors
     /// How many blocks would fit, if fewer than wanted.

@@ -40,10 +40,10 @@ impl Default for SamplerSettings {
 }
 
 impl SamplerSettings {
-    /// For a model whose makers say nothing. A small model at few bits per weight gets into loops, or
-    /// begins with what has a percent or two: here the tail is cut off and repetition costs.
+    /// For a model whose makers say nothing. A small model at few bits per weight gets into loops,
+    /// or begins with what has a percent or two: here the tail is cut off and repetition costs.
     pub fn cautious() -> Self {
-        Self { temperature: 0.7, min_p: 0.2, repeat_penalty: 1.1, ..Self::default() }
+        Self { temperature: 0.6, min_p: 0.25, repeat_penalty: 1.1, ..Self::default() }
     }
 
     /// Always the most likely token.
@@ -121,8 +121,8 @@ impl Sampler {
         Some(kept).filter(|&kept| kept > 0).map(|kept| kept.saturating_add(lowered))
     }
 
-    /// Draws the next token as [`Self::sample`] does, from the [`Self::deciding_tokens`] most likely
-    /// ones: token and logit.
+    /// Draws the next token as [`Self::sample`] does, from the [`Self::deciding_tokens`] most
+    /// likely ones: token and logit.
     ///
     /// # Errors
     /// As [`Self::sample`].

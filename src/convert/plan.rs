@@ -15,16 +15,18 @@ use slim_kernels::weight;
 
 use crate::output::{facts, plural, size};
 
-/// Copies of a linear layer's weights in f32 that the published search holds besides the weights: one for each width.
+/// Copies of a linear layer's weights in f32 that the published search holds besides the weights:
+/// one for each width.
 const SEARCH_COPIES: u64 = 3;
-/// Copies of a linear layer's weights in f32 besides the weights where the float model runs along: what is added to them, and
-/// the sum.
+/// Copies of a linear layer's weights in f32 besides the weights where the float model runs along:
+/// what is added to them, and the sum.
 const CORRECTION_COPIES: u64 = 2;
-/// Copies in f32 of the rows that are quantized at a time: quantized weights, the gradient of what their errors cost, and how both
-/// move with either row scale.
+/// Copies in f32 of the rows that are quantized at a time: quantized weights, the gradient of what
+/// their errors cost, and how both move with either row scale.
 const SLAB_COPIES: u64 = 6;
-/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian as it is and in the order of the sweep,
-/// its factor, and the inverse of that in f64 or what corrections are worked out with.
+/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian as it is and
+/// in the order of the sweep, its factor, and the inverse of that in f64 or what corrections are
+/// worked out with.
 const HESSIAN_COPIES: u64 = 6;
 
 /// The resolved settings, and what they lead to.
@@ -37,8 +39,8 @@ pub struct Plan {
     file_bytes: u64,
     /// Size of the source's files.
     pub source_bytes: u64,
-    /// Types of the linear layers whose weights the source has quantized already, and bits per weight
-    /// of all of them.
+    /// Types of the linear layers whose weights the source has quantized already, and bits per
+    /// weight of all of them.
     quantized_source: Option<(String, f64)>,
     /// Memory for the largest layer, without what can be in temporary files.
     pub working_bytes: u64,
@@ -71,8 +73,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Memory to quantize a layer in: one of a block that is calibrated is held whole, others a slab at a time; a code takes a byte
-    /// at most.
+    /// Memory to quantize a layer in: one of a block that is calibrated is held whole, others a
+    /// slab at a time; a code takes a byte at most.
     fn working_bytes_of(&self, tensor: &PlannedTensor) -> u64 {
         let (rows, cols) = match tensor.storage {
             Storage::F32 => return 0,
@@ -100,8 +102,8 @@ impl Plan {
         self.settings.method != Method::RoundToNearest
     }
 
-    /// Size of the file and bits per weight of its linear layers. With a target one of them is the target, and the other what
-    /// it leads to, about.
+    /// Size of the file and bits per weight of its linear layers. With a target one of them is the
+    /// target, and the other what it leads to, about.
     fn size_and_bits(&self) -> (u64, f64) {
         let (least_bytes, least_bits) = (self.file_bytes, self.contents.bits_per_weight());
         let weights = match self.settings.embed_bits {
@@ -232,8 +234,9 @@ fn source_bytes(source: &dyn ModelSource) -> Result<u64> {
     Ok(total)
 }
 
-/// The residual stream, its norm, the attention outputs and the feed-forward activations of all samples, in f32; where the
-/// float model runs along, all of it again and the difference of the residual streams. And the output Hessians.
+/// The residual stream, its norm, the attention outputs and the feed-forward activations of all
+/// samples, in f32; where the float model runs along, all of it again and the difference of the
+/// residual streams. And the output Hessians.
 fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     let config = source.config();
     let stream = 2 * config.hidden_size + config.head_count * config.head_dim + config.ffn_size;

@@ -68,7 +68,8 @@ impl Contents {
     /// Reads a file or a directory; of SliM files the structure only, not the hashes.
     pub fn read(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|extension| extension == "safetensors") {
-            // Without a `config.json` beside it, or of another architecture, it is still a list of tensors.
+            // Without a `config.json` beside it, or of another architecture, it is still a list of
+            // tensors.
             return match Self::of_model(path) {
                 Err(error) if !matches!(error, FormatError::Malformed { .. }) => {
                     let contents = Self::of_safetensors(path)?;

@@ -1,7 +1,8 @@
 //! How long the rest takes, from how long the work so far has taken.
 //!
-//! Work is of several kinds, each with a cost per unit that is measured while it is done. A kind that has not begun
-//! is taken to cost as much as usual, times what the others of its family have turned out to cost compared with theirs.
+//! Work is of several kinds, each with a cost per unit that is measured while it is done. A kind
+//! that has not begun is taken to cost as much as usual, times what the others of its family have
+//! turned out to cost compared with theirs.
 
 use std::time::{Duration, Instant};
 
@@ -139,8 +140,8 @@ impl<C: Clock> Estimate<C> {
 }
 
 impl Kind {
-    /// The mean of its samples but for the fifth that is highest, at least one of several, and the fifth that is
-    /// lowest: what comes first waits for the disk.
+    /// The mean of its samples but for the fifth that is highest, at least one of several, and the
+    /// fifth that is lowest: what comes first waits for the disk.
     fn cost(&self) -> Option<f64> {
         let mut samples = self.samples.clone();
         samples.sort_by(f64::total_cmp);
@@ -181,8 +182,8 @@ mod tests {
         ends_step: bool,
     }
 
-    /// A conversion of 30 blocks on a machine that takes `factors` times as long as usual for passes, fits, forward passes,
-    /// Hessians and sweeps; shares of the whole as those of the demo.
+    /// A conversion of 30 blocks on a machine that takes `factors` times as long as usual for
+    /// passes, fits, forward passes, Hessians and sweeps; shares of the whole as those of the demo.
     fn conversion(factors: [f64; 5]) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let mut add = |kind: usize, seconds: f64, ends_step| {
@@ -211,7 +212,8 @@ mod tests {
         pieces
     }
 
-    /// The largest relative error of all estimates after the first tenth and before the last hundredth of the time.
+    /// The largest relative error of all estimates after the first tenth and before the last
+    /// hundredth of the time.
     fn worst(pieces: &[Piece]) -> f64 {
         let clock = FakeClock::default();
         let mut estimate = Estimate::new(clock.clone());

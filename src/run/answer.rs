@@ -96,7 +96,8 @@ fn reason_to_stop(reason: End, tokens: usize, context: usize) -> Option<String> 
     }
 }
 
-/// A text that cannot steer a terminal: control characters are escaped, all but line breaks and tabs.
+/// A text that cannot steer a terminal: control characters are escaped, all but line breaks and
+/// tabs.
 fn printable(text: &str) -> Cow<'_, str> {
     let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
     if !text.contains(steers) {

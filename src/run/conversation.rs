@@ -122,7 +122,8 @@ impl<'a> Conversation<'a> {
         Err(advised(message, format!("shorten the {what}")))
     }
 
-    /// Writes all that was said to a new file, as JSON: `model`, and `messages` as chat APIs take them.
+    /// Writes all that was said to a new file, as JSON: `model`, and `messages` as chat APIs take
+    /// them.
     pub fn save(&self, path: &Path, model: &Path) -> Result<()> {
         let system = self.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<_> = system

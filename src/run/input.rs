@@ -44,8 +44,8 @@ impl Input {
         matches!(self, Self::Terminal { .. })
     }
 
-    /// The next text, of more than one line if it was pasted so; `None` at the end of the input, and
-    /// when Ctrl-C is pressed twice.
+    /// The next text, of more than one line if it was pasted so; `None` at the end of the input,
+    /// and when Ctrl-C is pressed twice.
     pub fn next(&mut self) -> Result<Option<String>> {
         match self {
             Self::Lines => next_line(),

@@ -1,8 +1,8 @@
 // What llama.cpp makes of a GGUF model, as one JSON object. No token is put in front of a text.
 //
 // engine perplexity MODEL.gguf TEXT CONTEXT WINDOWS
-//     By the protocol of `slimllm eval`: windows of the file TEXT, which is tokenized whole, that do
-//     not overlap; of each window the mean negative log-likelihood of all tokens but the first.
+//     By the protocol of `slimllm eval`: windows of the file TEXT, which is tokenized whole, that
+//     do not overlap; of each the mean negative log-likelihood of all tokens but the first.
 // engine continue MODEL.gguf PROMPT COUNT
 //     The likeliest COUNT tokens, one by one, or fewer if an end token comes: ids of the prompt and
 //     of the tokens, and the text of each, with one character for each byte.

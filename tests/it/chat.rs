@@ -333,7 +333,12 @@ fn chat_on_a_terminal_stops_an_answer_at_ctrl_c_and_goes_on() {
     let home = Dir::new();
     let endless =
         tiny_with("config.json", json!({"max_position_embeddings": 1 << 20, "eos_token_id": null}));
-    endless.write("generation_config.json", "{}");
+    // Without any token that is known to end a turn or a text.
+    for file in ["generation_config.json", "tokenizer_config.json"] {
+        endless.write(file, "{}");
+    }
+    let tokenizer = fs::read_to_string(endless.path("tokenizer.json")).unwrap();
+    endless.write("tokenizer.json", tokenizer.replace("</s>", "<a>").replace("<|im_end|>", "<b>"));
     let model = arg(endless.root());
     let args = [model.as_str(), "-n", "-1", "--context", "100000", "--threads", "1"];
     let mut chat = chat_on_terminal(&home, &args);

@@ -98,7 +98,7 @@ fn bad_arguments_are_refused_with_a_sentence() {
     assert_eq!(dir.names(), ["text"]);
 
     fail(&["run", llama], &["--prompt"]);
-    fail(&["run", llama, "-p", "a", "--top-p", "2"], &["top-p: found 2, expected above 0"]);
+    fail(&["run", llama, "-p", "a", "--top-p", "2"], &["top-p: found 2, expected 0 to 1"]);
     fail(&["run", llama, "-p", "a", "--context", "1000000"], &["a context of 512 tokens"]);
     fail(&["run", llama, "-p", &self::text(), "--context", "8"], &["holds 8", "raise `--context`"]);
     let out = &dir.arg("out.safetensors");
@@ -236,7 +236,8 @@ fn inspect_slim_file_describes_the_layers() {
     assert_eq!(json.get("metadata"), None);
 
     let layers = json["layers"].as_array().unwrap();
-    // 16 matrices: two blocks have `attn_q` in four bands, `ffn_gate` and `ffn_up` in six; embedding and output layer in seven.
+    // 16 matrices: two blocks have `attn_q` in four bands, `ffn_gate` and `ffn_up` in six;
+    // embedding and output layer in seven.
     assert_eq!(layers.len(), 54);
     let down = layers.iter().find(|layer| layer["name"] == "blk.1.ffn_down.weight").unwrap();
     assert_eq!((&down["rows"], &down["cols"]), (&Value::from(64), &Value::from(160)));

@@ -368,7 +368,7 @@ fn exports_of_any_columns_compute_what_the_file_does() {
 }
 
 fn export(file: &str, layout: &str, target: &str) -> Value {
-    succeed(&["export", file, "--to", layout, "-o", target, "--quiet", "--json"]).json()
+    succeed(&["export", file, "--to", layout, "-o", target, "--force", "--quiet", "--json"]).json()
 }
 
 /// The norm of the difference, relative to that of `expected`.

@@ -60,7 +60,8 @@ pub fn tiny_model(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/archs").join(name)
 }
 
-/// The tiny model `llama` as an ONNX model, in a folder of its own: an export by `script` or `dynamo`.
+/// The tiny model `llama` as an ONNX model, in a folder of its own: an export by `script` or
+/// `dynamo`.
 pub fn onnx_model(exporter: &str) -> (Dir, PathBuf) {
     let dir = Dir::new();
     let llama = tiny_model("llama");

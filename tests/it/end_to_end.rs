@@ -18,8 +18,8 @@ use crate::command::{Dir, arg, fail, onnx_model, real_model, succeed, tiny_model
 
 /// What the issue allows between a packed file and the quantizer's own weights.
 const LOGITS_TOLERANCE: f32 = 1e-3;
-/// The same for decoding, which rounds a token to 8 bits on its way into each layer: the error's share of the logits, as a root mean
-/// square.
+/// The same for decoding, which rounds a token to 8 bits on its way into each layer: the error's
+/// share of the logits, as a root mean square.
 const DECODE_TOLERANCE: f64 = 0.03;
 
 const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
@@ -115,7 +115,8 @@ impl ModelSource for Dequantized {
     }
 }
 
-/// Logits of `tokens`: of the first half, which goes through the model in one batch, and of the others, one by one.
+/// Logits of `tokens`: of the first half, which goes through the model in one batch, and of the
+/// others, one by one.
 pub fn logits(source: &dyn ModelSource, backend: &dyn Backend, tokens: &[u32]) -> [Vec<f32>; 2] {
     let model = Model::load(source, backend).unwrap();
     let mut cache = model.new_cache(tokens.len()).unwrap();
@@ -271,8 +272,9 @@ fn conversion_on_a_device_gives_the_same_bytes_again_and_the_cpus_quality() {
     if !has_device() {
         return;
     }
-    // Another rounding of a sum turns codes over. In models as small as this that changes the error by 0.6 % either way
-    // (standard deviation of 88 conversions; their mean changed by 0.04 %): hence several seeds.
+    // Another rounding of a sum turns codes over. In models as small as this that changes the error
+    // by 0.6 % either way (standard deviation of 88 conversions; their mean changed by 0.04 %):
+    // hence several seeds.
     const SEEDS: [&str; 6] = ["0", "1", "2", "3", "4", "5"];
     let dir = Dir::new();
     for more in [&[][..], &["--reference"]] {
@@ -316,7 +318,8 @@ fn widths(reports: &[Value]) -> Vec<&Value> {
     layers(reports).flat_map(|layer| layer["bits"].as_array().unwrap()).collect()
 }
 
-/// The mean divergence of a file from the model that it was made of, on text that is not the calibration text.
+/// The mean divergence of a file from the model that it was made of, on text that is not the
+/// calibration text.
 fn divergence(file: &Path, source: &Path) -> f64 {
     let (file, source) = (open_model(file).unwrap(), open_model(source).unwrap());
     let (model, other) = (Model::load(&*file, &Cpu), Model::load(&*source, &Cpu));

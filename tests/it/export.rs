@@ -275,7 +275,7 @@ fn targets_and_models_that_do_not_fit_are_refused() {
     std::fs::create_dir(taken).unwrap();
     for (to, target, fragments) in [
         ("safetensors", taken.as_str(), &["`", "exists already", "hint: give a name"][..]),
-        ("gptq", slim, &["is a file of the source, which would be overwritten"]),
+        ("gptq", slim, &["exists already"]),
         ("gguf", taken, &["is a folder; `-o` takes the name of a file"]),
         ("gguf", slim, &["is a file of the source"]),
         ("safetensors", "/no/such/folder/out", &["there is no folder", "mkdir -p"]),

@@ -163,8 +163,8 @@ fn target_size_is_met_from_below_by_both_methods() {
             Contents::new(&*source, &settings).unwrap().file_bytes().unwrap()
         };
         let [least, most] = [1, 8].map(size);
-        // Two bits more for a group of 32 columns in the layer with the most rows, where one more is no bargain, and the change of
-        // padding that comes with them.
+        // Two bits more for a group of 32 columns in the layer with the most rows, where one more
+        // is no bargain, and the change of padding that comes with them.
         let rows = source.config().ffn_size.max(source.config().hidden_size) as u64;
         let step = 2 * rows.next_multiple_of(16) * 32 / 8 + 64;
         for share in [0.02, 0.2, 0.5, 0.9] {

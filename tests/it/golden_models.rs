@@ -1,4 +1,5 @@
-//! The logits of tiny models against those of transformers, made by the scripts that `tests/data/MANIFEST.md` names.
+//! The logits of tiny models against those of transformers, made by the scripts that
+//! `tests/data/MANIFEST.md` names.
 
 use std::path::{Path, PathBuf};
 

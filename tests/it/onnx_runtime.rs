@@ -167,7 +167,8 @@ fn missing_library_is_refused_with_a_hint() {
 #[test]
 fn library_that_is_too_old_is_refused_before_use() {
     let (dir, graph) = onnx_model("dynamo");
-    // The start of `onnxruntime_c_api.h`: `GetApi`, which is not to be called, and `GetVersionString`.
+    // The start of `onnxruntime_c_api.h`: `GetApi`, which is not to be called, and
+    // `GetVersionString`.
     let source = dir.write(
         "library.c",
         "static const char *version(void) { return \"1.23.2\"; }\n\

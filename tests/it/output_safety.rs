@@ -16,7 +16,8 @@ use sha2::{Digest, Sha256};
 
 use crate::command::{Answer, Dir, arg, command, fail, slimllm, succeed, tiny_model};
 
-/// Arguments of every command that writes, but for the output, with the extension of what it writes; folders have none.
+/// Arguments of every command that writes, but for the output, with the extension of what it
+/// writes; folders have none.
 fn writing_commands(model: &str) -> Vec<(Vec<String>, &'static str)> {
     let words = |line: &str| line.split(' ').map(|word| word.replace("MODEL", model)).collect();
     vec![
@@ -259,7 +260,8 @@ fn full_disk_is_refused_before_the_work_with_what_is_needed_and_free() {
     }
 }
 
-/// Starts a conversion of a tiny model that takes long, and waits until its temporary file is there.
+/// Starts a conversion of a tiny model that takes long, and waits until its temporary file is
+/// there.
 fn long_conversion(dir: &Dir) -> std::process::Child {
     let mut child = dir
         .slimllm("convert")

@@ -10,8 +10,8 @@ fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/schemas")
 }
 
-/// A JSON Schema of the keywords that ours are made of. The crate `jsonschema` would rebuild half of
-/// our dependencies with other features.
+/// A JSON Schema of the keywords that ours are made of. The crate `jsonschema` would rebuild half
+/// of our dependencies with other features.
 struct Schema {
     root: Value,
 }

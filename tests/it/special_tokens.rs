@@ -13,8 +13,11 @@ const BOS: u32 = 267;
 const EOS: u32 = 268;
 const IM_END: u32 = 270;
 
-/// The tiny model `llama` in a folder of its own; `edit` changes its JSON files, by name.
-fn edited(edits: &[(&str, &dyn Fn(&mut Value))]) -> Dir {
+/// A JSON file, by name, and what is changed in it.
+type Edit<'a> = (&'a str, &'a dyn Fn(&mut Value));
+
+/// The tiny model `llama` in a folder of its own, with edited files.
+fn edited(edits: &[Edit<'_>]) -> Dir {
     let dir = Dir::new();
     for entry in std::fs::read_dir(tiny_model("llama")).unwrap() {
         let path = entry.unwrap().path();

@@ -1,5 +1,5 @@
-//! Causal attention over whole sequences, and its reverse, which computes the scores again, a block of queries of one head at a
-//! time.
+//! Causal attention over whole sequences, and its reverse, which computes the scores again, a block
+//! of queries of one head at a time.
 
 use rayon::prelude::*;
 use slim_formats::arch::BlockSpec;
@@ -15,7 +15,8 @@ use super::elementwise::reverse_softmax;
 /// Queries whose probabilities are held at a time.
 const QUERY_BLOCK: usize = 128;
 
-/// Rotated queries and keys, and values of equally long sequences that follow each other; `m` tokens in all.
+/// Rotated queries and keys, and values of equally long sequences that follow each other; `m`
+/// tokens in all.
 pub struct Attention<'s> {
     precision: Precision,
     /// Of one sequence.

@@ -59,7 +59,8 @@ impl Walk<'_> {
         Ok(middle)
     }
 
-    /// Turns the gradient `dx` at the block's output into that at its input `x`; both `[m, hidden]`.
+    /// Turns the gradient `dx` at the block's output into that at its input `x`; both
+    /// `[m, hidden]`.
     pub fn reverse(&self, x: &[f32], dx: &mut [f32], visit: &mut Visitor<'_>) -> Result<()> {
         let Self { precision, block, context, .. } = *self;
         let spec = &block.spec;
@@ -181,15 +182,16 @@ fn rotate(x: &mut [f32], heads: usize, angles: &RopeAngles) {
     }
 }
 
-/// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all of one length.
+/// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all of
+/// one length.
 fn reverse_swiglu(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     const PIECE: usize = 1 << 12;
     let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(dy.par_chunks(PIECE));
     pieces.for_each(|((gate, up), dy)| elementwise::reverse_swiglu(gate, up, dy));
 }
 
-/// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output, all `[m, hidden]`; gives the
-/// gradient at its `weight`, `[hidden]`.
+/// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output, all
+/// `[m, hidden]`; gives the gradient at its `weight`, `[hidden]`.
 pub fn reverse_rms_norm(
     x: &[f32],
     weight: &[f32],

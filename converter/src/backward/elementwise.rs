@@ -3,8 +3,8 @@
 use slim_kernels::{exp, per_isa};
 
 per_isa! {
-    /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs of `signs`, lowest bit
-    /// first; gives their part of the entropy.
+    /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs
+    /// of `signs`, lowest bit first; gives their part of the entropy.
     pub fn signed_roots(values: &mut [f32], signs: u64) -> f64 {
         let mut entropy = 0.0;
         for (bit, value) in values.iter_mut().enumerate() {
@@ -26,8 +26,8 @@ per_isa! {
 }
 
 per_isa! {
-    /// Turns the log-probabilities of a softmax into probabilities, and the gradients at these into gradients at the scores;
-    /// `mean` is the mean of the former under the probabilities.
+    /// Turns the log-probabilities of a softmax into probabilities, and the gradients at these into
+    /// gradients at the scores; `mean` is the mean of the former under the probabilities.
     pub fn reverse_softmax(probabilities: &mut [f32], gradients: &mut [f32], mean: f32) {
         for (probability, gradient) in probabilities.iter_mut().zip(gradients) {
             *probability = exp(*probability);
@@ -37,7 +37,8 @@ per_isa! {
 }
 
 per_isa! {
-    /// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all of one length.
+    /// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all
+    /// of one length.
     pub fn reverse_swiglu(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
         for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
             let sigmoid = 1.0 / (1.0 + exp(-*gate));
@@ -48,8 +49,8 @@ per_isa! {
 }
 
 per_isa! {
-    /// Adds one token's gradient at the input `x` of a norm to `dx`, and that at its weight to `d_weight`, for the gradient
-    /// `dy` at its output; all `[hidden]`.
+    /// Adds one token's gradient at the input `x` of a norm to `dx`, and that at its weight to
+    /// `d_weight`, for the gradient `dy` at its output; all `[hidden]`.
     pub fn reverse_rms_norm(
         x: &[f32],
         weight: &[f32],

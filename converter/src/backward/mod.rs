@@ -1,8 +1,8 @@
 //! Gradients of a loss: a model run forward, then walked backwards block by block.
 //!
-//! The way forward keeps one residual stream per block; on the way back a block is computed again with all that its
-//! gradients need (`block.rs`), so that one block's activations live at a time. Gradients are handed to a
-//! visitor and forgotten.
+//! The way forward keeps one residual stream per block; on the way back a block is computed again
+//! with all that its gradients need (`block.rs`), so that one block's activations live at a time.
+//! Gradients are handed to a visitor and forgotten.
 
 mod attention;
 mod block;
@@ -51,11 +51,13 @@ pub struct Backward<'a> {
 
 /// What is differentiated.
 pub enum Loss<'t> {
-    /// The entropy behind each position, summed, in nats. Its gradients are random instead, by the seeds from this one on: the
-    /// mean of their squares is the Fisher information, the curvature of KL(model || model with other weights).
+    /// The entropy behind each position, summed, in nats. Its gradients are random instead, by the
+    /// seeds from this one on: the mean of their squares is the Fisher information, the curvature
+    /// of KL(model || model with other weights).
     Fisher(u64),
-    /// The mean over all tokens of KL(teacher || model), in nats. Called with a range of the tokens of the batch, counted
-    /// through its sequences, the teacher gives their logits or log-probabilities, `[range.len(), vocab]`.
+    /// The mean over all tokens of KL(teacher || model), in nats. Called with a range of the tokens
+    /// of the batch, counted through its sequences, the teacher gives their logits or
+    /// log-probabilities, `[range.len(), vocab]`.
     Divergence(&'t mut dyn FnMut(Range<usize>) -> Result<Vec<f32>>),
 }
 
@@ -70,7 +72,8 @@ pub enum Gradient<'g> {
         part: Part,
         /// Its inputs, `[tokens, cols]`.
         x: &'g [f32],
-        /// The gradient of the loss at its outputs, `[tokens, rows]`; of `attn_q` and `attn_k`, before the rotation.
+        /// The gradient of the loss at its outputs, `[tokens, rows]`; of `attn_q` and `attn_k`,
+        /// before the rotation.
         dy: &'g [f32],
     },
     /// Of a norm.
@@ -114,16 +117,17 @@ impl<'a> Backward<'a> {
         Ok(Self { precision, decoder, embedding, blocks, output_norm, output, source })
     }
 
-    /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`, from the last layer to
-    /// the first.
+    /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`,
+    /// from the last layer to the first.
     ///
     /// # Memory
-    /// In floats, `tokens * hidden` per block, the activations of one block, and 512 tokens' logits up to three times.
+    /// In floats, `tokens * hidden` per block, the activations of one block, and 512 tokens' logits
+    /// up to three times.
     ///
     /// # Errors
-    /// `InvalidSetting` if the sequences are empty or not equally long; `Runtime` for a token outside the vocabulary;
-    /// `Kernel` for a weight that is not a number; `Numerical` for activations that are none; those of
-    /// the visitor and of the teacher.
+    /// `InvalidSetting` if the sequences are empty or not equally long; `Runtime` for a token
+    /// outside the vocabulary; `Kernel` for a weight that is not a number; `Numerical` for
+    /// activations that are none; those of the visitor and of the teacher.
     pub fn run(
         &self,
         sequences: &[&[u32]],
@@ -150,7 +154,8 @@ impl<'a> Backward<'a> {
         Ok(loss)
     }
 
-    /// The normed output of the last block for equally long `sequences` of tokens, `[tokens, hidden]`.
+    /// The normed output of the last block for equally long `sequences` of tokens,
+    /// `[tokens, hidden]`.
     ///
     /// # Errors
     /// As [`Self::run`].
@@ -261,11 +266,12 @@ pub fn dense(values: &[f32], rows: usize, cols: usize) -> Weight<'_> {
     Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })
 }
 
-/// Turns logits `[m, vocab]` into random gradients whose covariance is that of `softmax - one-hot` for a token that the model
-/// draws, `diag(p) - p^T p`; gives the entropy.
+/// Turns logits `[m, vocab]` into random gradients whose covariance is that of `softmax - one-hot`
+/// for a token that the model draws, `diag(p) - p^T p`; gives the entropy.
 ///
-/// With signs `e`, `g = sqrt(p) e - p sum(sqrt(p) e)`. Where the model is nearly certain, these are always small, where those of
-/// drawn tokens are mostly zero and rarely large: their squares come to their mean in far fewer tokens.
+/// With signs `e`, `g = sqrt(p) e - p sum(sqrt(p) e)`. Where the model is nearly certain, these are
+/// always small, where those of drawn tokens are mostly zero and rarely large: their squares come
+/// to their mean in far fewer tokens.
 fn reverse_fisher(logits: &mut [f32], vocab: usize, seed: u64) -> f64 {
     let entropies = logits.par_chunks_mut(vocab).enumerate().map(|(i, row)| {
         log_softmax(row);
@@ -281,7 +287,8 @@ fn reverse_fisher(logits: &mut [f32], vocab: usize, seed: u64) -> f64 {
     entropies.collect::<Vec<f64>>().iter().sum()
 }
 
-/// Turns logits `[m, vocab]` into gradients `(softmax - teacher's softmax) / tokens`; gives these tokens' part of the loss.
+/// Turns logits `[m, vocab]` into gradients `(softmax - teacher's softmax) / tokens`; gives these
+/// tokens' part of the loss.
 fn reverse_divergence(
     logits: &mut [f32],
     vocab: usize,

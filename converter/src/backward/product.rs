@@ -40,7 +40,8 @@ pub fn add(precision: Precision, dx: &mut [f32], dy: &[f32], w: Weight<'_>) -> R
     Ok(())
 }
 
-/// The gradient `dy^T x` of the loss at a layer's weights, `[rows, cols]`, for `x: [m, cols]` and `dy: [m, rows]`.
+/// The gradient `dy^T x` of the loss at a layer's weights, `[rows, cols]`, for `x: [m, cols]` and
+/// `dy: [m, rows]`.
 pub fn weight_gradient(
     precision: Precision,
     x: &[f32],

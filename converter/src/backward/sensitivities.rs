@@ -33,21 +33,23 @@ pub fn sensitivity_batches(samples: &[Vec<u32>]) -> std::slice::Chunks<'_, Vec<u
 pub struct Sensitivities {
     /// The linear layers of the blocks.
     pub blocks: Vec<PartMap<Sensitivity>>,
-    /// How errors at their outputs add up, by the names of their tensors, where rows are to make up for each other's errors.
+    /// How errors at their outputs add up, by the names of their tensors, where rows are to make up
+    /// for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
     /// The embedding and the output layer, if they are not one matrix.
     pub vocabulary: PartMap<Vocabulary>,
 }
 
-/// How much it minds errors in the weights of a layer: about as much as their squares times both means, that of the weight's
-/// input and that of its output.
+/// How much it minds errors in the weights of a layer: about as much as their squares times both
+/// means, that of the weight's input and that of its output.
 ///
-/// Exactly it is the mean of the product of both squares. The tokens of the first mean are weighted by their gradients, so that
-/// at least the sum of the products over all outputs is right: inputs that are large where nothing depends on the layer count
-/// for little.
+/// Exactly it is the mean of the product of both squares. The tokens of the first mean are weighted
+/// by their gradients, so that at least the sum of the products over all outputs is right: inputs
+/// that are large where nothing depends on the layer count for little.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivity {
-    /// The mean square of each input, `[cols]`; each token counts as much as the sum of its squared gradients at all outputs.
+    /// The mean square of each input, `[cols]`; each token counts as much as the sum of its squared
+    /// gradients at all outputs.
     pub inputs: Vec<f64>,
     /// The mean squared gradient of the loss at each output, `[rows]`.
     pub outputs: Vec<f64>,
@@ -59,7 +61,8 @@ impl Sensitivity {
         Self { inputs: self.inputs.clone(), outputs: self.outputs[rows].to_vec() }
     }
 
-    /// Of two layers that are one matrix; the sums of products over all outputs, and over all inputs, are right.
+    /// Of two layers that are one matrix; the sums of products over all outputs, and over all
+    /// inputs, are right.
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
         let totals = [self, other].map(|part| part.outputs.iter().sum::<f64>());
@@ -77,7 +80,8 @@ impl Sensitivity {
         Self { inputs: vec![0.0; cols], outputs: vec![0.0; rows] }
     }
 
-    /// Adds the squares of tokens with inputs `x: [tokens, cols]` and gradients `dy: [tokens, rows]`.
+    /// Adds the squares of tokens with inputs `x: [tokens, cols]` and gradients
+    /// `dy: [tokens, rows]`.
     pub(super) fn add(&mut self, x: &[f32], dy: &[f32]) {
         let tokens = dy.par_chunks_exact(self.outputs.len());
         let of_token = tokens.map(|dy| dy.iter().copied().map(square).sum());
@@ -86,7 +90,8 @@ impl Sensitivity {
         add_squares(&mut self.outputs, dy, &vec![1.0; of_token.len()]);
     }
 
-    /// Adds the squares of tokens with inputs `x: [tokens, cols]`, each of which has one output, its row, with a gradient of 1.
+    /// Adds the squares of tokens with inputs `x: [tokens, cols]`, each of which has one output,
+    /// its row, with a gradient of 1.
     pub(super) fn add_rows(&mut self, rows: &[u32], x: &[f32]) {
         add_squares(&mut self.inputs, x, &vec![1.0; rows.len()]);
         rows.iter().for_each(|&row| self.outputs[row as usize] += 1.0);
@@ -112,17 +117,19 @@ impl Sensitivity {
     }
 }
 
-/// The means over all tokens of the squared inputs of the linear layers, and of the squared gradients at their outputs, for the
-/// loss [`Loss::Fisher`], and the output Hessians: in memory, or in temporary files where they take more than `memory_left` bytes.
-/// `samples`: equally long runs of tokens. `on_batch` is called with the tokens of each batch that is done.
+/// The means over all tokens of the squared inputs of the linear layers, and of the squared
+/// gradients at their outputs, for the loss [`Loss::Fisher`], and the output Hessians: in memory,
+/// or in temporary files where they take more than `memory_left` bytes. `samples`: equally long
+/// runs of tokens. `on_batch` is called with the tokens of each batch that is done.
 ///
-/// The negative log-likelihood of what the text has behind each token would do, too, but the model errs in some places by far, and
-/// these would outweigh all others (`docs/accuracy.md` has the effect).
+/// The negative log-likelihood of what the text has behind each token would do, too, but the model
+/// errs in some places by far, and these would outweigh all others (`docs/accuracy.md` has the
+/// effect).
 ///
 /// # Errors
-/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if there are no tokens; `Numerical` for a
-/// loss, activations or gradients that are no numbers;
-/// `Format` if a temporary file cannot be made.
+/// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if there are no tokens;
+/// `Numerical` for a loss, activations or gradients that are no numbers; `Format` if a temporary
+/// file cannot be made.
 pub fn sensitivities(
     source: &dyn ModelSource,
     samples: &[Vec<u32>],

@@ -29,7 +29,8 @@ fn tokens(len: usize, seed: u32) -> Vec<u32> {
     noise(len, seed).iter().map(|x| ((x + 0.5) * 256.0) as u32).collect()
 }
 
-/// The tensors of a model, far enough from those of the file that attention prefers some tokens and norms are uneven.
+/// The tensors of a model, far enough from those of the file that attention prefers some tokens and
+/// norms are uneven.
 fn perturbed(source: &dyn ModelSource) -> HashMap<String, Vec<f32>> {
     let values = |(seed, name): (usize, &str)| {
         let (rows, cols) = weight::shape(source.tensor(name).unwrap().unwrap());
@@ -257,7 +258,8 @@ fn log_softmax_f64(mut row: Vec<f64>) -> Vec<f64> {
     row
 }
 
-/// Compares `per_tensor` random entries of each gradient; gives the largest error, as a share of the tensor's RMS gradient.
+/// Compares `per_tensor` random entries of each gradient; gives the largest error, as a share of
+/// the tensor's RMS gradient.
 fn largest_error(
     oracle: &mut Oracle<'_>,
     found: &HashMap<String, Vec<f64>>,

@@ -5,11 +5,11 @@ use slim_kernels::linalg::{self, Precision};
 use super::sensitivities::Sensitivity;
 use crate::hessian::Hessian;
 
-/// Of a matrix with a row for each token of the vocabulary: an error `e` in row `v` costs the loss about `e H e^T` times the
-/// sensitivity of that row.
+/// Of a matrix with a row for each token of the vocabulary: an error `e` in row `v` costs the loss
+/// about `e H e^T` times the sensitivity of that row.
 pub struct Vocabulary {
-    /// Of each weight by itself, as that of a linear layer; an embedding counts as one whose outputs are the rows that are looked
-    /// up, with their gradients for inputs.
+    /// Of each weight by itself, as that of a linear layer; an embedding counts as one whose
+    /// outputs are the rows that are looked up, with their gradients for inputs.
     pub sensitivity: Sensitivity,
     /// The sum of `x^T x` over tokens, upper triangle, `[hidden, hidden]`.
     gram: Vec<f32>,
@@ -23,7 +23,8 @@ impl Vocabulary {
         Self { sensitivity, gram: vec![0.0; hidden * hidden], tokens: 0 }
     }
 
-    /// Adds tokens with inputs `x: [tokens, hidden]` of the output layer and gradients `dy: [tokens, vocab]` at their logits.
+    /// Adds tokens with inputs `x: [tokens, hidden]` of the output layer and gradients
+    /// `dy: [tokens, vocab]` at their logits.
     pub fn add_output(&mut self, x: &[f32], dy: &[f32]) {
         self.sensitivity.add(x, dy);
         self.add_gram(x);
@@ -79,7 +80,8 @@ impl Vocabulary {
 mod tests {
     use super::*;
 
-    /// The Hessian of a matrix that is embedding and output layer, and its sensitivity, tell what an error in all rows costs.
+    /// The Hessian of a matrix that is embedding and output layer, and its sensitivity, tell what
+    /// an error in all rows costs.
     #[test]
     fn costs_of_both_parts_add_up() {
         let (x, dy) = ([1.0, 2.0, 3.0, -1.0], [1.0, 0.0, -1.0, 0.0, 1.0, 1.0]);
@@ -106,7 +108,8 @@ mod tests {
         for (input, e) in inputs.iter().zip([[1.0, 0.0], [0.0, 1.0]]) {
             assert!((input * total / exact(&e) - 1.0).abs() < 1e-9, "{e:?}");
         }
-        // The mean square of an input is 7.5, that of a gradient 2.625; rows 0 and 2 are looked up once each in two tokens.
+        // The mean square of an input is 7.5, that of a gradient 2.625; rows 0 and 2 are looked up
+        // once each in two tokens.
         assert_eq!(*outputs, [0.5 * 7.5 + 0.5 * 2.625, 0.5 * 7.5, 7.5 + 0.5 * 2.625]);
     }
 }

@@ -13,8 +13,8 @@ const SCALE_RATE: f32 = 0.001;
 /// How far a row scale moves in a step, as a share of it.
 const ROW_SCALE_RATE: f32 = 0.0003;
 
-/// The real numbers behind the scales of a packed layer: each scale and minimum code is the nearest integer to such a number.
-/// Gradients pass through the rounding as if it were not there.
+/// The real numbers behind the scales of a packed layer: each scale and minimum code is the nearest
+/// integer to such a number. Gradients pass through the rounding as if it were not there.
 pub struct TrainedLayer {
     tiles: Vec<TrainedTile>,
 }
@@ -45,8 +45,8 @@ impl TrainedLayer {
         })
     }
 
-    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradient `dw: [rows, cols]` of the
-    /// loss at the weights of `layer`.
+    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the
+    /// gradient `dw: [rows, cols]` of the loss at the weights of `layer`.
     pub fn descend(&mut self, layer: &PackedLayer, dw: &[f32], rate: f32, step: usize) {
         let layout = layer.layout();
         let tiles = self.tiles.par_iter_mut().zip(dw.par_chunks(TILE_ROWS * layout.cols()));
@@ -79,8 +79,8 @@ impl TrainedTile {
         Self { scales: [s, z].map(Parameters::new), factors: [ones(), ones()], row_scales: [d, m] }
     }
 
-    /// From the gradient `dw` at the weights of the tile's rows. With `w = (d s) code - m z`, those of the scales follow from
-    /// two sums over each run: that of `dw code` and that of `dw`.
+    /// From the gradient `dw` at the weights of the tile's rows. With `w = (d s) code - m z`, those
+    /// of the scales follow from two sums over each run: that of `dw code` and that of `dw`.
     fn gradients(&self, layer: PackedTensor<'_>, tile: usize, dw: &[f32]) -> TileGradients {
         let layout = layer.layout();
         let (d, m) = layer.row_scales(tile);

@@ -22,8 +22,8 @@ impl Parameters {
     /// Moves each value by about `rate` against its gradient; `step` counts from 1.
     ///
     /// # Source
-    /// Algorithm 1 of arXiv:1412.6980, with its constants but the last: gradients of scales are small, and smaller the
-    /// larger the model is.
+    /// Algorithm 1 of arXiv:1412.6980, with its constants but the last: gradients of scales are
+    /// small, and smaller the larger the model is.
     pub fn step(&mut self, gradient: &[f32], rate: f32, step: usize) {
         let unbiased = |beta: f32| 1.0 / (1.0 - f64::from(beta).powf(step as f64)) as f32;
         let scales = (unbiased(BETA), unbiased(BETA_SQUARE));

@@ -14,7 +14,8 @@ use crate::{
 /// How far the weight of a norm moves in a step.
 const NORM_RATE: f32 = 0.0003;
 
-/// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers, as the file will.
+/// A model from a SliM file, with its scales and norms being trained. It runs on its packed layers,
+/// as the file will.
 pub struct Student<'a> {
     /// The model of the file.
     start: Backward<'a>,
@@ -59,8 +60,8 @@ impl<'a> Student<'a> {
         Ok(Self { start, layers, trained, norms })
     }
 
-    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the gradients of the loss on
-    /// `sequences`; gives the loss before it.
+    /// Takes a step at `rate` times the full rates, number `step` counted from 1, against the
+    /// gradients of the loss on `sequences`; gives the loss before it.
     pub fn step(
         &mut self,
         sequences: &[&[u32]],
@@ -121,8 +122,8 @@ impl Norms {
     }
 }
 
-/// Takes a step with the bands of a matrix, against the gradients for its inputs `x: [tokens, cols]` and the gradient
-/// `dy: [tokens, rows]` of the loss at its outputs.
+/// Takes a step with the bands of a matrix, against the gradients for its inputs
+/// `x: [tokens, cols]` and the gradient `dy: [tokens, rows]` of the loss at its outputs.
 fn descend(
     bands: &[PackedLayer],
     trained: &mut [TrainedLayer],

@@ -1,7 +1,8 @@
 //! The row scales of a layer, fitted again to its codes.
 //!
-//! A weight is `d a - m z`, with `a` the product of its scale code and its code, and `z` its minimum code. For given codes the
-//! output error `e H e^T` of a row is a parabola in `d` and `m`, and its lowest point the solution of two equations.
+//! A weight is `d a - m z`, with `a` the product of its scale code and its code, and `z` its
+//! minimum code. For given codes the output error `e H e^T` of a row is a parabola in `d` and `m`,
+//! and its lowest point the solution of two equations.
 
 use rayon::prelude::*;
 use slim_formats::slim::TILE_ROWS;
@@ -19,8 +20,8 @@ struct Direction {
 }
 
 impl Sweep<'_> {
-    /// Gives each row the scales with the least output error for its codes, where the coding has row scales. `gradient`, the
-    /// errors times the Hessian, is kept up to date.
+    /// Gives each row the scales with the least output error for its codes, where the coding has
+    /// row scales. `gradient`, the errors times the Hessian, is kept up to date.
     pub(super) fn refit_row_scales(&mut self, gradient: &mut [f32], hessian: &[f32]) {
         let cols = self.order.len();
         let Some([of_d, of_m]) = self.directions(hessian) else { return };
@@ -78,8 +79,8 @@ impl Direction {
     }
 }
 
-/// Moves row `lane` to the lowest point of its parabola, rounded as the file stores it. A row whose inputs say so little about its
-/// scales that this is far away keeps them.
+/// Moves row `lane` to the lowest point of its parabola, rounded as the file stores it. A row whose
+/// inputs say so little about its scales that this is far away keeps them.
 fn refit_row(
     rows: &mut RowScales,
     lane: usize,

@@ -105,8 +105,8 @@ pub fn encode_rows(
     Ok(())
 }
 
-/// The codes of a tile as they are, from row `first` of the matrix on, in a band that begins with row
-/// `first_row`: `scale`, `minimum`, for Q5_1 bit 4 of the codes, then their low 4 bits.
+/// The codes of a tile as they are, from row `first` of the matrix on, in a band that begins with
+/// row `first_row`: `scale`, `minimum`, for Q5_1 bit 4 of the codes, then their low 4 bits.
 fn encode_codes(
     name: &str,
     packed: PackedTensor<'_>,

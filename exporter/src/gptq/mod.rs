@@ -61,9 +61,9 @@ pub(crate) fn write(
     Ok(Report { tensors: tensors.len(), file_bytes: folder.finish()?, layers, warnings })
 }
 
-/// Bits per code, one width for the whole model: 4 where that holds every layer as it is, which is to say integer zero points and
-/// groups of up to 4 bits, otherwise 8. Real minima moved to the next of 16 integer zero points cost SmolLM2 at 3.3 bits a fifth of
-/// its perplexity.
+/// Bits per code, one width for the whole model: 4 where that holds every layer as it is, which is
+/// to say integer zero points and groups of up to 4 bits, otherwise 8. Real minima moved to the
+/// next of 16 integer zero points cost SmolLM2 at 3.3 bits a fifth of its perplexity.
 fn bits_for(model: &dyn ModelSource, tensors: &[Tensor]) -> Result<usize> {
     let refused = |what: String, hint| {
         Err(ExportError::unsupported(model.path(), "the GPTQ layout", what, hint))

@@ -1,11 +1,13 @@
 //! A SliM layer in the layout of ONNX Runtime's operator `MatMulNBits`.
 //!
-//! The operator knows one width and one block size per layer, and a scale per row and block. Its weights are
-//! `scale * (code - middle)` with `middle = 2^(bits - 1)`. It could be given zero points, too, but SliM's minima are real
-//! numbers, and with real zero points ONNX Runtime's CPU kernels dequantize the layer for every token (1.32: 5 to 20 times
-//! slower) or, with 8 bits, refuse. So what lacks in a block is an `offset` of its own, which is constant over the block's
-//! columns: `w = scale * (code - middle) + offset`. The offsets are a matrix 16 to 256 times narrower than the layer; its product with
-//! the sums of the inputs over each block, added to that of the operator, gives what the SliM layer gives.
+//! The operator knows one width and one block size per layer, and a scale per row and block. Its
+//! weights are `scale * (code - middle)` with `middle = 2^(bits - 1)`. It could be given zero
+//! points, too, but SliM's minima are real numbers, and with real zero points ONNX Runtime's CPU
+//! kernels dequantize the layer for every token (1.32: 5 to 20 times slower) or, with 8 bits,
+//! refuse. So what lacks in a block is an `offset` of its own, which is constant over the block's
+//! columns: `w = scale * (code - middle) + offset`. The offsets are a matrix 16 to 256 times
+//! narrower than the layer; its product with the sums of the inputs over each block, added to that
+//! of the operator, gives what the SliM layer gives.
 
 use std::ops::Range;
 
@@ -132,8 +134,8 @@ pub fn block_bytes(block: usize, bits: u8) -> usize {
     block * usize::from(bits) / 8
 }
 
-/// The largest block that lies in one run of every row, wherever it starts: all lengths are multiples of 16, with the columns
-/// that are stored behind the last one.
+/// The largest block that lies in one run of every row, wherever it starts: all lengths are
+/// multiples of 16, with the columns that are stored behind the last one.
 fn block_size(layout: &LayerLayout) -> usize {
     let starts = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
     let stored = layout.cols().next_multiple_of(UNIT_COLS);

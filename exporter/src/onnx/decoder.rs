@@ -1,7 +1,8 @@
 //! The graph of a model: what `slim_runtime::Block` computes, in ONNX Runtime's operators.
 //!
-//! Activations are f32, as in the models that ONNX Runtime GenAI builds for the CPU, whose kernels compute in f32. Values are
-//! `[batch, sequence, channels]`; weights and values are called as in GGUF.
+//! Activations are f32, as in the models that ONNX Runtime GenAI builds for the CPU, whose kernels
+//! compute in f32. Values are `[batch, sequence, channels]`; weights and values are called as in
+//! GGUF.
 
 mod linear;
 

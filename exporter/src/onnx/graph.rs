@@ -1,4 +1,5 @@
-//! An ONNX model in the making: `model.onnx` holds the graph, `model.onnx.data` the bytes of its tensors.
+//! An ONNX model in the making: `model.onnx` holds the graph, `model.onnx.data` the bytes of its
+//! tensors.
 //!
 //! Field numbers are those of `onnx.proto` (ONNX 1.20).
 
@@ -320,7 +321,8 @@ mod tests {
 
         // dims 1, dims 2, data_type FLOAT16, name "b".
         assert!(holds(&model, b"\x08\x01\x08\x02\x10\x0a\x42\x01b"));
-        // external_data { key: "offset" value: "4096" }, { key: "length" value: "4" }, data_location EXTERNAL.
+        // external_data { key: "offset" value: "4096" }, { key: "length" value: "4" },
+        // data_location EXTERNAL.
         assert!(holds(
             &model,
             b"\x6a\x0e\x0a\x06offset\x12\x044096\x6a\x0b\x0a\x06length\x12\x014\x70\x01"

@@ -70,7 +70,8 @@ impl Message {
 mod tests {
     use super::*;
 
-    /// The examples of the encoding's documentation (protobuf.dev/programming-guides/encoding), and its corners.
+    /// The examples of the encoding's documentation (protobuf.dev/programming-guides/encoding), and
+    /// its corners.
     #[test]
     fn fields_are_encoded_as_documented() {
         let encoded = |message: &mut Message| message.as_bytes().to_vec();

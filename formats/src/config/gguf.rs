@@ -18,14 +18,14 @@ const DEFAULT_ROPE_THETA: f64 = 10000.0;
 impl ModelConfig {
     /// Reads the standard keys of the `llama` architecture.
     ///
-    /// `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has one. Only the
-    /// tensors tell whether the embeddings are tied, so `tied_embeddings` is false here and the
+    /// `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has one. Only
+    /// the tensors tell whether the embeddings are tied, so `tied_embeddings` is false here and the
     /// caller's to set.
     ///
     /// # Errors
     /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
-    /// spelling; `Unsupported` for another architecture, for what this program does not compute, and
-    /// for a key of the architecture or of RoPE that nothing here reads.
+    /// spelling; `Unsupported` for another architecture, for what this program does not compute,
+    /// and for a key of the architecture or of RoPE that nothing here reads.
     pub fn from_gguf(
         path: &Path,
         metadata: &Metadata,
@@ -84,7 +84,8 @@ impl ModelConfig {
     /// The standard keys that [`from_gguf`](Self::from_gguf) reads back.
     ///
     /// Not among them: the RoPE factors, which GGUF keeps in the tensor `rope_freqs.weight` (needed
-    /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of `output.weight`.
+    /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of
+    /// `output.weight`.
     pub fn to_gguf(&self) -> Metadata {
         let own = |key: &str| format!("{}.{key}", self.family.architecture());
         // Every size was validated to be far below 2^32.

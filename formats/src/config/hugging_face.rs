@@ -25,8 +25,8 @@ impl ModelConfig {
     /// Reads the configuration of a `llama` or `mistral` model; `path` is that of `config.json`.
     ///
     /// The special tokens are what these two files say of them; those of a tokenizer say more.
-    /// `generation` is empty and the caller's to set ([`Generation::from_hugging_face`]). `warnings`
-    /// gets a sentence for each key that nobody knows.
+    /// `generation` is empty and the caller's to set ([`Generation::from_hugging_face`]).
+    /// `warnings` gets a sentence for each key that nobody knows.
     ///
     /// # Errors
     /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
@@ -91,8 +91,8 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// What [`from_hugging_face`](Self::from_hugging_face) reads back: `config.json`, without its element type, and
-    /// `generation_config.json`. `path` is that of the model, for messages.
+    /// What [`from_hugging_face`](Self::from_hugging_face) reads back: `config.json`, without its
+    /// element type, and `generation_config.json`. `path` is that of the model, for messages.
     ///
     /// # Errors
     /// `Unsupported` for RoPE factors that are none of Hugging Face's kinds of scaling.
@@ -270,8 +270,8 @@ fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec
     Ok(llama3.factors(theta, rope_pairs(head_dim)))
 }
 
-/// A JSON object, the file that it comes from, and which of its keys were asked for. A `null` counts
-/// as absent.
+/// A JSON object, the file that it comes from, and which of its keys were asked for. A `null`
+/// counts as absent.
 struct Json<'a> {
     path: &'a Path,
     object: &'a Value,

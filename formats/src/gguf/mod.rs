@@ -51,7 +51,8 @@ fn is_alignment(alignment: u32) -> bool {
     alignment > 0 && alignment.is_multiple_of(8)
 }
 
-/// Elements of a tensor, `None` if a dimension is 0, there are none or too many, or the count overflows.
+/// Elements of a tensor, `None` if a dimension is 0, there are none or too many, or the count
+/// overflows.
 fn element_count(shape: &[u64]) -> Option<u64> {
     let in_range = (1..=MAX_DIMENSIONS).contains(&shape.len()) && !shape.contains(&0);
     in_range
@@ -59,7 +60,8 @@ fn element_count(shape: &[u64]) -> Option<u64> {
         .flatten()
 }
 
-/// Bytes of a tensor, `None` for an unknown type, rows that do not fill whole blocks, or an overflow.
+/// Bytes of a tensor, `None` for an unknown type, rows that do not fill whole blocks, or an
+/// overflow.
 fn tensor_bytes(dtype: DType, shape: &[u64]) -> Option<u64> {
     let (block_elements, _) = dtype.block()?;
     let whole_blocks = shape.last()?.is_multiple_of(block_elements);

@@ -27,8 +27,9 @@ impl GgufModel {
     ///
     /// # Errors
     /// `OtherKind` for one file of several, and for what is no language model; `Unsupported` for
-    /// another architecture, or a tensor that it does not use; `Malformed` if a tensor is missing or
-    /// contradicts the metadata; otherwise those of [`GgufFile::open`] and [`ModelConfig::from_gguf`].
+    /// another architecture, or a tensor that it does not use; `Malformed` if a tensor is missing
+    /// or contradicts the metadata; otherwise those of [`GgufFile::open`] and
+    /// [`ModelConfig::from_gguf`].
     pub fn open(path: &Path) -> Result<Self> {
         let file = GgufFile::open(path)?;
         let metadata = file.metadata();

@@ -14,7 +14,8 @@ use crate::{DType, FormatError, Limits, MappedFile, Result, folder::CUT_SHORT, l
 
 /// The least bytes of a metadata entry: key length, one key byte, type, a one-byte value.
 const MIN_ENTRY_BYTES: u64 = 8 + 1 + 4 + 1;
-/// The least bytes of a tensor entry: name length, number of dimensions, one dimension, type, offset.
+/// The least bytes of a tensor entry: name length, number of dimensions, one dimension, type,
+/// offset.
 const MIN_TENSOR_BYTES: u64 = 8 + 4 + 8 + 4 + 8;
 
 /// Where a tensor lies and how to read it.
@@ -28,7 +29,8 @@ pub struct TensorInfo {
     pub shape: Vec<u64>,
     /// Where its bytes start, counted from the start of the file.
     pub offset: u64,
-    /// How many bytes it has; for an unknown type, all that lie before the next tensor or the end of the file.
+    /// How many bytes it has; for an unknown type, all that lie before the next tensor or the end
+    /// of the file.
     pub bytes: u64,
 }
 
@@ -38,7 +40,8 @@ impl TensorInfo {
     /// # Errors
     /// `Unsupported` for more than two dimensions.
     pub fn rows_and_cols(&self, path: &Path) -> Result<(usize, usize)> {
-        // `place_tensors` has checked that the elements lie in the file, so their number fits `usize`.
+        // `place_tensors` has checked that the elements lie in the file, so their number fits
+        // `usize`.
         match self.shape[..] {
             [cols] => Ok((1, cols as usize)),
             [rows, cols] => Ok((rows as usize, cols as usize)),
@@ -66,13 +69,14 @@ pub struct GgufHeader {
 }
 
 impl GgufHeader {
-    /// Reads the header at the start of `bytes`, which may be the whole file or only its first part.
+    /// Reads the header at the start of `bytes`, which may be the whole file or only its first
+    /// part.
     ///
     /// `path` is for messages; `file_bytes` is the length of the whole file.
     ///
     /// # Errors
-    /// `Malformed` if a rule of GGUF is broken, `Unsupported` for version 1 and for big-endian files,
-    /// `LimitExceeded` if the header asks for more than `limits` grant.
+    /// `Malformed` if a rule of GGUF is broken, `Unsupported` for version 1 and for big-endian
+    /// files, `LimitExceeded` if the header asks for more than `limits` grant.
     pub fn parse(path: &Path, bytes: &[u8], file_bytes: u64, limits: &Limits) -> Result<Self> {
         let mut cursor = Cursor { path, bytes, position: 0, limits };
         let version = read_version(&mut cursor)?;
@@ -89,7 +93,8 @@ impl GgufHeader {
         let by_name = sort_by_name(&cursor, &tensors)?;
 
         let header_bytes = cursor.position;
-        // Cannot overflow: a slice is at most isize::MAX bytes long, and the alignment fits 32 bits.
+        // Cannot overflow: a slice is at most isize::MAX bytes long, and the alignment fits 32
+        // bits.
         let data_start = (header_bytes as u64).next_multiple_of(alignment);
         place_tensors(&cursor, &mut tensors, data_start, file_bytes)?;
         Ok(Self {
@@ -109,7 +114,8 @@ impl GgufHeader {
         self.version
     }
 
-    /// Tensors start at multiples of this many bytes, counted from [`data_start`](Self::data_start).
+    /// Tensors start at multiples of this many bytes, counted from
+    /// [`data_start`](Self::data_start).
     pub fn alignment(&self) -> u64 {
         self.alignment
     }
@@ -337,7 +343,8 @@ fn read_array(cursor: &mut Cursor<'_>, place: &str, depth: u32) -> Result<Array>
     })
 }
 
-/// Reads one entry; `offset` is still relative to the start of the data, and `bytes` is 0 for an unknown type.
+/// Reads one entry; `offset` is still relative to the start of the data, and `bytes` is 0 for an
+/// unknown type.
 fn read_tensor_info(cursor: &mut Cursor<'_>, index: usize, alignment: u64) -> Result<TensorInfo> {
     let name = cursor.string(&format!("the name of tensor {index}"))?;
     let place = format!("tensor `{name}`");

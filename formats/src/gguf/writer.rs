@@ -107,7 +107,8 @@ impl HeaderWriter {
         &self.bytes
     }
 
-    /// The header without that padding, as [`GgufFile::header_bytes`](super::GgufFile::header_bytes) gives it.
+    /// The header without that padding, as
+    /// [`GgufFile::header_bytes`](super::GgufFile::header_bytes) gives it.
     pub fn unpadded(&self) -> &[u8] {
         &self.bytes[..self.unpadded_bytes]
     }

@@ -71,8 +71,8 @@ struct StoredTensor {
 }
 
 impl OnnxModel {
-    /// Opens an `.onnx` file with the `config.json` and the tokenizer beside it or, if its folder is
-    /// called `onnx`, in the folder above.
+    /// Opens an `.onnx` file with the `config.json` and the tokenizer beside it or, if its folder
+    /// is called `onnx`, in the folder above.
     ///
     /// Read are exports of `torch.onnx` (by TorchScript or by dynamo, so those of Optimum, too) and
     /// models of the ONNX Runtime GenAI builder, with weights in F16, BF16 or F32, in the file or

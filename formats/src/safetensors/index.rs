@@ -40,7 +40,8 @@ impl Shards {
         Ok((shards, table))
     }
 
-    /// Opens the files in `folder` that the index names, and checks that it is right about each tensor.
+    /// Opens the files in `folder` that the index names, and checks that it is right about each
+    /// tensor.
     pub fn open_index(
         folder: &Path,
         index_path: &Path,
@@ -139,7 +140,8 @@ impl Shards {
                     ));
                 }
             };
-            // `read_metadata` has checked that the ranges fill the file and agree with shape and type.
+            // `read_metadata` has checked that the ranges fill the file and agree with shape and
+            // type.
             let (start, end) = info.data_offsets;
             let range = data_start + start..data_start + end;
             let stored = StoredTensor { shard: self.files.len(), range, dtype, rows, cols };
@@ -179,7 +181,8 @@ fn is_shard_name(name: &str) -> bool {
     is_plain && name.ends_with(".safetensors") && !name.contains(['/', '\\', ':'])
 }
 
-/// The first tensor, by name, that only a quantized model has, and how it is quantized by its looks.
+/// The first tensor, by name, that only a quantized model has, and how it is quantized by its
+/// looks.
 fn first_quantized<'a>(
     tensors: impl Iterator<Item = (&'a String, Dtype)>,
 ) -> Option<(&'a str, &'static str)> {

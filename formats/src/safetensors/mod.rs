@@ -35,19 +35,20 @@ pub struct HfDirectory {
 }
 
 impl HfDirectory {
-    /// Opens a directory, or one `.safetensors` file with the `config.json` and the tokenizer beside it.
+    /// Opens a directory, or one `.safetensors` file with the `config.json` and the tokenizer
+    /// beside it.
     ///
-    /// `model.safetensors` is preferred to the shards of `model.safetensors.index.json`. Of a model's
-    /// root in a hub's cache it is the snapshot of `refs/main`. Links are followed, since the hub's
-    /// cache consists of them; a shard's name cannot leave the directory.
+    /// `model.safetensors` is preferred to the shards of `model.safetensors.index.json`. Of a
+    /// model's root in a hub's cache it is the snapshot of `refs/main`. Links are followed, since
+    /// the hub's cache consists of them; a shard's name cannot leave the directory.
     ///
     /// What is stored counts. A `tie_word_embeddings` or `quantization_config` that it contradicts
     /// is one of the [`warnings`](ModelSource::warnings).
     ///
     /// # Errors
     /// `Io`; `Missing` and `OtherKind` where files or all of a model are missing; `Malformed` if a
-    /// file contradicts its format or the others; `Unsupported` if the model needs what this program
-    /// does not compute, is quantized, or holds a tensor that it does not know.
+    /// file contradicts its format or the others; `Unsupported` if the model needs what this
+    /// program does not compute, is quantized, or holds a tensor that it does not know.
     pub fn open(path: &Path) -> Result<Self> {
         let snapshot = locate::snapshot(path)?;
         let path = snapshot.as_deref().unwrap_or(path);
@@ -191,7 +192,8 @@ fn settle_output(
     Some(format!("`{}`: `tie_word_embeddings` is {found}", config_path.display()))
 }
 
-/// Takes out what follows from the configuration, RoPE frequencies in old checkpoints, once it agrees.
+/// Takes out what follows from the configuration, RoPE frequencies in old checkpoints, once it
+/// agrees.
 ///
 /// They are those before or after scaling: releases of transformers differ.
 fn check_derived(

@@ -15,8 +15,8 @@ use crate::{FormatError, Result, gguf::GgufFile};
 /// Bands of a matrix at most (F20): what the kernels take at a time.
 pub const MAX_BANDS: usize = 16;
 
-/// A matrix as a stack of layers, from the first row to the last. All but the last one fill whole tiles; they differ in their rows
-/// and in the bit-widths of their groups, and in nothing else.
+/// A matrix as a stack of layers, from the first row to the last. All but the last one fill whole
+/// tiles; they differ in their rows and in the bit-widths of their groups, and in nothing else.
 #[derive(Clone, Copy)]
 pub struct Bands<'a>(Place<'a>);
 

@@ -1,4 +1,5 @@
-//! Opens a SliM file: every rule that costs no pass over the data is checked before a view is given out.
+//! Opens a SliM file: every rule that costs no pass over the data is checked before a view is given
+//! out.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,7 +25,8 @@ use crate::{
 
 /// Versions of the format (F2): what is written to files that need no later one.
 pub(super) const FIRST_VERSION: u32 = 1;
-/// The first version whose layers may have padding columns (F21), and the last one that this program knows.
+/// The first version whose layers may have padding columns (F21), and the last one that this
+/// program knows.
 pub(super) const PADDING_VERSION: u32 = 2;
 
 /// `general.alignment` of a SliM file (F1): a cache line, and a multiple of every block of codes.
@@ -102,7 +104,8 @@ impl SlimFile {
         }
     }
 
-    /// Opens a file and checks its structure only: faster on a slow disk, and the way to look into a damaged file.
+    /// Opens a file and checks its structure only: faster on a slow disk, and the way to look into
+    /// a damaged file.
     ///
     /// # Errors
     /// `Malformed` with the first rule that is broken.
@@ -187,8 +190,8 @@ impl SlimFile {
             .expect("`check_parts` has compared shapes")
     }
 
-    /// Mean bits per weight of the layers that `include` accepts, everything counted: codes, scales, row scales,
-    /// bit-widths, padding. `None` if there are none.
+    /// Mean bits per weight of the layers that `include` accepts, everything counted: codes,
+    /// scales, row scales, bit-widths, padding. `None` if there are none.
     pub fn bits_per_weight(&self, include: impl Fn(&LayerInfo) -> bool) -> Option<f64> {
         let chosen = self.layers.iter().filter(|layer| include(layer));
         let (bits, weights) = chosen.fold((0, 0), |(bits, weights), layer| {
@@ -198,8 +201,8 @@ impl SlimFile {
         (weights > 0).then(|| bits as f64 / weights as f64)
     }
 
-    /// Checks the rules that opening the file does not: names and padding of the container (F1), the
-    /// tensors of the model (F3), tokenizer (F4, F23), errors of layers (F5), padding rows and
+    /// Checks the rules that opening the file does not: names and padding of the container (F1),
+    /// the tensors of the model (F3), tokenizer (F4, F23), errors of layers (F5), padding rows and
     /// columns (F8, F21), finite numbers (F9, F22) and hashes (F18, F19).
     pub fn verify(&self) -> Vec<Fault> {
         let mut faults = self.hash_faults();

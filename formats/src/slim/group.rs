@@ -28,7 +28,8 @@ impl BitWidth {
 /// How scales are stored (sections 4 of `docs/format.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleCoding {
-    /// An fp16 scale and an integer zero point per (row, group); fp16 scale and mean for 1-bit groups.
+    /// An fp16 scale and an integer zero point per (row, group); fp16 scale and mean for 1-bit
+    /// groups.
     Paper,
     /// Scale and minimum codes per (row, sub-group) that multiply an fp16 pair per row.
     TwoLevel {
@@ -40,7 +41,8 @@ pub enum ScaleCoding {
 }
 
 impl ScaleCoding {
-    /// The columns of a group that share one scale record, in order: its sub-groups (two-level) or all of them (paper).
+    /// The columns of a group that share one scale record, in order: its sub-groups (two-level) or
+    /// all of them (paper).
     pub fn runs(self, group: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
         let Range { start, end } = *group;
         let run = match self {
@@ -75,7 +77,8 @@ impl Group {
         2 * usize::from(self.bit_width.bits()) * self.stored_cols()
     }
 
-    /// Bytes of the floats, scales and means, that its scale records in a tile begin with (F16, F17).
+    /// Bytes of the floats, scales and means, that its scale records in a tile begin with (F16,
+    /// F17).
     pub(super) fn float_scale_bytes(&self, coding: ScaleCoding) -> usize {
         match (coding, self.bit_width.bits()) {
             (ScaleCoding::TwoLevel { .. }, _) => 0,
@@ -103,7 +106,8 @@ pub struct LayerLayout {
 }
 
 impl LayerLayout {
-    /// Lays out a layer, or says which rule its parameters break: (rule, what was found, what was expected).
+    /// Lays out a layer, or says which rule its parameters break: (rule, what was found, what was
+    /// expected).
     ///
     /// # Errors
     /// F5 for a bad shape, group size or coding; F6 for a wrong number of bit-widths.
@@ -194,7 +198,8 @@ impl LayerLayout {
         &self.groups
     }
 
-    /// Why a layer of layout `below` cannot be the band below one of this layout (F20): what was found, what was expected.
+    /// Why a layer of layout `below` cannot be the band below one of this layout (F20): what was
+    /// found, what was expected.
     pub(super) fn mismatch_below(&self, below: &Self) -> Option<(String, String)> {
         let kind = |layout: &Self| (layout.cols, layout.group_size, layout.coding);
         if kind(self) != kind(below) {
@@ -236,7 +241,8 @@ impl LayerLayout {
         !self.cols.is_multiple_of(UNIT_COLS)
     }
 
-    /// Bits that the layer takes in the file, everything counted: codes, scales, row scales, bit-widths, padding.
+    /// Bits that the layer takes in the file, everything counted: codes, scales, row scales,
+    /// bit-widths, padding.
     pub fn stored_bits(&self) -> u64 {
         let tile = self.tile_code_bytes + self.tile_scale_bytes + self.tile_row_scale_bytes();
         8 * (self.tiles() * tile + self.groups.len()) as u64

@@ -14,7 +14,8 @@ pub const UNIT_COLS: usize = 16;
 /// One value per row of a tile, for one column.
 pub type CodeColumn = [u8; TILE_ROWS];
 
-/// A packed layer, borrowed from a file or from memory. Every length has been checked against `layout`.
+/// A packed layer, borrowed from a file or from memory. Every length has been checked against
+/// `layout`.
 #[derive(Clone, Copy)]
 pub struct PackedTensor<'a> {
     layout: &'a LayerLayout,
@@ -24,8 +25,8 @@ pub struct PackedTensor<'a> {
 }
 
 impl<'a> PackedTensor<'a> {
-    /// Joins a layout with its bytes: codes `[tiles, tile_code_bytes]`, scales `[tiles, tile_scale_bytes]`,
-    /// row scales f16 `[tiles, 2, 16]` (empty for the paper coding).
+    /// Joins a layout with its bytes: codes `[tiles, tile_code_bytes]`, scales
+    /// `[tiles, tile_scale_bytes]`, row scales f16 `[tiles, 2, 16]` (empty for the paper coding).
     ///
     /// # Errors
     /// The name of the part whose length is wrong, with the bytes found and expected.
@@ -91,11 +92,11 @@ impl<'a> PackedTensor<'a> {
         }
     }
 
-    /// Factor and offset of each row of `tile` for one run of columns, before the row scales: a weight is
-    /// `(d * factor) * code + m * offset`, each product rounded to f32.
+    /// Factor and offset of each row of `tile` for one run of columns, before the row scales: a
+    /// weight is `(d * factor) * code + m * offset`, each product rounded to f32.
     ///
-    /// A run is sub-group `run` of the group (two-level; factor and offset are the integers `s` and `-z`), or the whole
-    /// group (paper; `run` = 0).
+    /// A run is sub-group `run` of the group (two-level; factor and offset are the integers `s` and
+    /// `-z`), or the whole group (paper; `run` = 0).
     #[inline]
     pub fn scales(
         &self,
@@ -184,8 +185,8 @@ pub fn planes(width: BitWidth) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// Where column `col` of a group with `stored` columns lies in a plane of `bits`: `(byte of row 0, bytes from row to
-/// row, shift)` (F12, F13).
+/// Where column `col` of a group with `stored` columns lies in a plane of `bits`:
+/// `(byte of row 0, bytes from row to row, shift)` (F12, F13).
 fn place(bits: usize, stored: usize, col: usize) -> (usize, usize, usize) {
     let block_cols = 32 / bits;
     let (block, j) = (col / block_cols, col % block_cols);
@@ -200,7 +201,8 @@ fn place(bits: usize, stored: usize, col: usize) -> (usize, usize, usize) {
 /// Unpacks the codes of one group of a tile, a column at a time.
 ///
 /// # Shapes and layout
-/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, or per stored column, overwritten.
+/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, or per stored
+/// column, overwritten.
 ///
 /// # Panics
 /// If the lengths do not agree.
@@ -220,7 +222,8 @@ pub fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
     }
 }
 
-/// Packs what [`unpack_codes`] unpacks, over what was there; columns that are only stored get zeros (F21).
+/// Packs what [`unpack_codes`] unpacks, over what was there; columns that are only stored get zeros
+/// (F21).
 fn pack_codes(columns: &[CodeColumn], width: BitWidth, bytes: &mut [u8]) {
     bytes.fill(0);
     let stored = columns.len().next_multiple_of(UNIT_COLS);

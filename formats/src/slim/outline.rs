@@ -39,8 +39,9 @@ impl Outline {
         self.tensors.push(NewTensor { name: name.to_owned(), dtype, shape: shape.to_vec() });
     }
 
-    /// Adds a quantized layer with its relative output error (`None` if it was not measured): its tensors (F6) in the order of
-    /// [`PackedTensor::parts`](super::PackedTensor::parts), after that of its bit-widths.
+    /// Adds a quantized layer with its relative output error (`None` if it was not measured): its
+    /// tensors (F6) in the order of [`PackedTensor::parts`](super::PackedTensor::parts), after that
+    /// of its bit-widths.
     pub fn layer(&mut self, name: &str, layout: &LayerLayout, error: Option<f32>) {
         self.layers.push(name, layout, error);
         let tiles = layout.tiles() as u64;
@@ -55,7 +56,8 @@ impl Outline {
         }
     }
 
-    /// Bytes of the whole file with `metadata` (general, model, tokenizer and provenance keys). `path` is for messages.
+    /// Bytes of the whole file with `metadata` (general, model, tokenizer and provenance keys).
+    /// `path` is for messages.
     ///
     /// # Errors
     /// `InvalidArgument` for names, shapes or metadata that GGUF cannot hold.

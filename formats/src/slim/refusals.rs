@@ -1,7 +1,7 @@
 //! SliM files that must be refused, by rule, and files that must come back as they were written.
 //!
-//! A small valid file is taken apart into a [`Draft`], damaged in one place, and put together again with hashes that
-//! fit: what refuses it is the rule, not the hash.
+//! A small valid file is taken apart into a [`Draft`], damaged in one place, and put together again
+//! with hashes that fit: what refuses it is the rule, not the hash.
 
 use std::{
     fs,
@@ -22,10 +22,11 @@ use crate::{
     open_model,
 };
 
-/// 20 rows, groups of 48 and 32 columns, 6-bit scale codes for 32 columns: 2 tiles, 384 code bytes and 3 records of
-/// 24 bytes each.
+/// 20 rows, groups of 48 and 32 columns, 6-bit scale codes for 32 columns: 2 tiles, 384 code bytes
+/// and 3 records of 24 bytes each.
 const TWO_LEVEL: &str = "blk.0.attn_q.weight";
-/// 17 rows, groups of 16 columns of 1, 3 and 8 bits: 2 tiles, 384 code bytes and 64 + 38 + 48 scale bytes each.
+/// 17 rows, groups of 16 columns of 1, 3 and 8 bits: 2 tiles, 384 code bytes and 64 + 38 + 48 scale
+/// bytes each.
 const PAPER: &str = "blk.0.attn_k.weight";
 const NORM: &str = "output_norm.weight";
 const EMBEDDING: &str = "token_embd.weight";
@@ -552,7 +553,8 @@ fn verify_finds_bad_values_by_rule() {
         ("3-bit scale", "F8", &paper_scales(64 + 3, 0x3c)),
         ("3-bit zero point", "F8", &paper_scales(64 + 32, 0x08)),
         ("8-bit zero point", "F8", &paper_scales(64 + 38 + 32 + 15, 0x80)),
-        // With a column less, the file's codes of the last one are padding; rows 0 to 3 of both tiles have some.
+        // With a column less, the file's codes of the last one are padding; rows 0 to 3 of both
+        // tiles have some.
         ("codes of column 79 of 79", "F21", &|draft| {
             draft.set(keys::VERSION, 2u32);
             draft.first("cols", 79);
@@ -567,8 +569,8 @@ fn verify_finds_bad_values_by_rule() {
     }
 }
 
-/// What breaks each rule: the damages of this table and those of the tests that it names. A rule of the
-/// specification without an entry fails the test.
+/// What breaks each rule: the damages of this table and those of the tests that it names. A rule of
+/// the specification without an entry fails the test.
 #[test]
 fn every_rule_of_the_specification_is_checked() {
     const OPENING: &str = "open_bad_parts_are_refused";
@@ -652,7 +654,10 @@ fn verify_finds_broken_rules() {
         let file = SlimFile::open(&target).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(broken_rules(&file), [*rule], "{name}: {:?}", file.verify());
     }
-    assert_eq!(broken_rules(&open_with(&valid, &target, &tokenizer(&["a", "b"]))), [""; 0]);
+    assert_eq!(
+        broken_rules(&open_with(&valid, &target, &tokenizer(&["a", "b", "c", "d"]))),
+        [""; 0]
+    );
 }
 
 fn open_with(valid: &Draft, target: &Path, change: &dyn Fn(&mut Draft)) -> SlimFile {
@@ -873,8 +878,8 @@ fn written_file_is_read_back() {
     assert_eq!(open_model(&path).unwrap().format(), "slim");
 }
 
-/// Section 3 and 4 of the specification, counted by hand: [`TWO_LEVEL`] takes 2 tiles of 384 code bytes, 72 scale
-/// bytes and 64 row scale bytes, and 2 bytes of widths.
+/// Section 3 and 4 of the specification, counted by hand: [`TWO_LEVEL`] takes 2 tiles of 384 code
+/// bytes, 72 scale bytes and 64 row scale bytes, and 2 bytes of widths.
 #[test]
 fn bits_per_weight_counts_everything() {
     let (_folder, path) = small_file();

@@ -1,8 +1,8 @@
 //! Writes a SliM file while its layers are being made.
 //!
-//! The header comes first, but holds what is known last (bit-widths, hashes, errors). What it takes is known
-//! before, though: room for it is left, and it is written last. The target appears, whole, when
-//! [`SlimWriter::finish`] returns.
+//! The header comes first, but holds what is known last (bit-widths, hashes, errors). What it takes
+//! is known before, though: room for it is left, and it is written last. The target appears, whole,
+//! when [`SlimWriter::finish`] returns.
 
 use std::{
     collections::HashSet,
@@ -43,9 +43,9 @@ pub struct WrittenFile {
 }
 
 impl SlimWriter {
-    /// Prepares to write `target`, which is left as it is until [`Self::finish`], with `metadata` (general, model,
-    /// tokenizer and provenance keys). `planned` has the tensors that will be added; only bit-widths and errors
-    /// of its layers may differ.
+    /// Prepares to write `target`, which is left as it is until [`Self::finish`], with `metadata`
+    /// (general, model, tokenizer and provenance keys). `planned` has the tensors that will be
+    /// added; only bit-widths and errors of its layers may differ.
     ///
     /// # Errors
     /// As [`AtomicFile::create`], or `Malformed` for metadata that GGUF cannot hold.
@@ -83,8 +83,8 @@ impl SlimWriter {
     /// Adds a dense tensor of type F32, F16 or BF16 (F7); `shape` is outermost first.
     ///
     /// # Errors
-    /// `Io` if the disk is full; `Malformed` for a second tensor of that name; `InvalidArgument` for
-    /// numbers that are not finite (F9, F22).
+    /// `Io` if the disk is full; `Malformed` for a second tensor of that name; `InvalidArgument`
+    /// for numbers that are not finite (F9, F22).
     ///
     /// # Panics
     /// If `bytes` does not fill `shape`.

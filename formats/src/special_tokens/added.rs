@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use super::{TokenFiles, Vocabulary, vocabulary::as_token_id};
 
-/// The text of a `tokenizer.json` with the tokens that only the files beside it list, as transformers
-/// adds them: so they are found in a text, and the tokenizer is whole wherever it is copied to.
-/// `None` if it lacks none.
+/// The text of a `tokenizer.json` with the tokens that only the files beside it list, as
+/// transformers adds them: so they are found in a text, and the tokenizer is whole wherever it is
+/// copied to. `None` if it lacks none.
 ///
 /// A token is added under the id that it has: in the vocabulary, or as the next one behind it. One
 /// that would get another id is left out.

@@ -33,12 +33,12 @@ impl<'a> TokenFiles<'a> {
         Self { config, generation, tokenizer: none, special_tokens_map: none, added_tokens: none }
     }
 
-    /// What the files call a token: `bos_token`, ... `None` if none says it, `Some(None)` if they say
-    /// that there is none.
+    /// What the files call a token: `bos_token`, ... `None` if none says it, `Some(None)` if they
+    /// say that there is none.
     ///
     /// # Source
-    /// `PreTrainedTokenizerBase._from_pretrained` of transformers: the older `special_tokens_map.json`
-    /// counts more, unless the settings list the added tokens.
+    /// `PreTrainedTokenizerBase._from_pretrained` of transformers: the older
+    /// `special_tokens_map.json` counts more, unless the settings list the added tokens.
     pub fn text(&self, key: &str) -> Option<Option<&'a str>> {
         let older = match self.tokenizer["added_tokens_decoder"].is_object() {
             true => None,
@@ -66,8 +66,8 @@ fn text_of(token: &Value) -> Option<&str> {
 }
 
 impl SpecialTokens {
-    /// Those of a folder with this vocabulary, whose model has `vocab_size` tokens; `path` is that of
-    /// `config.json`.
+    /// Those of a folder with this vocabulary, whose model has `vocab_size` tokens; `path` is that
+    /// of `config.json`.
     ///
     /// # Errors
     /// `Malformed` if an id is none of a token.

@@ -32,8 +32,8 @@ struct Model {
     vocab: Value,
 }
 
-/// Token texts with their ids, as far as a tokenizer gives them: what cannot be read is left out, for
-/// the tokenizer itself to refuse.
+/// Token texts with their ids, as far as a tokenizer gives them: what cannot be read is left out,
+/// for the tokenizer itself to refuse.
 #[derive(Debug, Default)]
 pub(crate) struct Vocabulary {
     tokens: HashMap<String, Token>,

@@ -2,8 +2,8 @@
 
 use super::Vocabulary;
 
-/// They count whatever kind of token they are, since no ordinary text has them: files that type them
-/// as ordinary tokens are wrong.
+/// They count whatever kind of token they are, since no ordinary text has them: files that type
+/// them as ordinary tokens are wrong.
 ///
 /// # Source
 /// The tokens that llama.cpp counts as the end of a generation (`llama_vocab::impl::load` in

@@ -1,9 +1,11 @@
-// A CUDA driver without a GPU: the part of the driver API that the runtime calls, with the kernels of this folder run by the
-// emulator. Built as libcuda.so by scripts/cuda-emulator; with its folder in LD_LIBRARY_PATH the product runs unchanged.
+// A CUDA driver without a GPU: the part of the driver API that the runtime calls, with the kernels
+// of this folder run by the emulator. Built as libcuda.so by scripts/cuda-emulator; with its folder
+// in LD_LIBRARY_PATH the product runs unchanged.
 //
-// Work is done when it is submitted, or recorded while its stream is captured. Stricter than a card where that finds
-// mistakes: new memory is full of NaN, a kernel that writes around an allocation is named, blocks are whole warps, and the
-// module must be one that the oldest supported driver loads. It shows no missing synchronisation.
+// Work is done when it is submitted, or recorded while its stream is captured. Stricter than a card
+// where that finds mistakes: new memory is full of NaN, a kernel that writes around an allocation
+// is named, blocks are whole warps, and the module must be one that the oldest supported driver
+// loads. It shows no missing synchronisation.
 //
 //   SLIMLLM_EMULATOR_DEVICES   number of devices, 1 unless given
 //   SLIMLLM_EMULATOR_MEMORY    bytes of memory of each, 8 GiB unless given
@@ -382,7 +384,8 @@ Result launch(const std::string& name, const Call& call, uint3 grid, uint3 block
 
 // ---- modules ----
 
-// The number behind a directive, `.version 8.0` or `.target sm_80`, without its point; -1 if there is none.
+// The number behind a directive, `.version 8.0` or `.target sm_80`, without its point; -1 if there
+// is none.
 int directive(const std::string& text, const char* name) {
     const size_t at = text.find(name);
     if (at == std::string::npos) return -1;

@@ -1,5 +1,5 @@
-// The scheduler of the emulator: fibers that run until they have to wait, and operating system threads that share out the
-// blocks of a grid.
+// The scheduler of the emulator: fibers that run until they have to wait, and operating system
+// threads that share out the blocks of a grid.
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +35,8 @@ struct Barrier {
 
 struct Warp {
     Barrier barrier;
-    // The last two exchanges: a fast lane may bring its next value before a slow one has read this one.
+    // The last two exchanges: a fast lane may bring its next value before a slow one has read this
+    // one.
     unsigned char slots[2][WARP][SLOT_BYTES];
 };
 
@@ -58,7 +59,8 @@ struct Fiber : Thread {
 
 Fiber& self() { return static_cast<Fiber&>(thread()); }
 
-// One block under way. There is one per operating system thread, its stacks used for one block after another.
+// One block under way. There is one per operating system thread, its stacks used for one block
+// after another.
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Warp> warps;
@@ -75,7 +77,8 @@ struct Block {
     void resume(Fiber& fiber);
 };
 
-// A fiber runs one thread after another: to start it anew for every thread would cost two system calls.
+// A fiber runs one thread after another: to start it anew for every thread would cost two system
+// calls.
 void enter_fiber() {
     Fiber& fiber = self();
     for (;;) {
@@ -168,7 +171,8 @@ void Grid::run_block(uint64_t index) {
     const uint3 of_block = {unsigned(index % size.x), unsigned(index / size.x % size.y), unsigned(index / size.x / size.y)};
     block.size = block_size.x * block_size.y * block_size.z;
     block.kernel = kernel;
-    // What nobody writes must not look like zero: as fp16, fp32 and counters these bytes are NaN or absurd.
+    // What nobody writes must not look like zero: as fp16, fp32 and counters these bytes are NaN or
+    // absurd.
     block.shared.assign(shared_bytes + 16, 0xff);
     while (block.fibers.size() < block.size) block.fibers.push_back(std::make_unique<Fiber>());
     for (unsigned i = 0; i < block.size; ++i) {
@@ -184,7 +188,8 @@ void Grid::run_block(uint64_t index) {
     block.run();
 }
 
-// The other cores: threads that help with a grid and then wait for the next, until the process ends.
+// The other cores: threads that help with a grid and then wait for the next, until the process
+// ends.
 class Helpers {
 public:
     Helpers() {
@@ -279,7 +284,8 @@ void mma_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned 
         std::memcpy(&operands, all + SLOT_BYTES * lane, sizeof operands);
         return operands;
     };
-    // Columns 2q, 2q + 1 of c need b of lanes 4 * column + 0..3; rows g, g + 8 need a of lanes 4g + 0..3.
+    // Columns 2q, 2q + 1 of c need b of lanes 4 * column + 0..3; rows g, g + 8 need a of lanes 4g +
+    // 0..3.
     for (unsigned peer = 0; peer < 4; ++peer) {
         const Operands row = of(4 * g + peer);
         for (unsigned n = 0; n < 2; ++n) {

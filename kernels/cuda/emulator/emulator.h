@@ -1,7 +1,8 @@
-// CUDA's language on a host compiler, for tests without a GPU: one fiber per thread, blocks shared out among the cores.
+// CUDA's language on a host compiler, for tests without a GPU: one fiber per thread, blocks shared
+// out among the cores.
 //
-// It shows wrong results, reads out of bounds and threads that wait for each other for ever. It shows no races, no bank
-// conflicts and no speed: those need a card.
+// It shows wrong results, reads out of bounds and threads that wait for each other for ever. It
+// shows no races, no bank conflicts and no speed: those need a card.
 #pragma once
 
 #include <cmath>
@@ -47,8 +48,8 @@ void synchronize_block();
 // Waits until `threads` threads of the block have come to barrier `barrier`, one of 16.
 void synchronize(unsigned barrier, unsigned threads);
 
-// Waits for all 32 lanes of the warp, each of which brings `bytes` bytes (64 at most); lane i's are at result + 64 * i until
-// the warp's exchange after the next.
+// Waits for all 32 lanes of the warp, each of which brings `bytes` bytes (64 at most); lane i's are
+// at result + 64 * i until the warp's exchange after the next.
 const unsigned char* exchange(const void* mine, size_t bytes);
 
 // By hand: a compiler that may not assume F16C calls a slow function.
@@ -72,7 +73,8 @@ inline unsigned half2_fma(unsigned a, unsigned b, unsigned c) {
     unsigned result = 0;
     for (int i = 0; i < 2; ++i) {
         const auto at = [i](unsigned pair) { return double(half_to_float((unsigned short)(pair >> (16 * i)))); };
-        // The product is exact in double, and so is the sum, unless it is too large for fp16 anyway: rounded once.
+        // The product is exact in double, and so is the sum, unless it is too large for fp16
+        // anyway: rounded once.
         const _Float16 half = _Float16(at(a) * at(b) + at(c));
         unsigned short bits;
         std::memcpy(&bits, &half, 2);

@@ -1,5 +1,5 @@
-//! Causal attention: a block of queries of one head at a time, scores and weighted values as matrix products; or a single query,
-//! whose keys and values are read once.
+//! Causal attention: a block of queries of one head at a time, scores and weighted values as matrix
+//! products; or a single query, whose keys and values are read once.
 
 use rayon::prelude::*;
 
@@ -9,7 +9,8 @@ use crate::{
     linalg::{self, Mat, Precision, Store},
 };
 
-/// Queries per task: enough for an efficient product, few enough to skip most of the masked triangle.
+/// Queries per task: enough for an efficient product, few enough to skip most of the masked
+/// triangle.
 const QUERY_BLOCK: usize = 128;
 
 /// Multiplications below which a single query is one task.

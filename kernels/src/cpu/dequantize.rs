@@ -6,10 +6,12 @@ use slim_formats::slim::{Bands, PackedTensor, TILE_ROWS};
 
 use super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
 
-/// Columns `[cols, tiles.len() * 16]` of a matrix: row `r` of the tiles is lane `r` of every column. Padding rows are zero.
+/// Columns `[cols, tiles.len() * 16]` of a matrix: row `r` of the tiles is lane `r` of every
+/// column. Padding rows are zero.
 ///
 /// # Accuracy
-/// Equal to [`crate::weight::dequantize_rows`] up to one rounding, where the processor fuses multiply and add.
+/// Equal to [`crate::weight::dequantize_rows`] up to one rounding, where the processor fuses
+/// multiply and add.
 pub fn columns(bands: Bands<'_>, tiles: Range<usize>) -> Vec<f32> {
     let stride = tiles.len() * TILE_ROWS;
     // Whole units are written; what is past the last column is cut off then.

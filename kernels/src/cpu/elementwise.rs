@@ -1,7 +1,7 @@
 //! Norm, rotation, SwiGLU, softmax: one token at a time.
 
-/// `e^x` for `x <= 0` (and moderate positive `x`), relative error below 2e-7: `2^i * p(f)` with a degree 6 polynomial on
-/// `[-ln 2 / 2, ln 2 / 2]`. Branch-free, so that loops over it vectorise.
+/// `e^x` for `x <= 0` (and moderate positive `x`), relative error below 2e-7: `2^i * p(f)` with a
+/// degree 6 polynomial on `[-ln 2 / 2, ln 2 / 2]`. Branch-free, so that loops over it vectorise.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: a sum with it has no bits left for a fraction
@@ -17,7 +17,8 @@ pub fn exp(x: f32) -> f32 {
     p * f32::from_bits(exponent << 23)
 }
 
-/// Sums over a vocabulary are f64 sums of f32 sums over pieces of this many values: their error does not grow with it.
+/// Sums over a vocabulary are f64 sums of f32 sums over pieces of this many values: their error
+/// does not grow with it.
 const PIECE: usize = 512;
 
 /// Values that are combined side by side, so that sums and maxima vectorise.

@@ -1,5 +1,5 @@
-//! The CPU backend: loops that the compiler vectorises, in versions for AVX-512, AVX2 and NEON that are chosen once at run time
-//! (`multiversion`), and parallel over pieces of fixed size.
+//! The CPU backend: loops that the compiler vectorises, in versions for AVX-512, AVX2 and NEON that
+//! are chosen once at run time (`multiversion`), and parallel over pieces of fixed size.
 
 mod attention;
 mod dequantize;
@@ -81,7 +81,8 @@ impl Backend for Cpu {
     }
 }
 
-/// [`Cpu`] with [`Precision::Coarse`] products of many tokens: what models are usually calibrated in.
+/// [`Cpu`] with [`Precision::Coarse`] products of many tokens: what models are usually calibrated
+/// in.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CoarseCpu;
 
@@ -114,8 +115,8 @@ impl Backend for CoarseCpu {
     }
 }
 
-/// [`Backend::matmul`] of [`Cpu`] for many tokens, with a product of this precision; rows of `w` are dequantized a panel at a
-/// time.
+/// [`Backend::matmul`] of [`Cpu`] for many tokens, with a product of this precision; rows of `w`
+/// are dequantized a panel at a time.
 ///
 /// # Errors
 /// As there.

@@ -1,6 +1,7 @@
 //! Codes of 16 rows and 16 columns at a time, in registers.
 //!
-//! Loops over rows are written out rather than mapped: a closure that is not inlined loses the caller's instruction set.
+//! Loops over rows are written out rather than mapped: a closure that is not inlined loses the
+//! caller's instruction set.
 
 use slim_formats::slim::{TILE_ROWS, UNIT_COLS};
 
@@ -131,7 +132,8 @@ impl UnitWords {
     }
 }
 
-/// Adds `bits` bits of each word, from bit `shift` on, to the codes at bit `low`; gives the next free bit.
+/// Adds `bits` bits of each word, from bit `shift` on, to the codes at bit `low`; gives the next
+/// free bit.
 #[inline(always)]
 fn add_field(
     column: &mut [u32; TILE_ROWS],
@@ -157,7 +159,8 @@ fn load_words(block: &Block) -> [u32; TILE_ROWS] {
     words
 }
 
-/// The short last block of a 1-bit plane (F13), spread so that its bits lie as in the low half of a whole block.
+/// The short last block of a 1-bit plane (F13), spread so that its bits lie as in the low half of a
+/// whole block.
 #[inline(always)]
 pub fn short_words(block: &[u8; 32]) -> [u32; TILE_ROWS] {
     let (bytes, _) = block.as_chunks::<2>();

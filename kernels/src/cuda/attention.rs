@@ -61,9 +61,8 @@ impl KvCache {
     /// Room for `capacity` positions.
     ///
     /// # Errors
-    /// `ShapeMismatch` unless `head_dim` is a multiple of 8; `TooLarge` for heads of more than 256 channels, and
-    /// for numbers far above any model's;
-    /// `OutOfDeviceMemory`; `Driver`.
+    /// `ShapeMismatch` unless `head_dim` is a multiple of 8; `TooLarge` for heads of more than 256
+    /// channels, and for numbers far above any model's; `OutOfDeviceMemory`; `Driver`.
     ///
     /// # Panics
     /// Inside [`Device::capture`].
@@ -127,7 +126,8 @@ impl Attention {
     /// `heads` query heads that see `window` positions (`None` for all) of caches like `cache`.
     ///
     /// # Errors
-    /// `ShapeMismatch` unless `heads` is a multiple of the cache's heads; `OutOfDeviceMemory`; `Driver`.
+    /// `ShapeMismatch` unless `heads` is a multiple of the cache's heads; `OutOfDeviceMemory`;
+    /// `Driver`.
     ///
     /// # Panics
     /// Inside [`Device::capture`].
@@ -193,7 +193,8 @@ impl RopeTables {
     }
 }
 
-/// The position of the first token of a call, in device memory: a graph that is launched again reads it again.
+/// The position of the first token of a call, in device memory: a graph that is launched again
+/// reads it again.
 pub struct Position {
     pub(super) buffer: Buffer<u32>,
     value: usize,

@@ -1,4 +1,5 @@
-//! The operations of a forward pass on activations in host memory, with the products and attention on the device.
+//! The operations of a forward pass on activations in host memory, with the products and attention
+//! on the device.
 
 use std::{
     collections::HashMap,
@@ -29,8 +30,8 @@ const TASK_ROWS: usize = 64;
 
 /// A backend whose matrix products and attention run on a CUDA device.
 ///
-/// Dense weights are multiplied in f32. Packed ones, whose codes are worth no more, take fp16 inputs, as on the
-/// device alone. What costs little next to a transfer is left to [`Cpu`].
+/// Dense weights are multiplied in f32. Packed ones, whose codes are worth no more, take fp16
+/// inputs, as on the device alone. What costs little next to a transfer is left to [`Cpu`].
 pub struct CudaBackend {
     device: Arc<Device>,
     held: Arc<Mutex<HeldWeights>>,
@@ -39,8 +40,8 @@ pub struct CudaBackend {
 /// The weights that stay on the device.
 type HeldWeights = HashMap<Key, Arc<Resident>>;
 
-/// The address of a weight's bytes, its rows and columns, and the layout of a dense one: a matrix and its transpose can
-/// share their bytes.
+/// The address of a weight's bytes, its rows and columns, and the layout of a dense one: a matrix
+/// and its transpose can share their bytes.
 type Key = (usize, usize, usize, Option<Layout>);
 
 /// A weight on the device.

@@ -96,7 +96,8 @@ impl<T> Buffer<T> {
 }
 
 impl<T> Drop for Buffer<T> {
-    /// While a graph is captured the stream would record that the memory is freed: it goes with the graph instead.
+    /// While a graph is captured the stream would record that the memory is freed: it goes with the
+    /// graph instead.
     fn drop(&mut self) {
         self.device.keep_for_graph(&self.memory);
     }

@@ -23,11 +23,12 @@ use crate::{KernelError, Result};
 /// The lowest version of CUDA whose drivers load the kernels.
 const MIN_CUDA: (u32, u32) = (12, 0);
 
-/// The lowest compute capability that the kernels are compiled for: Ampere, the first with `cp.async`.
+/// The lowest compute capability that the kernels are compiled for: Ampere, the first with
+/// `cp.async`.
 const MIN_COMPUTE_CAPABILITY: (u32, u32) = (8, 0);
 
-/// The lowest compute capability whose kernels can start while the one before them ends, and the lowest version of CUDA
-/// that captures that in a graph.
+/// The lowest compute capability whose kernels can start while the one before them ends, and the
+/// lowest version of CUDA that captures that in a graph.
 const OVERLAP_COMPUTE_CAPABILITY: (u32, u32) = (9, 0);
 const OVERLAP_CUDA: (u32, u32) = (12, 3);
 
@@ -174,8 +175,8 @@ impl Device {
         self.stream.synchronize().map_err(refused("finish the work on the device"))
     }
 
-    /// Records the kernels that `work` launches on this device, instead of running them. No other thread may use the
-    /// device meanwhile.
+    /// Records the kernels that `work` launches on this device, instead of running them. No other
+    /// thread may use the device meanwhile.
     ///
     /// # Errors
     /// Those of `work`; `Driver`.
@@ -300,7 +301,8 @@ pub(super) struct Kernel {
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 
 impl Kernel {
-    /// A kernel that asks for up to `shared_bytes` of dynamic shared memory, of the device's `most` for a block.
+    /// A kernel that asks for up to `shared_bytes` of dynamic shared memory, of the device's `most`
+    /// for a block.
     fn load(
         module: &Arc<CudaModule>,
         name: &'static str,

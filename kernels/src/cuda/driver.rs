@@ -47,7 +47,8 @@ pub(super) fn version() -> Result<(u32, u32), DriverError> {
 
 /// Keeps cudarc from recording events for each buffer.
 pub(super) fn disable_event_tracking(context: &CudaContext) {
-    // SAFETY: the events order streams among each other. A `Device` has one stream, and everything happens on it.
+    // SAFETY: the events order streams among each other. A `Device` has one stream, and everything
+    // happens on it.
     unsafe { context.disable_event_tracking() };
 }
 
@@ -61,11 +62,13 @@ pub(super) struct LaunchShape {
     pub shared_bytes: u32,
 }
 
-/// Launches a kernel behind the others of a stream; `overlaps`: its blocks may start when those of the kernel before have.
+/// Launches a kernel behind the others of a stream; `overlaps`: its blocks may start when those of
+/// the kernel before have.
 ///
 /// # Safety
-/// `arguments` point to the kernel's parameters, in order and of its types, and it may read and write what they point to.
-/// If it overlaps, it waits for the kernel before by itself (`wait_for_previous_kernel` in `primitives.cuh`).
+/// `arguments` point to the kernel's parameters, in order and of its types, and it may read and
+/// write what they point to. If it overlaps, it waits for the kernel before by itself
+/// (`wait_for_previous_kernel` in `primitives.cuh`).
 pub(super) unsafe fn launch(
     stream: &CudaStream,
     function: sys::CUfunction,
@@ -118,8 +121,8 @@ pub(super) fn address(memory: &Memory, byte: usize) -> u64 {
     memory.device_ptr(memory.stream()).0 + byte as u64
 }
 
-/// The way of host memory to the device: large uploads go through two pieces of page-locked memory by turns, so that
-/// the host fills one while the device copies from the other.
+/// The way of host memory to the device: large uploads go through two pieces of page-locked memory
+/// by turns, so that the host fills one while the device copies from the other.
 pub(super) struct Uploader {
     stream: Arc<CudaStream>,
     pieces: Option<[Piece; 2]>,
@@ -140,7 +143,8 @@ impl Uploader {
         Self { stream, pieces: None }
     }
 
-    /// Copies `bytes` to `memory` from byte `start` on, after all work so far; returns as soon as `bytes` may change.
+    /// Copies `bytes` to `memory` from byte `start` on, after all work so far; returns as soon as
+    /// `bytes` may change.
     ///
     /// # Panics
     /// If they do not fit.
@@ -153,7 +157,8 @@ impl Uploader {
         assert!(start + bytes.len() <= memory.len(), "an upload past the end");
         self.stream.context().bind_to_thread()?;
         if bytes.len() < Self::MIN_STAGED_BYTES {
-            // SAFETY: the bytes fit (above). They are not page-locked: the driver has copied them when it returns.
+            // SAFETY: the bytes fit (above). They are not page-locked: the driver has copied them
+            // when it returns.
             return unsafe {
                 result::memcpy_htod_async(address(memory, start), bytes, self.stream.cu_stream())
             };
@@ -168,7 +173,8 @@ impl Uploader {
             let staged = &mut piece.memory.as_mut_slice()?[..bytes.len()];
             staged.copy_from_slice(bytes);
             let to = address(memory, start + i * Self::PIECE_BYTES);
-            // SAFETY: the bytes fit (above). The piece is not touched before the event below has passed.
+            // SAFETY: the bytes fit (above). The piece is not touched before the event below has
+            // passed.
             unsafe { result::memcpy_htod_async(to, staged, self.stream.cu_stream()) }?;
             piece.copied.record(&self.stream)?;
         }
@@ -177,7 +183,8 @@ impl Uploader {
 }
 
 impl Drop for Uploader {
-    /// The pieces must not go while the device copies from them. There is nobody to tell of an error.
+    /// The pieces must not go while the device copies from them. There is nobody to tell of an
+    /// error.
     fn drop(&mut self) {
         let _ = self.stream.synchronize();
     }

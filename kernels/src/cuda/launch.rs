@@ -88,10 +88,12 @@ impl<'a> Strided<'a> {
 }
 
 impl Device {
-    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to 32 bands of matrices of a kind and up to eight tokens.
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to 32 bands of matrices of a kind
+    /// and up to eight tokens.
     ///
     /// # Errors
-    /// `ShapeMismatch` if the numbers of matrices and outputs, `x` or an output do not fit; `Driver`.
+    /// `ShapeMismatch` if the numbers of matrices and outputs, `x` or an output do not fit;
+    /// `Driver`.
     pub fn matmul(
         &self,
         w: &[&Matrix],
@@ -113,7 +115,8 @@ impl Device {
     /// `out[m, rows] += x[m, cols] * w^T`, and the norm of the sums, if one follows.
     ///
     /// # Errors
-    /// `ShapeMismatch` if `x`, `out` or the norm do not fit, or if norms do not take so many rows; `Driver`.
+    /// `ShapeMismatch` if `x`, `out` or the norm do not fit, or if norms do not take so many rows;
+    /// `Driver`.
     ///
     /// # Panics
     /// If `out` or the norm's weight do not start on a 16-byte boundary.
@@ -138,8 +141,8 @@ impl Device {
         }
     }
 
-    /// `out = silu(x * gate^T) * (x * up^T)`, `[m, rows]`. Both products pass through `scratch: [m, rows]` each,
-    /// unless they can stay in registers.
+    /// `out = silu(x * gate^T) * (x * up^T)`, `[m, rows]`. Both products pass through
+    /// `scratch: [m, rows]` each, unless they can stay in registers.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
@@ -277,10 +280,11 @@ impl Device {
                 args.operands = self.output(&mut out.values.view_mut());
             }
         }
-        // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays them out, their
-        // `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as many of the one matrix as of the
-        // other, of the same rows); x: m <= 8 rows of their columns, padded; operands, normed: m rows of their rows;
-        // norm_weight: as many; counter: zero. The callers have checked the shapes.
+        // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays
+        // them out, their `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as
+        // many of the one matrix as of the other, of the same rows); x: m <= 8 rows of their
+        // columns, padded; operands, normed: m rows of their rows; norm_weight: as many; counter:
+        // zero. The callers have checked the shapes.
         unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, 0, &mut [argument(&args)]) }
     }
 
@@ -311,18 +315,20 @@ impl Device {
         };
         let grid = [blocks, m.div_ceil(MATMUL_TOKENS), 1];
         let shared = shared::matmul(item_bytes, stages);
-        // SAFETY: `matmul_*(Matmul args)`. band: one to 16 of the kernel's kind, all of `w`, as `Matrix` lays them out, their `out`
-        // m rows of it; x: m rows of its columns, padded. The callers have checked the shapes.
+        // SAFETY: `matmul_*(Matmul args)`. band: one to 16 of the kernel's kind, all of `w`, as
+        // `Matrix` lays them out, their `out` m rows of it; x: m rows of its columns, padded. The
+        // callers have checked the shapes.
         unsafe {
             self.launch(K::matmul(self), grid, MATMUL_SETS * 128, shared, &mut [argument(&args)])
         }
     }
 
-    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens; `x: [m, weight.len()]`.
+    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens;
+    /// `x: [m, weight.len()]`.
     ///
     /// # Errors
-    /// `ShapeMismatch` if `x` or `out` do not fit `weight` and `m`, or if `weight.len()` is not a multiple of 4;
-    /// `Driver`.
+    /// `ShapeMismatch` if `x` or `out` do not fit `weight` and `m`, or if `weight.len()` is not a
+    /// multiple of 4; `Driver`.
     ///
     /// # Panics
     /// If `x` or `weight` do not start on a 16-byte boundary.
@@ -349,8 +355,8 @@ impl Device {
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `rms_norm(x, weight, epsilon, n, out, stride)`. x: m rows of n; weight: n; out: m rows of n,
-        // `stride` apart.
+        // SAFETY: `rms_norm(x, weight, epsilon, n, out, stride)`. x: m rows of n; weight: n; out: m
+        // rows of n, `stride` apart.
         unsafe { self.launch(&self.kernels.rms_norm, [m, 1, 1], 256, 0, args) }
     }
 
@@ -378,16 +384,17 @@ impl Device {
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `swiglu(gate, up, n, out, stride)`. gate, up: m rows of n; out: m rows of n, `stride` apart.
+        // SAFETY: `swiglu(gate, up, n, out, stride)`. gate, up: m rows of n; out: m rows of n,
+        // `stride` apart.
         unsafe { self.launch(&self.kernels.swiglu, [n.div_ceil(SWIGLU_COLS), m, 1], 256, 0, args) }
     }
 
-    /// Rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and stores keys (rotated) and
-    /// values `[m, kv_heads, head_dim]` in the cache.
+    /// Rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and stores keys
+    /// (rotated) and values `[m, kv_heads, head_dim]` in the cache.
     ///
     /// # Errors
-    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the cache has not;
-    /// `Driver`.
+    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the
+    /// cache has not; `Driver`.
     ///
     /// # Panics
     /// Inside [`Device::capture`], for more than one token.
@@ -427,17 +434,19 @@ impl Device {
             argument(&width),
             argument(&args),
         ];
-        // SAFETY: `rope_store_*(q, k, v, cos, sin, position, heads, cache)`. q: m rows of all heads; k, v: m rows of
-        // the cache's heads; cos, sin: up to the last position that `position` can hold; cache: of the kernel's type,
-        // with m positions from there on (`check_tokens`).
+        // SAFETY: `rope_store_*(q, k, v, cos, sin, position, heads, cache)`. q: m rows of all
+        // heads; k, v: m rows of the cache's heads; cos, sin: up to the last position that
+        // `position` can hold; cache: of the kernel's type, with m positions from there on
+        // (`check_tokens`).
         unsafe { self.launch(kernel, grid, ROPE_WARPS as u32 * 32, 0, args) }
     }
 
-    /// Causal attention of `q: [m, heads, head_dim]` over the cache, which holds the positions of all tokens.
+    /// Causal attention of `q: [m, heads, head_dim]` over the cache, which holds the positions of
+    /// all tokens.
     ///
     /// # Errors
-    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the cache has not;
-    /// `Driver`.
+    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the
+    /// cache has not; `Driver`.
     ///
     /// # Panics
     /// Inside [`Device::capture`], for more than one token.
@@ -487,9 +496,10 @@ impl Device {
             argument(&counters),
             argument(&out),
         ];
-        // SAFETY: `attention_decode_*(q, cache, position, heads, window, partial, counters, out)`. q, out: one row of
-        // all heads; cache: of the kernel's type, with the position (`check_tokens`); partial, counters: as large as
-        // the grid asks for (`Attention::new`), the counters zero.
+        // SAFETY: `attention_decode_*(q, cache, position, heads, window, partial, counters, out)`.
+        // q, out: one row of all heads; cache: of the kernel's type, with the position
+        // (`check_tokens`); partial, counters: as large as the grid asks for (`Attention::new`),
+        // the counters zero.
         unsafe { self.launch(kernel, grid, 128, 0, args) }
     }
 
@@ -522,14 +532,14 @@ impl Device {
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, window, out, stride)`. q: m rows of all heads;
-        // out: the same, `stride` apart; cache: of the kernel's type, with m positions from `position` on
-        // (`check_tokens`).
+        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, window, out, stride)`. q: m
+        // rows of all heads; out: the same, `stride` apart; cache: of the kernel's type, with m
+        // positions from `position` on (`check_tokens`).
         unsafe { self.launch(kernel, grid, 128, shared, args) }
     }
 
-    /// Whether the positions of the tokens are in a cache that `attention` is made for, now and when a graph is
-    /// launched again.
+    /// Whether the positions of the tokens are in a cache that `attention` is made for, now and
+    /// when a graph is launched again.
     fn check_tokens(
         &self,
         attention: &Attention,
@@ -561,8 +571,8 @@ impl Device {
         }
     }
 
-    /// `x[t] = w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that `w` has no row
-    /// for.
+    /// `x[t] = w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that
+    /// `w` has no row for.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x` does not fit; `TooLarge` for more than 65535 tokens; `Driver`.
@@ -591,8 +601,9 @@ impl Device {
             bands: bands.len() as u32,
             unused: 0,
         };
-        // SAFETY: `embed_*(Embed args)`. band: one to 16 of the kernel's kind, all of `w`, as `Matrix` lays them out, their `out`
-        // m rows of its columns; tokens: m, looked up if `w` has such a row.
+        // SAFETY: `embed_*(Embed args)`. band: one to 16 of the kernel's kind, all of `w`, as
+        // `Matrix` lays them out, their `out` m rows of its columns; tokens: m, looked up if `w`
+        // has such a row.
         unsafe { self.launch(K::embed(self), [blocks, m, 1], 128, 0, &mut [argument(&args)]) }
     }
 
@@ -618,18 +629,18 @@ impl Device {
             argument(&tokens),
             argument(&values),
         ];
-        // SAFETY: `top_k(logits, n, k, partial, counter, tokens, values)`. logits: n; partial: k for each of
-        // `blocks`, at most as many as `TopK` has room for; counter: zero; tokens, values: k. k is 1 to 128
-        // (`TopK::new`).
+        // SAFETY: `top_k(logits, n, k, partial, counter, tokens, values)`. logits: n; partial: k
+        // for each of `blocks`, at most as many as `TopK` has room for; counter: zero; tokens,
+        // values: k. k is 1 to 128 (`TopK::new`).
         unsafe { self.launch(&self.kernels.top_k, [blocks, 1, 1], 1024, 0, args) }
     }
 
-    /// `c[i, j] = beta * c[i, j] + alpha * sum over l of a[i, l] * b[j, l]`; rows of `c: [a.rows, b.rows]` lie
-    /// `c_row` floats apart. `c` is not read if `beta` is 0.
+    /// `c[i, j] = beta * c[i, j] + alpha * sum over l of a[i, l] * b[j, l]`; rows of
+    /// `c: [a.rows, b.rows]` lie `c_row` floats apart. `c` is not read if `beta` is 0.
     ///
     /// # Errors
-    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for more than 2^32 rows or columns;
-    /// `Driver`.
+    /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for more than 2^32 rows
+    /// or columns; `Driver`.
     pub fn gemm(
         &self,
         alpha: f32,
@@ -672,8 +683,8 @@ impl Device {
             unused: 0,
         };
         let grid = [n.div_ceil(GEMM_TILE), m.div_ceil(GEMM_TILE), 1];
-        // SAFETY: `gemm_f32(GemmArgs args)`. a: [m, k], b: [n, k], c: [m, n], all inside their views (checked above),
-        // c apart from the others (borrowed mutably).
+        // SAFETY: `gemm_f32(GemmArgs args)`. a: [m, k], b: [n, k], c: [m, n], all inside their
+        // views (checked above), c apart from the others (borrowed mutably).
         unsafe { self.launch(&self.kernels.gemm_f32, grid, 256, 0, &mut [argument(&args)]) }
     }
 }
@@ -686,8 +697,8 @@ enum Target<'a> {
 }
 
 impl Device {
-    /// The address of what a kernel reads. It stays in use until the work on the stream is done: memory is freed in
-    /// the order of the stream, and a graph keeps it.
+    /// The address of what a kernel reads. It stays in use until the work on the stream is done:
+    /// memory is freed in the order of the stream, and a graph keeps it.
     pub(super) fn input<T>(&self, view: View<'_, T>) -> u64 {
         assert!(ptr::eq(self, Arc::as_ptr(view.device())), "memory of another device");
         self.keep_for_graph(view.memory());
@@ -717,9 +728,9 @@ impl Device {
     /// Starts a kernel, unless there are no blocks of it.
     ///
     /// # Safety
-    /// `arguments` point to the kernel's parameters, in order and of its types. Addresses among them come from
-    /// `input`, `output` and `counter`, and what the kernel reads and writes there is inside the views that they were
-    /// made of.
+    /// `arguments` point to the kernel's parameters, in order and of its types. Addresses among
+    /// them come from `input`, `output` and `counter`, and what the kernel reads and writes there
+    /// is inside the views that they were made of.
     unsafe fn launch(
         &self,
         kernel: &Kernel,
@@ -738,8 +749,8 @@ impl Device {
         let start = || {
             self.stream.context().bind_to_thread()?;
             let function = kernel.function.cu_function();
-            // SAFETY: the caller's promise; the module lives as long as the kernel, and its kernels wait for each other if they
-            // overlap.
+            // SAFETY: the caller's promise; the module lives as long as the kernel, and its kernels
+            // wait for each other if they overlap.
             unsafe { driver::launch(&self.stream, function, shape, self.overlaps, arguments) }
         };
         start().map_err(refused(format!("launch kernel `{}`", kernel.name)))?;

@@ -31,8 +31,8 @@ const FRAGMENT_PIECE_BYTES: usize = 32 << 20;
 
 /// A weight matrix in device memory.
 ///
-/// Packed layers lie there as in their file, with a table of what the kernels work on at a time; any other weight is
-/// fp16, in the order in which the kernels use it.
+/// Packed layers lie there as in their file, with a table of what the kernels work on at a time;
+/// any other weight is fp16, in the order in which the kernels use it.
 pub struct Matrix {
     rows: usize,
     cols: usize,
@@ -94,8 +94,9 @@ impl Matrix {
     /// Copies a weight to the device.
     ///
     /// # Errors
-    /// `TooLarge`; `Unrepresentable` for a scale that is not finite, or a value of a dense weight beyond 65504 either
-    /// way; `UnsupportedType` for element types that hold no weights; `OutOfDeviceMemory`; `Driver`.
+    /// `TooLarge`; `Unrepresentable` for a scale that is not finite, or a value of a dense weight
+    /// beyond 65504 either way; `UnsupportedType` for element types that hold no weights;
+    /// `OutOfDeviceMemory`; `Driver`.
     ///
     /// # Panics
     /// Inside [`Device::capture`].
@@ -204,15 +205,16 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
     })
 }
 
-/// Units of each item of a plain layer: 8, or 4, in all of them, with 4-bit scale codes for 32 columns or more. 0 for any other.
+/// Units of each item of a plain layer: 8, or 4, in all of them, with 4-bit scale codes for 32
+/// columns or more. 0 for any other.
 fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
     let is_small = matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 });
     let of_all = |units| is_small && items.iter().all(|item| item.units == units);
     [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
 }
 
-/// For each row the fp16 numbers `2^15 * d / unit` and `-2^-9 * m / unit`: `RowScales` of `packed.cuh`. Nothing for the paper's
-/// coding.
+/// For each row the fp16 numbers `2^15 * d / unit` and `-2^-9 * m / unit`: `RowScales` of
+/// `packed.cuh`. Nothing for the paper's coding.
 fn row_factors(w: PackedTensor<'_>, units: &[f32]) -> Vec<u16> {
     const D: f32 = 32768.0;
     const M: f32 = -1.0 / 512.0;
@@ -228,10 +230,12 @@ fn row_factors(w: PackedTensor<'_>, units: &[f32]) -> Vec<u16> {
     factors.into_flattened().into_flattened()
 }
 
-/// What the operands of each row are counted in, `[tiles * 16]`: weight = unit * 2^(24 - E) * operand (`packed.cuh`).
+/// What the operands of each row are counted in, `[tiles * 16]`: weight = unit * 2^(24 - E) *
+/// operand (`packed.cuh`).
 ///
-/// A power of two: what the file stores in fp16 keeps all its bits when it is divided by it. No factor of the row is
-/// larger (before it is multiplied with a scale code), and no offset so much larger that fp16 could not hold both.
+/// A power of two: what the file stores in fp16 keeps all its bits when it is divided by it. No
+/// factor of the row is larger (before it is multiplied with a scale code), and no offset so much
+/// larger that fp16 could not hold both.
 fn units(w: PackedTensor<'_>) -> Result<Vec<f32>> {
     let of_tile = |tile| -> [f32; TILE_ROWS] {
         let (factor, offset) = match w.layout().coding() {
@@ -297,7 +301,8 @@ impl Dense {
     }
 }
 
-/// Tile `tile` of a weight in fragment order (`kernels/cuda/dense.cuh`): `[steps][4 products][32 lanes][4 words]`.
+/// Tile `tile` of a weight in fragment order (`kernels/cuda/dense.cuh`):
+/// `[steps][4 products][32 lanes][4 words]`.
 fn write_fragments(weight: Weight<'_>, tile: usize, words: &mut [u32]) -> Result<()> {
     let (rows, cols) = shape(weight);
     let first_row = tile * TILE_ROWS;

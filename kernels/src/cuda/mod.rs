@@ -1,12 +1,13 @@
 //! Operations on a CUDA device: the kernels of `kernels/cuda`, and what they need around them.
 //!
-//! [`Device`] opens a device and launches every kernel; [`Buffer`] is memory on it, [`Matrix`] a weight, [`Operands`]
-//! the input of a product, [`KvCache`] the keys and values of a block. Work goes to one stream, in the order of the
-//! calls, and calls return before it is done: only [`View::read`] and [`Device::synchronize`] wait. [`CudaBackend`]
-//! computes the operations of a [`crate::Backend`] on activations in host memory.
+//! [`Device`] opens a device and launches every kernel; [`Buffer`] is memory on it, [`Matrix`] a
+//! weight, [`Operands`] the input of a product, [`KvCache`] the keys and values of a block. Work
+//! goes to one stream, in the order of the calls, and calls return before it is done: only
+//! [`View::read`] and [`Device::synchronize`] wait. [`CudaBackend`] computes the operations of a
+//! [`crate::Backend`] on activations in host memory.
 //!
-//! Nothing here links to CUDA: the driver is looked up when a device is opened. What the driver cannot check is
-//! written in two files, `driver.rs` and `launch.rs`; the rest is safe code.
+//! Nothing here links to CUDA: the driver is looked up when a device is opened. What the driver
+//! cannot check is written in two files, `driver.rs` and `launch.rs`; the rest is safe code.
 
 mod arguments;
 mod attention;

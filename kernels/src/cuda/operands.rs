@@ -14,7 +14,8 @@ const STRIDE_UNIT: usize = 64;
 /// Far above any model; the kernels count in 32 bits.
 const MAX_COLS: usize = 1 << 28;
 
-/// fp16 vectors in the order in which products read them: one row per token, zero behind its last column.
+/// fp16 vectors in the order in which products read them: one row per token, zero behind its last
+/// column.
 pub struct Operands {
     /// [tokens, stride], in operand order (`kernels/cuda/primitives.cuh`).
     pub(super) values: Buffer<u16>,
@@ -56,8 +57,8 @@ impl Operands {
         self.cols.next_multiple_of(STRIDE_UNIT)
     }
 
-    /// Overwrites the first vectors with `x: [m, cols]`, rounded to fp16; beyond its range to the largest number of
-    /// it.
+    /// Overwrites the first vectors with `x: [m, cols]`, rounded to fp16; beyond its range to the
+    /// largest number of it.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x` has another length or more vectors than fit; `Driver`.

@@ -8,15 +8,16 @@ use rayon::prelude::*;
 use super::{Device, driver::refused};
 use crate::Result;
 
-/// Calls that go before those that are measured: they load code, and give the host time to run ahead.
+/// Calls that go before those that are measured: they load code, and give the host time to run
+/// ahead.
 const WARM_UP_RUNS: usize = 3;
 const COPY_RUNS: usize = 9;
 
 impl Device {
     /// Seconds that the device takes for each of `runs` calls of `work`.
     ///
-    /// The calls are queued without a pause between them. Launches cost nothing as long as the host is faster than the
-    /// device, so `work` should be large, or a [`super::Graph`].
+    /// The calls are queued without a pause between them. Launches cost nothing as long as the host
+    /// is faster than the device, so `work` should be large, or a [`super::Graph`].
     ///
     /// # Errors
     /// Those of `work`; `Driver`.
@@ -36,7 +37,8 @@ impl Device {
         times.map_err(refused("time work on the device"))
     }
 
-    /// Bytes per second that a copy of `bytes` bytes within the device's memory reads and writes, the median of some.
+    /// Bytes per second that a copy of `bytes` bytes within the device's memory reads and writes,
+    /// the median of some.
     ///
     /// # Errors
     /// `OutOfDeviceMemory`; `Driver`.

@@ -48,8 +48,8 @@ impl TopK {
         self.k
     }
 
-    /// Waits for all work so far and gives `(token, logit)` of each, fewer than `k` if there were fewer logits. NaN
-    /// counts as the largest.
+    /// Waits for all work so far and gives `(token, logit)` of each, fewer than `k` if there were
+    /// fewer logits. NaN counts as the largest.
     ///
     /// # Errors
     /// `Driver`, also for an earlier kernel that failed.

@@ -1,8 +1,8 @@
 //! Matrix products in the tile registers of AMX, the matrix unit of recent Intel server processors.
 //!
-//! It multiplies bf16 numbers and adds in f32. For [`Precision::Fine`] each f32 becomes the sum of two bf16 numbers,
-//! `upper + lower`, and a product of two values three products of those, all but `lower * lower`; [`Precision::Coarse`] has
-//! the upper parts alone.
+//! It multiplies bf16 numbers and adds in f32. For [`Precision::Fine`] each f32 becomes the sum of
+//! two bf16 numbers, `upper + lower`, and a product of two values three products of those, all but
+//! `lower * lower`; [`Precision::Coarse`] has the upper parts alone.
 #![cfg_attr(
     not(all(target_arch = "x86_64", target_os = "linux")),
     allow(unreachable_code, unused, reason = "elsewhere there is no `Amx`, as the compiler sees")
@@ -32,7 +32,8 @@ const LANES: usize = 16;
 /// Pairs of values along the inner dimension in a tile: as many as lanes.
 const PAIRS: usize = DEPTH / 2;
 
-/// Rows of the tiles that hold [`SIDE`] lanes over [`DEPTH`] values: both upper parts, then both lower parts if there are any.
+/// Rows of the tiles that hold [`SIDE`] lanes over [`DEPTH`] values: both upper parts, then both
+/// lower parts if there are any.
 fn step_rows(precision: Precision) -> usize {
     match precision {
         Precision::Fine => 4 * LANES,
@@ -60,7 +61,8 @@ pub enum Factor {
     Right,
 }
 
-/// Some rows of a left factor, or columns of a right one, in the order in which the tile registers take them in.
+/// Some rows of a left factor, or columns of a right one, in the order in which the tile registers
+/// take them in.
 pub struct Tiles {
     amx: Amx,
     precision: Precision,
@@ -166,7 +168,8 @@ fn pack(
     }
 }
 
-/// One tile of upper parts and one of lower parts, from lane and inner index `first` on, a lane in each row.
+/// One tile of upper parts and one of lower parts, from lane and inner index `first` on, a lane in
+/// each row.
 #[inline(always)]
 fn pack_lanes(lanes: Mat<'_>, first: (usize, usize), upper: &mut Tile, lower: &mut Tile) {
     let count = lanes.rows.saturating_sub(first.0);
@@ -220,8 +223,8 @@ fn load<const N: usize>(data: &[f32], len: usize) -> [f32; N] {
     }
 }
 
-/// The bits of two bf16 numbers, the nearest one and the nearest one to what is left: 17 of the 24 bits of `value`. NaN for
-/// what is not finite, or larger than 5e33.
+/// The bits of two bf16 numbers, the nearest one and the nearest one to what is left: 17 of the 24
+/// bits of `value`. NaN for what is not finite, or larger than 5e33.
 #[inline(always)]
 fn split(value: f32) -> (u32, u32) {
     let upper = leading_bits(value);
@@ -236,8 +239,9 @@ fn leading_bits(value: f32) -> f32 {
     shifted - (shifted - value)
 }
 
-/// Four rounds of a perfect shuffle of all values: each moves the leading bit of an index to its end, so that row and column
-/// have changed places. It compiles to vector shuffles, unlike a loop over rows and columns.
+/// Four rounds of a perfect shuffle of all values: each moves the leading bit of an index to its
+/// end, so that row and column have changed places. It compiles to vector shuffles, unlike a loop
+/// over rows and columns.
 #[inline(always)]
 fn transpose(tile: &mut Tile) {
     let mut values: [u32; LANES * PAIRS] = bytemuck::cast(*tile);
@@ -259,7 +263,8 @@ struct Memory {
     len: usize,
 }
 
-/// Memory of tiles that are gone, at most [`SPARE_BYTES`], the last ones at the end: new memory costs more than filling it.
+/// Memory of tiles that are gone, at most [`SPARE_BYTES`], the last ones at the end: new memory
+/// costs more than filling it.
 static SPARE: Mutex<Vec<Vec<Row>>> = Mutex::new(Vec::new());
 
 const SPARE_BYTES: usize = 64 << 20;
@@ -362,13 +367,14 @@ mod registers {
     impl Drop for Registers {
         /// Idle registers need not be saved when the system turns to another thread.
         fn drop(&mut self) {
-            // SAFETY: an `Amx` has said that the instruction may be used; the compiler keeps nothing in these registers.
+            // SAFETY: an `Amx` has said that the instruction may be used; the compiler keeps
+            // nothing in these registers.
             unsafe { asm!("tilerelease", options(nostack, nomem)) }
         }
     }
 
-    /// Sums in tiles 0 to 3 what each of `steps` adds to them, and stores them as `product`: tile 4 and 5 hold lanes of the left
-    /// factor, 6 and 7 of the right one.
+    /// Sums in tiles 0 to 3 what each of `steps` adds to them, and stores them as `product`: tile 4
+    /// and 5 hold lanes of the left factor, 6 and 7 of the right one.
     macro_rules! sum_products {
         ($left:ident, $right:ident, $steps:ident, $product:ident; $($step:literal,)*) => {
             asm!(
@@ -425,9 +431,10 @@ mod registers {
             steps: usize,
             product: &mut Product,
         ) {
-            // As `multiply_fine` without the lower parts.
-            // SAFETY: `self` says that the registers are configured. Each step reads 2048 bytes of either slice, which has 32
-            // rows of 64 bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
+            // As `multiply_fine` without the lower parts. SAFETY: `self` says that the registers
+            // are configured. Each step reads 2048 bytes of either slice, which has 32 rows of 64
+            // bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of
+            // `product`.
             unsafe {
                 sum_products!(left, right, steps, product;
                     "tileloadd tmm6, [{right} + {row}]",
@@ -451,9 +458,10 @@ mod registers {
             steps: usize,
             product: &mut Product,
         ) {
-            // A step has the upper parts of lanes 0 to 15 at byte 0, those of lanes 16 to 31 at 1024, lower parts at 2048 and 3072.
-            // SAFETY: `self` says that the registers are configured. Each step reads 4096 bytes of either slice, which has 64
-            // rows of 64 bytes for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
+            // A step has the upper parts of lanes 0 to 15 at byte 0, those of lanes 16 to 31 at
+            // 1024, lower parts at 2048 and 3072. SAFETY: `self` says that the registers are
+            // configured. Each step reads 4096 bytes of either slice, which has 64 rows of 64 bytes
+            // for each (`multiply`); the four sums take the 32 rows of 128 bytes of `product`.
             unsafe {
                 sum_products!(left, right, steps, product;
                     "tileloadd tmm6, [{right} + {row}]",

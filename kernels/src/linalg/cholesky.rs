@@ -7,11 +7,12 @@ use faer::{
 
 use crate::{KernelError, Result};
 
-/// The upper triangular `u: [n, n]` with `(h + damping * I)^-1 = u^T u`, for a symmetric `h` of which the upper triangle is
-/// read.
+/// The upper triangular `u: [n, n]` with `(h + damping * I)^-1 = u^T u`, for a symmetric `h` of
+/// which the upper triangle is read.
 ///
-/// Reversing rows and columns of `h` turns its lower Cholesky factor into an upper `r` with `h = r r^T`, and
-/// `u = r^-1`: one factorization and one triangular inverse instead of Cholesky, inverse, Cholesky.
+/// Reversing rows and columns of `h` turns its lower Cholesky factor into an upper `r` with
+/// `h = r r^T`, and `u = r^-1`: one factorization and one triangular inverse instead of Cholesky,
+/// inverse, Cholesky.
 ///
 /// # Errors
 /// `NotPositiveDefinite` if the damped `h` is not, as far as f64 can tell, or if it is not finite.

@@ -1,5 +1,5 @@
-//! Dense linear algebra, row-major f32 in and out: products in AMX tile registers where the processor has them, over `faer`
-//! elsewhere.
+//! Dense linear algebra, row-major f32 in and out: products in AMX tile registers where the
+//! processor has them, over `faer` elsewhere.
 //!
 //! Work is split into pieces of fixed size, so that no result depends on the number of threads.
 
@@ -125,8 +125,8 @@ impl Store {
 pub enum Precision {
     /// 17 bits.
     Fine,
-    /// 8 bits, for a third of the multiplications: enough where calibration samples are summed up, which differ more from one to
-    /// the next.
+    /// 8 bits, for a third of the multiplications: enough where calibration samples are summed up,
+    /// which differ more from one to the next.
     Coarse,
 }
 
@@ -162,8 +162,9 @@ impl Method {
 /// `out[m, n]` from `a[m, k] * b[k, n]`; rows of `out` lie `out_stride` apart.
 ///
 /// # Accuracy
-/// Sums are f32. Where the processor has AMX, a product of two values is off by up to 2^-15 of it, by about 2^-18 in root mean
-/// square ([`Precision::Coarse`]: 2^-7 and 2^-9); numbers below 1e-35 lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
+/// Sums are f32. Where the processor has AMX, a product of two values is off by up to 2^-15 of it,
+/// by about 2^-18 in root mean square ([`Precision::Coarse`]: 2^-7 and 2^-9); numbers below 1e-35
+/// lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
 ///
 /// # Panics
 /// If the inner dimensions differ, or if `out` is too short.
@@ -191,8 +192,8 @@ pub(crate) fn matmul_by(
     let Ok(()) = Left::by(method, a).multiply(b.cols, panel, out, out_stride, store);
 }
 
-/// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the diagonal is undefined. As
-/// accurate as [`matmul`].
+/// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the
+/// diagonal is undefined. As accurate as [`matmul`].
 pub fn add_gram(precision: Precision, h: &mut [f32], x: &[f32], n: usize) {
     add_gram_by(Method::fastest(precision), h, x, n);
 }
@@ -281,8 +282,9 @@ impl<'a> Left<'a> {
         (VALUES_IN_L2 / k.max(1) / 32 * 32).clamp(64, 512)
     }
 
-    /// `out[m, n]` from the product with the right factor `[k, n]` that `panel` gives by ranges of at most [`PANEL_COLS`]
-    /// columns; rows of `out` lie `out_stride` apart. At most 4,096 columns are held at a time, as four bytes a value (two if coarse).
+    /// `out[m, n]` from the product with the right factor `[k, n]` that `panel` gives by ranges of
+    /// at most [`PANEL_COLS`] columns; rows of `out` lie `out_stride` apart. At most 4,096 columns
+    /// are held at a time, as four bytes a value (two if coarse).
     ///
     /// # Errors
     /// What `panel` answers.
@@ -377,7 +379,8 @@ fn map<T: Send, R: Send>(
     }
 }
 
-/// Not `MatMut::from_row_major_slice_with_stride_mut`: in faer 0.24.4 it swaps the strides and writes out of bounds.
+/// Not `MatMut::from_row_major_slice_with_stride_mut`: in faer 0.24.4 it swaps the strides and
+/// writes out of bounds.
 fn row_major_mut(out: &mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'_, f32> {
     MatMut::from_column_major_slice_with_stride_mut(out, cols, rows, stride).transpose_mut()
 }

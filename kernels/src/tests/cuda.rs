@@ -1,5 +1,5 @@
-//! The CUDA layer against the scalar reference. Without a driver the tests pass and say so, unless SLIMLLM_TEST_CUDA=1
-//! asks for them; `scripts/cuda-emulator` builds a driver that needs no card.
+//! The CUDA layer against the scalar reference. Without a driver the tests pass and say so, unless
+//! SLIMLLM_TEST_CUDA=1 asks for them; `scripts/cuda-emulator` builds a driver that needs no card.
 
 use std::sync::{Arc, OnceLock};
 

@@ -7,16 +7,16 @@ use crate::{Result, Tokenizer};
 /// No control text is longer.
 const MAX_BYTES: usize = 64;
 
-/// Breaks a control text in two where a user typed it. It is no character, so that nothing else in a
-/// text is taken for it.
+/// Breaks a control text in two where a user typed it. It is no character, so that nothing else in
+/// a text is taken for it.
 const MARK: char = '\u{FDD0}';
 
-/// Control texts that the vocabulary has as tokens, but as tokens of ordinary text, which merges do not
-/// reach: files that type `<|im_start|>` as ordinary are common.
+/// Control texts that the vocabulary has as tokens, but as tokens of ordinary text, which merges do
+/// not reach: files that type `<|im_start|>` as ordinary are common.
 ///
 /// They become tokens where the template writes them. Where a user types them they stay text, as in
-/// transformers and llama.cpp, which find no special token there either. (What the vocabulary has as a
-/// special token becomes one wherever it stands, also as there.)
+/// transformers and llama.cpp, which find no special token there either. (What the vocabulary has
+/// as a special token becomes one wherever it stands, also as there.)
 #[derive(Default)]
 pub(super) struct MendedTexts(Vec<(String, u32)>);
 

@@ -1,5 +1,5 @@
-//! transformers' block `{% generation %} ... {% endgeneration %}`, which marks what an assistant wrote
-//! for training, and renders its content.
+//! transformers' block `{% generation %} ... {% endgeneration %}`, which marks what an assistant
+//! wrote for training, and renders its content.
 
 use std::borrow::Cow;
 

@@ -47,7 +47,8 @@ impl<'a> ChatFormat<'a> {
     /// most.
     ///
     /// # Errors
-    /// `ChatTemplate` if the template refuses the messages, `Tokenizer` if its text cannot be encoded.
+    /// `ChatTemplate` if the template refuses the messages, `Tokenizer` if its text cannot be
+    /// encoded.
     pub fn tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let broken = |message: &Message| {
             Message::new(message.role.as_str(), self.mended.broken(&message.content))
@@ -89,8 +90,8 @@ fn trial_content(role: &str) -> String {
     format!("What the {role} says in this trial.")
 }
 
-/// The tokens that end what the model writes, the main one first: those that its files name, and the
-/// one that its chat template writes after an answer.
+/// The tokens that end what the model writes, the main one first: those that its files name, and
+/// the one that its chat template writes after an answer.
 pub fn end_tokens(source: &dyn ModelSource, tokenizer: &Tokenizer) -> Vec<u32> {
     let config = source.config();
     let format = source.chat_template().map(|text| ChatFormat::new(text, config, tokenizer));

@@ -16,7 +16,8 @@ pub(super) fn strftime_now(format: &str) -> String {
     strftime(format, &Local::now().fixed_offset())
 }
 
-/// What is no field stays as it is. Python's `now()` knows no time zone, so `%Z` and `%z` are empty.
+/// What is no field stays as it is. Python's `now()` knows no time zone, so `%Z` and `%z` are
+/// empty.
 ///
 /// # Source
 /// `strftime` of glibc, with its flags `-`, `_`, `0`, `^`, `#`, widths, and modifiers `E`, `O`;
@@ -45,7 +46,8 @@ struct Field {
 }
 
 impl Field {
-    /// The field at the start of a text, and how many bytes it takes; `None` for one that is unknown.
+    /// The field at the start of a text, and how many bytes it takes; `None` for one that is
+    /// unknown.
     fn read(text: &str) -> Option<(Self, usize)> {
         let flags = text.len() - text.trim_start_matches(['-', '_', '0', '^', '#']).len();
         let (flags, rest) = text.split_at(flags);

@@ -40,8 +40,8 @@ impl Message {
 /// A Jinja chat template, read as Hugging Face reads it.
 ///
 /// It comes from a file of unknown origin, so it can only compute text from its inputs, and its
-/// steps and its output are limited. What a single step may do to values inside the template is not:
-/// one that doubles a string again and again can still use up the memory.
+/// steps and its output are limited. What a single step may do to values inside the template is
+/// not: one that doubles a string again and again can still use up the memory.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,

@@ -11,8 +11,8 @@ const DEPTH_LIMIT: usize = 100;
 /// The longest text, far above what any context holds.
 const LENGTH_LIMIT_BYTES: usize = 16 << 20;
 
-/// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`. Unlike Jinja's own it
-/// does not escape `<`, `>`, `&` and `'` for HTML.
+/// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`. Unlike Jinja's own
+/// it does not escape `<`, `>`, `&` and `'` for HTML.
 pub(super) fn to_json(value: &Value, args: Rest<Value>, options: Kwargs) -> Result<String, Error> {
     // Arguments may be given by place, in the order of `json.dumps`' wrapper.
     let option = |place: usize, name: &str| -> Result<Option<Value>, Error> {

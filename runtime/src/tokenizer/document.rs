@@ -22,9 +22,9 @@ pub fn document_tokens(
 
 /// Puts the beginning-of-text token in front of a text's tokens, once.
 ///
-/// Whether there is to be one is for the tokenizer's post-processor and the model's settings to say.
-/// A text may begin with it already: a chat template often writes it, and users type it. One that is
-/// written where none is asked for stays.
+/// Whether there is to be one is for the tokenizer's post-processor and the model's settings to
+/// say. A text may begin with it already: a chat template often writes it, and users type it. One
+/// that is written where none is asked for stays.
 pub(crate) fn with_one_bos(
     tokenizer: &Tokenizer,
     config: &ModelConfig,

@@ -73,7 +73,8 @@ impl PreTokenizer {
         KNOWN.iter().find(|known| known.names.contains(&name))
     }
 
-    /// The first name of the pre-tokenizer that does the same, `None` if this program does not know it.
+    /// The first name of the pre-tokenizer that does the same, `None` if this program does not know
+    /// it.
     pub(super) fn name_of(
         splits: &[&str],
         ignore_merges: bool,

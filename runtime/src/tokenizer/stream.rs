@@ -3,8 +3,8 @@
 use super::Tokenizer;
 use crate::Result;
 
-/// A character is at most four bytes, so this many tokens that do not end in a whole one hold broken
-/// bytes, for which waiting would never end.
+/// A character is at most four bytes, so this many tokens that do not end in a whole one hold
+/// broken bytes, for which waiting would never end.
 const MAX_PENDING_TOKENS: usize = 16;
 
 /// Turns tokens into text as they arrive, in whole characters and with the spacing that

@@ -28,7 +28,8 @@ impl Cublas {
         Ok(Some(Self { blas, device: Arc::clone(device) }))
     }
 
-    /// Median seconds of `x * w^T` in fp16 for `w: [rows, cols]` and so many tokens, with `copies` of w by turns.
+    /// Median seconds of `x * w^T` in fp16 for `w: [rows, cols]` and so many tokens, with `copies`
+    /// of w by turns.
     pub fn seconds(
         &self,
         [rows, cols]: [usize; 2],
@@ -70,8 +71,9 @@ impl Cublas {
         let half = sys::cudaDataType::CUDA_R_16F;
         let (w, x, out) =
             (w.device_ptr(stream).0, x.device_ptr(stream).0, out.device_ptr_mut(stream).0);
-        // SAFETY: in cuBLAS's columns w is [cols, rows], x [cols, tokens], out [rows, tokens], without gaps; they are as
-        // large as that (above). The factors are read before the call returns.
+        // SAFETY: in cuBLAS's columns w is [cols, rows], x [cols, tokens], out [rows, tokens],
+        // without gaps; they are as large as that (above). The factors are read before the call
+        // returns.
         unsafe {
             gemm_ex(
                 *self.blas.handle(),

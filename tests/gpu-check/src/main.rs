@@ -1,5 +1,5 @@
-//! Tests the CUDA kernels against the scalar reference, and measures them: one program for a machine that has a
-//! driver and nothing else. The last lines of its output are the summary.
+//! Tests the CUDA kernels against the scalar reference, and measures them: one program for a
+//! machine that has a driver and nothing else. The last lines of its output are the summary.
 
 mod bench;
 mod cublas;
@@ -19,8 +19,8 @@ use crate::{bench::Scale, report::Report};
 
 /// Tests the CUDA kernels of slimllm on this machine's device, then measures them.
 ///
-/// Fails if a result differs from the reference by more than its bound; a measurement that misses its bound is
-/// only marked.
+/// Fails if a result differs from the reference by more than its bound; a measurement that misses
+/// its bound is only marked.
 #[derive(Parser)]
 struct Args {
     /// Test, but do not measure

@@ -12,13 +12,14 @@ use slim_kernels::cuda::{Device, KvType};
 
 use crate::report::{Bound, Report};
 
-/// Bound of `||found - expected|| / ||expected||`. Kernels round weights and results to fp16 (11 bits): measured up to
-/// 6.5e-4.
+/// Bound of `||found - expected|| / ||expected||`. Kernels round weights and results to fp16 (11
+/// bits): measured up to 6.5e-4.
 const HALF_ERROR: f64 = 2e-3;
 /// What must be the same.
 const NO_ERROR: f64 = 0.0;
 
-/// Numbers of tokens that the kernels of few tokens take; each case of a test multiplies with all of them.
+/// Numbers of tokens that the kernels of few tokens take; each case of a test multiplies with all
+/// of them.
 const FEW: &[&[usize]] = &[&[1, 2, 3, 5, 8]];
 /// And those of many tokens; each case takes the next.
 const MANY: &[&[usize]] = &[&[9], &[64], &[130], &[300]];

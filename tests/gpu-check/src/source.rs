@@ -17,8 +17,8 @@ use crate::weights::{Fill, HostWeight, LayerSpec, TWO_LEVEL};
 /// How the linear layers are stored.
 #[derive(Debug, Clone, Copy)]
 pub enum Storage<'a> {
-    /// Packed, with groups of these widths in turn, `ffn_gate` and `ffn_up` in two bands; the embedding and the output layer have
-    /// 8 bits.
+    /// Packed, with groups of these widths in turn, `ffn_gate` and `ffn_up` in two bands; the
+    /// embedding and the output layer have 8 bits.
     Packed(&'a [u8]),
     /// fp16.
     Half,

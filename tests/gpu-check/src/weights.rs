@@ -131,7 +131,8 @@ impl LayerSpec<'_> {
         HostWeight::Packed(self.packed(seed, fill))
     }
 
-    /// Random layers of this kind as the bands of a matrix, with so many rows; each begins with another width.
+    /// Random layers of this kind as the bands of a matrix, with so many rows; each begins with
+    /// another width.
     ///
     /// # Panics
     /// As [`Self::fill`].

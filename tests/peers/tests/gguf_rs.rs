@@ -48,7 +48,8 @@ fn compare_metadata(model: &GGUFModel, inspected: &serde_json::Map<String, Value
     }
 }
 
-/// Equality of JSON values, where real numbers need to agree as f32 only: GGUF stores most of them so.
+/// Equality of JSON values, where real numbers need to agree as f32 only: GGUF stores most of them
+/// so.
 fn same_value(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Array(a), Value::Array(b)) => {

@@ -22,7 +22,8 @@ pub struct Stored {
 }
 
 enum Kind {
-    /// Tensors `NAME.codes [rows, row_blocks, bytes]`, `NAME.scales` and `NAME.offsets [rows, row_blocks]`.
+    /// Tensors `NAME.codes [rows, row_blocks, bytes]`, `NAME.scales` and
+    /// `NAME.offsets [rows, row_blocks]`.
     Blocks { bits: u8, block: usize, row_blocks: usize },
     /// Tensor `NAME [rows, cols]`, F16 or F32.
     Dense,
@@ -47,7 +48,8 @@ pub fn stored_bytes(found: Weight<'_>, least_bits: u8) -> u64 {
 }
 
 impl Builder<'_> {
-    /// Writes a weight: a SliM layer with codes of at least `least_bits`, F16 as it is, anything else as f32.
+    /// Writes a weight: a SliM layer with codes of at least `least_bits`, F16 as it is, anything
+    /// else as f32.
     pub fn store(&mut self, tensor: &Tensor, least_bits: u8) -> Result<Stored> {
         let name = tensor.name.as_str();
         let (rows, cols) = tensor.shape();
@@ -205,10 +207,11 @@ impl Builder<'_> {
     }
 }
 
-/// How `MatMulNBits` treats its inputs: level 0 leaves them as they are, level 4 rounds them to 8 bits per block.
+/// How `MatMulNBits` treats its inputs: level 0 leaves them as they are, level 4 rounds them to 8
+/// bits per block.
 ///
-/// ONNX Runtime's CPU kernels (1.32) multiply unrounded inputs with 4-bit codes only; with others, they would dequantize the whole
-/// layer for every token.
+/// ONNX Runtime's CPU kernels (1.32) multiply unrounded inputs with 4-bit codes only; with others,
+/// they would dequantize the whole layer for every token.
 fn accuracy_level(bits: u8) -> i64 {
     if bits == 4 { 0 } else { 4 }
 }

@@ -1,5 +1,5 @@
-//! AVX2, alone or with AVX-VNNI: a register holds four columns of 8 rows, which `vpmaddubsw` multiplies, or `vpdpbusd` multiplies and
-//! adds.
+//! AVX2, alone or with AVX-VNNI: a register holds four columns of 8 rows, which `vpmaddubsw`
+//! multiplies, or `vpdpbusd` multiplies and adds.
 #![allow(unsafe_code, reason = "the instruction set is found out at run time")]
 
 use std::arch::x86_64::*;
@@ -18,9 +18,10 @@ pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
-    // SAFETY: the processor has what `tile` and `blocks` enable.
     has.then_some(Kernels {
+        // SAFETY: the processor has what `tile` enables.
         tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        // SAFETY: the processor has what `blocks` enables.
         blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
     })
 }
@@ -28,9 +29,10 @@ pub(super) fn detect() -> Option<Kernels> {
 /// Those with AVX-VNNI.
 pub(super) fn detect_vnni() -> Option<Kernels> {
     let has = detect().is_some() && is_x86_feature_detected!("avxvnni");
-    // SAFETY: the processor has what `vnni_tile` and `vnni_blocks` enable.
     has.then_some(Kernels {
+        // SAFETY: the processor has what `vnni_tile` enables.
         tile: |packed, index, input| unsafe { vnni_tile(packed, index, input) },
+        // SAFETY: the processor has what `vnni_blocks` enables.
         blocks: |tensor, first, input| unsafe { vnni_blocks(tensor, first, input) },
     })
 }
@@ -97,8 +99,9 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
     }
 }
 
-/// Adds products in 16 bits, where the largest ones fit: for up to 4 bits, those of a step to 16-bit sums (of 8 products each, at
-/// most 8 * 2 * 15 * 127 = 30,480); for up to 7 bits, two products are at most 2 * 127 * 127 = 32,258; 8 bits need two halves.
+/// Adds products in 16 bits, where the largest ones fit: for up to 4 bits, those of a step to
+/// 16-bit sums (of 8 products each, at most 8 * 2 * 15 * 127 = 30,480); for up to 7 bits, two
+/// products are at most 2 * 127 * 127 = 32,258; 8 bits need two halves.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn add_products_in_halves<const WIDTH: usize>(

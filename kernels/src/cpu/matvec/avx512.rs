@@ -15,9 +15,10 @@ use crate::cpu::unpack::Lanes;
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
-    // SAFETY: the processor has what `tile` and `blocks` enable.
     has.then_some(Kernels {
+        // SAFETY: the processor has what `tile` enables.
         tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        // SAFETY: the processor has what `blocks` enables.
         blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
     })
 }

@@ -1,5 +1,6 @@
-//! One token times 16 rows of a tensor in one of ggml's quantized types. Four bytes of each row at a time become words of a register;
-//! then codes are unpacked and multiplied as those of packed layers are.
+//! One token times 16 rows of a tensor in one of ggml's quantized types. Four bytes of each row at
+//! a time become words of a register; then codes are unpacked and multiplied as those of packed
+//! layers are.
 
 use std::{array, hint::black_box};
 
@@ -76,7 +77,8 @@ impl<I: Isa, const N: usize> Word for RowWords<I, N> {
 }
 
 impl<I: Isa, const N: usize> Kernel<I, N> {
-    /// The products of 16 rows from `first` on with an input in steps of the type's runs; the last row stands for those below it.
+    /// The products of 16 rows from `first` on with an input in steps of the type's runs; the last
+    /// row stands for those below it.
     ///
     /// # Panics
     /// If the type has no [`run`], or values are not stored row by row.
@@ -93,6 +95,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "16 rows are walked side by side")]
     fn rows_of_blocks<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
         rows: &[&[u8]; TILE_ROWS],

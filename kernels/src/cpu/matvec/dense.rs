@@ -1,4 +1,5 @@
-//! One token times a dense tensor, straight from the bytes where they lie: f32 inputs and sums, in loops that the compiler vectorises.
+//! One token times a dense tensor, straight from the bytes where they lie: f32 inputs and sums, in
+//! loops that the compiler vectorises.
 
 use std::ops::Range;
 
@@ -6,7 +7,8 @@ use slim_formats::{DenseTensor, Layout};
 
 use crate::{Result, cpu::elementwise::dot, ggml::dequantize};
 
-/// Values that are brought into f32 at a time: whole blocks of every type, and they stay in the first cache.
+/// Values that are brought into f32 at a time: whole blocks of every type, and they stay in the
+/// first cache.
 const PIECE: usize = 256;
 
 per_isa! {

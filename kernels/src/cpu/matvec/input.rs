@@ -11,15 +11,17 @@ const STEP: usize = 2 * UNIT;
 
 /// Codes of the input, the same for all rows of a layer: `x = scale * code`.
 ///
-/// A scale covers a *step*: 32 columns of a run, or the 16 that are left of it. Where one value stands out, as those of a few channels
-/// do in every model, the others would lose their bits to it: such a step has a second code for what the first one leaves.
+/// A scale covers a *step*: 32 columns of a run, or the 16 that are left of it. Where one value
+/// stands out, as those of a few channels do in every model, the others would lose their bits to
+/// it: such a step has a second code for what the first one leaves.
 ///
 /// # Accuracy
-/// A value is off by 1/254 of the largest one in its step at most, and by 1/64,516 of it in a step with second codes. Sums of the
-/// input are sums of its codes, so that a row gets the product of its weights with the rounded input: the error of a sum would cost
-/// more than the rounding does.
+/// A value is off by 1/254 of the largest one in its step at most, and by 1/64,516 of it in a step
+/// with second codes. Sums of the input are sums of its codes, so that a row gets the product of
+/// its weights with the rounded input: the error of a sum would cost more than the rounding does.
 ///
-/// A step with a NaN or an infinite value gives no finite product. Values below 1e-37 may lose bits.
+/// A step with a NaN or an infinite value gives no finite product. Values below 1e-37 may lose
+/// bits.
 pub struct Input {
     /// For each 16 columns; a word has four of them in the order of memory.
     codes: Vec<[i32; 4]>,
@@ -47,12 +49,13 @@ pub(super) struct Step {
     pub has_fine_codes: bool,
 }
 
-/// What a second code is worth in scales: it goes from -127 to 127 and covers half a scale each way.
+/// What a second code is worth in scales: it goes from -127 to 127 and covers half a scale each
+/// way.
 pub(super) const FINE: f32 = 1.0 / 254.0;
 
-/// A step has second codes if its largest value is so many times the root of its mean square. Of 32 normally distributed values, one
-/// in 500 steps has such a value. Without second codes SmolLM2's perplexity rises by half a percent, with them by nothing that
-/// could be told from noise.
+/// A step has second codes if its largest value is so many times the root of its mean square. Of 32
+/// normally distributed values, one in 500 steps has such a value. Without second codes SmolLM2's
+/// perplexity rises by half a percent, with them by nothing that could be told from noise.
 const OUTLIER: f32 = 4.0;
 
 impl Input {

@@ -7,13 +7,15 @@ use slim_formats::slim::{PackedTensor, ScaleCoding, TILE_ROWS};
 use super::input::{FINE, Input, Step, Units};
 use crate::cpu::unpack::{Lanes, Planes, UNIT, for_width, short_words, zero_points};
 
-/// How far ahead the kernel asks for codes: the processor by itself does so too late. It brought 2-bit layers from 0.74 to 1.0 of the
-/// speed of a plain read, 3-bit layers from 0.66; from 1,024 to 4,096 bytes it makes no difference.
+/// How far ahead the kernel asks for codes: the processor by itself does so too late. It brought
+/// 2-bit layers from 0.74 to 1.0 of the speed of a plain read, 3-bit layers from 0.66; from 1,024
+/// to 4,096 bytes it makes no difference.
 const AHEAD_BYTES: usize = 2048;
 
 /// An instruction set that multiplies bytes: what a kernel asks of it, a register at a time.
 ///
-/// A value says that the processor has it. Every method is inlined, so that its instructions become the caller's.
+/// A value says that the processor has it. Every method is inlined, so that its instructions become
+/// the caller's.
 pub(super) trait Isa: Copy {
     /// A register of 32-bit words, one for each of some rows.
     type Words: Copy;
@@ -32,8 +34,9 @@ pub(super) trait Isa: Copy {
     fn shifted_left(self, words: Self::Words, bits: usize) -> Self::Words;
     fn shifted_right(self, words: Self::Words, bits: usize) -> Self::Words;
 
-    /// Adds products of codes, four unsigned bytes a word of `WIDTH` bits each, and inputs, four signed ones between -127 and 127.
-    /// What the sums of a step, of 8 calls at most, look like is the instruction set's own; zeros are empty sums.
+    /// Adds products of codes, four unsigned bytes a word of `WIDTH` bits each, and inputs, four
+    /// signed ones between -127 and 127. What the sums of a step, of 8 calls at most, look like is
+    /// the instruction set's own; zeros are empty sums.
     fn add_products<const WIDTH: usize>(
         self,
         sums: Self::Words,
@@ -70,8 +73,8 @@ macro_rules! instructions {
         = $value:expr;)*) => {$(
         #[inline(always)]
         fn $name $(<const $WIDTH: usize>)? (self, $($argument: $type),*) $(-> $result)? {
-            // SAFETY: a value of `Self` says that the processor has the instructions, and what they read or write through pointers
-            // is a slice of that length.
+            // SAFETY: a value of `Self` says that the processor has the instructions, and what they
+            // read or write through pointers is a slice of that length.
             unsafe { $value }
         }
     )*};
@@ -93,7 +96,8 @@ struct Sums<I: Isa, const N: usize> {
 #[derive(Clone, Copy)]
 pub(super) struct Kernel<I, const N: usize>(pub I);
 
-// Loops over registers are written out: a closure that is not inlined loses the caller's instruction set.
+// Loops over registers are written out: a closure that is not inlined loses the caller's
+// instruction set.
 impl<I: Isa, const N: usize> Kernel<I, N> {
     /// The products of the 16 rows of a tile with an input.
     #[inline(always)]
@@ -157,7 +161,8 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 let Step { scale, sum, has_fine_codes } = input.steps[unit];
                 let mut dots = self.step_products::<WIDTH>(planes, step.clone(), input.codes);
                 if has_fine_codes {
-                    // Codes are unpacked anew: kept for this rare case, they would cost every step registers.
+                    // Codes are unpacked anew: kept for this rare case, they would cost every step
+                    // registers.
                     let step = black_box(step.clone());
                     let rest = self.step_products::<WIDTH>(planes, step, input.fine_codes);
                     for i in 0..N {
@@ -255,7 +260,8 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         (self.converted(s), self.converted(z))
     }
 
-    /// The scales of a paper record, and what to take off a product: scale times zero point (F16), or scale less mean (F17).
+    /// The scales of a paper record, and what to take off a product: scale times zero point (F16),
+    /// or scale less mean (F17).
     #[inline(always)]
     fn paper_scales<const WIDTH: usize>(self, record: &[u8]) -> (Floats<I, N>, Floats<I, N>) {
         let (scale, rest) = record.split_first_chunk().expect("16 scales");

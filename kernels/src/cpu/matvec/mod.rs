@@ -1,9 +1,9 @@
-//! One token times a weight matrix, straight from the file's bytes. Of packed layers and ggml's blocks 16 rows are 16 lanes, and no
-//! sum goes across them.
+//! One token times a weight matrix, straight from the file's bytes. Of packed layers and ggml's
+//! blocks 16 rows are 16 lanes, and no sum goes across them.
 //!
-//! Where the processor multiplies bytes, the input becomes 8-bit integers first ([`Input`]): a code then costs a fraction of an
-//! instruction, and decoding waits for the memory. Elsewhere `portable` and `dense` multiply in f32, and so does `dense` everywhere
-//! with weights that are floats.
+//! Where the processor multiplies bytes, the input becomes 8-bit integers first ([`Input`]): a code
+//! then costs a fraction of an instruction, and decoding waits for the memory. Elsewhere `portable`
+//! and `dense` multiply in f32, and so does `dense` everywhere with weights that are floats.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -30,7 +30,8 @@ use crate::Result;
 
 pub use input::Input;
 
-/// Bytes of a layer in a task. With eight times as many, threads wait for each other: decoding SmolLM2 at 3 bits took half as long again.
+/// Bytes of a layer in a task. With eight times as many, threads wait for each other: decoding
+/// SmolLM2 at 3 bits took half as long again.
 const TASK_BYTES: usize = 1 << 15;
 
 /// What an instruction set multiplies bytes with. The products of 16 rows with an input:
@@ -90,8 +91,9 @@ impl fmt::Debug for Method {
 /// `out[rows]` from a matrix times `x[cols]`.
 ///
 /// # Accuracy
-/// [`Method::Integer`]: that of [`Input`], which is 2e-5 of NMSE for values without outliers; the rest as for [`Method::Float`],
-/// which sums in f32: over a sub-group (two-level) or group (paper), then over those.
+/// [`Method::Integer`]: that of [`Input`], which is 2e-5 of NMSE for values without outliers; the
+/// rest as for [`Method::Float`], which sums in f32: over a sub-group (two-level) or group (paper),
+/// then over those.
 ///
 /// # Panics
 /// If `x` or `out` is not as long as the matrix is wide or high.
@@ -126,7 +128,8 @@ fn in_whole_units(x: &[f32]) -> Cow<'_, [f32]> {
 /// `out[rows]` from a dense matrix times `x[cols]`.
 ///
 /// # Accuracy
-/// [`Method::Integer`] with one of ggml's quantized types: as [`matvec_by`]. Otherwise f32 sums over 256 columns, then over those.
+/// [`Method::Integer`] with one of ggml's quantized types: as [`matvec_by`]. Otherwise f32 sums
+/// over 256 columns, then over those.
 ///
 /// # Errors
 /// `UnsupportedType` for element types that hold no weights.

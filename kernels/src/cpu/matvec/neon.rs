@@ -1,4 +1,5 @@
-//! NEON with the dot products of Armv8.2: a register holds four columns of 4 rows, `sdot` multiplies and adds them.
+//! NEON with the dot products of Armv8.2: a register holds four columns of 4 rows, `sdot`
+//! multiplies and adds them.
 #![allow(
     unsafe_code,
     reason = "the instruction set is found out at run time, and `sdot` has no stable intrinsic"
@@ -18,9 +19,10 @@ use crate::cpu::unpack::Lanes;
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-    // SAFETY: the processor has what `tile` and `blocks` enable.
     has.then_some(Kernels {
+        // SAFETY: the processor has what `tile` enables.
         tile: |packed, index, input| unsafe { tile(packed, index, input) },
+        // SAFETY: the processor has what `blocks` enables.
         blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
     })
 }
@@ -63,7 +65,8 @@ impl Isa for Neon {
         add_products<WIDTH>(sums: uint32x4_t, codes: uint32x4_t, input: uint32x4_t) -> uint32x4_t
             = match WIDTH {
                 1..=7 => add_signed_products(sums, codes, input),
-                // A code above 127 is no signed byte: it is twice its upper 7 bits and its last one.
+                // A code above 127 is no signed byte: it is twice its upper 7 bits and its last
+                // one.
                 _ => {
                     let upper = vandq_u32(vshrq_n_u32::<1>(codes), vdupq_n_u32(0x7f7f_7f7f));
                     let last = vandq_u32(codes, vdupq_n_u32(0x0101_0101));
@@ -86,7 +89,8 @@ impl Isa for Neon {
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn add_signed_products(mut sums: uint32x4_t, a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
-    // SAFETY: the function enables this instruction, which reads and writes these registers and nothing else.
+    // SAFETY: the function enables this instruction, which reads and writes these registers and
+    // nothing else.
     unsafe {
         asm!(
             "sdot {sums:v}.4s, {a:v}.16b, {b:v}.16b",

@@ -87,15 +87,16 @@ fn compare(device: &Arc<Device>, check: &mut Check, case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Queries `[m, heads, head_dim]`; keys and values of all positions, `[start + m, kv_heads, head_dim]`.
+/// Queries `[m, heads, head_dim]`; keys and values of all positions,
+/// `[start + m, kv_heads, head_dim]`.
 fn numbers(case: &Case) -> [Vec<f32>; 3] {
     let kv_len = (case.start + case.m) * case.kv_heads * case.head_dim;
     let q = vector(31, case.m * case.heads * case.head_dim, 2.0);
     [q, vector(32, kv_len, 1.0), vector(33, kv_len, 1.0)]
 }
 
-/// `[positions, kv_heads, head_dim]` as a cache holds it, `[kv_heads, positions, head_dim]`, rounded as the cache does:
-/// what 8 bits cost is not an error of the kernels.
+/// `[positions, kv_heads, head_dim]` as a cache holds it, `[kv_heads, positions, head_dim]`,
+/// rounded as the cache does: what 8 bits cost is not an error of the kernels.
 fn cached(x: &[f32], case: &Case) -> Vec<f32> {
     let Case { kv_heads, head_dim, kv_type, .. } = *case;
     let positions = x.len() / (kv_heads * head_dim);

@@ -1,4 +1,5 @@
-//! A whole model on the device against the scalar reference: the CPU itself rounds what it decodes to 8 bits.
+//! A whole model on the device against the scalar reference: the CPU itself rounds what it decodes
+//! to 8 bits.
 
 use std::sync::Arc;
 
@@ -13,10 +14,11 @@ use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings};
 use super::Check;
 use crate::source::{RandomModel, Storage};
 
-/// The reference computes with f32 where the device rounds to fp16: activations, keys and values. Errors of several layers
-/// add up: measured 1.4e-3.
+/// The reference computes with f32 where the device rounds to fp16: activations, keys and values.
+/// Errors of several layers add up: measured 1.4e-3.
 pub const LOGITS_ERROR: f64 = 4e-3;
-/// Keys and values of 8 bits are 0.6 % off, at random, before attention averages them: measured 8.2e-3.
+/// Keys and values of 8 bits are 0.6 % off, at random, before attention averages them: measured
+/// 8.2e-3.
 pub const Q8_ERROR: f64 = 2e-2;
 /// A block on the CPU rounds the inputs of its layers to 8 bits when it decodes: measured 1.3e-2.
 pub const SPLIT_ERROR: f64 = 3e-2;
@@ -71,8 +73,8 @@ pub fn split(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     compare(check, &settings(device, 1, KvType::F16))
 }
 
-/// Compares the logits of every token of a prompt, of tokens that follow one by one, and of a prompt of several
-/// batches.
+/// Compares the logits of every token of a prompt, of tokens that follow one by one, and of a
+/// prompt of several batches.
 fn compare(check: &mut Check, settings: &CudaSettings) -> Result<()> {
     let source = tiny_model();
     let (scalar, cuda) = (Model::load(&source, &Scalar)?, Model::load_on_cuda(&source, settings)?);

@@ -117,8 +117,8 @@ pub fn dense(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Res
     Ok(())
 }
 
-/// Compares the products of `w` with so many tokens. Rows that [`Fill::OutlierRow`] makes large are compared apart:
-/// they must not hide errors of the others.
+/// Compares the products of `w` with so many tokens. Rows that [`Fill::OutlierRow`] makes large are
+/// compared apart: they must not hide errors of the others.
 fn multiply(
     device: &Arc<Device>,
     check: &mut Check,
