@@ -16,6 +16,25 @@ pub struct Activations {
     width: usize,
 }
 
+/// The inputs of one or more linear layers.
+#[derive(Clone, Copy)]
+pub struct StageInputs<'a> {
+    /// `[samples, tokens, cols]`, from the layers as they are by now.
+    pub activations: &'a Activations,
+    /// What the layers should make of them, if it is not their own product with them.
+    pub float: Option<FloatInputs<'a>>,
+}
+
+/// The same stage of the float model.
+#[derive(Clone, Copy)]
+pub struct FloatInputs<'a> {
+    /// `[samples, tokens, cols]`.
+    pub activations: &'a Activations,
+    /// What the residual stream lacks to that of the float model before a layer adds to it,
+    /// `[samples, tokens, rows]`; `None` for layers that do not add to it.
+    pub missing: Option<&'a Activations>,
+}
+
 impl Activations {
     /// Zeros.
     ///

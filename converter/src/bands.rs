@@ -6,35 +6,33 @@
 //! of tokens (`docs/accuracy.md` has the effect).
 
 use slim_formats::{
-    ModelConfig,
+    Decoder,
+    arch::{Rows, Tensor},
     slim::{MAX_BANDS, TILE_ROWS},
 };
-
-use crate::backward::Linear;
 
 /// Rows that the blocks of many-token kernels take: bands of large matrices are multiples of them.
 const BLOCK_ROWS: usize = 128;
 
-/// The rows of each band of a layer, from the first to the last; `None` for a matrix that is not
-/// cut.
-pub fn bands(layer: Linear, config: &ModelConfig) -> Option<Vec<usize>> {
-    let bands = match layer {
-        Linear::AttnQ => of_heads(config.head_count, config.head_dim),
-        Linear::FfnGate | Linear::FfnUp => of_neurons(config.ffn_size),
-        Linear::AttnK | Linear::AttnV | Linear::AttnOutput | Linear::FfnDown => return None,
+/// The rows of each band of a matrix, from the first to the last; `None` for one that is not cut.
+pub fn bands(tensor: &Tensor, decoder: &Decoder) -> Option<Vec<usize>> {
+    let (rows, _) = tensor.shape();
+    let bands = match (tensor.part.rows(), tensor.block) {
+        (Rows::Heads, Some(block)) => {
+            let head_dim = decoder.blocks[block].attention.head_dim;
+            of_heads(rows / head_dim, head_dim)
+        }
+        (Rows::Neurons, _) => of_neurons(rows),
+        (Rows::Tokens, _) => of_tokens(rows),
+        (Rows::Heads | Rows::Channels, _) => return None,
     };
-    several(bands)
-}
-
-/// The rows of each band of the embedding and of the output layer: halves, the first of which is
-/// cut again and again. The ids of tokens rise as they get rarer: byte-pair encoders number them in
-/// the order in which they were merged.
-pub fn of_tokens(vocab: usize) -> Option<Vec<usize>> {
-    several(in_shares(vocab, &[64, 64, 32, 16, 8, 4]))
-}
-
-fn several(bands: Vec<usize>) -> Option<Vec<usize>> {
     (bands.len() > 1).then_some(bands)
+}
+
+/// Halves, the first of which is cut again and again. The ids of tokens rise as they get rarer:
+/// byte-pair encoders number them in the order in which they were merged.
+fn of_tokens(vocab: usize) -> Vec<usize> {
+    in_shares(vocab, &[64, 64, 32, 16, 8, 4])
 }
 
 /// Equally many heads each, as few as there may be.
@@ -85,12 +83,11 @@ mod tests {
 
     #[test]
     fn bands_of_tokens_hold_every_token_once_and_whole_tiles() {
-        let bands = of_tokens(49152).unwrap();
-        assert_eq!(bands, [768, 768, 1536, 3072, 6144, 12288, 24576]);
-        assert_eq!(of_tokens(320).unwrap(), [16, 16, 16, 32, 48, 80, 112]);
-        assert_eq!(of_tokens(16), None);
+        assert_eq!(of_tokens(49152), [768, 768, 1536, 3072, 6144, 12288, 24576]);
+        assert_eq!(of_tokens(320), [16, 16, 16, 32, 48, 80, 112]);
+        assert_eq!(of_tokens(16), [16]);
         for tokens in 17..2000 {
-            check(&of_tokens(tokens).unwrap(), tokens);
+            check(&of_tokens(tokens), tokens);
         }
     }
 

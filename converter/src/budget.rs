@@ -11,7 +11,7 @@ use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
 use slim_formats::{
-    EMBEDDING, ModelSource, OUTPUT, Weight,
+    ModelSource, PartMap, Weight,
     slim::{BitWidth, TILE_ROWS},
 };
 use slim_kernels::weight;
@@ -21,10 +21,10 @@ use crate::{
     Calibration, Contents, Progress, Result, Settings, Target, Work,
     allocate::group_columns,
     backward::{
-        Linear, Sensitivities, Sensitivity, Vocabulary, sensitivities, sensitivity_batches,
+        Sensitivities, Sensitivity, Vocabulary, sensitivities, sensitivity_batches,
         sensitivity_samples,
     },
-    convert::finite_rows,
+    finite::finite_rows,
     fit::fit_error,
     lanes::gather,
     layer::{SLAB_ROWS, layout},
@@ -44,8 +44,8 @@ pub struct Budget {
     pub neurons: Vec<Vec<usize>>,
     /// By the names of the matrices whose rows are to make up for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
-    /// The Hessians of the embedding and the output layer, by name.
-    pub vocabulary: HashMap<&'static str, Vocabulary>,
+    /// The Hessians of the embedding and the output layer.
+    pub vocabulary: PartMap<Vocabulary>,
 }
 
 /// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in
@@ -61,26 +61,25 @@ pub fn budget(
     memory_left: &mut u64,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Budget> {
-    let config = source.config();
+    let decoder = source.decoder();
     let samples = &calibration.samples;
     let samples = &samples[..sensitivity_samples(samples.len(), settings.context)];
     let mut done = 0;
-    let of = sensitivity_batches(samples).len() + config.block_count;
+    let of = sensitivity_batches(samples).len() + decoder.blocks.len();
     progress(Progress::Survey { done, of });
     let mut sensitivities = sensitivities(source, samples, memory_left, &mut |tokens| {
         done += 1;
-        progress(Progress::Worked(Work::Sensitivities, work::sensitivities(config, tokens)));
+        progress(Progress::Worked(Work::Sensitivities, work::sensitivities(decoder, tokens)));
         progress(Progress::Survey { done, of });
     })?;
     let (mut layers, mut neurons) = (Vec::new(), Vec::new());
-    for index in 0..config.block_count {
+    for index in 0..decoder.blocks.len() {
         let block = Block::load(source, index)?;
         let ffn = match contents.has_bands() {
             true => {
-                let ffn = Ffn::load(&block, index)?;
-                let of = [Linear::FfnGate, Linear::FfnUp, Linear::FfnDown];
-                let order = ffn.order(of.map(|layer| sensitivities.of(index, layer)));
-                sensitivities.sort_neurons(index, &order);
+                let ffn = Ffn::load(&block, decoder, index)?;
+                let order = ffn.order(&sensitivities.blocks[index]);
+                ffn.sort_sensitivities(&mut sensitivities.blocks[index], &order);
                 let sorted = ffn.sorted(&order);
                 neurons.push(order);
                 Some(sorted)
@@ -91,9 +90,10 @@ pub fn budget(
             Some(ffn) => ffn.within(&block),
             None => block,
         };
-        for (layer, found) in Linear::ALL.into_iter().zip(block.weights()) {
-            let (matrix, sensitivity) = (layer.tensor_name(index), sensitivities.of(index, layer));
-            layers.extend(matrix_costs(&matrix, found, sensitivity, contents, settings)?);
+        for (part, &found) in block.layers.iter() {
+            let name = &decoder.tensor(index, part).name;
+            let sensitivity = &sensitivities.blocks[index][part];
+            layers.extend(matrix_costs(name, found, sensitivity, contents, settings)?);
             progress(Progress::Worked(Work::Fits, work::weights(weight::shape(found))));
         }
         source.release_pages();
@@ -131,8 +131,8 @@ fn vocabulary_costs(
 ) -> Result<Vec<LayerCosts>> {
     let settings = settings.for_embedding();
     let mut layers = Vec::new();
-    for name in [EMBEDDING, OUTPUT] {
-        let Some(vocabulary) = sensitivities.vocabulary.get(name) else { continue };
+    for (part, vocabulary) in sensitivities.vocabulary.iter() {
+        let name = part.gguf_name();
         let (found, sensitivity) = (source.require(name)?, &vocabulary.sensitivity);
         layers.extend(matrix_costs(name, found, sensitivity, contents, &settings)?);
         progress(Progress::Worked(Work::Fits, work::weights(weight::shape(found))));

@@ -1,47 +1,37 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
 use slim_formats::{
-    EMBEDDING, ModelConfig, ModelSource, Weight,
+    Decoder, ModelSource, PartMap, Weight,
+    arch::{BlockSpec, Stage, Tensor},
     slim::{Bands, PackedLayer},
 };
-use slim_kernels::RopeAngles;
-use slim_runtime::{Block, Context, KvBlock, embed, rope_angles};
+use slim_kernels::cuda::Held;
+use slim_runtime::{Block, Context, KvBlock, Positions, embed};
 
 use crate::{
-    Activations, Engine, Method, Result, Settings, layer::LayerInputs, rows::output_hessian_sizes,
+    Activations, Engine, Method, Result, Settings,
+    activations::{FloatInputs, StageInputs},
+    layer::LayerInputs,
+    rows::output_hessian_sizes,
 };
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
-    /// The Hessian of the layers that take `stage` in, of which `name` is the first.
+    /// The Hessian of the layers that take `stage` in, of which `first` is one.
     fn inputs<'a>(
         &mut self,
-        name: &str,
-        stage: Stage<'a>,
+        first: &Tensor,
+        stage: StageInputs<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>>;
 
     /// A layer; what runs in its place from here on.
-    fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer>;
-}
-
-/// The inputs of one or more linear layers.
-#[derive(Clone, Copy)]
-pub struct Stage<'a> {
-    /// `[samples, tokens, cols]`, from the layers as they are by now.
-    pub activations: &'a Activations,
-    /// What the layers should make of them, if it is not their own product with them.
-    pub float: Option<FloatStage<'a>>,
-}
-
-/// The same stage of the float model.
-#[derive(Clone, Copy)]
-pub struct FloatStage<'a> {
-    /// `[samples, tokens, cols]`.
-    pub activations: &'a Activations,
-    /// What the residual stream lacks to that of the float model before a layer adds to it,
-    /// `[samples, tokens, rows]`; `None` for layers that do not add to it.
-    pub missing: Option<&'a Activations>,
+    fn layer(
+        &mut self,
+        tensor: &Tensor,
+        source: Weight<'_>,
+        inputs: &LayerInputs<'_>,
+    ) -> Result<Layer>;
 }
 
 /// What became of a layer.
@@ -66,7 +56,7 @@ impl Layer {
 pub struct Calibrator<'a> {
     engine: &'a Engine,
     context: Context<'a>,
-    angles: RopeAngles,
+    positions: Positions,
     /// Through the layers as the visitor leaves them.
     stream: Stream,
     /// Through the float model, where the visitor wants to know its outputs.
@@ -78,7 +68,7 @@ pub struct Calibrator<'a> {
 
 /// Bytes of the activations of [`Calibrator::new`] that will go to temporary files: what
 /// `memory_left` does not hold once it holds the output Hessians.
-pub fn scratch_bytes(config: &ModelConfig, settings: &Settings, mut memory_left: u64) -> usize {
+pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u64) -> usize {
     if settings.method == Method::RoundToNearest {
         return 0;
     }
@@ -90,12 +80,12 @@ pub fn scratch_bytes(config: &ModelConfig, settings: &Settings, mut memory_left:
         None => bytes,
     };
     if settings.has_budget() {
-        output_hessian_sizes(config).for_each(|bytes| {
+        output_hessian_sizes(decoder).for_each(|bytes| {
             in_scratch(bytes);
         });
     }
-    let hidden = config.hidden_size;
-    let stream = [hidden, hidden, config.head_count * config.head_dim, config.ffn_size];
+    let hidden = decoder.hidden_size;
+    let stream = Stream::widths(decoder);
     let mut widths = stream.to_vec();
     if settings.follows_float() {
         widths.extend(stream.iter().chain([&hidden]));
@@ -125,16 +115,18 @@ impl<'a> Calibrator<'a> {
         engine: &'a Engine,
         memory_left: &mut u64,
     ) -> Result<Self> {
-        let config = source.config();
+        let decoder = source.decoder();
         let count = samples.len();
         let tokens = samples.first().map_or(0, Vec::len);
         let mut activations = |width| Activations::new(count, tokens, width, memory_left);
+        let hidden = decoder.hidden_size;
         let mut stream = || -> Result<Stream> {
+            let [residual, normed, attended, activated] = Stream::widths(decoder);
             Ok(Stream {
-                residual: activations(config.hidden_size)?,
-                normed: activations(config.hidden_size)?,
-                attended: activations(config.head_count * config.head_dim)?,
-                ffn: activations(config.ffn_size)?,
+                residual: activations(residual)?,
+                normed: activations(normed)?,
+                attended: activations(attended)?,
+                activated: activations(activated)?,
             })
         };
         let mut ours = stream()?;
@@ -142,7 +134,7 @@ impl<'a> Calibrator<'a> {
             true => Some(stream()?),
             false => None,
         };
-        let of_source = source.require(EMBEDDING)?;
+        let of_source = source.require(&decoder.embedding().name)?;
         for (index, tokens) in samples.iter().enumerate() {
             ours.residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
             if let Some(float) = &mut float {
@@ -150,16 +142,16 @@ impl<'a> Calibrator<'a> {
             }
         }
         let float = match float {
-            Some(stream) => Some(FloatStream { stream, missing: activations(config.hidden_size)? }),
+            Some(stream) => Some(FloatStream { stream, missing: activations(hidden)? }),
             None => None,
         };
         let before = match settings.reference {
-            true => Some(activations(config.hidden_size)?),
+            true => Some(activations(hidden)?),
             false => None,
         };
-        let context = Context { config, backend: engine.backend(settings.precision()) };
-        let angles = rope_angles(config, 0, tokens);
-        Ok(Self { engine, context, angles, stream: ours, float, before })
+        let context = Context { decoder, backend: engine.backend(settings.precision()) };
+        let positions = Positions::new(decoder, 0, tokens);
+        Ok(Self { engine, context, positions, stream: ours, float, before })
     }
 
     /// Leads `visitor` to the layers of a block in the order in which data flows through them, and
@@ -170,92 +162,61 @@ impl<'a> Calibrator<'a> {
         block: &Block<'_>,
         visitor: &mut dyn Visitor,
     ) -> Result<()> {
-        let Self { engine, context, angles, stream, float, before } = self;
-        let walk = Walk { engine, context: *context, angles };
-        let name = |layer: &str| format!("blk.{index}.{layer}.weight");
+        let Self { engine, context, positions, stream, float, before } = self;
+        let walk = Walk { engine, context: *context, positions };
         if let Some(before) = before {
             before.fill(engine, |batch| Ok(stream.residual.batch(batch).to_vec()))?;
         }
-        let is_sequential = before.is_none();
-
-        stream.attention_input(walk, block)?;
-        if let Some(float) = float {
-            float.stream.attention_input(walk, block)?;
-        }
-        let (q, k, v) = {
-            let float = float.as_ref().map(|float| &float.stream.normed);
-            let stage = Stage::new(&stream.normed, float, None);
-            let inputs = visitor.inputs(&name("attn_q"), stage, engine)?;
-            (
-                visitor.layer(&name("attn_q"), block.attn_q, &inputs)?,
-                visitor.layer(&name("attn_k"), block.attn_k, &inputs)?,
-                visitor.layer(&name("attn_v"), block.attn_v, &inputs)?,
-            )
-        };
-        let quantized = Block {
-            attn_q: q.weight(block.attn_q),
-            attn_k: k.weight(block.attn_k),
-            attn_v: v.weight(block.attn_v),
-            ..block.clone()
-        };
-        let running = if is_sequential { &quantized } else { block };
-
-        stream.attend(walk, running)?;
-        if let Some(float) = float {
-            float.stream.attend(walk, block)?;
-            float.compare(engine, stream)?;
-        }
-        let attn_output = {
-            let missing = float.as_ref().map(|float| &float.missing);
-            let float = float.as_ref().map(|float| &float.stream.attended);
-            let stage = Stage::new(&stream.attended, float, missing);
-            let inputs = visitor.inputs(&name("attn_output"), stage, engine)?;
-            visitor.layer(&name("attn_output"), block.attn_output, &inputs)?
-        };
-        let quantized = Block { attn_output: attn_output.weight(block.attn_output), ..quantized };
-        let running = if is_sequential { &quantized } else { block };
-
-        stream.add_attention(walk, running)?;
-        if let Some(float) = float {
-            float.stream.add_attention(walk, block)?;
-        }
-        let (gate, up) = {
-            let float = float.as_ref().map(|float| &float.stream.normed);
-            let stage = Stage::new(&stream.normed, float, None);
-            let inputs = visitor.inputs(&name("ffn_gate"), stage, engine)?;
-            (
-                visitor.layer(&name("ffn_gate"), block.ffn_gate, &inputs)?,
-                visitor.layer(&name("ffn_up"), block.ffn_up, &inputs)?,
-            )
-        };
-        let quantized = Block {
-            ffn_gate: gate.weight(block.ffn_gate),
-            ffn_up: up.weight(block.ffn_up),
-            ..quantized
-        };
-        let running = if is_sequential { &quantized } else { block };
-
-        stream.ffn_activation(walk, running)?;
-        if let Some(float) = float {
-            float.stream.ffn_activation(walk, block)?;
-            float.compare(engine, stream)?;
-        }
-        let down = {
-            let missing = float.as_ref().map(|float| &float.missing);
-            let float = float.as_ref().map(|float| &float.stream.ffn);
-            let stage = Stage::new(&stream.ffn, float, missing);
-            let inputs = visitor.inputs(&name("ffn_down"), stage, engine)?;
-            visitor.layer(&name("ffn_down"), block.ffn_down, &inputs)?
-        };
-        let quantized = Block { ffn_down: down.weight(block.ffn_down), ..quantized };
-        if let Some(float) = float {
-            float.stream.add_ffn(walk, block)?;
+        let mut layers = PartMap::new();
+        for stage in block.spec.stages() {
+            // What the samples go through: the layers so far, unless they must not feel them yet.
+            let so_far = with_layers(block, &layers);
+            let running = if before.is_none() { &so_far } else { block };
+            stream.enter(stage, walk, running)?;
+            if let Some(float) = float {
+                float.stream.enter(stage, walk, block)?;
+                if stage.adds_to_residual() {
+                    float.compare(engine, stream)?;
+                }
+            }
+            let tensors = block.spec.layers_of(stage).iter();
+            let tensors = tensors.map(|&part| walk.context.decoder.tensor(index, part));
+            let tensors: Vec<&Tensor> = tensors.collect();
+            {
+                let float = float.as_ref().map(|float| FloatInputs {
+                    activations: float.stream.inputs_of(stage),
+                    missing: stage.adds_to_residual().then_some(&float.missing),
+                });
+                let inputs = StageInputs { activations: stream.inputs_of(stage), float };
+                let inputs = visitor.inputs(tensors[0], inputs, engine)?;
+                for tensor in tensors {
+                    let layer = visitor.layer(tensor, block.layers[tensor.part], &inputs)?;
+                    layers.insert(tensor.part, layer);
+                }
+            }
+            if stage.adds_to_residual() {
+                let so_far = with_layers(block, &layers);
+                let running = if before.is_none() { &so_far } else { block };
+                stream.add(stage, walk, running)?;
+                if let Some(float) = float {
+                    float.stream.add(stage, walk, block)?;
+                }
+            }
         }
         match before {
-            None => stream.add_ffn(walk, &quantized),
-            Some(before) => stream.repeat_block(walk, &quantized, before),
+            None => Ok(()),
+            Some(before) => stream.repeat_block(walk, &with_layers(block, &layers), before),
         }
     }
+}
+
+/// A block with what has become of its layers so far.
+fn with_layers<'b>(block: &'b Block<'_>, layers: &'b PartMap<Layer>) -> Block<'b> {
+    let mut block: Block<'b> = block.clone();
+    for (part, layer) in layers.iter() {
+        block.layers[part] = layer.weight(block.layers[part]);
+    }
+    block
 }
 
 impl FloatStream {
@@ -268,29 +229,23 @@ impl FloatStream {
     }
 }
 
-impl<'a> Stage<'a> {
-    /// `missing` counts only with `float`.
-    pub fn new(
-        activations: &'a Activations,
-        float: Option<&'a Activations>,
-        missing: Option<&'a Activations>,
-    ) -> Self {
-        let float = float.map(|activations| FloatStage { activations, missing });
-        Self { activations, float }
-    }
-}
-
 /// What all samples go through the stages with.
 #[derive(Clone, Copy)]
 struct Walk<'w> {
     engine: &'w Engine,
     context: Context<'w>,
-    angles: &'w RopeAngles,
+    positions: &'w Positions,
 }
 
 impl Walk<'_> {
-    fn new_kv(&self) -> KvBlock {
-        KvBlock::new(self.context.config, 2 * self.angles.cos.len() / self.angles.head_dim)
+    /// Keeps the layers of a stage on the device that computes.
+    fn hold<'b>(&self, stage: Stage, block: &Block<'b>) -> Result<Vec<Held<'b>>> {
+        let layers = block.spec.layers_of(stage).iter().map(|&part| block.layers[part]);
+        self.engine.hold(&layers.collect::<Vec<_>>())
+    }
+
+    fn new_kv(&self, block: &Block<'_>) -> KvBlock {
+        KvBlock::new(&block.spec.attention, self.positions.count)
     }
 }
 
@@ -300,51 +255,55 @@ struct Stream {
     residual: Activations,
     /// The normed residual, `[samples, tokens, hidden]`.
     normed: Activations,
-    /// The inputs of `attn_output`, `[samples, tokens, heads * head_dim]`.
+    /// What attention gives, `[samples, tokens, heads * head_dim]`.
     attended: Activations,
-    /// The inputs of `ffn_down`, `[samples, tokens, ffn]`.
-    ffn: Activations,
+    /// The activations of neurons, `[samples, tokens, neurons]`.
+    activated: Activations,
 }
 
 /// The stages of [`Block::forward`], each for all samples.
 impl Stream {
-    fn attention_input(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
-        let Self { residual, normed, .. } = self;
-        normed.fill(walk.engine, |batch| {
-            Ok(block.attention_input(walk.context, residual.batch(batch)))
+    /// The channels of its activations, in the order of the fields.
+    fn widths(decoder: &Decoder) -> [usize; 4] {
+        let BlockSpec { attention, ffn } = decoder.blocks[0];
+        let hidden = decoder.hidden_size;
+        [hidden, hidden, attention.heads * attention.head_dim, ffn.width]
+    }
+
+    /// The inputs of a stage's layers, once it has been entered.
+    fn inputs_of(&self, stage: Stage) -> &Activations {
+        match stage {
+            Stage::Attention | Stage::Ffn => &self.normed,
+            Stage::AttentionOutput => &self.attended,
+            Stage::FfnOutput => &self.activated,
+        }
+    }
+
+    /// Makes the inputs of a stage's layers.
+    fn enter(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let Self { residual, normed, attended, activated } = self;
+        let (from, inputs, running) = match stage {
+            Stage::Attention | Stage::Ffn => (&*residual, normed, None),
+            Stage::AttentionOutput => (&*normed, attended, Some(Stage::Attention)),
+            Stage::FfnOutput => (&*normed, activated, Some(Stage::Ffn)),
+        };
+        let _held = match running {
+            Some(before) => Some(walk.hold(before, block)?),
+            None => None,
+        };
+        inputs.fill(walk.engine, |batch| {
+            let kv = &mut walk.new_kv(block);
+            Ok(block.input(stage, walk.context, from.batch(batch), kv, walk.positions)?)
         })
     }
 
-    fn attend(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
-        let Self { normed, attended, .. } = self;
-        let _held = walk.engine.hold(&[block.attn_q, block.attn_k, block.attn_v])?;
-        attended.fill(walk.engine, |batch| {
-            let kv = &mut walk.new_kv();
-            Ok(block.attend(walk.context, normed.batch(batch), kv, 0, walk.angles)?)
-        })
-    }
-
-    fn add_attention(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
-        let Self { residual, normed, attended, .. } = self;
-        let held = walk.engine.hold(&[block.attn_output])?;
-        residual.update(walk.engine, |batch, out| {
-            Ok(block.add_attention(walk.context, attended.batch(batch), out)?)
-        })?;
-        drop(held);
-        normed.fill(walk.engine, |batch| Ok(block.ffn_input(walk.context, residual.batch(batch))))
-    }
-
-    fn ffn_activation(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
-        let Self { normed, ffn, .. } = self;
-        let _held = walk.engine.hold(&[block.ffn_gate, block.ffn_up])?;
-        ffn.fill(walk.engine, |batch| Ok(block.ffn_activation(walk.context, normed.batch(batch))?))
-    }
-
-    fn add_ffn(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
-        let Self { residual, ffn, .. } = self;
-        let _held = walk.engine.hold(&[block.ffn_down])?;
-        residual.update(walk.engine, |batch, out| {
-            Ok(block.add_ffn(walk.context, ffn.batch(batch), out)?)
+    /// Adds what a stage's layer gives to the residual stream.
+    fn add(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let _held = walk.hold(stage, block)?;
+        let Self { residual, attended, activated, .. } = self;
+        let inputs = if stage == Stage::AttentionOutput { attended } else { activated };
+        residual.update(walk.engine, |batch, residual| {
+            Ok(block.add(stage, walk.context, inputs.batch(batch), residual)?)
         })
     }
 
@@ -355,10 +314,11 @@ impl Stream {
         block: &Block<'_>,
         before: &Activations,
     ) -> Result<()> {
-        let _held = walk.engine.hold(&block.weights())?;
+        let layers: Vec<_> = block.layers.values().copied().collect();
+        let _held = walk.engine.hold(&layers)?;
         self.residual.update(walk.engine, |batch, residual| {
             residual.copy_from_slice(before.batch(batch));
-            block.forward(walk.context, residual, &mut walk.new_kv(), 0, walk.angles)?;
+            block.forward(walk.context, residual, &mut walk.new_kv(block), walk.positions)?;
             Ok(())
         })
     }

@@ -8,18 +8,15 @@ use std::{
 };
 
 use slim_formats::{
-    DType, EMBEDDING, FormatError, ModelSource, OUTPUT,
+    DType, FormatError, ModelSource,
+    arch::{ROPE_FACTORS, Tensor},
     gguf::Metadata,
     slim::{BitWidth, LayerLayout, Outline, ScaleCoding, band_name},
-    tensor_names,
 };
 use slim_kernels::{narrow::Extent, weight};
 
 use crate::{
-    ConvertError, Engine, Method, Result, Settings, Target,
-    backward::Linear,
-    bands::{bands, of_tokens},
-    coder::scales_fit_f16,
+    ConvertError, Engine, Method, Result, Settings, Target, bands::bands, coder::scales_fit_f16,
     provenance,
 };
 
@@ -119,20 +116,22 @@ impl Contents {
             has_bands,
             warnings: Vec::new(),
         };
-        contents.vocabulary_matrix(EMBEDDING, source, &embedding, extents)?;
-        for block in 0..config.block_count {
-            contents.vector(&format!("blk.{block}.attn_norm.weight"), config.hidden_size);
-            contents.vector(&format!("blk.{block}.ffn_norm.weight"), config.hidden_size);
-            for layer in Linear::ALL {
-                contents.linear(layer, block, source, &linear, extents)?;
+        let decoder = source.decoder();
+        contents.matrix(decoder.embedding(), source, &embedding, extents)?;
+        for block in 0..decoder.blocks.len() {
+            let (matrices, vectors): (Vec<_>, Vec<_>) =
+                decoder.tensors_of(block).iter().partition(|tensor| tensor.is_matrix());
+            vectors.into_iter().for_each(|tensor| contents.vector(&tensor.name, tensor.dims[0]));
+            for tensor in matrices {
+                contents.matrix(tensor, source, &linear, extents)?;
             }
         }
-        contents.vector("output_norm.weight", config.hidden_size);
-        if !config.tied_embeddings {
-            contents.vocabulary_matrix(OUTPUT, source, &embedding, extents)?;
+        contents.vector(&decoder.output_norm().name, decoder.hidden_size);
+        if !decoder.has_tied_embeddings() {
+            contents.matrix(decoder.output(), source, &embedding, extents)?;
         }
         if !config.rope.is_unscaled() {
-            contents.vector("rope_freqs.weight", config.rope.factors.len());
+            contents.vector(ROPE_FACTORS, config.rope.factors.len());
         }
         Ok(contents)
     }
@@ -273,39 +272,15 @@ impl Contents {
         self.tensors.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
     }
 
-    /// A linear layer of a block.
-    fn linear(
-        &mut self,
-        layer: Linear,
-        block: usize,
-        source: &dyn ModelSource,
-        settings: &Settings,
-        extents: &Extents,
-    ) -> Result<()> {
-        let bands = bands(layer, source.config());
-        self.matrix(&layer.tensor_name(block), bands, source, settings, extents)
-    }
-
-    /// The embedding or the output layer.
-    fn vocabulary_matrix(
-        &mut self,
-        name: &str,
-        source: &dyn ModelSource,
-        settings: &Settings,
-        extents: &Extents,
-    ) -> Result<()> {
-        self.matrix(name, of_tokens(source.config().vocab_size), source, settings, extents)
-    }
-
-    /// A matrix, in these bands if it is quantized and there are to be any.
+    /// A matrix, in bands if it is quantized and there are to be any.
     fn matrix(
         &mut self,
-        name: &str,
-        bands: Option<Vec<usize>>,
+        tensor: &Tensor,
         source: &dyn ModelSource,
         settings: &Settings,
         extents: &Extents,
     ) -> Result<()> {
+        let name = tensor.name.as_str();
         let (found, extent) = (source.require(name)?, &extents[name]);
         let (rows, cols) = weight::shape(found);
         let width = BitWidth::new(settings.bits);
@@ -321,7 +296,7 @@ impl Contents {
             self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
             return Ok(());
         };
-        let Some(bands) = bands.filter(|_| self.has_bands) else {
+        let Some(bands) = bands(tensor, source.decoder()).filter(|_| self.has_bands) else {
             return self.layer(name.to_owned(), name, [rows, cols], width, settings);
         };
         for (index, rows) in bands.into_iter().enumerate() {
@@ -378,10 +353,8 @@ impl Contents {
 
 /// Looks at all weights of the source.
 fn extents(source: &dyn ModelSource) -> Result<Extents> {
-    let config = source.config();
-    let names = tensor_names(config.block_count).map(|(_, name)| name);
-    let names = names.filter(|name| !(config.tied_embeddings && name == OUTPUT));
-    let extents = names.map(|tensor| {
+    let extents = source.decoder().tensors().iter().map(|tensor| {
+        let tensor = tensor.name.clone();
         let extent = Extent::of(source.require(&tensor)?)?;
         source.release_pages();
         match extent.not_finite {

@@ -1,11 +1,9 @@
 //! The whole conversion: the embedding, then one block at a time, each layer calibrated on what the
 //! quantized layers before it give.
 
-use std::ops::Range;
-
-use rayon::prelude::*;
 use slim_formats::{
-    DType, EMBEDDING, ModelSource, OUTPUT, OutputPath, ScratchFile, Weight,
+    DType, ModelSource, OutputPath, Part, ScratchFile, Weight,
+    arch::{ROPE_FACTORS, Tensor},
     slim::{PackedLayer, SlimWriter},
 };
 use slim_kernels::{narrow, weight};
@@ -14,11 +12,12 @@ use slim_runtime::Block;
 use crate::{
     Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
     Settings, Work,
-    backward::Linear,
+    activations::StageInputs,
     budget::{Budget, budget, try_fits},
-    calibrator::{Calibrator, Layer, Stage, Visitor, scratch_bytes},
+    calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
     contents::Contents,
     distill::convert_and_distill,
+    finite::finite_rows,
     hessian::Hessian,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
@@ -51,10 +50,11 @@ pub fn convert<'p>(
     let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
     let mut writer = SlimWriter::create(target, &contents.outline(|_| None), metadata)?;
     writer.reserve(contents.expected_file_bytes(settings.target)?)?;
+    let decoder = source.decoder();
     let mut memory_left = resources.float_bytes;
-    let reserved = ScratchFile::new(scratch_bytes(source.config(), settings, memory_left))?;
+    let reserved = ScratchFile::new(scratch_bytes(decoder, settings, memory_left))?;
     for kind in Work::ALL {
-        let planned = kind.planned(source.config(), &contents, settings);
+        let planned = kind.planned(decoder, &contents, settings);
         progress(Progress::Planned(kind, planned));
     }
     let mut output = Output {
@@ -77,25 +77,26 @@ pub fn convert<'p>(
         output.budget =
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
-    let embedding = output.vocabulary_matrix(EMBEDDING)?;
+    let embedding = output.vocabulary_matrix(decoder.embedding())?;
     drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
         Method::Slim | Method::SlimPlus | Method::Gptq => {
             let (samples, engine) = (&calibration.samples, &resources.engine);
-            let embedding = embedding.weight(source.require(EMBEDDING)?);
+            let embedding = embedding.weight(source.require(&decoder.embedding().name)?);
             Some(Calibrator::new(source, embedding, samples, settings, engine, &mut memory_left)?)
         }
     };
     drop(embedding);
-    let blocks = source.config().block_count;
+    let blocks = decoder.blocks.len();
     for index in 0..blocks {
         let block = Block::load(source, index)?;
-        output.norm(&format!("blk.{index}.attn_norm.weight"), &block.attn_norm)?;
-        output.norm(&format!("blk.{index}.ffn_norm.weight"), &block.ffn_norm)?;
+        for (part, values) in block.vectors.iter() {
+            output.vector(&decoder.tensor(index, part).name, values)?;
+        }
         let order = output.budget.as_ref().and_then(|budget| budget.neurons.get(index));
         let ffn = match order {
-            Some(order) => Some(Ffn::load(&block, index)?.sorted(order)),
+            Some(order) => Some(Ffn::load(&block, decoder, index)?.sorted(order)),
             None => None,
         };
         let block = match &ffn {
@@ -105,7 +106,7 @@ pub fn convert<'p>(
         match &mut calibrator {
             Some(calibrator) => {
                 calibrator.pass_block(index, &block, &mut output)?;
-                output.worked(Work::Forward, work::forward(source.config(), settings));
+                output.worked(Work::Forward, work::forward(decoder, index, settings));
             }
             None => round_block(index, &block, &mut output)?,
         }
@@ -118,11 +119,11 @@ pub fn convert<'p>(
 
 /// Quantizes a block without calibration.
 fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Result<()> {
-    for (layer, weight) in Linear::ALL.into_iter().zip(block.weights()) {
-        let name = layer.tensor_name(index);
-        match output.contents.kept_type(&name) {
-            None => drop(output.stream(&name, weight, output.settings, None)?),
-            Some(dtype) => output.keep(&name, weight, dtype)?,
+    for (part, &weight) in block.layers.iter() {
+        let name = &output.source.decoder().tensor(index, part).name;
+        match output.contents.kept_type(name) {
+            None => drop(output.stream(name, weight, output.settings, None)?),
+            Some(dtype) => output.keep(name, weight, dtype)?,
         }
     }
     Ok(())
@@ -145,22 +146,27 @@ struct Output<'a> {
 impl Visitor for Output<'_> {
     fn inputs<'a>(
         &mut self,
-        name: &str,
-        stage: Stage<'a>,
+        first: &Tensor,
+        stage: StageInputs<'a>,
         engine: &Engine,
     ) -> Result<LayerInputs<'a>> {
+        let name = &first.name;
         // What ran before was a forward pass; how much, is told when the block is done.
         self.worked(Work::Forward, 0.0);
         let inputs =
             LayerInputs::new(stage, self.settings, engine).map_err(|error| error.of_layer(name))?;
-        let layer = Linear::STAGES.into_iter().find(|layer| name.contains(layer.name()));
-        let layer = layer.expect("the first layer of a stage");
-        self.worked(Work::Hessians, work::hessian(self.source.config(), layer, self.settings));
+        self.worked(Work::Hessians, work::hessian(first, self.settings));
         self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
 
-    fn layer(&mut self, name: &str, source: Weight<'_>, inputs: &LayerInputs<'_>) -> Result<Layer> {
+    fn layer(
+        &mut self,
+        tensor: &Tensor,
+        source: Weight<'_>,
+        inputs: &LayerInputs<'_>,
+    ) -> Result<Layer> {
+        let name = tensor.name.as_str();
         if let Some(dtype) = self.contents.kept_type(name) {
             self.keep(name, source, dtype)?;
             return Ok(Layer::Kept);
@@ -188,14 +194,14 @@ impl Output<'_> {
     fn try_out(&mut self) -> Result<()> {
         const ROWS: usize = 256;
         const COLS: usize = 512;
-        let name = Linear::AttnQ.tensor_name(0);
-        let found = self.source.require(&name)?;
+        let name = &self.source.decoder().tensor(0, Part::AttnQ).name;
+        let found = self.source.require(name)?;
         let (rows, cols) = weight::shape(found);
         let (rows, cols_tried) = (rows.min(ROWS), cols.min(COLS) / 16 * 16);
         if cols_tried == 0 {
             return Ok(());
         }
-        let weights = finite_rows(&name, found, 0..rows)?;
+        let weights = finite_rows(name, found, 0..rows)?;
         let of_row = |row: &[f32]| row[..cols_tried].to_vec();
         let weights: Vec<f32> = weights.chunks_exact(cols).flat_map(of_row).collect();
         let mut identity = vec![0.0; cols_tried * cols_tried];
@@ -216,7 +222,8 @@ impl Output<'_> {
     }
 
     /// The embedding or the output layer.
-    fn vocabulary_matrix(&mut self, name: &str) -> Result<Layer> {
+    fn vocabulary_matrix(&mut self, tensor: &Tensor) -> Result<Layer> {
+        let name = tensor.name.as_str();
         let found = self.source.require(name)?;
         if let Some(dtype) = self.contents.kept_type(name) {
             self.keep(name, found, dtype)?;
@@ -225,7 +232,7 @@ impl Output<'_> {
         let settings = self.settings.for_embedding();
         let hessian = match &self.budget {
             Some(budget) => {
-                let hessian = budget.vocabulary[name].hessian();
+                let hessian = budget.vocabulary[tensor.part].hessian();
                 let hessian = FactoredHessian::new(&hessian, &settings)
                     .map_err(|error| error.of_layer(name))?;
                 self.warn_of_damping(name, &hessian);
@@ -271,21 +278,21 @@ impl Output<'_> {
     /// Output norm, output layer and RoPE factors.
     fn behind_blocks(&mut self) -> Result<()> {
         let source = self.source;
-        let config = source.config();
-        let name = "output_norm.weight";
+        let (config, decoder) = (source.config(), source.decoder());
+        let name = &decoder.output_norm().name;
         let values = finite_rows(name, source.require(name)?, 0..1)?;
-        self.norm(name, &values)?;
-        if !config.tied_embeddings {
-            self.vocabulary_matrix(OUTPUT)?;
+        self.vector(name, &values)?;
+        if !decoder.has_tied_embeddings() {
+            self.vocabulary_matrix(decoder.output())?;
         }
         if !config.rope.is_unscaled() {
-            self.norm("rope_freqs.weight", &config.rope.factors)?;
+            self.vector(ROPE_FACTORS, &config.rope.factors)?;
         }
         Ok(())
     }
 
     /// Writes a vector as F32.
-    fn norm(&mut self, name: &str, values: &[f32]) -> Result<()> {
+    fn vector(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Ok(self.writer.dense(name, DType::F32, &[values.len() as u64], &bytes)?)
     }
@@ -325,24 +332,5 @@ impl Output<'_> {
     fn finish(self) -> Result<Report> {
         let written = self.writer.finish()?;
         Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
-    }
-}
-
-/// Some rows of the tensor `name`, `[rows.len(), cols]`.
-pub fn finite_rows(name: &str, source: Weight<'_>, rows: Range<usize>) -> Result<Vec<f32>> {
-    const ROWS: usize = 64;
-    let (_, cols) = weight::shape(source);
-    let mut weights = vec![0.0; rows.len() * cols];
-    weights.par_chunks_mut(ROWS * cols).enumerate().try_for_each(|(index, out)| {
-        let first = rows.start + index * ROWS;
-        weight::dequantize_rows(source, first..first + out.len() / cols, out)
-    })?;
-    match weights.iter().position(|weight| !weight.is_finite()) {
-        None => Ok(weights),
-        Some(at) => Err(ConvertError::NotFinite {
-            tensor: name.to_owned(),
-            row: rows.start + at / cols,
-            found: weights[at],
-        }),
     }
 }

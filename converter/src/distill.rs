@@ -55,7 +55,7 @@ pub fn convert_and_distill(
     let folder = TemporaryFolder::beside(target.path)?;
     let draft = folder.path().join("draft.slim.gguf");
     let first = Settings { method: Method::Slim, ..settings.clone() };
-    let training = work::step(source.config(), settings) * settings.steps as f64;
+    let training = work::step(source.decoder(), settings) * settings.steps as f64;
     let mut with_training = |step: Progress<'_>| match step {
         Progress::Planned(Work::Steps, _) => progress(Progress::Planned(Work::Steps, training)),
         step => progress(step),
@@ -100,7 +100,7 @@ pub fn distill<'p>(
     let mut student = Student::new(draft)?;
     let teacher = Backward::load(source, PRECISION)?;
     let tokens = settings.context.min(SEQUENCE_TOKENS);
-    let work_of_step = work::step(source.config(), settings);
+    let work_of_step = work::step(source.decoder(), settings);
     progress(Progress::Planned(Work::Steps, work_of_step * settings.steps as f64));
     // Not in the order of the calibration samples.
     let mut windows = Windows::new(&calibration.text, tokens, !settings.seed);
@@ -150,7 +150,7 @@ fn train_on(
     step: usize,
 ) -> Result<f64> {
     let hidden = teacher.hidden(sequences)?;
-    let hidden_size = teacher.config.hidden_size;
+    let hidden_size = teacher.decoder.hidden_size;
     let mut logits = |tokens: Range<usize>| {
         teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])
     };

@@ -13,8 +13,8 @@ use slim_kernels::linalg::Precision;
 
 use crate::{
     Activations, Engine, Method, Settings,
+    activations::StageInputs,
     allocate::{group_columns, published_divergences},
-    calibrator::Stage,
     coder::RunScales,
     hessian::Hessian,
     layer::{LayerInputs, sweep_layer},
@@ -129,9 +129,12 @@ fn layers_equal_the_published_ones() {
     for path in golden_layers() {
         let golden = Golden::read(&path);
         let activations = golden.activations();
-        let inputs =
-            LayerInputs::new(Stage::new(&activations, None, None), &golden.settings, &Engine::Cpu)
-                .unwrap();
+        let inputs = LayerInputs::new(
+            StageInputs { activations: &activations, float: None },
+            &golden.settings,
+            &Engine::Cpu,
+        )
+        .unwrap();
         let weights = &golden.tensors["weight"];
         let (layout, tiles) = sweep_layer(weights, &inputs, &golden.settings);
 

@@ -7,8 +7,8 @@ use slim_formats::slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_R
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
+    activations::StageInputs,
     allocate::{group_columns, published_divergences, published_widths},
-    calibrator::Stage,
     coder::Coder,
     hessian::{Factor, Hessian},
     published::ABSOLUTE_DAMPING,
@@ -49,7 +49,7 @@ impl<'a> LayerInputs<'a> {
     ///
     /// # Errors
     /// `Numerical` if the inputs are not finite, `Kernel` if a device fails.
-    pub fn new(stage: Stage<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
+    pub fn new(stage: StageInputs<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
         let activations = stage.activations;
         let hessian = Hessian::of(activations, engine, settings.precision())?;
         // The published code damps in place for its ranking, and again for the sweep.

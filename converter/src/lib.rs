@@ -15,6 +15,7 @@ mod convert;
 mod distill;
 mod engine;
 mod error;
+mod finite;
 mod fit;
 mod floats;
 #[cfg(test)]

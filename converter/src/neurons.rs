@@ -5,23 +5,23 @@
 //! `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has the effect).
 
 use rayon::prelude::*;
+use slim_formats::{Decoder, Part, PartMap, arch::Rows};
+use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
     Result,
-    backward::{Linear, Sensitivity, dense},
-    convert::finite_rows,
+    backward::{Sensitivity, dense},
+    finite::finite_rows,
 };
 
 /// The weights of a feed-forward network.
 pub struct Ffn {
     neurons: usize,
-    /// `[neurons, hidden]`.
-    gate: Vec<f32>,
-    /// `[neurons, hidden]`.
-    up: Vec<f32>,
-    /// `[hidden, neurons]`.
-    down: Vec<f32>,
+    /// With a row for each neuron, `[neurons, hidden]`.
+    into: PartMap<Vec<f32>>,
+    /// With a column for each neuron, `[hidden, neurons]`.
+    out: PartMap<Vec<f32>>,
 }
 
 impl Ffn {
@@ -29,35 +29,40 @@ impl Ffn {
     ///
     /// # Errors
     /// `NotFinite` for a weight that is no number.
-    pub fn load(block: &Block<'_>, index: usize) -> Result<Self> {
-        let (neurons, hidden) = slim_kernels::weight::shape(block.ffn_gate);
-        let all =
-            |layer: Linear, weight, rows| finite_rows(&layer.tensor_name(index), weight, 0..rows);
-        Ok(Self {
-            neurons,
-            gate: all(Linear::FfnGate, block.ffn_gate, neurons)?,
-            up: all(Linear::FfnUp, block.ffn_up, neurons)?,
-            down: all(Linear::FfnDown, block.ffn_down, hidden)?,
-        })
+    pub fn load(block: &Block<'_>, decoder: &Decoder, index: usize) -> Result<Self> {
+        let of_block = |part: Part| {
+            let (name, found) = (&decoder.tensor(index, part).name, block.layers[part]);
+            Ok((part, finite_rows(name, found, 0..weight::shape(found).0)?))
+        };
+        let into = block.spec.layers().filter(|part| part.rows() == Rows::Neurons);
+        let (into, out) = (into.map(of_block), [Part::FfnDown].into_iter().map(of_block));
+        let neurons = block.spec.ffn.width;
+        Ok(Self { neurons, into: into.collect::<Result<_>>()?, out: out.collect::<Result<_>>()? })
+    }
+
+    fn hidden(&self) -> usize {
+        self.out[Part::FfnDown].len() / self.neurons
     }
 
     /// The neurons, those first whose weights the loss minds most: by the sum over the weights of
-    /// all three matrices of their squares times the means that belong to them, which are in the
-    /// order of the fields.
-    pub fn order(&self, sensitivities: [&Sensitivity; 3]) -> Vec<usize> {
-        let [of_gate, of_up, of_down] = sensitivities;
-        let hidden = self.gate.len() / self.neurons;
+    /// all matrices of their squares times the means that belong to them.
+    pub fn order(&self, sensitivities: &PartMap<Sensitivity>) -> Vec<usize> {
+        let hidden = self.hidden();
         let mut losses = vec![0.0; self.neurons];
-        for (of, weights) in [(of_gate, &self.gate), (of_up, &self.up)] {
+        for (part, weights) in self.into.iter() {
+            let of = &sensitivities[part];
             let rows = weights.chunks_exact(hidden).zip(&of.outputs);
             for (loss, (row, output)) in losses.iter_mut().zip(rows) {
                 let squares = row.iter().zip(&of.inputs).map(|(&w, input)| square(w) * input);
                 *loss += output * squares.sum::<f64>();
             }
         }
-        for (row, output) in self.down.chunks_exact(self.neurons).zip(&of_down.outputs) {
-            for ((loss, &w), input) in losses.iter_mut().zip(row).zip(&of_down.inputs) {
-                *loss += output * square(w) * input;
+        for (part, weights) in self.out.iter() {
+            let of = &sensitivities[part];
+            for (row, output) in weights.chunks_exact(self.neurons).zip(&of.outputs) {
+                for ((loss, &w), input) in losses.iter_mut().zip(row).zip(&of.inputs) {
+                    *loss += output * square(w) * input;
+                }
             }
         }
         let mut order: Vec<usize> = (0..self.neurons).collect();
@@ -65,31 +70,37 @@ impl Ffn {
         order
     }
 
+    /// Brings what is known of the neurons into another order: neuron `order[i]` in place `i`.
+    pub fn sort_sensitivities(&self, of: &mut PartMap<Sensitivity>, order: &[usize]) {
+        let sort = |means: &mut Vec<f64>| *means = order.iter().map(|&i| means[i]).collect();
+        self.into.iter().for_each(|(part, _)| sort(&mut of[part].outputs));
+        self.out.iter().for_each(|(part, _)| sort(&mut of[part].inputs));
+    }
+
     /// The same network with neuron `order[i]` in place `i`.
     pub fn sorted(self, order: &[usize]) -> Self {
-        let Self { neurons, gate, up, down } = self;
-        let hidden = gate.len() / neurons;
+        let (neurons, hidden) = (self.neurons, self.hidden());
         // Each matrix is let go of before the next is copied.
-        let rows = |weights: Vec<f32>| -> Vec<f32> {
+        let rows = |(part, weights): (Part, Vec<f32>)| -> (Part, Vec<f32>) {
             let row = |&row: &usize| weights[row * hidden..][..hidden].iter().copied();
-            order.par_iter().flat_map_iter(row).collect()
+            (part, order.par_iter().flat_map_iter(row).collect())
         };
-        let columns = |weights: Vec<f32>| -> Vec<f32> {
+        let columns = |(part, weights): (Part, Vec<f32>)| -> (Part, Vec<f32>) {
             let rows = weights.par_chunks_exact(neurons);
-            rows.flat_map_iter(|row| order.iter().map(|&col| row[col])).collect()
+            (part, rows.flat_map_iter(|row| order.iter().map(|&col| row[col])).collect())
         };
-        Self { neurons, gate: rows(gate), up: rows(up), down: columns(down) }
+        let into = self.into.into_iter().map(rows).collect();
+        Self { neurons, into, out: self.out.into_iter().map(columns).collect() }
     }
 
     /// `block` with this network in place of its own.
     pub fn within<'a>(&'a self, block: &Block<'a>) -> Block<'a> {
-        let (neurons, hidden) = (self.neurons, self.gate.len() / self.neurons);
-        Block {
-            ffn_gate: dense(&self.gate, neurons, hidden),
-            ffn_up: dense(&self.up, neurons, hidden),
-            ffn_down: dense(&self.down, hidden, neurons),
-            ..block.clone()
-        }
+        let (neurons, hidden) = (self.neurons, self.hidden());
+        let mut block = block.clone();
+        let into = self.into.iter().map(|(part, w)| (part, dense(w, neurons, hidden)));
+        let out = self.out.iter().map(|(part, w)| (part, dense(w, hidden, neurons)));
+        block.layers.extend(into.chain(out));
+        block
     }
 }
 
@@ -107,7 +118,9 @@ mod tests {
 
     fn ffn() -> Ffn {
         let matrix = |seed| noise(NEURONS * HIDDEN, seed);
-        Ffn { neurons: NEURONS, gate: matrix(1), up: matrix(2), down: matrix(3) }
+        let into = PartMap::from_iter([(Part::FfnGate, matrix(1)), (Part::FfnUp, matrix(2))]);
+        let out = PartMap::from_iter([(Part::FfnDown, matrix(3))]);
+        Ffn { neurons: NEURONS, into, out }
     }
 
     /// What the network makes of `x`.
@@ -115,12 +128,14 @@ mod tests {
         let product = |row: &[f32]| -> f64 {
             row.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum()
         };
-        let rows = ffn.gate.chunks_exact(HIDDEN).zip(ffn.up.chunks_exact(HIDDEN));
+        let [gate, up] =
+            [Part::FfnGate, Part::FfnUp].map(|part| ffn.into[part].chunks_exact(HIDDEN));
+        let rows = gate.zip(up);
         let activation: Vec<f64> = rows
             .map(|(gate, up)| product(gate) / (1.0 + (-product(gate)).exp()) * product(up))
             .collect();
         let sum = |row: &[f32]| row.iter().zip(&activation).map(|(&w, a)| f64::from(w) * a).sum();
-        ffn.down.chunks_exact(NEURONS).map(sum).collect()
+        ffn.out[Part::FfnDown].chunks_exact(NEURONS).map(sum).collect()
     }
 
     #[test]
@@ -129,7 +144,8 @@ mod tests {
         let expected = output(&ffn(), &x);
         let order: Vec<usize> = (0..NEURONS).map(|i| (i * 7 + 3) % NEURONS).collect();
         let sorted = ffn().sorted(&order);
-        assert_eq!(sorted.gate[..HIDDEN], ffn().gate[3 * HIDDEN..4 * HIDDEN]);
+        let [gate, unsorted] = [&sorted, &ffn()].map(|ffn| ffn.into[Part::FfnGate].clone());
+        assert_eq!(gate[..HIDDEN], unsorted[3 * HIDDEN..4 * HIDDEN]);
         for (found, expected) in output(&sorted, &x).into_iter().zip(expected) {
             assert!((found - expected).abs() < 1e-12, "{found} {expected}");
         }
@@ -149,13 +165,16 @@ mod tests {
             of
         };
         let (gate, up, down) = (with(9, 1e4, &wide), with(30, 1e3, &wide), with(2, 1e5, &tall));
-        let order = ffn().order([&gate, &up, &down]);
+        let parts = [(Part::FfnGate, gate), (Part::FfnUp, up), (Part::FfnDown, down)];
+        let order = ffn().order(&parts.into_iter().collect());
         assert_eq!(order[..3], [2, 9, 30]);
         let losses = |i: usize| -> f64 {
             let row = |w: &[f32]| w[i * HIDDEN..][..HIDDEN].iter().map(|&w| square(w)).sum::<f64>();
             let ffn = ffn();
-            let column = (0..HIDDEN).map(|row| square(ffn.down[row * NEURONS + i])).sum::<f64>();
-            row(&ffn.gate) + row(&ffn.up) + column
+            let column = (0..HIDDEN)
+                .map(|row| square(ffn.out[Part::FfnDown][row * NEURONS + i]))
+                .sum::<f64>();
+            row(&ffn.into[Part::FfnGate]) + row(&ffn.into[Part::FfnUp]) + column
         };
         assert!(order[3..].is_sorted_by(|&a, &b| losses(a) >= losses(b)));
         let mut all = order.clone();

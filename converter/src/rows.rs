@@ -12,12 +12,15 @@
 
 use std::ops::Range;
 
-use slim_formats::{ModelConfig, slim::TILE_ROWS, tensor_dims};
+use slim_formats::{
+    Decoder,
+    arch::{Rows, Tensor},
+    slim::TILE_ROWS,
+};
 use slim_kernels::linalg::{self, Mat, Precision, Store};
 
 use crate::{
     Result,
-    backward::Linear,
     floats::Floats,
     hessian::{Factor, Hessian},
     layer::SLAB_ROWS,
@@ -35,10 +38,11 @@ const REACH: usize = 1024;
 /// as many about half of the gain is lost.
 const BLOCK_ROWS: usize = TILE_ROWS;
 
-/// Layers whose rows make up for each other's errors. In the others, `ffn_gate` and `ffn_up`, which
-/// outputs hang together depends on the inputs, and a product of two matrices cannot say so.
-const LAYERS: [Linear; 5] =
-    [Linear::AttnQ, Linear::AttnK, Linear::AttnV, Linear::AttnOutput, Linear::FfnDown];
+/// Whether the rows of a matrix make up for each other's errors. Of neurons, which outputs hang
+/// together depends on the inputs, and a product of two matrices cannot say so.
+pub fn hang_together(tensor: &Tensor) -> bool {
+    tensor.is_linear() && tensor.part.rows() != Rows::Neurons
+}
 
 /// `S` of a layer, for rows within reach of each other.
 pub struct OutputHessian {
@@ -48,16 +52,12 @@ pub struct OutputHessian {
 }
 
 impl OutputHessian {
-    /// Zeros for a layer with `rows` outputs, in memory as for [`Floats::zeros`]; `None` if its
-    /// rows are on their own.
+    /// Zeros for a layer with `rows` outputs, in memory as for [`Floats::zeros`].
     ///
     /// # Errors
     /// As [`Floats::zeros`].
-    pub fn zeros(layer: Linear, rows: usize, memory_left: &mut u64) -> Result<Option<Self>> {
-        if !LAYERS.contains(&layer) {
-            return Ok(None);
-        }
-        Ok(Some(Self { rows, sums: Floats::zeros(value_count(rows), memory_left)? }))
+    pub fn zeros(rows: usize, memory_left: &mut u64) -> Result<Self> {
+        Ok(Self { rows, sums: Floats::zeros(value_count(rows), memory_left)? })
     }
 
     /// Adds tokens with gradients `dy: [tokens, rows]`. No scale matters.
@@ -81,15 +81,14 @@ impl OutputHessian {
 }
 
 /// What the output Hessians of a model take in memory.
-pub fn output_hessian_bytes(config: &ModelConfig) -> u64 {
-    output_hessian_sizes(config).sum()
+pub fn output_hessian_bytes(decoder: &Decoder) -> u64 {
+    output_hessian_sizes(decoder).sum()
 }
 
 /// The bytes of each output Hessian of a model, in the order in which they are made.
-pub fn output_hessian_sizes(config: &ModelConfig) -> impl Iterator<Item = u64> {
-    let rows = |layer: Linear| tensor_dims(&layer.tensor_name(0), config)[0];
-    let of_block = LAYERS.map(|layer| (value_count(rows(layer)) * size_of::<f32>()) as u64);
-    std::iter::repeat_n(of_block, config.block_count).flatten()
+pub fn output_hessian_sizes(decoder: &Decoder) -> impl Iterator<Item = u64> {
+    let layers = decoder.tensors().iter().filter(|tensor| hang_together(tensor));
+    layers.map(|tensor| (value_count(tensor.shape().0) * size_of::<f32>()) as u64)
 }
 
 /// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of
@@ -202,8 +201,7 @@ mod tests {
     const COLS: usize = 16;
 
     fn outputs(rows: usize) -> OutputHessian {
-        let mut outputs =
-            OutputHessian::zeros(Linear::FfnDown, rows, &mut (1 << 30)).unwrap().unwrap();
+        let mut outputs = OutputHessian::zeros(rows, &mut (1 << 30)).unwrap();
         let mut dy = noise(200 * rows, 1);
         (1..dy.len()).for_each(|i| dy[i] += 0.8 * dy[i - 1]);
         outputs.add(&dy);

@@ -12,7 +12,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_kernels::linalg::{self, Mat, Precision, Store};
 
-use crate::{Activations, calibrator::FloatStage};
+use crate::{Activations, activations::FloatInputs};
 
 /// Share of what the inputs lack that is made up for.
 const INPUT_SHARE: f32 = 0.5;
@@ -35,7 +35,7 @@ pub struct Lack(Correction);
 
 impl Lack {
     /// Of inputs `ours` in place of those in `float`.
-    pub fn new(ours: &Activations, float: FloatStage<'_>, precision: Precision) -> Self {
+    pub fn new(ours: &Activations, float: FloatInputs<'_>, precision: Precision) -> Self {
         let lacking = |batch: Range<usize>| {
             difference(float.activations.batch(batch.clone()), ours.batch(batch))
         };
@@ -136,7 +136,7 @@ mod tests {
         let hessian = Hessian::of(&ours, &Engine::Cpu, Precision::Fine).unwrap().reordered(&order);
         let (factor, _) = hessian.factor(1e-6).unwrap();
         for missing in [None, Some(&missing)] {
-            let stage = FloatStage { activations: &float, missing };
+            let stage = FloatInputs { activations: &float, missing };
             let correction =
                 Lack::new(&ours, stage, Precision::Fine).correction(|m| factor.solve(m, &order));
             let corrected = correction.apply(&weights);

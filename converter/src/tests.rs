@@ -11,8 +11,7 @@ use slim_kernels::{linalg::Precision, weight};
 
 use crate::{
     Activations, Engine, Method, Settings,
-    backward::Linear,
-    calibrator::Stage,
+    activations::StageInputs,
     coder::{Coder, RunScales},
     hessian::Hessian,
     layer::{
@@ -91,9 +90,12 @@ fn packed_layer_holds_the_quantizers_own_weights_to_the_last_bit() {
     for coding in CODINGS {
         for bits in 1..=8 {
             let settings = settings(bits, coding, Method::Slim);
-            let inputs =
-                LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
-                    .unwrap();
+            let inputs = LayerInputs::new(
+                StageInputs { activations: &activations, float: None },
+                &settings,
+                &Engine::Cpu,
+            )
+            .unwrap();
             let (_, tiles) = sweep_layer(&weights, &inputs, &settings);
             let layer = quantized(&weights, &inputs, &settings);
             let packed = dequantized(&layer.packed);
@@ -113,9 +115,12 @@ fn error_falls_with_bits_and_with_the_sweep() {
     for coding in CODINGS {
         let error = |bits, method| {
             let settings = settings(bits, coding, method);
-            let inputs =
-                LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
-                    .unwrap();
+            let inputs = LayerInputs::new(
+                StageInputs { activations: &activations, float: None },
+                &settings,
+                &Engine::Cpu,
+            )
+            .unwrap();
             quantized(&weights, &inputs, &settings).error
         };
         for bits in 2..=5 {
@@ -129,8 +134,12 @@ fn error_falls_with_bits_and_with_the_sweep() {
 fn reported_error_is_that_of_the_layers_outputs() {
     let (weights, activations) = (noise(ROWS * COLS, 3), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
-    let inputs =
-        LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu).unwrap();
+    let inputs = LayerInputs::new(
+        StageInputs { activations: &activations, float: None },
+        &settings,
+        &Engine::Cpu,
+    )
+    .unwrap();
     let layer = quantized(&weights, &inputs, &settings);
     let packed = dequantized(&layer.packed);
     let (mut error, mut total) = (0.0, 0.0);
@@ -156,8 +165,8 @@ fn rows_that_make_up_for_each_other_cost_the_loss_less() {
     let mut dy = noise(500 * ROWS, 13);
     dy.chunks_exact_mut(ROWS).for_each(|dy| (64..ROWS).for_each(|i| dy[i] += 2.0 * dy[i - 64]));
     let outputs = || {
-        let mut outputs = OutputHessian::zeros(Linear::AttnV, ROWS, &mut (1 << 20)).unwrap();
-        outputs.as_mut().unwrap().add(&dy);
+        let mut outputs = OutputHessian::zeros(ROWS, &mut (1 << 20)).unwrap();
+        outputs.add(&dy);
         outputs
     };
     let cost = |quantized: &[f32]| -> f64 {
@@ -171,10 +180,13 @@ fn rows_that_make_up_for_each_other_cost_the_loss_less() {
     };
     for bits in [2, 4] {
         let settings = settings(bits, CODINGS[0], Method::Slim);
-        let inputs =
-            LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
-                .unwrap();
-        let [alone, together] = [None, outputs()].map(|outputs| {
+        let inputs = LayerInputs::new(
+            StageInputs { activations: &activations, float: None },
+            &settings,
+            &Engine::Cpu,
+        )
+        .unwrap();
+        let [alone, together] = [None, Some(outputs())].map(|outputs| {
             let mut targets = Targets::new(weights.clone(), COLS, outputs.as_ref()).unwrap();
             // Two bands.
             let quantize = |rows| quantize_layer(&mut targets, rows, &inputs, &settings, None);
@@ -196,7 +208,7 @@ fn zero_layer_and_zero_inputs_give_zeros() {
         for activations in [&activations(), &zero_inputs] {
             let settings = settings(2, coding, Method::Slim);
             let inputs =
-                LayerInputs::new(Stage::new(activations, None, None), &settings, &Engine::Cpu)
+                LayerInputs::new(StageInputs { activations, float: None }, &settings, &Engine::Cpu)
                     .unwrap();
             let layer = quantized(&vec![0.0; ROWS * COLS], &inputs, &settings);
             assert!(dequantized(&layer.packed).iter().all(|&w| w == 0.0));
@@ -210,9 +222,12 @@ fn result_does_not_depend_on_the_number_of_threads() {
     let (weights, activations) = (noise(ROWS * COLS, 6), activations());
     let settings = settings(3, CODINGS[0], Method::Slim);
     let quantize = || {
-        let inputs =
-            LayerInputs::new(Stage::new(&activations, None, None), &settings, &Engine::Cpu)
-                .unwrap();
+        let inputs = LayerInputs::new(
+            StageInputs { activations: &activations, float: None },
+            &settings,
+            &Engine::Cpu,
+        )
+        .unwrap();
         quantized(&weights, &inputs, &settings).packed
     };
     let with_threads = |threads| {
@@ -390,7 +405,7 @@ fn inputs_that_are_not_finite_are_refused() {
         activations.sample_mut(1)[17] = value;
         assert!(
             LayerInputs::new(
-                Stage::new(&activations, None, None),
+                StageInputs { activations: &activations, float: None },
                 &settings(3, CODINGS[0], Method::Slim),
                 &Engine::Cpu
             )

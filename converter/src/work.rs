@@ -1,11 +1,8 @@
 //! How much a conversion has to compute, in units that are alike for layers of all shapes.
 
-use slim_formats::{ModelConfig, tensor_dims};
+use slim_formats::{Decoder, arch::Tensor};
 
-use crate::{
-    Contents, Method, Settings, Storage,
-    backward::{Linear, sensitivity_samples},
-};
+use crate::{Contents, Method, Settings, Storage, backward::sensitivity_samples};
 
 /// A kind of work. One unit of a kind takes a machine about the same time wherever it comes up;
 /// how the kinds compare depends on the machine.
@@ -59,7 +56,7 @@ impl Work {
     /// What a whole conversion has of it.
     pub(crate) fn planned(
         self,
-        config: &ModelConfig,
+        decoder: &Decoder,
         contents: &Contents,
         settings: &Settings,
     ) -> f64 {
@@ -67,17 +64,18 @@ impl Work {
         match self {
             Self::Sensitivities if settings.has_budget() => {
                 let samples = sensitivity_samples(settings.samples, settings.context);
-                sensitivities(config, samples * settings.context)
+                sensitivities(decoder, samples * settings.context)
             }
             Self::Fits if settings.has_budget() => layers(contents).map(weights).sum(),
-            Self::Forward if is_calibrated => config.block_count as f64 * forward(config, settings),
+            Self::Forward if is_calibrated => {
+                (0..decoder.blocks.len()).map(|block| forward(decoder, block, settings)).sum()
+            }
             Self::Hessians if is_calibrated => {
-                config.block_count as f64
-                    * Linear::STAGES.map(|of| hessian(config, of, settings)).iter().sum::<f64>()
+                first_layers(decoder).map(|first| hessian(first, settings)).sum()
             }
             Self::Sweeps => layers(contents).map(sweep).sum(),
             Self::Steps if settings.method == Method::SlimPlus => {
-                settings.steps as f64 * step(config, settings)
+                settings.steps as f64 * step(decoder, settings)
             }
             _ => 0.0,
         }
@@ -90,26 +88,35 @@ fn layers(contents: &Contents) -> impl Iterator<Item = (usize, usize)> {
     layers.map(|tensor| (tensor.rows, tensor.cols))
 }
 
+/// The first layer behind each stage of each block.
+fn first_layers(decoder: &Decoder) -> impl Iterator<Item = &Tensor> {
+    decoder.blocks.iter().enumerate().flat_map(|(index, spec)| {
+        let firsts = spec.stages().map(|stage| spec.layers_of(stage)[0]);
+        firsts.map(|part| decoder.tensor(index, part))
+    })
+}
+
 /// Of a matrix.
 pub fn weights((rows, cols): (usize, usize)) -> f64 {
     rows as f64 * cols as f64
 }
 
 /// Both passes over `tokens` tokens: blocks forward, again with all that gradients need, and back.
-pub fn sensitivities(config: &ModelConfig, tokens: usize) -> f64 {
-    let vocabulary = weights((config.vocab_size, config.hidden_size));
-    tokens as f64 * (4.0 * config.block_count as f64 * block_weights(config) + 3.0 * vocabulary)
+pub fn sensitivities(decoder: &Decoder, tokens: usize) -> f64 {
+    let blocks = (0..decoder.blocks.len()).map(|block| block_weights(decoder, block));
+    let vocabulary = weights(decoder.output().shape());
+    tokens as f64 * (4.0 * blocks.sum::<f64>() + 3.0 * vocabulary)
 }
 
 /// All samples through a block; also through the float one where that runs along.
-pub fn forward(config: &ModelConfig, settings: &Settings) -> f64 {
+pub fn forward(decoder: &Decoder, block: usize, settings: &Settings) -> f64 {
     let models = if settings.follows_float() { 2.0 } else { 1.0 };
-    models * tokens(settings) * block_weights(config)
+    models * tokens(settings) * block_weights(decoder, block)
 }
 
 /// The inputs of `layer`, and of those that share them.
-pub fn hessian(config: &ModelConfig, layer: Linear, settings: &Settings) -> f64 {
-    let cols = tensor_dims(&layer.tensor_name(0), config)[1] as f64;
+pub fn hessian(layer: &Tensor, settings: &Settings) -> f64 {
+    let cols = layer.shape().1 as f64;
     let products = if settings.follows_float() { 2.0 } else { 0.5 };
     cols * cols * (products * tokens(settings) + FACTORING as f64 * cols)
 }
@@ -120,17 +127,17 @@ pub fn sweep((rows, cols): (usize, usize)) -> f64 {
 }
 
 /// A step of training.
-pub fn step(config: &ModelConfig, settings: &Settings) -> f64 {
+pub fn step(decoder: &Decoder, settings: &Settings) -> f64 {
     let tokens = crate::distill::tokens_of_step(settings);
     // The source forward, and the student there and back.
-    1.5 * sensitivities(config, tokens)
+    1.5 * sensitivities(decoder, tokens)
 }
 
 fn tokens(settings: &Settings) -> f64 {
     settings.samples as f64 * settings.context as f64
 }
 
-fn block_weights(config: &ModelConfig) -> f64 {
-    let dims = |layer: Linear| tensor_dims(&layer.tensor_name(0), config);
-    Linear::ALL.map(|layer| weights((dims(layer)[0], dims(layer)[1]))).iter().sum()
+fn block_weights(decoder: &Decoder, block: usize) -> f64 {
+    let layers = decoder.tensors_of(block).iter().filter(|tensor| tensor.is_matrix());
+    layers.map(|tensor| weights(tensor.shape())).sum()
 }

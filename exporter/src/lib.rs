@@ -11,7 +11,7 @@ mod onnx;
 mod safetensors;
 mod tensor;
 
-use slim_formats::{ModelSource, OutputPath};
+use slim_formats::{Decoder, ModelSource, OutputPath};
 
 pub use error::{ExportError, Result};
 
@@ -26,6 +26,27 @@ pub enum Target {
     Onnx,
     /// A Hugging Face folder in fp16.
     Safetensors,
+}
+
+impl Target {
+    /// What a model computes that the engines of this layout do not, as the subject of "... cannot
+    /// be exported"; `None` if they can run it.
+    pub fn lacks(self, decoder: &Decoder) -> Option<String> {
+        match self {
+            Self::Onnx => onnx::lacks(decoder),
+            Self::Gguf | Self::Gptq | Self::Safetensors => None,
+        }
+    }
+
+    /// Who reads the layout, as the end of "... cannot be exported to".
+    fn engine(self) -> &'static str {
+        match self {
+            Self::Gguf => "llama.cpp",
+            Self::Gptq => "the GPTQ layout",
+            Self::Onnx => "ONNX Runtime",
+            Self::Safetensors => "transformers",
+        }
+    }
 }
 
 /// What was written.
@@ -70,6 +91,10 @@ pub fn export<'p>(
         model.release_pages();
         on_tensor(name);
     };
+    if let Some(what) = target.lacks(model.decoder()) {
+        let hint = "use `--to safetensors`";
+        return Err(ExportError::unsupported(model.path(), target.engine(), what, hint));
+    }
     match target {
         Target::Gguf => gguf::write(model, output, on_tensor),
         Target::Gptq => gptq::write(model, output, on_tensor),

@@ -2,13 +2,13 @@
 
 use half::f16;
 use serde_json::json;
-use slim_formats::{ModelSource, OutputPath, Weight};
+use slim_formats::{ModelSource, OutputPath, Weight, arch::Tensor};
 use slim_kernels::weight;
 
 use crate::{
     LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
-    tensor::{Loss, check_values, for_each_panel, names, to_f16},
+    tensor::{Loss, check_values, for_each_panel, tensors, to_f16},
 };
 
 pub(crate) fn write(
@@ -17,9 +17,8 @@ pub(crate) fn write(
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let mut planned = Vec::new();
-    for (hf_name, name) in names(model)? {
-        let weight = model.require(&name)?;
-        planned.push(plan_f16(hf_name, name, weight));
+    for tensor in tensors(model)? {
+        planned.push(plan_f16(tensor, model.require(&tensor.name)?));
     }
     let warnings = check_values(model, |_| true)?;
     let folder = Folder::create(output)?;
@@ -35,12 +34,13 @@ pub(crate) fn write(
 }
 
 /// The tensor whose bytes [`f16_bytes`] gives.
-pub(crate) fn plan_f16(hf_name: String, name: String, weight: Weight<'_>) -> PlannedTensor {
+pub(crate) fn plan_f16(tensor: &Tensor, weight: Weight<'_>) -> PlannedTensor {
     let shape = match weight::shape(weight) {
         (1, cols) => vec![cols],
         (rows, cols) => vec![rows, cols],
     };
-    PlannedTensor { name: hf_name, source: name, dtype: Element::F16, shape }
+    let (name, source) = (tensor.hf_name.clone(), tensor.name.clone());
+    PlannedTensor { name, source, dtype: Element::F16, shape }
 }
 
 /// A tensor in fp16, and what a matrix loses.

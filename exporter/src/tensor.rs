@@ -1,7 +1,7 @@
 //! The weights of a tensor as f32, and what is lost of them.
 
 use rayon::prelude::*;
-use slim_formats::{DType, ModelSource, Weight, slim::TILE_ROWS};
+use slim_formats::{DType, ModelSource, Weight, arch::Tensor, slim::TILE_ROWS};
 use slim_kernels::{
     narrow::{self, Extent},
     weight,
@@ -12,17 +12,13 @@ use crate::{ExportError, Result};
 /// Rows that are computed at a time: enough for all threads, little memory.
 const PANEL_ROWS: usize = 1024;
 
-/// The names of the tensors that the model is made of, in the order of use.
-pub fn names(model: &dyn ModelSource) -> Result<Vec<(String, String)>> {
-    let config = model.config();
-    let names = slim_formats::tensor_names(config.block_count)
-        .filter(|(_, name)| !(config.tied_embeddings && name == "output.weight"));
-    names.map(|names| Ok(model.require(&names.1).map(|_| names)?)).collect()
-}
-
-/// Whether a tensor is a matrix of a block: what quantization packs.
-pub fn is_linear(name: &str) -> bool {
-    name.starts_with("blk.") && !name.ends_with("_norm.weight")
+/// The tensors that the model is made of, all of which it has, in the order of use.
+pub fn tensors(model: &dyn ModelSource) -> Result<&[Tensor]> {
+    let tensors = model.decoder().tensors();
+    for tensor in tensors {
+        model.require(&tensor.name)?;
+    }
+    Ok(tensors)
 }
 
 /// Calls `visit` with `[rows, cols]` weights at a time and the number of their first row.
@@ -51,24 +47,27 @@ pub fn for_each_panel(
 /// `Unrepresentable` for the first tensor with another value.
 pub fn check_values(
     model: &dyn ModelSource,
-    becomes_f16: impl Fn(&str) -> bool,
+    becomes_f16: impl Fn(&Tensor) -> bool,
 ) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
-    for (_, tensor) in names(model)? {
-        let extent = Extent::of(model.require(&tensor)?)?;
+    for tensor in tensors(model)? {
+        let name = &tensor.name;
+        let extent = Extent::of(model.require(name)?)?;
         model.release_pages();
+        let unrepresentable =
+            |row, found| Err(ExportError::Unrepresentable { tensor: name.clone(), row, found });
         if let Some((row, found)) = extent.not_finite {
-            return Err(ExportError::Unrepresentable { tensor, row, found });
+            return unrepresentable(row, found);
         }
-        if !becomes_f16(&tensor) || extent.fits_f16() {
+        if !becomes_f16(tensor) || extent.fits_f16() {
             continue;
         }
         let (row, found) = extent.largest;
         if narrow::to_f16(found).is_none() {
-            return Err(ExportError::Unrepresentable { tensor, row, found });
+            return unrepresentable(row, found);
         }
         warnings.push(format!(
-            "`{tensor}`: fp16 rounds values as small as its own, {} in a typical row",
+            "`{name}`: fp16 rounds values as small as its own, {} in a typical row",
             extent.typical
         ));
     }

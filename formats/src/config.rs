@@ -11,13 +11,13 @@ use std::path::Path;
 
 pub(crate) use hugging_face::shortest;
 
-use crate::{FormatError, Generation, Result};
+use crate::{FormatError, Generation, Result, arch::Family};
 
-/// Hyperparameters of a transformer of the `llama` family.
+/// Hyperparameters of a transformer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// GGUF's name of the architecture: `llama`, which Mistral models share.
-    pub architecture: String,
+    /// Whose model it is.
+    pub family: &'static dyn Family,
     /// The model's name, if the source gives one.
     pub name: Option<String>,
     /// Transformer blocks.

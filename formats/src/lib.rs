@@ -4,6 +4,7 @@
 //! directory, an ONNX model, a GGUF file, a SliM file), and a [`Weight`] is one of its tensors as
 //! it lies in the memory map. Nothing here computes with weights; that is the `kernels` crate.
 
+pub mod arch;
 mod atomic;
 mod config;
 mod disk;
@@ -17,7 +18,6 @@ mod limits;
 mod locate;
 mod mapped;
 mod model;
-mod names;
 pub mod onnx;
 pub mod safetensors;
 mod shapes;
@@ -29,6 +29,7 @@ mod temporary;
 mod test_data;
 mod vocabulary;
 
+pub use arch::{Decoder, Part, PartMap};
 pub use atomic::{AtomicFile, OutputPath};
 pub use config::{ModelConfig, Rope};
 pub use disk::{free_bytes, reserve};
@@ -39,7 +40,6 @@ pub use generation::Generation;
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
-pub use names::{EMBEDDING, OUTPUT, tensor_dims, tensor_names};
 pub use special_tokens::GgmlDefaults;
 pub use temporary::{
     Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,

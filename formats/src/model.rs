@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    DType, FormatError, MappedFile, ModelConfig, Result,
+    DType, Decoder, FormatError, MappedFile, ModelConfig, Result,
     gguf::{self, GgufFile, GgufModel, Metadata},
     onnx::OnnxModel,
     safetensors::HfDirectory,
@@ -20,6 +20,8 @@ pub trait ModelSource: Send + Sync {
     fn format(&self) -> &'static str;
     /// Hyperparameters.
     fn config(&self) -> &ModelConfig;
+    /// What it computes, and the tensors that it needs for it.
+    fn decoder(&self) -> &Decoder;
     /// Names of all tensors of the model, in a fixed order.
     fn tensor_names(&self) -> Vec<&str>;
     /// The tensor of this name, `None` if the model has none.

@@ -1,42 +1,32 @@
 //! One transformer block, cut where a linear layer's input is ready: execution calls the stages one
 //! after the other, calibration quantizes between them.
 
-use slim_formats::{FormatError, ModelConfig, ModelSource, Weight};
-use slim_kernels::{AttentionShape, Backend, RopeAngles, weight};
+use slim_formats::{
+    Decoder, FormatError, ModelSource, Part, PartMap, Weight,
+    arch::{Attention, BlockSpec, Stage, Tensor},
+};
+use slim_kernels::{AttentionShape, Backend, weight};
 
-use crate::{KvBlock, Result};
+use crate::{KvBlock, Positions, Result};
 
 /// What every stage needs.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
-    /// Hyperparameters.
-    pub config: &'a ModelConfig,
+    /// What the model computes.
+    pub decoder: &'a Decoder,
     /// Where the operations run.
     pub backend: &'a dyn Backend,
 }
 
-/// The weights of a block of the Llama family. Linear layers are `[rows, cols]`, norms
-/// `[hidden_size]`.
+/// A block: what it computes, and its weights.
 #[derive(Clone)]
 pub struct Block<'a> {
-    /// RMS norm before attention.
-    pub attn_norm: Vec<f32>,
-    /// `[heads * head_dim, hidden]`.
-    pub attn_q: Weight<'a>,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub attn_k: Weight<'a>,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub attn_v: Weight<'a>,
-    /// `[hidden, heads * head_dim]`.
-    pub attn_output: Weight<'a>,
-    /// RMS norm before the feed-forward network.
-    pub ffn_norm: Vec<f32>,
-    /// `[ffn, hidden]`.
-    pub ffn_gate: Weight<'a>,
-    /// `[ffn, hidden]`.
-    pub ffn_up: Weight<'a>,
-    /// `[hidden, ffn]`.
-    pub ffn_down: Weight<'a>,
+    /// What it computes.
+    pub spec: BlockSpec,
+    /// The linear layers, `[rows, cols]`.
+    pub layers: PartMap<Weight<'a>>,
+    /// The norms, `[hidden]`.
+    pub vectors: PartMap<Vec<f32>>,
 }
 
 impl<'a> Block<'a> {
@@ -45,139 +35,130 @@ impl<'a> Block<'a> {
     /// # Errors
     /// `Malformed` if one is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource, index: usize) -> Result<Self> {
-        let c = source.config();
-        let (q_dim, kv_dim) = (c.head_count * c.head_dim, c.kv_head_count * c.head_dim);
-        let (hidden, ffn) = (c.hidden_size, c.ffn_size);
-        let linear = |name: &str, rows, cols| {
-            find_weight(source, &format!("blk.{index}.{name}.weight"), rows, cols)
-        };
-        let norm = |name: &str| find_vector(source, &format!("blk.{index}.{name}.weight"), hidden);
-        Ok(Self {
-            attn_norm: norm("attn_norm")?,
-            attn_q: linear("attn_q", q_dim, hidden)?,
-            attn_k: linear("attn_k", kv_dim, hidden)?,
-            attn_v: linear("attn_v", kv_dim, hidden)?,
-            attn_output: linear("attn_output", hidden, q_dim)?,
-            ffn_norm: norm("ffn_norm")?,
-            ffn_gate: linear("ffn_gate", ffn, hidden)?,
-            ffn_up: linear("ffn_up", ffn, hidden)?,
-            ffn_down: linear("ffn_down", hidden, ffn)?,
-        })
-    }
-
-    /// Its linear layers.
-    pub fn weights(&self) -> [Weight<'a>; 7] {
-        let Self { attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, .. } = self;
-        [*attn_q, *attn_k, *attn_v, *attn_output, *ffn_gate, *ffn_up, *ffn_down]
+        let decoder = source.decoder();
+        let (mut layers, mut vectors) = (PartMap::new(), PartMap::new());
+        for tensor in decoder.tensors_of(index) {
+            match tensor.is_matrix() {
+                true => layers.insert(tensor.part, find_weight(source, tensor)?),
+                false => vectors.insert(tensor.part, find_vector(source, tensor)?),
+            }
+        }
+        Ok(Self { spec: decoder.blocks[index], layers, vectors })
     }
 
     /// The whole block: `x: [m, hidden]` is updated in place. It may hold several sequences, as for
-    /// [`Self::attend`].
+    /// [`Self::input`].
     ///
     /// # Errors
-    /// As the stages: a kernel refuses its arguments.
+    /// A kernel refuses its arguments.
     pub fn forward(
         &self,
         context: Context<'_>,
         x: &mut [f32],
         kv: &mut KvBlock,
-        start: usize,
-        angles: &RopeAngles,
+        positions: &Positions,
     ) -> Result<()> {
-        let attention_input = self.attention_input(context, x);
-        let attended = self.attend(context, &attention_input, kv, start, angles)?;
-        self.add_attention(context, &attended, x)?;
-        let ffn_input = self.ffn_input(context, x);
-        let activation = self.ffn_activation(context, &ffn_input)?;
-        self.add_ffn(context, &activation, x)
+        let mut input = Vec::new();
+        for stage in self.spec.stages() {
+            let from = if stage.reads_residual() { &*x } else { &input };
+            input = self.input(stage, context, from, kv, positions)?;
+            if stage.adds_to_residual() {
+                self.add(stage, context, &input, x)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Stage 1: the input of `attn_q`, `attn_k` and `attn_v`, `[m, hidden]`.
-    pub fn attention_input(&self, context: Context<'_>, x: &[f32]) -> Vec<f32> {
-        rms_norm(context, x, &self.attn_norm)
-    }
-
-    /// Stage 2: the input of `attn_output`, `[m, heads * head_dim]`; keys and values of positions
-    /// `start ..` go to `kv`.
+    /// The input of a stage's layers, `[m, cols]`, made `from` the residual stream or from the
+    /// input of the stage before, whichever the stage reads. Keys and values go to `kv`.
     ///
-    /// If the input has more tokens than `angles`, it holds several sequences of as many as that,
-    /// each of which goes on from the `start` positions before; the keys and values of the last one
-    /// stay.
+    /// If there are more tokens than `positions`, they are several sequences of as many as that,
+    /// each of which goes on from the positions before; the keys and values of the last one stay.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
-    pub fn attend(
+    pub fn input(
+        &self,
+        stage: Stage,
+        context: Context<'_>,
+        from: &[f32],
+        kv: &mut KvBlock,
+        positions: &Positions,
+    ) -> Result<Vec<f32>> {
+        match stage {
+            Stage::Attention => Ok(self.normed(Part::AttnNorm, context, from)),
+            Stage::AttentionOutput => self.attend(context, from, kv, positions),
+            Stage::Ffn => Ok(self.normed(Part::FfnNorm, context, from)),
+            Stage::FfnOutput => self.activate(context, from),
+        }
+    }
+
+    /// Adds what the layer of a stage makes of its `input` to the residual stream `x`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    ///
+    /// # Panics
+    /// If the stage does not add to it.
+    pub fn add(
+        &self,
+        stage: Stage,
+        context: Context<'_>,
+        input: &[f32],
+        x: &mut [f32],
+    ) -> Result<()> {
+        assert!(stage.adds_to_residual(), "{stage:?}");
+        let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
+        add(x, &linear(context, self.layers[*part], input)?);
+        Ok(())
+    }
+
+    fn normed(&self, norm: Part, context: Context<'_>, x: &[f32]) -> Vec<f32> {
+        rms_norm(context, x, &self.vectors[norm])
+    }
+
+    /// Attention of queries, keys and values made of `input`.
+    fn attend(
         &self,
         context: Context<'_>,
         input: &[f32],
         kv: &mut KvBlock,
-        start: usize,
-        angles: &RopeAngles,
+        positions: &Positions,
     ) -> Result<Vec<f32>> {
-        let Context { config, backend } = context;
-        let m = 2 * angles.cos.len() / angles.head_dim;
-        let mut q = linear(context, self.attn_q, input)?;
-        let mut k = linear(context, self.attn_k, input)?;
-        let v = linear(context, self.attn_v, input)?;
-        let shape = AttentionShape {
-            heads: config.head_count,
-            kv_heads: config.kv_head_count,
-            head_dim: config.head_dim,
-            start,
-            m,
-            window: config.sliding_window,
-        };
+        let backend = context.backend;
+        let attention = &self.spec.attention;
+        let angles = &positions.angles[attention.rope];
+        let mut q = linear(context, self.layers[Part::AttnQ], input)?;
+        let mut k = linear(context, self.layers[Part::AttnK], input)?;
+        let v = linear(context, self.layers[Part::AttnV], input)?;
+        let shape = attention_shape(&self.spec, positions.start, positions.count);
+        let m = shape.m;
         let mut out = vec![0.0; q.len()];
         let (of_queries, of_keys) = (m.max(1) * shape.query_stride(), m.max(1) * shape.kv_stride());
         let queries = q.chunks_exact_mut(of_queries).zip(out.chunks_exact_mut(of_queries));
         let keys = k.chunks_exact_mut(of_keys).zip(v.chunks_exact(of_keys));
         for ((q, out), (k, v)) in queries.zip(keys) {
-            backend.rope(q, config.head_count, angles);
-            backend.rope(k, config.kv_head_count, angles);
-            kv.store(k, v, start, m);
+            backend.rope(q, attention.heads, angles);
+            backend.rope(k, attention.kv_heads, angles);
+            kv.store(k, v, shape.start, m);
             backend.attention(q, kv.view(), &shape, out)?;
         }
         Ok(out)
     }
 
-    /// Stage 3: adds the attention output to `x`.
-    ///
-    /// # Errors
-    /// A kernel refuses its arguments.
-    pub fn add_attention(
-        &self,
-        context: Context<'_>,
-        attended: &[f32],
-        x: &mut [f32],
-    ) -> Result<()> {
-        add(x, &linear(context, self.attn_output, attended)?);
-        Ok(())
-    }
-
-    /// Stage 4: the input of `ffn_gate` and `ffn_up`, `[m, hidden]`.
-    pub fn ffn_input(&self, context: Context<'_>, x: &[f32]) -> Vec<f32> {
-        rms_norm(context, x, &self.ffn_norm)
-    }
-
-    /// Stage 5: the input of `ffn_down`, `[m, ffn]`.
-    ///
-    /// # Errors
-    /// A kernel refuses its arguments.
-    pub fn ffn_activation(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<f32>> {
-        let mut gate = linear(context, self.ffn_gate, input)?;
-        let up = linear(context, self.ffn_up, input)?;
+    /// The activations of neurons.
+    fn activate(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<f32>> {
+        let mut gate = linear(context, self.layers[Part::FfnGate], input)?;
+        let up = linear(context, self.layers[Part::FfnUp], input)?;
         context.backend.swiglu(&mut gate, &up);
         Ok(gate)
     }
+}
 
-    /// Stage 6: adds the output of the feed-forward network to `x`.
-    ///
-    /// # Errors
-    /// A kernel refuses its arguments.
-    pub fn add_ffn(&self, context: Context<'_>, activation: &[f32], x: &mut [f32]) -> Result<()> {
-        add(x, &linear(context, self.ffn_down, activation)?);
-        Ok(())
-    }
+/// The attention of `m` queries in a block, the first of which stands at `start`.
+pub fn attention_shape(spec: &BlockSpec, start: usize, m: usize) -> AttentionShape {
+    let Attention { heads, kv_heads, head_dim, window, .. } = spec.attention;
+    AttentionShape { heads, kv_heads, head_dim, start, m, window }
 }
 
 /// `[m, cols]` to `[m, rows]`.
@@ -191,7 +172,7 @@ pub(crate) fn linear(context: Context<'_>, w: Weight<'_>, x: &[f32]) -> Result<V
 
 pub(crate) fn rms_norm(context: Context<'_>, x: &[f32], weight: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    context.backend.rms_norm(x, weight, context.config.norm_epsilon, &mut out);
+    context.backend.rms_norm(x, weight, context.decoder.norm_epsilon, &mut out);
     out
 }
 
@@ -201,21 +182,17 @@ fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// The tensor `name`, which must be `[rows, cols]`.
+/// A tensor of the model, which must have its shape.
 ///
 /// # Errors
 /// `Malformed` if it is missing or has another shape.
-pub fn find_weight<'a>(
-    source: &'a dyn ModelSource,
-    name: &str,
-    rows: usize,
-    cols: usize,
-) -> Result<Weight<'a>> {
-    let place = format!("tensor `{name}`");
+pub fn find_weight<'a>(source: &'a dyn ModelSource, tensor: &Tensor) -> Result<Weight<'a>> {
+    let (rows, cols) = tensor.shape();
+    let place = format!("tensor `{}`", tensor.name);
     let expected = format!("[{rows}, {cols}] by the model's hyperparameters");
     let malformed =
         |found: String| FormatError::malformed(source.path(), place, "", found, expected);
-    let Some(found) = source.tensor(name)? else {
+    let Some(found) = source.tensor(&tensor.name)? else {
         return Err(malformed("none".into()).into());
     };
     match weight::shape(found) {
@@ -224,13 +201,13 @@ pub fn find_weight<'a>(
     }
 }
 
-/// The tensor `name` of `len` values as f32.
+/// A vector of the model as f32.
 ///
 /// # Errors
 /// As [`find_weight`]; `UnsupportedType` if it holds no numbers.
-pub fn find_vector(source: &dyn ModelSource, name: &str, len: usize) -> Result<Vec<f32>> {
-    let found = find_weight(source, name, 1, len)?;
-    let mut values = vec![0.0; len];
+pub fn find_vector(source: &dyn ModelSource, tensor: &Tensor) -> Result<Vec<f32>> {
+    let found = find_weight(source, tensor)?;
+    let mut values = vec![0.0; tensor.dims[0]];
     weight::dequantize_rows(found, 0..1, &mut values)?;
     Ok(values)
 }

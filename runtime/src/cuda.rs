@@ -2,7 +2,10 @@
 
 use std::{ops::Range, sync::Arc};
 
-use slim_formats::{ModelConfig, ModelSource, Weight};
+use slim_formats::{
+    Decoder, ModelSource, Part, PartMap, Weight,
+    arch::{self, BlockSpec, Tensor},
+};
 use slim_kernels::{
     cuda::{
         Attention, Buffer, Device, Graph, KvCache as KvOfBlock, KvType, Matrix, Norm, Operands,
@@ -12,33 +15,27 @@ use slim_kernels::{
 };
 
 use crate::{
-    Block, Result,
+    Block, Positions, Result,
     block::{find_vector, find_weight},
-    model::{PREFILL_BATCH, rope_angles},
+    model::PREFILL_BATCH,
 };
 
 /// Consecutive blocks on one device, the embedding if the first of the model is among them, the
 /// output layer if the last is.
-pub(crate) struct Part {
+pub(crate) struct Segment {
     device: Arc<Device>,
     name: String,
     range: Range<usize>,
-    config: ModelConfig,
+    decoder: Decoder,
     embedding: Option<Arc<Matrix>>,
     blocks: Vec<BlockOnDevice>,
     output: Option<Output>,
 }
 
 struct BlockOnDevice {
-    attn_norm: Buffer<f32>,
-    attn_q: Matrix,
-    attn_k: Matrix,
-    attn_v: Matrix,
-    attn_output: Matrix,
-    ffn_norm: Buffer<f32>,
-    ffn_gate: Matrix,
-    ffn_up: Matrix,
-    ffn_down: Matrix,
+    spec: BlockSpec,
+    layers: PartMap<Matrix>,
+    norms: PartMap<Buffer<f32>>,
 }
 
 struct Output {
@@ -46,7 +43,7 @@ struct Output {
     weight: Arc<Matrix>,
 }
 
-impl Part {
+impl Segment {
     /// Copies the weights of blocks `range` to the device, which the user calls `name`.
     pub fn load(
         source: &dyn ModelSource,
@@ -54,20 +51,17 @@ impl Part {
         name: String,
         range: Range<usize>,
     ) -> Result<Self> {
-        let config = source.config().clone();
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let matrix = |name: &str| -> Result<Arc<Matrix>> {
-            let found = find_weight(source, name, vocab, hidden)?;
-            Ok(Arc::new(Matrix::upload(&device, found)?))
+        let decoder = source.decoder();
+        let matrix = |tensor: &Tensor| -> Result<Arc<Matrix>> {
+            Ok(Arc::new(Matrix::upload(&device, find_weight(source, tensor)?)?))
         };
-        let embedding = (range.start == 0).then(|| matrix("token_embd.weight")).transpose()?;
-        let output = if range.end == config.block_count {
-            let weight = match (&embedding, config.tied_embeddings) {
-                (Some(embedding), true) => Arc::clone(embedding),
-                (None, true) => matrix("token_embd.weight")?,
-                (_, false) => matrix("output.weight")?,
+        let embedding = (range.start == 0).then(|| matrix(decoder.embedding())).transpose()?;
+        let output = if range.end == decoder.blocks.len() {
+            let weight = match &embedding {
+                Some(embedding) if decoder.has_tied_embeddings() => Arc::clone(embedding),
+                _ => matrix(decoder.output())?,
             };
-            let norm = find_vector(source, "output_norm.weight", hidden)?;
+            let norm = find_vector(source, decoder.output_norm())?;
             Some(Output { norm: Buffer::upload(&device, &norm)?, weight })
         } else {
             None
@@ -76,7 +70,8 @@ impl Part {
             .clone()
             .map(|index| BlockOnDevice::upload(&device, &Block::load(source, index)?))
             .collect::<Result<_>>()?;
-        Ok(Self { device, name, range, config, embedding, blocks, output })
+        let decoder = decoder.clone();
+        Ok(Self { device, name, range, decoder, embedding, blocks, output })
     }
 
     /// The device.
@@ -96,7 +91,7 @@ impl Part {
 
     /// Bytes of weights that one token reads here.
     pub fn bytes_per_token(&self) -> u64 {
-        let blocks = self.blocks.iter().flat_map(BlockOnDevice::matrices);
+        let blocks = self.blocks.iter().flat_map(|block| block.layers.values());
         let output = self.output.iter().map(|output| &*output.weight);
         blocks.chain(output).map(Matrix::device_bytes).sum()
     }
@@ -106,19 +101,19 @@ impl Part {
     /// # Panics
     /// If the output layer is elsewhere.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        let output = self.output.as_ref().expect("the last part holds the output layer");
-        let m = hidden.len() / self.config.hidden_size;
-        let mut inputs = Operands::zeros(&self.device, m, self.config.hidden_size)?;
+        let output = self.output.as_ref().expect("the last segment holds the output layer");
+        let m = hidden.len() / self.decoder.hidden_size;
+        let mut inputs = Operands::zeros(&self.device, m, self.decoder.hidden_size)?;
         inputs.write(hidden, m)?;
-        let mut logits = Buffer::zeros(&self.device, m * self.config.vocab_size)?;
+        let mut logits = Buffer::zeros(&self.device, m * self.decoder.vocab_size)?;
         self.device.matmul(&[&output.weight], &inputs, m, &mut [logits.view_mut()])?;
         Ok(logits.view().read()?)
     }
 
-    /// The norm that follows block `index` of this part, if there is one.
+    /// The norm that follows block `index` of this segment, if there is one.
     fn norm_after(&self, index: usize) -> Option<&Buffer<f32>> {
         match self.blocks.get(index + 1) {
-            Some(next) => Some(&next.attn_norm),
+            Some(next) => Some(&next.norms[Part::AttnNorm]),
             None => self.output.as_ref().map(|output| &output.norm),
         }
     }
@@ -126,51 +121,31 @@ impl Part {
 
 impl BlockOnDevice {
     fn upload(device: &Arc<Device>, block: &Block<'_>) -> Result<Self> {
-        let norm = |weight: &[f32]| Buffer::upload(device, weight);
-        let matrix = |weight: Weight<'_>| Matrix::upload(device, weight);
-        Ok(Self {
-            attn_norm: norm(&block.attn_norm)?,
-            attn_q: matrix(block.attn_q)?,
-            attn_k: matrix(block.attn_k)?,
-            attn_v: matrix(block.attn_v)?,
-            attn_output: matrix(block.attn_output)?,
-            ffn_norm: norm(&block.ffn_norm)?,
-            ffn_gate: matrix(block.ffn_gate)?,
-            ffn_up: matrix(block.ffn_up)?,
-            ffn_down: matrix(block.ffn_down)?,
-        })
-    }
-
-    fn matrices(&self) -> [&Matrix; 7] {
-        [
-            &self.attn_q,
-            &self.attn_k,
-            &self.attn_v,
-            &self.attn_output,
-            &self.ffn_gate,
-            &self.ffn_up,
-            &self.ffn_down,
-        ]
+        let Block { spec, layers, vectors } = block;
+        let layers = layers.iter().map(|(part, &layer)| Ok((part, Matrix::upload(device, layer)?)));
+        let norms = vectors.iter().map(|(part, norm)| Ok((part, Buffer::upload(device, norm)?)));
+        let (layers, norms) = (layers.collect::<Result<_>>()?, norms.collect::<Result<_>>()?);
+        Ok(Self { spec: *spec, layers, norms })
     }
 }
 
-/// What a part gets in.
+/// What a segment gets in.
 pub(crate) enum Input<'a> {
-    /// The first part of a model: its tokens.
+    /// The first segment of a model: its tokens.
     Tokens(&'a [u32]),
     /// The residual stream that the blocks before left, `[m, hidden]`.
     Residual(&'a [f32]),
 }
 
-/// A text on a part: its keys and values, and all memory that a call needs.
+/// A text on a segment: its keys and values, and all memory that a call needs.
 pub(crate) struct Session {
-    part: Arc<Part>,
+    segment: Arc<Segment>,
     kv: Vec<KvOfBlock>,
     position: Position,
     /// The tokens of a call.
     tokens: Buffer<u32>,
     work: Work,
-    /// One token's way through the part, captured when the first one comes.
+    /// One token's way through the segment, captured when the first one comes.
     step: Option<Graph>,
     top: Option<TopK>,
 }
@@ -178,7 +153,8 @@ pub(crate) struct Session {
 /// What the blocks work in, for up to a batch of tokens.
 struct Work {
     attention: Attention,
-    tables: RopeTables,
+    /// Those of the model's rotary embeddings.
+    tables: Vec<RopeTables>,
     /// The residual stream, [batch, hidden].
     x: Buffer<f32>,
     q: Buffer<f32>,
@@ -195,30 +171,38 @@ struct Work {
 
 impl Session {
     /// An empty text of up to `capacity` tokens.
-    pub fn new(part: &Arc<Part>, capacity: usize, kv_type: KvType) -> Result<Self> {
-        let (device, c) = (&part.device, &part.config);
+    pub fn new(segment: &Arc<Segment>, capacity: usize, kv_type: KvType) -> Result<Self> {
+        let Segment { device, decoder, blocks, .. } = &**segment;
+        let (hidden, spec) = (decoder.hidden_size, &blocks[0].spec);
+        let arch::Attention { heads, kv_heads, head_dim, window, .. } = spec.attention;
+        let ffn = spec.ffn.width;
         let batch = PREFILL_BATCH.min(capacity);
-        let (q_dim, kv_dim) = (c.head_count * c.head_dim, c.kv_head_count * c.head_dim);
         let floats = |width: usize| Buffer::zeros(device, batch * width);
         let operands = |width: usize| Operands::zeros(device, batch, width);
-        let new_kv = |_| KvOfBlock::new(device, kv_type, c.kv_head_count, capacity, c.head_dim);
-        let kv: Vec<_> = part.blocks.iter().map(new_kv).collect::<slim_kernels::Result<_>>()?;
+        let new_kv = |block: &BlockOnDevice| {
+            let arch::Attention { kv_heads, head_dim, .. } = block.spec.attention;
+            KvOfBlock::new(device, kv_type, kv_heads, capacity, head_dim)
+        };
+        let kv: Vec<_> = blocks.iter().map(new_kv).collect::<slim_kernels::Result<_>>()?;
+        let positions = Positions::new(decoder, 0, capacity);
+        let tables = positions.angles.iter().map(|angles| RopeTables::upload(device, angles));
+        let has_output = segment.output.is_some();
         let work = Work {
-            attention: Attention::new(device, c.head_count, c.sliding_window, &kv[0])?,
-            tables: RopeTables::upload(device, &rope_angles(c, 0, capacity))?,
-            x: floats(c.hidden_size)?,
-            q: floats(q_dim)?,
-            k: floats(kv_dim)?,
-            v: floats(kv_dim)?,
-            gate: floats(c.ffn_size)?,
-            up: floats(c.ffn_size)?,
-            normed: operands(c.hidden_size)?,
-            attended: operands(q_dim)?,
-            activation: operands(c.ffn_size)?,
-            logits: Buffer::zeros(device, if part.output.is_some() { c.vocab_size } else { 0 })?,
+            attention: Attention::new(device, heads, window, &kv[0])?,
+            tables: tables.collect::<slim_kernels::Result<_>>()?,
+            x: floats(hidden)?,
+            q: floats(heads * head_dim)?,
+            k: floats(kv_heads * head_dim)?,
+            v: floats(kv_heads * head_dim)?,
+            gate: floats(ffn)?,
+            up: floats(ffn)?,
+            normed: operands(hidden)?,
+            attended: operands(heads * head_dim)?,
+            activation: operands(ffn)?,
+            logits: Buffer::zeros(device, if has_output { decoder.vocab_size } else { 0 })?,
         };
         Ok(Self {
-            part: Arc::clone(part),
+            segment: Arc::clone(segment),
             kv,
             position: Position::new(device, capacity)?,
             tokens: Buffer::zeros(device, batch)?,
@@ -241,7 +225,7 @@ impl Session {
             return self.launch(m);
         }
         if self.step.is_none() {
-            let device = Arc::clone(&self.part.device);
+            let device = Arc::clone(&self.segment.device);
             self.step = Some(device.capture(|| self.launch(1))?);
         }
         Ok(self.step.as_ref().expect("captured above").launch()?)
@@ -249,7 +233,7 @@ impl Session {
 
     /// The residual stream of the last call, `[m, hidden]`.
     pub fn residual(&self, m: usize) -> Result<Vec<f32>> {
-        Ok(self.work.x.view().slice(0..m * self.part.config.hidden_size).read()?)
+        Ok(self.work.x.view().slice(0..m * self.segment.decoder.hidden_size).read()?)
     }
 
     /// The logits that follow the last token of the last call.
@@ -259,7 +243,7 @@ impl Session {
 
     /// The `k` largest of those logits with their tokens, the largest first.
     pub fn top(&mut self, k: usize) -> Result<Vec<(u32, f32)>> {
-        let device = &self.part.device;
+        let device = &self.segment.device;
         if self.top.as_ref().is_none_or(|top| top.k() != k) {
             self.top = Some(TopK::new(device, k)?);
         }
@@ -270,54 +254,47 @@ impl Session {
 
     /// Launches every kernel of a call with m tokens.
     fn launch(&mut self, m: usize) -> Result<()> {
-        let Self { part, kv, position, tokens, work, .. } = self;
-        let (device, config) = (&part.device, &part.config);
-        let epsilon = config.norm_epsilon;
+        let Self { segment, kv, position, tokens, work, .. } = self;
+        let (device, decoder) = (&segment.device, &segment.decoder);
+        let epsilon = decoder.norm_epsilon;
         let calls = Tokens { position, m };
         let Work { attention, tables, x, q, k, v, gate, up, normed, attended, activation, logits } =
             work;
-        let hidden = m * config.hidden_size;
-        if let Some(embedding) = &part.embedding {
+        let hidden = m * decoder.hidden_size;
+        if let Some(embedding) = &segment.embedding {
             device.embed(embedding, tokens.view().slice(0..m), &mut x.view_mut())?;
         }
         device.rms_norm(
             x.view().slice(0..hidden),
-            part.blocks[0].attn_norm.view(),
+            segment.blocks[0].norms[Part::AttnNorm].view(),
             epsilon,
             m,
             normed,
         )?;
-        for (index, (block, kv)) in part.blocks.iter().zip(kv).enumerate() {
-            let qkv = [&block.attn_q, &block.attn_k, &block.attn_v];
+        for (index, (block, kv)) in segment.blocks.iter().zip(kv).enumerate() {
+            let BlockOnDevice { spec, layers, norms } = block;
+            let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &layers[part]);
             device.matmul(&qkv, normed, m, &mut [q.view_mut(), k.view_mut(), v.view_mut()])?;
-            let kv_len = m * block.attn_k.rows();
+            let kv_len = m * layers[Part::AttnK].rows();
             let new = [k.view().slice(0..kv_len), v.view().slice(0..kv_len)];
-            let mut queries = q.view_mut().slice(0..m * block.attn_q.rows());
+            let mut queries = q.view_mut().slice(0..m * layers[Part::AttnQ].rows());
+            let tables = &tables[spec.attention.rope];
             device.rope_store(attention, &mut queries, new, tables, calls, kv)?;
             device.attention(attention, queries.as_view(), kv, calls, attended)?;
-            let ffn_norm = Norm { weight: block.ffn_norm.view(), epsilon, out: normed };
-            device.matmul_add(
-                &block.attn_output,
-                attended,
-                m,
-                &mut x.view_mut(),
-                Some(ffn_norm),
-            )?;
+            let output = &layers[Part::AttnOutput];
+            let ffn_norm = Norm { weight: norms[Part::FfnNorm].view(), epsilon, out: normed };
+            device.matmul_add(output, attended, m, &mut x.view_mut(), Some(ffn_norm))?;
+            let gate_and_up = [Part::FfnGate, Part::FfnUp].map(|part| &layers[part]);
             let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
-            device.matmul_swiglu(
-                [&block.ffn_gate, &block.ffn_up],
-                normed,
-                m,
-                scratch,
-                activation,
-            )?;
-            let norm = part.norm_after(index);
+            device.matmul_swiglu(gate_and_up, normed, m, scratch, activation)?;
+            let norm = segment.norm_after(index);
             let norm = norm.map(|weight| Norm { weight: weight.view(), epsilon, out: normed });
-            device.matmul_add(&block.ffn_down, activation, m, &mut x.view_mut(), norm)?;
+            let down = &layers[Part::FfnDown];
+            device.matmul_add(down, activation, m, &mut x.view_mut(), norm)?;
         }
-        if let Some(output) = &part.output {
+        if let Some(output) = &segment.output {
             if m > 1 {
-                let last = x.view().slice(hidden - config.hidden_size..hidden);
+                let last = x.view().slice(hidden - decoder.hidden_size..hidden);
                 device.rms_norm(last, output.norm.view(), epsilon, 1, normed)?;
             }
             device.matmul(&[&output.weight], normed, 1, &mut [logits.view_mut()])?;

@@ -1,6 +1,6 @@
 //! Keys and values of the tokens so far.
 
-use slim_formats::ModelConfig;
+use slim_formats::arch::Attention;
 use slim_kernels::KvView;
 
 use crate::cuda::Session;
@@ -16,11 +16,12 @@ pub struct KvBlock {
 }
 
 impl KvBlock {
-    /// Room for `capacity` positions. The system hands out the memory as it is first written.
-    pub fn new(config: &ModelConfig, capacity: usize) -> Self {
-        let len = config.kv_head_count * capacity * config.head_dim;
+    /// Room for `capacity` positions of a block's attention. The system hands out the memory as it
+    /// is first written.
+    pub fn new(attention: &Attention, capacity: usize) -> Self {
+        let len = attention.kv_heads * capacity * attention.head_dim;
         let (keys, values) = (vec![0.0; len], vec![0.0; len]);
-        Self { keys, values, capacity, head_dim: config.head_dim }
+        Self { keys, values, capacity, head_dim: attention.head_dim }
     }
 
     /// Puts `k`, `v: [m, kv_heads, head_dim]` at positions `start ..`.

@@ -2,17 +2,17 @@
 
 use std::{ops::Range, sync::Arc};
 
-use slim_formats::{ModelConfig, ModelSource, Weight};
+use slim_formats::{Decoder, ModelConfig, ModelSource, Weight};
 use slim_kernels::{
-    Backend, Cpu, RopeAngles,
+    Backend, Cpu,
     cuda::{Device, KvType},
     weight,
 };
 
 use crate::{
-    CudaSettings, KvBlock, KvCache, Result, RuntimeError, Sampler,
+    CudaSettings, KvBlock, KvCache, Positions, Result, RuntimeError, Sampler,
     block::{Block, Context, find_vector, find_weight, linear, rms_norm},
-    cuda::{Input, Part, Session},
+    cuda::{Input, Segment, Session},
 };
 
 /// Tokens that go through the blocks together: bounds the memory of activations, fills the matrix
@@ -25,13 +25,14 @@ const MAX_TOP: usize = 128;
 /// A model: the weights of blocks on the CPU where they lie in its source, copies of the others on
 /// CUDA devices.
 pub struct Model<'a> {
+    config: &'a ModelConfig,
     context: Context<'a>,
     /// `[vocab, hidden]`.
     embedding: Weight<'a>,
     /// The first blocks, on the CPU.
     blocks: Vec<Block<'a>>,
     /// The other blocks, on CUDA devices.
-    parts: Vec<Arc<Part>>,
+    segments: Vec<Arc<Segment>>,
     kv_type: KvType,
     output_norm: Vec<f32>,
     /// `[vocab, hidden]`; the embedding itself in models that tie them.
@@ -44,19 +45,15 @@ impl<'a> Model<'a> {
     /// # Errors
     /// `Malformed` if a tensor is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource, backend: &'a dyn Backend) -> Result<Self> {
-        let config = source.config();
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = find_weight(source, "token_embd.weight", vocab, hidden)?;
-        let output = match config.tied_embeddings {
-            true => embedding,
-            false => find_weight(source, "output.weight", vocab, hidden)?,
-        };
+        let (config, decoder) = (source.config(), source.decoder());
+        let embedding = find_weight(source, decoder.embedding())?;
+        let output = find_weight(source, decoder.output())?;
         let blocks =
-            (0..config.block_count).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
-        let output_norm = find_vector(source, "output_norm.weight", hidden)?;
-        let context = Context { config, backend };
-        let (parts, kv_type) = (Vec::new(), KvType::F16);
-        Ok(Self { context, embedding, blocks, parts, kv_type, output_norm, output })
+            (0..decoder.blocks.len()).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
+        let output_norm = find_vector(source, decoder.output_norm())?;
+        let context = Context { decoder, backend };
+        let (segments, kv_type) = (Vec::new(), KvType::F16);
+        Ok(Self { config, context, embedding, blocks, segments, kv_type, output_norm, output })
     }
 
     /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
@@ -72,8 +69,8 @@ impl<'a> Model<'a> {
         for ((number, device), range) in settings.devices.iter().zip(ranges) {
             if !range.is_empty() {
                 let name = format!("cuda:{number}");
-                let part = Part::load(source, Arc::clone(device), name, range)?;
-                model.parts.push(Arc::new(part));
+                let segment = Segment::load(source, Arc::clone(device), name, range)?;
+                model.segments.push(Arc::new(segment));
             }
         }
         Ok(model)
@@ -81,19 +78,24 @@ impl<'a> Model<'a> {
 
     /// Hyperparameters.
     pub fn config(&self) -> &'a ModelConfig {
-        self.context.config
+        self.config
+    }
+
+    /// What it computes.
+    pub fn decoder(&self) -> &'a Decoder {
+        self.context.decoder
     }
 
     /// Where the blocks run: the name of a device and its blocks, in their order.
     pub fn placement(&self) -> Vec<(String, Range<usize>)> {
         let cpu = ("cpu".to_owned(), 0..self.blocks.len());
-        let parts = self.parts.iter().map(|part| (part.device_name(), part.range()));
-        std::iter::once(cpu).chain(parts).filter(|(_, range)| !range.is_empty()).collect()
+        let segments = self.segments.iter().map(|segment| (segment.device_name(), segment.range()));
+        std::iter::once(cpu).chain(segments).filter(|(_, range)| !range.is_empty()).collect()
     }
 
     /// The CUDA devices that it runs on, in the order of their blocks.
     pub fn devices(&self) -> impl Iterator<Item = &Arc<Device>> {
-        self.parts.iter().map(|part| part.device())
+        self.segments.iter().map(|segment| segment.device())
     }
 
     /// An empty cache for texts of up to `capacity` tokens.
@@ -101,8 +103,10 @@ impl<'a> Model<'a> {
     /// # Errors
     /// `Kernel` if a device has no memory for it.
     pub fn new_cache(&self, capacity: usize) -> Result<KvCache> {
-        let blocks = self.blocks.iter().map(|_| KvBlock::new(self.config(), capacity)).collect();
-        let sessions = self.parts.iter().map(|part| Session::new(part, capacity, self.kv_type));
+        let new_kv = |block: &Block<'_>| KvBlock::new(&block.spec.attention, capacity);
+        let blocks = self.blocks.iter().map(new_kv).collect();
+        let sessions =
+            self.segments.iter().map(|segment| Session::new(segment, capacity, self.kv_type));
         Ok(KvCache { blocks, sessions: sessions.collect::<Result<_>>()?, capacity, position: 0 })
     }
 
@@ -139,8 +143,8 @@ impl<'a> Model<'a> {
     /// # Errors
     /// A kernel refuses its arguments.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        match self.parts.last() {
-            Some(part) => part.logits(hidden),
+        match self.segments.last() {
+            Some(segment) => segment.logits(hidden),
             None => in_pool(|| linear(self.context, self.output, hidden)),
         }
     }
@@ -180,9 +184,9 @@ impl<'a> Model<'a> {
 
     /// Bytes of weights that decoding one token reads: every layer, and one row of the embedding.
     pub fn bytes_per_token(&self) -> u64 {
-        let on_cpu = self.blocks.iter().flat_map(Block::weights);
-        let on_devices: u64 = self.parts.iter().map(|part| part.bytes_per_token()).sum();
-        let output = if self.parts.is_empty() { Some(self.output) } else { None };
+        let on_cpu = self.blocks.iter().flat_map(|block| block.layers.values().copied());
+        let on_devices: u64 = self.segments.iter().map(|segment| segment.bytes_per_token()).sum();
+        let output = if self.segments.is_empty() { Some(self.output) } else { None };
         on_cpu.chain(output).map(weight::stored_bytes).sum::<u64>() + on_devices
     }
 
@@ -214,7 +218,7 @@ impl<'a> Model<'a> {
         let start = cache.position;
         cache.position += tokens.len();
         let KvCache { blocks, sessions, .. } = cache;
-        let mut x = match (self.blocks.is_empty(), self.parts.is_empty()) {
+        let mut x = match (self.blocks.is_empty(), self.segments.is_empty()) {
             (true, false) => None,
             _ => Some(in_pool(|| self.feed_cpu(tokens, blocks, start))?),
         };
@@ -231,10 +235,10 @@ impl<'a> Model<'a> {
 
     /// Embeds a batch of tokens and runs it through the blocks on the CPU.
     fn feed_cpu(&self, tokens: &[u32], kv: &mut [KvBlock], start: usize) -> Result<Vec<f32>> {
-        let angles = rope_angles(self.config(), start, tokens.len());
+        let positions = Positions::new(self.decoder(), start, tokens.len());
         let mut x = embed(self.embedding, tokens)?;
         for (block, kv) in self.blocks.iter().zip(kv) {
-            block.forward(self.context, &mut x, kv, start, &angles)?;
+            block.forward(self.context, &mut x, kv, &positions)?;
         }
         Ok(x)
     }
@@ -266,11 +270,6 @@ fn input<'x>(tokens: &'x [u32], x: &'x Option<Vec<f32>>) -> Input<'x> {
 /// there, instead of being handed over one by one from a thread outside.
 fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| work())
-}
-
-/// The rotation angles of positions `start .. start + m`.
-pub fn rope_angles(config: &ModelConfig, start: usize, m: usize) -> RopeAngles {
-    RopeAngles::new(config.head_dim, config.rope.theta, &config.rope.factors, start, m)
 }
 
 /// The embeddings of `tokens`, `[tokens.len(), hidden]`.

@@ -2,7 +2,10 @@
 
 use std::{ops::Range, sync::Arc};
 
-use slim_formats::{ModelConfig, ModelSource};
+use slim_formats::{
+    Decoder, ModelSource,
+    arch::{Attention, BlockSpec, Tensor},
+};
 use slim_kernels::cuda::{Device, KvCache, KvType};
 
 use crate::{
@@ -34,7 +37,7 @@ impl CudaSettings {
     pub fn holds_all(&self, source: &dyn ModelSource) -> Result<bool> {
         let all = Self { blocks: None, ..self.clone() };
         let placed: usize = all.place(source)?.iter().map(Range::len).sum();
-        Ok(placed == source.config().block_count)
+        Ok(placed == source.decoder().blocks.len())
     }
 
     /// The blocks of each device, by what is free on it.
@@ -42,7 +45,7 @@ impl CudaSettings {
     /// # Errors
     /// `InvalidArgument` if not as many blocks fit as were asked for.
     pub(crate) fn place(&self, source: &dyn ModelSource) -> Result<Vec<Range<usize>>> {
-        let head_dim = source.config().head_dim;
+        let head_dim = source.decoder().blocks[0].attention.head_dim;
         if !KvCache::takes_head_dim(head_dim) {
             let expected = "a multiple of 8, up to 256, on a CUDA device";
             return Err(RuntimeError::invalid_argument("head size", head_dim, expected));
@@ -91,24 +94,24 @@ pub(crate) struct Sizes {
 
 impl Sizes {
     fn of(source: &dyn ModelSource, settings: &CudaSettings) -> Result<Self> {
-        let c = source.config();
+        let decoder = source.decoder();
         let mut block = 0;
-        for index in 0..c.block_count {
-            let weights = Block::load(source, index)?.weights();
-            block = weights.map(bytes_on_device).iter().sum::<u64>().max(block);
+        for index in 0..decoder.blocks.len() {
+            let Block { spec, layers, .. } = Block::load(source, index)?;
+            let weights: u64 = layers.values().copied().map(bytes_on_device).sum();
+            let Attention { kv_heads, head_dim, .. } = spec.attention;
+            let kv = settings.kv_type.row_bytes(head_dim) * kv_heads * settings.context;
+            block = block.max(weights + kv as u64);
         }
-        let matrix = |name: &str| -> Result<u64> {
-            Ok(bytes_on_device(find_weight(source, name, c.vocab_size, c.hidden_size)?))
-        };
-        let embedding = matrix("token_embd.weight")?;
-        let kv = settings.kv_type.row_bytes(c.head_dim) * c.kv_head_count * settings.context;
+        let matrix =
+            |tensor: &Tensor| -> Result<u64> { Ok(bytes_on_device(find_weight(source, tensor)?)) };
         Ok(Self {
-            block: block + kv as u64,
-            blocks: c.block_count,
-            embedding,
-            output: if c.tied_embeddings { embedding } else { matrix("output.weight")? },
-            is_tied: c.tied_embeddings,
-            working: RESERVE_BYTES + working_bytes(c, settings.context),
+            block,
+            blocks: decoder.blocks.len(),
+            embedding: matrix(decoder.embedding())?,
+            output: matrix(decoder.output())?,
+            is_tied: decoder.has_tied_embeddings(),
+            working: RESERVE_BYTES + working_bytes(decoder, settings.context),
         })
     }
 
@@ -143,10 +146,12 @@ impl Sizes {
 }
 
 /// Activations of a batch of tokens, angles and logits, in bytes.
-fn working_bytes(c: &ModelConfig, context: usize) -> u64 {
-    let widths = 8 * c.hidden_size + 8 * c.head_count * c.head_dim + 10 * c.ffn_size;
+fn working_bytes(decoder: &Decoder, context: usize) -> u64 {
+    let BlockSpec { attention: Attention { heads, head_dim, .. }, ffn, .. } = decoder.blocks[0];
+    let widths = 8 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.width;
     let batch = PREFILL_BATCH.min(context) * widths;
-    (batch + 4 * context * c.head_dim + 4 * c.vocab_size) as u64
+    let angles: usize = decoder.ropes.iter().map(|rope| 8 * context * rope.factors.len()).sum();
+    (batch + angles + 4 * decoder.vocab_size) as u64
 }
 
 /// Shares out `count` in proportion to `slots`, never more than there are.

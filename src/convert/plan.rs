@@ -247,7 +247,7 @@ fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
             4 * (settings.samples * settings.context * width) as u64
         }
     };
-    let hessians = if settings.has_budget() { output_hessian_bytes(config) } else { 0 };
+    let hessians = if settings.has_budget() { output_hessian_bytes(source.decoder()) } else { 0 };
     activations + hessians
 }
 

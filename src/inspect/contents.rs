@@ -106,7 +106,7 @@ impl Contents {
         }
         Ok(Self {
             format: source.format(),
-            architecture: Some(source.config().architecture.clone()),
+            architecture: Some(source.decoder().family.architecture().to_owned()),
             file_bytes: total_bytes(&source.files())?,
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,

@@ -2,7 +2,7 @@
 
 use safetensors::{Dtype, SafeTensors};
 use slim_formats::{
-    DType, DenseTensor, EMBEDDING, FormatError, Layout, MappedFile, ModelSource, Result,
+    DType, DenseTensor, FormatError, Layout, MappedFile, ModelSource, Part, Result,
     TokenizerSource, Weight,
     gguf::{GgufFile, Value},
     slim::Fault,
@@ -38,7 +38,9 @@ pub fn gguf_faults(file: &GgufFile) -> Vec<Fault> {
         value_fault(&info.name, dense(info.dtype, &info.shape, bytes))
     });
     // An embedding that lists no rows asks nothing of the vocabulary.
-    let rows = file.tensor(EMBEDDING).and_then(|embedding| embedding.shape.first().copied());
+    let rows = file
+        .tensor(Part::Embedding.gguf_name())
+        .and_then(|embedding| embedding.shape.first().copied());
     let rows = rows.and_then(|rows| usize::try_from(rows).ok()).unwrap_or(usize::MAX);
     let tokenizer = TokenizerSource::from_gguf(file.metadata());
     keys.chain(tensors).chain(vocabulary_faults(&tokenizer, rows, "")).collect()

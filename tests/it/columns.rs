@@ -6,9 +6,8 @@ use half::f16;
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use slim_formats::{
-    DType, Layout, ModelConfig, ModelSource, Weight, open_model,
+    DType, Decoder, Layout, ModelConfig, ModelSource, Weight, open_model,
     slim::{Outline, SlimFile, SlimWriter},
-    tensor_dims,
 };
 use slim_kernels::{Cpu, Scalar, weight};
 
@@ -72,13 +71,14 @@ fn model(dir: &Dir, sizes: &Sizes) -> PathBuf {
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let source = open_model(&llama).unwrap();
     let (config, blocks) = (config_of(source.config(), sizes), source.config().block_count);
+    let decoder = Decoder::new(&config);
     let mut names = vec!["token_embd.weight".to_owned(), "output_norm.weight".to_owned()];
     names.extend((!sizes.tied).then(|| "output.weight".to_owned()));
     for block in 0..blocks {
         names.extend(HF_NAMES[3..].iter().map(|(name, _)| format!("blk.{block}.{name}")));
     }
     let tensors = names.iter().enumerate().map(|(seed, name)| {
-        let dims = tensor_dims(name, &config).to_vec();
+        let dims = decoder.find(name).unwrap().dims.clone();
         let (len, cols) = (dims.iter().product(), *dims.last().unwrap() as f32);
         // Norms about 1, products about as large as their inputs.
         let (mean, size) = if dims.len() == 1 { (1.0, 0.1) } else { (0.0, 1.7 / cols.sqrt()) };

@@ -7,8 +7,8 @@ use slim_converter::{
     BUILT_IN_CALIBRATION, Calibration, Engine, Method, Resources, Settings, convert,
 };
 use slim_formats::{
-    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OutputPath, TokenizerSource,
-    Weight, open_model,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OutputPath,
+    TokenizerSource, Weight, open_model,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
@@ -83,6 +83,10 @@ impl ModelSource for Dequantized {
 
     fn config(&self) -> &ModelConfig {
         self.file.config()
+    }
+
+    fn decoder(&self) -> &Decoder {
+        self.file.decoder()
     }
 
     fn tensor_names(&self) -> Vec<&str> {

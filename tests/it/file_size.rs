@@ -7,8 +7,8 @@ use slim_converter::{
     convert,
 };
 use slim_formats::{
-    DenseTensor, FormatError, ModelConfig, ModelSource, OutputPath, TokenizerSource, Weight,
-    open_model,
+    Decoder, DenseTensor, FormatError, ModelConfig, ModelSource, OutputPath, TokenizerSource,
+    Weight, open_model,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_runtime::Tokenizer;
@@ -52,6 +52,7 @@ fn convert_to(source: &dyn ModelSource, settings: &Settings, file: &Path) -> u64
 struct Narrow {
     source: Box<dyn ModelSource>,
     config: ModelConfig,
+    decoder: Decoder,
     /// The first columns of each `ffn_down`.
     downs: Vec<Vec<u8>>,
 }
@@ -72,7 +73,7 @@ impl Narrow {
             rows.flat_map(|row| &row[..row_bytes / all.cols * Self::FFN]).copied().collect()
         };
         let downs = (0..config.block_count).map(down).collect();
-        Self { source, config, downs }
+        Self { source, decoder: Decoder::new(&config), config, downs }
     }
 }
 
@@ -87,6 +88,10 @@ impl ModelSource for Narrow {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {

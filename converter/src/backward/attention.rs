@@ -2,12 +2,13 @@
 //! of queries of one head at a time.
 
 use rayon::prelude::*;
-use slim_formats::ModelConfig;
+use slim_formats::arch::BlockSpec;
 use slim_kernels::{
     AttentionShape, KvView, attention,
     linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
+use slim_runtime::attention_shape;
 
 use super::elementwise::reverse_softmax;
 
@@ -39,21 +40,13 @@ impl<'s> Attention<'s> {
     /// Of sequences of `context` tokens; shapes as above.
     pub fn new(
         precision: Precision,
-        config: &ModelConfig,
+        spec: &BlockSpec,
         context: usize,
         q: &'s [f32],
         k: &'s [f32],
         v: &'s [f32],
     ) -> Self {
-        let shape = AttentionShape {
-            heads: config.head_count,
-            kv_heads: config.kv_head_count,
-            head_dim: config.head_dim,
-            start: 0,
-            m: context,
-            window: config.sliding_window,
-        };
-        Self { precision, shape, q, k, v }
+        Self { precision, shape: attention_shape(spec, 0, context), q, k, v }
     }
 
     /// The outputs, `[m, heads * head_dim]`.

@@ -1,12 +1,12 @@
 //! One block forward with all that its gradients need, then the reverse in mirrored order.
 
 use rayon::prelude::*;
-use slim_formats::{ModelConfig, Weight};
+use slim_formats::{Decoder, Part};
 use slim_kernels::{Backend, Cpu, RopeAngles, linalg::Precision};
-use slim_runtime::{Block, rope_angles};
+use slim_runtime::{Block, Positions};
 
 use super::{
-    Gradient, Linear, Norm, Visitor,
+    Gradient, Visitor,
     attention::{Attention, Gradients},
     elementwise, product,
 };
@@ -19,7 +19,7 @@ const TOKENS_PER_TASK: usize = 64;
 pub struct Walk<'b> {
     /// Of its products.
     pub precision: Precision,
-    pub config: &'b ModelConfig,
+    pub decoder: &'b Decoder,
     pub block: &'b Block<'b>,
     pub index: usize,
     /// Tokens of each sequence.
@@ -54,7 +54,7 @@ impl Walk<'_> {
     /// The output of the block for its input `x`; both `[m, hidden]`.
     pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let Activations { mut middle, activation, .. } = self.activations(x, &self.angles())?;
-        let added = self.product(self.block.ffn_down, &activation)?;
+        let added = self.product(Part::FfnDown, &activation)?;
         middle.iter_mut().zip(added).for_each(|(middle, added)| *middle += added);
         Ok(middle)
     }
@@ -62,7 +62,8 @@ impl Walk<'_> {
     /// Turns the gradient `dx` at the block's output into that at its input `x`; both
     /// `[m, hidden]`.
     pub fn reverse(&self, x: &[f32], dx: &mut [f32], visit: &mut Visitor<'_>) -> Result<()> {
-        let Self { precision, config, block, index, context } = *self;
+        let Self { precision, block, context, .. } = *self;
+        let spec = &block.spec;
         let angles = self.angles();
         let Activations {
             normed,
@@ -77,78 +78,96 @@ impl Walk<'_> {
             activation,
         } = self.activations(x, &angles)?;
 
-        visit(self.linear(Linear::FfnDown, &activation, dx))?;
+        visit(self.linear(Part::FfnDown, &activation, dx))?;
         let mut d_activation = activation;
         d_activation.fill(0.0);
-        product::add(precision, &mut d_activation, dx, block.ffn_down)?;
+        self.add_product(&mut d_activation, dx, Part::FfnDown)?;
         reverse_swiglu(&mut gate, &mut up, &d_activation);
         drop(d_activation);
         let (d_gate, d_up) = (gate, up);
 
-        visit(self.linear(Linear::FfnGate, &ffn_input, &d_gate))?;
-        visit(self.linear(Linear::FfnUp, &ffn_input, &d_up))?;
+        visit(self.linear(Part::FfnGate, &ffn_input, &d_gate))?;
+        visit(self.linear(Part::FfnUp, &ffn_input, &d_up))?;
         let mut d_ffn_input = vec![0.0; x.len()];
-        product::add(precision, &mut d_ffn_input, &d_gate, block.ffn_gate)?;
-        product::add(precision, &mut d_ffn_input, &d_up, block.ffn_up)?;
-        let epsilon = config.norm_epsilon;
-        let d_ffn_norm = reverse_rms_norm(&middle, &block.ffn_norm, epsilon, &d_ffn_input, dx);
-        visit(Gradient::Norm(Norm::Ffn(index), &d_ffn_norm))?;
+        self.add_product(&mut d_ffn_input, &d_gate, Part::FfnGate)?;
+        self.add_product(&mut d_ffn_input, &d_up, Part::FfnUp)?;
+        self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
 
-        visit(self.linear(Linear::AttnOutput, &attended, dx))?;
+        visit(self.linear(Part::AttnOutput, &attended, dx))?;
         let mut d_attended = vec![0.0; attended.len()];
-        product::add(precision, &mut d_attended, dx, block.attn_output)?;
-        let attention = Attention::new(precision, config, context, &q, &k, &v);
+        self.add_product(&mut d_attended, dx, Part::AttnOutput)?;
+        let attention = Attention::new(precision, spec, context, &q, &k, &v);
         let Gradients { q: mut d_q, k: mut d_k, v: d_v } =
             attention.reverse(&attended, &d_attended);
         let back = RopeAngles { sin: angles.sin.iter().map(|sin| -sin).collect(), ..angles };
-        rotate(&mut d_q, config.head_count, &back);
-        rotate(&mut d_k, config.kv_head_count, &back);
+        rotate(&mut d_q, spec.attention.heads, &back);
+        rotate(&mut d_k, spec.attention.kv_heads, &back);
 
-        visit(self.linear(Linear::AttnQ, &normed, &d_q))?;
-        visit(self.linear(Linear::AttnK, &normed, &d_k))?;
-        visit(self.linear(Linear::AttnV, &normed, &d_v))?;
+        visit(self.linear(Part::AttnQ, &normed, &d_q))?;
+        visit(self.linear(Part::AttnK, &normed, &d_k))?;
+        visit(self.linear(Part::AttnV, &normed, &d_v))?;
         let mut d_normed = vec![0.0; x.len()];
-        product::add(precision, &mut d_normed, &d_q, block.attn_q)?;
-        product::add(precision, &mut d_normed, &d_k, block.attn_k)?;
-        product::add(precision, &mut d_normed, &d_v, block.attn_v)?;
-        let d_attn_norm = reverse_rms_norm(x, &block.attn_norm, epsilon, &d_normed, dx);
-        visit(Gradient::Norm(Norm::Attn(index), &d_attn_norm))
+        self.add_product(&mut d_normed, &d_q, Part::AttnQ)?;
+        self.add_product(&mut d_normed, &d_k, Part::AttnK)?;
+        self.add_product(&mut d_normed, &d_v, Part::AttnV)?;
+        self.reverse_norm(Part::AttnNorm, x, &d_normed, dx, visit)
+    }
+
+    /// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output.
+    fn reverse_norm(
+        &self,
+        part: Part,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<()> {
+        let (weight, epsilon) = (&self.block.vectors[part], self.decoder.norm_epsilon);
+        let dw = reverse_rms_norm(x, weight, epsilon, dy, dx);
+        visit(Gradient::Norm { block: Some(self.index), part, dw: &dw })
     }
 
     /// The rotation angles of one sequence.
     fn angles(&self) -> RopeAngles {
-        rope_angles(self.config, 0, self.context)
+        let mut positions = Positions::new(self.decoder, 0, self.context);
+        positions.angles.swap_remove(self.block.spec.attention.rope)
     }
 
     /// `[m, cols]` to `[m, rows]`.
-    fn product(&self, w: Weight<'_>, x: &[f32]) -> Result<Vec<f32>> {
-        product::linear(self.precision, w, x)
+    fn product(&self, part: Part, x: &[f32]) -> Result<Vec<f32>> {
+        product::linear(self.precision, self.block.layers[part], x)
     }
 
-    fn linear<'g>(&self, layer: Linear, x: &'g [f32], dy: &'g [f32]) -> Gradient<'g> {
-        Gradient::Linear { block: self.index, layer, x, dy }
+    /// Adds to the gradient `dx` at the inputs of a layer what `dy` at its outputs makes of it.
+    fn add_product(&self, dx: &mut [f32], dy: &[f32], part: Part) -> Result<()> {
+        product::add(self.precision, dx, dy, self.block.layers[part])
+    }
+
+    fn linear<'g>(&self, part: Part, x: &'g [f32], dy: &'g [f32]) -> Gradient<'g> {
+        Gradient::Linear { block: self.index, part, x, dy }
     }
 
     /// The stages of [`Block::forward`], but the last product.
     fn activations(&self, x: &[f32], angles: &RopeAngles) -> Result<Activations> {
-        let Self { precision, config, block, context, .. } = *self;
-        let norm = |x: &[f32], weight: &[f32]| {
+        let Self { precision, decoder, block, context, .. } = *self;
+        let spec = &block.spec;
+        let norm = |x: &[f32], part: Part| {
             let mut out = vec![0.0; x.len()];
-            Cpu.rms_norm(x, weight, config.norm_epsilon, &mut out);
+            Cpu.rms_norm(x, &block.vectors[part], decoder.norm_epsilon, &mut out);
             out
         };
-        let normed = norm(x, &block.attn_norm);
-        let mut q = self.product(block.attn_q, &normed)?;
-        let mut k = self.product(block.attn_k, &normed)?;
-        let v = self.product(block.attn_v, &normed)?;
-        rotate(&mut q, config.head_count, angles);
-        rotate(&mut k, config.kv_head_count, angles);
-        let attended = Attention::new(precision, config, context, &q, &k, &v).forward();
-        let mut middle = self.product(block.attn_output, &attended)?;
+        let normed = norm(x, Part::AttnNorm);
+        let mut q = self.product(Part::AttnQ, &normed)?;
+        let mut k = self.product(Part::AttnK, &normed)?;
+        let v = self.product(Part::AttnV, &normed)?;
+        rotate(&mut q, spec.attention.heads, angles);
+        rotate(&mut k, spec.attention.kv_heads, angles);
+        let attended = Attention::new(precision, spec, context, &q, &k, &v).forward();
+        let mut middle = self.product(Part::AttnOutput, &attended)?;
         middle.iter_mut().zip(x).for_each(|(middle, x)| *middle += x);
-        let ffn_input = norm(&middle, &block.ffn_norm);
-        let gate = self.product(block.ffn_gate, &ffn_input)?;
-        let up = self.product(block.ffn_up, &ffn_input)?;
+        let ffn_input = norm(&middle, Part::FfnNorm);
+        let gate = self.product(Part::FfnGate, &ffn_input)?;
+        let up = self.product(Part::FfnUp, &ffn_input)?;
         let mut activation = gate.clone();
         Cpu.swiglu(&mut activation, &up);
         Ok(Activations { normed, q, k, v, attended, middle, ffn_input, gate, up, activation })

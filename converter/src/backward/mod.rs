@@ -16,9 +16,7 @@ mod vocabulary;
 use std::ops::Range;
 
 use rayon::prelude::*;
-use slim_formats::{
-    DType, DenseTensor, EMBEDDING, Layout, ModelConfig, ModelSource, OUTPUT, Weight,
-};
+use slim_formats::{DType, Decoder, DenseTensor, Layout, ModelSource, Part, Weight};
 use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax};
 use slim_runtime::{Block, Model, SplitMix64, embed, find_vector};
 
@@ -32,14 +30,13 @@ pub use vocabulary::Vocabulary;
 /// Tokens whose logits are held at a time.
 const LOGIT_TOKENS: usize = 512;
 
-/// A model of the Llama family whose gradients are wanted. Any part can be replaced by another of
-/// the same shape.
+/// A model whose gradients are wanted. Any part can be replaced by another of the same shape.
 #[derive(Clone)]
 pub struct Backward<'a> {
     /// Of the products of both passes.
     pub precision: Precision,
-    /// Hyperparameters.
-    pub config: &'a ModelConfig,
+    /// What it computes.
+    pub decoder: &'a Decoder,
     /// `[vocab, hidden]`.
     pub embedding: Weight<'a>,
     /// The transformer blocks.
@@ -64,70 +61,6 @@ pub enum Loss<'t> {
     Divergence(&'t mut dyn FnMut(Range<usize>) -> Result<Vec<f32>>),
 }
 
-/// The linear layers of a block, in the order of [`Block::weights`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Linear {
-    /// `[heads * head_dim, hidden]`.
-    AttnQ,
-    /// `[kv_heads * head_dim, hidden]`.
-    AttnK,
-    /// `[kv_heads * head_dim, hidden]`.
-    AttnV,
-    /// `[hidden, heads * head_dim]`.
-    AttnOutput,
-    /// `[ffn, hidden]`.
-    FfnGate,
-    /// `[ffn, hidden]`.
-    FfnUp,
-    /// `[hidden, ffn]`.
-    FfnDown,
-}
-
-impl Linear {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
-        Self::AttnQ,
-        Self::AttnK,
-        Self::AttnV,
-        Self::AttnOutput,
-        Self::FfnGate,
-        Self::FfnUp,
-        Self::FfnDown,
-    ];
-
-    /// The first layer behind each stage of a block.
-    pub const STAGES: [Self; 4] = [Self::AttnQ, Self::AttnOutput, Self::FfnGate, Self::FfnDown];
-
-    /// The tensor of block `block`.
-    pub fn tensor_name(self, block: usize) -> String {
-        format!("blk.{block}.{}.weight", self.name())
-    }
-
-    /// Its part of a tensor's name: `attn_q` in `blk.0.attn_q.weight`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::AttnQ => "attn_q",
-            Self::AttnK => "attn_k",
-            Self::AttnV => "attn_v",
-            Self::AttnOutput => "attn_output",
-            Self::FfnGate => "ffn_gate",
-            Self::FfnUp => "ffn_up",
-            Self::FfnDown => "ffn_down",
-        }
-    }
-}
-
-/// The vectors of weights of RMS norms, `[hidden]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Norm {
-    /// `attn_norm` of a block.
-    Attn(usize),
-    /// `ffn_norm` of a block.
-    Ffn(usize),
-    /// `output_norm`.
-    Output,
-}
-
 /// What a visitor is told, from the output of the model to its input.
 #[derive(Clone, Copy)]
 pub enum Gradient<'g> {
@@ -136,15 +69,22 @@ pub enum Gradient<'g> {
         /// The block it is in.
         block: usize,
         /// Which layer of the block.
-        layer: Linear,
+        part: Part,
         /// Its inputs, `[tokens, cols]`.
         x: &'g [f32],
         /// The gradient of the loss at its outputs, `[tokens, rows]`; of `attn_q` and `attn_k`,
         /// before the rotation.
         dy: &'g [f32],
     },
-    /// The gradient of the loss at the weights of a norm, `[hidden]`.
-    Norm(Norm, &'g [f64]),
+    /// Of a norm.
+    Norm {
+        /// The block it is in; `None` for the last one.
+        block: Option<usize>,
+        /// Which norm of the block.
+        part: Part,
+        /// The gradient of the loss at its weights, `[hidden]`.
+        dw: &'g [f64],
+    },
     /// Of the output layer `y = x w^T`, some tokens after the others.
     Output {
         /// Its inputs, `[tokens, hidden]`.
@@ -166,18 +106,15 @@ impl<'a> Backward<'a> {
     /// `Runtime` if a tensor is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource, precision: Precision) -> Result<Self> {
         Model::load(source, &Cpu)?; // finds and checks every tensor
-        let config = source.config();
-        let embedding = source.require(EMBEDDING)?;
-        let output = match config.tied_embeddings {
-            true => embedding,
-            false => source.require(OUTPUT)?,
-        };
-        let blocks = (0..config.block_count)
+        let decoder = source.decoder();
+        let embedding = source.require(&decoder.embedding().name)?;
+        let output = source.require(&decoder.output().name)?;
+        let blocks = (0..decoder.blocks.len())
             .map(|index| Ok(Block::load(source, index)?))
             .collect::<Result<_>>()?;
-        let output_norm = find_vector(source, "output_norm.weight", config.hidden_size)?;
+        let output_norm = find_vector(source, decoder.output_norm())?;
         let source = Some(source);
-        Ok(Self { precision, config, embedding, blocks, output_norm, output, source })
+        Ok(Self { precision, decoder, embedding, blocks, output_norm, output, source })
     }
 
     /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`,
@@ -248,13 +185,13 @@ impl<'a> Backward<'a> {
     }
 
     fn walk(&self, index: usize, context: usize) -> block::Walk<'_> {
-        let Self { precision, config, blocks, .. } = self;
-        block::Walk { precision: *precision, config, block: &blocks[index], index, context }
+        let Self { precision, decoder, blocks, .. } = self;
+        block::Walk { precision: *precision, decoder, block: &blocks[index], index, context }
     }
 
     fn normed(&self, x: &[f32]) -> Vec<f32> {
         let mut normed = vec![0.0; x.len()];
-        Cpu.rms_norm(x, &self.output_norm, self.config.norm_epsilon, &mut normed);
+        Cpu.rms_norm(x, &self.output_norm, self.decoder.norm_epsilon, &mut normed);
         normed
     }
 
@@ -265,7 +202,7 @@ impl<'a> Backward<'a> {
         loss: &mut Loss<'_>,
         visit: &mut Visitor<'_>,
     ) -> Result<(f64, Vec<f32>)> {
-        let ModelConfig { hidden_size: hidden, vocab_size: vocab, norm_epsilon, .. } = *self.config;
+        let Decoder { hidden_size: hidden, vocab_size: vocab, norm_epsilon, .. } = *self.decoder;
         let normed = self.normed(x);
         let count = x.len() / hidden;
         let mut d_normed = vec![0.0; x.len()];
@@ -287,9 +224,8 @@ impl<'a> Backward<'a> {
             product::add(self.precision, &mut d_normed[piece], &logits, self.output)?;
         }
         let mut dx = vec![0.0; x.len()];
-        let d_weight =
-            block::reverse_rms_norm(x, &self.output_norm, norm_epsilon, &d_normed, &mut dx);
-        visit(Gradient::Norm(Norm::Output, &d_weight))?;
+        let dw = block::reverse_rms_norm(x, &self.output_norm, norm_epsilon, &d_normed, &mut dx);
+        visit(Gradient::Norm { block: None, part: Part::OutputNorm, dw: &dw })?;
         Ok((total, dx))
     }
 }

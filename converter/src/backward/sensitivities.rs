@@ -3,11 +3,14 @@
 use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
-use slim_formats::{EMBEDDING, ModelSource, OUTPUT};
-use slim_kernels::{linalg::Precision, weight};
+use slim_formats::{ModelSource, Part, PartMap};
+use slim_kernels::linalg::Precision;
 
-use super::{Backward, Gradient, Linear, Loss, Vocabulary, block::add_up};
-use crate::{ConvertError, Result, rows::OutputHessian};
+use super::{Backward, Gradient, Loss, Vocabulary, block::add_up};
+use crate::{
+    ConvertError, Result,
+    rows::{OutputHessian, hang_together},
+};
 
 /// Tokens that go through the model together.
 const BATCH_TOKENS: usize = 1024;
@@ -28,12 +31,13 @@ pub fn sensitivity_batches(samples: &[Vec<u32>]) -> std::slice::Chunks<'_, Vec<u
 
 /// How much the loss minds errors in the matrices of a model.
 pub struct Sensitivities {
-    blocks: Vec<[Sensitivity; 7]>,
+    /// The linear layers of the blocks.
+    pub blocks: Vec<PartMap<Sensitivity>>,
     /// How errors at their outputs add up, by the names of their tensors, where rows are to make up
     /// for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
-    /// The embedding and the output layer, which may be one matrix, by the names of their tensors.
-    pub vocabulary: HashMap<&'static str, Vocabulary>,
+    /// The embedding and the output layer, if they are not one matrix.
+    pub vocabulary: PartMap<Vocabulary>,
 }
 
 /// How much it minds errors in the weights of a layer: about as much as their squares times both
@@ -49,22 +53,6 @@ pub struct Sensitivity {
     pub inputs: Vec<f64>,
     /// The mean squared gradient of the loss at each output, `[rows]`.
     pub outputs: Vec<f64>,
-}
-
-impl Sensitivities {
-    /// Of a layer.
-    pub fn of(&self, block: usize, layer: Linear) -> &Sensitivity {
-        &self.blocks[block][layer as usize]
-    }
-
-    /// Puts the neurons of a feed-forward network in another order: `order[i]` in place `i`.
-    pub fn sort_neurons(&mut self, block: usize, order: &[usize]) {
-        let sort = |means: &mut Vec<f64>| *means = order.iter().map(|&i| means[i]).collect();
-        let layers = &mut self.blocks[block];
-        sort(&mut layers[Linear::FfnGate as usize].outputs);
-        sort(&mut layers[Linear::FfnUp as usize].outputs);
-        sort(&mut layers[Linear::FfnDown as usize].inputs);
-    }
 }
 
 impl Sensitivity {
@@ -157,56 +145,57 @@ pub fn sensitivities(
             expected: "one or more of at least 1 token".into(),
         });
     }
-    let zeros = |weight| Sensitivity::zeros(weight::shape(weight));
-    let mut blocks: Vec<_> = model.blocks.iter().map(|b| b.weights().map(zeros)).collect();
+    let decoder = source.decoder();
+    let mut blocks = vec![PartMap::new(); decoder.blocks.len()];
     let mut outputs = HashMap::new();
-    for (block, layers) in blocks.iter().enumerate() {
-        for (layer, of) in Linear::ALL.into_iter().zip(layers) {
-            if let Some(zeros) = OutputHessian::zeros(layer, of.outputs.len(), memory_left)? {
-                outputs.insert(layer.tensor_name(block), zeros);
-            }
+    for tensor in decoder.tensors().iter().filter(|tensor| tensor.is_linear()) {
+        let (Some(block), shape) = (tensor.block, tensor.shape()) else { continue };
+        blocks[block].insert(tensor.part, Sensitivity::zeros(shape));
+        if hang_together(tensor) {
+            outputs.insert(tensor.name.clone(), OutputHessian::zeros(shape.0, memory_left)?);
         }
     }
-    let config = source.config();
-    let output_name = if config.tied_embeddings { EMBEDDING } else { OUTPUT };
-    let rows = || Vocabulary::zeros(config.vocab_size, config.hidden_size);
+    let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.hidden_size);
     let (mut embedding, mut output) = (rows(), rows());
     let mut seed = 0;
     for batch in sensitivity_batches(samples) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
         let entropy = model.run(&sequences, &mut Loss::Fisher(seed), &mut |gradient| {
             match gradient {
-                Gradient::Linear { block, layer, x, dy } => {
-                    blocks[block][layer as usize].add(x, dy);
-                    if let Some(hessian) = outputs.get_mut(&layer.tensor_name(block)) {
+                Gradient::Linear { block, part, x, dy } => {
+                    blocks[block][part].add(x, dy);
+                    if let Some(hessian) = outputs.get_mut(&decoder.tensor(block, part).name) {
                         hessian.add(dy);
                     }
                 }
                 Gradient::Output { x, dy } => output.add_output(x, dy),
                 Gradient::Embedding(dx) => embedding.add_embedding(&sequences.concat(), dx),
-                Gradient::Norm(..) => {}
+                Gradient::Norm { .. } => {}
             }
             Ok(())
         })?;
         if !entropy.is_finite() {
             let found = format!("an entropy of {entropy} on the calibration text");
-            return Err(ConvertError::numerical(found, "finite logits").of_layer(output_name));
+            return Err(
+                ConvertError::numerical(found, "finite logits").of_layer(&decoder.output().name)
+            );
         }
         seed += (batch.len() * context) as u64;
         on_batch(batch.len() * context);
     }
     let tokens = (samples.len() * context) as f64;
     for (block, layers) in blocks.iter_mut().enumerate() {
-        for (layer, sensitivity) in Linear::ALL.into_iter().zip(layers) {
+        for (part, sensitivity) in layers.iter_mut() {
             sensitivity.divide(tokens);
-            sensitivity.check().map_err(|error| error.of_layer(&layer.tensor_name(block)))?;
+            let name = &decoder.tensor(block, part).name;
+            sensitivity.check().map_err(|error| error.of_layer(name))?;
         }
     }
     embedding.divide();
     output.divide();
-    let vocabulary = match config.tied_embeddings {
-        true => HashMap::from([(EMBEDDING, embedding.plus(&output))]),
-        false => HashMap::from([(EMBEDDING, embedding), (OUTPUT, output)]),
+    let vocabulary = match decoder.has_tied_embeddings() {
+        true => PartMap::from_iter([(Part::Embedding, embedding.plus(&output))]),
+        false => PartMap::from_iter([(Part::Embedding, embedding), (Part::Output, output)]),
     };
     Ok(Sensitivities { blocks, outputs, vocabulary })
 }

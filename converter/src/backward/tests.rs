@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::Path};
 
-use slim_formats::{EMBEDDING, ModelConfig, ModelSource, OUTPUT, open_model, tensor_dims};
+use slim_formats::{Decoder, ModelConfig, ModelSource, Part, arch::Tensor, open_model};
 use slim_kernels::{Cpu, weight};
 use slim_runtime::{Block, Model};
 
@@ -45,33 +45,26 @@ fn perturbed(source: &dyn ModelSource) -> HashMap<String, Vec<f32>> {
     source.tensor_names().into_iter().enumerate().map(values).collect()
 }
 
-fn model<'a>(config: &'a ModelConfig, tensors: &'a HashMap<String, Vec<f32>>) -> Backward<'a> {
-    let matrix = |name: &str| {
-        let dims = tensor_dims(name, config);
-        dense(&tensors[name], dims[0], dims[1])
+fn model<'a>(decoder: &'a Decoder, tensors: &'a HashMap<String, Vec<f32>>) -> Backward<'a> {
+    let matrix = |tensor: &Tensor| {
+        let (rows, cols) = tensor.shape();
+        dense(&tensors[&tensor.name], rows, cols)
     };
-    let block = |index| {
-        let name = |part: &str| format!("blk.{index}.{part}.weight");
-        Block {
-            attn_norm: tensors[&name("attn_norm")].clone(),
-            attn_q: matrix(&name("attn_q")),
-            attn_k: matrix(&name("attn_k")),
-            attn_v: matrix(&name("attn_v")),
-            attn_output: matrix(&name("attn_output")),
-            ffn_norm: tensors[&name("ffn_norm")].clone(),
-            ffn_gate: matrix(&name("ffn_gate")),
-            ffn_up: matrix(&name("ffn_up")),
-            ffn_down: matrix(&name("ffn_down")),
-        }
+    let block = |index: usize| {
+        let (matrices, vectors): (Vec<&Tensor>, Vec<_>) =
+            decoder.tensors_of(index).iter().partition(|tensor| tensor.is_matrix());
+        let layers = matrices.into_iter().map(|tensor| (tensor.part, matrix(tensor)));
+        let vectors =
+            vectors.into_iter().map(|tensor| (tensor.part, tensors[&tensor.name].clone()));
+        Block { spec: decoder.blocks[index], layers: layers.collect(), vectors: vectors.collect() }
     };
-    let output = if config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
     Backward {
         precision: Precision::Fine,
-        config,
-        embedding: matrix("token_embd.weight"),
-        blocks: (0..config.block_count).map(block).collect(),
-        output_norm: tensors["output_norm.weight"].clone(),
-        output: matrix(output),
+        decoder,
+        embedding: matrix(decoder.embedding()),
+        blocks: (0..decoder.blocks.len()).map(block).collect(),
+        output_norm: tensors[&decoder.output_norm().name].clone(),
+        output: matrix(decoder.output()),
         source: None,
     }
 }
@@ -88,28 +81,29 @@ fn gradients(
     sequences: &[&[u32]],
     teacher: &[f32],
 ) -> (f64, HashMap<String, Vec<f64>>) {
-    let ModelConfig { vocab_size: vocab, hidden_size: hidden, tied_embeddings, .. } = *model.config;
-    let output = if tied_embeddings { EMBEDDING } else { OUTPUT };
+    let decoder = model.decoder;
+    let Decoder { vocab_size: vocab, hidden_size: hidden, .. } = *decoder;
+    let [embedding, output] =
+        [decoder.embedding(), decoder.output()].map(|tensor| tensor.name.as_str());
     let mut ask =
         |range: Range<usize>| Ok(teacher[range.start * vocab..range.end * vocab].to_vec());
     let mut found = HashMap::new();
     let mut of_vocabulary =
-        HashMap::from([EMBEDDING, output].map(|name| (name, vec![0.0; vocab * hidden])));
+        HashMap::from([embedding, output].map(|name| (name, vec![0.0; vocab * hidden])));
     let loss = model.run(sequences, &mut Loss::Divergence(&mut ask), &mut |gradient| {
         let (name, values) = match gradient {
-            Gradient::Linear { block, layer, x, dy } => {
-                let (rows, cols) = weight::shape(model.blocks[block].weights()[layer as usize]);
+            Gradient::Linear { block, part, x, dy } => {
+                let tensor = decoder.tensor(block, part);
+                let (rows, cols) = tensor.shape();
                 let dw = weight_gradient(model.precision, x, dy, rows, cols);
-                let name = format!("blk.{block}.{}.weight", layer.name());
-                (name, dw.into_iter().map(f64::from).collect())
+                (tensor.name.clone(), dw.into_iter().map(f64::from).collect())
             }
-            Gradient::Norm(Norm::Attn(block), dw) => {
-                (format!("blk.{block}.attn_norm.weight"), dw.to_vec())
+            Gradient::Norm { block: Some(block), part, dw } => {
+                (decoder.tensor(block, part).name.clone(), dw.to_vec())
             }
-            Gradient::Norm(Norm::Ffn(block), dw) => {
-                (format!("blk.{block}.ffn_norm.weight"), dw.to_vec())
+            Gradient::Norm { block: None, dw, .. } => {
+                (decoder.output_norm().name.clone(), dw.to_vec())
             }
-            Gradient::Norm(Norm::Output, dw) => ("output_norm.weight".to_owned(), dw.to_vec()),
             Gradient::Output { x, dy } => {
                 let added = weight_gradient(model.precision, x, dy, vocab, hidden);
                 let sum = of_vocabulary.get_mut(output).unwrap();
@@ -117,7 +111,7 @@ fn gradients(
                 return Ok(());
             }
             Gradient::Embedding(dx) => {
-                let sum = of_vocabulary.get_mut(EMBEDDING).unwrap();
+                let sum = of_vocabulary.get_mut(embedding).unwrap();
                 for (&token, dx) in sequences.concat().iter().zip(dx.chunks_exact(hidden)) {
                     let row = sum[token as usize * hidden..].iter_mut();
                     row.zip(dx).for_each(|(sum, &dx)| *sum += f64::from(dx));
@@ -308,7 +302,7 @@ fn coarse_gradients_are_near_the_fine_ones() {
         let source = open(name);
         let tensors = perturbed(&*source);
         let sequence = tokens(100, 11);
-        let fine = model(source.config(), &tensors);
+        let fine = model(source.decoder(), &tensors);
         let coarse = Backward { precision: Precision::Coarse, ..fine.clone() };
         let teacher = teacher(100, source.config());
         let (_, fine) = gradients(&fine, &[&sequence], &teacher);
@@ -331,7 +325,7 @@ fn divergence_gradients_are_finite_differences() {
         let (a, b) = (tokens(24, 5), tokens(24, 6));
         let sequences = [&a[..], &b[..]];
         let teacher = teacher(48, config);
-        let model = model(config, &tensors);
+        let model = model(source.decoder(), &tensors);
         let (loss, found) = gradients(&model, &sequences, &teacher);
         let vocabulary_matrices = if config.tied_embeddings { 1 } else { 2 };
         assert_eq!(found.len(), 9 * config.block_count + 1 + vocabulary_matrices);
@@ -353,7 +347,8 @@ fn long_sequences_gradients_are_finite_differences() {
         let config = ModelConfig { sliding_window: window, ..source.config().clone() };
         let (a, b) = (tokens(150, 8), tokens(150, 9));
         let sequences = [&a[..], &b[..]];
-        let model = model(&config, &tensors);
+        let decoder = Decoder::new(&config);
+        let model = model(&decoder, &tensors);
         let teacher = teacher(300, &config);
         let (loss, found) = gradients(&model, &sequences, &teacher);
         let mut oracle = Oracle::new(&config, &tensors);
@@ -391,13 +386,13 @@ fn sensitivities_are_what_their_definitions_say() {
     let samples: Vec<Vec<u32>> = (0..3).map(|seed| tokens(400, seed)).collect();
     let found = sensitivities(&*source, &samples, &mut (1 << 30), &mut |_| {}).unwrap();
     let model = Backward::load(&*source, Precision::Coarse).unwrap();
-    let of_layer = found.of(1, Linear::AttnK);
+    let of_layer = &found.blocks[1][Part::AttnK];
     let (mut input, mut gradients, mut output, mut product, mut seed) = (0.0, 0.0, 0.0, 0.0, 0);
     let square = |value: f32| f64::from(value) * f64::from(value);
     for sample in &samples {
         model
             .run(&[sample], &mut Loss::Fisher(seed), &mut |gradient| {
-                if let Gradient::Linear { block: 1, layer: Linear::AttnK, x, dy } = gradient {
+                if let Gradient::Linear { block: 1, part: Part::AttnK, x, dy } = gradient {
                     let tokens = x.chunks(of_layer.inputs.len());
                     for (x, dy) in tokens.zip(dy.chunks(of_layer.outputs.len())) {
                         let weight = dy.iter().copied().map(square).sum::<f64>();
@@ -432,11 +427,10 @@ fn sensitivities_do_not_depend_on_the_number_of_threads() {
         pool.install(|| sensitivities(&*source, &samples, &mut (1 << 30), &mut |_| {}).unwrap())
     };
     let (one, two) = (with_threads(1), with_threads(2));
-    for (block, layer) in (0..2).flat_map(|block| Linear::ALL.map(|layer| (block, layer))) {
-        assert_eq!(one.of(block, layer), two.of(block, layer));
-        let name = layer.tensor_name(block);
+    assert_eq!(one.blocks, two.blocks);
+    for tensor in source.decoder().tensors() {
         let [one, two] =
-            [&one, &two].map(|found| found.outputs.get(&name).map(|s| s.sums.to_vec()));
+            [&one, &two].map(|found| found.outputs.get(&tensor.name).map(|s| s.sums.to_vec()));
         assert_eq!(one, two);
     }
 }

@@ -1,15 +1,14 @@
 //! The quantized model while it is trained.
 
 use slim_formats::{
-    Weight,
+    Decoder, Part, PartMap, Weight,
     slim::{Bands, PackedLayer, SlimFile, band_name},
 };
-use slim_runtime::Block;
 
 use super::{PRECISION, layer::TrainedLayer, parameters::Parameters};
 use crate::{
     Result,
-    backward::{Backward, Gradient, Linear, Loss, Norm, weight_gradient},
+    backward::{Backward, Gradient, Loss, weight_gradient},
 };
 
 /// How far the weight of a norm moves in a step.
@@ -20,13 +19,17 @@ const NORM_RATE: f32 = 0.0003;
 pub struct Student<'a> {
     /// The model of the file.
     start: Backward<'a>,
-    /// The bands of the linear layers in the order of their blocks; none of those without two-level
-    /// scales.
-    layers: Vec<Vec<PackedLayer>>,
+    /// The bands of each block's linear layers; none of those without two-level scales.
+    layers: Vec<PartMap<Vec<PackedLayer>>>,
     /// What is trained behind each of them.
-    trained: Vec<Vec<TrainedLayer>>,
-    /// In the order of [`norm_index`].
-    norms: Vec<Parameters>,
+    trained: Vec<PartMap<Vec<TrainedLayer>>>,
+    norms: Norms,
+}
+
+/// The norms of a model.
+struct Norms {
+    blocks: Vec<PartMap<Parameters>>,
+    output: Parameters,
 }
 
 impl<'a> Student<'a> {
@@ -34,18 +37,26 @@ impl<'a> Student<'a> {
     pub fn new(file: &'a SlimFile) -> Result<Self> {
         let start = Backward::load(file, PRECISION)?;
         let (mut layers, mut trained) = (Vec::new(), Vec::new());
-        for weight in start.blocks.iter().flat_map(Block::weights) {
-            let bands = weight.bands().into_iter().flat_map(|bands| bands.iter());
-            let two_level = bands.filter_map(|(_, band)| {
-                TrainedLayer::new(band).map(|numbers| (band.to_layer(), numbers))
-            });
-            let (bands, numbers) = two_level.unzip();
-            layers.push(bands);
-            trained.push(numbers);
+        for block in &start.blocks {
+            let (mut of_block, mut numbers_of_block) = (PartMap::new(), PartMap::new());
+            for (part, weight) in block.layers.iter() {
+                let bands = weight.bands().into_iter().flat_map(|bands| bands.iter());
+                let two_level = bands.filter_map(|(_, band)| {
+                    TrainedLayer::new(band).map(|numbers| (band.to_layer(), numbers))
+                });
+                let (bands, numbers) = two_level.unzip();
+                of_block.insert(part, bands);
+                numbers_of_block.insert(part, numbers);
+            }
+            layers.push(of_block);
+            trained.push(numbers_of_block);
         }
-        let of_blocks = start.blocks.iter().flat_map(|block| [&block.attn_norm, &block.ffn_norm]);
-        let norms = of_blocks.chain([&start.output_norm]);
-        let norms = norms.map(|norm| Parameters::new(norm.clone())).collect();
+        let norms = start.blocks.iter().map(|block| {
+            let norms = block.vectors.iter();
+            norms.map(|(part, norm)| (part, Parameters::new(norm.clone()))).collect()
+        });
+        let output = Parameters::new(start.output_norm.clone());
+        let norms = Norms { blocks: norms.collect(), output };
         Ok(Self { start, layers, trained, norms })
     }
 
@@ -59,35 +70,33 @@ impl<'a> Student<'a> {
         step: usize,
     ) -> Result<f64> {
         let Self { start, layers, trained, norms } = self;
-        let blocks = start.blocks.len();
         let loss = running(start, layers, norms).run(sequences, loss, &mut |gradient| {
             match gradient {
-                Gradient::Linear { block, layer, x, dy } => {
-                    let index = layer_index(block, layer);
-                    descend(&layers[index], &mut trained[index], x, dy, rate, step);
+                Gradient::Linear { block, part, x, dy } => {
+                    descend(&layers[block][part], &mut trained[block][part], x, dy, rate, step);
                 }
-                Gradient::Norm(norm, dw) => {
+                Gradient::Norm { block, part, dw } => {
                     let dw: Vec<f32> = dw.iter().map(|&d| d as f32).collect();
-                    norms[norm_index(norm, blocks)].step(&dw, rate * NORM_RATE, step);
+                    norms.of_mut(block, part).step(&dw, rate * NORM_RATE, step);
                 }
                 Gradient::Output { .. } | Gradient::Embedding(_) => {}
             }
             Ok(())
         })?;
-        let layers = layers.iter_mut().flatten();
-        layers.zip(trained.iter().flatten()).for_each(|(layer, trained)| trained.store(layer));
+        let layers = layers.iter_mut().flat_map(PartMap::values_mut).flatten();
+        let trained = trained.iter().flat_map(PartMap::values).flatten();
+        layers.zip(trained).for_each(|(layer, trained)| trained.store(layer));
         Ok(loss)
     }
 
     /// A trained layer by its name.
     pub fn layer(&self, name: &str) -> Option<&PackedLayer> {
-        let blocks = 0..self.start.blocks.len();
-        let layers = blocks.flat_map(|block| Linear::ALL.map(|layer| (block, layer)));
-        let mut matrices = layers.zip(&self.layers);
-        matrices.find_map(|((block, layer), bands)| {
-            let matrix = layer.tensor_name(block);
+        let decoder: &Decoder = self.start.decoder;
+        decoder.tensors().iter().filter(|tensor| tensor.is_linear()).find_map(|tensor| {
+            let bands = &self.layers[tensor.block?][tensor.part];
+            let matrix = &tensor.name;
             let is_named = |index: &usize| {
-                if bands.len() == 1 { name == matrix } else { name == band_name(&matrix, *index) }
+                if bands.len() == 1 { name == matrix } else { name == band_name(matrix, *index) }
             };
             (0..bands.len()).find(is_named).map(|index| &bands[index])
         })
@@ -95,14 +104,21 @@ impl<'a> Student<'a> {
 
     /// A norm by its tensor's name.
     pub fn norm(&self, name: &str) -> Option<&[f32]> {
-        let of_block = |block| {
-            let name = |norm| format!("blk.{block}.{norm}.weight");
-            [(Norm::Attn(block), name("attn_norm")), (Norm::Ffn(block), name("ffn_norm"))]
+        let tensor = self.start.decoder.find(name).filter(|tensor| !tensor.is_matrix())?;
+        let norm = match tensor.block {
+            Some(block) => &self.norms.blocks[block][tensor.part],
+            None => &self.norms.output,
         };
-        let of_blocks = (0..self.start.blocks.len()).flat_map(of_block);
-        let mut norms = of_blocks.chain([(Norm::Output, "output_norm.weight".to_owned())]);
-        let (norm, _) = norms.find(|(_, found)| found == name)?;
-        Some(&self.norms[norm_index(norm, self.start.blocks.len())].values)
+        Some(&norm.values)
+    }
+}
+
+impl Norms {
+    fn of_mut(&mut self, block: Option<usize>, part: Part) -> &mut Parameters {
+        match block {
+            Some(block) => &mut self.blocks[block][part],
+            None => &mut self.output,
+        }
     }
 }
 
@@ -132,46 +148,15 @@ fn descend(
 /// The model of a student as it is now.
 fn running<'m>(
     start: &'m Backward<'_>,
-    layers: &'m [Vec<PackedLayer>],
-    norms: &[Parameters],
+    layers: &'m [PartMap<Vec<PackedLayer>>],
+    norms: &Norms,
 ) -> Backward<'m> {
-    let blocks = start.blocks.len();
-    let norm = |norm| norms[norm_index(norm, blocks)].values.clone();
     let mut model: Backward<'m> = start.clone();
-    for (index, block) in model.blocks.iter_mut().enumerate() {
-        block.attn_norm = norm(Norm::Attn(index));
-        block.ffn_norm = norm(Norm::Ffn(index));
-        for layer in Linear::ALL {
-            let bands = &layers[layer_index(index, layer)];
-            if !bands.is_empty() {
-                *weight_mut(block, layer) = Weight::Bands(Bands::new(bands));
-            }
-        }
+    for ((block, layers), norms) in model.blocks.iter_mut().zip(layers).zip(&norms.blocks) {
+        block.vectors = norms.iter().map(|(part, norm)| (part, norm.values.clone())).collect();
+        let trained = layers.iter().filter(|(_, bands)| !bands.is_empty());
+        block.layers.extend(trained.map(|(part, bands)| (part, Weight::Bands(Bands::new(bands)))));
     }
-    model.output_norm = norm(Norm::Output);
+    model.output_norm = norms.output.values.clone();
     model
-}
-
-fn norm_index(norm: Norm, blocks: usize) -> usize {
-    match norm {
-        Norm::Attn(block) => 2 * block,
-        Norm::Ffn(block) => 2 * block + 1,
-        Norm::Output => 2 * blocks,
-    }
-}
-
-fn layer_index(block: usize, layer: Linear) -> usize {
-    block * Linear::ALL.len() + layer as usize
-}
-
-fn weight_mut<'b, 'a>(block: &'b mut Block<'a>, layer: Linear) -> &'b mut Weight<'a> {
-    match layer {
-        Linear::AttnQ => &mut block.attn_q,
-        Linear::AttnK => &mut block.attn_k,
-        Linear::AttnV => &mut block.attn_v,
-        Linear::AttnOutput => &mut block.attn_output,
-        Linear::FfnGate => &mut block.ffn_gate,
-        Linear::FfnUp => &mut block.ffn_up,
-        Linear::FfnDown => &mut block.ffn_down,
-    }
 }

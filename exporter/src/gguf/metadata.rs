@@ -1,12 +1,13 @@
 //! The metadata that llama.cpp reads.
 
 use slim_formats::{
-    DType, ModelSource, TokenizerSource,
+    DType, Decoder, ModelSource, TokenizerSource,
+    arch::Tensor,
     gguf::{Metadata, NewTensor},
 };
 use slim_runtime::ggml_keys;
 
-use crate::{Result, tensor::is_linear};
+use crate::Result;
 
 const ADD_BOS_KEY: &str = "tokenizer.ggml.add_bos_token";
 
@@ -33,7 +34,7 @@ pub fn of(model: &dyn ModelSource, tensors: &[NewTensor]) -> Result<Metadata> {
             metadata.insert(key, value.clone())?;
         }
     }
-    if let Some(file_type) = file_type(tensors) {
+    if let Some(file_type) = file_type(model.decoder(), tensors) {
         metadata.insert("general.file_type", file_type)?;
     }
     metadata.insert("general.quantization_version", QUANTIZATION_VERSION)?;
@@ -54,7 +55,8 @@ pub fn of(model: &dyn ModelSource, tensors: &[NewTensor]) -> Result<Metadata> {
 }
 
 /// llama.cpp's number for files that are mostly of the type of the first linear layer.
-fn file_type(tensors: &[NewTensor]) -> Option<u32> {
+fn file_type(decoder: &Decoder, tensors: &[NewTensor]) -> Option<u32> {
+    let is_linear = |name: &str| decoder.find(name).is_some_and(Tensor::is_linear);
     match tensors.iter().find(|tensor| is_linear(&tensor.name))?.dtype {
         DType::F32 => Some(0),
         DType::F16 => Some(1),

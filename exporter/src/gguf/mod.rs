@@ -7,7 +7,8 @@ use std::io::{Read, Seek, Write};
 
 use rayon::prelude::*;
 use slim_formats::{
-    AtomicFile, DType, FormatError, Layout, ModelSource, OutputPath,
+    AtomicFile, DType, FormatError, ModelSource, OutputPath,
+    arch::{ROPE_FACTORS, Tensor},
     gguf::{HeaderWriter, NewTensor},
     slim::TILE_ROWS,
 };
@@ -15,14 +16,11 @@ use slim_kernels::{ggml, weight};
 
 use crate::{
     LayerLoss, Report, Result,
-    tensor::{Loss, check_values, for_each_panel, names},
+    tensor::{Loss, check_values, for_each_panel, tensors},
 };
 
 /// Where tensors start: at multiples of GGUF's default.
 const ALIGNMENT: u32 = 32;
-
-/// The name of the RoPE factors, which are no tensor of a [`ModelSource`].
-const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 pub(crate) fn write(
     model: &dyn ModelSource,
@@ -31,8 +29,9 @@ pub(crate) fn write(
 ) -> Result<Report> {
     let planned = plan(model)?;
     let mut warnings = warnings(model);
-    warnings.extend(check_values(model, |name| {
-        planned.iter().any(|tensor| tensor.name == name && tensor.dtype == DType::F16)
+    warnings.extend(check_values(model, |tensor| {
+        let mut planned = planned.iter().filter(|planned| planned.name == tensor.name);
+        planned.any(|planned| planned.dtype == DType::F16)
     })?);
     let metadata = metadata::of(model, &planned)?;
     let header = HeaderWriter::new(output.path, &metadata, &planned, ALIGNMENT)?;
@@ -45,13 +44,14 @@ pub(crate) fn write(
     for (tensor, &offset) in planned.iter().zip(header.tensor_offsets()) {
         on_tensor(&tensor.name);
         pad_to(&mut out, offset).map_err(write_error)?;
-        let bytes = match tensor.name.as_str() {
-            ROPE_FACTORS => f32_bytes(&model.config().rope.factors),
-            name => {
-                let (bytes, loss) = encode(model, name, tensor.dtype)?;
+        let bytes = match model.decoder().find(&tensor.name) {
+            Some(known) => {
+                let (bytes, loss) = encode(model, known, tensor.dtype)?;
                 layers.extend(loss);
                 bytes
             }
+            // No tensor of a `ModelSource`.
+            None => f32_bytes(&model.config().rope.factors),
         };
         out.write_all(&bytes).map_err(write_error)?;
     }
@@ -77,7 +77,8 @@ fn warnings(model: &dyn ModelSource) -> Vec<String> {
 /// The tensors of the file.
 fn plan(model: &dyn ModelSource) -> Result<Vec<NewTensor>> {
     let mut planned = Vec::new();
-    for (_, name) in names(model)? {
+    for tensor in tensors(model)? {
+        let name = tensor.name.clone();
         let weight = model.require(&name)?;
         let (rows, cols) = weight::shape(weight);
         let shape = match rows {
@@ -97,16 +98,13 @@ fn plan(model: &dyn ModelSource) -> Result<Vec<NewTensor>> {
 /// The bytes of a tensor, and what a matrix loses.
 fn encode(
     model: &dyn ModelSource,
-    name: &str,
+    tensor: &Tensor,
     dtype: DType,
 ) -> Result<(Vec<u8>, Option<LayerLoss>)> {
+    let (name, order) = (tensor.name.as_str(), tensor.gguf_layout);
     let weight = model.require(name)?;
     let (rows, cols) = weight::shape(weight);
     let row_bytes = dtype.size_in_bytes(cols as u64).expect("the type was chosen for it") as usize;
-    let order = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
-        true => Layout::Interleaved { head_dim: model.config().head_dim },
-        false => Layout::AsStored,
-    };
     let mut stored = vec![0; rows * row_bytes];
     let mut loss = Loss::default();
     for_each_panel(weight, |first, values| {

@@ -10,7 +10,7 @@ mod fit;
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use slim_formats::{ModelSource, OutputPath, Weight, slim::ScaleCoding};
+use slim_formats::{ModelSource, OutputPath, Weight, arch::Tensor, slim::ScaleCoding};
 use slim_kernels::weight;
 
 use self::fit::{Fitted, GROUP, fit};
@@ -18,7 +18,7 @@ use crate::{
     ExportError, LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
     safetensors::{f16_bytes, plan_f16},
-    tensor::{Loss, check_values, for_each_panel, is_linear, names},
+    tensor::{Loss, check_values, for_each_panel, tensors},
 };
 
 pub(crate) fn write(
@@ -26,17 +26,17 @@ pub(crate) fn write(
     output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let names = names(model)?;
-    let bits = bits_for(model, &names)?;
+    let tensors = tensors(model)?;
+    let bits = bits_for(model, tensors)?;
     let mut planned = Vec::new();
-    for (hf_name, name) in &names {
-        let weight = model.require(name)?;
-        match is_linear(name) {
-            true => planned.extend(plan_layer(hf_name, name, weight, bits)),
-            false => planned.push(plan_f16(hf_name.clone(), name.clone(), weight)),
+    for tensor in tensors {
+        let weight = model.require(&tensor.name)?;
+        match tensor.is_linear() {
+            true => planned.extend(plan_layer(tensor, weight, bits)),
+            false => planned.push(plan_f16(tensor, weight)),
         }
     }
-    let warnings = check_values(model, |name| !is_linear(name))?;
+    let warnings = check_values(model, |tensor| !tensor.is_linear())?;
     let folder = Folder::create(output)?;
     folder.describe(model, quantization_config(bits))?;
     let mut layers = Vec::new();
@@ -48,7 +48,7 @@ pub(crate) fn write(
         }
         on_tensor(source);
         let weight = model.require(source)?;
-        if is_linear(source) {
+        if model.decoder().find(source).is_some_and(Tensor::is_linear) {
             let (layer, loss) = pack_layer(source, weight, bits)?;
             layers.push(loss);
             parts = Vec::from(layer).into_iter();
@@ -58,18 +58,18 @@ pub(crate) fn write(
         layers.extend(loss);
         Ok(bytes)
     })?;
-    Ok(Report { tensors: names.len(), file_bytes: folder.finish()?, layers, warnings })
+    Ok(Report { tensors: tensors.len(), file_bytes: folder.finish()?, layers, warnings })
 }
 
 /// Bits per code, one width for the whole model: 4 where that holds every layer as it is, which is
 /// to say integer zero points and groups of up to 4 bits, otherwise 8. Real minima moved to the
 /// next of 16 integer zero points cost SmolLM2 at 3.3 bits a fifth of its perplexity.
-fn bits_for(model: &dyn ModelSource, names: &[(String, String)]) -> Result<usize> {
+fn bits_for(model: &dyn ModelSource, tensors: &[Tensor]) -> Result<usize> {
     let refused = |what: String, hint| {
         Err(ExportError::unsupported(model.path(), "the GPTQ layout", what, hint))
     };
     let mut fits_4_bits = true;
-    for (_, name) in names.iter().filter(|(_, name)| is_linear(name)) {
+    for Tensor { name, .. } in tensors.iter().filter(|tensor| tensor.is_linear()) {
         let Some(bands) = model.require(name)?.bands() else {
             let hint = "convert the model first; `--to safetensors` takes any";
             return refused(format!("tensor `{name}`, which is not quantized,"), hint);
@@ -100,9 +100,9 @@ fn quantization_config(bits: usize) -> Value {
 }
 
 /// The tensors of a layer, in the order of [`pack_layer`].
-fn plan_layer(hf_name: &str, name: &str, weight: Weight<'_>, bits: usize) -> [PlannedTensor; 4] {
+fn plan_layer(tensor: &Tensor, weight: Weight<'_>, bits: usize) -> [PlannedTensor; 4] {
     let (rows, cols) = weight::shape(weight);
-    let module = hf_name.strip_suffix(".weight").unwrap_or(hf_name);
+    let module = tensor.hf_name.trim_end_matches(".weight");
     let (groups, per_word) = (cols / GROUP, 32 / bits);
     [
         ("qweight", Element::I32, vec![cols / per_word, rows]),
@@ -112,7 +112,7 @@ fn plan_layer(hf_name: &str, name: &str, weight: Weight<'_>, bits: usize) -> [Pl
     ]
     .map(|(part, dtype, shape)| PlannedTensor {
         name: format!("{module}.{part}"),
-        source: name.to_owned(),
+        source: tensor.name.clone(),
         dtype,
         shape,
     })

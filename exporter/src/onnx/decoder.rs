@@ -1,5 +1,4 @@
-//! The graph of a model of the Llama family: what `slim_runtime::Block` computes, in ONNX Runtime's
-//! operators.
+//! The graph of a model: what `slim_runtime::Block` computes, in ONNX Runtime's operators.
 //!
 //! Activations are f32, as in the models that ONNX Runtime GenAI builds for the CPU, whose kernels
 //! compute in f32. Values are `[batch, sequence, channels]`; weights and values are called as in
@@ -9,7 +8,10 @@ mod linear;
 
 use std::collections::HashSet;
 
-use slim_formats::{EMBEDDING, ModelConfig, ModelSource};
+use slim_formats::{
+    Decoder, ModelConfig, ModelSource, Part,
+    arch::{Attention, Tensor},
+};
 use slim_kernels::RopeAngles;
 use slim_runtime::find_vector;
 
@@ -19,12 +21,10 @@ use super::graph::{
     Dim::{Fixed, Named},
     Element, Graph,
 };
-use crate::{ExportError, Result, tensor::names};
+use crate::{Result, tensor::tensors};
 
 /// `GroupQueryAttention` rotates whole vectors of this many channels.
 const HEAD_DIM_MULTIPLE: usize = 16;
-
-const HINT: &str = "use `--to safetensors`";
 
 /// Positions in the tables of cosines and sines at most.
 const MAX_POSITIONS: usize = 1 << 17;
@@ -38,28 +38,16 @@ const LEAST_BITS: u8 = 2;
 /// Of the embedding: its codes are bytes, which can be gathered.
 const EMBEDDING_BITS: u8 = 8;
 
+/// What a model computes that ONNX Runtime's operators do not.
+pub fn lacks(decoder: &Decoder) -> Option<String> {
+    let mut head_dims = decoder.blocks.iter().map(|block| block.attention.head_dim);
+    let found = head_dims.find(|head_dim| !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE))?;
+    Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))
+}
+
 /// How many tokens the graph takes in all.
 pub fn context_length(config: &ModelConfig) -> usize {
     config.context_length.min(MAX_POSITIONS)
-}
-
-/// Checks that ONNX Runtime has operators for the model.
-///
-/// # Errors
-/// `Unsupported` if it has none.
-pub fn check(source: &dyn ModelSource) -> Result<()> {
-    let config = source.config();
-    let unsupported =
-        |what| Err(ExportError::unsupported(source.path(), "ONNX Runtime", what, HINT));
-    if config.architecture != "llama" {
-        return unsupported(format!("the architecture `{}`", config.architecture));
-    }
-    if !config.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
-        let found = config.head_dim;
-        let what = format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},");
-        return unsupported(what);
-    }
-    Ok(())
 }
 
 /// Bytes of the data of the model's tensors, at most.
@@ -67,57 +55,60 @@ pub fn data_bytes(source: &dyn ModelSource) -> Result<u64> {
     let config = source.config();
     let mut bytes = (context_length(config) * config.head_dim * size_of::<f32>()) as u64;
     let mut parts = 2;
-    for (_, name) in names(source)? {
-        let least_bits = if name == EMBEDDING { EMBEDDING_BITS } else { LEAST_BITS };
-        bytes += linear::stored_bytes(source.require(&name)?, least_bits);
+    for tensor in tensors(source)? {
+        let is_embedding = tensor.part == Part::Embedding;
+        let least_bits = if is_embedding { EMBEDDING_BITS } else { LEAST_BITS };
+        bytes += linear::stored_bytes(source.require(&tensor.name)?, least_bits);
         parts += linear::MAX_PARTS;
     }
     Ok(bytes + parts * ALIGNMENT)
 }
 
-/// Adds the whole model, which was [checked](check), to `graph`.
+/// Adds the whole model to `graph`.
 pub fn add_decoder(
     graph: &mut Graph,
     source: &dyn ModelSource,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    Decoder { graph, source, config: source.config(), on_tensor, sums: HashSet::new() }.add()
+    let (config, decoder) = (source.config(), source.decoder());
+    Builder { graph, source, config, decoder, on_tensor, sums: HashSet::new() }.add()
 }
 
-struct Decoder<'a> {
+struct Builder<'a> {
     graph: &'a mut Graph,
     source: &'a dyn ModelSource,
     config: &'a ModelConfig,
+    decoder: &'a Decoder,
     on_tensor: &'a mut dyn FnMut(&str),
     /// Names of the sums over blocks that the graph has already.
     sums: HashSet<String>,
 }
 
-impl Decoder<'_> {
+impl Builder<'_> {
     fn add(mut self) -> Result<()> {
-        let ModelConfig { vocab_size, hidden_size, block_count, .. } = *self.config;
+        let decoder = self.decoder;
         self.add_shared_values();
-        let embedding = self.store(EMBEDDING, vocab_size, hidden_size, EMBEDDING_BITS)?;
+        let embedding = self.store(decoder.embedding(), EMBEDDING_BITS)?;
         self.embed(&embedding, "embedding");
         let mut residual = "embedding".to_owned();
-        let mut normed = self.add_norm(&residual, "blk.0.attn_norm")?;
-        for block in 0..block_count {
-            let name = |part: &str| format!("blk.{block}.{part}");
+        let mut normed = self.add_norm(&residual, decoder.tensor(0, Part::AttnNorm))?;
+        for block in 0..decoder.blocks.len() {
             let attended = self.add_attention(block, &normed)?;
-            (residual, normed) = self.add_to_residual(&residual, &attended, &name("ffn_norm"))?;
+            let ffn_norm = decoder.tensor(block, Part::FfnNorm);
+            (residual, normed) = self.add_to_residual(&residual, &attended, ffn_norm)?;
             let output = self.add_ffn(block, &normed)?;
             let next_norm = match block + 1 {
-                next if next == block_count => "output_norm".to_owned(),
-                next => format!("blk.{next}.attn_norm"),
+                next if next == decoder.blocks.len() => decoder.output_norm(),
+                next => decoder.tensor(next, Part::AttnNorm),
             };
-            (residual, normed) = self.add_to_residual(&residual, &output, &next_norm)?;
+            (residual, normed) = self.add_to_residual(&residual, &output, next_norm)?;
         }
-        let head = match self.config.tied_embeddings {
+        let head = match decoder.has_tied_embeddings() {
             true => embedding,
-            false => self.store("output.weight", vocab_size, hidden_size, LEAST_BITS)?,
+            false => self.store(decoder.output(), LEAST_BITS)?,
         };
         self.multiply(&head, &normed, "logits");
-        let dims = [Named("batch"), Named("sequence"), Fixed(vocab_size)];
+        let dims = [Named("batch"), Named("sequence"), Fixed(decoder.vocab_size)];
         self.graph.output("logits", Element::F32, &dims);
         // Last, when the weights have shown that heads are as large as the hyperparameters say.
         self.add_rope_tables()
@@ -160,8 +151,9 @@ impl Decoder<'_> {
     }
 
     /// RMS norm `norm` of `input`.
-    fn add_norm(&mut self, input: &str, norm: &str) -> Result<String> {
+    fn add_norm(&mut self, input: &str, norm: &Tensor) -> Result<String> {
         let weight = self.store_norm(norm)?;
+        let norm = value_of(norm);
         let attributes = [self.epsilon(), ("axis", Int(-1))];
         self.graph.node("RMSNormalization", &[input, &weight], &[norm], &attributes);
         Ok(norm.to_owned())
@@ -172,9 +164,10 @@ impl Decoder<'_> {
         &mut self,
         residual: &str,
         input: &str,
-        norm: &str,
+        norm: &Tensor,
     ) -> Result<(String, String)> {
         let weight = self.store_norm(norm)?;
+        let norm = value_of(norm);
         let sum = format!("{norm}.residual");
         let outputs = [norm, "", "", &sum];
         let attributes = [self.epsilon()];
@@ -185,30 +178,30 @@ impl Decoder<'_> {
     }
 
     fn epsilon(&self) -> (&'static str, Attribute) {
-        ("epsilon", Float(self.config.norm_epsilon))
+        ("epsilon", Float(self.decoder.norm_epsilon))
     }
 
     /// Attention of block `block`, its output projection included.
     fn add_attention(&mut self, block: usize, input: &str) -> Result<String> {
-        let ModelConfig { head_count, kv_head_count, head_dim, hidden_size, .. } = *self.config;
-        let name = |part: &str| format!("blk.{block}.{part}");
-        let q = self.add_linear(&name("attn_q"), head_count * head_dim, hidden_size, input)?;
-        let k = self.add_linear(&name("attn_k"), kv_head_count * head_dim, hidden_size, input)?;
-        let v = self.add_linear(&name("attn_v"), kv_head_count * head_dim, hidden_size, input)?;
+        let Attention { heads, kv_heads, head_dim, window, .. } =
+            self.decoder.blocks[block].attention;
+        let q = self.add_linear(block, Part::AttnQ, input)?;
+        let k = self.add_linear(block, Part::AttnK, input)?;
+        let v = self.add_linear(block, Part::AttnV, input)?;
 
         let (past, present) = (Named("past_sequence"), Named("total_sequence"));
         let [past_key, past_value] =
             ["key", "value"].map(|part| format!("past_key_values.{block}.{part}"));
         let [present_key, present_value] =
             ["key", "value"].map(|part| format!("present.{block}.{part}"));
-        let dims = |length| [Named("batch"), Fixed(kv_head_count), length, Fixed(head_dim)];
+        let dims = |length| [Named("batch"), Fixed(kv_heads), length, Fixed(head_dim)];
         for (past_name, present_name) in [(&past_key, &present_key), (&past_value, &present_value)]
         {
             self.graph.input(past_name, Element::F32, &dims(past));
             self.graph.output(present_name, Element::F32, &dims(present));
         }
-        let attended = name("attended");
-        let window = self.config.sliding_window.map_or(-1, |window| window as i64);
+        let attended = format!("blk.{block}.attended");
+        let window = window.map_or(-1, |window| window as i64);
         self.graph.contrib_node(
             "GroupQueryAttention",
             &[
@@ -224,36 +217,40 @@ impl Decoder<'_> {
             ],
             &[&attended, &present_key, &present_value],
             &[
-                ("num_heads", Int(head_count as i64)),
-                ("kv_num_heads", Int(kv_head_count as i64)),
+                ("num_heads", Int(heads as i64)),
+                ("kv_num_heads", Int(kv_heads as i64)),
                 ("do_rotary", Int(1)),
                 ("local_window_size", Int(window)),
             ],
         );
-        self.add_linear(&name("attn_output"), hidden_size, head_count * head_dim, &attended)
+        self.add_linear(block, Part::AttnOutput, &attended)
     }
 
     /// The feed-forward network of block `block`: `down(silu(gate) * up)`.
     fn add_ffn(&mut self, block: usize, input: &str) -> Result<String> {
-        let ModelConfig { hidden_size, ffn_size, .. } = *self.config;
         let name = |part: &str| format!("blk.{block}.{part}");
-        let gate = self.add_linear(&name("ffn_gate"), ffn_size, hidden_size, input)?;
-        let up = self.add_linear(&name("ffn_up"), ffn_size, hidden_size, input)?;
+        let gate = self.add_linear(block, Part::FfnGate, input)?;
+        let up = self.add_linear(block, Part::FfnUp, input)?;
         let (sigmoid, silu, activation) =
             (name("ffn_sigmoid"), name("ffn_silu"), name("ffn_activation"));
         self.graph.node("Sigmoid", &[&gate], &[&sigmoid], &[]);
         self.graph.node("Mul", &[&gate, &sigmoid], &[&silu], &[]);
         self.graph.node("Mul", &[&silu, &up], &[&activation], &[]);
-        self.add_linear(&name("ffn_down"), hidden_size, ffn_size, &activation)
+        self.add_linear(block, Part::FfnDown, &activation)
     }
 
-    fn store_norm(&mut self, norm: &str) -> Result<String> {
-        let name = format!("{norm}.weight");
+    fn store_norm(&mut self, norm: &Tensor) -> Result<String> {
+        let name = norm.name.clone();
         (self.on_tensor)(&name);
-        let values = find_vector(self.source, &name, self.config.hidden_size)?;
+        let values = find_vector(self.source, norm)?;
         self.graph.tensor(&name, Element::F32, &[values.len()], [Ok(f32_bytes(&values))])?;
         Ok(name)
     }
+}
+
+/// What a value is called that is made with a tensor: `blk.0.attn_q`.
+fn value_of(tensor: &Tensor) -> &str {
+    tensor.name.trim_end_matches(".weight")
 }
 
 fn cast(graph: &mut Graph, input: &str, to: Element, output: &str) {

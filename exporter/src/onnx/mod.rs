@@ -13,8 +13,9 @@ use self::graph::{DATA_FILE, Graph};
 use crate::{
     Report, Result,
     folder::Folder,
-    tensor::{check_values, names},
+    tensor::{check_values, tensors},
 };
+pub(crate) use decoder::lacks;
 
 pub(crate) fn write(
     model: &dyn ModelSource,
@@ -22,14 +23,13 @@ pub(crate) fn write(
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let warnings = check_values(model, |_| false)?;
-    decoder::check(model)?;
     let folder = Folder::create(output)?;
     folder.describe(model, json!({}))?;
     folder.json("genai_config.json", &settings::genai_config(model.config()))?;
     let mut graph = Graph::new(folder.new_file(DATA_FILE, decoder::data_bytes(model)?)?);
     decoder::add_decoder(&mut graph, model, on_tensor)?;
     folder.file("model.onnx", &graph.finish()?)?;
-    let tensors = names(model)?.len();
+    let tensors = tensors(model)?.len();
     Ok(Report { tensors, file_bytes: folder.finish()?, layers: Vec::new(), warnings })
 }
 

@@ -8,7 +8,7 @@ use super::{
     rope_pairs,
 };
 use crate::{
-    FormatError, Generation, Result,
+    FormatError, Generation, Result, arch,
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -33,9 +33,9 @@ impl ModelConfig {
     ) -> Result<Self> {
         let keys = Keys { path, metadata, asked: RefCell::default() };
         let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
-        if architecture != "llama" {
+        let Some(family) = arch::by_architecture(architecture) else {
             return keys.unsupported(format!("architecture `{architecture}`"));
-        }
+        };
         let hidden_size = keys.size("llama.embedding_length")?;
         let head_count = keys.size("llama.attention.head_count")?;
         let head_dim = match keys.optional_size("llama.attention.key_length")? {
@@ -52,7 +52,7 @@ impl ModelConfig {
         }
         let vocab_size = read_vocab_size(&keys)?;
         let mut config = Self {
-            architecture: architecture.to_owned(),
+            family,
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
             block_count: keys.size("llama.block_count")?,
             hidden_size,
@@ -87,11 +87,11 @@ impl ModelConfig {
     /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of
     /// `output.weight`.
     pub fn to_gguf(&self) -> Metadata {
-        let own = |key: &str| format!("{}.{key}", self.architecture);
+        let own = |key: &str| format!("{}.{key}", self.family.architecture());
         // Every size was validated to be far below 2^32.
         let size = |size: usize| Value::U32(size as u32);
         let mut entries =
-            vec![("general.architecture".to_owned(), self.architecture.as_str().into())];
+            vec![("general.architecture".to_owned(), self.family.architecture().into())];
         entries.extend(
             self.name.as_ref().map(|name| ("general.name".to_owned(), name.as_str().into())),
         );

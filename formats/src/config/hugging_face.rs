@@ -11,7 +11,7 @@ use super::{
     rope_pairs,
 };
 use crate::{
-    FormatError, Generation, Result,
+    FormatError, Generation, Result, arch,
     special_tokens::{SpecialTokens, TokenFiles, Vocabulary},
 };
 
@@ -40,12 +40,12 @@ impl ModelConfig {
     ) -> Result<Self> {
         let json = Json::new(path, config);
         let model_type = json.require("model_type", "a string", Value::as_str)?;
-        if !matches!(model_type, "llama" | "mistral") {
-            return json.unsupported(
-                format!("model type `{model_type}`"),
-                "supported are llama and mistral",
-            );
-        }
+        let Some(family) = arch::by_model_type(model_type) else {
+            let known = arch::FAMILIES.iter().flat_map(|family| family.model_types());
+            let known = known.copied().collect::<Vec<_>>().join(" and ");
+            let what = format!("model type `{model_type}`");
+            return json.unsupported(what, &format!("supported are {known}"));
+        };
         refuse_other_classes(&json, model_type)?;
 
         let hidden_size = json.size("hidden_size")?;
@@ -64,7 +64,7 @@ impl ModelConfig {
         };
         let vocab_size = json.size("vocab_size")?;
         let mut config = Self {
-            architecture: "llama".to_owned(),
+            family,
             name: None,
             block_count: json.size("num_hidden_layers")?,
             hidden_size,

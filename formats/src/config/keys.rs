@@ -135,7 +135,7 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
 /// computation, or has the value at which llama.cpp does what this program does.
 pub(super) fn is_harmless_in_gguf(key: &str, value: &Value, model: &ModelConfig) -> bool {
     let (group, own) = key.split_once('.').unwrap_or(("", key));
-    if group != model.architecture {
+    if group != model.family.architecture() {
         let is_talk = ["general", "tokenizer", "slim", "split", "quantize"].contains(&group);
         return is_talk || !is_of_rope(key);
     }

@@ -1,24 +1,23 @@
 //! A llama.cpp model in a GGUF file, as a source.
 
-use std::{
-    collections::HashSet,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use super::{GgufFile, Metadata};
 use crate::{
-    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource,
-    Weight,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
+    TokenizerSource, Weight,
+    arch::ROPE_FACTORS,
     folder::tokenizer_warnings,
-    locate, names,
+    locate,
     shapes::{self, Spelling},
 };
 
-/// A GGUF model of the `llama` architecture.
+/// A GGUF model of one of the families.
 #[derive(Debug)]
 pub struct GgufModel {
     file: GgufFile,
     config: ModelConfig,
+    decoder: Decoder,
     tokenizer: TokenizerSource,
     warnings: Vec<String>,
 }
@@ -38,16 +37,17 @@ impl GgufModel {
             return Err(locate::split_gguf(path, count));
         }
         refuse_other_kinds(path, metadata)?;
-        let rope_factors = file.f32_vector(names::ROPE_FACTORS)?;
+        let rope_factors = file.f32_vector(ROPE_FACTORS)?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
-        config.tied_embeddings = file.tensor(names::OUTPUT).is_none();
-        check_tensors(&file, config.block_count)?;
-        shapes::check(path, &config, Spelling::Gguf, |name| {
+        config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
+        let decoder = Decoder::new(&config);
+        check_tensors(&file, &decoder)?;
+        shapes::check(path, &config, &decoder, Spelling::Gguf, |name| {
             file.tensor(name).map(|tensor| tensor.rows_and_cols(path)).transpose()
         })?;
         let tokenizer = TokenizerSource::from_gguf(metadata);
         let warnings = tokenizer_warnings(path, &tokenizer, config.vocab_size).collect();
-        Ok(Self { file, config, tokenizer, warnings })
+        Ok(Self { file, config, decoder, tokenizer, warnings })
     }
 
     /// The container.
@@ -70,14 +70,15 @@ fn refuse_other_kinds(path: &Path, metadata: &Metadata) -> Result<()> {
 }
 
 /// Refuses tensors that would be ignored, and types that cannot be read.
-fn check_tensors(file: &GgufFile, block_count: usize) -> Result<()> {
-    let known: HashSet<_> = names::tensor_names(block_count).map(|(_, gguf)| gguf).collect();
+fn check_tensors(file: &GgufFile, decoder: &Decoder) -> Result<()> {
     for tensor in file.tensors() {
         let unsupported = |what| Err(FormatError::unsupported(file.path(), what, ""));
         let name = &tensor.name;
-        if name != names::ROPE_FACTORS && !known.contains(name) {
+        if name != ROPE_FACTORS && decoder.find(name).is_none() {
             return unsupported(format!(
-                "tensor `{name}` of a llama model with {block_count} blocks"
+                "tensor `{name}` of a {} model with {} blocks",
+                decoder.family.architecture(),
+                decoder.blocks.len()
             ));
         }
         if let DType::Unknown(id) = tensor.dtype {
@@ -100,18 +101,19 @@ impl ModelSource for GgufModel {
         &self.config
     }
 
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
     fn tensor_names(&self) -> Vec<&str> {
         let names = self.file.tensors().iter().map(|tensor| tensor.name.as_str());
-        names.filter(|&name| name != names::ROPE_FACTORS).collect()
+        names.filter(|&name| name != ROPE_FACTORS).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
         let Some(tensor) = self.file.tensor(name) else { return Ok(None) };
         let (rows, cols) = tensor.rows_and_cols(self.path())?;
-        let layout = match name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight") {
-            true => Layout::Interleaved { head_dim: self.config.head_dim },
-            false => Layout::AsStored,
-        };
+        let layout = self.decoder.find(name).map_or(Layout::AsStored, |known| known.gguf_layout);
         let bytes = self.file.bytes_of(tensor);
         Ok(Some(Weight::Dense(DenseTensor { dtype: tensor.dtype, rows, cols, bytes, layout })))
     }

@@ -27,22 +27,24 @@ use std::{
 };
 
 use crate::{
-    DType, DenseTensor, FormatError, Layout, Limits, MappedFile, ModelConfig, ModelSource, Result,
-    TokenizerSource, Weight,
+    DType, Decoder, DenseTensor, FormatError, Layout, Limits, MappedFile, ModelConfig, ModelSource,
+    Part, Result, TokenizerSource, Weight,
+    arch::Tensor,
     folder::{Description, Folder},
-    names, stand_in,
+    stand_in,
 };
 pub use every_tensor::check_external_data;
 
 use external::ExternalFiles;
 use graph::{Data, Graph, Initializer};
-use modules::{Modules, Slot};
+use modules::Modules;
 use weights::{Place, find_weights};
 
 /// A `llama` or `mistral` model in an ONNX file.
 #[derive(Debug)]
 pub struct OnnxModel {
     config: ModelConfig,
+    decoder: Decoder,
     model: MappedFile,
     external: Vec<MappedFile>,
     /// GGUF name and place of each tensor, in the order of use.
@@ -107,6 +109,7 @@ impl OnnxModel {
         let by_name = tensors.iter().map(|(name, _)| name.clone()).zip(0..).collect();
         let config_path = folder.config_path().to_owned();
         let mut model = Self {
+            decoder: Decoder::new(&config),
             config,
             external: external.into_maps(),
             tensors,
@@ -124,9 +127,9 @@ impl OnnxModel {
     /// Leaves out an output projection that is the embedding, perhaps transposed, and says where
     /// `tie_word_embeddings` is wrong about it.
     fn settle_output(&mut self, is_said_tied: bool, config_path: &Path) {
-        let output = self.by_name.get(names::OUTPUT).copied();
+        let output = self.by_name.get(Part::Output.gguf_name()).copied();
         let is_embedding = |&output: &usize| {
-            let embedding = self.by_name.get(names::EMBEDDING);
+            let embedding = self.by_name.get(Part::Embedding.gguf_name());
             embedding.is_some_and(|&embedding| {
                 has_same_values(&self.dense(embedding), &self.dense(output))
             })
@@ -135,7 +138,8 @@ impl OnnxModel {
             self.tensors.remove(output);
             self.by_name = self.tensors.iter().map(|(name, _)| name.clone()).zip(0..).collect();
         }
-        self.config.tied_embeddings = !self.by_name.contains_key(names::OUTPUT);
+        self.config.tied_embeddings = !self.by_name.contains_key(Part::Output.gguf_name());
+        self.decoder = Decoder::new(&self.config);
         let found = match (is_said_tied, self.config.tied_embeddings) {
             (true, false) => "true, but the graph has another matrix for the output, which is used",
             (false, true) => {
@@ -181,7 +185,7 @@ impl StoredTensor {
     /// The values of a slot at its place, which has the right shape.
     fn new(
         path: &Path,
-        slot: &Slot,
+        slot: &Tensor,
         place: Place,
         initializer: &Initializer<'_>,
         external: &mut ExternalFiles,
@@ -194,10 +198,7 @@ impl StoredTensor {
             let what = format!("element type {}", initializer.data_type);
             return unsupported(what, "weights must be FLOAT (1), FLOAT16 (10) or BFLOAT16 (16)");
         };
-        let (rows, cols) = match slot.dims[..] {
-            [rows, cols] => (rows, cols),
-            _ => (1, slot.dims[0]),
-        };
+        let (rows, cols) = slot.shape();
         // The configuration's limits keep the products far below 2^64.
         let value_bytes = dtype.size_in_bytes(1).unwrap_or_default() as usize;
         let all_bytes = place.total_rows * cols * value_bytes;
@@ -241,6 +242,10 @@ impl ModelSource for OnnxModel {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {

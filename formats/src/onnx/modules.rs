@@ -2,27 +2,16 @@
 
 use std::collections::HashMap;
 
-use crate::{ModelConfig, names};
+use crate::{Decoder, ModelConfig, Part, arch::Tensor};
 
 /// Longer paths are no module's.
 const MAX_PATH_BYTES: usize = 1 << 12;
 
-/// A tensor that the model has by its configuration.
-#[derive(Debug)]
-pub struct Slot {
-    /// GGUF's name.
-    pub name: String,
-    /// Hugging Face's name, for messages.
-    pub hf_name: String,
-    /// `[cols]` of a vector, `[rows, cols]` of a matrix.
-    pub dims: Vec<usize>,
-}
-
 /// The tensors of a model and the modules that they are the weights of.
 #[derive(Debug)]
 pub struct Modules {
-    /// In the order of use.
-    pub slots: Vec<Slot>,
+    /// In the order of use, with an output layer, though it may be the embedding.
+    pub slots: Vec<Tensor>,
     /// Hugging Face's path of a module to its slots: several, one above the other, for a fused one.
     by_path: HashMap<String, Vec<usize>>,
     /// Transformer blocks.
@@ -33,17 +22,16 @@ impl Modules {
     /// The modules of a model.
     pub fn new(config: &ModelConfig) -> Self {
         let block_count = config.block_count;
-        let slots: Vec<Slot> = names::tensor_names(block_count)
-            .map(|(hf_name, name)| Slot { dims: names::tensor_dims(&name, config), name, hf_name })
-            .collect();
+        let untied = ModelConfig { tied_embeddings: false, ..config.clone() };
+        let slots = Decoder::new(&untied).tensors().to_vec();
         let mut by_path: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, slot) in slots.iter().enumerate() {
             let path = slot.hf_name.trim_end_matches(".weight");
             by_path.insert(path.to_owned(), vec![index]);
-            for part in ["q_proj", "k_proj", "v_proj"] {
-                if let Some(attention) = path.strip_suffix(part) {
-                    by_path.entry(format!("{attention}qkv_proj")).or_default().push(index);
-                }
+            if let (Part::AttnQ | Part::AttnK | Part::AttnV, Some((attention, _))) =
+                (slot.part, path.rsplit_once('.'))
+            {
+                by_path.entry(format!("{attention}.qkv_proj")).or_default().push(index);
             }
         }
         Self { slots, by_path, block_count }

@@ -10,9 +10,9 @@ use std::{collections::HashMap, path::Path};
 
 use super::{
     graph::{Graph, Initializer, Node},
-    modules::{Modules, Slot},
+    modules::Modules,
 };
-use crate::{FormatError, ModelConfig, Result, names};
+use crate::{FormatError, ModelConfig, Part, Result, arch::Tensor};
 
 /// Where a slot's values are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -312,11 +312,11 @@ impl<'a, 'g> Finder<'a, 'g> {
     }
 
     fn leave_out_tied_output(&mut self, config: &mut ModelConfig) {
-        let index_of = |name| self.modules.slots.iter().position(|slot| slot.name == name);
+        let index_of = |part| self.modules.slots.iter().position(|slot| slot.part == part);
         let place_of = |slot: Option<usize>| slot.and_then(|slot| self.places[slot]);
-        let output = index_of(names::OUTPUT);
+        let output = index_of(Part::Output);
         let shared =
-            place_of(output).filter(|&output| place_of(index_of(names::EMBEDDING)) == Some(output));
+            place_of(output).filter(|&output| place_of(index_of(Part::Embedding)) == Some(output));
         config.tied_embeddings |= shared.is_some();
         if let Some(output) = output.filter(|_| shared.is_some()) {
             self.places[output] = None;
@@ -329,7 +329,7 @@ impl<'a, 'g> Finder<'a, 'g> {
         for (index, (slot, place)) in self.modules.slots.iter().zip(&self.places).enumerate() {
             match place {
                 Some(place) => found.push((index, *place)),
-                None if is_tied && slot.name == names::OUTPUT => {}
+                None if is_tied && slot.part == Part::Output => {}
                 None => return Err(self.missing(&slot.hf_name)),
             }
         }
@@ -382,7 +382,7 @@ fn is_of_a_block(name: &str) -> bool {
 }
 
 /// The dimensions of slots that lie one above the other; of a vector, its own.
-fn dims_of(all: &[Slot], slots: &[usize], rows_first: bool) -> Vec<u64> {
+fn dims_of(all: &[Tensor], slots: &[usize], rows_first: bool) -> Vec<u64> {
     let mut dims: Vec<u64> = all[slots[0]].dims.iter().map(|&dim| dim as u64).collect();
     if let [rows, _] = &mut dims[..] {
         *rows = slots.iter().map(|&slot| all[slot].dims[0] as u64).sum();
@@ -394,7 +394,7 @@ fn dims_of(all: &[Slot], slots: &[usize], rows_first: bool) -> Vec<u64> {
 }
 
 /// Whether there is one slot, that of a vector.
-fn is_vector(all: &[Slot], slots: &[usize]) -> bool {
+fn is_vector(all: &[Tensor], slots: &[usize]) -> bool {
     matches!(slots, [slot] if all[*slot].dims.len() == 1)
 }
 

@@ -10,20 +10,20 @@ use std::{
 };
 
 use crate::{
-    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Result, TokenizerSource,
-    Weight,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
+    TokenizerSource, Weight,
     folder::{Description, Folder},
     locate::{self, Weights},
-    names,
     shapes::{self, Spelling},
 };
 use index::{Shards, StoredTensor, Table};
 
-/// A `llama` or `mistral` model in a Hugging Face directory.
+/// A model in a Hugging Face directory.
 #[derive(Debug)]
 pub struct HfDirectory {
     path: PathBuf,
     config: ModelConfig,
+    decoder: Decoder,
     shards: Shards,
     /// GGUF name and place of each tensor, in the order of use.
     tensors: Vec<(String, StoredTensor)>,
@@ -79,18 +79,20 @@ impl HfDirectory {
         }
         warnings.extend(settle_output(&shards, &mut stored, &mut config, folder.config_path()));
         check_derived(path, &shards, &mut stored, &config)?;
-        let tensors = arrange(path, stored, &config)?;
+        let decoder = Decoder::new(&config);
+        let tensors = arrange(path, stored, &decoder)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
         let names = tensors.iter().map(|(name, _)| name.clone());
         let by_name: HashMap<_, _> = names.zip(0..).collect();
-        shapes::check(path, &config, Spelling::HuggingFace, |name| {
+        shapes::check(path, &config, &decoder, Spelling::HuggingFace, |name| {
             let tensor = by_name.get(name).map(|&index: &usize| &tensors[index].1);
             Ok(tensor.map(|tensor| (tensor.rows, tensor.cols)))
         })?;
         Ok(Self {
             path: path.to_owned(),
             config,
+            decoder,
             shards,
             tensors,
             by_name,
@@ -113,6 +115,10 @@ impl ModelSource for HfDirectory {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {
@@ -156,12 +162,12 @@ fn settle_output(
     config: &mut ModelConfig,
     config_path: &Path,
 ) -> Option<String> {
-    const OUTPUT: &str = "lm_head.weight";
-    const EMBEDDING: &str = "model.embed_tokens.weight";
+    let [output_name, embedding_name] =
+        [Part::Output, Part::Embedding].map(|part| config.family.hf_name(part));
     let is_said_tied = config.tied_embeddings;
-    let output = stored.get(OUTPUT);
+    let output = stored.get(output_name);
     let is_embedding = |output: &StoredTensor| {
-        stored.get(EMBEDDING).is_some_and(|embedding| {
+        stored.get(embedding_name).is_some_and(|embedding| {
             (output.dtype, output.rows) == (embedding.dtype, embedding.rows)
                 && shards.bytes_of(output) == shards.bytes_of(embedding)
         })
@@ -171,10 +177,14 @@ fn settle_output(
         Some(output) => is_said_tied && is_embedding(output),
     };
     let found = match (is_said_tied, config.tied_embeddings) {
-        (true, false) => "true, but the stored `lm_head.weight` is another matrix, which is used",
-        (false, true) => "false, but no `lm_head.weight` is stored: the embedding is used for it",
+        (true, false) => {
+            format!("true, but the stored `{output_name}` is another matrix, which is used")
+        }
+        (false, true) => {
+            format!("false, but no `{output_name}` is stored: the embedding is used for it")
+        }
         (true, true) => {
-            stored.remove(OUTPUT);
+            stored.remove(output_name);
             return None;
         }
         (false, false) => return None,
@@ -230,17 +240,18 @@ fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
 fn arrange(
     path: &Path,
     mut stored: Table,
-    config: &ModelConfig,
+    decoder: &Decoder,
 ) -> Result<Vec<(String, StoredTensor)>> {
     let mut tensors = Vec::with_capacity(stored.len());
-    for (hf_name, name) in names::tensor_names(config.block_count) {
-        tensors.extend(stored.remove(&hf_name).map(|tensor| (name, tensor)));
+    for tensor in decoder.tensors() {
+        let found = stored.remove(&tensor.hf_name);
+        tensors.extend(found.map(|stored| (tensor.name.clone(), stored)));
     }
     match stored.keys().min() {
         Some(name) => {
             let what = format!("tensor `{name}` of a model with {} blocks", config.block_count);
             Err(FormatError::unsupported(path, what, ""))
         }
-        None => Ok(tensors),
+        None => Ok((decoder, tensors)),
     }
 }

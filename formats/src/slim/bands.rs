@@ -183,7 +183,7 @@ mod tests {
 
     fn config() -> ModelConfig {
         ModelConfig {
-            architecture: "llama".into(),
+            family: &crate::arch::Llama,
             name: None,
             block_count: 1,
             hidden_size: 64,

@@ -16,8 +16,9 @@ use super::{
     verify,
 };
 use crate::{
-    DType, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OUTPUT, Result,
+    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
     TokenizerSource, Weight,
+    arch::ROPE_FACTORS,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
     vocabulary_faults,
 };
@@ -55,6 +56,7 @@ pub(super) fn part_name(layer: &str, part: &str) -> String {
 pub struct SlimFile {
     gguf: GgufFile,
     config: ModelConfig,
+    decoder: Decoder,
     tokenizer: TokenizerSource,
     layers: Vec<LayerInfo>,
     /// Where layers stand in the table, by the names of single ones and of matrices in bands.
@@ -141,11 +143,13 @@ impl SlimFile {
             })
         });
         let stored = stored.collect();
-        let rope_factors = gguf.f32_vector("rope_freqs.weight")?;
+        let rope_factors = gguf.f32_vector(ROPE_FACTORS)?;
         let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
-        config.tied_embeddings = !places.contains_key(OUTPUT) && gguf.tensor(OUTPUT).is_none();
+        let output = Part::Output.gguf_name();
+        config.tied_embeddings = !places.contains_key(output) && gguf.tensor(output).is_none();
+        let decoder = Decoder::new(&config);
         let tokenizer = TokenizerSource::from_gguf(metadata);
-        Ok(Self { config, tokenizer, layers, places, stored, parts, gguf })
+        Ok(Self { config, decoder, tokenizer, layers, places, stored, parts, gguf })
     }
 
     /// Whether the metadata of a GGUF file says that it is a SliM file (F2).
@@ -257,6 +261,10 @@ impl ModelSource for SlimFile {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {

@@ -115,7 +115,7 @@ fn dense_tensors() -> [(&'static str, DType, Vec<u64>, Vec<u8>); 3] {
 
 fn config() -> ModelConfig {
     ModelConfig {
-        architecture: "llama".into(),
+        family: &crate::arch::Llama,
         name: Some("tiny".into()),
         block_count: 1,
         hidden_size: 16,

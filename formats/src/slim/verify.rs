@@ -7,9 +7,8 @@ use super::{
     layout::{PackedTensor, TILE_ROWS},
 };
 use crate::{
-    DType, ModelSource, OUTPUT, TokenizerSource, Weight,
+    DType, ModelSource, TokenizerSource, Weight,
     gguf::{Array, Value},
-    tensor_dims, tensor_names,
 };
 
 /// Bytes of a tensor's name at most (F1): what llama.cpp's readers take.
@@ -60,15 +59,9 @@ fn gap_fault(file: &SlimFile) -> Option<Fault> {
 
 /// F3, for the first tensor of the model that is missing or has another shape.
 fn model_fault(file: &SlimFile) -> Option<Fault> {
-    let config = file.config();
-    let names = tensor_names(config.block_count).map(|(_, name)| name);
-    let mut names = names.filter(|name| !(config.tied_embeddings && name == OUTPUT));
-    names.find_map(|name| {
-        let expected = match tensor_dims(&name, config)[..] {
-            [cols] => (1, cols),
-            ref dims => (dims[0], dims[1]),
-        };
-        let found = match file.tensor(&name) {
+    file.decoder().tensors().iter().find_map(|tensor| {
+        let (name, expected) = (&tensor.name, tensor.shape());
+        let found = match file.tensor(name) {
             Ok(Some(Weight::Dense(dense))) => Some((dense.rows, dense.cols)),
             Ok(Some(Weight::Packed(layer))) => Some((layer.layout().rows(), layer.layout().cols())),
             Ok(Some(Weight::Bands(bands))) => Some(bands.shape()),

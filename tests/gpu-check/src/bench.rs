@@ -101,7 +101,7 @@ impl Scale {
 
     fn model(&self) -> ModelConfig {
         ModelConfig {
-            architecture: "llama".into(),
+            family: &slim_formats::arch::Llama,
             name: None,
             block_count: self.blocks,
             hidden_size: self.hidden,

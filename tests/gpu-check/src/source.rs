@@ -6,7 +6,8 @@ use std::{
 };
 
 use slim_formats::{
-    DType, FormatError, ModelConfig, ModelSource, TokenizerSource, Weight,
+    DType, Decoder, FormatError, ModelConfig, ModelSource, Part, TokenizerSource, Weight,
+    arch::{Rows, Tensor},
     slim::{ScaleCoding, TILE_ROWS},
 };
 use slim_kernels::weight;
@@ -26,6 +27,7 @@ pub enum Storage<'a> {
 /// A model whose blocks share the weights of a few: the host holds only those.
 pub struct RandomModel {
     config: ModelConfig,
+    decoder: Decoder,
     /// Blocks that differ.
     distinct: usize,
     tensors: HashMap<String, HostWeight>,
@@ -39,9 +41,11 @@ impl RandomModel {
         group_size: usize,
         storage: Storage<'_>,
     ) -> Self {
-        let mut tensors = HashMap::new();
-        for (seed, (name, [rows, cols])) in shapes(&config, distinct).into_iter().enumerate() {
-            let is_embedding = name == "token_embd.weight";
+        let decoder = Decoder::new(&config);
+        let mut held = HashMap::new();
+        for (seed, tensor) in tensors(&decoder, distinct).enumerate() {
+            let (rows, cols) = tensor.shape();
+            let is_embedding = tensor.part == Part::Embedding;
             let size = if is_embedding { 1.0 } else { 1.0 / (cols as f32).sqrt() };
             let large = LayerSpec {
                 rows,
@@ -60,21 +64,21 @@ impl RandomModel {
                 Storage::Packed(widths) => {
                     let spec = LayerSpec { coding: TWO_LEVEL, widths, ..large };
                     let upper = (rows / 4).next_multiple_of(TILE_ROWS);
-                    match name.contains(".ffn_gate.") || name.contains(".ffn_up.") {
+                    match tensor.part.rows() == Rows::Neurons {
                         true => spec.bands(seed as u64, &[upper, rows - upper]),
                         false => spec.fill(seed as u64, Fill::Random),
                     }
                 }
             };
-            tensors.insert(name, weight);
+            held.insert(tensor.name.clone(), weight);
         }
-        Self { config, distinct, tensors, tokenizer: TokenizerSource::Missing }
+        Self { config, decoder, distinct, tensors: held, tokenizer: TokenizerSource::Missing }
     }
 
     /// Bytes of all tensors in a file.
     pub fn stored_bytes(&self) -> u64 {
-        let names = shapes(&self.config, self.config.block_count).into_iter().map(|(name, _)| name);
-        names.filter_map(|name| self.find(&name)).map(weight::stored_bytes).sum()
+        let tensors = self.decoder.tensors().iter();
+        tensors.filter_map(|tensor| self.find(&tensor.name)).map(weight::stored_bytes).sum()
     }
 
     fn find(&self, name: &str) -> Option<Weight<'_>> {
@@ -90,29 +94,10 @@ impl RandomModel {
     }
 }
 
-/// The tensors of a model with `blocks` blocks: names, rows and columns.
-fn shapes(c: &ModelConfig, blocks: usize) -> Vec<(String, [usize; 2])> {
-    let (hidden, ffn) = (c.hidden_size, c.ffn_size);
-    let (q_dim, kv_dim) = (c.head_count * c.head_dim, c.kv_head_count * c.head_dim);
-    let block = [
-        ("attn_norm", [1, hidden]),
-        ("attn_q", [q_dim, hidden]),
-        ("attn_k", [kv_dim, hidden]),
-        ("attn_v", [kv_dim, hidden]),
-        ("attn_output", [hidden, q_dim]),
-        ("ffn_norm", [1, hidden]),
-        ("ffn_gate", [ffn, hidden]),
-        ("ffn_up", [ffn, hidden]),
-        ("ffn_down", [hidden, ffn]),
-    ];
-    let blocks = (0..blocks)
-        .flat_map(|i| block.map(|(name, shape)| (format!("blk.{i}.{name}.weight"), shape)));
-    let ends = [
-        ("token_embd.weight", [c.vocab_size, hidden]),
-        ("output_norm.weight", [1, hidden]),
-        ("output.weight", [c.vocab_size, hidden]),
-    ];
-    blocks.chain(ends.map(|(name, shape)| (name.to_owned(), shape))).collect()
+/// The tensors of the first `blocks` blocks, then those outside of blocks.
+fn tensors(decoder: &Decoder, blocks: usize) -> impl Iterator<Item = &Tensor> {
+    let of_blocks = (0..blocks).flat_map(|block| decoder.tensors_of(block));
+    of_blocks.chain(decoder.tensors().iter().filter(|tensor| tensor.block.is_none()))
 }
 
 impl ModelSource for RandomModel {
@@ -126,6 +111,10 @@ impl ModelSource for RandomModel {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn decoder(&self) -> &Decoder {
+        &self.decoder
     }
 
     fn tensor_names(&self) -> Vec<&str> {

@@ -1,6 +1,6 @@
 //! Weight matrices in the graph: how they are stored, multiplied with, and looked up in.
 
-use slim_formats::{DType, DenseTensor, Weight};
+use slim_formats::{DType, DenseTensor, Part, Weight, arch::Tensor};
 use slim_kernels::weight;
 use slim_runtime::find_weight;
 
@@ -9,7 +9,7 @@ use super::{
         blocks::{Blocks, block_bytes},
         graph::{Attribute::Int, Element, Graph},
     },
-    Decoder, LEAST_BITS, PIECE, cast, f32_bytes,
+    Builder, LEAST_BITS, PIECE, cast, f32_bytes, value_of,
 };
 use crate::{Result, tensor::to_f16};
 
@@ -32,7 +32,7 @@ enum Kind {
 /// Tensors that a weight is stored as, at most.
 pub const MAX_PARTS: u64 = 3;
 
-/// Bytes of the tensors that [`Decoder::store`] makes of a weight.
+/// Bytes of the tensors that [`Builder::store`] makes of a weight.
 pub fn stored_bytes(found: Weight<'_>, least_bits: u8) -> u64 {
     let (rows, cols) = weight::shape(found);
     let weights = (rows * cols) as u64;
@@ -47,18 +47,14 @@ pub fn stored_bytes(found: Weight<'_>, least_bits: u8) -> u64 {
     }
 }
 
-impl Decoder<'_> {
-    /// Writes the weight `name`, `[rows, cols]`: a SliM layer with codes of at least `least_bits`,
-    /// F16 as it is, anything else as f32.
-    pub fn store(
-        &mut self,
-        name: &str,
-        rows: usize,
-        cols: usize,
-        least_bits: u8,
-    ) -> Result<Stored> {
+impl Builder<'_> {
+    /// Writes a weight: a SliM layer with codes of at least `least_bits`, F16 as it is, anything
+    /// else as f32.
+    pub fn store(&mut self, tensor: &Tensor, least_bits: u8) -> Result<Stored> {
+        let name = tensor.name.as_str();
+        let (rows, cols) = tensor.shape();
         (self.on_tensor)(name);
-        let found = find_weight(self.source, name, rows, cols)?;
+        let found = find_weight(self.source, tensor)?;
         let kind = match (found, found.bands()) {
             (_, Some(bands)) => {
                 let blocks = Blocks::new(bands, least_bits);
@@ -95,17 +91,13 @@ impl Decoder<'_> {
         Ok(Stored { name: name.to_owned(), rows, cols, kind })
     }
 
-    /// The product of `input` with the weight of `layer`, called like the layer.
-    pub fn add_linear(
-        &mut self,
-        layer: &str,
-        rows: usize,
-        cols: usize,
-        input: &str,
-    ) -> Result<String> {
-        let stored = self.store(&format!("{layer}.weight"), rows, cols, LEAST_BITS)?;
-        self.multiply(&stored, input, layer);
-        Ok(layer.to_owned())
+    /// The product of `input` with a layer's weight, called like the layer.
+    pub fn add_linear(&mut self, block: usize, part: Part, input: &str) -> Result<String> {
+        let tensor = self.decoder.tensor(block, part);
+        let stored = self.store(tensor, LEAST_BITS)?;
+        let output = value_of(tensor);
+        self.multiply(&stored, input, output);
+        Ok(output.to_owned())
     }
 
     /// `output = input * weight^T`.

@@ -30,7 +30,7 @@ const DECODED_TOKENS: usize = 12;
 fn tiny_model() -> RandomModel {
     let head_dim = 32;
     let config = ModelConfig {
-        architecture: "llama".into(),
+        family: &slim_formats::arch::Llama,
         name: None,
         block_count: 2,
         hidden_size: 96,
