@@ -249,9 +249,10 @@ fn arrange(
     }
     match stored.keys().min() {
         Some(name) => {
-            let what = format!("tensor `{name}` of a model with {} blocks", config.block_count);
+            let blocks = decoder.blocks.len();
+            let what = format!("tensor `{name}` of a model with {blocks} blocks");
             Err(FormatError::unsupported(path, what, ""))
         }
-        None => Ok((decoder, tensors)),
+        None => Ok(tensors),
     }
 }
