@@ -4,14 +4,23 @@ mod gguf;
 mod hugging_face;
 mod keys;
 mod llama3;
+mod rope;
 #[cfg(test)]
 mod tests;
+mod unread;
 
 use std::path::Path;
 
+pub use gguf::RopeVectors;
 pub(crate) use hugging_face::shortest;
+pub use keys::Keys;
+pub(crate) use keys::every;
+pub use rope::{LongRope, Rope, Scaling, Yarn};
 
-use crate::{FormatError, Generation, Result, arch::Family};
+use crate::{
+    FormatError, Generation, Result,
+    arch::{Family, QueryScaling},
+};
 
 /// Hyperparameters of a transformer.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,8 +49,11 @@ pub struct ModelConfig {
     pub norm_epsilon: f32,
     /// Rotary position embedding.
     pub rope: Rope,
-    /// How many tokens back (itself included) a token attends; `None` for all.
+    /// How many tokens back (itself included) a token attends in blocks with a window; `None` if
+    /// there are none.
     pub sliding_window: Option<usize>,
+    /// What Llama has not.
+    pub features: Features,
     /// Whether the embedding is the output projection, too.
     pub tied_embeddings: bool,
     /// The token that starts a text.
@@ -55,20 +67,66 @@ pub struct ModelConfig {
     pub generation: Generation,
 }
 
-/// Rotary position embedding of heads of `2 * factors.len()` channels.
+/// What some models have that Llama has not, in numbers; [`Features::default`] is Llama.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
-    /// The base of the frequencies: pair `i` of `head_dim / 2` turns by `theta^(-2 i / head_dim)`
-    /// per token ...
-    pub theta: f32,
-    /// ... divided by entry `i`. All 1 without scaling.
-    pub factors: Vec<f32>,
+pub struct Features {
+    /// What embeddings are multiplied by.
+    pub embedding_scale: f32,
+    /// What attention and network are multiplied by before they are added to the residual stream.
+    pub residual_scale: f32,
+    /// What logits are multiplied by.
+    pub logit_scale: f32,
+    /// `c * tanh(logit / c)` in place of a logit.
+    pub logit_softcap: Option<f32>,
+    /// What scores are multiplied by; `None` for `1 / sqrt(head_dim)`.
+    pub attention_scale: Option<f32>,
+    /// `c * tanh(score / c)` in place of a score.
+    pub attention_softcap: Option<f32>,
+    /// What turned queries are multiplied by.
+    pub query_scaling: Option<QueryScaling>,
+    /// Whether queries, keys and values have biases.
+    pub has_attention_bias: bool,
+    /// Whether what brings attention back to the residual stream has one.
+    pub has_output_bias: bool,
+    /// Whether the feed-forward network has biases.
+    pub has_ffn_bias: bool,
+    /// The rotary embedding of blocks with a window, if it is another than that of the others.
+    pub local_rope: Option<Rope>,
+    /// Which blocks have the window; all if it is empty.
+    pub windowed: Vec<bool>,
+    /// Which blocks turn queries and keys; all if it is empty.
+    pub rotated: Vec<bool>,
 }
 
-impl Rope {
-    /// Whether all factors are 1.
-    pub fn is_unscaled(&self) -> bool {
-        self.factors.iter().all(|&factor| factor == 1.0)
+impl Default for Features {
+    fn default() -> Self {
+        Self {
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logit_scale: 1.0,
+            logit_softcap: None,
+            attention_scale: None,
+            attention_softcap: None,
+            query_scaling: None,
+            has_attention_bias: false,
+            has_output_bias: false,
+            has_ffn_bias: false,
+            local_rope: None,
+            windowed: Vec::new(),
+            rotated: Vec::new(),
+        }
+    }
+}
+
+impl Features {
+    /// Whether block `index` has the model's window, if it has one.
+    pub fn is_windowed(&self, index: usize) -> bool {
+        self.windowed.get(index).copied().unwrap_or(true)
+    }
+
+    /// Whether block `index` turns queries and keys.
+    pub fn is_rotated(&self, index: usize) -> bool {
+        self.rotated.get(index).copied().unwrap_or(true)
     }
 }
 
@@ -105,18 +163,34 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(invalid(path, "head size", self.head_dim, "an even number"));
         }
-        if self.rope.factors.len() != self.head_dim / 2 {
-            let expected = format!("{}, one per pair of channels", self.head_dim / 2);
-            return Err(invalid(
-                path,
-                "number of RoPE factors",
-                self.rope.factors.len(),
-                &expected,
-            ));
+        let turns_partly = self.family.default("partial_rotary_factor").is_some();
+        let ropes = || std::iter::once(&self.rope).chain(&self.features.local_rope);
+        for rope in ropes() {
+            let (pairs, all) = (rope.factors.len(), self.head_dim / 2);
+            if pairs != all && !(turns_partly && (1..all).contains(&pairs)) {
+                let expected = format!("{all}, one per pair of channels");
+                return Err(invalid(path, "number of RoPE factors", pairs, &expected));
+            }
         }
-        let positive = [("RMS norm epsilon", self.norm_epsilon), ("RoPE base", self.rope.theta)];
-        let factors = self.rope.factors.iter().map(|&factor| ("RoPE factor", factor));
-        for (what, found) in positive.into_iter().chain(factors) {
+        let Features { embedding_scale, residual_scale, logit_scale, .. } = self.features;
+        let features = &self.features;
+        let caps = [features.logit_softcap, features.attention_softcap, features.attention_scale];
+        let positive = [
+            ("RMS norm epsilon", self.norm_epsilon),
+            ("embedding scale", embedding_scale),
+            ("residual scale", residual_scale),
+            ("logit scale", logit_scale),
+        ];
+        let caps = caps.into_iter().flatten().map(|cap| ("scale or cap of scores or logits", cap));
+        let of_ropes = ropes().flat_map(|rope| {
+            let long =
+                if let Scaling::Long(long) = &rope.scaling { &long.factors[..] } else { &[] };
+            let factors = rope.factors.iter().chain(long).map(|&factor| ("RoPE factor", factor));
+            [("RoPE base", rope.theta), ("RoPE amplitude", rope.amplitude)]
+                .into_iter()
+                .chain(factors)
+        });
+        for (what, found) in positive.into_iter().chain(caps).chain(of_ropes) {
             if !(found.is_finite() && found > 0.0) {
                 return Err(invalid(path, what, found, "a finite number above 0"));
             }

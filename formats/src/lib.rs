@@ -19,6 +19,7 @@ mod locate;
 mod mapped;
 mod model;
 pub mod onnx;
+mod places;
 pub mod safetensors;
 mod shapes;
 pub mod slim;
@@ -31,7 +32,7 @@ mod vocabulary;
 
 pub use arch::{Decoder, Part, PartMap};
 pub use atomic::{AtomicFile, OutputPath};
-pub use config::{ModelConfig, Rope};
+pub use config::{Features, LongRope, ModelConfig, Rope, RopeVectors, Scaling, Yarn};
 pub use disk::{free_bytes, reserve};
 pub use dtype::DType;
 pub use error::{FormatError, Result};

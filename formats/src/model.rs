@@ -109,18 +109,20 @@ impl DenseTensor<'_> {
 }
 
 /// Where the values of a dense tensor lie. Everything in this project takes rows for output
-/// channels, and rotates (RoPE) channel `i` of a head with channel `i + head_dim / 2`, as Hugging
-/// Face does.
+/// channels, and turns (RoPE) channel `i` of the `n` rotated ones of a head with channel
+/// `i + n / 2`, as Hugging Face mostly does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// Row by row, in the order in which the rows are used.
     AsStored,
-    /// Row by row, in llama.cpp's order of `attn_q` and `attn_k` in the `llama` architecture:
-    /// within each head of `head_dim` rows, stored row `2 i` is row `i`, and stored row `2 i + 1`
-    /// is row `i + head_dim / 2`.
+    /// Row by row, in the order of those who turn neighbours, as llama.cpp does in the `llama`
+    /// architecture: among the first `n` rows of each head, stored row `2 i` is row `i`, and stored
+    /// row `2 i + 1` is row `i + n / 2`.
     Interleaved {
         /// Rows per head.
         head_dim: usize,
+        /// Rotated ones among them, the first.
+        rotated: usize,
     },
     /// Column by column, as in the right factor of an ONNX `MatMul`. The values are of a plain
     /// type; `bytes` holds `(cols - 1) * stride + rows` of them.
@@ -136,10 +138,13 @@ impl Layout {
     pub fn stored_row(self, row: usize) -> Option<usize> {
         match self {
             Self::AsStored => Some(row),
-            Self::Interleaved { head_dim } => {
-                let (head, channel) = (row / head_dim, row % head_dim);
-                let half = head_dim / 2;
-                Some(head * head_dim + 2 * (channel % half) + channel / half)
+            Self::Interleaved { head_dim, rotated } => {
+                let (channel, half) = (row % head_dim, rotated / 2);
+                let stored = match channel < rotated {
+                    true => 2 * (channel % half) + channel / half,
+                    false => channel,
+                };
+                Some(row - channel + stored)
             }
             Self::Transposed { .. } => None,
         }
@@ -217,8 +222,14 @@ mod tests {
 
     #[test]
     fn interleaved_rows_are_stored_in_pairs() {
-        let order = Layout::Interleaved { head_dim: 4 };
-        let stored: Vec<usize> = (0..8).filter_map(|row| order.stored_row(row)).collect();
-        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
+        let stored = |rotated| -> Vec<usize> {
+            let order = Layout::Interleaved { head_dim: 4, rotated };
+            (0..8).filter_map(|row| order.stored_row(row)).collect()
+        };
+        assert_eq!(stored(4), [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(stored(2), [0, 1, 2, 3, 4, 5, 6, 7]);
+        let order = Layout::Interleaved { head_dim: 6, rotated: 4 };
+        let stored: Vec<usize> = (0..6).filter_map(|row| order.stored_row(row)).collect();
+        assert_eq!(stored, [0, 2, 1, 3, 4, 5]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Decoder, FormatError, ModelConfig, Part, Result};
+use crate::{Decoder, FormatError, ModelConfig, Part, Result, arch::Place};
 
 /// In whose words messages speak.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -11,10 +11,11 @@ pub(crate) enum Spelling {
     Gguf,
 }
 
-/// A size of a model: the key that says it in `config.json` and in GGUF, and what it says.
+/// A size of a model: the key that says it in `config.json`, that in GGUF without the architecture,
+/// and what it says.
 type Size = (&'static str, &'static str, usize);
 
-/// Checks the tensors of a model, of which `dims_of` gives rows and columns by GGUF's names.
+/// Checks the tensors of a model; `dims_of` gives the rows and columns of what is at a place.
 ///
 /// # Errors
 /// `Malformed` for the first that is missing, and for the first that has another shape.
@@ -23,27 +24,34 @@ pub(crate) fn check(
     config: &ModelConfig,
     decoder: &Decoder,
     spelling: Spelling,
-    dims_of: impl Fn(&str) -> Result<Option<(usize, usize)>>,
+    dims_of: impl Fn(&Place) -> Result<Option<(usize, usize)>>,
 ) -> Result<()> {
     let (mut missing, mut first_missing) = (0, None);
     for tensor in decoder.tensors() {
-        let shown = if spelling == Spelling::Gguf { &tensor.name } else { &tensor.hf_name };
-        let dims = &tensor.dims;
-        match dims_of(&tensor.name)? {
-            Some(found) if found == tensor.shape() => {}
+        let place = if spelling == Spelling::Gguf { &tensor.gguf } else { &tensor.hf };
+        let (name, cols) = (&place.name, tensor.shape().1);
+        let stored = match tensor.is_matrix() {
+            true => (place.total_rows, cols),
+            false => (1, place.total_rows),
+        };
+        match dims_of(place)? {
+            Some(found) if found == stored => {}
             Some((rows, cols)) => {
-                let found = match dims.len() {
-                    1 if rows == 1 => format!("[{cols}]"),
-                    _ => format!("[{rows}, {cols}]"),
+                let is_vector = !tensor.is_matrix();
+                let shape = |(rows, cols): (usize, usize)| match is_vector && rows == 1 {
+                    true => format!("[{cols}]"),
+                    false => format!("[{rows}, {cols}]"),
                 };
-                let expected = format!("{dims:?} by {}", reasons(tensor.part, config, spelling));
-                let place = format!("tensor `{shown}`");
+                let why = reasons(tensor.part, config, spelling);
+                let expected = format!("{} by {why}", shape(stored));
+                let place = format!("tensor `{name}`");
+                let found = shape((rows, cols));
                 return Err(FormatError::malformed(path, place, "", found, expected)
                     .with_hint("weights and configuration are of different models"));
             }
             None => {
                 missing += 1;
-                first_missing.get_or_insert_with(|| shown.clone());
+                first_missing.get_or_insert_with(|| name.clone());
             }
         }
     }
@@ -59,24 +67,29 @@ pub(crate) fn check(
 
 /// The keys that give a tensor's dimensions, with what they say.
 fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
-    let hidden = ("hidden_size", "llama.embedding_length", config.hidden_size);
-    let vocab = ("vocab_size", "llama.vocab_size", config.vocab_size);
-    let ffn = ("intermediate_size", "llama.feed_forward_length", config.ffn_size);
-    let heads = ("num_attention_heads", "llama.attention.head_count", config.head_count);
-    let kv_heads = ("num_key_value_heads", "llama.attention.head_count_kv", config.kv_head_count);
-    let head_dim = ("head_dim", "llama.attention.key_length", config.head_dim);
+    let hidden = ("hidden_size", "embedding_length", config.hidden_size);
+    let vocab = ("vocab_size", "vocab_size", config.vocab_size);
+    let ffn = (config.family.hf_ffn_size(), "feed_forward_length", config.ffn_size);
+    let heads = ("num_attention_heads", "attention.head_count", config.head_count);
+    let kv_heads = ("num_key_value_heads", "attention.head_count_kv", config.kv_head_count);
+    let head_dim = ("head_dim", "attention.key_length", config.head_dim);
+    let context = ("max_position_embeddings", "context_length", config.context_length);
     let sizes: &[Size] = match part {
         Part::Embedding | Part::Output => &[vocab, hidden],
+        Part::Positions => &[context, hidden],
         Part::AttnQ => &[heads, head_dim, hidden],
         Part::AttnK | Part::AttnV => &[kv_heads, head_dim, hidden],
         Part::AttnOutput => &[hidden, heads, head_dim],
         Part::FfnGate | Part::FfnUp => &[ffn, hidden],
         Part::FfnDown => &[hidden, ffn],
-        Part::AttnNorm | Part::FfnNorm | Part::OutputNorm => &[hidden],
+        Part::AttnQBias | Part::AttnQNorm => &[heads, head_dim],
+        Part::AttnKBias | Part::AttnKNorm | Part::AttnVBias => &[kv_heads, head_dim],
+        Part::FfnGateBias | Part::FfnUpBias => &[ffn],
+        _ => &[hidden],
     };
-    let in_words = sizes.iter().map(|&(hf, gguf, size)| {
-        let key = if spelling == Spelling::Gguf { gguf } else { hf };
-        format!("`{key}` {size}")
+    let in_words = sizes.iter().map(|&(hf, gguf, size)| match spelling {
+        Spelling::Gguf => format!("`{}.{gguf}` {size}", config.family.architecture()),
+        Spelling::HuggingFace => format!("`{hf}` {size}"),
     });
     in_words.collect::<Vec<_>>().join(", ")
 }

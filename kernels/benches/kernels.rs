@@ -88,7 +88,17 @@ fn measure_matmul(memory: &Memory, bits: u8) {
 /// The queries of the last `m` tokens and a cache of all.
 fn measure_attention(memory: &Memory, m: usize) {
     let (heads, kv_heads, head_dim) = (9, 3, 64);
-    let shape = AttentionShape { heads, kv_heads, head_dim, start: TOKENS - m, m, window: None };
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let shape = AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        start: TOKENS - m,
+        m,
+        window: None,
+        scale,
+        softcap: None,
+    };
     let seen: usize = (0..m).map(|t| shape.visible(t).len()).sum();
     let (q, mut out) = (waves(m * heads * head_dim), vec![0.0; m * heads * head_dim]);
     let cache = waves(2 * kv_heads * TOKENS * head_dim);

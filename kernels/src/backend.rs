@@ -1,6 +1,6 @@
 //! The operations of a forward pass.
 
-use slim_formats::Weight;
+use slim_formats::{Weight, arch::Activation};
 
 use crate::Result;
 
@@ -20,8 +20,12 @@ pub trait Backend: Send + Sync {
     /// weight.len()].
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]);
 
-    /// Rotates `x: [m, heads * head_dim]` in place: channel `i` of each head with channel
-    /// `i + head_dim / 2`.
+    /// `out[t] = (x[t] - mean) / sqrt(variance + epsilon) * weight + bias`, token by token; `x`,
+    /// `out`: [m, weight.len()].
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]);
+
+    /// Rotates `x: [m, heads * head_dim]` in place: channel `i` of the first `n` of each head with
+    /// channel `i + n / 2`.
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles);
 
     /// Causal attention of `q` over the cached keys and values; `out`: [m, heads, head_dim].
@@ -36,35 +40,47 @@ pub trait Backend: Send + Sync {
         out: &mut [f32],
     ) -> Result<()>;
 
-    /// `gate = silu(gate) * up`, element by element.
-    fn swiglu(&self, gate: &mut [f32], up: &[f32]);
+    /// `gate = activation(gate) * up`, element by element.
+    fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]);
+
+    /// `x = activation(x)`, element by element.
+    fn activate(&self, activation: Activation, x: &mut [f32]);
 }
 
 /// Cosines and sines of the rotation at consecutive positions.
 #[derive(Debug, Clone)]
 pub struct RopeAngles {
-    /// Channels of a head; half as many pairs.
+    /// Channels of a head.
     pub head_dim: usize,
-    /// [m, head_dim / 2].
+    /// Pairs of channels that are turned.
+    pub pairs: usize,
+    /// [m, pairs].
     pub cos: Vec<f32>,
-    /// [m, head_dim / 2].
+    /// [m, pairs].
     pub sin: Vec<f32>,
 }
 
 impl RopeAngles {
-    /// The angles of positions `start .. start + m`:
-    /// `position / (theta^(2 i / head_dim) * factors[i])`.
+    /// The angles of positions `start .. start + m`: `position / (theta^(i / pairs) * factors[i])`.
     pub fn new(head_dim: usize, theta: f32, factors: &[f32], start: usize, m: usize) -> Self {
+        let pairs = factors.len();
         let inverse_frequencies: Vec<f32> = factors
             .iter()
             .enumerate()
-            .map(|(i, factor)| 1.0 / theta.powf((2 * i) as f32 / head_dim as f32) / factor)
+            .map(|(i, factor)| 1.0 / theta.powf((2 * i) as f32 / (2 * pairs) as f32) / factor)
             .collect();
         let angles = (start..start + m).flat_map(|position| {
             inverse_frequencies.iter().map(move |frequency| position as f32 * frequency)
         });
         let (sin, cos) = angles.map(f32::sin_cos).unzip();
-        Self { head_dim, cos, sin }
+        Self { head_dim, pairs, cos, sin }
+    }
+
+    /// With cosines and sines multiplied by `amplitude`.
+    #[must_use]
+    pub fn scaled(mut self, amplitude: f32) -> Self {
+        self.cos.iter_mut().chain(&mut self.sin).for_each(|value| *value *= amplitude);
+        self
     }
 }
 
@@ -94,6 +110,10 @@ pub struct AttentionShape {
     pub m: usize,
     /// How many positions a query sees, its own included; `None` for all.
     pub window: Option<usize>,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// `c * tanh(score / c)` in place of a score.
+    pub softcap: Option<f32>,
 }
 
 impl AttentionShape {

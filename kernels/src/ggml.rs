@@ -568,7 +568,7 @@ mod tests {
     #[test]
     fn dequantize_rows_interleaved_gives_the_order_of_use() {
         let mut bytes = Vec::new();
-        let tensor = numbered_rows(&mut bytes, Layout::Interleaved { head_dim: 4 });
+        let tensor = numbered_rows(&mut bytes, Layout::Interleaved { head_dim: 4, rotated: 4 });
         let mut out = [0.0; 10];
         dequantize_rows(&tensor, 1..6, &mut out).unwrap();
         assert_eq!(out, [2.0, 2.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 6.0, 6.0]);

@@ -36,7 +36,7 @@ pub use multiversion;
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
 #[doc(hidden)]
 pub use cpu::matvec;
-pub use cpu::{CoarseCpu, Cpu, attention, exp, kl_divergence, log_softmax, matmul};
+pub use cpu::{CoarseCpu, Cpu, attention, cap, exp, kl_divergence, log_softmax, matmul, tanh};
 pub use error::{KernelError, Result};
 pub use instructions::instruction_path;
 pub use reference::Scalar;

@@ -1,6 +1,6 @@
 //! The scalar oracle: plain loops, f64 sums. Nothing here may change to agree with a fast kernel.
 
-use slim_formats::Weight;
+use slim_formats::{Weight, arch::Activation};
 
 use crate::{
     AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
@@ -35,8 +35,20 @@ impl Backend for Scalar {
         }
     }
 
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+        let n = weight.len();
+        for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+            let mean = x.iter().copied().map(f64::from).sum::<f64>() / n as f64;
+            let squares = x.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>();
+            let scale = 1.0 / (squares / n as f64 + f64::from(epsilon)).sqrt();
+            for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+                *out = ((f64::from(*x) - mean) * scale) as f32 * weight + bias;
+            }
+        }
+    }
+
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
-        let half = angles.head_dim / 2;
+        let half = angles.pairs;
         for (t, token) in x.chunks_exact_mut(heads * angles.head_dim).enumerate() {
             for head in token.chunks_exact_mut(angles.head_dim) {
                 for i in 0..half {
@@ -57,7 +69,7 @@ impl Backend for Scalar {
         out: &mut [f32],
     ) -> Result<()> {
         let dim = shape.head_dim;
-        let scale = 1.0 / (dim as f64).sqrt();
+        let scale = f64::from(shape.scale);
         for t in 0..shape.m {
             for head in 0..shape.heads {
                 let at = t * shape.query_stride() + head * dim;
@@ -67,6 +79,10 @@ impl Backend for Scalar {
                 let scores: Vec<f64> = shape
                     .visible(t)
                     .map(|position| dot(query, &kv.keys[place(position)..][..dim]) * scale)
+                    .map(|score| match shape.softcap.map(f64::from) {
+                        Some(cap) => cap * (score / cap).tanh(),
+                        None => score,
+                    })
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
@@ -81,11 +97,21 @@ impl Backend for Scalar {
         Ok(())
     }
 
-    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
-        for (gate, up) in gate.iter_mut().zip(up) {
-            let g = f64::from(*gate);
-            *gate = (g / (1.0 + (-g).exp())) as f32 * up;
-        }
+    fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
+        self.activate(activation, gate);
+        gate.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up);
+    }
+
+    fn activate(&self, activation: Activation, x: &mut [f32]) {
+        let of = |x: f64| match activation {
+            Activation::Silu => x / (1.0 + (-x).exp()),
+            Activation::GeluTanh => {
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+                x / 2.0 * (1.0 + inner.tanh())
+            }
+            Activation::Relu => x.max(0.0),
+        };
+        x.iter_mut().for_each(|x| *x = of(f64::from(*x)) as f32);
     }
 }
 

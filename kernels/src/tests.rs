@@ -9,6 +9,7 @@ mod dense;
 use half::{bf16, f16};
 use slim_formats::{
     DType, DenseTensor, Layout, Weight,
+    arch::Activation,
     slim::{
         Bands, BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut,
     },
@@ -677,7 +678,7 @@ fn matmul_interleaved_rows_come_in_the_order_of_use() {
     let (rows, cols, head_dim) = (136, 32, 8);
     let mut noise = Noise(7);
     let (bytes, stored) = dense_bytes(&mut noise, DType::F16, rows * cols);
-    let layout = Layout::Interleaved { head_dim };
+    let layout = Layout::Interleaved { head_dim, rotated: head_dim };
     let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes: &bytes, layout };
     let used: Vec<f64> = (0..rows)
         .flat_map(|row| {
@@ -850,7 +851,7 @@ fn swiglu_agrees() {
             gate.iter().zip(&up).map(|(&gate, &up)| silu(gate) * f64::from(up)).collect();
         for (name, backend) in backends() {
             let mut out = gate.clone();
-            backend.swiglu(&mut out, &up);
+            backend.gated(Activation::Silu, &mut out, &up);
             assert_nmse(&format!("{name}, {len} values"), &out, &expected, SWIGLU_NMSE);
         }
     }
@@ -862,7 +863,7 @@ fn swiglu_large_inputs_saturate() {
     let up = [1.5; 13];
     for (name, backend) in backends() {
         let mut out = gate;
-        backend.swiglu(&mut out, &up);
+        backend.gated(Activation::Silu, &mut out, &up);
         for (found, &gate) in out.iter().zip(&gate) {
             let (found, expected) = (f64::from(*found), 1.5 * silu(gate));
             // A result that f32 holds as a normal number is accurate; below that it only has to be
@@ -871,7 +872,7 @@ fn swiglu_large_inputs_saturate() {
             assert!((found - expected).abs() <= bound, "{name}: silu({gate}) is {found}");
         }
         let mut out = [f32::MIN, f32::MAX];
-        backend.swiglu(&mut out, &[1.0; 2]);
+        backend.gated(Activation::Silu, &mut out, &[1.0; 2]);
         assert!(out.iter().all(|value| value.is_finite()), "{name}: {out:?}");
     }
 }
@@ -955,7 +956,9 @@ fn attention_agrees() {
         (4, 2, 64, 4095, 1, None),
         (2, 1, 64, 1900, 140, Some(1024)),
     ] {
-        let shape = AttentionShape { heads, kv_heads, head_dim, start, m, window };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let shape =
+            AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap: None };
         for (spare, size) in [(0, 1.0), (9, 300.0)] {
             let cache = Cache::new(&mut noise, &shape, spare);
             let q = noise.vector(m * heads * head_dim, size);
@@ -1032,11 +1035,13 @@ fn run_everything() -> Vec<Vec<u32>> {
     let (x, weight) = (noise.vector(50 * 576, 1.0), noise.vector(576, 1.0));
     let mut out = vec![0.0; x.len()];
     Cpu.rms_norm(&x, &weight, 1e-5, &mut out);
-    Cpu.swiglu(&mut out, &x);
+    Cpu.gated(Activation::Silu, &mut out, &x);
     Cpu.rope(&mut out, 9, &RopeAngles::new(64, 10_000.0, &[1.0; 32], 7, 50));
     results.push(out);
     let (heads, kv_heads, head_dim) = (4, 2, 16);
-    let shape = AttentionShape { heads, kv_heads, head_dim, start: 5, m: 300, window: Some(200) };
+    let (window, scale, softcap) = (Some(200), 1.0 / (head_dim as f32).sqrt(), None);
+    let shape =
+        AttentionShape { heads, kv_heads, head_dim, start: 5, m: 300, window, scale, softcap };
     let cache = Cache::new(&mut noise, &shape, 0);
     let q = noise.vector(300 * 64, 1.0);
     let mut out = vec![0.0; q.len()];

@@ -3,9 +3,9 @@
 
 use slim_formats::{
     Decoder, FormatError, ModelSource, Part, PartMap, Weight,
-    arch::{Attention, BlockSpec, Stage, Tensor},
+    arch::{Attention, BlockSpec, Norm, Stage, Tensor},
 };
-use slim_kernels::{AttentionShape, Backend, weight};
+use slim_kernels::{AttentionShape, Backend, RopeAngles, weight};
 
 use crate::{KvBlock, Positions, Result};
 
@@ -25,7 +25,7 @@ pub struct Block<'a> {
     pub spec: BlockSpec,
     /// The linear layers, `[rows, cols]`.
     pub layers: PartMap<Weight<'a>>,
-    /// The norms, `[hidden]`.
+    /// Norms and biases.
     pub vectors: PartMap<Vec<f32>>,
 }
 
@@ -86,10 +86,12 @@ impl<'a> Block<'a> {
         positions: &Positions,
     ) -> Result<Vec<f32>> {
         match stage {
-            Stage::Attention => Ok(self.normed(Part::AttnNorm, context, from)),
             Stage::AttentionOutput => self.attend(context, from, kv, positions),
-            Stage::Ffn => Ok(self.normed(Part::FfnNorm, context, from)),
             Stage::FfnOutput => self.activate(context, from),
+            Stage::Attention | Stage::Ffn => match stage.norm() {
+                Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
+                _ => Ok(from.to_vec()),
+            },
         }
     }
 
@@ -109,12 +111,47 @@ impl<'a> Block<'a> {
     ) -> Result<()> {
         assert!(stage.adds_to_residual(), "{stage:?}");
         let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
-        add(x, &linear(context, self.layers[*part], input)?);
+        let mut added = self.linear(*part, context, input)?;
+        if let Some(norm) = stage.post_norm().filter(|&norm| self.spec.has(norm)) {
+            added = self.normed(norm, context, &added);
+        }
+        scale(&mut added, self.spec.residual_scale);
+        add(x, &added);
         Ok(())
     }
 
-    fn normed(&self, norm: Part, context: Context<'_>, x: &[f32]) -> Vec<f32> {
-        rms_norm(context, x, &self.vectors[norm])
+    /// A linear layer with its bias, `[m, cols]` to `[m, rows]`.
+    fn linear(&self, part: Part, context: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
+        let mut y = linear(context, self.layers[part], x)?;
+        if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
+            y.chunks_exact_mut(bias.len()).for_each(|y| add(y, bias));
+        }
+        Ok(y)
+    }
+
+    fn normed(&self, part: Part, context: Context<'_>, x: &[f32]) -> Vec<f32> {
+        let bias = part.bias().and_then(|bias| self.vectors.get(bias));
+        norm(context, self.spec.norm, x, &self.vectors[part], bias.map(Vec::as_slice))
+    }
+
+    /// Queries or keys as attention takes them: normed, turned.
+    fn turned(
+        &self,
+        mut x: Vec<f32>,
+        part: Part,
+        heads: usize,
+        context: Context<'_>,
+        angles: Option<&RopeAngles>,
+    ) -> Vec<f32> {
+        if let Some(weight) = self.vectors.get(part) {
+            x = norm(context, Norm::Rms, &x, weight, None);
+        }
+        if let Some(angles) = angles {
+            let sequence = angles.cos.len() / angles.pairs * heads * angles.head_dim;
+            x.chunks_exact_mut(sequence.max(1))
+                .for_each(|x| context.backend.rope(x, heads, angles));
+        }
+        x
     }
 
     /// Attention of queries, keys and values made of `input`.
@@ -125,40 +162,49 @@ impl<'a> Block<'a> {
         kv: &mut KvBlock,
         positions: &Positions,
     ) -> Result<Vec<f32>> {
-        let backend = context.backend;
-        let attention = &self.spec.attention;
-        let angles = &positions.angles[attention.rope];
-        let mut q = linear(context, self.layers[Part::AttnQ], input)?;
-        let mut k = linear(context, self.layers[Part::AttnK], input)?;
-        let v = linear(context, self.layers[Part::AttnV], input)?;
+        let Attention { heads, kv_heads, rope, query_scaling, .. } = self.spec.attention;
+        let angles = rope.map(|rope| &positions.angles[rope]);
+        let q = self.linear(Part::AttnQ, context, input)?;
+        let k = self.linear(Part::AttnK, context, input)?;
+        let v = self.linear(Part::AttnV, context, input)?;
+        let mut q = self.turned(q, Part::AttnQNorm, heads, context, angles);
+        let k = self.turned(k, Part::AttnKNorm, kv_heads, context, angles);
         let shape = attention_shape(&self.spec, positions.start, positions.count);
         let m = shape.m;
+        if let Some(scaling) = query_scaling {
+            for (t, q) in q.chunks_exact_mut(shape.query_stride()).enumerate() {
+                scale(q, scaling.at(shape.start + t % m));
+            }
+        }
         let mut out = vec![0.0; q.len()];
         let (of_queries, of_keys) = (m.max(1) * shape.query_stride(), m.max(1) * shape.kv_stride());
-        let queries = q.chunks_exact_mut(of_queries).zip(out.chunks_exact_mut(of_queries));
-        let keys = k.chunks_exact_mut(of_keys).zip(v.chunks_exact(of_keys));
+        let queries = q.chunks_exact(of_queries).zip(out.chunks_exact_mut(of_queries));
+        let keys = k.chunks_exact(of_keys).zip(v.chunks_exact(of_keys));
         for ((q, out), (k, v)) in queries.zip(keys) {
-            backend.rope(q, attention.heads, angles);
-            backend.rope(k, attention.kv_heads, angles);
             kv.store(k, v, shape.start, m);
-            backend.attention(q, kv.view(), &shape, out)?;
+            context.backend.attention(q, kv.view(), &shape, out)?;
         }
         Ok(out)
     }
 
     /// The activations of neurons.
     fn activate(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<f32>> {
-        let mut gate = linear(context, self.layers[Part::FfnGate], input)?;
-        let up = linear(context, self.layers[Part::FfnUp], input)?;
-        context.backend.swiglu(&mut gate, &up);
+        let activation = self.spec.ffn.activation;
+        let mut up = self.linear(Part::FfnUp, context, input)?;
+        if !self.spec.ffn.is_gated {
+            context.backend.activate(activation, &mut up);
+            return Ok(up);
+        }
+        let mut gate = self.linear(Part::FfnGate, context, input)?;
+        context.backend.gated(activation, &mut gate, &up);
         Ok(gate)
     }
 }
 
 /// The attention of `m` queries in a block, the first of which stands at `start`.
 pub fn attention_shape(spec: &BlockSpec, start: usize, m: usize) -> AttentionShape {
-    let Attention { heads, kv_heads, head_dim, window, .. } = spec.attention;
-    AttentionShape { heads, kv_heads, head_dim, start, m, window }
+    let Attention { heads, kv_heads, head_dim, window, scale, softcap, .. } = spec.attention;
+    AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap }
 }
 
 /// `[m, cols]` to `[m, rows]`.
@@ -170,15 +216,32 @@ pub(crate) fn linear(context: Context<'_>, w: Weight<'_>, x: &[f32]) -> Result<V
     Ok(out)
 }
 
-pub(crate) fn rms_norm(context: Context<'_>, x: &[f32], weight: &[f32]) -> Vec<f32> {
+/// `x` normed in pieces as long as `weight`; [`Norm::Layer`] has a bias.
+pub(crate) fn norm(
+    context: Context<'_>,
+    norm: Norm,
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let (backend, epsilon) = (context.backend, context.decoder.norm_epsilon);
     let mut out = vec![0.0; x.len()];
-    context.backend.rms_norm(x, weight, context.decoder.norm_epsilon, &mut out);
+    match (norm, bias) {
+        (Norm::Layer, Some(bias)) => backend.layer_norm(x, weight, bias, epsilon, &mut out),
+        _ => backend.rms_norm(x, weight, epsilon, &mut out),
+    }
     out
 }
 
 fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
+    }
+}
+
+pub(crate) fn scale(x: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        x.iter_mut().for_each(|x| *x *= factor);
     }
 }
 

@@ -184,7 +184,7 @@ impl Session {
             KvOfBlock::new(device, kv_type, kv_heads, capacity, head_dim)
         };
         let kv: Vec<_> = blocks.iter().map(new_kv).collect::<slim_kernels::Result<_>>()?;
-        let positions = Positions::new(decoder, 0, capacity);
+        let positions = Positions::new(decoder, 0, capacity, capacity);
         let tables = positions.angles.iter().map(|angles| RopeTables::upload(device, angles));
         let has_output = segment.output.is_some();
         let work = Work {
@@ -278,7 +278,7 @@ impl Session {
             let kv_len = m * layers[Part::AttnK].rows();
             let new = [k.view().slice(0..kv_len), v.view().slice(0..kv_len)];
             let mut queries = q.view_mut().slice(0..m * layers[Part::AttnQ].rows());
-            let tables = &tables[spec.attention.rope];
+            let tables = &tables[spec.attention.rope.expect("asked of `lacks`")];
             device.rope_store(attention, &mut queries, new, tables, calls, kv)?;
             device.attention(attention, queries.as_view(), kv, calls, attended)?;
             let output = &layers[Part::AttnOutput];

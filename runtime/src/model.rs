@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use slim_formats::{Decoder, ModelConfig, ModelSource, Weight};
+use slim_formats::{Decoder, ModelConfig, ModelSource};
 use slim_kernels::{
     Backend, Cpu,
     cuda::{Device, KvType},
@@ -11,8 +11,9 @@ use slim_kernels::{
 
 use crate::{
     CudaSettings, KvBlock, KvCache, Positions, Result, RuntimeError, Sampler,
-    block::{Block, Context, find_vector, find_weight, linear, rms_norm},
+    block::{Block, Context},
     cuda::{Input, Segment, Session},
+    ends::{Ends, check_tokens},
 };
 
 /// Tokens that go through the blocks together: bounds the memory of activations, fills the matrix
@@ -27,16 +28,12 @@ const MAX_TOP: usize = 128;
 pub struct Model<'a> {
     config: &'a ModelConfig,
     context: Context<'a>,
-    /// `[vocab, hidden]`.
-    embedding: Weight<'a>,
     /// The first blocks, on the CPU.
     blocks: Vec<Block<'a>>,
     /// The other blocks, on CUDA devices.
     segments: Vec<Arc<Segment>>,
     kv_type: KvType,
-    output_norm: Vec<f32>,
-    /// `[vocab, hidden]`; the embedding itself in models that tie them.
-    output: Weight<'a>,
+    ends: Ends<'a>,
 }
 
 impl<'a> Model<'a> {
@@ -46,14 +43,11 @@ impl<'a> Model<'a> {
     /// `Malformed` if a tensor is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource, backend: &'a dyn Backend) -> Result<Self> {
         let (config, decoder) = (source.config(), source.decoder());
-        let embedding = find_weight(source, decoder.embedding())?;
-        let output = find_weight(source, decoder.output())?;
         let blocks =
             (0..decoder.blocks.len()).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
-        let output_norm = find_vector(source, decoder.output_norm())?;
-        let context = Context { decoder, backend };
+        let (ends, context) = (Ends::load(source)?, Context { decoder, backend });
         let (segments, kv_type) = (Vec::new(), KvType::F16);
-        Ok(Self { config, context, embedding, blocks, segments, kv_type, output_norm, output })
+        Ok(Self { config, context, blocks, segments, kv_type, ends })
     }
 
     /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
@@ -124,7 +118,7 @@ impl<'a> Model<'a> {
                 Residual::OnHost(x) => x,
                 Residual::OnDevice(session) => session.residual(batch.len())?,
             };
-            hidden.extend(in_pool(|| rms_norm(self.context, &x, &self.output_norm)));
+            hidden.extend(in_pool(|| self.ends.normed(self.context, &x)));
         }
         Ok(hidden)
     }
@@ -145,7 +139,7 @@ impl<'a> Model<'a> {
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
         match self.segments.last() {
             Some(segment) => segment.logits(hidden),
-            None => in_pool(|| linear(self.context, self.output, hidden)),
+            None => in_pool(|| self.ends.logits(self.context, hidden)),
         }
     }
 
@@ -186,7 +180,7 @@ impl<'a> Model<'a> {
     pub fn bytes_per_token(&self) -> u64 {
         let on_cpu = self.blocks.iter().flat_map(|block| block.layers.values().copied());
         let on_devices: u64 = self.segments.iter().map(|segment| segment.bytes_per_token()).sum();
-        let output = if self.segments.is_empty() { Some(self.output) } else { None };
+        let output = if self.segments.is_empty() { Some(self.ends.output) } else { None };
         on_cpu.chain(output).map(weight::stored_bytes).sum::<u64>() + on_devices
     }
 
@@ -217,10 +211,10 @@ impl<'a> Model<'a> {
     fn feed<'c>(&self, tokens: &[u32], cache: &'c mut KvCache) -> Result<Residual<'c>> {
         let start = cache.position;
         cache.position += tokens.len();
-        let KvCache { blocks, sessions, .. } = cache;
+        let KvCache { blocks, sessions, capacity, .. } = cache;
         let mut x = match (self.blocks.is_empty(), self.segments.is_empty()) {
             (true, false) => None,
-            _ => Some(in_pool(|| self.feed_cpu(tokens, blocks, start))?),
+            _ => Some(in_pool(|| self.feed_cpu(tokens, blocks, start, *capacity))?),
         };
         let Some((last, others)) = sessions.split_last_mut() else {
             return Ok(Residual::OnHost(x.unwrap_or_default()));
@@ -234,9 +228,15 @@ impl<'a> Model<'a> {
     }
 
     /// Embeds a batch of tokens and runs it through the blocks on the CPU.
-    fn feed_cpu(&self, tokens: &[u32], kv: &mut [KvBlock], start: usize) -> Result<Vec<f32>> {
-        let positions = Positions::new(self.decoder(), start, tokens.len());
-        let mut x = embed(self.embedding, tokens)?;
+    fn feed_cpu(
+        &self,
+        tokens: &[u32],
+        kv: &mut [KvBlock],
+        start: usize,
+        capacity: usize,
+    ) -> Result<Vec<f32>> {
+        let positions = Positions::new(self.decoder(), start, tokens.len(), capacity);
+        let mut x = self.ends.embed(self.decoder(), tokens, &positions)?;
         for (block, kv) in self.blocks.iter().zip(kv) {
             block.forward(self.context, &mut x, kv, &positions)?;
         }
@@ -246,8 +246,8 @@ impl<'a> Model<'a> {
     /// The logits that follow the last token of a residual stream.
     fn logits_of_last(&self, x: &[f32]) -> Result<Vec<f32>> {
         let last = &x[x.len() - self.config().hidden_size..];
-        let hidden = rms_norm(self.context, last, &self.output_norm);
-        in_pool(|| linear(self.context, self.output, &hidden))
+        let hidden = self.ends.normed(self.context, last);
+        in_pool(|| self.ends.logits(self.context, &hidden))
     }
 }
 
@@ -270,29 +270,4 @@ fn input<'x>(tokens: &'x [u32], x: &'x Option<Vec<f32>>) -> Input<'x> {
 /// there, instead of being handed over one by one from a thread outside.
 fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| work())
-}
-
-/// The embeddings of `tokens`, `[tokens.len(), hidden]`.
-///
-/// # Errors
-/// `InvalidArgument` for a token outside the vocabulary.
-pub fn embed(embedding: Weight<'_>, tokens: &[u32]) -> Result<Vec<f32>> {
-    let (vocab, hidden) = weight::shape(embedding);
-    check_tokens(tokens, vocab)?;
-    let mut x = vec![0.0; tokens.len() * hidden];
-    for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
-        let token = token as usize;
-        weight::dequantize_rows(embedding, token..token + 1, row)?;
-    }
-    Ok(x)
-}
-
-fn check_tokens(tokens: &[u32], vocab: usize) -> Result<()> {
-    match tokens.iter().find(|&&token| token as usize >= vocab) {
-        None => Ok(()),
-        Some(token) => {
-            let expected = format!("less than {vocab}, the size of the vocabulary");
-            Err(RuntimeError::invalid_argument("token", token, expected))
-        }
-    }
 }

@@ -3,8 +3,8 @@
 use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
-    Decoder, ModelSource,
-    arch::{Attention, BlockSpec, Tensor},
+    Decoder, ModelSource, Part,
+    arch::{Activation, Attention, BlockSpec, Norm, Norms, Tensor},
 };
 use slim_kernels::cuda::{Device, KvCache, KvType};
 
@@ -45,6 +45,10 @@ impl CudaSettings {
     /// # Errors
     /// `InvalidArgument` if not as many blocks fit as were asked for.
     pub(crate) fn place(&self, source: &dyn ModelSource) -> Result<Vec<Range<usize>>> {
+        if let Some(lacking) = lacks(source.decoder()) {
+            let expected = "a model without it on a CUDA device; the CPU has it";
+            return Err(RuntimeError::invalid_argument("the model", lacking, expected));
+        }
         let head_dim = source.decoder().blocks[0].attention.head_dim;
         if !KvCache::takes_head_dim(head_dim) {
             let expected = "a multiple of 8, up to 256, on a CUDA device";
@@ -73,6 +77,36 @@ impl CudaSettings {
         }
         Ok(ranges(sizes.blocks, &counts))
     }
+}
+
+/// What a model computes that the CUDA kernels do not.
+pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
+    let first = &decoder.blocks[0];
+    let of_block = |spec: &BlockSpec| {
+        let BlockSpec { norm, norms, attention, ffn, residual_scale } = spec;
+        let plain_scale = 1.0 / (attention.head_dim as f32).sqrt();
+        [
+            (*norm != Norm::Rms, "LayerNorm"),
+            (*norms != Norms::Before, "norms behind attention"),
+            (attention.qk_norm.is_some(), "norms of queries and keys"),
+            (attention.has_bias || attention.has_output_bias || ffn.has_bias, "biases"),
+            (attention.softcap.is_some(), "a cap of scores"),
+            (attention.scale != plain_scale, "another scale of scores than 1 / sqrt(head size)"),
+            (attention.rope.is_none(), "blocks without rotary embedding"),
+            (attention.rotated != attention.head_dim, "heads that are turned in part"),
+            (attention.query_scaling.is_some(), "queries scaled by position"),
+            (attention.window != first.attention.window, "blocks with different windows"),
+            (ffn.activation != Activation::Silu || !ffn.is_gated, "a network without SwiGLU"),
+            (*residual_scale != 1.0, "a residual scale"),
+        ]
+    };
+    let of_model = [
+        (decoder.outside(Part::Positions).is_some(), "learned positions"),
+        (decoder.embedding_scale != 1.0, "scaled embeddings"),
+        (decoder.logit_scale != 1.0 || decoder.logit_softcap.is_some(), "scaled or capped logits"),
+    ];
+    let all = decoder.blocks.iter().flat_map(of_block).chain(of_model);
+    all.into_iter().find_map(|(is_there, what)| is_there.then_some(what))
 }
 
 /// What a model takes on a device, in bytes.

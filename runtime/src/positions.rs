@@ -15,10 +15,12 @@ pub struct Positions {
 }
 
 impl Positions {
-    /// The positions `start .. start + count`.
-    pub fn new(decoder: &Decoder, start: usize, count: usize) -> Self {
+    /// The positions `start .. start + count` of a text of up to `context` tokens.
+    pub fn new(decoder: &Decoder, start: usize, count: usize, context: usize) -> Self {
+        let head_dim = decoder.blocks.first().map_or(0, |block| block.attention.head_dim);
         let angles = decoder.ropes.iter().map(|rope| {
-            RopeAngles::new(2 * rope.factors.len(), rope.theta, &rope.factors, start, count)
+            let factors = rope.factors_for(context);
+            RopeAngles::new(head_dim, rope.theta, &factors, start, count).scaled(rope.amplitude)
         });
         Self { start, count, angles: angles.collect() }
     }

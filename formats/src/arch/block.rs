@@ -3,15 +3,45 @@
 use super::Part;
 
 /// What one block computes; blocks of a model may differ.
+///
+/// With `x` the residual stream:
+/// `x += residual_scale * post(attention(pre(x)))`, then
+/// `x += residual_scale * post(ffn(pre(x)))`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BlockSpec {
+    /// How norms of the residual stream are computed.
+    pub norm: Norm,
+    /// Where they stand.
+    pub norms: Norms,
     /// How tokens look at each other.
     pub attention: Attention,
     /// The network that each token goes through by itself.
     pub ffn: Ffn,
+    /// What attention and network are multiplied by before they are added to the residual stream.
+    pub residual_scale: f32,
 }
 
-/// Causal attention.
+/// How a vector is normalized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Norm {
+    /// `x / sqrt(mean(x^2) + epsilon) * weight`.
+    Rms,
+    /// `(x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias`.
+    Layer,
+}
+
+/// Where the norms of a block stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Norms {
+    /// Before attention and before the network.
+    Before,
+    /// Behind each.
+    Behind,
+    /// Before and behind each.
+    Both,
+}
+
+/// Causal attention: `softmax(cap(scale * q k^T)) v`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
     /// Query heads.
@@ -22,26 +52,82 @@ pub struct Attention {
     pub head_dim: usize,
     /// How many tokens back (itself included) a token attends; `None` for all.
     pub window: Option<usize>,
-    /// Which of [`Decoder::ropes`](super::Decoder) turns queries and keys.
-    pub rope: usize,
+    /// Which of [`Decoder::ropes`](super::Decoder) turns queries and keys; `None` for none.
+    pub rope: Option<usize>,
+    /// How many channels of a head it turns, the first.
+    pub rotated: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// `c * tanh(score / c)` in place of a score.
+    pub softcap: Option<f32>,
+    /// What normalizes queries and keys, before they are turned.
+    pub qk_norm: Option<QkNorm>,
+    /// Whether queries, keys and values have biases.
+    pub has_bias: bool,
+    /// Whether what brings attention back to the residual stream has one.
+    pub has_output_bias: bool,
+    /// What turned queries are multiplied by.
+    pub query_scaling: Option<QueryScaling>,
 }
 
-/// `down(silu(gate) * up)`.
+/// RMS norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum QkNorm {
+    /// Each head by itself, with one weight `[head_dim]` for all.
+    Heads,
+    /// All heads together, with a weight `[heads * head_dim]`.
+    Whole,
+}
+
+/// `1 + beta * ln(1 + floor(position / context))` (Ministral 3).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryScaling {
+    /// How much queries grow.
+    pub beta: f32,
+    /// Tokens that a query scaled by 1 sees.
+    pub context: usize,
+}
+
+impl QueryScaling {
+    /// What the query at a position is multiplied by.
+    pub fn at(self, position: usize) -> f32 {
+        1.0 + self.beta * ((position / self.context) as f32).ln_1p()
+    }
+}
+
+/// `down(activation(gate) * up)`, or `down(activation(up))` without a gate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ffn {
     /// Neurons.
     pub width: usize,
+    /// What makes it nonlinear.
+    pub activation: Activation,
+    /// Whether neurons have a gate.
+    pub is_gated: bool,
+    /// Whether its linear layers have biases.
+    pub has_bias: bool,
+}
+
+/// A function of one number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
 }
 
 /// Where the input of one or more linear layers is ready. A block is run stage by stage; it is
 /// calibrated between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// The normed residual stream, for queries, keys and values.
+    /// The residual stream, normed if norms stand before, for queries, keys and values.
     Attention,
     /// What attention gives.
     AttentionOutput,
-    /// The normed residual stream, for the feed-forward network.
+    /// The residual stream, normed if norms stand before, for the feed-forward network.
     Ffn,
     /// The activations of neurons.
     FfnOutput,
@@ -57,6 +143,24 @@ impl Stage {
     pub fn adds_to_residual(self) -> bool {
         matches!(self, Self::AttentionOutput | Self::FfnOutput)
     }
+
+    /// The norm that makes its input, if norms stand before.
+    pub fn norm(self) -> Option<Part> {
+        match self {
+            Self::Attention => Some(Part::AttnNorm),
+            Self::Ffn => Some(Part::FfnNorm),
+            Self::AttentionOutput | Self::FfnOutput => None,
+        }
+    }
+
+    /// The norm of what its layer gives, if norms stand behind.
+    pub fn post_norm(self) -> Option<Part> {
+        match self {
+            Self::AttentionOutput => Some(Part::AttnPostNorm),
+            Self::FfnOutput => Some(Part::FfnPostNorm),
+            Self::Attention | Self::Ffn => None,
+        }
+    }
 }
 
 impl BlockSpec {
@@ -70,7 +174,8 @@ impl BlockSpec {
         match stage {
             Stage::Attention => &[Part::AttnQ, Part::AttnK, Part::AttnV],
             Stage::AttentionOutput => &[Part::AttnOutput],
-            Stage::Ffn => &[Part::FfnGate, Part::FfnUp],
+            Stage::Ffn if self.ffn.is_gated => &[Part::FfnGate, Part::FfnUp],
+            Stage::Ffn => &[Part::FfnUp],
             Stage::FfnOutput => &[Part::FfnDown],
         }
     }
@@ -80,9 +185,32 @@ impl BlockSpec {
         self.stages().into_iter().flat_map(|stage| self.layers_of(stage)).copied()
     }
 
-    /// The vectors: norms.
+    /// The vectors: norms and biases.
     pub fn vectors(&self) -> impl Iterator<Item = Part> {
-        [Part::AttnNorm, Part::FfnNorm].into_iter()
+        let before = self.norms != Norms::Behind;
+        let behind = self.norms != Norms::Before;
+        let norms = [
+            (before, Part::AttnNorm),
+            (behind, Part::AttnPostNorm),
+            (before, Part::FfnNorm),
+            (behind, Part::FfnPostNorm),
+        ];
+        let norms = norms.into_iter().filter_map(|(is_there, part)| is_there.then_some(part));
+        let norm_biases = norms.clone().filter_map(Part::bias).filter(|_| self.norm == Norm::Layer);
+        let qk_norms = [Part::AttnQNorm, Part::AttnKNorm];
+        let qk_norms = qk_norms.into_iter().filter(|_| self.attention.qk_norm.is_some());
+        let biases = self.layers().filter(|&part| self.has_bias(part)).filter_map(Part::bias);
+        norms.chain(norm_biases).chain(qk_norms).chain(biases)
+    }
+
+    /// Whether a linear layer has a bias.
+    pub fn has_bias(&self, layer: Part) -> bool {
+        match layer {
+            Part::AttnQ | Part::AttnK | Part::AttnV => self.attention.has_bias,
+            Part::AttnOutput => self.attention.has_output_bias,
+            Part::FfnGate | Part::FfnUp | Part::FfnDown => self.ffn.has_bias,
+            _ => false,
+        }
     }
 
     /// Whether a part is in the block.
@@ -90,22 +218,41 @@ impl BlockSpec {
         self.vectors().chain(self.layers()).any(|found| found == part)
     }
 
-    /// The dimensions of a part, outermost first: `[cols]` of a vector, `[rows, cols]` of a matrix.
+    /// The dimensions of a part, outermost first: `[length]` of a vector, `[rows, cols]` of a
+    /// matrix.
     ///
     /// # Panics
     /// For a part outside of blocks.
     pub(super) fn dims(&self, part: Part, hidden_size: usize) -> Vec<usize> {
-        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn } = self;
+        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn, .. } = self;
+        let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
         match part {
-            Part::AttnNorm | Part::FfnNorm => vec![hidden_size],
-            Part::AttnQ => vec![heads * head_dim, hidden_size],
-            Part::AttnK | Part::AttnV => vec![kv_heads * head_dim, hidden_size],
-            Part::AttnOutput => vec![hidden_size, heads * head_dim],
+            Part::AttnQ => vec![queries, hidden_size],
+            Part::AttnK | Part::AttnV => vec![keys, hidden_size],
+            Part::AttnOutput => vec![hidden_size, queries],
             Part::FfnGate | Part::FfnUp => vec![ffn.width, hidden_size],
             Part::FfnDown => vec![hidden_size, ffn.width],
-            Part::Embedding | Part::OutputNorm | Part::Output => {
-                panic!("{part:?} is in no block")
-            }
+            Part::AttnQBias => vec![queries],
+            Part::AttnKBias | Part::AttnVBias => vec![keys],
+            Part::FfnGateBias | Part::FfnUpBias => vec![ffn.width],
+            Part::AttnQNorm | Part::AttnKNorm => match (self.attention.qk_norm, part) {
+                (Some(QkNorm::Whole), Part::AttnQNorm) => vec![queries],
+                (Some(QkNorm::Whole), _) => vec![keys],
+                _ => vec![*head_dim],
+            },
+            Part::AttnNorm
+            | Part::AttnNormBias
+            | Part::AttnOutputBias
+            | Part::AttnPostNorm
+            | Part::FfnNorm
+            | Part::FfnNormBias
+            | Part::FfnDownBias
+            | Part::FfnPostNorm => vec![hidden_size],
+            Part::Embedding
+            | Part::Positions
+            | Part::OutputNorm
+            | Part::OutputNormBias
+            | Part::Output => panic!("{part:?} is in no block"),
         }
     }
 }

@@ -2,10 +2,13 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use super::{BlockSpec, Family, Part};
+use super::{BlockSpec, Family, Norm, Part};
 use crate::{Layout, ModelConfig, Rope};
 
 /// What a model computes, and the tensors that it needs for it.
+///
+/// `logits = cap(logit_scale * output(norm(blocks(embedding_scale * embedding[token]))))`, where
+/// learned positions, if there are any, are added to the scaled embedding.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     /// Whose model it is.
@@ -14,8 +17,16 @@ pub struct Decoder {
     pub hidden_size: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// The constant under the root of RMS normalization.
+    /// How the norm behind the last block is computed.
+    pub norm: Norm,
+    /// The constant under the root of normalization.
     pub norm_epsilon: f32,
+    /// What embeddings are multiplied by.
+    pub embedding_scale: f32,
+    /// What logits are multiplied by.
+    pub logit_scale: f32,
+    /// `c * tanh(logit / c)` in place of a logit.
+    pub logit_softcap: Option<f32>,
     /// The rotary position embeddings that blocks choose from.
     pub ropes: Vec<Rope>,
     /// First to last.
@@ -34,14 +45,36 @@ pub struct Tensor {
     pub part: Part,
     /// The block that it is in, if it is in one.
     pub block: Option<usize>,
-    /// GGUF's name, which it goes by in this project.
+    /// The name that it goes by in this project: GGUF's.
     pub name: String,
-    /// Hugging Face's name.
-    pub hf_name: String,
-    /// Outermost first: `[cols]` of a vector, `[rows, cols]` of a matrix.
+    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix.
     pub dims: Vec<usize>,
-    /// The order of its rows in llama.cpp's files.
-    pub gguf_layout: Layout,
+    /// Where it is in Hugging Face's files.
+    pub hf: Place,
+    /// Where it is in llama.cpp's files.
+    pub gguf: Place,
+}
+
+/// Where files of a kind have a tensor: alone, or as some rows of a fused one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Place {
+    /// The stored tensor.
+    pub name: String,
+    /// The first of its rows; of a vector, of its values.
+    pub first_row: usize,
+    /// All rows of the stored tensor.
+    pub total_rows: usize,
+    /// The order of rows; of a vector, of values.
+    pub layout: Layout,
+    /// What is missing from the stored values: 1 of norms that are stored as `weight - 1`.
+    pub offset: f32,
+}
+
+impl Place {
+    /// Whether it is some rows of a fused tensor.
+    pub fn is_fused(&self, tensor: &Tensor) -> bool {
+        self.total_rows != tensor.dims[0]
+    }
 }
 
 impl Tensor {
@@ -68,20 +101,28 @@ impl Decoder {
     /// The model of a configuration.
     pub fn new(config: &ModelConfig) -> Self {
         let ModelConfig { family, hidden_size, vocab_size, norm_epsilon, .. } = *config;
+        let features = &config.features;
         let blocks: Vec<BlockSpec> =
             (0..config.block_count).map(|index| family.block(config, index)).collect();
         let mut decoder = Self {
             family,
             hidden_size,
             vocab_size,
+            norm: family.norm(),
             norm_epsilon,
-            ropes: vec![config.rope.clone()],
+            embedding_scale: features.embedding_scale,
+            logit_scale: features.logit_scale,
+            logit_softcap: features.logit_softcap,
+            ropes: std::iter::once(&config.rope).chain(&features.local_rope).cloned().collect(),
             blocks: Vec::new(),
             tensors: Vec::new(),
             by_name: HashMap::new(),
             of_blocks: Vec::new(),
         };
         decoder.add(Part::Embedding, None, vec![vocab_size, hidden_size]);
+        if let Some(count) = family.learned_positions(config) {
+            decoder.add(Part::Positions, None, vec![count, hidden_size]);
+        }
         for (index, spec) in blocks.iter().enumerate() {
             let first = decoder.tensors.len();
             let mut parts: Vec<Part> = spec.vectors().chain(spec.layers()).collect();
@@ -92,6 +133,9 @@ impl Decoder {
             decoder.of_blocks.push(first..decoder.tensors.len());
         }
         decoder.add(Part::OutputNorm, None, vec![hidden_size]);
+        if decoder.norm == Norm::Layer {
+            decoder.add(Part::OutputNormBias, None, vec![hidden_size]);
+        }
         if !config.tied_embeddings {
             decoder.add(Part::Output, None, vec![vocab_size, hidden_size]);
         }
@@ -99,20 +143,32 @@ impl Decoder {
     }
 
     fn add(&mut self, part: Part, block: Option<(usize, &BlockSpec)>, dims: Vec<usize>) {
-        let (gguf, hf) = (part.gguf_name(), self.family.hf_name(part));
-        let (name, hf_name) = match block {
-            None => (gguf.to_owned(), hf.to_owned()),
-            Some((index, _)) => {
-                (format!("blk.{index}.{gguf}"), format!("model.layers.{index}.{hf}"))
-            }
+        let family = self.family;
+        let in_block = |prefix: &str, name: &str| match block {
+            None => name.to_owned(),
+            Some((index, _)) => format!("{prefix}{index}.{name}"),
         };
-        let gguf_layout = match block {
-            None => Layout::AsStored,
-            Some((_, spec)) => self.family.gguf_layout(part, spec),
+        let name = in_block("blk.", part.gguf_name());
+        let place = |prefix: &str, own: &str, stored: Stored| {
+            let (name, first_row, total_rows) = match stored.fused {
+                None => (own, 0, dims[0]),
+                Some((name, parts)) => {
+                    let rows = |part: &Part| {
+                        block.map_or(0, |(_, spec)| spec.dims(*part, self.hidden_size)[0])
+                    };
+                    let before = parts.iter().take_while(|&&other| other != part);
+                    (name, before.map(rows).sum(), parts.iter().map(rows).sum())
+                }
+            };
+            let name = in_block(prefix, name);
+            Place { name, first_row, total_rows, layout: stored.layout, offset: stored.offset }
         };
+        let spec = block.map(|(_, spec)| spec);
+        let hf = place(family.hf_blocks(), family.hf_name(part), family.in_hf(part, spec));
+        let gguf = place("blk.", part.gguf_name(), family.in_gguf(part, spec));
         let block = block.map(|(index, _)| index);
         self.by_name.insert(name.clone(), self.tensors.len());
-        self.tensors.push(Tensor { part, block, name, hf_name, dims, gguf_layout });
+        self.tensors.push(Tensor { part, block, name, dims, hf, gguf });
     }
 
     /// All tensors, in the order of use.
@@ -125,7 +181,7 @@ impl Decoder {
         &self.tensors[self.of_blocks[block].clone()]
     }
 
-    /// The tensor with this GGUF name.
+    /// The tensor with this name.
     pub fn find(&self, name: &str) -> Option<&Tensor> {
         self.by_name.get(name).map(|&index| &self.tensors[index])
     }
@@ -139,23 +195,54 @@ impl Decoder {
         found.unwrap_or_else(|| panic!("no {part:?} in block {block}"))
     }
 
+    /// A tensor outside of blocks; `None` if the model has no such part.
+    pub fn outside(&self, part: Part) -> Option<&Tensor> {
+        self.find(part.gguf_name())
+    }
+
     /// The embedding.
     pub fn embedding(&self) -> &Tensor {
-        self.find(Part::Embedding.gguf_name()).expect("every model has an embedding")
+        self.outside(Part::Embedding).expect("every model has an embedding")
     }
 
     /// The norm behind the last block.
     pub fn output_norm(&self) -> &Tensor {
-        self.find(Part::OutputNorm.gguf_name()).expect("every model has one")
+        self.outside(Part::OutputNorm).expect("every model has one")
     }
 
     /// The output layer; the embedding itself in models that tie them.
     pub fn output(&self) -> &Tensor {
-        self.find(Part::Output.gguf_name()).unwrap_or_else(|| self.embedding())
+        self.outside(Part::Output).unwrap_or_else(|| self.embedding())
     }
 
     /// Whether the embedding is the output layer, too.
     pub fn has_tied_embeddings(&self) -> bool {
         self.output().part == Part::Embedding
+    }
+}
+
+/// How files of a kind store a part.
+#[derive(Debug, Clone, Copy)]
+pub struct Stored {
+    /// The tensor that it is fused into, and all parts of it, in the order of its rows.
+    pub fused: Option<(&'static str, &'static [Part])>,
+    /// The order of rows; of a vector, of values.
+    pub layout: Layout,
+    /// What is missing from the stored values.
+    pub offset: f32,
+}
+
+impl Stored {
+    /// By itself, its rows in order, as it is used.
+    pub const PLAIN: Self = Self { fused: None, layout: Layout::AsStored, offset: 0.0 };
+
+    /// In this order of rows.
+    pub const fn ordered(layout: Layout) -> Self {
+        Self { layout, ..Self::PLAIN }
+    }
+
+    /// As rows of a fused tensor of these parts.
+    pub const fn fused(name: &'static str, parts: &'static [Part]) -> Self {
+        Self { fused: Some((name, parts)), ..Self::PLAIN }
     }
 }

@@ -1,53 +1,154 @@
 //! Llama, and Mistral, which differs by its window.
 
-use super::{Attention, BlockSpec, Family, Ffn, Part};
-use crate::{Layout, ModelConfig};
+use super::{Activation, Attention, BlockSpec, Family, Ffn, HfType, Norm, Norms, Part, Stored};
+use crate::{Layout, ModelConfig, Result, config::Keys};
 
 /// `llama` and `mistral`.
 #[derive(Debug)]
 pub struct Llama;
+
+const LLAMA: HfType = HfType { model_type: "llama", class: "LlamaForCausalLM" };
+const MISTRAL: HfType = HfType { model_type: "mistral", class: "MistralForCausalLM" };
 
 impl Family for Llama {
     fn architecture(&self) -> &'static str {
         "llama"
     }
 
-    fn model_types(&self) -> &'static [&'static str] {
-        &["llama", "mistral"]
+    fn hf_types(&self) -> &'static [HfType] {
+        &[LLAMA, MISTRAL]
     }
 
-    fn block(&self, config: &ModelConfig, _index: usize) -> BlockSpec {
-        let attention = Attention {
-            heads: config.head_count,
-            kv_heads: config.kv_head_count,
-            head_dim: config.head_dim,
-            window: config.sliding_window,
-            rope: 0,
-        };
-        BlockSpec { attention, ffn: Ffn { width: config.ffn_size } }
+    fn hf_type(&self, config: &ModelConfig) -> HfType {
+        if config.sliding_window.is_some() { MISTRAL } else { LLAMA }
     }
 
-    fn hf_name(&self, part: Part) -> &'static str {
-        match part {
-            Part::Embedding => "model.embed_tokens.weight",
-            Part::AttnNorm => "input_layernorm.weight",
-            Part::AttnQ => "self_attn.q_proj.weight",
-            Part::AttnK => "self_attn.k_proj.weight",
-            Part::AttnV => "self_attn.v_proj.weight",
-            Part::AttnOutput => "self_attn.o_proj.weight",
-            Part::FfnNorm => "post_attention_layernorm.weight",
-            Part::FfnGate => "mlp.gate_proj.weight",
-            Part::FfnUp => "mlp.up_proj.weight",
-            Part::FfnDown => "mlp.down_proj.weight",
-            Part::OutputNorm => "model.norm.weight",
-            Part::Output => "lm_head.weight",
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        if keys.model_type() != Some(LLAMA.model_type) {
+            config.sliding_window = keys.window()?;
+        }
+        if keys.model_type() != Some(MISTRAL.model_type) {
+            let (features, bias) = (&mut config.features, keys.flag("attention_bias")?);
+            (features.has_attention_bias, features.has_output_bias) = (bias, bias);
+            features.has_ffn_bias = keys.flag("mlp_bias")?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        if let Some(window) = config.sliding_window {
+            json["sliding_window"] = window.into();
         }
     }
 
-    fn gguf_layout(&self, part: Part, spec: &BlockSpec) -> Layout {
-        match part {
-            Part::AttnQ | Part::AttnK => Layout::Interleaved { head_dim: spec.attention.head_dim },
-            _ => Layout::AsStored,
-        }
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        block(config, index)
     }
+
+    fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
+        interleaved(part, spec)
+    }
+}
+
+/// What block `index` of a model computes that is Llama's but for the numbers and features of its
+/// configuration.
+pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
+    let features = &config.features;
+    let window = config.sliding_window.filter(|_| features.is_windowed(index));
+    let local_rope = features.local_rope.as_ref().map(|_| 1);
+    let rope = if window.is_some() { local_rope.or(Some(0)) } else { Some(0) };
+    let attention = Attention {
+        heads: config.head_count,
+        kv_heads: config.kv_head_count,
+        head_dim: config.head_dim,
+        window,
+        rope: rope.filter(|_| features.is_rotated(index)),
+        rotated: 2 * config.rope.factors.len(),
+        scale: features.attention_scale.unwrap_or(1.0 / (config.head_dim as f32).sqrt()),
+        softcap: features.attention_softcap,
+        qk_norm: None,
+        has_bias: features.has_attention_bias,
+        has_output_bias: features.has_output_bias,
+        query_scaling: features.query_scaling,
+    };
+    let ffn = Ffn {
+        width: config.ffn_size,
+        activation: Activation::Silu,
+        is_gated: true,
+        has_bias: features.has_ffn_bias,
+    };
+    let (norm, norms, residual_scale) = (Norm::Rms, Norms::Before, features.residual_scale);
+    BlockSpec { norm, norms, attention, ffn, residual_scale }
+}
+
+/// The names of `transformers` that most families have.
+pub(super) fn hf_name(part: Part) -> &'static str {
+    match part {
+        Part::Embedding => "model.embed_tokens.weight",
+        Part::Positions => "model.embed_positions.weight",
+        Part::AttnNorm => "input_layernorm.weight",
+        Part::AttnNormBias => "input_layernorm.bias",
+        Part::AttnQ => "self_attn.q_proj.weight",
+        Part::AttnQBias => "self_attn.q_proj.bias",
+        Part::AttnQNorm => "self_attn.q_norm.weight",
+        Part::AttnK => "self_attn.k_proj.weight",
+        Part::AttnKBias => "self_attn.k_proj.bias",
+        Part::AttnKNorm => "self_attn.k_norm.weight",
+        Part::AttnV => "self_attn.v_proj.weight",
+        Part::AttnVBias => "self_attn.v_proj.bias",
+        Part::AttnOutput => "self_attn.o_proj.weight",
+        Part::AttnOutputBias => "self_attn.o_proj.bias",
+        // Llama's norm before the network has the name that others give the one behind attention.
+        Part::AttnPostNorm | Part::FfnNorm => "post_attention_layernorm.weight",
+        Part::FfnNormBias => "post_attention_layernorm.bias",
+        Part::FfnGate => "mlp.gate_proj.weight",
+        Part::FfnGateBias => "mlp.gate_proj.bias",
+        Part::FfnUp => "mlp.up_proj.weight",
+        Part::FfnUpBias => "mlp.up_proj.bias",
+        Part::FfnDown => "mlp.down_proj.weight",
+        Part::FfnDownBias => "mlp.down_proj.bias",
+        Part::FfnPostNorm => "post_feedforward_layernorm.weight",
+        Part::OutputNorm => "model.norm.weight",
+        Part::OutputNormBias => "model.norm.bias",
+        Part::Output => "lm_head.weight",
+    }
+}
+
+/// llama.cpp's order of rows for models whose halves it turns as neighbours.
+pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
+    match (part, spec) {
+        (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(spec)) => {
+            let head_dim = spec.attention.head_dim;
+            Stored::ordered(Layout::Interleaved { head_dim, rotated: head_dim })
+        }
+        _ => Stored::PLAIN,
+    }
+}
+
+/// Leaves out a window that no block has, and the list of blocks that have it if all do.
+pub(super) fn settle_windows(config: &mut ModelConfig) {
+    let windowed = &mut config.features.windowed;
+    if config.sliding_window.is_none() || !windowed.contains(&true) {
+        config.sliding_window = None;
+        windowed.clear();
+    }
+    if !windowed.contains(&false) {
+        windowed.clear();
+    }
+}
+
+/// The keys of windows in `config.json`.
+pub(super) fn write_windows(config: &ModelConfig, json: &mut serde_json::Value) {
+    let kind = |index: usize| match config.family.block(config, index).attention.window {
+        Some(_) => "sliding_attention",
+        None => "full_attention",
+    };
+    json["sliding_window"] = config.sliding_window.into();
+    json["layer_types"] = (0..config.block_count).map(kind).collect::<Vec<_>>().into();
+}
+
+/// The key of models that turn a part of each head.
+pub(super) fn write_partial_rotation(config: &ModelConfig, json: &mut serde_json::Value) {
+    let rotated = 2 * config.rope.factors.len();
+    json["partial_rotary_factor"] = (rotated as f64 / config.head_dim as f64).into();
 }

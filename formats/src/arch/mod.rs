@@ -5,38 +5,129 @@
 
 mod block;
 mod decoder;
+mod gemma;
+mod glm;
+mod granite;
 mod llama;
+mod ministral;
+mod olmo;
+mod opt;
 mod part;
+mod phi;
+mod qwen;
+mod smollm;
 
 use std::fmt::Debug;
 
-pub use block::{Attention, BlockSpec, Ffn, Stage};
-pub use decoder::{Decoder, Tensor};
+pub use block::{Activation, Attention, BlockSpec, Ffn, Norm, Norms, QkNorm, QueryScaling, Stage};
+pub use decoder::{Decoder, Place, Stored, Tensor};
 pub use llama::Llama;
+pub use opt::FIRST_POSITION;
 pub use part::{Part, PartMap, Rows};
 
-use crate::{Layout, ModelConfig};
+use crate::{ModelConfig, Result, config::Keys};
 
 /// The RoPE factors, in files part of the tensors, here of the configuration.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 
+/// The RoPE factors of short texts, of models that have others for long ones.
+pub const ROPE_FACTORS_SHORT: &str = "rope_factors_short.weight";
+
+/// Those of long texts.
+pub const ROPE_FACTORS_LONG: &str = "rope_factors_long.weight";
+
+/// All tensors that are part of the configuration here.
+pub const ROPE_TENSORS: [&str; 3] = [ROPE_FACTORS, ROPE_FACTORS_SHORT, ROPE_FACTORS_LONG];
+
+/// A kind of model in Hugging Face's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HfType {
+    /// `model_type`.
+    pub model_type: &'static str,
+    /// The class in `architectures`.
+    pub class: &'static str,
+}
+
 /// Models that are described by the same keys and compute the same but for numbers.
+///
+/// What is not overridden is as in Llama.
 pub trait Family: Debug + Sync {
     /// GGUF's name, `general.architecture`.
     fn architecture(&self) -> &'static str;
 
-    /// Hugging Face's names, `model_type`.
-    fn model_types(&self) -> &'static [&'static str];
+    /// Hugging Face's names.
+    fn hf_types(&self) -> &'static [HfType];
+
+    /// Which of them a model is.
+    fn hf_type(&self, _config: &ModelConfig) -> HfType {
+        self.hf_types()[0]
+    }
+
+    /// Reads what only some families have. `config` holds what all have, and Llama's features.
+    ///
+    /// # Errors
+    /// `Malformed` for a key with a value of the wrong kind, `Unsupported` for what is not
+    /// computed.
+    fn read(&self, _keys: &dyn Keys, _config: &mut ModelConfig) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether a key of `config.json` has no effect on what is computed, though others' would.
+    fn ignores(&self, _key: &str, _config: &ModelConfig) -> bool {
+        false
+    }
+
+    /// The keys of `config.json` for what only some families have: what [`read`](Self::read) reads
+    /// back.
+    fn write(&self, _config: &ModelConfig, _json: &mut serde_json::Value) {}
+
+    /// What the class of transformers takes for a key of `config.json` that is absent: a number,
+    /// or 1 for true. A key of which it says nothing here has to be there, or has no effect.
+    fn default(&self, _key: &str) -> Option<f64> {
+        None
+    }
+
+    /// The key of `config.json` for the neurons of the network.
+    fn hf_ffn_size(&self) -> &'static str {
+        "intermediate_size"
+    }
+
+    /// Whether blocks with a window may have a rotary embedding of their own.
+    fn has_local_rope(&self) -> bool {
+        false
+    }
+
+    /// How norms of the residual stream are computed.
+    fn norm(&self) -> Norm {
+        Norm::Rms
+    }
+
+    /// Positions that the model has learned embeddings of.
+    fn learned_positions(&self, _config: &ModelConfig) -> Option<usize> {
+        None
+    }
 
     /// What block `index` computes.
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec;
 
-    /// Hugging Face's name of a tensor, which follows `model.layers.N.` for one of a block.
-    fn hf_name(&self, part: Part) -> &'static str;
+    /// What precedes the number of a block in Hugging Face's names.
+    fn hf_blocks(&self) -> &'static str {
+        "model.layers."
+    }
 
-    /// The order in which llama.cpp's converter leaves the rows of a tensor of a block.
-    fn gguf_layout(&self, _part: Part, _spec: &BlockSpec) -> Layout {
-        Layout::AsStored
+    /// Hugging Face's name of a part; for one of a block, what follows its number.
+    fn hf_name(&self, part: Part) -> &'static str {
+        llama::hf_name(part)
+    }
+
+    /// How Hugging Face's files store a part; `spec` is that of its block.
+    fn in_hf(&self, _part: Part, _spec: Option<&BlockSpec>) -> Stored {
+        Stored::PLAIN
+    }
+
+    /// How llama.cpp's files store a part; `spec` is that of its block.
+    fn in_gguf(&self, _part: Part, _spec: Option<&BlockSpec>) -> Stored {
+        Stored::PLAIN
     }
 }
 
@@ -47,14 +138,30 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 1] = [&Llama];
+pub const FAMILIES: [&dyn Family; 12] = [
+    &Llama,
+    &qwen::Qwen2,
+    &qwen::Qwen3,
+    &gemma::Gemma2,
+    &gemma::Gemma3,
+    &phi::Phi3,
+    &ministral::Ministral3,
+    &smollm::SmolLm3,
+    &olmo::Olmo,
+    &granite::Granite,
+    &glm::Glm4,
+    &opt::Opt,
+];
 
 /// The family that GGUF calls so.
 pub fn by_architecture(name: &str) -> Option<&'static dyn Family> {
     FAMILIES.into_iter().find(|family| family.architecture() == name)
 }
 
-/// The family that Hugging Face calls so.
-pub fn by_model_type(name: &str) -> Option<&'static dyn Family> {
-    FAMILIES.into_iter().find(|family| family.model_types().contains(&name))
+/// The family that Hugging Face calls so, and which of its kinds it is.
+pub fn by_model_type(name: &str) -> Option<(&'static dyn Family, HfType)> {
+    FAMILIES.into_iter().find_map(|family| {
+        let found = family.hf_types().iter().find(|found| found.model_type == name)?;
+        Some((family, *found))
+    })
 }

@@ -10,26 +10,56 @@ use std::{
 pub enum Part {
     /// The embedding of tokens, `[vocab, hidden]`.
     Embedding,
+    /// The embedding of positions, `[positions, hidden]`, of models that learn it.
+    Positions,
     /// The norm of the residual stream before attention, `[hidden]`.
     AttnNorm,
+    /// The bias of this norm, `[hidden]`.
+    AttnNormBias,
     /// Queries, `[heads * head_dim, hidden]`.
     AttnQ,
+    /// The bias of queries, `[heads * head_dim]`.
+    AttnQBias,
+    /// The norm of queries, `[head_dim]` or `[heads * head_dim]`.
+    AttnQNorm,
     /// Keys, `[kv_heads * head_dim, hidden]`.
     AttnK,
+    /// The bias of keys, `[kv_heads * head_dim]`.
+    AttnKBias,
+    /// The norm of keys, `[head_dim]` or `[kv_heads * head_dim]`.
+    AttnKNorm,
     /// Values, `[kv_heads * head_dim, hidden]`.
     AttnV,
+    /// The bias of values, `[kv_heads * head_dim]`.
+    AttnVBias,
     /// What brings attention back to the residual stream, `[hidden, heads * head_dim]`.
     AttnOutput,
+    /// Its bias, `[hidden]`.
+    AttnOutputBias,
+    /// The norm of what attention brings to the residual stream, `[hidden]`.
+    AttnPostNorm,
     /// The norm of the residual stream before the feed-forward network, `[hidden]`.
     FfnNorm,
+    /// The bias of this norm, `[hidden]`.
+    FfnNormBias,
     /// What neurons are gated by, `[neurons, hidden]`.
     FfnGate,
+    /// Its bias, `[neurons]`.
+    FfnGateBias,
     /// The inputs of neurons, `[neurons, hidden]`.
     FfnUp,
+    /// Its bias, `[neurons]`.
+    FfnUpBias,
     /// What brings neurons back to the residual stream, `[hidden, neurons]`.
     FfnDown,
+    /// Its bias, `[hidden]`.
+    FfnDownBias,
+    /// The norm of what neurons bring to the residual stream, `[hidden]`.
+    FfnPostNorm,
     /// The norm of the residual stream behind the last block, `[hidden]`.
     OutputNorm,
+    /// The bias of this norm, `[hidden]`.
+    OutputNormBias,
     /// The output layer, `[vocab, hidden]`; absent where the embedding doubles as one.
     Output,
 }
@@ -39,26 +69,58 @@ impl Part {
     pub const fn gguf_name(self) -> &'static str {
         match self {
             Self::Embedding => "token_embd.weight",
+            Self::Positions => "position_embd.weight",
             Self::AttnNorm => "attn_norm.weight",
+            Self::AttnNormBias => "attn_norm.bias",
             Self::AttnQ => "attn_q.weight",
+            Self::AttnQBias => "attn_q.bias",
+            Self::AttnQNorm => "attn_q_norm.weight",
             Self::AttnK => "attn_k.weight",
+            Self::AttnKBias => "attn_k.bias",
+            Self::AttnKNorm => "attn_k_norm.weight",
             Self::AttnV => "attn_v.weight",
+            Self::AttnVBias => "attn_v.bias",
             Self::AttnOutput => "attn_output.weight",
+            Self::AttnOutputBias => "attn_output.bias",
+            Self::AttnPostNorm => "post_attention_norm.weight",
             Self::FfnNorm => "ffn_norm.weight",
+            Self::FfnNormBias => "ffn_norm.bias",
             Self::FfnGate => "ffn_gate.weight",
+            Self::FfnGateBias => "ffn_gate.bias",
             Self::FfnUp => "ffn_up.weight",
+            Self::FfnUpBias => "ffn_up.bias",
             Self::FfnDown => "ffn_down.weight",
+            Self::FfnDownBias => "ffn_down.bias",
+            Self::FfnPostNorm => "post_ffw_norm.weight",
             Self::OutputNorm => "output_norm.weight",
+            Self::OutputNormBias => "output_norm.bias",
             Self::Output => "output.weight",
         }
     }
 
-    /// What the rows of its matrix are.
+    /// The bias that belongs to a linear layer or a norm; `None` of what has none.
+    pub const fn bias(self) -> Option<Self> {
+        match self {
+            Self::AttnNorm => Some(Self::AttnNormBias),
+            Self::AttnQ => Some(Self::AttnQBias),
+            Self::AttnK => Some(Self::AttnKBias),
+            Self::AttnV => Some(Self::AttnVBias),
+            Self::AttnOutput => Some(Self::AttnOutputBias),
+            Self::FfnNorm => Some(Self::FfnNormBias),
+            Self::FfnGate => Some(Self::FfnGateBias),
+            Self::FfnUp => Some(Self::FfnUpBias),
+            Self::FfnDown => Some(Self::FfnDownBias),
+            Self::OutputNorm => Some(Self::OutputNormBias),
+            _ => None,
+        }
+    }
+
+    /// What the rows of its matrix are; of a bias, its values.
     pub const fn rows(self) -> Rows {
         match self {
             Self::Embedding | Self::Output => Rows::Tokens,
-            Self::AttnQ => Rows::Heads,
-            Self::FfnGate | Self::FfnUp => Rows::Neurons,
+            Self::AttnQ | Self::AttnQBias => Rows::Heads,
+            Self::FfnGate | Self::FfnGateBias | Self::FfnUp | Self::FfnUpBias => Rows::Neurons,
             _ => Rows::Channels,
         }
     }

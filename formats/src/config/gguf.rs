@@ -3,89 +3,119 @@
 use std::{cell::RefCell, collections::HashSet, path::Path};
 
 use super::{
-    ModelConfig, Rope,
-    keys::{is_about, is_harmless_in_gguf},
+    Features, Keys, LongRope, ModelConfig, Rope, Scaling, Yarn,
+    keys::{every, gguf_name},
+    rope::yarn_amplitude,
     rope_pairs,
+    unread::{is_about, is_harmless_in_gguf},
 };
 use crate::{
-    FormatError, Generation, Result, arch,
+    FormatError, Generation, Result,
+    arch::{self, Family, Norm},
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
 
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
 
+/// The vectors of a GGUF file that belong to the configuration.
+#[derive(Debug, Default)]
+pub struct RopeVectors {
+    /// The tensor `rope_freqs.weight`.
+    pub factors: Option<Vec<f32>>,
+    /// The tensor `rope_factors_short.weight`.
+    pub short: Option<Vec<f32>>,
+    /// The tensor `rope_factors_long.weight`.
+    pub long: Option<Vec<f32>>,
+}
+
 impl ModelConfig {
-    /// Reads the standard keys of the `llama` architecture.
+    /// Reads the standard keys of an architecture.
     ///
-    /// `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has one. Only
-    /// the tensors tell whether the embeddings are tied, so `tied_embeddings` is false here and the
-    /// caller's to set.
+    /// Only the tensors tell whether the embeddings are tied and which layers have biases, so
+    /// `tied_embeddings` is false here and the caller's to set, as is what
+    /// [`find_biases`](Self::find_biases) sets.
     ///
     /// # Errors
     /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
     /// spelling; `Unsupported` for another architecture, for what this program does not compute,
     /// and for a key of the architecture or of RoPE that nothing here reads.
-    pub fn from_gguf(
-        path: &Path,
-        metadata: &Metadata,
-        rope_factors: Option<Vec<f32>>,
-    ) -> Result<Self> {
-        let keys = Keys { path, metadata, asked: RefCell::default() };
+    pub fn from_gguf(path: &Path, metadata: &Metadata, vectors: RopeVectors) -> Result<Self> {
+        let general = Metadata::str(metadata, "general.architecture");
+        let architecture = general.unwrap_or_default();
+        let keys = GgufKeys { path, metadata, architecture, asked: RefCell::default() };
         let architecture = keys.require("general.architecture", "a string", Value::as_str)?;
         let Some(family) = arch::by_architecture(architecture) else {
             return keys.unsupported(format!("architecture `{architecture}`"));
         };
-        let hidden_size = keys.size("llama.embedding_length")?;
-        let head_count = keys.size("llama.attention.head_count")?;
-        let head_dim = match keys.optional_size("llama.attention.key_length")? {
+        let hidden_size = keys.size("embedding_length")?;
+        let head_count = keys.size("attention.head_count")?;
+        let head_dim = match keys.optional_size("attention.key_length")? {
             Some(head_dim) => head_dim,
             None => hidden_size.checked_div(head_count).unwrap_or(0),
         };
-        for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-            if let Some(found) = keys.optional_size(key)?
-                && found != head_dim
-            {
+        let rotated = keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
+        let value_length = keys.optional_size("attention.value_length")?.unwrap_or(head_dim);
+        let turns_partly = family.default("partial_rotary_factor").is_some();
+        for (key, found, is_right) in [
+            ("attention.value_length", value_length, value_length == head_dim),
+            ("rope.dimension_count", rotated, rotated == head_dim || turns_partly),
+        ] {
+            if !is_right {
+                let key = keys.own(key);
                 return keys
                     .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
             }
         }
         let vocab_size = read_vocab_size(&keys)?;
+        let context_length = keys.size("context_length")?;
+        let (rope, local_rope) =
+            Ropes { keys: &keys, family, pairs: rope_pairs(rotated), context_length }
+                .read(vectors)?;
+        let epsilon = match family.norm() {
+            Norm::Rms => "attention.layer_norm_rms_epsilon",
+            Norm::Layer => "attention.layer_norm_epsilon",
+        };
         let mut config = Self {
             family,
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
-            block_count: keys.size("llama.block_count")?,
+            block_count: keys.size("block_count")?,
             hidden_size,
-            ffn_size: keys.size("llama.feed_forward_length")?,
+            ffn_size: keys.size("feed_forward_length")?,
             head_count,
-            kv_head_count: keys
-                .optional_size("llama.attention.head_count_kv")?
-                .unwrap_or(head_count),
+            kv_head_count: keys.optional_size("attention.head_count_kv")?.unwrap_or(head_count),
             head_dim,
             vocab_size,
-            context_length: keys.size("llama.context_length")?,
-            norm_epsilon: keys.require(EPSILON_KEY, "a float", Value::as_f64)? as f32,
-            rope: read_rope(&keys, head_dim, rope_factors)?,
-            sliding_window: keys
-                .optional_size("llama.attention.sliding_window")?
-                .filter(|&window| window > 0),
+            context_length,
+            norm_epsilon: keys.require(&keys.own(epsilon), "a float", Value::as_f64)? as f32,
+            rope,
+            sliding_window: None,
+            features: Features { local_rope, ..Features::default() },
             tied_embeddings: false,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             add_bos: false,
             generation: Generation::from_gguf(path, metadata)?,
         };
+        family.read(&keys, &mut config)?;
         SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
         let config = config.validated(path)?;
         keys.refuse_unread(&config)?;
         Ok(config)
     }
 
+    /// Finds by their presence the biases that GGUF does not mention; `has` tells of a tensor.
+    pub fn find_biases(&mut self, has: impl Fn(&str) -> bool) {
+        let has = |layer: &str| has(&format!("blk.0.{layer}.bias"));
+        self.features.has_attention_bias |= has("attn_q") || has("attn_qkv");
+        self.features.has_output_bias |= has("attn_output");
+        self.features.has_ffn_bias |= has("ffn_down");
+    }
+
     /// The standard keys that [`from_gguf`](Self::from_gguf) reads back.
     ///
-    /// Not among them: the RoPE factors, which GGUF keeps in the tensor `rope_freqs.weight` (needed
-    /// unless [`Rope::is_unscaled`]), and `tied_embeddings`, which is the absence of
-    /// `output.weight`.
+    /// Not among them: what GGUF keeps in tensors, which [`rope_vectors`](Self::rope_vectors)
+    /// gives, and `tied_embeddings`, which is the absence of `output.weight`.
     pub fn to_gguf(&self) -> Metadata {
         let own = |key: &str| format!("{}.{key}", self.family.architecture());
         // Every size was validated to be far below 2^32.
@@ -95,6 +125,10 @@ impl ModelConfig {
         entries.extend(
             self.name.as_ref().map(|name| ("general.name".to_owned(), name.as_str().into())),
         );
+        let epsilon = match self.family.norm() {
+            Norm::Rms => "attention.layer_norm_rms_epsilon",
+            Norm::Layer => "attention.layer_norm_epsilon",
+        };
         entries.extend([
             (own("vocab_size"), size(self.vocab_size)),
             (own("context_length"), size(self.context_length)),
@@ -105,13 +139,15 @@ impl ModelConfig {
             (own("attention.head_count_kv"), size(self.kv_head_count)),
             (own("attention.key_length"), size(self.head_dim)),
             (own("attention.value_length"), size(self.head_dim)),
-            (own("attention.layer_norm_rms_epsilon"), self.norm_epsilon.into()),
-            (own("rope.dimension_count"), size(self.head_dim)),
+            (own(epsilon), self.norm_epsilon.into()),
+            (own("rope.dimension_count"), size(2 * self.rope.factors.len())),
             (own("rope.freq_base"), self.rope.theta.into()),
         ]);
         entries.extend(
             self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))),
         );
+        entries.extend(self.scaling_entries().into_iter().map(|(key, value)| (own(key), value)));
+        entries.extend(self.feature_entries().into_iter().map(|(key, value)| (own(key), value)));
         let bos = self.bos_token_id.map(|id| ("tokenizer.ggml.bos_token_id".to_owned(), id.into()));
         let eos = self.eos_token_ids.first().map(|&id| (GGML_END_KEYS[0].to_owned(), id.into()));
         let all_eos = (self.eos_token_ids.len() > 1)
@@ -126,61 +162,220 @@ impl ModelConfig {
 }
 
 /// The factor of RoPE scaling: its name, and the one of files before autumn 2023.
-const ROPE_FACTOR_KEYS: [&str; 2] = ["llama.rope.scaling.factor", "llama.rope.scale_linear"];
+const ROPE_FACTOR_KEYS: [&str; 2] = ["rope.scaling.factor", "rope.scale_linear"];
 
-const EPSILON_KEY: &str = "llama.attention.layer_norm_rms_epsilon";
+impl ModelConfig {
+    /// What GGUF keeps in tensors: names and values, those of factors that are all 1 left out.
+    pub fn rope_vectors(&self) -> Vec<(&'static str, &[f32])> {
+        let factors = self.rope.factors.as_slice();
+        match &self.rope.scaling {
+            Scaling::Factors if factors.iter().all(|&factor| factor == 1.0) => Vec::new(),
+            Scaling::Factors => vec![(arch::ROPE_FACTORS, factors)],
+            Scaling::Long(long) => {
+                vec![(arch::ROPE_FACTORS_LONG, &long.factors), (arch::ROPE_FACTORS_SHORT, factors)]
+            }
+            // The keys say all.
+            Scaling::Yarn(_) | Scaling::Dynamic { .. } => Vec::new(),
+        }
+    }
+
+    /// The keys of RoPE scaling, without the architecture.
+    fn scaling_entries(&self) -> Vec<(&'static str, Value)> {
+        let Rope { theta, amplitude, scaling, .. } = &self.rope;
+        let context = |context: usize| ("rope.scaling.original_context_length", context);
+        let size = |(key, size): (&'static str, usize)| (key, Value::U32(size as u32));
+        let mut entries = match scaling {
+            Scaling::Factors => Vec::new(),
+            Scaling::Yarn(yarn) => vec![
+                ("rope.scaling.type", "yarn".into()),
+                ("rope.scaling.factor", (yarn.factor as f32).into()),
+                size(context(yarn.context)),
+                ("rope.scaling.yarn_beta_fast", (yarn.beta_fast as f32).into()),
+                ("rope.scaling.yarn_beta_slow", (yarn.beta_slow as f32).into()),
+                ("rope.scaling.yarn_attn_factor", (*amplitude).into()),
+                ("rope.scaling.yarn_truncate", yarn.truncate.into()),
+            ],
+            Scaling::Long(long) => vec![
+                ("rope.scaling.type", "longrope".into()),
+                size(context(long.context)),
+                ("rope.scaling.attn_factor", (*amplitude).into()),
+            ],
+            Scaling::Dynamic { factor, context: made_for } => vec![
+                ("rope.scaling.type", "dynamic".into()),
+                ("rope.scaling.factor", (*factor).into()),
+                size(context(*made_for)),
+            ],
+        };
+        let local = self.features.local_rope.as_ref().map(|local| local.theta);
+        let local = local.or(self.family.has_local_rope().then_some(*theta));
+        entries.extend(local.map(|theta| ("rope.freq_base_swa", theta.into())));
+        entries
+    }
+
+    /// The keys of what Llama has not, without the architecture; all that are as in Llama left out.
+    fn feature_entries(&self) -> Vec<(&'static str, Value)> {
+        let features = &self.features;
+        let scale = |key, scale: f32| (scale != 1.0).then(|| (key, scale.into()));
+        let number = |key, number: Option<f32>| number.map(|number| (key, number.into()));
+        let flags = |key, flags: &[bool]| {
+            (!flags.is_empty()).then(|| (key, Value::Array(Array::Bool(flags.to_vec()))))
+        };
+        // GGUF's is what logits are divided by.
+        let logit_divisor = 1.0 / features.logit_scale;
+        let query_scale = features.query_scaling.map(|scaling| scaling.beta);
+        [
+            scale("embedding_scale", features.embedding_scale),
+            scale("residual_scale", features.residual_scale),
+            scale("logit_scale", logit_divisor),
+            number("final_logit_softcapping", features.logit_softcap),
+            number("attention.scale", features.attention_scale),
+            number("attn_logit_softcapping", features.attention_softcap),
+            number("attention.temperature_scale", query_scale),
+            flags("attention.sliding_window_pattern", &features.windowed),
+            flags("rope.pattern", &features.rotated),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
 
 /// The key, or the number of tokens.
-fn read_vocab_size(keys: &Keys<'_>) -> Result<usize> {
+fn read_vocab_size(keys: &GgufKeys<'_>) -> Result<usize> {
     match keys.metadata.strings("tokenizer.ggml.tokens") {
-        Some(tokens) => Ok(keys.optional_size("llama.vocab_size")?.unwrap_or(tokens.len())),
-        None => keys.size("llama.vocab_size"),
+        Some(tokens) => Ok(keys.optional_size("vocab_size")?.unwrap_or(tokens.len())),
+        None => keys.size("vocab_size"),
     }
 }
 
-fn read_rope(keys: &Keys<'_>, head_dim: usize, factors: Option<Vec<f32>>) -> Result<Rope> {
-    let theta = keys.optional("llama.rope.freq_base", "a float", Value::as_f64)?;
-    let factor = read_rope_factor(keys)?;
-    let scale = match keys.optional("llama.rope.scaling.type", "a string", Value::as_str)? {
-        Some("none") => 1.0,
-        // A factor without a type is linear, as llama.cpp has it.
-        None => factor.unwrap_or(1.0) as f32,
-        Some("linear") => {
-            factor.ok_or_else(|| keys.malformed(ROPE_FACTOR_KEYS[0], "none", "a float"))? as f32
-        }
-        Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
-    };
-    let factors = factors.unwrap_or_else(|| vec![1.0; rope_pairs(head_dim)]);
-    Ok(Rope {
-        theta: theta.unwrap_or(DEFAULT_ROPE_THETA) as f32,
-        factors: factors.into_iter().map(|factor| factor * scale).collect(),
-    })
+/// Reads rotary embeddings.
+struct Ropes<'k, 'a> {
+    keys: &'k GgufKeys<'a>,
+    family: &'static dyn Family,
+    pairs: usize,
+    context_length: usize,
 }
 
-/// The factor of linear scaling under its name or its old one; llama.cpp takes 0 for none.
-fn read_rope_factor(keys: &Keys<'_>) -> Result<Option<f64>> {
-    let mut found = None;
-    for key in ROPE_FACTOR_KEYS {
-        let factor = keys.optional(key, "a float", Value::as_f64)?.filter(|&factor| factor != 0.0);
-        match (found, factor) {
-            (Some(first), Some(factor)) if !is_about(factor, first) => {
-                let expected = format!("{first} as in `{}`", ROPE_FACTOR_KEYS[0]);
-                return Err(keys.malformed(key, factor, &expected));
+impl Ropes<'_, '_> {
+    /// That of blocks that see all tokens, and that of blocks with a window, if it is another.
+    fn read(&self, vectors: RopeVectors) -> Result<(Rope, Option<Rope>)> {
+        let keys = self.keys;
+        let theta = keys.float("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_THETA);
+        let global = self.global(theta, vectors)?;
+        if !self.family.has_local_rope() {
+            return Ok((global, None));
+        }
+        let local_theta = keys.float("rope.freq_base_swa")?;
+        // Files before that key: llama.cpp has the base in the code.
+        let local_theta = local_theta.or_else(|| self.family.default("rope_local_base_freq"));
+        let local = Rope::new(local_theta.unwrap_or(theta) as f32, vec![1.0; self.pairs]);
+        let local = Some(local).filter(|local| *local != global);
+        Ok((global, local))
+    }
+
+    fn global(&self, theta: f64, vectors: RopeVectors) -> Result<Rope> {
+        let keys = self.keys;
+        let factor = self.read_factor()?;
+        let need_factor = || {
+            let key = keys.own(ROPE_FACTOR_KEYS[0]);
+            factor.ok_or_else(|| keys.malformed(&key, "none", "a float"))
+        };
+        let amplitude = keys.float("rope.scaling.attn_factor")?.filter(|&factor| factor != 0.0);
+        let context = keys.optional_size("rope.scaling.original_context_length")?;
+        let context = context.unwrap_or(self.context_length);
+        let kind = keys.own("rope.scaling.type");
+        let kind = keys.optional(&kind, "a string", Value::as_str)?;
+        let (theta, is_one) = (theta as f32, amplitude.is_none_or(|found| is_about(found, 1.0)));
+        if let (Some(short), Some(long)) = (vectors.short, vectors.long) {
+            for (name, factors) in
+                [(arch::ROPE_FACTORS_SHORT, &short), (arch::ROPE_FACTORS_LONG, &long)]
+            {
+                if factors.len() != self.pairs {
+                    let place = format!("tensor `{name}`");
+                    let expected = format!("{}, one per turned pair", self.pairs);
+                    let found = format!("{} factors", factors.len());
+                    return Err(FormatError::malformed(keys.path, place, "", found, expected));
+                }
             }
-            _ => found = found.or(factor),
+            let scaling = Scaling::Long(LongRope { factors: long, context });
+            let amplitude = amplitude.unwrap_or(1.0) as f32;
+            return Ok(Rope { theta, factors: short, amplitude, scaling });
         }
+        let scale = match kind {
+            Some("none") => 1.0,
+            // A factor without a type is linear, as llama.cpp has it.
+            None => factor.unwrap_or(1.0) as f32,
+            Some("linear") => need_factor()? as f32,
+            Some("yarn") => return self.yarn(theta, need_factor()?, context),
+            Some("dynamic") => {
+                let scaling = Scaling::Dynamic { factor: need_factor()? as f32, context };
+                return Ok(Rope { scaling, ..Rope::new(theta, vec![1.0; self.pairs]) });
+            }
+            Some(other) => return keys.unsupported(format!("RoPE scaling `{other}`")),
+        };
+        if !is_one {
+            let key = keys.own("rope.scaling.attn_factor");
+            return keys.unsupported(format!("key `{key}` of {}", amplitude.unwrap_or_default()));
+        }
+        let factors = vectors.factors.unwrap_or_else(|| vec![1.0; self.pairs]);
+        Ok(Rope::new(theta, factors.into_iter().map(|factor| factor * scale).collect()))
     }
-    Ok(found)
+
+    /// llama.cpp's amplitude is `0.1 ln(factor) + 1`, times the key; with a `log multiplier` the
+    /// quotient of two, which is 1 for the only value that converters write.
+    fn yarn(&self, theta: f32, factor: f64, context: usize) -> Result<Rope> {
+        let keys = self.keys;
+        let truncate = keys.own("rope.scaling.yarn_truncate");
+        let truncate = keys.optional(&truncate, "true or false", Value::as_bool)?;
+        let yarn = Yarn {
+            factor,
+            context,
+            beta_fast: keys.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+            beta_slow: keys.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            truncate: truncate.unwrap_or(true),
+        };
+        let log_multiplier = keys.float("rope.scaling.yarn_log_multiplier")?.unwrap_or(0.0);
+        let own = keys.float("rope.scaling.yarn_attn_factor")?.filter(|&factor| factor != 0.0);
+        let amplitude = match own {
+            Some(amplitude) => amplitude,
+            None if log_multiplier != 0.0 => 1.0,
+            None => yarn_amplitude(factor, 1.0),
+        };
+        Ok(Rope::yarn(theta, self.pairs, yarn, amplitude as f32))
+    }
+
+    /// The factor under its name or its old one; llama.cpp takes 0 for none.
+    fn read_factor(&self) -> Result<Option<f64>> {
+        let keys = self.keys;
+        let mut found = None;
+        for key in ROPE_FACTOR_KEYS {
+            let factor = keys.float(key)?.filter(|&factor| factor != 0.0);
+            match (found, factor) {
+                (Some(first), Some(factor)) if !is_about(factor, first) => {
+                    let expected = format!("{first} as in `{}`", keys.own(ROPE_FACTOR_KEYS[0]));
+                    return Err(keys.malformed(&keys.own(key), factor, &expected));
+                }
+                _ => found = found.or(factor),
+            }
+        }
+        Ok(found)
+    }
 }
 
 /// Metadata, the file that it comes from, and which of its keys were asked for.
-struct Keys<'a> {
+struct GgufKeys<'a> {
     path: &'a Path,
     metadata: &'a Metadata,
+    architecture: &'a str,
     asked: RefCell<HashSet<String>>,
 }
 
-impl<'a> Keys<'a> {
+impl<'a> GgufKeys<'a> {
+    /// A key of the architecture.
+    fn own(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture)
+    }
+
     /// Refuses keys that no rule read and that could change the computation.
     fn refuse_unread(&self, config: &ModelConfig) -> Result<()> {
         let asked = self.asked.borrow();
@@ -223,12 +418,64 @@ impl<'a> Keys<'a> {
         self.optional(key, kind, read)?.ok_or_else(|| self.malformed(key, "none", kind))
     }
 
+    /// A float of the architecture.
+    fn float(&self, key: &str) -> Result<Option<f64>> {
+        self.optional(&self.own(key), "a float", Value::as_f64)
+    }
+
+    /// A whole number of the architecture.
     fn optional_size(&self, key: &str) -> Result<Option<usize>> {
-        self.optional(key, "a whole number, the same for all blocks", as_size)
+        self.optional(&self.own(key), "a whole number, the same for all blocks", as_size)
     }
 
     fn size(&self, key: &str) -> Result<usize> {
-        self.optional_size(key)?.ok_or_else(|| self.malformed(key, "none", "a whole number"))
+        let found = self.optional_size(key)?;
+        found.ok_or_else(|| self.malformed(&self.own(key), "none", "a whole number"))
+    }
+}
+
+impl Keys for GgufKeys<'_> {
+    fn model_type(&self) -> Option<&str> {
+        None
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        match gguf_name(key) {
+            // llama.cpp takes 0 for none.
+            Some(key) => Ok(self.float(key)?.filter(|&number| number != 0.0)),
+            None => Ok(None),
+        }
+    }
+
+    fn flag(&self, _key: &str) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn window(&self) -> Result<Option<usize>> {
+        Ok(self.optional_size("attention.sliding_window")?.filter(|&window| window > 0))
+    }
+
+    fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {
+        let Some(key) = gguf_name(key) else { return Ok(None) };
+        let key = self.own(key);
+        let kind = format!("{blocks} flags, one per block");
+        self.optional(&key, &kind, |value| match value {
+            Value::Array(Array::Bool(flags)) if flags.len() == blocks => Some(flags.clone()),
+            _ => None,
+        })
+    }
+
+    /// One flag per block, or the blocks from one without a window to the next.
+    fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
+        let kind = format!("a number, or {blocks} flags, one per block");
+        let key = self.own("attention.sliding_window_pattern");
+        self.optional(&key, &kind, |value| match value {
+            Value::Array(Array::Bool(flags)) if flags.len() == blocks => Some(flags.clone()),
+            _ => {
+                let interval = usize::try_from(value.as_u64()?).ok().filter(|&every| every > 0)?;
+                Some(every(interval, blocks))
+            }
+        })
     }
 }
 

@@ -5,24 +5,27 @@ use std::{cell::RefCell, collections::HashSet, path::Path};
 use serde_json::{Value, json};
 
 use super::{
-    ModelConfig, Rope,
-    keys::{Unread, is_about, unread},
+    Features, Keys, LongRope, ModelConfig, Rope, Scaling, Yarn,
+    keys::every,
     llama3::Llama3,
+    rope::yarn_amplitude,
     rope_pairs,
+    unread::{Unread, is_about, unread},
 };
 use crate::{
-    FormatError, Generation, Result, arch,
+    FormatError, Generation, Result,
+    arch::{self, Family},
     special_tokens::{SpecialTokens, TokenFiles, Vocabulary},
 };
 
-/// What the `llama` and `mistral` classes of transformers take when `rope_theta` is absent.
-const DEFAULT_ROPE_THETA: f64 = 10000.0;
+/// The kinds of blocks that a configuration may have, and whether they have a window.
+const LAYER_TYPES: [(&str, bool); 2] = [("full_attention", false), ("sliding_attention", true)];
 
 /// Characters of an unread value that a message shows.
 const SHOWN_CHARACTERS: usize = 60;
 
 impl ModelConfig {
-    /// Reads the configuration of a `llama` or `mistral` model; `path` is that of `config.json`.
+    /// Reads the configuration of a model of a known family; `path` is that of `config.json`.
     ///
     /// The special tokens are what these two files say of them; those of a tokenizer say more.
     /// `generation` is empty and the caller's to set ([`Generation::from_hugging_face`]).
@@ -40,49 +43,51 @@ impl ModelConfig {
     ) -> Result<Self> {
         let json = Json::new(path, config);
         let model_type = json.require("model_type", "a string", Value::as_str)?;
-        let Some(family) = arch::by_model_type(model_type) else {
-            let known = arch::FAMILIES.iter().flat_map(|family| family.model_types());
-            let known = known.copied().collect::<Vec<_>>().join(" and ");
+        let Some((family, kind)) = arch::by_model_type(model_type) else {
+            let known = arch::FAMILIES.iter().flat_map(|family| family.hf_types());
+            let known: Vec<&str> = known.map(|kind| kind.model_type).collect();
             let what = format!("model type `{model_type}`");
-            return json.unsupported(what, &format!("supported are {known}"));
+            return json.unsupported(what, &format!("supported are {}", known.join(", ")));
         };
-        refuse_other_classes(&json, model_type)?;
+        let json = Json { family: Some(family), ..json };
+        refuse_other_classes(&json, kind.class)?;
 
         let hidden_size = json.size("hidden_size")?;
         let head_count = json.size("num_attention_heads")?;
         let kv_head_count = match model_type {
-            "llama" => json.optional_size("num_key_value_heads")?.unwrap_or(head_count),
-            _ => json.size("num_key_value_heads")?,
+            "mistral" => json.size("num_key_value_heads")?,
+            _ => json.optional_size("num_key_value_heads")?.unwrap_or(head_count),
         };
         let head_dim = match json.optional_size("head_dim")? {
             Some(head_dim) => head_dim,
             None => hidden_size.checked_div(head_count).unwrap_or(0),
         };
-        let sliding_window = match model_type {
-            "mistral" => json.optional_size("sliding_window")?,
-            _ => None,
-        };
         let vocab_size = json.size("vocab_size")?;
+        let context_length = json.size("max_position_embeddings")?;
+        let pairs = rotated_pairs(&json, head_dim)?;
+        let (rope, local_rope) = Ropes { json: &json, family, pairs, context_length }.read()?;
         let mut config = Self {
             family,
             name: None,
             block_count: json.size("num_hidden_layers")?,
             hidden_size,
-            ffn_size: json.size("intermediate_size")?,
+            ffn_size: json.size(family.hf_ffn_size())?,
             head_count,
             kv_head_count,
             head_dim,
             vocab_size,
-            context_length: json.size("max_position_embeddings")?,
-            norm_epsilon: json.require("rms_norm_eps", "a number", Value::as_f64)? as f32,
-            rope: read_rope(&json, head_dim)?,
-            sliding_window,
+            context_length,
+            norm_epsilon: json.require_number("rms_norm_eps")? as f32,
+            rope,
+            sliding_window: None,
+            features: Features { local_rope, ..Features::default() },
             tied_embeddings: json.flag("tie_word_embeddings")?,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             add_bos: false,
             generation: Generation::default(),
         };
+        family.read(&json, &mut config)?;
         let files = TokenFiles::of_model(json.object, generation_config);
         SpecialTokens::from_hugging_face(path, &files, &Vocabulary::default(), vocab_size)?
             .describe(&mut config);
@@ -97,10 +102,7 @@ impl ModelConfig {
     /// # Errors
     /// `Unsupported` for RoPE factors that are none of Hugging Face's kinds of scaling.
     pub fn to_hugging_face(&self, path: &Path) -> Result<(Value, Value)> {
-        let (model_type, class) = match self.sliding_window {
-            None => ("llama", "LlamaForCausalLM"),
-            Some(_) => ("mistral", "MistralForCausalLM"),
-        };
+        let kind = self.family.hf_type(self);
         let token_ids = json!({
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {
@@ -110,8 +112,8 @@ impl ModelConfig {
             },
         });
         let mut config = json!({
-            "architectures": [class],
-            "model_type": model_type,
+            "architectures": [kind.class],
+            "model_type": kind.model_type,
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.context_length,
             "hidden_size": self.hidden_size,
@@ -124,20 +126,42 @@ impl ModelConfig {
             "rms_norm_eps": shortest(self.norm_epsilon),
             "rope_theta": shortest(self.rope.theta),
             "rope_scaling": rope_scaling(path, &self.rope)?,
+            "rope_parameters": self.ropes_by_kind(path)?,
             "tie_word_embeddings": self.tied_embeddings,
-            "attention_bias": false,
-            "mlp_bias": false,
+            "attention_bias": self.features.has_attention_bias,
+            "mlp_bias": self.features.has_ffn_bias,
             "bos_token_id": token_ids["bos_token_id"],
             "eos_token_id": token_ids["eos_token_id"],
         });
-        if let Some(window) = self.sliding_window {
-            config["sliding_window"] = window.into();
-        }
+        // Of the two spellings one, or readers would compare them.
+        let spelling = match config["rope_parameters"].is_null() {
+            true => "rope_parameters",
+            false => "rope_scaling",
+        };
+        config.as_object_mut().and_then(|config| config.remove(spelling));
+        self.family.write(self, &mut config);
         let mut generation_config = token_ids;
         for (key, value) in self.generation.to_hugging_face() {
             generation_config[key] = value;
         }
         Ok((config, generation_config))
+    }
+}
+
+impl ModelConfig {
+    /// `rope_parameters` of a model with another rotary embedding in blocks with a window.
+    fn ropes_by_kind(&self, path: &Path) -> Result<Value> {
+        let Some(local) = &self.features.local_rope else { return Ok(Value::Null) };
+        let mut parameters = json!({});
+        for ((kind, _), rope) in LAYER_TYPES.into_iter().zip([&self.rope, local]) {
+            let mut one = rope_scaling(path, rope)?;
+            if one.is_null() {
+                one = json!({"rope_type": "default"});
+            }
+            one["rope_theta"] = shortest(rope.theta).into();
+            parameters[kind] = one;
+        }
+        Ok(parameters)
     }
 }
 
@@ -148,6 +172,36 @@ pub(crate) fn shortest(number: f32) -> f64 {
 
 /// The old spelling, which older and newer readers know.
 fn rope_scaling(path: &Path, rope: &Rope) -> Result<Value> {
+    match &rope.scaling {
+        Scaling::Factors => factors_scaling(path, rope),
+        Scaling::Yarn(yarn) => Ok(json!({
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.context,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "truncate": yarn.truncate,
+            "attention_factor": shortest(rope.amplitude),
+        })),
+        Scaling::Long(long) => Ok(json!({
+            "rope_type": "longrope",
+            "short_factor": numbers(&rope.factors),
+            "long_factor": numbers(&long.factors),
+            "original_max_position_embeddings": long.context,
+            "attention_factor": shortest(rope.amplitude),
+        })),
+        Scaling::Dynamic { factor, .. } => {
+            Ok(json!({"rope_type": "dynamic", "factor": shortest(*factor)}))
+        }
+    }
+}
+
+fn numbers(values: &[f32]) -> Vec<f64> {
+    values.iter().copied().map(shortest).collect()
+}
+
+/// The kind of scaling that gives these factors.
+fn factors_scaling(path: &Path, rope: &Rope) -> Result<Value> {
     if rope.is_unscaled() {
         return Ok(Value::Null);
     }
@@ -169,93 +223,218 @@ fn rope_scaling(path: &Path, rope: &Rope) -> Result<Value> {
 }
 
 /// Refuses classes that end in something else than an output projection to tokens.
-fn refuse_other_classes(json: &Json<'_>, model_type: &str) -> Result<()> {
-    let class_of = |value: &Value| {
-        value
-            .as_str()
-            .is_some_and(|class| class.eq_ignore_ascii_case(&format!("{model_type}ForCausalLM")))
-    };
+fn refuse_other_classes(json: &Json<'_>, class: &str) -> Result<()> {
+    let is_known =
+        |value: &Value| value.as_str().is_some_and(|found| found.eq_ignore_ascii_case(class));
     match json.optional("architectures", "a list of classes", Value::as_array)? {
-        Some(classes) if !classes.is_empty() && !classes.iter().any(class_of) => {
-            let hint = "supported are LlamaForCausalLM and MistralForCausalLM";
-            json.unsupported(format!("the class {}", classes[0]), hint)
+        Some(classes) if !classes.is_empty() && !classes.iter().any(is_known) => {
+            json.unsupported(format!("the class {}", classes[0]), &format!("supported is {class}"))
         }
         _ => Ok(()),
     }
 }
 
-/// Reads the new spelling, one object `rope_parameters`, and the old one, `rope_theta` beside
-/// `rope_scaling`. Releases of transformers differ in which they prefer, so they must agree.
-fn read_rope(json: &Json<'_>, head_dim: usize) -> Result<Rope> {
-    let outer_theta = json.number("rope_theta")?;
-    let mut found: Option<Rope> = None;
-    for key in ["rope_parameters", "rope_scaling"] {
-        let object = json.optional(key, "an object", |value| value.is_object().then_some(value))?;
-        let Some(object) = object.filter(|object| *object != &json!({})) else { continue };
-        let rope = read_rope_object(&Json::new(json.path, object), key, outer_theta, head_dim)?;
-        match &found {
-            Some(first) if *first != rope => {
-                let expected = "the same as in `rope_parameters`";
-                return Err(json.malformed("rope_scaling", object, expected));
-            }
-            _ => found = Some(rope),
-        }
+/// Pairs of channels of a head that are turned; of a head that [`ModelConfig::validated`] will
+/// refuse, no more than memory can hold.
+fn rotated_pairs(json: &Json<'_>, head_dim: usize) -> Result<usize> {
+    let pairs = rope_pairs(head_dim);
+    let Some(default) = json.default("partial_rotary_factor") else { return Ok(pairs) };
+    let factor = json.number("partial_rotary_factor")?.unwrap_or(default);
+    if !(factor > 0.0 && factor <= 1.0) {
+        return Err(json.malformed("partial_rotary_factor", factor, "a part of 1"));
     }
-    Ok(found.unwrap_or_else(|| Rope {
-        theta: outer_theta.unwrap_or(DEFAULT_ROPE_THETA) as f32,
-        factors: vec![1.0; rope_pairs(head_dim)],
-    }))
+    Ok((2.0 * pairs as f64 * factor) as usize / 2)
 }
 
-/// Reads the object under `key`, in either spelling; `outer_theta` is that beside it.
-fn read_rope_object(
-    scaling: &Json<'_>,
-    key: &str,
-    outer_theta: Option<f64>,
-    head_dim: usize,
-) -> Result<Rope> {
-    let theta = match (scaling.number("rope_theta")?, outer_theta) {
-        (Some(inner), Some(outer)) if inner != outer => {
-            let expected = format!("{inner} as in `{key}`");
-            return Err(scaling.malformed("rope_theta", outer, expected));
-        }
-        (inner, outer) => inner.or(outer).unwrap_or(DEFAULT_ROPE_THETA),
-    };
-    let kind_of = |spelling| scaling.optional(spelling, "a string", Value::as_str);
-    let kind = match (kind_of("rope_type")?, kind_of("type")?) {
-        (Some(new), Some(old)) if new != old => {
-            let expected = format!("`{new}` as in `rope_type`");
-            return Err(scaling.malformed("type", format!("`{old}`"), expected));
-        }
-        (new, old) => new.or(old).unwrap_or("default"),
-    };
-    let factors = match kind {
-        "default" => vec![1.0; rope_pairs(head_dim)],
-        "linear" => {
-            let factor = scaling.require("factor", "a number", Value::as_f64)?;
-            vec![factor as f32; rope_pairs(head_dim)]
-        }
-        "llama3" => llama3_factors(scaling, theta, head_dim)?,
-        other => return scaling.unsupported(format!("RoPE scaling `{other}`"), ""),
-    };
-    for (part, value) in scaling.unread() {
-        let is_neutral = match part {
-            // What the model was stretched from, which only some kinds of scaling ask.
-            "original_max_position_embeddings" | "finetuned" => true,
-            "factor" | "partial_rotary_factor" | "attention_factor" => {
-                value.as_f64().is_some_and(|factor| is_about(factor, 1.0))
+/// Reads rotary embeddings in the new spelling, one object `rope_parameters`, and the old one,
+/// `rope_theta` beside `rope_scaling`. Releases of transformers differ in which they prefer, so
+/// they must agree.
+struct Ropes<'j, 'a> {
+    json: &'j Json<'a>,
+    family: &'static dyn Family,
+    pairs: usize,
+    context_length: usize,
+}
+
+impl Ropes<'_, '_> {
+    /// That of blocks that see all tokens, and that of blocks with a window, if it is another.
+    fn read(&self) -> Result<(Rope, Option<Rope>)> {
+        let json = self.json;
+        let outer_theta = json.stated("rope_theta")?;
+        let mut found: Option<(Rope, Option<Rope>)> = None;
+        for key in ["rope_parameters", "rope_scaling"] {
+            let object =
+                json.optional(key, "an object", |value| value.is_object().then_some(value))?;
+            let Some(object) = object.filter(|object| *object != &json!({})) else { continue };
+            let ropes = self.read_objects(object, key, outer_theta)?;
+            match &found {
+                Some(first) if *first != ropes => {
+                    let expected = "the same as in `rope_parameters`";
+                    return Err(json.malformed("rope_scaling", object, expected));
+                }
+                _ => found = Some(ropes),
             }
-            _ => false,
+        }
+        let theta = outer_theta.unwrap_or_else(|| self.default_theta());
+        let (global, local) = found.unwrap_or_else(|| (self.plain(theta), None));
+        if !self.family.has_local_rope() {
+            return Ok((global, None));
+        }
+        let local_theta = json.number("rope_local_base_freq")?;
+        let local =
+            local.unwrap_or_else(|| self.plain(local_theta.unwrap_or_else(|| global.theta.into())));
+        let local = Some(local).filter(|local| *local != global);
+        Ok((global, local))
+    }
+
+    /// Reads the object under `key`: of one rotary embedding, or of one for each kind of block.
+    fn read_objects(
+        &self,
+        object: &Value,
+        key: &str,
+        outer_theta: Option<f64>,
+    ) -> Result<(Rope, Option<Rope>)> {
+        let path = self.json.path;
+        let kinds = LAYER_TYPES.map(|(kind, _)| object.get(kind).filter(|kind| kind.is_object()));
+        match kinds {
+            [Some(global), local] if self.family.has_local_rope() => {
+                let global = self.read_object(&Json::new(path, global), key, outer_theta)?;
+                // The theta beside it is that of blocks that see all tokens.
+                let local = local.map(|local| self.read_object(&Json::new(path, local), key, None));
+                Ok((global, local.transpose()?))
+            }
+            _ => Ok((self.read_object(&Json::new(path, object), key, outer_theta)?, None)),
+        }
+    }
+
+    fn default_theta(&self) -> f64 {
+        self.json.default("rope_theta").unwrap_or(10_000.0)
+    }
+
+    fn plain(&self, theta: f64) -> Rope {
+        Rope::new(theta as f32, vec![1.0; self.pairs])
+    }
+
+    /// Reads the description `scaling` of one, in either spelling; `outer_theta` is that beside it.
+    fn read_object(&self, scaling: &Json<'_>, key: &str, outer_theta: Option<f64>) -> Result<Rope> {
+        let theta = match (scaling.number("rope_theta")?, outer_theta) {
+            (Some(inner), Some(outer)) if inner != outer => {
+                let expected = format!("{inner} as in `{key}`");
+                return Err(scaling.malformed("rope_theta", outer, expected));
+            }
+            (inner, outer) => inner.or(outer).unwrap_or_else(|| self.default_theta()),
         };
-        if !is_neutral {
-            let what = format!("key `{part}` of `{key}` with RoPE scaling `{kind}`: {value}");
-            return scaling.unsupported(what, "");
+        let kind_of = |spelling| scaling.optional(spelling, "a string", Value::as_str);
+        let kind = match (kind_of("rope_type")?, kind_of("type")?) {
+            (Some(new), Some(old)) if new != old => {
+                let expected = format!("`{new}` as in `rope_type`");
+                return Err(scaling.malformed("type", format!("`{old}`"), expected));
+            }
+            (new, old) => new.or(old).unwrap_or("default"),
+        };
+        let has_short_factors = scaling.object.get("short_factor").is_some();
+        let rope = match kind {
+            "default" => self.plain(theta),
+            "linear" => {
+                let factor = scaling.require("factor", "a number", Value::as_f64)?;
+                Rope::new(theta as f32, vec![factor as f32; self.pairs])
+            }
+            "llama3" => Rope::new(theta as f32, llama3_factors(scaling, theta, self.pairs)?),
+            // The old names of `longrope`, of the first Phi-3.
+            "longrope" | "su" | "yarn" if has_short_factors => self.long_rope(scaling, theta)?,
+            "yarn" => self.yarn(scaling, theta)?,
+            "dynamic" => {
+                let factor = scaling.require("factor", "a number", Value::as_f64)? as f32;
+                let scaling = Scaling::Dynamic { factor, context: self.context_length };
+                Rope { scaling, ..self.plain(theta) }
+            }
+            other => return scaling.unsupported(format!("RoPE scaling `{other}`"), ""),
+        };
+        for (part, value) in scaling.unread() {
+            let is_neutral = match part {
+                // What the model was stretched from, which only some kinds of scaling ask.
+                "original_max_position_embeddings" | "finetuned" => true,
+                "partial_rotary_factor" | "llama_4_scaling_beta" => {
+                    self.json.default(part).is_some()
+                        || value.as_f64().is_some_and(|factor| is_about(factor, 1.0))
+                }
+                "factor" | "attention_factor" => {
+                    value.as_f64().is_some_and(|factor| is_about(factor, 1.0))
+                }
+                _ => false,
+            };
+            if !is_neutral {
+                let what = format!("key `{part}` of `{key}` with RoPE scaling `{kind}`: {value}");
+                return scaling.unsupported(what, "");
+            }
         }
+        Ok(rope)
     }
-    Ok(Rope { theta: theta as f32, factors })
+
+    /// Tokens that the model had before it was stretched; what the model says counts more than
+    /// what its `scaling` says.
+    fn original_context(&self, scaling: &Json<'_>) -> Result<usize> {
+        const KEY: &str = "original_max_position_embeddings";
+        let inner = scaling.optional_size(KEY)?;
+        Ok(self.json.optional_size(KEY)?.or(inner).unwrap_or(self.context_length))
+    }
+
+    fn yarn(&self, scaling: &Json<'_>, theta: f64) -> Result<Rope> {
+        let factor = scaling.require("factor", "a number", Value::as_f64)?;
+        let truncate = scaling.optional("truncate", "true or false", Value::as_bool)?;
+        let yarn = Yarn {
+            factor,
+            context: self.original_context(scaling)?,
+            beta_fast: scaling.number("beta_fast")?.unwrap_or(32.0),
+            beta_slow: scaling.number("beta_slow")?.unwrap_or(1.0),
+            truncate: truncate.unwrap_or(true),
+        };
+        let mscale = scaling.number("mscale")?.filter(|&mscale| mscale != 0.0);
+        let all_dims = scaling.number("mscale_all_dim")?.filter(|&mscale| mscale != 0.0);
+        let amplitude = match (scaling.number("attention_factor")?, mscale, all_dims) {
+            (Some(amplitude), ..) => amplitude,
+            (None, Some(mscale), Some(all_dims)) => {
+                yarn_amplitude(factor, mscale) / yarn_amplitude(factor, all_dims)
+            }
+            _ => yarn_amplitude(factor, 1.0),
+        };
+        Ok(Rope::yarn(theta as f32, self.pairs, yarn, amplitude as f32))
+    }
+
+    /// # Source
+    /// `modeling_rope_utils.py::_compute_longrope_parameters` of transformers.
+    fn long_rope(&self, scaling: &Json<'_>, theta: f64) -> Result<Rope> {
+        let factors = |key: &str| -> Result<Vec<f32>> {
+            let list = scaling.require(key, "a list of numbers", Value::as_array)?;
+            let values: Option<Vec<f32>> =
+                list.iter().map(|value| value.as_f64().map(|value| value as f32)).collect();
+            match values {
+                Some(values) if values.len() == self.pairs => Ok(values),
+                _ => {
+                    let expected = format!("{} numbers, one per turned pair", self.pairs);
+                    Err(scaling.malformed(key, format!("{} entries", list.len()), expected))
+                }
+            }
+        };
+        let context = self.original_context(scaling)?;
+        let stretch = scaling.number("factor")?;
+        let stretch = stretch.unwrap_or(self.context_length as f64 / context as f64);
+        let amplitude = match scaling.number("attention_factor")? {
+            Some(amplitude) => amplitude,
+            None if stretch <= 1.0 => 1.0,
+            None => (1.0 + stretch.ln() / (context as f64).ln()).sqrt(),
+        };
+        let long = LongRope { factors: factors("long_factor")?, context };
+        Ok(Rope {
+            theta: theta as f32,
+            factors: factors("short_factor")?,
+            amplitude: amplitude as f32,
+            scaling: Scaling::Long(long),
+        })
+    }
 }
 
-fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec<f32>> {
+fn llama3_factors(scaling: &Json<'_>, theta: f64, pairs: usize) -> Result<Vec<f32>> {
     let number = |key| scaling.require(key, "a number", Value::as_f64);
     let llama3 = Llama3 {
         factor: number("factor")?,
@@ -267,7 +446,7 @@ fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec
         let expected = format!("more than `low_freq_factor`, {}", llama3.low);
         return Err(scaling.malformed("high_freq_factor", llama3.high, expected));
     }
-    Ok(llama3.factors(theta, rope_pairs(head_dim)))
+    Ok(llama3.factors(theta, pairs))
 }
 
 /// A JSON object, the file that it comes from, and which of its keys were asked for. A `null`
@@ -275,12 +454,14 @@ fn llama3_factors(scaling: &Json<'_>, theta: f64, head_dim: usize) -> Result<Vec
 struct Json<'a> {
     path: &'a Path,
     object: &'a Value,
+    /// Whose class has defaults for absent keys.
+    family: Option<&'static dyn Family>,
     asked: RefCell<HashSet<&'a str>>,
 }
 
 impl<'a> Json<'a> {
     fn new(path: &'a Path, object: &'a Value) -> Self {
-        Self { path, object, asked: RefCell::default() }
+        Self { path, object, family: None, asked: RefCell::default() }
     }
 
     /// The value of a key, which counts as read from then on.
@@ -358,20 +539,98 @@ impl<'a> Json<'a> {
         })
     }
 
+    /// What the family's class takes for an absent key.
+    fn default(&self, key: &str) -> Option<f64> {
+        self.family?.default(key)
+    }
+
     fn optional_size(&self, key: &str) -> Result<Option<usize>> {
-        self.optional(key, "a whole number", as_size)
+        let found = self.optional(key, "a whole number", as_size)?;
+        Ok(found.or_else(|| self.default(key).map(|default| default as usize)))
     }
 
     fn size(&self, key: &str) -> Result<usize> {
-        self.require(key, "a whole number", as_size)
+        match self.optional_size(key)? {
+            Some(size) => Ok(size),
+            None => self.require(key, "a whole number", as_size),
+        }
+    }
+
+    /// A number of the model, or of its rotary embedding.
+    fn stated(&self, key: &str) -> Result<Option<f64>> {
+        match self.optional(key, "a number", Value::as_f64)? {
+            Some(number) => Ok(Some(number)),
+            None => {
+                let rope = ["rope_parameters", "rope_scaling"].map(|rope| self.object.get(rope));
+                Ok(rope.into_iter().flatten().find_map(|rope| rope.get(key)?.as_f64()))
+            }
+        }
+    }
+
+    fn require_number(&self, key: &str) -> Result<f64> {
+        match (self.get(key), self.default(key)) {
+            (None, Some(default)) => Ok(default),
+            _ => self.require(key, "a number", Value::as_f64),
+        }
+    }
+}
+
+impl Keys for Json<'_> {
+    fn model_type(&self) -> Option<&str> {
+        self.object.get("model_type")?.as_str()
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.optional(key, "a number", Value::as_f64)
+        let is_null = self.object.get(key).is_some_and(Value::is_null);
+        let default = self.default(key).filter(|_| !is_null);
+        Ok(self.stated(key)?.or(default))
     }
 
     fn flag(&self, key: &str) -> Result<bool> {
-        Ok(self.optional(key, "true or false", Value::as_bool)?.unwrap_or(false))
+        let found = self.optional(key, "true or false", Value::as_bool)?;
+        Ok(found.unwrap_or_else(|| self.default(key).is_some_and(|default| default != 0.0)))
+    }
+
+    fn window(&self) -> Result<Option<usize>> {
+        self.optional_size("sliding_window")
+    }
+
+    fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {
+        let Some(list) = self.optional(key, "a list", Value::as_array)? else { return Ok(None) };
+        let flags = list.iter().map(|flag| flag.as_bool().or(flag.as_u64().map(|flag| flag != 0)));
+        match flags.collect::<Option<Vec<bool>>>() {
+            Some(flags) if flags.len() == blocks => Ok(Some(flags)),
+            _ => {
+                let expected = format!("{blocks} flags, one per block");
+                Err(self.malformed(key, format!("{} entries", list.len()), expected))
+            }
+        }
+    }
+
+    fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
+        const KEY: &str = "layer_types";
+        let intervals = ["sliding_window_pattern", "_sliding_window_pattern"]
+            .map(|key| self.optional(key, "a whole number", as_size));
+        let Some(list) = self.optional(KEY, "a list of kinds", Value::as_array)? else {
+            for interval in intervals {
+                if let Some(interval) = interval?.filter(|&interval| interval > 0) {
+                    return Ok(Some(every(interval, blocks)));
+                }
+            }
+            return Ok(None);
+        };
+        if list.len() != blocks {
+            let expected = format!("{blocks} kinds, one per block");
+            return Err(self.malformed(KEY, format!("{} entries", list.len()), expected));
+        }
+        let windowed = list.iter().map(|found| {
+            let kind = LAYER_TYPES.iter().find(|(kind, _)| found == kind);
+            match kind {
+                Some(&(_, is_windowed)) => Ok(is_windowed),
+                None => self.unsupported(format!("key `{KEY}` with {found}"), ""),
+            }
+        });
+        windowed.collect::<Result<_>>().map(Some)
     }
 }
 

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use super::{GgufFile, Metadata};
 use crate::{
-    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
-    TokenizerSource, Weight,
-    arch::ROPE_FACTORS,
+    DType, Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
+    arch::ROPE_TENSORS,
     folder::tokenizer_warnings,
     locate,
+    places::{self, Fixed},
     shapes::{self, Spelling},
 };
 
@@ -18,6 +18,10 @@ pub struct GgufModel {
     file: GgufFile,
     config: ModelConfig,
     decoder: Decoder,
+    /// Of the tensors of the model, in the order of the file.
+    names: Vec<String>,
+    /// Vectors that are not used as they are stored.
+    fixed: Fixed,
     tokenizer: TokenizerSource,
     warnings: Vec<String>,
 }
@@ -37,17 +41,23 @@ impl GgufModel {
             return Err(locate::split_gguf(path, count));
         }
         refuse_other_kinds(path, metadata)?;
-        let rope_factors = file.f32_vector(ROPE_FACTORS)?;
-        let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, file.rope_vectors()?)?;
         config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
+        config.find_biases(|name| file.tensor(name).is_some());
         let decoder = Decoder::new(&config);
-        check_tensors(&file, &decoder)?;
-        shapes::check(path, &config, &decoder, Spelling::Gguf, |name| {
-            file.tensor(name).map(|tensor| tensor.rows_and_cols(path)).transpose()
+        let names = names_in(&file, &decoder)?;
+        shapes::check(path, &config, &decoder, Spelling::Gguf, |place| {
+            file.tensor(&place.name).map(|tensor| tensor.rows_and_cols(path)).transpose()
         })?;
+        let fixed = places::fixed(
+            path,
+            &decoder,
+            |tensor| &tensor.gguf,
+            |place| file.tensor(&place.name).map(|tensor| (tensor.dtype, file.bytes_of(tensor))),
+        )?;
         let tokenizer = TokenizerSource::from_gguf(metadata);
         let warnings = tokenizer_warnings(path, &tokenizer, config.vocab_size).collect();
-        Ok(Self { file, config, decoder, tokenizer, warnings })
+        Ok(Self { file, config, decoder, names, fixed, tokenizer, warnings })
     }
 
     /// The container.
@@ -69,23 +79,30 @@ fn refuse_other_kinds(path: &Path, metadata: &Metadata) -> Result<()> {
     Err(FormatError::other_kind(path, found, "a language model", hint))
 }
 
-/// Refuses tensors that would be ignored, and types that cannot be read.
-fn check_tensors(file: &GgufFile, decoder: &Decoder) -> Result<()> {
+/// Names of the tensors of the model in the order of the file. Refuses tensors that would be
+/// ignored, and types that cannot be read.
+fn names_in(file: &GgufFile, decoder: &Decoder) -> Result<Vec<String>> {
+    let known = places::by_stored_name(decoder, |tensor| &tensor.gguf);
+    let mut names = Vec::with_capacity(decoder.tensors().len());
     for tensor in file.tensors() {
         let unsupported = |what| Err(FormatError::unsupported(file.path(), what, ""));
-        let name = &tensor.name;
-        if name != ROPE_FACTORS && decoder.find(name).is_none() {
-            return unsupported(format!(
-                "tensor `{name}` of a {} model with {} blocks",
-                decoder.family.architecture(),
-                decoder.blocks.len()
-            ));
+        let name = tensor.name.as_str();
+        match known.get(name) {
+            Some(parts) => names.extend(parts.iter().map(|part| part.name.clone())),
+            None if ROPE_TENSORS.contains(&name) => {}
+            None => {
+                return unsupported(format!(
+                    "tensor `{name}` of a {} model with {} blocks",
+                    decoder.family.architecture(),
+                    decoder.blocks.len()
+                ));
+            }
         }
         if let DType::Unknown(id) = tensor.dtype {
             return unsupported(format!("tensor `{name}`: GGUF element type {id}"));
         }
     }
-    Ok(())
+    Ok(names)
 }
 
 impl ModelSource for GgufModel {
@@ -106,16 +123,18 @@ impl ModelSource for GgufModel {
     }
 
     fn tensor_names(&self) -> Vec<&str> {
-        let names = self.file.tensors().iter().map(|tensor| tensor.name.as_str());
-        names.filter(|&name| name != ROPE_FACTORS).collect()
+        self.names.iter().map(String::as_str).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
-        let Some(tensor) = self.file.tensor(name) else { return Ok(None) };
-        let (rows, cols) = tensor.rows_and_cols(self.path())?;
-        let layout = self.decoder.find(name).map_or(Layout::AsStored, |known| known.gguf_layout);
+        let Some(known) = self.decoder.find(name) else { return Ok(None) };
+        if let Some(fixed) = self.fixed.get(name) {
+            return Ok(Some(fixed));
+        }
+        let Some(tensor) = self.file.tensor(&known.gguf.name) else { return Ok(None) };
+        let (_, cols) = tensor.rows_and_cols(self.path())?;
         let bytes = self.file.bytes_of(tensor);
-        Ok(Some(Weight::Dense(DenseTensor { dtype: tensor.dtype, rows, cols, bytes, layout })))
+        Ok(Some(places::rows_of(known, &known.gguf, tensor.dtype, cols, bytes)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

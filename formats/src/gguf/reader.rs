@@ -10,7 +10,10 @@ use super::{
     Value, dtype_from_id, element_count, is_alignment, tensor_bytes,
     value::{MAX_KEY_BYTES, type_id},
 };
-use crate::{DType, FormatError, Limits, MappedFile, Result, folder::CUT_SHORT, limits};
+use crate::{
+    DType, FormatError, Limits, MappedFile, Result, RopeVectors, arch::ROPE_TENSORS,
+    folder::CUT_SHORT, limits,
+};
 
 /// The least bytes of a metadata entry: key length, one key byte, type, a one-byte value.
 const MIN_ENTRY_BYTES: u64 = 8 + 1 + 4 + 1;
@@ -208,6 +211,15 @@ impl GgufFile {
     /// As [`MappedFile::release_pages`].
     pub fn release_pages(&self) {
         self.map.release_pages();
+    }
+
+    /// The vectors that belong to the configuration.
+    ///
+    /// # Errors
+    /// As [`Self::f32_vector`].
+    pub fn rope_vectors(&self) -> Result<RopeVectors> {
+        let [factors, short, long] = ROPE_TENSORS.map(|name| self.f32_vector(name));
+        Ok(RopeVectors { factors: factors?, short: short?, long: long? })
     }
 
     /// The values of an F32 vector, `None` if the file has no tensor of this name.

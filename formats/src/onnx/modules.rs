@@ -26,10 +26,10 @@ impl Modules {
         let slots = Decoder::new(&untied).tensors().to_vec();
         let mut by_path: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, slot) in slots.iter().enumerate() {
-            let path = slot.hf_name.trim_end_matches(".weight");
-            by_path.insert(path.to_owned(), vec![index]);
-            if let (Part::AttnQ | Part::AttnK | Part::AttnV, Some((attention, _))) =
-                (slot.part, path.rsplit_once('.'))
+            let path = slot.hf.name.trim_end_matches(".weight");
+            by_path.entry(path.to_owned()).or_default().push(index);
+            if let (Part::AttnQ | Part::AttnK | Part::AttnV, false, Some((attention, _))) =
+                (slot.part, slot.hf.is_fused(slot), path.rsplit_once('.'))
             {
                 by_path.entry(format!("{attention}.qkv_proj")).or_default().push(index);
             }

@@ -84,7 +84,7 @@ pub fn export(style: Style, config: &ModelConfig) -> Model {
     let is_q = |path: &str| path.ends_with("q_proj");
     let is_fused = |path: &str| ["k_proj", "v_proj"].iter().any(|part| path.ends_with(part));
     for (index, slot) in modules.slots.iter().enumerate() {
-        let path = slot.hf_name.strip_suffix(".weight").unwrap();
+        let path = slot.hf.name.strip_suffix(".weight").unwrap();
         match style {
             Style::GenAiFused if is_fused(path) => {}
             Style::GenAiFused if is_q(path) => {

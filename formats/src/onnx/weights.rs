@@ -190,7 +190,7 @@ impl<'a, 'g> Finder<'a, 'g> {
                 && initializer.dtype().is_some()
                 && initializer.elements() > Some(1) =>
             {
-                let module = all[slots[0]].hf_name.trim_end_matches(".weight");
+                let module = all[slots[0]].hf.name.trim_end_matches(".weight");
                 let what = format!(
                     "{} as an input of node `{}` (`{}`) in the module `{module}`",
                     described(initializer),
@@ -271,7 +271,7 @@ impl<'a, 'g> Finder<'a, 'g> {
     }
 
     fn malformed_slot(&self, slot: usize, found: String, expected: String) -> FormatError {
-        let place = format!("`{}`", self.modules.slots[slot].hf_name);
+        let place = format!("`{}`", self.modules.slots[slot].hf.name);
         FormatError::malformed(self.path, place, "", found, expected)
     }
 
@@ -330,7 +330,7 @@ impl<'a, 'g> Finder<'a, 'g> {
             match place {
                 Some(place) => found.push((index, *place)),
                 None if is_tied && slot.part == Part::Output => {}
-                None => return Err(self.missing(&slot.hf_name)),
+                None => return Err(self.missing(&slot.hf.name)),
             }
         }
         match self.stray {

@@ -4,16 +4,14 @@ mod index;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use crate::{
-    DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
-    TokenizerSource, Weight,
+    Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
+    arch::Tensor,
     folder::{Description, Folder},
     locate::{self, Weights},
+    places::{self, Fixed, floats},
     shapes::{self, Spelling},
 };
 use index::{Shards, StoredTensor, Table};
@@ -25,9 +23,10 @@ pub struct HfDirectory {
     config: ModelConfig,
     decoder: Decoder,
     shards: Shards,
-    /// GGUF name and place of each tensor, in the order of use.
-    tensors: Vec<(String, StoredTensor)>,
-    by_name: HashMap<String, usize>,
+    /// By Hugging Face's names.
+    stored: Table,
+    /// Vectors that are not used as they are stored.
+    fixed: Fixed,
     tokenizer: TokenizerSource,
     chat_template: Option<String>,
     files: Vec<PathBuf>,
@@ -80,22 +79,29 @@ impl HfDirectory {
         warnings.extend(settle_output(&shards, &mut stored, &mut config, folder.config_path()));
         check_derived(path, &shards, &mut stored, &config)?;
         let decoder = Decoder::new(&config);
-        let tensors = arrange(path, stored, &decoder)?;
+        refuse_unknown(path, &stored, &decoder)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
-        let names = tensors.iter().map(|(name, _)| name.clone());
-        let by_name: HashMap<_, _> = names.zip(0..).collect();
-        shapes::check(path, &config, &decoder, Spelling::HuggingFace, |name| {
-            let tensor = by_name.get(name).map(|&index: &usize| &tensors[index].1);
-            Ok(tensor.map(|tensor| (tensor.rows, tensor.cols)))
+        shapes::check(path, &config, &decoder, Spelling::HuggingFace, |place| {
+            Ok(stored.get(&place.name).map(|tensor| (tensor.rows, tensor.cols)))
         })?;
+        let fixed = places::fixed(
+            path,
+            &decoder,
+            |tensor| &tensor.hf,
+            |place| {
+                let tensor = stored.get(&place.name)?;
+                Some((tensor.dtype, shards.bytes_of(tensor)))
+            },
+        )?;
+        let path = path.to_owned();
         Ok(Self {
-            path: path.to_owned(),
+            path,
             config,
             decoder,
             shards,
-            tensors,
-            by_name,
+            stored,
+            fixed,
             tokenizer,
             chat_template,
             files,
@@ -122,15 +128,18 @@ impl ModelSource for HfDirectory {
     }
 
     fn tensor_names(&self) -> Vec<&str> {
-        self.tensors.iter().map(|(name, _)| name.as_str()).collect()
+        let stored = |tensor: &&Tensor| self.stored.contains_key(&tensor.hf.name);
+        self.decoder.tensors().iter().filter(stored).map(|tensor| tensor.name.as_str()).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Weight<'_>>> {
-        let Some(&index) = self.by_name.get(name) else { return Ok(None) };
-        let stored = &self.tensors[index].1;
-        let StoredTensor { dtype, rows, cols, .. } = *stored;
+        let Some(known) = self.decoder.find(name) else { return Ok(None) };
+        if let Some(fixed) = self.fixed.get(name) {
+            return Ok(Some(fixed));
+        }
+        let Some(stored) = self.stored.get(&known.hf.name) else { return Ok(None) };
         let bytes = self.shards.bytes_of(stored);
-        Ok(Some(Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })))
+        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -210,7 +219,7 @@ fn check_derived(
     let agrees =
         |found: f32, expected: f64| (f64::from(found) - expected).abs() <= 0.01 * expected + 1e-7;
     for (name, tensor) in stored.extract_if(|name, _| name.ends_with(SUFFIX)) {
-        let values = floats(tensor.dtype, shards.bytes_of(&tensor));
+        let values = floats(tensor.dtype, shards.bytes_of(&tensor)).unwrap_or_default();
         let is_of_rope = |factor: &dyn Fn(usize) -> f64| {
             values.len() == pairs
                 && (0..pairs).all(|pair| agrees(values[pair], frequency(pair) / factor(pair)))
@@ -227,32 +236,15 @@ fn check_derived(
     Ok(())
 }
 
-fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
-    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        DType::F16 => halves().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
-        DType::BF16 => halves().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-        _ => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-    }
-}
-
-/// Brings the tensors under their GGUF names and into the order of use.
-fn arrange(
-    path: &Path,
-    mut stored: Table,
-    decoder: &Decoder,
-) -> Result<Vec<(String, StoredTensor)>> {
-    let mut tensors = Vec::with_capacity(stored.len());
-    for tensor in decoder.tensors() {
-        let found = stored.remove(&tensor.hf_name);
-        tensors.extend(found.map(|stored| (tensor.name.clone(), stored)));
-    }
-    match stored.keys().min() {
+/// Refuses tensors that would be ignored.
+fn refuse_unknown(path: &Path, stored: &Table, decoder: &Decoder) -> Result<()> {
+    let known = places::by_stored_name(decoder, |tensor| &tensor.hf);
+    match stored.keys().filter(|name| !known.contains_key(name.as_str())).min() {
+        None => Ok(()),
         Some(name) => {
             let blocks = decoder.blocks.len();
             let what = format!("tensor `{name}` of a model with {blocks} blocks");
             Err(FormatError::unsupported(path, what, ""))
         }
-        None => Ok(tensors),
     }
 }

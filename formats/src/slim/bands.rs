@@ -166,7 +166,7 @@ mod tests {
         super::{LayerLayout, Outline, ScaleCoding, SlimWriter},
         *,
     };
-    use crate::{DType, Generation, ModelConfig, ModelSource, Rope, Weight};
+    use crate::{DType, Features, Generation, ModelConfig, ModelSource, Rope, Weight};
 
     const MATRIX: &str = "blk.0.ffn_up.weight";
     const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
@@ -194,7 +194,8 @@ mod tests {
             vocab_size: 4,
             context_length: 64,
             norm_epsilon: 1e-5,
-            rope: Rope { theta: 10000.0, factors: vec![1.0; 8] },
+            rope: Rope::new(10000.0, vec![1.0; 8]),
+            features: Features::default(),
             sliding_window: None,
             tied_embeddings: true,
             bos_token_id: None,

@@ -18,7 +18,6 @@ use super::{
 use crate::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
     TokenizerSource, Weight,
-    arch::ROPE_FACTORS,
     gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
     vocabulary_faults,
 };
@@ -143,8 +142,8 @@ impl SlimFile {
             })
         });
         let stored = stored.collect();
-        let rope_factors = gguf.f32_vector(ROPE_FACTORS)?;
-        let mut config = ModelConfig::from_gguf(path, metadata, rope_factors)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, gguf.rope_vectors()?)?;
+        config.find_biases(|name| gguf.tensor(name).is_some());
         let output = Part::Output.gguf_name();
         config.tied_embeddings = !places.contains_key(output) && gguf.tensor(output).is_none();
         let decoder = Decoder::new(&config);

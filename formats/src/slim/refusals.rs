@@ -17,7 +17,8 @@ use super::{
     *,
 };
 use crate::{
-    DType, FormatError, Generation, ModelConfig, ModelSource, OutputPath, Result, Rope, Weight,
+    DType, Features, FormatError, Generation, ModelConfig, ModelSource, OutputPath, Result, Rope,
+    Weight,
     gguf::{Array, GgufFile, HeaderWriter, Metadata, NewTensor, Value},
     open_model,
 };
@@ -126,7 +127,8 @@ fn config() -> ModelConfig {
         vocab_size: 4,
         context_length: 64,
         norm_epsilon: 1e-5,
-        rope: Rope { theta: 10000.0, factors: vec![1.0; 2] },
+        rope: Rope::new(10000.0, vec![1.0; 2]),
+        features: Features::default(),
         sliding_window: None,
         tied_embeddings: true,
         bos_token_id: Some(1),

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{dot, softmax};
+use super::elementwise::{cap, dot, softmax};
 use crate::{
     AttentionShape, KvView,
     linalg::{self, Mat, Precision, Store},
@@ -48,7 +48,7 @@ fn attention_of_one(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut
     let one_head = |(head, (q, out)): (usize, (&[f32], &mut [f32]))| {
         let first = (head / (shape.heads / shape.kv_heads) * kv.capacity + visible.start) * dim;
         let cached = first..first + visible.len() * dim;
-        attend(q, &kv.keys[cached.clone()], &kv.values[cached], out);
+        attend(q, &kv.keys[cached.clone()], &kv.values[cached], shape.scale, shape.softcap, out);
     };
     match shape.heads * dim * visible.len() < SMALL {
         true => q.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate().for_each(one_head),
@@ -61,12 +61,21 @@ fn attention_of_one(q: &[f32], kv: KvView<'_>, shape: &AttentionShape, out: &mut
 
 per_isa! {
     /// The output `[head_dim]` of one query over `keys` and `values: [positions, head_dim]`.
-    fn attend(q: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
+    fn attend(
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+        scale: f32,
+        softcap: Option<f32>,
+        out: &mut [f32],
+    ) {
         let dim = q.len();
-        let scale = 1.0 / (dim as f32).sqrt();
         let mut scores = vec![0.0; keys.len() / dim];
         for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
             *score = scale * dot(q, key);
+        }
+        if let Some(softcap) = softcap {
+            cap(&mut scores, softcap);
         }
         softmax(&mut scores);
         out.fill(0.0);
@@ -98,12 +107,11 @@ fn query_block(
     let queries = Mat::strided(&q[first * stride + head * dim..], block, dim, stride);
     let keys = Mat::new(&kv.keys[cached.clone()], len, dim);
     let mut scores = vec![0.0; block * len];
-    let scale = 1.0 / (dim as f32).sqrt();
     linalg::matmul(
         precision,
         &mut scores,
         len,
-        Store { alpha: scale, add: false },
+        Store { alpha: shape.scale, add: false },
         queries,
         keys.transposed(),
     );
@@ -112,6 +120,9 @@ fn query_block(
         let visible = visible.start - keys_from..visible.end - keys_from;
         scores[..visible.start].fill(0.0);
         scores[visible.end..].fill(0.0);
+        if let Some(softcap) = shape.softcap {
+            cap(&mut scores[visible.clone()], softcap);
+        }
         softmax(&mut scores[visible]);
     }
     let mut out = vec![0.0; block * dim];

@@ -1,4 +1,6 @@
-//! Norm, rotation, SwiGLU, softmax: one token at a time.
+//! Norms, rotation, activations, softmax: one token at a time.
+
+use slim_formats::arch::Activation;
 
 /// `e^x` for `x <= 0` (and moderate positive `x`), relative error below 2e-7: `2^i * p(f)` with a
 /// degree 6 polynomial on `[-ln 2 / 2, ln 2 / 2]`. Branch-free, so that loops over it vectorise.
@@ -87,6 +89,20 @@ per_isa! {
 }
 
 per_isa! {
+    pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+        let mean = sum(x) / x.len() as f32;
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = (x - mean) * (x - mean);
+        }
+        let scale = 1.0 / (sum(out) / x.len() as f32 + epsilon).sqrt();
+        for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = (x - mean) * scale * weight + bias;
+        }
+    }
+}
+
+per_isa! {
+    /// Turns the first `2 * cos.len()` channels.
     pub fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
         let (first, second) = head.split_at_mut(cos.len());
         for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
@@ -95,10 +111,77 @@ per_isa! {
     }
 }
 
+/// `tanh(x)`, by [`exp`].
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x.clamp(-40.0, 40.0)) + 1.0)
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `sqrt(2 / pi)`.
+const GELU_SLOPE: f32 = 0.797_884_6;
+const GELU_CUBE: f32 = 0.044_715;
+
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + tanh(GELU_SLOPE * (x + GELU_CUBE * x * x * x)))
+}
+
 per_isa! {
-    pub fn swiglu(gate: &mut [f32], up: &[f32]) {
-        for (gate, up) in gate.iter_mut().zip(up) {
-            *gate = *gate / (1.0 + exp(-*gate)) * up;
+    pub fn gated(activation: Activation, gate: &mut [f32], up: &[f32]) {
+        // A loop of its own for each, so that it vectorises.
+        let pairs = gate.iter_mut().zip(up);
+        match activation {
+            Activation::Silu => {
+                for (gate, up) in pairs {
+                    *gate = silu(*gate) * up;
+                }
+            }
+            Activation::GeluTanh => {
+                for (gate, up) in pairs {
+                    *gate = gelu(*gate) * up;
+                }
+            }
+            Activation::Relu => {
+                for (gate, up) in pairs {
+                    *gate = gate.max(0.0) * up;
+                }
+            }
+        }
+    }
+}
+
+per_isa! {
+    pub fn activate(activation: Activation, x: &mut [f32]) {
+        match activation {
+            Activation::Silu => {
+                for x in x {
+                    *x = silu(*x);
+                }
+            }
+            Activation::GeluTanh => {
+                for x in x {
+                    *x = gelu(*x);
+                }
+            }
+            Activation::Relu => {
+                for x in x {
+                    *x = x.max(0.0);
+                }
+            }
+        }
+    }
+}
+
+per_isa! {
+    /// `cap * tanh(x / cap)` in place.
+    pub fn cap(x: &mut [f32], cap: f32) {
+        for x in x {
+            *x = cap * tanh(*x / cap);
         }
     }
 }

@@ -8,13 +8,13 @@ pub mod matvec;
 mod unpack;
 
 pub use attention::attention;
-pub use elementwise::{exp, kl_divergence, log_softmax};
+pub use elementwise::{cap, exp, kl_divergence, log_softmax, tanh};
 
 use std::ops::Range;
 
 use matvec::Method;
 use rayon::prelude::*;
-use slim_formats::{Weight, slim::TILE_ROWS};
+use slim_formats::{Weight, arch::Activation, slim::TILE_ROWS};
 
 use crate::{
     AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
@@ -52,10 +52,17 @@ impl Backend for Cpu {
             .for_each(|(out, x)| elementwise::rms_norm(x, weight, epsilon, out));
     }
 
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+        let n = weight.len();
+        out.par_chunks_mut(n)
+            .zip(x.par_chunks(n))
+            .for_each(|(out, x)| elementwise::layer_norm(x, weight, bias, epsilon, out));
+    }
+
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
-        let half = angles.head_dim / 2;
+        let pairs = angles.pairs;
         x.par_chunks_mut(heads * angles.head_dim).enumerate().for_each(|(t, token)| {
-            let (cos, sin) = (&angles.cos[t * half..][..half], &angles.sin[t * half..][..half]);
+            let (cos, sin) = (&angles.cos[t * pairs..][..pairs], &angles.sin[t * pairs..][..pairs]);
             token
                 .chunks_exact_mut(angles.head_dim)
                 .for_each(|head| elementwise::rotate(head, cos, sin));
@@ -73,13 +80,19 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
-        const PIECE: usize = 1 << 12;
+    fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
         gate.par_chunks_mut(PIECE)
             .zip(up.par_chunks(PIECE))
-            .for_each(|(gate, up)| elementwise::swiglu(gate, up));
+            .for_each(|(gate, up)| elementwise::gated(activation, gate, up));
+    }
+
+    fn activate(&self, activation: Activation, x: &mut [f32]) {
+        x.par_chunks_mut(PIECE).for_each(|x| elementwise::activate(activation, x));
     }
 }
+
+/// Values per task of what is done element by element.
+const PIECE: usize = 1 << 12;
 
 /// [`Cpu`] with [`Precision::Coarse`] products of many tokens: what models are usually calibrated
 /// in.
@@ -93,6 +106,10 @@ impl Backend for CoarseCpu {
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
         Cpu.rms_norm(x, weight, epsilon, out);
+    }
+
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+        Cpu.layer_norm(x, weight, bias, epsilon, out);
     }
 
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
@@ -110,8 +127,12 @@ impl Backend for CoarseCpu {
         Ok(())
     }
 
-    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
-        Cpu.swiglu(gate, up);
+    fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
+        Cpu.gated(activation, gate, up);
+    }
+
+    fn activate(&self, activation: Activation, x: &mut [f32]) {
+        Cpu.activate(activation, x);
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use rayon::prelude::*;
-use slim_formats::{Layout, Weight};
+use slim_formats::{Layout, Weight, arch::Activation};
 
 use super::{
     Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, Strided, Tokens,
@@ -222,6 +222,10 @@ impl Backend for CudaBackend {
         Cpu.rms_norm(x, weight, epsilon, out);
     }
 
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+        Cpu.layer_norm(x, weight, bias, epsilon, out);
+    }
+
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles) {
         Cpu.rope(x, heads, angles);
     }
@@ -240,8 +244,12 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
-        Cpu.swiglu(gate, up);
+    fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
+        Cpu.gated(activation, gate, up);
+    }
+
+    fn activate(&self, activation: Activation, x: &mut [f32]) {
+        Cpu.activate(activation, x);
     }
 }
 

@@ -379,7 +379,7 @@ fn matmul_swiglu_agrees() {
                 Scalar.matmul(w, &x, m, &mut out).unwrap();
                 out
             });
-            Scalar.swiglu(&mut expected, &up);
+            Scalar.gated(Activation::Silu, &mut expected, &up);
             assert_nmse(
                 &format!("m {m}"),
                 &out.read(m).unwrap(),
@@ -420,7 +420,7 @@ fn rms_norm_and_swiglu_agree() {
         assert_nmse("rms_norm", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
         device.swiglu(x_device.view(), y_device.view(), n, m, &mut out).unwrap();
         let mut expected = x.clone();
-        Scalar.swiglu(&mut expected, &y);
+        Scalar.gated(Activation::Silu, &mut expected, &y);
         assert_nmse("swiglu", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
     }
 }
@@ -540,7 +540,17 @@ fn rope_and_attention_agree() {
                         cache[(head * capacity + start + t) * dim..][..dim].copy_from_slice(row);
                     }
                 }
-                let shape = AttentionShape { heads, kv_heads, head_dim: dim, start, m, window };
+                let scale = 1.0 / (dim as f32).sqrt();
+                let shape = AttentionShape {
+                    heads,
+                    kv_heads,
+                    head_dim: dim,
+                    start,
+                    m,
+                    window,
+                    scale,
+                    softcap: None,
+                };
                 let mut expected = vec![0.0; m * heads * dim];
                 let kv = KvView { keys: &keys, values: &values, capacity };
                 Scalar.attention(&q, kv, &shape, &mut expected).unwrap();
@@ -631,7 +641,17 @@ fn backend_attention_and_gram_agree() {
     );
     let kv = KvView { keys: &keys, values: &values, capacity };
     for (start, m) in [(0, 20), (19, 1), (10, 30)] {
-        let shape = AttentionShape { heads, kv_heads, head_dim: dim, start, m, window: None };
+        let scale = 1.0 / (dim as f32).sqrt();
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: dim,
+            start,
+            m,
+            window: None,
+            scale,
+            softcap: None,
+        };
         let q = noise.vector(m * heads * dim, 1.0);
         let (mut found, mut expected) = (vec![f32::NAN; q.len()], vec![0.0; q.len()]);
         backend.attention(&q, kv, &shape, &mut found).unwrap();

@@ -80,7 +80,9 @@ fn compare(device: &Arc<Device>, check: &mut Check, case: &Case) -> Result<()> {
     check.near(format_args!("rotated queries, {case:?}"), &on_device.q.view().read()?, &q);
     let [keys, values] = [k, v].map(|x| cached(&x, case));
     let kv = KvView { keys: &keys, values: &values, capacity: positions };
-    let shape = AttentionShape { heads, kv_heads, head_dim, start, m, window };
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let shape =
+        AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap: None };
     let mut expected = vec![0.0; q.len()];
     Scalar.attention(&q, kv, &shape, &mut expected)?;
     check.near(format_args!("{kv_type:?}, {case:?}"), &on_device.out.read(m)?, &expected);

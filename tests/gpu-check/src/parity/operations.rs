@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use slim_formats::{DType, slim::ScaleCoding};
+use slim_formats::{DType, arch::Activation, slim::ScaleCoding};
 use slim_kernels::{
     Backend, Scalar,
     cuda::{Buffer, Device, KvType, Matrix, Norm, Operands, Strided, TopK},
@@ -73,7 +73,7 @@ pub fn swiglu(device: &Arc<Device>, check: &mut Check) -> Result<()> {
                 (Buffer::upload(device, &gate)?, Buffer::upload(device, &up)?);
             let mut out = Operands::zeros(device, m, n)?;
             device.swiglu(gate_on_device.view(), up_on_device.view(), n, m, &mut out)?;
-            Scalar.swiglu(&mut gate, &up);
+            Scalar.gated(Activation::Silu, &mut gate, &up);
             check.near(format_args!("{m} x {n}, size {size}"), &out.read(m)?, &gate);
         }
     }

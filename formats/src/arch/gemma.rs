@@ -1,0 +1,200 @@
+//! Gemma 2 and 3: norms before and behind, whose weights Hugging Face stores as `weight - 1`; GELU;
+//! scaled embeddings. Gemma 2 caps scores and logits; Gemma 3 norms queries and keys.
+
+use serde_json::Value;
+
+use super::{Activation, BlockSpec, Family, HfType, Norms, Part, QkNorm, Stored, llama};
+use crate::{
+    ModelConfig, Result,
+    config::{Keys, every, shortest},
+};
+
+/// `gemma2`.
+#[derive(Debug)]
+pub struct Gemma2;
+
+impl Family for Gemma2 {
+    fn architecture(&self) -> &'static str {
+        "gemma2"
+    }
+
+    fn hf_types(&self) -> &'static [HfType] {
+        &[HfType { model_type: "gemma2", class: "Gemma2ForCausalLM" }]
+    }
+
+    /// The class's, which published configurations leave out.
+    fn default(&self, key: &str) -> Option<f64> {
+        match key {
+            "tie_word_embeddings" => Some(1.0),
+            "head_dim" | "query_pre_attn_scalar" => Some(256.0),
+            "attn_logit_softcapping" => Some(50.0),
+            "final_logit_softcapping" => Some(30.0),
+            "sliding_window" => Some(4096.0),
+            _ => None,
+        }
+    }
+
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        read(keys, config)?;
+        config.sliding_window = keys.window()?;
+        let windowed = keys.windowed(config.block_count)?;
+        config.features.windowed = windowed.unwrap_or_else(|| every(2, config.block_count));
+        llama::settle_windows(config);
+        Ok(())
+    }
+
+    fn ignores(&self, key: &str, _config: &ModelConfig) -> bool {
+        is_said_twice(key)
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut Value) {
+        write(config, json);
+    }
+
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        block(config, index)
+    }
+
+    fn hf_name(&self, part: Part) -> &'static str {
+        hf_name(part)
+    }
+
+    fn in_hf(&self, part: Part, _spec: Option<&BlockSpec>) -> Stored {
+        in_hf(part)
+    }
+}
+
+/// `gemma3`, its text model.
+#[derive(Debug)]
+pub struct Gemma3;
+
+impl Family for Gemma3 {
+    fn architecture(&self) -> &'static str {
+        "gemma3"
+    }
+
+    fn hf_types(&self) -> &'static [HfType] {
+        &[HfType { model_type: "gemma3_text", class: "Gemma3ForCausalLM" }]
+    }
+
+    /// The class's, which configurations of multimodal models leave out.
+    fn default(&self, key: &str) -> Option<f64> {
+        match key {
+            "tie_word_embeddings" => Some(1.0),
+            "head_dim" | "query_pre_attn_scalar" => Some(256.0),
+            "num_attention_heads" => Some(8.0),
+            "num_key_value_heads" => Some(4.0),
+            "vocab_size" => Some(262_208.0),
+            "max_position_embeddings" => Some(131_072.0),
+            "rms_norm_eps" => Some(1e-6),
+            "rope_theta" => Some(1e6),
+            "rope_local_base_freq" => Some(1e4),
+            "sliding_window" => Some(4096.0),
+            _ => None,
+        }
+    }
+
+    fn has_local_rope(&self) -> bool {
+        true
+    }
+
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        read(keys, config)?;
+        config.sliding_window = keys.window()?;
+        let windowed = keys.windowed(config.block_count)?;
+        config.features.windowed = windowed.unwrap_or_else(|| every(6, config.block_count));
+        llama::settle_windows(config);
+        Ok(())
+    }
+
+    fn ignores(&self, key: &str, _config: &ModelConfig) -> bool {
+        is_said_twice(key)
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut Value) {
+        write(config, json);
+    }
+
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        let mut spec = block(config, index);
+        spec.attention.qk_norm = Some(QkNorm::Heads);
+        spec
+    }
+
+    fn hf_name(&self, part: Part) -> &'static str {
+        hf_name(part)
+    }
+
+    fn in_hf(&self, part: Part, _spec: Option<&BlockSpec>) -> Stored {
+        in_hf(part)
+    }
+}
+
+/// `query_pre_attn_scalar` is not among llama.cpp's keys: it takes the head size, but for the two
+/// models whose number of blocks tells that it is `hidden_size / heads`.
+fn read(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+    const LARGEST: [usize; 2] = [46, 62];
+    let features = &mut config.features;
+    features.embedding_scale = (config.hidden_size as f32).sqrt();
+    features.attention_softcap = keys.number("attn_logit_softcapping")?.map(|cap| cap as f32);
+    features.logit_softcap = keys.number("final_logit_softcapping")?.map(|cap| cap as f32);
+    features.has_attention_bias = keys.flag("attention_bias")?;
+    features.has_output_bias = features.has_attention_bias;
+    let scale = keys.number("attention_multiplier")?;
+    let scalar = keys.number("query_pre_attn_scalar")?;
+    let per_head = (config.hidden_size / config.head_count) as f64;
+    let is_largest = keys.is_gguf() && LARGEST.contains(&config.block_count);
+    let scalar = scalar.or(is_largest.then_some(per_head));
+    features.attention_scale =
+        scale.or(scalar.map(|scalar| scalar.powf(-0.5))).map(|scale| scale as f32);
+    Ok(())
+}
+
+/// Keys of older configurations whose newer names are read.
+fn is_said_twice(key: &str) -> bool {
+    ["hidden_act", "cache_implementation", "use_bidirectional_attention"].contains(&key)
+}
+
+fn write(config: &ModelConfig, json: &mut Value) {
+    let features = &config.features;
+    let cap = |cap: Option<f32>| cap.map_or(Value::Null, |cap| shortest(cap).into());
+    json["hidden_activation"] = "gelu_pytorch_tanh".into();
+    json["hidden_act"] = "gelu_pytorch_tanh".into();
+    json["attn_logit_softcapping"] = cap(features.attention_softcap);
+    json["final_logit_softcapping"] = cap(features.logit_softcap);
+    let scalar = features.attention_scale.map(|scale| 1.0 / f64::from(scale).powi(2));
+    // Written as people chose it: a whole number, but for what f32 has lost of it.
+    let scalar = scalar.map_or(config.head_dim as f64, |scalar| {
+        let whole = scalar.round();
+        if (scalar - whole).abs() < 1e-4 * whole { whole } else { scalar }
+    });
+    json["query_pre_attn_scalar"] = scalar.into();
+    llama::write_windows(config, json);
+}
+
+fn block(config: &ModelConfig, index: usize) -> BlockSpec {
+    let mut spec = llama::block(config, index);
+    spec.norms = Norms::Both;
+    spec.ffn.activation = Activation::GeluTanh;
+    spec
+}
+
+fn hf_name(part: Part) -> &'static str {
+    match part {
+        Part::FfnNorm => "pre_feedforward_layernorm.weight",
+        _ => llama::hf_name(part),
+    }
+}
+
+fn in_hf(part: Part) -> Stored {
+    match part {
+        Part::AttnNorm
+        | Part::AttnPostNorm
+        | Part::AttnQNorm
+        | Part::AttnKNorm
+        | Part::FfnNorm
+        | Part::FfnPostNorm
+        | Part::OutputNorm => Stored { offset: 1.0, ..Stored::PLAIN },
+        _ => Stored::PLAIN,
+    }
+}

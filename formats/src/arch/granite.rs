@@ -1,0 +1,51 @@
+//! Granite 3 and 4, dense: Llama with four multipliers.
+
+use super::{BlockSpec, Family, HfType, Part, Stored, llama};
+use crate::{
+    ModelConfig, Result,
+    config::{Keys, shortest},
+};
+
+/// `granite`.
+#[derive(Debug)]
+pub struct Granite;
+
+impl Family for Granite {
+    fn architecture(&self) -> &'static str {
+        "granite"
+    }
+
+    fn hf_types(&self) -> &'static [HfType] {
+        &[HfType { model_type: "granite", class: "GraniteForCausalLM" }]
+    }
+
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        let number = |key: &str| -> Result<f32> { Ok(keys.number(key)?.unwrap_or(1.0) as f32) };
+        let bias = keys.flag("attention_bias")?;
+        let features = &mut config.features;
+        features.embedding_scale = number("embedding_multiplier")?;
+        features.residual_scale = number("residual_multiplier")?;
+        features.logit_scale = 1.0 / number("logits_scaling")?;
+        features.attention_scale = keys.number("attention_multiplier")?.map(|scale| scale as f32);
+        (features.has_attention_bias, features.has_output_bias) = (bias, bias);
+        features.has_ffn_bias = keys.flag("mlp_bias")?;
+        Ok(())
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        let features = &config.features;
+        let scale = config.family.block(config, 0).attention.scale;
+        json["embedding_multiplier"] = shortest(features.embedding_scale).into();
+        json["residual_multiplier"] = shortest(features.residual_scale).into();
+        json["logits_scaling"] = shortest(1.0 / features.logit_scale).into();
+        json["attention_multiplier"] = shortest(scale).into();
+    }
+
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        llama::block(config, index)
+    }
+
+    fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
+        llama::interleaved(part, spec)
+    }
+}

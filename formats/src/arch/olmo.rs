@@ -1,0 +1,58 @@
+//! OLMo 2 and 3: norms behind attention and network only, queries and keys normed as a whole. OLMo 3
+//! has windows.
+
+use super::{BlockSpec, Family, HfType, Norms, QkNorm, llama};
+use crate::{
+    ModelConfig, Result,
+    config::{Keys, every},
+};
+
+/// `olmo2` and `olmo3`.
+#[derive(Debug)]
+pub struct Olmo;
+
+const OLMO2: HfType = HfType { model_type: "olmo2", class: "Olmo2ForCausalLM" };
+const OLMO3: HfType = HfType { model_type: "olmo3", class: "Olmo3ForCausalLM" };
+
+impl Family for Olmo {
+    fn architecture(&self) -> &'static str {
+        "olmo2"
+    }
+
+    fn hf_types(&self) -> &'static [HfType] {
+        &[OLMO2, OLMO3]
+    }
+
+    fn hf_type(&self, config: &ModelConfig) -> HfType {
+        if config.sliding_window.is_some() { OLMO3 } else { OLMO2 }
+    }
+
+    fn has_local_rope(&self) -> bool {
+        true
+    }
+
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        let bias = keys.flag("attention_bias")?;
+        (config.features.has_attention_bias, config.features.has_output_bias) = (bias, bias);
+        if keys.model_type() != Some(OLMO2.model_type) {
+            config.sliding_window = keys.window()?;
+            let windowed = keys.windowed(config.block_count)?;
+            config.features.windowed = windowed.unwrap_or_else(|| every(4, config.block_count));
+        }
+        llama::settle_windows(config);
+        Ok(())
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        if config.sliding_window.is_some() {
+            llama::write_windows(config, json);
+        }
+    }
+
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        let mut spec = llama::block(config, index);
+        spec.norms = Norms::Behind;
+        spec.attention.qk_norm = Some(QkNorm::Whole);
+        spec
+    }
+}

@@ -1,0 +1,99 @@
+//! OPT: LayerNorm, learned positions, ReLU without a gate, biases everywhere. The paper's models.
+
+use super::{Activation, BlockSpec, Family, HfType, Norm, Part, llama};
+use crate::{ModelConfig, Result, config::Keys};
+
+/// `opt`.
+#[derive(Debug)]
+pub struct Opt;
+
+/// Rows of the embedding of positions before that of the first.
+pub const FIRST_POSITION: usize = 2;
+
+impl Family for Opt {
+    fn architecture(&self) -> &'static str {
+        "opt"
+    }
+
+    fn hf_types(&self) -> &'static [HfType] {
+        &[HfType { model_type: "opt", class: "OPTForCausalLM" }]
+    }
+
+    fn default(&self, key: &str) -> Option<f64> {
+        match key {
+            "tie_word_embeddings" | "do_layer_norm_before" | "enable_bias" => Some(1.0),
+            "layer_norm_elementwise_affine" => Some(1.0),
+            // PyTorch's, which no key says.
+            "rms_norm_eps" => Some(1e-5),
+            _ => None,
+        }
+    }
+
+    fn hf_ffn_size(&self) -> &'static str {
+        "ffn_dim"
+    }
+
+    fn norm(&self) -> Norm {
+        Norm::Layer
+    }
+
+    fn learned_positions(&self, config: &ModelConfig) -> Option<usize> {
+        Some(config.context_length + FIRST_POSITION)
+    }
+
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        let features = &mut config.features;
+        let bias = keys.is_gguf() || keys.flag("enable_bias")?;
+        features.has_attention_bias = bias;
+        features.has_output_bias = bias;
+        features.has_ffn_bias = bias;
+        Ok(())
+    }
+
+    /// The width of embeddings, and norms that stand elsewhere, are refused if tensors show them.
+    fn ignores(&self, key: &str, config: &ModelConfig) -> bool {
+        ["init_std", "dropout", "layerdrop", "activation_dropout", "_remove_final_layer_norm"]
+            .contains(&key)
+            || (key == "intermediate_size" && config.ffn_size > 0)
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        json["activation_function"] = "relu".into();
+        json["ffn_dim"] = config.ffn_size.into();
+        json["word_embed_proj_dim"] = config.hidden_size.into();
+        json["do_layer_norm_before"] = true.into();
+    }
+
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        let mut spec = llama::block(config, index);
+        spec.norm = Norm::Layer;
+        spec.attention.rope = None;
+        spec.ffn.activation = Activation::Relu;
+        spec.ffn.is_gated = false;
+        spec
+    }
+
+    fn hf_blocks(&self) -> &'static str {
+        "model.decoder.layers."
+    }
+
+    fn hf_name(&self, part: Part) -> &'static str {
+        match part {
+            Part::Embedding => "model.decoder.embed_tokens.weight",
+            Part::Positions => "model.decoder.embed_positions.weight",
+            Part::AttnNorm => "self_attn_layer_norm.weight",
+            Part::AttnNormBias => "self_attn_layer_norm.bias",
+            Part::AttnOutput => "self_attn.out_proj.weight",
+            Part::AttnOutputBias => "self_attn.out_proj.bias",
+            Part::FfnNorm => "final_layer_norm.weight",
+            Part::FfnNormBias => "final_layer_norm.bias",
+            Part::FfnUp => "fc1.weight",
+            Part::FfnUpBias => "fc1.bias",
+            Part::FfnDown => "fc2.weight",
+            Part::FfnDownBias => "fc2.bias",
+            Part::OutputNorm => "model.decoder.final_layer_norm.weight",
+            Part::OutputNormBias => "model.decoder.final_layer_norm.bias",
+            _ => llama::hf_name(part),
+        }
+    }
+}

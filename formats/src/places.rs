@@ -1,0 +1,91 @@
+//! Tensors where the files of others have them: rows of fused ones, vectors in another order.
+
+use std::{collections::HashMap, path::Path};
+
+use crate::{
+    DType, Decoder, DenseTensor, FormatError, Layout, Result, Weight,
+    arch::{Place, Tensor},
+};
+
+/// The tensors of a model by the names of what files of a kind store them in.
+pub(crate) fn by_stored_name<'d>(
+    decoder: &'d Decoder,
+    place: impl Fn(&'d Tensor) -> &'d Place,
+) -> HashMap<&'d str, Vec<&'d Tensor>> {
+    let mut by_name: HashMap<&str, Vec<&Tensor>> = HashMap::new();
+    for tensor in decoder.tensors() {
+        by_name.entry(&place(tensor).name).or_default().push(tensor);
+    }
+    by_name
+}
+
+/// A tensor that is some rows of a stored one with `cols` columns, or all of it.
+pub(crate) fn rows_of<'a>(
+    tensor: &Tensor,
+    place: &Place,
+    dtype: DType,
+    cols: usize,
+    bytes: &'a [u8],
+) -> Weight<'a> {
+    let (rows, _) = tensor.shape();
+    let row_bytes = bytes.len() / if tensor.is_matrix() { place.total_rows } else { 1 };
+    let first = place.first_row * if tensor.is_matrix() { row_bytes } else { 0 };
+    let bytes = &bytes[first..][..rows * row_bytes];
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: place.layout })
+}
+
+/// Vectors that are not stored as they are used, as f32 in the order of use.
+#[derive(Debug, Default)]
+pub(crate) struct Fixed(HashMap<String, Vec<u8>>);
+
+impl Fixed {
+    /// One of them.
+    pub fn get(&self, name: &str) -> Option<Weight<'_>> {
+        let bytes = self.0.get(name)?;
+        let (dtype, rows, cols) = (DType::F32, 1, bytes.len() / 4);
+        Some(Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored }))
+    }
+}
+
+/// Finds the vectors of a model, whose `place` is in files of this kind, that are not used as they
+/// are stored; `stored` gives type and bytes.
+///
+/// # Errors
+/// `Unsupported` for one in another type than F32, F16 and BF16.
+pub(crate) fn fixed<'a>(
+    path: &Path,
+    decoder: &Decoder,
+    place: impl Fn(&Tensor) -> &Place,
+    stored: impl Fn(&Place) -> Option<(DType, &'a [u8])>,
+) -> Result<Fixed> {
+    let mut fixed = HashMap::new();
+    for tensor in decoder.tensors().iter().filter(|tensor| !tensor.is_matrix()) {
+        let place = place(tensor);
+        let is_as_used = place.layout == Layout::AsStored && place.offset == 0.0;
+        if is_as_used && !place.is_fused(tensor) {
+            continue;
+        }
+        let Some((dtype, bytes)) = stored(place) else { continue };
+        let Some(values) = floats(dtype, bytes) else {
+            let what = format!("vector `{}` of type {dtype:?}", place.name);
+            return Err(FormatError::unsupported(path, what, ""));
+        };
+        let value = |row: usize| {
+            let at = place.first_row + place.layout.stored_row(row).unwrap_or(row);
+            (values[at] + place.offset).to_le_bytes()
+        };
+        fixed.insert(tensor.name.clone(), (0..tensor.dims[0]).flat_map(value).collect());
+    }
+    Ok(Fixed(fixed))
+}
+
+/// The values of a plain type; `None` of another.
+pub(crate) fn floats(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
+    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    Some(match dtype {
+        DType::F16 => halves().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        DType::BF16 => halves().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+        DType::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        _ => return None,
+    })
+}
