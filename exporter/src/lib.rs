@@ -8,6 +8,7 @@ mod folder;
 mod gguf;
 mod gptq;
 mod onnx;
+mod rows;
 mod safetensors;
 mod tensor;
 
