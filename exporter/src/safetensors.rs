@@ -39,7 +39,7 @@ pub(crate) fn plan_f16(tensor: &Tensor, weight: Weight<'_>) -> PlannedTensor {
         (1, cols) => vec![cols],
         (rows, cols) => vec![rows, cols],
     };
-    let (name, source) = (tensor.hf_name.clone(), tensor.name.clone());
+    let (name, source) = (tensor.hf.name.clone(), tensor.name.clone());
     PlannedTensor { name, source, dtype: Element::F16, shape }
 }
 

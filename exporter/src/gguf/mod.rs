@@ -101,7 +101,7 @@ fn encode(
     tensor: &Tensor,
     dtype: DType,
 ) -> Result<(Vec<u8>, Option<LayerLoss>)> {
-    let (name, order) = (tensor.name.as_str(), tensor.gguf_layout);
+    let (name, order) = (tensor.name.as_str(), tensor.gguf.layout);
     let weight = model.require(name)?;
     let (rows, cols) = weight::shape(weight);
     let row_bytes = dtype.size_in_bytes(cols as u64).expect("the type was chosen for it") as usize;

@@ -102,7 +102,7 @@ fn quantization_config(bits: usize) -> Value {
 /// The tensors of a layer, in the order of [`pack_layer`].
 fn plan_layer(tensor: &Tensor, weight: Weight<'_>, bits: usize) -> [PlannedTensor; 4] {
     let (rows, cols) = weight::shape(weight);
-    let module = tensor.hf_name.trim_end_matches(".weight");
+    let module = tensor.hf.name.trim_end_matches(".weight");
     let (groups, per_word) = (cols / GROUP, 32 / bits);
     [
         ("qweight", Element::I32, vec![cols / per_word, rows]),
