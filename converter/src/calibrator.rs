@@ -6,7 +6,7 @@ use slim_formats::{
     slim::{Bands, PackedLayer},
 };
 use slim_kernels::cuda::Held;
-use slim_runtime::{Block, Context, KvBlock, Positions, embed};
+use slim_runtime::{Block, Context, Ends, KvBlock, Positions};
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
@@ -134,11 +134,14 @@ impl<'a> Calibrator<'a> {
             true => Some(stream()?),
             false => None,
         };
-        let of_source = source.require(&decoder.embedding().name)?;
+        let of_source = Ends::load(source)?;
+        let quantized = Ends { embedding, ..of_source.clone() };
+        let positions = Positions::new(decoder, 0, tokens, tokens);
         for (index, tokens) in samples.iter().enumerate() {
-            ours.residual.sample_mut(index).copy_from_slice(&embed(embedding, tokens)?);
+            let embed = |ends: &Ends<'_>| ends.embed(decoder, tokens, &positions);
+            ours.residual.sample_mut(index).copy_from_slice(&embed(&quantized)?);
             if let Some(float) = &mut float {
-                float.residual.sample_mut(index).copy_from_slice(&embed(of_source, tokens)?);
+                float.residual.sample_mut(index).copy_from_slice(&embed(&of_source)?);
             }
         }
         let float = match float {
@@ -150,7 +153,6 @@ impl<'a> Calibrator<'a> {
             false => None,
         };
         let context = Context { decoder, backend: engine.backend(settings.precision()) };
-        let positions = Positions::new(decoder, 0, tokens);
         Ok(Self { engine, context, positions, stream: ours, float, before })
     }
 
@@ -265,7 +267,7 @@ struct Stream {
 impl Stream {
     /// The channels of its activations, in the order of the fields.
     fn widths(decoder: &Decoder) -> [usize; 4] {
-        let BlockSpec { attention, ffn } = decoder.blocks[0];
+        let BlockSpec { attention, ffn, .. } = decoder.blocks[0];
         let hidden = decoder.hidden_size;
         [hidden, hidden, attention.heads * attention.head_dim, ffn.width]
     }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use slim_formats::{
-    DType, FormatError, ModelSource,
-    arch::{ROPE_FACTORS, Tensor},
+    DType, FormatError, ModelSource, Part, Weight,
+    arch::Tensor,
     gguf::Metadata,
     slim::{BitWidth, LayerLayout, Outline, ScaleCoding, band_name},
 };
@@ -19,6 +19,9 @@ use crate::{
     ConvertError, Engine, Method, Result, Settings, Target, bands::bands, coder::scales_fit_f16,
     provenance,
 };
+
+/// The vectors behind the last block, in the order of the file.
+pub(crate) const VECTORS_BEHIND: [Part; 2] = [Part::OutputNorm, Part::OutputNormBias];
 
 /// The tensors of a conversion's result.
 pub struct Contents {
@@ -118,6 +121,9 @@ impl Contents {
         };
         let decoder = source.decoder();
         contents.matrix(decoder.embedding(), source, &embedding, extents)?;
+        if let Some(positions) = decoder.outside(Part::Positions) {
+            contents.kept(positions, source.require(&positions.name)?, extents);
+        }
         for block in 0..decoder.blocks.len() {
             let (matrices, vectors): (Vec<_>, Vec<_>) =
                 decoder.tensors_of(block).iter().partition(|tensor| tensor.is_matrix());
@@ -126,12 +132,16 @@ impl Contents {
                 contents.matrix(tensor, source, &linear, extents)?;
             }
         }
-        contents.vector(&decoder.output_norm().name, decoder.hidden_size);
+        for part in VECTORS_BEHIND {
+            if let Some(tensor) = decoder.outside(part) {
+                contents.vector(&tensor.name, tensor.dims[0]);
+            }
+        }
         if !decoder.has_tied_embeddings() {
             contents.matrix(decoder.output(), source, &embedding, extents)?;
         }
-        if !config.rope.is_unscaled() {
-            contents.vector(ROPE_FACTORS, config.rope.factors.len());
+        for (name, values) in config.rope_vectors() {
+            contents.vector(name, values.len());
         }
         Ok(contents)
     }
@@ -272,6 +282,14 @@ impl Contents {
         self.tensors.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
     }
 
+    /// A matrix that is not quantized.
+    fn kept(&mut self, tensor: &Tensor, found: Weight<'_>, extents: &Extents) {
+        let (name, source) = (tensor.name.clone(), tensor.name.clone());
+        let (rows, cols) = weight::shape(found);
+        let storage = Storage::Dense(extents[name.as_str()].type_for(found));
+        self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
+    }
+
     /// A matrix, in bands if it is quantized and there are to be any.
     fn matrix(
         &mut self,
@@ -292,8 +310,7 @@ impl Contents {
             let reason = obstacle.or(loss);
             let warning = reason.map(|reason| format!("`{name}` is kept as {dtype:?}: {reason}"));
             self.warnings.extend(warning);
-            let (name, source, storage) = (name.to_owned(), name.to_owned(), Storage::Dense(dtype));
-            self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
+            self.kept(tensor, found, extents);
             return Ok(());
         };
         let Some(bands) = bands(tensor, source.decoder()).filter(|_| self.has_bands) else {

@@ -3,7 +3,7 @@
 
 use slim_formats::{
     DType, ModelSource, OutputPath, Part, ScratchFile, Weight,
-    arch::{ROPE_FACTORS, Tensor},
+    arch::Tensor,
     slim::{PackedLayer, SlimWriter},
 };
 use slim_kernels::{narrow, weight};
@@ -15,7 +15,7 @@ use crate::{
     activations::StageInputs,
     budget::{Budget, budget, try_fits},
     calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
-    contents::Contents,
+    contents::{Contents, VECTORS_BEHIND},
     distill::convert_and_distill,
     finite::finite_rows,
     hessian::Hessian,
@@ -78,6 +78,10 @@ pub fn convert<'p>(
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
     let embedding = output.vocabulary_matrix(decoder.embedding())?;
+    if let Some(Tensor { name, .. }) = decoder.outside(Part::Positions) {
+        let dtype = output.contents.kept_type(name).expect("positions are kept");
+        output.keep(name, source.require(name)?, dtype)?;
+    }
     drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
@@ -91,9 +95,6 @@ pub fn convert<'p>(
     let blocks = decoder.blocks.len();
     for index in 0..blocks {
         let block = Block::load(source, index)?;
-        for (part, values) in block.vectors.iter() {
-            output.vector(&decoder.tensor(index, part).name, values)?;
-        }
         let order = output.budget.as_ref().and_then(|budget| budget.neurons.get(index));
         let ffn = match order {
             Some(order) => Some(Ffn::load(&block, decoder, index)?.sorted(order)),
@@ -103,6 +104,9 @@ pub fn convert<'p>(
             Some(ffn) => ffn.within(&block),
             None => block,
         };
+        for (part, values) in block.vectors.iter() {
+            output.vector(&decoder.tensor(index, part).name, values)?;
+        }
         match &mut calibrator {
             Some(calibrator) => {
                 calibrator.pass_block(index, &block, &mut output)?;
@@ -279,14 +283,17 @@ impl Output<'_> {
     fn behind_blocks(&mut self) -> Result<()> {
         let source = self.source;
         let (config, decoder) = (source.config(), source.decoder());
-        let name = &decoder.output_norm().name;
-        let values = finite_rows(name, source.require(name)?, 0..1)?;
-        self.vector(name, &values)?;
+        for part in VECTORS_BEHIND {
+            if let Some(Tensor { name, .. }) = decoder.outside(part) {
+                let values = finite_rows(name, source.require(name)?, 0..1)?;
+                self.vector(name, &values)?;
+            }
+        }
         if !decoder.has_tied_embeddings() {
             self.vocabulary_matrix(decoder.output())?;
         }
-        if !config.rope.is_unscaled() {
-            self.vector(ROPE_FACTORS, &config.rope.factors)?;
+        for (name, values) in config.rope_vectors() {
+            self.vector(name, values)?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The neurons of a feed-forward network, in the order of what the loss minds about them.
 //!
 //! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network
-//! gives the same in whatever order they stand. Sorted, neurons of like worth share the groups of
+//! gives the same in whatever order they stand, with their biases. Sorted, neurons of like worth share the groups of
 //! `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has the effect).
 
 use rayon::prelude::*;
@@ -22,6 +22,8 @@ pub struct Ffn {
     into: PartMap<Vec<f32>>,
     /// With a column for each neuron, `[hidden, neurons]`.
     out: PartMap<Vec<f32>>,
+    /// With a value for each neuron.
+    biases: PartMap<Vec<f32>>,
 }
 
 impl Ffn {
@@ -37,7 +39,10 @@ impl Ffn {
         let into = block.spec.layers().filter(|part| part.rows() == Rows::Neurons);
         let (into, out) = (into.map(of_block), [Part::FfnDown].into_iter().map(of_block));
         let neurons = block.spec.ffn.width;
-        Ok(Self { neurons, into: into.collect::<Result<_>>()?, out: out.collect::<Result<_>>()? })
+        let biases = block.vectors.iter().filter(|(part, _)| part.rows() == Rows::Neurons);
+        let biases = biases.map(|(part, bias)| (part, bias.clone())).collect();
+        let (into, out) = (into.collect::<Result<_>>()?, out.collect::<Result<_>>()?);
+        Ok(Self { neurons, into, out, biases })
     }
 
     fn hidden(&self) -> usize {
@@ -89,8 +94,12 @@ impl Ffn {
             let rows = weights.par_chunks_exact(neurons);
             (part, rows.flat_map_iter(|row| order.iter().map(|&col| row[col])).collect())
         };
+        let values = |(part, bias): (Part, Vec<f32>)| -> (Part, Vec<f32>) {
+            (part, order.iter().map(|&neuron| bias[neuron]).collect())
+        };
         let into = self.into.into_iter().map(rows).collect();
-        Self { neurons, into, out: self.out.into_iter().map(columns).collect() }
+        let out = self.out.into_iter().map(columns).collect();
+        Self { neurons, into, out, biases: self.biases.into_iter().map(values).collect() }
     }
 
     /// `block` with this network in place of its own.
@@ -100,6 +109,7 @@ impl Ffn {
         let into = self.into.iter().map(|(part, w)| (part, dense(w, neurons, hidden)));
         let out = self.out.iter().map(|(part, w)| (part, dense(w, hidden, neurons)));
         block.layers.extend(into.chain(out));
+        block.vectors.extend(self.biases.iter().map(|(part, bias)| (part, bias.clone())));
         block
     }
 }
@@ -120,7 +130,7 @@ mod tests {
         let matrix = |seed| noise(NEURONS * HIDDEN, seed);
         let into = PartMap::from_iter([(Part::FfnGate, matrix(1)), (Part::FfnUp, matrix(2))]);
         let out = PartMap::from_iter([(Part::FfnDown, matrix(3))]);
-        Ffn { neurons: NEURONS, into, out }
+        Ffn { neurons: NEURONS, into, out, biases: PartMap::new() }
     }
 
     /// What the network makes of `x`.

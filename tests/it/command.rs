@@ -57,7 +57,12 @@ pub fn arg(path: &Path) -> String {
 
 /// A tiny model of the repository.
 pub fn tiny_model(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/archs").join(name)
+    test_data("archs").join(name)
+}
+
+/// A folder of test data.
+pub fn test_data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
 
 /// The tiny model `llama` as an ONNX model, in a folder of its own: an export by `script` or

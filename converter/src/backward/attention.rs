@@ -4,13 +4,13 @@
 use rayon::prelude::*;
 use slim_formats::arch::BlockSpec;
 use slim_kernels::{
-    AttentionShape, KvView, attention,
+    AttentionShape, KvView, attention, cap,
     linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
 use slim_runtime::attention_shape;
 
-use super::elementwise::reverse_softmax;
+use super::elementwise::{reverse_cap, reverse_softmax};
 
 /// Queries whose probabilities are held at a time.
 const QUERY_BLOCK: usize = 128;
@@ -95,7 +95,7 @@ impl<'s> Attention<'s> {
         let AttentionShape { head_dim: dim, m: context, .. } = self.shape;
         let (q_stride, kv_stride) = (self.shape.query_stride(), self.shape.kv_stride());
         let (q_at, kv_at) = self.places(sequence, head);
-        let scale = 1.0 / (dim as f32).sqrt();
+        let AttentionShape { scale, softcap, .. } = self.shape;
         let scaled = Store { alpha: scale, add: false };
         let zeros = || vec![0.0; context * dim];
         let mut gradients = Gradients { q: zeros(), k: zeros(), v: zeros() };
@@ -120,8 +120,15 @@ impl<'s> Attention<'s> {
                 let at = q_at + (t - first) * q_stride;
                 let mean = scale * dot(&y[at..][..dim], &dy[at..][..dim]);
                 let of_visible = &mut probabilities[visible.clone()];
+                let capped = softcap.map(|softcap| {
+                    cap(of_visible, softcap);
+                    (of_visible.to_vec(), softcap)
+                });
                 log_softmax(of_visible);
                 reverse_softmax(of_visible, &mut d_scores[visible.clone()], mean);
+                if let Some((capped, softcap)) = capped {
+                    reverse_cap(&capped, softcap, &mut d_scores[visible.clone()]);
+                }
                 for row in [probabilities, d_scores] {
                     row[..visible.start].fill(0.0);
                     row[visible.end..].fill(0.0);

@@ -1,7 +1,12 @@
 //! One block forward with all that its gradients need, then the reverse in mirrored order.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
-use slim_formats::{Decoder, Part};
+use slim_formats::{
+    Decoder, Part,
+    arch::{Activation, Norm, Stage},
+};
 use slim_kernels::{Backend, Cpu, RopeAngles, linalg::Precision};
 use slim_runtime::{Block, Positions};
 
@@ -30,32 +35,40 @@ pub struct Walk<'b> {
 struct Activations {
     /// `[m, hidden]`: input of `attn_q`, `attn_k`, `attn_v`.
     normed: Vec<f32>,
-    /// `[m, heads * head_dim]`, rotated.
-    q: Vec<f32>,
-    /// `[m, kv_heads * head_dim]`, rotated.
-    k: Vec<f32>,
+    q: Turned,
+    k: Turned,
     /// `[m, kv_heads * head_dim]`.
     v: Vec<f32>,
     /// `[m, heads * head_dim]`: input of `attn_output`.
     attended: Vec<f32>,
+    /// `[m, hidden]`: what attention gives to the norm behind it, if there is one.
+    attn_output: Option<Vec<f32>>,
     /// `[m, hidden]`: the residual stream between attention and feed-forward network.
     middle: Vec<f32>,
     /// `[m, hidden]`: input of `ffn_gate`, `ffn_up`.
     ffn_input: Vec<f32>,
-    /// `[m, ffn]`.
-    gate: Vec<f32>,
+    /// `[m, ffn]`, of networks with a gate.
+    gate: Option<Vec<f32>>,
     /// `[m, ffn]`.
     up: Vec<f32>,
     /// `[m, ffn]`: input of `ffn_down`.
     activation: Vec<f32>,
 }
 
+/// Queries or keys, `[m, heads * head_dim]`.
+struct Turned {
+    /// As their layer gives them, if they are normed.
+    raw: Option<Vec<f32>>,
+    /// As attention takes them.
+    turned: Vec<f32>,
+}
+
 impl Walk<'_> {
     /// The output of the block for its input `x`; both `[m, hidden]`.
     pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let Activations { mut middle, activation, .. } = self.activations(x, &self.angles())?;
-        let added = self.product(Part::FfnDown, &activation)?;
-        middle.iter_mut().zip(added).for_each(|(middle, added)| *middle += added);
+        let Activations { mut middle, activation, .. } = self.activations(x, self.angles())?;
+        let output = self.product(Part::FfnDown, &activation)?;
+        self.add_branch(Stage::FfnOutput, output, &mut middle);
         Ok(middle)
     }
 
@@ -71,37 +84,47 @@ impl Walk<'_> {
             k,
             v,
             attended,
+            attn_output,
             middle,
             ffn_input,
-            mut gate,
-            mut up,
+            gate,
+            up,
             activation,
-        } = self.activations(x, &angles)?;
+        } = self.activations(x, self.angles())?;
 
-        visit(self.linear(Part::FfnDown, &activation, dx))?;
+        let output = match spec.has(Part::FfnPostNorm) {
+            true => Some(self.product(Part::FfnDown, &activation)?),
+            false => None,
+        };
+        let d_output = self.reverse_branch(Stage::FfnOutput, output, dx, visit)?;
+        visit(self.linear(Part::FfnDown, &activation, &d_output))?;
         let mut d_activation = activation;
         d_activation.fill(0.0);
-        self.add_product(&mut d_activation, dx, Part::FfnDown)?;
-        reverse_swiglu(&mut gate, &mut up, &d_activation);
-        drop(d_activation);
-        let (d_gate, d_up) = (gate, up);
+        self.add_product(&mut d_activation, &d_output, Part::FfnDown)?;
+        drop(d_output);
+        let (d_gate, d_up) = reverse_activation(spec.ffn.activation, gate, up, d_activation);
 
-        visit(self.linear(Part::FfnGate, &ffn_input, &d_gate))?;
-        visit(self.linear(Part::FfnUp, &ffn_input, &d_up))?;
         let mut d_ffn_input = vec![0.0; x.len()];
-        self.add_product(&mut d_ffn_input, &d_gate, Part::FfnGate)?;
-        self.add_product(&mut d_ffn_input, &d_up, Part::FfnUp)?;
+        let of_layers = [(Part::FfnGate, d_gate.as_deref()), (Part::FfnUp, Some(&d_up[..]))];
+        let of_layers = of_layers.map(|(part, dy)| dy.map(|dy| (part, dy)));
+        for (part, dy) in of_layers.into_iter().flatten() {
+            visit(self.linear(part, &ffn_input, dy))?;
+        }
+        for (part, dy) in of_layers.into_iter().flatten() {
+            self.add_product(&mut d_ffn_input, dy, part)?;
+        }
+        drop((d_gate, d_up));
         self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
 
-        visit(self.linear(Part::AttnOutput, &attended, dx))?;
+        let d_output = self.reverse_branch(Stage::AttentionOutput, attn_output, dx, visit)?;
+        visit(self.linear(Part::AttnOutput, &attended, &d_output))?;
         let mut d_attended = vec![0.0; attended.len()];
-        self.add_product(&mut d_attended, dx, Part::AttnOutput)?;
-        let attention = Attention::new(precision, spec, context, &q, &k, &v);
-        let Gradients { q: mut d_q, k: mut d_k, v: d_v } =
-            attention.reverse(&attended, &d_attended);
-        let back = RopeAngles { sin: angles.sin.iter().map(|sin| -sin).collect(), ..angles };
-        rotate(&mut d_q, spec.attention.heads, &back);
-        rotate(&mut d_k, spec.attention.kv_heads, &back);
+        self.add_product(&mut d_attended, &d_output, Part::AttnOutput)?;
+        drop(d_output);
+        let attention = Attention::new(precision, spec, context, &q.turned, &k.turned, &v);
+        let Gradients { q: d_q, k: d_k, v: d_v } = attention.reverse(&attended, &d_attended);
+        let d_q = self.reverse_turned(Part::AttnQNorm, q, d_q, angles.as_ref(), visit)?;
+        let d_k = self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
 
         visit(self.linear(Part::AttnQ, &normed, &d_q))?;
         visit(self.linear(Part::AttnK, &normed, &d_k))?;
@@ -113,7 +136,8 @@ impl Walk<'_> {
         self.reverse_norm(Part::AttnNorm, x, &d_normed, dx, visit)
     }
 
-    /// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output.
+    /// Adds the gradient at the input `x` of a norm of the residual stream to `dx`, for the
+    /// gradient `dy` at its output; that itself where no norm stands.
     fn reverse_norm(
         &self,
         part: Part,
@@ -122,20 +146,122 @@ impl Walk<'_> {
         dx: &mut [f32],
         visit: &mut Visitor<'_>,
     ) -> Result<()> {
-        let (weight, epsilon) = (&self.block.vectors[part], self.decoder.norm_epsilon);
-        let dw = reverse_rms_norm(x, weight, epsilon, dy, dx);
+        let Some(weight) = self.block.vectors.get(part) else {
+            dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx += dy);
+            return Ok(());
+        };
+        let dw = reverse_norm(self.block.spec.norm, x, weight, self.decoder.norm_epsilon, dy, dx);
         visit(Gradient::Norm { block: Some(self.index), part, dw: &dw })
     }
 
-    /// The rotation angles of one sequence.
-    fn angles(&self) -> RopeAngles {
-        let mut positions = Positions::new(self.decoder, 0, self.context);
-        positions.angles.swap_remove(self.block.spec.attention.rope)
+    /// Adds the `output` of a stage's layer, normed and scaled, to the residual stream.
+    fn add_branch(&self, stage: Stage, mut output: Vec<f32>, residual: &mut [f32]) {
+        if let Some(part) = stage.post_norm().filter(|&part| self.block.spec.has(part)) {
+            output = self.normed(part, &output);
+        }
+        let scale = self.block.spec.residual_scale;
+        residual.iter_mut().zip(output).for_each(|(x, output)| *x += scale * output);
     }
 
-    /// `[m, cols]` to `[m, rows]`.
+    /// The gradient at the `output` of a stage's layer, which is needed if a norm stands behind it,
+    /// for the gradient `dx` at the residual stream.
+    fn reverse_branch<'d>(
+        &self,
+        stage: Stage,
+        output: Option<Vec<f32>>,
+        dx: &'d [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<Cow<'d, [f32]>> {
+        let scale = self.block.spec.residual_scale;
+        let mut dy = Cow::Borrowed(dx);
+        if scale != 1.0 {
+            dy.to_mut().iter_mut().for_each(|dy| *dy *= scale);
+        }
+        if let (Some(part), Some(output)) = (stage.post_norm(), output) {
+            let mut d_output = vec![0.0; output.len()];
+            self.reverse_norm(part, &output, &dy, &mut d_output, visit)?;
+            dy = Cow::Owned(d_output);
+        }
+        Ok(dy)
+    }
+
+    /// Queries or keys as attention takes them.
+    fn turned(&self, raw: Vec<f32>, norm: Part, angles: Option<&RopeAngles>) -> Turned {
+        let (raw, mut turned) = match self.block.vectors.get(norm) {
+            Some(weight) => {
+                let normed = self.rms_normed(weight, &raw);
+                (Some(raw), normed)
+            }
+            None => (None, raw),
+        };
+        self.turn(&mut turned, norm, angles);
+        if norm == Part::AttnQNorm {
+            self.scale_queries(&mut turned);
+        }
+        Turned { raw, turned }
+    }
+
+    /// The gradient at what the layer of queries or keys gives, for the gradient `dy` at what
+    /// attention takes.
+    fn reverse_turned(
+        &self,
+        norm: Part,
+        of: Turned,
+        mut dy: Vec<f32>,
+        angles: Option<&RopeAngles>,
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<f32>> {
+        if norm == Part::AttnQNorm {
+            self.scale_queries(&mut dy);
+        }
+        let back = angles.map(|angles| {
+            let sin = angles.sin.iter().map(|sin| -sin).collect();
+            RopeAngles { sin, ..angles.clone() }
+        });
+        self.turn(&mut dy, norm, back.as_ref());
+        let (Some(raw), Some(weight)) = (of.raw, self.block.vectors.get(norm)) else {
+            return Ok(dy);
+        };
+        let mut dx = vec![0.0; raw.len()];
+        let epsilon = self.decoder.norm_epsilon;
+        let dw = reverse_norm(Norm::Rms, &raw, weight, epsilon, &dy, &mut dx);
+        visit(Gradient::Norm { block: Some(self.index), part: norm, dw: &dw })?;
+        Ok(dx)
+    }
+
+    /// Turns the heads of queries or keys by the angles of one sequence.
+    fn turn(&self, x: &mut [f32], norm: Part, angles: Option<&RopeAngles>) {
+        let Some(angles) = angles else { return };
+        let attention = &self.block.spec.attention;
+        let heads = if norm == Part::AttnQNorm { attention.heads } else { attention.kv_heads };
+        rotate(x, heads, angles);
+    }
+
+    fn scale_queries(&self, q: &mut [f32]) {
+        let attention = &self.block.spec.attention;
+        let Some(scaling) = attention.query_scaling else { return };
+        for (t, q) in q.chunks_exact_mut(attention.heads * attention.head_dim).enumerate() {
+            let scale = scaling.at(t % self.context);
+            q.iter_mut().for_each(|q| *q *= scale);
+        }
+    }
+
+    /// The rotation angles of one sequence, if the block turns anything.
+    fn angles(&self) -> Option<RopeAngles> {
+        let rope = self.block.spec.attention.rope?;
+        let mut positions = Positions::new(self.decoder, 0, self.context, self.context);
+        Some(positions.angles.swap_remove(rope))
+    }
+
+    /// A layer with its bias, `[m, cols]` to `[m, rows]`.
     fn product(&self, part: Part, x: &[f32]) -> Result<Vec<f32>> {
-        product::linear(self.precision, self.block.layers[part], x)
+        let mut y = product::linear(self.precision, self.block.layers[part], x)?;
+        if let Some(bias) = part.bias().and_then(|bias| self.block.vectors.get(bias)) {
+            for y in y.chunks_exact_mut(bias.len()) {
+                y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+            }
+        }
+        Ok(y)
     }
 
     /// Adds to the gradient `dx` at the inputs of a layer what `dy` at its outputs makes of it.
@@ -147,52 +273,101 @@ impl Walk<'_> {
         Gradient::Linear { block: self.index, part, x, dy }
     }
 
+    fn rms_normed(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; x.len()];
+        Cpu.rms_norm(x, weight, self.decoder.norm_epsilon, &mut out);
+        out
+    }
+
+    /// The residual stream normed, or as it is where no norm stands.
+    fn normed(&self, part: Part, x: &[f32]) -> Vec<f32> {
+        let vectors = &self.block.vectors;
+        let bias = part.bias().and_then(|bias| vectors.get(bias));
+        match (vectors.get(part), bias) {
+            (None, _) => x.to_vec(),
+            (Some(weight), None) => self.rms_normed(weight, x),
+            (Some(weight), Some(bias)) => {
+                let mut out = vec![0.0; x.len()];
+                Cpu.layer_norm(x, weight, bias, self.decoder.norm_epsilon, &mut out);
+                out
+            }
+        }
+    }
+
     /// The stages of [`Block::forward`], but the last product.
-    fn activations(&self, x: &[f32], angles: &RopeAngles) -> Result<Activations> {
-        let Self { precision, decoder, block, context, .. } = *self;
+    fn activations(&self, x: &[f32], angles: Option<RopeAngles>) -> Result<Activations> {
+        let Self { precision, block, context, .. } = *self;
         let spec = &block.spec;
-        let norm = |x: &[f32], part: Part| {
-            let mut out = vec![0.0; x.len()];
-            Cpu.rms_norm(x, &block.vectors[part], decoder.norm_epsilon, &mut out);
-            out
-        };
-        let normed = norm(x, Part::AttnNorm);
-        let mut q = self.product(Part::AttnQ, &normed)?;
-        let mut k = self.product(Part::AttnK, &normed)?;
+        let normed = self.normed(Part::AttnNorm, x);
+        let angles = angles.as_ref();
+        let q = self.turned(self.product(Part::AttnQ, &normed)?, Part::AttnQNorm, angles);
+        let k = self.turned(self.product(Part::AttnK, &normed)?, Part::AttnKNorm, angles);
         let v = self.product(Part::AttnV, &normed)?;
-        rotate(&mut q, spec.attention.heads, angles);
-        rotate(&mut k, spec.attention.kv_heads, angles);
-        let attended = Attention::new(precision, spec, context, &q, &k, &v).forward();
-        let mut middle = self.product(Part::AttnOutput, &attended)?;
-        middle.iter_mut().zip(x).for_each(|(middle, x)| *middle += x);
-        let ffn_input = norm(&middle, Part::FfnNorm);
-        let gate = self.product(Part::FfnGate, &ffn_input)?;
+        let attended = Attention::new(precision, spec, context, &q.turned, &k.turned, &v).forward();
+        let output = self.product(Part::AttnOutput, &attended)?;
+        let attn_output = spec.has(Part::AttnPostNorm).then(|| output.clone());
+        let mut middle = x.to_vec();
+        self.add_branch(Stage::AttentionOutput, output, &mut middle);
+        let ffn_input = self.normed(Part::FfnNorm, &middle);
         let up = self.product(Part::FfnUp, &ffn_input)?;
-        let mut activation = gate.clone();
-        Cpu.swiglu(&mut activation, &up);
-        Ok(Activations { normed, q, k, v, attended, middle, ffn_input, gate, up, activation })
+        let (gate, mut activation) = match spec.ffn.is_gated {
+            true => {
+                let gate = self.product(Part::FfnGate, &ffn_input)?;
+                (Some(gate.clone()), gate)
+            }
+            false => (None, up.clone()),
+        };
+        match spec.ffn.is_gated {
+            true => Cpu.gated(spec.ffn.activation, &mut activation, &up),
+            false => Cpu.activate(spec.ffn.activation, &mut activation),
+        }
+        Ok(Activations {
+            normed,
+            q,
+            k,
+            v,
+            attended,
+            attn_output,
+            middle,
+            ffn_input,
+            gate,
+            up,
+            activation,
+        })
     }
 }
 
 /// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.
 fn rotate(x: &mut [f32], heads: usize, angles: &RopeAngles) {
-    let context = angles.cos.len() / (angles.head_dim / 2);
+    let context = angles.cos.len() / angles.pairs;
     for sequence in x.chunks_exact_mut(context * heads * angles.head_dim) {
         Cpu.rope(sequence, heads, angles);
     }
 }
 
-/// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all of
-/// one length.
-fn reverse_swiglu(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+/// The gradients at `gate`, if there is one, and `up`, for the gradient `dy` at the activations;
+/// all of one length.
+fn reverse_activation(
+    activation: Activation,
+    gate: Option<Vec<f32>>,
+    mut up: Vec<f32>,
+    mut dy: Vec<f32>,
+) -> (Option<Vec<f32>>, Vec<f32>) {
     const PIECE: usize = 1 << 12;
+    let Some(mut gate) = gate else {
+        let pieces = dy.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE));
+        pieces.for_each(|(dy, up)| elementwise::reverse_activation(activation, up, dy));
+        return (None, dy);
+    };
     let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(dy.par_chunks(PIECE));
-    pieces.for_each(|((gate, up), dy)| elementwise::reverse_swiglu(gate, up, dy));
+    pieces.for_each(|((gate, up), dy)| elementwise::reverse_gated(activation, gate, up, dy));
+    (Some(gate), up)
 }
 
 /// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output, all
-/// `[m, hidden]`; gives the gradient at its `weight`, `[hidden]`.
-pub fn reverse_rms_norm(
+/// `[m, weight.len()]`; gives the gradient at its `weight`.
+pub fn reverse_norm(
+    norm: Norm,
     x: &[f32],
     weight: &[f32],
     epsilon: f32,
@@ -201,12 +376,16 @@ pub fn reverse_rms_norm(
 ) -> Vec<f64> {
     let n = weight.len();
     let piece = TOKENS_PER_TASK * n;
+    let reverse = match norm {
+        Norm::Rms => elementwise::reverse_rms_norm,
+        Norm::Layer => elementwise::reverse_layer_norm,
+    };
     let pieces = dx.par_chunks_mut(piece).zip(x.par_chunks(piece)).zip(dy.par_chunks(piece));
     let sums = pieces.map(|((dx, x), dy)| {
         let mut d_weight = vec![0.0; n];
         let tokens = dx.chunks_exact_mut(n).zip(x.chunks_exact(n)).zip(dy.chunks_exact(n));
         for ((dx, x), dy) in tokens {
-            elementwise::reverse_rms_norm(x, weight, epsilon, dy, dx, &mut d_weight);
+            reverse(x, weight, epsilon, dy, dx, &mut d_weight);
         }
         d_weight
     });

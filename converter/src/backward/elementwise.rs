@@ -1,6 +1,7 @@
 //! Exponentials and norms of the reverse pass, vectorised.
 
-use slim_kernels::{exp, per_isa};
+use slim_formats::arch::Activation;
+use slim_kernels::{exp, per_isa, tanh};
 
 per_isa! {
     /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs
@@ -36,14 +37,62 @@ per_isa! {
     }
 }
 
+/// `(activation(x), its slope at x)`.
+#[inline(always)]
+fn with_slope(activation: Activation, x: f32) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = 1.0 / (1.0 + exp(-x));
+            (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
+        }
+        Activation::GeluTanh => {
+            const SLOPE: f32 = 0.797_884_6; // sqrt(2 / pi)
+            const CUBE: f32 = 0.044_715;
+            let tanh = tanh(SLOPE * (x + CUBE * x * x * x));
+            let inner = SLOPE * (1.0 + 3.0 * CUBE * x * x);
+            let half = 0.5 * (1.0 + tanh);
+            (x * half, half + 0.5 * x * (1.0 - tanh * tanh) * inner)
+        }
+        Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+    }
+}
+
+#[inline(always)]
+fn reverse_gated_by(activation: Activation, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+        let (value, slope) = with_slope(activation, *gate);
+        (*gate, *up) = (dy * *up * slope, dy * value);
+    }
+}
+
 per_isa! {
-    /// Replaces `gate` and `up` by their gradients, for the gradient `dy` at `silu(gate) * up`; all
-    /// of one length.
-    pub fn reverse_swiglu(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
-        for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
-            let sigmoid = 1.0 / (1.0 + exp(-*gate));
-            let slope = sigmoid * (1.0 + *gate * (1.0 - sigmoid));
-            (*gate, *up) = (dy * *up * slope, dy * *gate * sigmoid);
+    /// Replaces `gate` and `up` by their gradients, for the gradient `dy` at
+    /// `activation(gate) * up`; all of one length.
+    pub fn reverse_gated(activation: Activation, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        // A loop of its own for each, so that it vectorises.
+        match activation {
+            Activation::Silu => reverse_gated_by(Activation::Silu, gate, up, dy),
+            Activation::GeluTanh => reverse_gated_by(Activation::GeluTanh, gate, up, dy),
+            Activation::Relu => reverse_gated_by(Activation::Relu, gate, up, dy),
+        }
+    }
+}
+
+per_isa! {
+    /// Turns the gradient `dy` at `activation(x)` into that at `x`; both of one length.
+    pub fn reverse_activation(activation: Activation, x: &[f32], dy: &mut [f32]) {
+        for (dy, x) in dy.iter_mut().zip(x) {
+            *dy *= with_slope(activation, *x).1;
+        }
+    }
+}
+
+per_isa! {
+    /// Turns gradients at `cap * tanh(x / cap)`, whose values are `capped`, into those at `x`.
+    pub fn reverse_cap(capped: &[f32], cap: f32, gradients: &mut [f32]) {
+        for (gradient, capped) in gradients.iter_mut().zip(capped) {
+            let tanh = capped / cap;
+            *gradient *= 1.0 - tanh * tanh;
         }
     }
 }
@@ -76,6 +125,35 @@ per_isa! {
             let (x, dy) = (f64::from(*x), f64::from(*dy));
             *dx += (scale * (f64::from(*weight) * dy - pull * x)) as f32;
             *d_weight += dy * x * scale;
+        }
+    }
+}
+
+per_isa! {
+    /// As [`reverse_rms_norm`] for a LayerNorm.
+    pub fn reverse_layer_norm(
+        x: &[f32],
+        weight: &[f32],
+        epsilon: f32,
+        dy: &[f32],
+        dx: &mut [f32],
+        d_weight: &mut [f64],
+    ) {
+        let n = weight.len() as f64;
+        let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+        let squares = x.iter().map(|&x| (f64::from(x) - mean) * (f64::from(x) - mean));
+        let scale = 1.0 / (squares.sum::<f64>() / n + f64::from(epsilon)).sqrt();
+        let (mut pull, mut along) = (0.0, 0.0);
+        for ((x, dy), weight) in x.iter().zip(dy).zip(weight) {
+            let gradient = f64::from(*dy) * f64::from(*weight);
+            pull += gradient / n;
+            along += gradient * (f64::from(*x) - mean) * scale / n;
+        }
+        let inputs = x.iter().zip(dy).zip(weight);
+        for (((x, dy), weight), (dx, d_weight)) in inputs.zip(dx.iter_mut().zip(d_weight)) {
+            let (normed, dy) = ((f64::from(*x) - mean) * scale, f64::from(*dy));
+            *dx += (scale * (f64::from(*weight) * dy - pull - normed * along)) as f32;
+            *d_weight += dy * normed;
         }
     }
 }

@@ -17,8 +17,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 use slim_formats::{DType, Decoder, DenseTensor, Layout, ModelSource, Part, Weight};
-use slim_kernels::{Backend, Cpu, kl_divergence, linalg::Precision, log_softmax};
-use slim_runtime::{Block, Model, SplitMix64, embed, find_vector};
+use slim_kernels::{Cpu, kl_divergence, linalg::Precision, log_softmax};
+use slim_runtime::{Block, Context, Ends, Positions, SplitMix64, finish_logits};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
@@ -37,14 +37,10 @@ pub struct Backward<'a> {
     pub precision: Precision,
     /// What it computes.
     pub decoder: &'a Decoder,
-    /// `[vocab, hidden]`.
-    pub embedding: Weight<'a>,
     /// The transformer blocks.
     pub blocks: Vec<Block<'a>>,
-    /// `[hidden]`.
-    pub output_norm: Vec<f32>,
-    /// `[vocab, hidden]`; the embedding itself in models that tie them.
-    pub output: Weight<'a>,
+    /// What stands before and behind them.
+    pub ends: Ends<'a>,
     /// What lets go of the parts' pages when a block has been passed; `None` if they are in memory.
     pub source: Option<&'a dyn ModelSource>,
 }
@@ -82,14 +78,15 @@ pub enum Gradient<'g> {
         block: Option<usize>,
         /// Which norm of the block.
         part: Part,
-        /// The gradient of the loss at its weights, `[hidden]`.
+        /// The gradient of the loss at its weights.
         dw: &'g [f64],
     },
     /// Of the output layer `y = x w^T`, some tokens after the others.
     Output {
         /// Its inputs, `[tokens, hidden]`.
         x: &'g [f32],
-        /// The gradient of the loss at the logits, `[tokens, vocab]`.
+        /// The gradient of the loss at its outputs, the logits before they are scaled and capped,
+        /// `[tokens, vocab]`.
         dy: &'g [f32],
     },
     /// The gradient of the loss at the embeddings of all tokens, `[tokens, hidden]`.
@@ -105,16 +102,12 @@ impl<'a> Backward<'a> {
     /// # Errors
     /// `Runtime` if a tensor is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource, precision: Precision) -> Result<Self> {
-        Model::load(source, &Cpu)?; // finds and checks every tensor
         let decoder = source.decoder();
-        let embedding = source.require(&decoder.embedding().name)?;
-        let output = source.require(&decoder.output().name)?;
+        let ends = Ends::load(source)?;
         let blocks = (0..decoder.blocks.len())
             .map(|index| Ok(Block::load(source, index)?))
             .collect::<Result<_>>()?;
-        let output_norm = find_vector(source, decoder.output_norm())?;
-        let source = Some(source);
-        Ok(Self { precision, decoder, embedding, blocks, output_norm, output, source })
+        Ok(Self { precision, decoder, blocks, ends, source: Some(source) })
     }
 
     /// Computes the loss on equally long `sequences` of tokens and hands its gradients to `visit`,
@@ -135,7 +128,7 @@ impl<'a> Backward<'a> {
         visit: &mut Visitor<'_>,
     ) -> Result<f64> {
         let context = equal_length(sequences)?;
-        let mut residuals = vec![embed(self.embedding, &sequences.concat())?];
+        let mut residuals = vec![self.embed(sequences, context)?];
         for index in 0..self.blocks.len() {
             let output = self.walk(index, context).forward(&residuals[index])?;
             check_finite(index, &output)?;
@@ -150,8 +143,17 @@ impl<'a> Backward<'a> {
             self.walk(index, context).reverse(&x, &mut dx, visit)?;
             self.release_pages();
         }
+        let scale = self.decoder.embedding_scale;
+        if scale != 1.0 {
+            dx.iter_mut().for_each(|dx| *dx *= scale);
+        }
         visit(Gradient::Embedding(&dx))?;
         Ok(loss)
+    }
+
+    fn embed(&self, sequences: &[&[u32]], context: usize) -> Result<Vec<f32>> {
+        let positions = Positions::new(self.decoder, 0, context, context);
+        Ok(self.ends.embed(self.decoder, &sequences.concat(), &positions)?)
     }
 
     /// The normed output of the last block for equally long `sequences` of tokens,
@@ -161,7 +163,7 @@ impl<'a> Backward<'a> {
     /// As [`Self::run`].
     pub fn hidden(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
         let context = equal_length(sequences)?;
-        let mut x = embed(self.embedding, &sequences.concat())?;
+        let mut x = self.embed(sequences, context)?;
         for index in 0..self.blocks.len() {
             x = self.walk(index, context).forward(&x)?;
             check_finite(index, &x)?;
@@ -175,7 +177,9 @@ impl<'a> Backward<'a> {
     /// # Errors
     /// `Kernel` for a weight that is not a number.
     pub fn logits(&self, normed: &[f32]) -> Result<Vec<f32>> {
-        product::linear(self.precision, self.output, normed)
+        let mut logits = product::linear(self.precision, self.ends.output, normed)?;
+        finish_logits(self.decoder, &mut logits);
+        Ok(logits)
     }
 
     fn release_pages(&self) {
@@ -190,9 +194,7 @@ impl<'a> Backward<'a> {
     }
 
     fn normed(&self, x: &[f32]) -> Vec<f32> {
-        let mut normed = vec![0.0; x.len()];
-        Cpu.rms_norm(x, &self.output_norm, self.decoder.norm_epsilon, &mut normed);
-        normed
+        self.ends.normed(Context { decoder: self.decoder, backend: &Cpu }, x)
     }
 
     /// The loss, and its gradient at the output `x: [tokens, hidden]` of the last block.
@@ -211,6 +213,7 @@ impl<'a> Backward<'a> {
             let tokens = first..count.min(first + LOGIT_TOKENS);
             let piece = tokens.start * hidden..tokens.end * hidden;
             let mut logits = self.logits(&normed[piece.clone()])?;
+            let capped = self.decoder.logit_softcap.map(|cap| (logits.clone(), cap));
             total += match loss {
                 Loss::Fisher(seed) => {
                     reverse_fisher(&mut logits, vocab, *seed + tokens.start as u64)
@@ -220,11 +223,18 @@ impl<'a> Backward<'a> {
                     reverse_divergence(&mut logits, vocab, teacher, count)
                 }
             };
+            if let Some((capped, cap)) = capped {
+                elementwise::reverse_cap(&capped, cap, &mut logits);
+            }
+            if self.decoder.logit_scale != 1.0 {
+                logits.iter_mut().for_each(|d_logit| *d_logit *= self.decoder.logit_scale);
+            }
             visit(Gradient::Output { x: &normed[piece.clone()], dy: &logits })?;
-            product::add(self.precision, &mut d_normed[piece], &logits, self.output)?;
+            product::add(self.precision, &mut d_normed[piece], &logits, self.ends.output)?;
         }
+        let (norm, weight) = (self.decoder.norm, &self.ends.norm);
         let mut dx = vec![0.0; x.len()];
-        let dw = block::reverse_rms_norm(x, &self.output_norm, norm_epsilon, &d_normed, &mut dx);
+        let dw = block::reverse_norm(norm, x, weight, norm_epsilon, &d_normed, &mut dx);
         visit(Gradient::Norm { block: None, part: Part::OutputNorm, dw: &dw })?;
         Ok((total, dx))
     }

@@ -1,6 +1,9 @@
 //! Gradients against finite differences of an oracle in f64.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use slim_formats::{Decoder, ModelConfig, ModelSource, Part, arch::Tensor, open_model};
 use slim_kernels::{Cpu, weight};
@@ -8,11 +11,24 @@ use slim_runtime::{Block, Model};
 
 use super::*;
 
+/// Those that the oracle in f64 computes.
 const MODELS: [&str; 3] = ["llama", "llama-tied-rope3", "mistral-swa"];
 
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs")
+}
+
 fn open(name: &str) -> Box<dyn ModelSource> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs");
-    open_model(&folder.join(name)).unwrap()
+    open_model(&folder().join(name)).unwrap()
+}
+
+/// A tiny model of every kind.
+fn every_model() -> Vec<String> {
+    let entries = std::fs::read_dir(folder()).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 /// Numbers in -0.5 .. 0.5.
@@ -58,15 +74,15 @@ fn model<'a>(decoder: &'a Decoder, tensors: &'a HashMap<String, Vec<f32>>) -> Ba
             vectors.into_iter().map(|tensor| (tensor.part, tensors[&tensor.name].clone()));
         Block { spec: decoder.blocks[index], layers: layers.collect(), vectors: vectors.collect() }
     };
-    Backward {
-        precision: Precision::Fine,
-        decoder,
+    let ends = Ends {
         embedding: matrix(decoder.embedding()),
-        blocks: (0..decoder.blocks.len()).map(block).collect(),
-        output_norm: tensors[&decoder.output_norm().name].clone(),
+        positions: decoder.outside(Part::Positions).map(matrix),
+        norm: tensors[&decoder.output_norm().name].clone(),
+        norm_bias: decoder.outside(Part::OutputNormBias).map(|bias| tensors[&bias.name].clone()),
         output: matrix(decoder.output()),
-        source: None,
-    }
+    };
+    let blocks = (0..decoder.blocks.len()).map(block).collect();
+    Backward { precision: Precision::Fine, decoder, blocks, ends, source: None }
 }
 
 /// Logits to diverge from.
@@ -281,8 +297,8 @@ fn largest_error(
 
 #[test]
 fn hidden_states_are_those_of_the_running_model() {
-    for name in MODELS {
-        let source = open(name);
+    for name in every_model() {
+        let source = open(&name);
         let (a, b) = (tokens(40, 1), tokens(40, 2));
         let running = Model::load(&*source, &Cpu).unwrap();
         let expected = [&a, &b].map(|sequence| {
@@ -338,6 +354,57 @@ fn divergence_gradients_are_finite_differences() {
     }
 }
 
+/// Along the gradient itself, and along a random direction, the loss changes as the gradient says.
+#[test]
+fn gradients_of_every_family_are_finite_differences() {
+    for name in every_model() {
+        let source = open(&name);
+        let tensors = perturbed(&*source);
+        let (a, b) = (tokens(24, 5), tokens(24, 6));
+        let sequences = [&a[..], &b[..]];
+        let teacher = teacher(48, source.config());
+        let decoder = source.decoder();
+        let (_, found) = gradients(&model(decoder, &tensors), &sequences, &teacher);
+        let is_trained = |tensor: &&Tensor| found.contains_key(&tensor.name);
+        let expected = decoder.tensors().iter().filter(|tensor| {
+            tensor.is_matrix() && tensor.part != Part::Positions
+                || tensor.name.contains("norm.weight")
+        });
+        assert!(expected.clone().all(|tensor| is_trained(&tensor)), "{name}");
+        let last = decoder.blocks.len() - 1;
+        for (tensor, gradient) in &found {
+            let block = decoder.find(tensor).and_then(|tensor| tensor.block);
+            if block.is_some_and(|block| block != 0 && block != last) {
+                continue;
+            }
+            let random: Vec<f64> =
+                noise(gradient.len(), 3).iter().map(|&noise| f64::from(noise)).collect();
+            let length = dot(gradient, gradient).sqrt();
+            for direction in [gradient, &random] {
+                let unit = dot(direction, direction).sqrt();
+                let loss = |step: f64| {
+                    let mut moved = tensors.clone();
+                    let values = moved.get_mut(tensor).unwrap();
+                    for (value, direction) in values.iter_mut().zip(direction) {
+                        *value += (step * direction / unit) as f32;
+                    }
+                    gradients(&model(decoder, &moved), &sequences, &teacher).0
+                };
+                let squares = tensors[tensor].iter().map(|&value| f64::from(value * value));
+                let size = squares.sum::<f64>().sqrt();
+                // One of them is small enough for the curvature and large enough for f32.
+                let errors = [3e-3, 3e-4, 3e-5].map(|share| {
+                    let step = share * size;
+                    let found = (loss(step) - loss(-step)) / (2.0 * step);
+                    (found - dot(gradient, direction) / unit).abs() / length
+                });
+                let error = errors.into_iter().fold(f64::INFINITY, f64::min);
+                assert!(error < 0.03, "{name}, {tensor}: {error:.1e}");
+            }
+        }
+    }
+}
+
 /// Longer than the pieces of queries, of products and of logits.
 #[test]
 fn long_sequences_gradients_are_finite_differences() {
@@ -365,8 +432,8 @@ fn long_sequences_gradients_are_finite_differences() {
 
 #[test]
 fn divergence_from_the_running_model_is_zero_with_zero_gradients() {
-    for name in MODELS {
-        let source = open(name);
+    for name in every_model() {
+        let source = open(&name);
         let (a, b) = (tokens(40, 1), tokens(40, 2));
         let running = Model::load(&*source, &Cpu).unwrap();
         let logits = [&a, &b].map(|sequence| {

@@ -55,7 +55,7 @@ impl<'a> Student<'a> {
             let norms = block.vectors.iter();
             norms.map(|(part, norm)| (part, Parameters::new(norm.clone()))).collect()
         });
-        let output = Parameters::new(start.output_norm.clone());
+        let output = Parameters::new(start.ends.norm.clone());
         let norms = Norms { blocks: norms.collect(), output };
         Ok(Self { start, layers, trained, norms })
     }
@@ -102,12 +102,13 @@ impl<'a> Student<'a> {
         })
     }
 
-    /// A norm by its tensor's name.
+    /// A norm, or a bias of a block, by its tensor's name.
     pub fn norm(&self, name: &str) -> Option<&[f32]> {
         let tensor = self.start.decoder.find(name).filter(|tensor| !tensor.is_matrix())?;
         let norm = match tensor.block {
             Some(block) => &self.norms.blocks[block][tensor.part],
-            None => &self.norms.output,
+            None if tensor.part == Part::OutputNorm => &self.norms.output,
+            None => return None,
         };
         Some(&norm.values)
     }
@@ -157,6 +158,6 @@ fn running<'m>(
         let trained = layers.iter().filter(|(_, bands)| !bands.is_empty());
         block.layers.extend(trained.map(|(part, bands)| (part, Weight::Bands(Bands::new(bands)))));
     }
-    model.output_norm = norms.output.values.clone();
+    model.ends.norm = norms.output.values.clone();
     model
 }

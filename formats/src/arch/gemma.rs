@@ -135,7 +135,8 @@ impl Family for Gemma3 {
 fn read(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     const LARGEST: [usize; 2] = [46, 62];
     let features = &mut config.features;
-    features.embedding_scale = (config.hidden_size as f32).sqrt();
+    let embedding_scale = keys.number("embedding_multiplier")?.map(|scale| scale as f32);
+    features.embedding_scale = embedding_scale.unwrap_or((config.hidden_size as f32).sqrt());
     features.attention_softcap = keys.number("attn_logit_softcapping")?.map(|cap| cap as f32);
     features.logit_softcap = keys.number("final_logit_softcapping")?.map(|cap| cap as f32);
     features.has_attention_bias = keys.flag("attention_bias")?;
