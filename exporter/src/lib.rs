@@ -11,6 +11,8 @@ mod onnx;
 mod rows;
 mod safetensors;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use slim_formats::{Decoder, ModelSource, OutputPath};
 
