@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
 use crate::command::{Dir, arg, fail, onnx_model, slimllm, succeed, tiny_model};
@@ -257,7 +258,7 @@ fn keys_that_change_the_computation_are_refused_or_warned_of() {
     let config = folder.join("config.json");
     let original = fs::read(&config).unwrap();
     for (changes, what) in [
-        (json!({"attention_bias": true}), "key `attention_bias` of true in a llama model"),
+        (json!({"qk_layernorm": true}), "key `qk_layernorm` of true in a llama model"),
         (json!({"logits_scaling": 8.0}), "key `logits_scaling` of 8.0 in a llama model"),
         (
             json!({"rope_parameters": null, "rope_scaling": {"factor": 4.0}}),
@@ -276,6 +277,57 @@ fn keys_that_change_the_computation_are_refused_or_warned_of() {
         "config.json`: key `wavelet_gate` of 3 is not read: it is unknown in a llama model\n";
     assert_eq!(answer.stderr.matches(warning).count(), 1, "{}", answer.stderr);
     assert!(answer.stderr.starts_with("warning: "), "{}", answer.stderr);
+}
+
+/// The text model of one that also sees, as transformers and older releases store it.
+#[test]
+fn text_model_of_a_wrapper_is_taken_and_the_rest_is_named() {
+    for (prefix, head) in
+        [("language_model.", "language_model."), ("", ""), ("model.language_model.", "")]
+    {
+        let dir = Dir::new();
+        let folder = dir.path("m");
+        copy_folder(&tiny_model("gemma3"), &folder);
+        let config = folder.join("config.json");
+        let text: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+        let wrapper = json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+            "text_config": text, "vision_config": {"hidden_size": 8},
+        });
+        fs::write(&config, wrapper.to_string()).unwrap();
+        let rename = |name: &str| match name.strip_prefix("model.") {
+            Some(rest) if prefix == "model.language_model." => format!("{prefix}{rest}"),
+            _ => format!("{}{name}", if name.starts_with("lm_head") { head } else { prefix }),
+        };
+        with_tensors(
+            &folder.join("model.safetensors"),
+            rename,
+            &[("vision_tower.p", vec![2, 3, 2])],
+        );
+        let logits = |model: &Path| {
+            let out = dir.arg("logits");
+            let args = ["logits", &arg(model), "--tokens", "1,2,3", "-o", &out, "--force"];
+            (succeed(&args).stderr, fs::read(&out).unwrap())
+        };
+        let (talk, found) = logits(&folder);
+        assert!(found == logits(&tiny_model("gemma3")).1, "{prefix}");
+        let expected = "only the text model is used; left out: `vision_tower` (1 tensors)";
+        assert!(talk.contains(expected), "{talk}");
+    }
+}
+
+/// Writes a safetensors file again, its tensors under other names, with more of zeros.
+fn with_tensors(path: &Path, rename: impl Fn(&str) -> String, more: &[(&str, Vec<usize>)]) {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = [0; 1024];
+    let renamed = file.tensors().into_iter().map(|(name, view)| (rename(&name), view));
+    let more = more.iter().map(|(name, shape)| {
+        let bytes = &zeros[..2 * shape.iter().product::<usize>()];
+        ((*name).to_owned(), TensorView::new(Dtype::F16, shape.clone(), bytes).unwrap())
+    });
+    let written = safetensors::serialize(renamed.chain(more), None).unwrap();
+    fs::write(path, written).unwrap();
 }
 
 #[test]

@@ -41,7 +41,7 @@ impl GgufModel {
             return Err(locate::split_gguf(path, count));
         }
         refuse_other_kinds(path, metadata)?;
-        let mut config = ModelConfig::from_gguf(path, metadata, file.rope_vectors()?)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, file.facts()?)?;
         config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
         config.find_biases(|name| file.tensor(name).is_some());
         let decoder = Decoder::new(&config);

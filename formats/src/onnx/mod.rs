@@ -86,8 +86,9 @@ impl OnnxModel {
         let model = MappedFile::open(path)?;
         stand_in::refuse(path, &model, "an ONNX model")?;
         let mut folder = Folder::around_onnx(path);
-        let Description { mut config, tokenizer, chat_template, quantization, mut warnings } =
-            folder.description()?;
+        let Description {
+            mut config, tokenizer, chat_template, quantization, mut warnings, ..
+        } = folder.description()?;
         if let Some(method) = quantization {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is not borne out by the graph, which counts",

@@ -1,7 +1,7 @@
 //! Which file holds which tensor.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     path::{Component, Path, PathBuf},
 };
@@ -28,15 +28,73 @@ pub(super) struct StoredTensor {
     pub cols: usize,
 }
 
-/// Tensors under their names in the files.
+/// Tensors under their names in a text model.
 pub(super) type Table = HashMap<String, StoredTensor>;
 
+/// Which tensors of the files belong to the text model, of a model that also sees or hears.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// Whether there are others.
+    is_part: bool,
+    /// What was left out: how many tensors of which part.
+    left_out: BTreeMap<&'static str, usize>,
+}
+
+impl Parts {
+    /// Of a model whose text model is a part, or all of it.
+    pub fn new(is_part: bool) -> Self {
+        Self { is_part, left_out: BTreeMap::new() }
+    }
+
+    /// The name that a stored tensor has in a text model; `None` if it is of another part.
+    fn name_of(&self, stored: &str) -> Option<String> {
+        match self.other(stored) {
+            Some(_) => None,
+            // `model.language_model.`, `language_model.model.` and `language_model.lm_head.`.
+            None if self.is_part => Some(stored.replace("language_model.", "")),
+            None => Some(stored.to_owned()),
+        }
+    }
+
+    /// As [`Self::name_of`]; counts what it leaves out.
+    fn take(&mut self, stored: &str) -> Option<String> {
+        if let Some(other) = self.other(stored) {
+            *self.left_out.entry(other).or_default() += 1;
+        }
+        self.name_of(stored)
+    }
+
+    fn other(&self, stored: &str) -> Option<&'static str> {
+        const OTHERS: [&str; 7] = [
+            "vision_tower",
+            "vision_model",
+            "visual",
+            "multi_modal_projector",
+            "audio_tower",
+            "embed_vision",
+            "embed_audio",
+        ];
+        OTHERS.into_iter().find(|&other| self.is_part && stored.split('.').any(|s| s == other))
+    }
+
+    /// A sentence about what was left out of the model at `path`, if anything was.
+    pub fn warning(&self, path: &Path) -> Option<String> {
+        let counts =
+            self.left_out.iter().map(|(part, count)| format!("`{part}` ({count} tensors)"));
+        let counts = counts.collect::<Vec<_>>().join(", ");
+        let path = path.display();
+        (!counts.is_empty())
+            .then(|| format!("`{path}`: only the text model is used; left out: {counts}"))
+    }
+}
+
 impl Shards {
-    /// Opens a model that is one file; `method` is how it says it is quantized, for messages.
-    pub fn open_one(path: &Path, method: Option<&str>) -> Result<(Self, Table)> {
+    /// Opens a model that is one file, with the tensors that `parts` names; `method` is how it says
+    /// it is quantized, for messages.
+    pub fn open_one(path: &Path, parts: &mut Parts, method: Option<&str>) -> Result<(Self, Table)> {
         let mut shards = Self { files: Vec::new() };
         let mut table = Table::new();
-        shards.add(path, method, &mut table)?;
+        shards.add(path, parts, method, &mut table)?;
         Ok((shards, table))
     }
 
@@ -46,6 +104,7 @@ impl Shards {
         folder: &Path,
         index_path: &Path,
         index: &Value,
+        parts: &mut Parts,
         method: Option<&str>,
     ) -> Result<(Self, Table)> {
         let malformed = |place: String, found: &str, expected: &str| {
@@ -71,12 +130,15 @@ impl Shards {
             return Err(error);
         }
         for &name in &names {
-            shards.add(&folder.join(name), method, &mut table)?;
+            shards.add(&folder.join(name), parts, method, &mut table)?;
         }
         for (shard, &name) in names.iter().enumerate() {
             let mut tensors = file_of.iter().filter(|&(_, &file)| file == name);
-            let is_absent =
-                |tensor: &String| table.get(tensor).is_none_or(|stored| stored.shard != shard);
+            let is_absent = |tensor: &String| {
+                let wanted = parts.name_of(tensor);
+                wanted
+                    .is_some_and(|name| table.get(&name).is_none_or(|stored| stored.shard != shard))
+            };
             if let Some((tensor, _)) = tensors.find(|(tensor, _)| is_absent(tensor)) {
                 let expected = format!("a tensor in `{name}`");
                 return Err(malformed(format!("tensor `{tensor}`"), "none", &expected));
@@ -86,7 +148,13 @@ impl Shards {
     }
 
     /// Maps one more file and enters its tensors.
-    fn add(&mut self, path: &Path, method: Option<&str>, table: &mut Table) -> Result<()> {
+    fn add(
+        &mut self,
+        path: &Path,
+        parts: &mut Parts,
+        method: Option<&str>,
+        table: &mut Table,
+    ) -> Result<()> {
         let file = MappedFile::open(path)?;
         stand_in::refuse(path, &file, "a safetensors file")?;
         let malformed = |place: String, found: String, expected: &str| {
@@ -124,6 +192,7 @@ impl Shards {
             if name.ends_with("rotary_emb.cos_cached") || name.ends_with("rotary_emb.sin_cached") {
                 continue;
             }
+            let Some(name) = parts.take(&name) else { continue };
             let place = format!("tensor `{name}`");
             let dtype = dtype_of(info.dtype).ok_or_else(|| {
                 let what = format!("{place}: element type {:?}", info.dtype);

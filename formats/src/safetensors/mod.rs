@@ -14,7 +14,7 @@ use crate::{
     places::{self, Fixed, floats},
     shapes::{self, Spelling},
 };
-use index::{Shards, StoredTensor, Table};
+use index::{Parts, Shards, StoredTensor, Table};
 
 /// A model in a Hugging Face directory.
 #[derive(Debug)]
@@ -59,16 +59,24 @@ impl HfDirectory {
             }
         };
         let mut folder = Folder::around(path);
-        let Description { mut config, tokenizer, chat_template, quantization, mut warnings } =
-            folder.description()?;
+        let Description {
+            mut config,
+            tokenizer,
+            chat_template,
+            quantization,
+            is_part,
+            mut warnings,
+        } = folder.description()?;
         let method = quantization.as_deref();
+        let mut parts = Parts::new(is_part);
         let (shards, mut stored) = match weights {
-            Weights::Single(file) => Shards::open_one(&file, method)?,
+            Weights::Single(file) => Shards::open_one(&file, &mut parts, method)?,
             Weights::Index(index_path) => {
                 let index = folder.json(locate::INDEX)?.unwrap_or_default();
-                Shards::open_index(folder.root(), &index_path, &index, method)?
+                Shards::open_index(folder.root(), &index_path, &index, &mut parts, method)?
             }
         };
+        warnings.extend(parts.warning(path));
         if let Some(method) = method {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is left over: the weights are stored plainly, \

@@ -142,7 +142,7 @@ impl SlimFile {
             })
         });
         let stored = stored.collect();
-        let mut config = ModelConfig::from_gguf(path, metadata, gguf.rope_vectors()?)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, gguf.facts()?)?;
         config.find_biases(|name| gguf.tensor(name).is_some());
         let output = Part::Output.gguf_name();
         config.tied_embeddings = !places.contains_key(output) && gguf.tensor(output).is_none();
