@@ -40,7 +40,9 @@ pub use folder::missing_tokenizer;
 pub use generation::Generation;
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
-pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
+pub use model::{
+    BlockScales, DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model,
+};
 pub use special_tokens::GgmlDefaults;
 pub use temporary::{
     Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,

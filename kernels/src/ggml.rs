@@ -30,6 +30,7 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         DType::BF16 => {
             each_block(bytes, out, |&block, out| *out = [bf16::from_le_bytes(block).to_f32()])
         }
+        DType::F8_E4M3 => each_block(bytes, out, |&[code], out| *out = [f8_e4m3(code)]),
         quantized => for_block!(quantized, each_quantized_block(bytes, out), _ => {
             Err(KernelError::UnsupportedType { dtype })
         }),
@@ -66,8 +67,23 @@ pub fn dequantize_rows(
     for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
         let stored = tensor.layout.stored_row(row).expect("rows are stored one after the other");
         dequantize(tensor.dtype, &tensor.bytes[stored * row_bytes..][..row_bytes], values)?;
+        if let Some(scales) = &tensor.scales {
+            let blocks = values.chunks_mut(scales.block.1).zip(scales.of_row(stored));
+            blocks.for_each(|(values, scale)| values.iter_mut().for_each(|value| *value *= scale));
+        }
     }
     Ok(())
+}
+
+/// A sign, 4 bits of exponent, 3 of mantissa; all ones is not a number, there is no infinity.
+fn f8_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if code >> 7 == 0 { magnitude } else { -magnitude }
 }
 
 /// Some rows of a tensor that is stored column by column, a few columns at a time so that what is
@@ -488,6 +504,7 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
 mod tests {
     use super::*;
     use safetensors::SafeTensors;
+    use slim_formats::BlockScales;
 
     /// Random blocks and the values that the Python package `gguf` gives them
     /// (`tests/oracle/ggml_blocks.py`).
@@ -523,6 +540,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn f8_values_are_those_of_the_format() {
+        let values = [0x00, 0x80, 0x01, 0x07, 0x08, 0x38, 0x3c, 0xb8, 0x7e].map(f8_e4m3);
+        let small = 1.0 / 512.0;
+        assert_eq!(values, [0.0, 0.0, small, 7.0 * small, 8.0 * small, 1.0, 1.5, -1.0, 448.0]);
+        assert!(f8_e4m3(0x7f).is_nan() && f8_e4m3(0xff).is_nan());
+    }
+
+    /// Blocks of 2 x 2 in a part of a matrix that begins with its second row.
+    #[test]
+    fn scales_multiply_their_blocks() {
+        let values = [1.0, 10.0, 100.0, 1000.0];
+        let scales = BlockScales { values: &values, block: (2, 2), per_row: 2, first_row: 1 };
+        let tensor = DenseTensor {
+            dtype: DType::F8_E4M3,
+            rows: 3,
+            cols: 3,
+            bytes: &[0x38; 9],
+            layout: Layout::AsStored,
+            scales: Some(scales),
+        };
+        let mut out = [0.0; 9];
+        dequantize_rows(&tensor, 0..3, &mut out).unwrap();
+        assert_eq!(out, [1.0, 1.0, 10.0, 100.0, 100.0, 1000.0, 100.0, 100.0, 1000.0]);
+    }
+
     fn words(bytes: &[u8]) -> Vec<u32> {
         bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect()
     }
@@ -553,7 +596,7 @@ mod tests {
     /// Eight rows of two columns, each holding its stored row number.
     fn numbered_rows(bytes: &mut Vec<u8>, layout: Layout) -> DenseTensor<'_> {
         bytes.extend((0..8).flat_map(|row| [row as f32; 2]).flat_map(f32::to_le_bytes));
-        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, layout }
+        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, layout, scales: None }
     }
 
     #[test]
@@ -583,7 +626,7 @@ mod tests {
         let fused: Vec<u8> = (0..cols * stride).flat_map(|i| (i as f32).to_le_bytes()).collect();
         let bytes = &fused[4 * first..4 * (first + (cols - 1) * stride + rows)];
         let layout = Layout::Transposed { stride };
-        let tensor = DenseTensor { dtype: DType::F32, rows, cols, bytes, layout };
+        let tensor = DenseTensor { dtype: DType::F32, rows, cols, bytes, layout, scales: None };
         assert_eq!(tensor.stored_bytes(), 4 * 290 * 35);
         for asked in [0..290, 0..1, 289..290, 3..131, 128..256, 100..290, 7..7] {
             let mut out = vec![f32::NAN; asked.len() * cols];

@@ -99,7 +99,14 @@ impl ModelSource for Dequantized {
         };
         let (rows, cols) = weight::shape(self.file.require(name)?);
         let layout = Layout::AsStored;
-        Ok(Some(Weight::Dense(DenseTensor { dtype: DType::F32, rows, cols, bytes, layout })))
+        Ok(Some(Weight::Dense(DenseTensor {
+            dtype: DType::F32,
+            rows,
+            cols,
+            bytes,
+            layout,
+            scales: None,
+        })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

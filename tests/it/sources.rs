@@ -316,6 +316,95 @@ fn text_model_of_a_wrapper_is_taken_and_the_rest_is_named() {
     }
 }
 
+/// Codes of 8 bits with a scale per block, per row or per tensor compute what the same weights do
+/// in f32.
+#[test]
+fn weights_in_fp8_are_read_with_their_scales() {
+    let logits = |dir: &Dir, folder: &Path| {
+        let out = dir.arg("logits");
+        succeed(&["logits", &arg(folder), "--tokens", "1,2,3", "-o", &out, "--force"]);
+        fs::read(&out).unwrap()
+    };
+    type ScaleShape = fn(usize, usize) -> Vec<usize>;
+    let kinds: [(&str, ScaleShape); 4] = [
+        ("weight_scale_inv", |rows, cols| vec![rows.div_ceil(32), cols.div_ceil(32)]),
+        ("weight_scale", |rows, _| vec![rows, 1]),
+        ("weight_scale", |_, _| vec![]),
+        ("qscale_weight", |_, _| vec![1]),
+    ];
+    // Phi-3 has fused matrices, parts of which begin within the blocks.
+    for ((suffix, shape), model) in kinds.into_iter().zip(["llama", "phi3", "phi3", "llama"]) {
+        let dir = Dir::new();
+        let [fp8, plain] = ["fp8", "plain"].map(|name| {
+            copy_folder(&tiny_model(model), &dir.path(name));
+            dir.path(name)
+        });
+        to_fp8(&fp8.join("model.safetensors"), &plain.join("model.safetensors"), suffix, shape);
+        let quantization = json!({"quantization_config": {"quant_method": "fp8"}});
+        change(&fp8.join("config.json"), quantization);
+        assert!(logits(&dir, &fp8) == logits(&dir, &plain), "{suffix}, {model}");
+        let answer = succeed(&["inspect", &arg(&fp8)]);
+        assert!(answer.stdout.contains("F8_E4M3"), "{}", answer.stdout);
+    }
+}
+
+/// Replaces the matrices of the blocks in two copies of a model: in one by random codes and
+/// scales, in the other by what they are worth.
+fn to_fp8(fp8: &Path, plain: &Path, suffix: &str, shape: impl Fn(usize, usize) -> Vec<usize>) {
+    let value = |code: u8| {
+        let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+        let sign = if code < 128 { 1.0 } else { -1.0 };
+        match exponent {
+            0 => sign * mantissa * 2f32.powi(-6),
+            _ => sign * (1.0 + mantissa) * 2f32.powi(exponent - 7),
+        }
+    };
+    let bytes = fs::read(fp8).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (mut coded, mut worth) = (Vec::new(), Vec::new());
+    for (name, view) in file.tensors() {
+        let dims = view.shape().to_vec();
+        if dims.len() != 2 || !name.contains(".layers.") {
+            let kept = (name, view.dtype(), dims, view.data().to_vec());
+            coded.push(kept.clone());
+            worth.push(kept);
+            continue;
+        }
+        let (rows, cols) = (dims[0], dims[1]);
+        // All codes but those that are not numbers.
+        let codes: Vec<u8> =
+            (0..rows * cols).map(|i| (i * 151 % 126) as u8 | (i % 2) as u8 * 128).collect();
+        let of_scales = shape(rows, cols);
+        let (down, across) = match of_scales[..] {
+            [down, across] => (down, across),
+            _ => (1, 1),
+        };
+        let block =
+            (rows.div_ceil(down).next_power_of_two(), cols.div_ceil(across).next_power_of_two());
+        let scales: Vec<f32> = (0..down * across).map(|i| 0.001 * (1 + i % 5) as f32).collect();
+        let weights = codes.iter().enumerate().map(|(i, &code)| {
+            let (row, col) = (i / cols, i % cols);
+            value(code) * scales[row / block.0 * across + col / block.1]
+        });
+        let weights: Vec<u8> = weights.flat_map(f32::to_le_bytes).collect();
+        let scales: Vec<u8> = scales.into_iter().flat_map(f32::to_le_bytes).collect();
+        worth.push((name.clone(), Dtype::F32, dims.clone(), weights));
+        coded.push((
+            format!("{}.{suffix}", name.trim_end_matches(".weight")),
+            Dtype::F32,
+            of_scales,
+            scales,
+        ));
+        coded.push((name, Dtype::F8_E4M3, dims, codes));
+    }
+    for (path, tensors) in [(fp8, coded), (plain, worth)] {
+        let views = tensors.iter().map(|(name, dtype, dims, bytes)| {
+            (name.clone(), TensorView::new(*dtype, dims.clone(), bytes).unwrap())
+        });
+        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+}
+
 /// Writes a safetensors file again, its tensors under other names, with more of zeros.
 fn with_tensors(path: &Path, rename: impl Fn(&str) -> String, more: &[(&str, Vec<usize>)]) {
     let bytes = fs::read(path).unwrap();

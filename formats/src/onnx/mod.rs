@@ -155,7 +155,7 @@ impl OnnxModel {
     fn dense(&self, index: usize) -> DenseTensor<'_> {
         let StoredTensor { file, ref range, dtype, rows, cols, layout } = self.tensors[index].1;
         let file = file.map_or(&self.model, |file| &self.external[file]);
-        DenseTensor { dtype, rows, cols, bytes: &file[range.clone()], layout }
+        DenseTensor { dtype, rows, cols, bytes: &file[range.clone()], layout, scales: None }
     }
 }
 

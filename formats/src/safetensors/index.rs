@@ -9,6 +9,7 @@ use std::{
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
+use super::fp8::{self, Fp8Scales};
 use crate::{DType, FormatError, MappedFile, Result, json, locate, stand_in};
 
 /// The mapped safetensors files of a model.
@@ -26,6 +27,8 @@ pub(super) struct StoredTensor {
     /// 1 for a vector.
     pub rows: usize,
     pub cols: usize,
+    /// Of a matrix in FP8.
+    pub scales: Option<Fp8Scales>,
 }
 
 /// Tensors under their names in a text model.
@@ -196,10 +199,11 @@ impl Shards {
             let place = format!("tensor `{name}`");
             let dtype = dtype_of(info.dtype).ok_or_else(|| {
                 let what = format!("{place}: element type {:?}", info.dtype);
-                FormatError::unsupported(path, what, "weights must be F16, BF16 or F32")
+                FormatError::unsupported(path, what, "weights must be F16, BF16, F32 or F8_E4M3")
             })?;
             let (rows, cols) = match info.shape[..] {
                 [cols] if cols > 0 => (1, cols),
+                [] if fp8::is_scale(&name) => (1, 1),
                 [rows, cols] if rows > 0 && cols > 0 => (rows, cols),
                 _ => {
                     return Err(malformed(
@@ -213,7 +217,8 @@ impl Shards {
             // type.
             let (start, end) = info.data_offsets;
             let range = data_start + start..data_start + end;
-            let stored = StoredTensor { shard: self.files.len(), range, dtype, rows, cols };
+            let (shard, scales) = (self.files.len(), None);
+            let stored = StoredTensor { shard, range, dtype, rows, cols, scales };
             if table.insert(name, stored).is_some() {
                 return Err(malformed(
                     place,
@@ -255,11 +260,10 @@ fn is_shard_name(name: &str) -> bool {
 fn first_quantized<'a>(
     tensors: impl Iterator<Item = (&'a String, Dtype)>,
 ) -> Option<(&'a str, &'static str)> {
-    const METHODS: [(&str, &[&str]); 8] = [
+    const METHODS: [(&str, &[&str]); 7] = [
         ("GPTQ or AWQ", &[".qweight", ".qzeros", ".g_idx"]),
         ("bitsandbytes", &[".absmax", ".quant_map", ".nested_absmax", ".SCB", ".weight_format"]),
         ("compressed-tensors", &[".weight_packed", ".weight_shape", ".weight_zero_point"]),
-        ("FP8", &[".weight_scale", ".weight_scale_inv", ".input_scale"]),
         ("MXFP4", &["_blocks", "_scales"]),
         ("EXL2 or EXL3", &[".q_weight", ".q_scale", ".trellis", ".suh"]),
         ("AQLM", &[".codebooks", ".codes"]),
@@ -271,7 +275,7 @@ fn first_quantized<'a>(
             return Some((false, name.as_str(), *method));
         }
         let by_type = match dtype {
-            Dtype::F8_E4M3 | Dtype::F8_E5M2 => "FP8",
+            Dtype::F8_E5M2 => "FP8 with 5 bits of exponent",
             Dtype::U32 => "MLX",
             Dtype::I8 | Dtype::U8 => "8-bit or 4-bit integers",
             _ => return None,
@@ -287,6 +291,7 @@ fn dtype_of(dtype: Dtype) -> Option<DType> {
         Dtype::F16 => Some(DType::F16),
         Dtype::BF16 => Some(DType::BF16),
         Dtype::F32 => Some(DType::F32),
+        Dtype::F8_E4M3 => Some(DType::F8_E4M3),
         _ => None,
     }
 }

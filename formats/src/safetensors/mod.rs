@@ -1,5 +1,6 @@
 //! Hugging Face model directories: `config.json`, safetensors files, a tokenizer.
 
+mod fp8;
 mod index;
 #[cfg(test)]
 mod tests;
@@ -7,13 +8,14 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 use crate::{
-    Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
+    DType, Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
     arch::Tensor,
     folder::{Description, Folder},
     locate::{self, Weights},
     places::{self, Fixed, floats},
     shapes::{self, Spelling},
 };
+use fp8::Fp8Scales;
 use index::{Parts, Shards, StoredTensor, Table};
 
 /// A model in a Hugging Face directory.
@@ -77,7 +79,9 @@ impl HfDirectory {
             }
         };
         warnings.extend(parts.warning(path));
-        if let Some(method) = method {
+        fp8::attach_scales(path, &shards, &mut stored)?;
+        let is_in_fp8 = stored.values().any(|tensor| tensor.dtype == DType::F8_E4M3);
+        if let Some(method) = method.filter(|_| !is_in_fp8) {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is left over: the weights are stored plainly, \
                  and read as they are",
@@ -147,7 +151,8 @@ impl ModelSource for HfDirectory {
         }
         let Some(stored) = self.stored.get(&known.hf.name) else { return Ok(None) };
         let bytes = self.shards.bytes_of(stored);
-        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes)))
+        let scales = stored.scales.as_ref().map(Fp8Scales::view);
+        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes, scales)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

@@ -288,7 +288,14 @@ impl ModelSource for SlimFile {
         let (rows, cols) = info.rows_and_cols(self.path())?;
         let bytes = self.gguf.bytes_of(info);
         let layout = Layout::AsStored;
-        Ok(Some(Weight::Dense(DenseTensor { dtype: info.dtype, rows, cols, bytes, layout })))
+        Ok(Some(Weight::Dense(DenseTensor {
+            dtype: info.dtype,
+            rows,
+            cols,
+            bytes,
+            layout,
+            scales: None,
+        })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

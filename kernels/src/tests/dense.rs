@@ -73,7 +73,7 @@ fn dense_matvec_of_every_quantized_type_agrees() {
             };
             let (bytes, stored) = blocks(&mut noise, dtype, halves, rows * cols);
             let weights = in_order_of_use(layout, &stored, cols);
-            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout };
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None };
             let mut x = noise.vector(cols, 1.0);
             for outliers in [false, true] {
                 if outliers {
@@ -105,7 +105,7 @@ fn dense_matvec_of_rows_of_any_number_of_blocks_agrees() {
         for cols in [32, 64, 288, 576] {
             let (bytes, values) = blocks(&mut noise, dtype, halves, 17 * cols);
             let layout = Layout::AsStored;
-            let tensor = DenseTensor { dtype, rows: 17, cols, bytes: &bytes, layout };
+            let tensor = DenseTensor { dtype, rows: 17, cols, bytes: &bytes, layout, scales: None };
             let x = noise.vector(cols, 1.0);
             for method in Method::all() {
                 let input = as_multiplied(method, dtype, &x);
@@ -124,7 +124,8 @@ fn dense_matvec_what_is_not_finite_stays_so() {
     for (dtype, halves) in TYPES {
         let (bytes, _) = blocks(&mut noise, dtype, halves, 17 * 256);
         let layout = Layout::AsStored;
-        let tensor = DenseTensor { dtype, rows: 17, cols: 256, bytes: &bytes, layout };
+        let tensor =
+            DenseTensor { dtype, rows: 17, cols: 256, bytes: &bytes, layout, scales: None };
         let mut x = noise.vector(256, 1.0);
         x[100] = f32::NAN;
         for method in Method::all() {
@@ -142,7 +143,8 @@ fn dense_matvec_does_not_depend_on_the_number_of_threads() {
         let (rows, cols) = (1300, 256);
         let (bytes, _) = blocks(&mut noise, dtype, halves, rows * cols);
         let layout = Layout::AsStored;
-        let weight = Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, layout });
+        let weight =
+            Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None });
         let x = noise.vector(cols, 1.0);
         let with_threads = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
