@@ -89,6 +89,36 @@ fn dense_matvec_of_every_quantized_type_agrees() {
     }
 }
 
+/// Sums of the largest products that an instruction adds up.
+#[test]
+fn dense_matvec_of_extreme_codes_agrees() {
+    for (dtype, halves) in TYPES {
+        let (rows, cols) = (5, 256);
+        let (_, block_bytes) = dtype.block().unwrap();
+        for byte in [0x00, 0x7f, 0x80, 0x88, 0xff] {
+            let mut bytes = vec![byte; rows * dtype.size_in_bytes(cols as u64).unwrap() as usize];
+            for block in bytes.chunks_exact_mut(block_bytes as usize) {
+                for &at in halves {
+                    block[at..at + 2].copy_from_slice(&f16::ONE.to_le_bytes());
+                }
+            }
+            let mut weights = vec![f32::NAN; rows * cols];
+            dequantize(dtype, &bytes, &mut weights).unwrap();
+            let layout = Layout::AsStored;
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout };
+            for x in [127.0, -127.0] {
+                let expected = product(&vec![x; cols], &widened(&weights), cols);
+                for method in Method::all() {
+                    let mut out = vec![f32::NAN; rows];
+                    dense_by(method, &tensor, &vec![x; cols], &mut out).unwrap();
+                    let what = format!("{method:?}, {dtype:?} of {byte:#x}, inputs {x}");
+                    assert_nmse(&what, &out, &expected, MATMUL_NMSE);
+                }
+            }
+        }
+    }
+}
+
 /// Blocks of 32 columns fill rows that K types do not.
 #[test]
 fn dense_matvec_of_rows_of_any_number_of_blocks_agrees() {

@@ -26,7 +26,7 @@ const STEP: usize = 2 * UNIT;
 const WORDS: usize = STEP / 4;
 /// Rows that are walked side by side: they share what is loaded of the input, and none waits for
 /// its own sums.
-const ROWS: usize = 4;
+pub(super) const ROWS: usize = 4;
 
 /// What blocks ask of an instruction set beyond the rest.
 pub(super) trait BlockIsa: Isa {
@@ -250,6 +250,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
                     let s = isa.sub(s[i], isa.floats(B::SCALE_OFFSET));
                     isa.mul_add(s, dots, sums.scaled[i])
                 }
+                // Of a block of one step.
                 None => dots,
             };
             sums.shifted[i] = match z {

@@ -17,7 +17,7 @@ const AHEAD_BYTES: usize = 2048;
 /// A value says that the processor has it. Every method is inlined, so that its instructions become
 /// the caller's.
 pub(super) trait Isa: Copy {
-    /// A register of 32-bit words, one for each of some rows.
+    /// A register of 32-bit words: of a tile one for each of some rows, of a block those of a row.
     type Words: Copy;
     /// As many f32.
     type Floats: Copy;

@@ -1,5 +1,5 @@
-//! One token times a weight matrix, straight from the file's bytes. Of packed layers and ggml's
-//! blocks 16 rows are 16 lanes, and no sum goes across them.
+//! One token times a weight matrix, straight from the file's bytes. Of packed layers 16 rows are 16
+//! lanes, and no sum goes across them; of ggml's blocks the lanes are columns of one row.
 //!
 //! Where the processor multiplies bytes, the input becomes 8-bit integers first ([`Input`]): a code
 //! then costs a fraction of an instruction, and decoding waits for the memory. Elsewhere `portable`
@@ -144,7 +144,7 @@ pub fn dense_by(
 ) -> Result<()> {
     assert_eq!((x.len(), out.len()), (matrix.cols, matrix.rows), "inputs and outputs");
     let row_bytes = (matrix.stored_bytes() as usize).div_ceil(matrix.rows.max(1)).max(1);
-    let task_rows = TASK_BYTES.div_ceil(row_bytes).next_multiple_of(TILE_ROWS);
+    let task_rows = TASK_BYTES.div_ceil(row_bytes).next_multiple_of(blocks::ROWS);
     let tasks = out.par_chunks_mut(task_rows).enumerate();
     let in_rows = !matches!(matrix.layout, Layout::Transposed { .. });
     match method {
