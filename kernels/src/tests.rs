@@ -283,7 +283,7 @@ fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec
         _ if backend != "cpu" || x.len() > cols => x.to_vec(),
         (_, Some(bands), method) => as_multiplied(method, bands.get(0).layout(), x),
         (Weight::Dense(dense), _, matvec::Method::Integer(..)) if dense.dtype == DType::Q8_0 => {
-            Input::in_runs(32, x).values_in_runs(32)
+            Input::in_whole_steps(x).values_in_whole_steps()
         }
         _ => x.to_vec(),
     }
