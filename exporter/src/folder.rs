@@ -37,8 +37,6 @@ pub struct NewFile {
 pub struct PlannedTensor {
     /// Hugging Face's name.
     pub name: String,
-    /// The GGUF name of the tensor that it is made of.
-    pub source: String,
     /// Element type.
     pub dtype: Element,
     /// Dimensions, outermost first.
@@ -88,13 +86,13 @@ impl Folder {
         self.json("tokenizer_config.json", &tokenizer_config(model, &tokenizer))
     }
 
-    /// Writes the tensors; `bytes_of` is called for each in order.
+    /// Writes the tensors, whose bytes `encoded` gives one after the other.
     pub fn tensors(
         &self,
         tensors: &[PlannedTensor],
-        bytes_of: &mut dyn FnMut(&PlannedTensor) -> Result<Vec<u8>>,
+        encoded: impl IntoIterator<Item = Result<Vec<u8>>>,
     ) -> Result<()> {
-        self.shards(tensors, SHARD_BYTES, bytes_of)
+        self.shards(tensors, SHARD_BYTES, &mut encoded.into_iter())
     }
 
     /// Brings the files to the disk, gives the folder its name and tells how many bytes its files
@@ -124,7 +122,7 @@ impl Folder {
         &self,
         tensors: &[PlannedTensor],
         shard_bytes: u64,
-        bytes_of: &mut dyn FnMut(&PlannedTensor) -> Result<Vec<u8>>,
+        encoded: &mut dyn Iterator<Item = Result<Vec<u8>>>,
     ) -> Result<()> {
         let shards = split(tensors, shard_bytes);
         let name_of = |index: usize| match shards.len() {
@@ -141,7 +139,7 @@ impl Folder {
         for (index, (shard, file)) in shards.iter().zip(files).enumerate() {
             let name = name_of(index);
             weight_map.extend(shard.iter().map(|tensor| (tensor.name.clone(), json!(name))));
-            write_shard(file, shard, bytes_of)?;
+            write_shard(file, shard, encoded)?;
         }
         if shards.len() > 1 {
             let total: u64 = tensors.iter().map(PlannedTensor::bytes).sum();
@@ -197,13 +195,13 @@ impl NewFile {
 fn write_shard(
     mut file: NewFile,
     tensors: &[PlannedTensor],
-    bytes_of: &mut dyn FnMut(&PlannedTensor) -> Result<Vec<u8>>,
+    encoded: &mut dyn Iterator<Item = Result<Vec<u8>>>,
 ) -> Result<()> {
     let header = header(tensors);
     file.append(&(header.len() as u64).to_le_bytes())?;
     file.append(header.as_bytes())?;
     for tensor in tensors {
-        let bytes = bytes_of(tensor)?;
+        let bytes = encoded.next().expect("as many as tensors")?;
         assert_eq!(bytes.len() as u64, tensor.bytes(), "bytes of `{}`", tensor.name);
         file.append(&bytes)?;
     }
@@ -289,7 +287,6 @@ mod tests {
     fn planned(count: usize) -> Vec<PlannedTensor> {
         let plan = |index: usize| PlannedTensor {
             name: format!("t{index}"),
-            source: String::new(),
             dtype: Element::F16,
             shape: vec![index + 1, 4],
         };
@@ -301,9 +298,8 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("out");
         let folder = Folder::create((&target).into()).unwrap();
-        // 8, 16, 24, 32 bytes.
-        let bytes_of = &mut |tensor: &PlannedTensor| Ok(vec![7; tensor.bytes() as usize]);
-        folder.shards(&planned(4), 24, bytes_of).unwrap();
+        let mut encoded = [8, 16, 24, 32].into_iter().map(|bytes| Ok(vec![7; bytes]));
+        folder.shards(&planned(4), 24, &mut encoded).unwrap();
         let bytes = folder.finish().unwrap();
 
         let mut sizes = 0;

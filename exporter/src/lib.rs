@@ -8,8 +8,11 @@ mod folder;
 mod gguf;
 mod gptq;
 mod onnx;
+mod rows;
 mod safetensors;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use slim_formats::{Decoder, ModelSource, OutputPath};
 

@@ -1,13 +1,20 @@
-//! The weights of a tensor as f32, and what is lost of them.
+//! The tensors of a file, made of the model's, and what is lost of these.
+
+use std::collections::HashMap;
 
 use rayon::prelude::*;
-use slim_formats::{DType, ModelSource, Weight, arch::Tensor, slim::TILE_ROWS};
+use slim_formats::{
+    DType, ModelSource, Weight,
+    arch::{Place, Tensor},
+    slim::TILE_ROWS,
+};
 use slim_kernels::{
+    ggml,
     narrow::{self, Extent},
     weight,
 };
 
-use crate::{ExportError, Result};
+use crate::{ExportError, LayerLoss, Result, rows};
 
 /// Rows that are computed at a time: enough for all threads, little memory.
 const PANEL_ROWS: usize = 1024;
@@ -19,6 +26,115 @@ pub fn tensors(model: &dyn ModelSource) -> Result<&[Tensor]> {
         model.require(&tensor.name)?;
     }
     Ok(tensors)
+}
+
+/// A tensor of a file: one of the model, or several that the file has fused.
+pub struct StoredTensor<'m> {
+    /// The file's name.
+    pub name: &'m str,
+    /// What it is made of, and where in it that is.
+    pub parts: Vec<(&'m Tensor, &'m Place)>,
+}
+
+/// The tensors of a file that has each of the model's at a `place`, in the order of use.
+pub fn stored_tensors<'m>(
+    tensors: &'m [Tensor],
+    place: impl Fn(&'m Tensor) -> &'m Place,
+) -> Vec<StoredTensor<'m>> {
+    let mut stored: Vec<StoredTensor<'_>> = Vec::new();
+    let mut by_name = HashMap::new();
+    for tensor in tensors {
+        let place = place(tensor);
+        let name = place.name.as_str();
+        let at = *by_name.entry(name).or_insert(stored.len());
+        if at == stored.len() {
+            stored.push(StoredTensor { name, parts: Vec::new() });
+        }
+        stored[at].parts.push((tensor, place));
+    }
+    stored
+}
+
+impl StoredTensor<'_> {
+    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix.
+    pub fn dims(&self) -> Vec<usize> {
+        let (tensor, place) = self.parts[0];
+        let mut dims = tensor.dims.clone();
+        dims[0] = place.total_rows;
+        dims
+    }
+
+    /// Its bytes in a ggml type, and what its matrices lose. `on_tensor` is told each part.
+    pub fn encode(
+        &self,
+        model: &dyn ModelSource,
+        dtype: DType,
+        on_tensor: &mut dyn FnMut(&str),
+    ) -> Result<(Vec<u8>, Vec<LayerLoss>)> {
+        let dims = self.dims();
+        let cols = dims.get(1).copied().unwrap_or(1) as u64;
+        let row_bytes = dtype.size_in_bytes(cols).expect("the type was chosen for it") as usize;
+        let mut stored = vec![0; dims[0] * row_bytes];
+        let mut losses = Vec::new();
+        for &(tensor, place) in &self.parts {
+            on_tensor(&tensor.name);
+            let weight = model.require(&tensor.name)?;
+            let mut put = |first: usize, encoded: &[u8]| {
+                let rows = (first..).map_while(|row| place.layout.stored_row(row));
+                for (row, bytes) in rows.zip(encoded.chunks_exact(row_bytes)) {
+                    stored[(place.first_row + row) * row_bytes..][..row_bytes]
+                        .copy_from_slice(bytes);
+                }
+            };
+            match tensor.is_matrix() {
+                true => losses.push(encode_matrix(tensor, weight, dtype, &mut put)?),
+                false => put(0, &encode_vector(tensor, place, weight, dtype)?),
+            }
+        }
+        Ok((stored, losses))
+    }
+}
+
+/// Gives `put` rows as bytes, with the number of the first.
+fn encode_matrix(
+    tensor: &Tensor,
+    weight: Weight<'_>,
+    dtype: DType,
+    put: &mut dyn FnMut(usize, &[u8]),
+) -> Result<LayerLoss> {
+    let (name, (_, cols)) = (&tensor.name, weight::shape(weight));
+    let row_bytes = dtype.size_in_bytes(cols as u64).expect("the caller asked that") as usize;
+    let mut loss = Loss::default();
+    for_each_panel(weight, |first, values| {
+        let mut encoded = vec![0; values.len() / cols * row_bytes];
+        let steps = encoded.par_chunks_mut(TILE_ROWS * row_bytes);
+        steps.zip(values.par_chunks(TILE_ROWS * cols)).enumerate().try_for_each(
+            |(step, (bytes, values))| {
+                let first = first + step * TILE_ROWS;
+                rows::encode(name, weight, dtype, first, values, bytes)
+            },
+        )?;
+        let mut written = vec![0.0; values.len()];
+        ggml::dequantize(dtype, &encoded, &mut written)?;
+        loss.add(values, &written);
+        put(first, &encoded);
+        Ok(())
+    })?;
+    let layout = rows::name_of(dtype);
+    Ok(LayerLoss { name: name.clone(), layout, error: loss.relative() })
+}
+
+/// The values of a vector as they are stored, in the order of use.
+fn encode_vector(
+    tensor: &Tensor,
+    place: &Place,
+    weight: Weight<'_>,
+    dtype: DType,
+) -> Result<Vec<u8>> {
+    let mut values = vec![0.0; tensor.dims[0]];
+    weight::dequantize_rows(weight, 0..1, &mut values)?;
+    values.iter_mut().for_each(|value| *value -= place.offset);
+    to_bytes(&tensor.name, dtype, 0, values.len(), &values)
 }
 
 /// Calls `visit` with `[rows, cols]` weights at a time and the number of their first row.
@@ -74,9 +190,15 @@ pub fn check_values(
     Ok(warnings)
 }
 
-/// fp16 bytes of `values`, rows of `cols` from row `first` on of the tensor `name`.
-pub fn to_f16(name: &str, first: usize, cols: usize, values: &[f32]) -> Result<Vec<u8>> {
-    narrow::to_bytes(DType::F16, values).map_err(|at| ExportError::Unrepresentable {
+/// The bytes of `values` in a float type, rows of `cols` from row `first` on of the tensor `name`.
+pub fn to_bytes(
+    name: &str,
+    dtype: DType,
+    first: usize,
+    cols: usize,
+    values: &[f32],
+) -> Result<Vec<u8>> {
+    narrow::to_bytes(dtype, values).map_err(|at| ExportError::Unrepresentable {
         tensor: name.to_owned(),
         row: first + at / cols,
         found: values[at],

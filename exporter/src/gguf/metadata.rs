@@ -1,10 +1,6 @@
 //! The metadata that llama.cpp reads.
 
-use slim_formats::{
-    DType, Decoder, ModelSource, TokenizerSource,
-    arch::Tensor,
-    gguf::{Metadata, NewTensor},
-};
+use slim_formats::{ModelSource, TokenizerSource, gguf::Metadata};
 use slim_runtime::ggml_keys;
 
 use crate::Result;
@@ -17,8 +13,8 @@ const QUANTIZATION_VERSION: u32 = 2;
 /// The keys of GGUF that name a second and a third token that ends a text.
 const MORE_EOS_KEYS: [&str; 2] = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
-/// The metadata of a file with these tensors.
-pub fn of(model: &dyn ModelSource, tensors: &[NewTensor]) -> Result<Metadata> {
+/// The metadata of a file; `file_type` is llama.cpp's number for the types of its tensors.
+pub fn of(model: &dyn ModelSource, file_type: Option<u32>) -> Result<Metadata> {
     let config = model.config();
     let tokenizer = match model.tokenizer() {
         TokenizerSource::Ggml(keys) => keys.clone(),
@@ -34,7 +30,7 @@ pub fn of(model: &dyn ModelSource, tensors: &[NewTensor]) -> Result<Metadata> {
             metadata.insert(key, value.clone())?;
         }
     }
-    if let Some(file_type) = file_type(model.decoder(), tensors) {
+    if let Some(file_type) = file_type {
         metadata.insert("general.file_type", file_type)?;
     }
     metadata.insert("general.quantization_version", QUANTIZATION_VERSION)?;
@@ -52,20 +48,4 @@ pub fn of(model: &dyn ModelSource, tensors: &[NewTensor]) -> Result<Metadata> {
         metadata.insert("tokenizer.chat_template", template)?;
     }
     Ok(metadata)
-}
-
-/// llama.cpp's number for files that are mostly of the type of the first linear layer.
-fn file_type(decoder: &Decoder, tensors: &[NewTensor]) -> Option<u32> {
-    let is_linear = |name: &str| decoder.find(name).is_some_and(Tensor::is_linear);
-    match tensors.iter().find(|tensor| is_linear(&tensor.name))?.dtype {
-        DType::F32 => Some(0),
-        DType::F16 => Some(1),
-        DType::Q4_0 => Some(2),
-        DType::Q4_1 => Some(3),
-        DType::Q8_0 => Some(7),
-        DType::Q5_0 => Some(8),
-        DType::Q5_1 => Some(9),
-        DType::BF16 => Some(32),
-        _ => None,
-    }
 }

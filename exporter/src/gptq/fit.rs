@@ -6,7 +6,7 @@ use half::f16;
 pub const GROUP: usize = 32;
 
 /// One group of a row: weight `j` is `scale * (codes[j] - zero_point)`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Fitted {
     pub scale: f16,
     pub zero_point: u8,

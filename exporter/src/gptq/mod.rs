@@ -10,15 +10,14 @@ mod fit;
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use slim_formats::{ModelSource, OutputPath, Weight, arch::Tensor, slim::ScaleCoding};
-use slim_kernels::weight;
+use slim_formats::{DType, ModelSource, OutputPath, arch::Tensor, slim::ScaleCoding};
 
 use self::fit::{Fitted, GROUP, fit};
 use crate::{
     ExportError, LayerLoss, Report, Result,
     folder::{Element, Folder, PlannedTensor},
-    safetensors::{f16_bytes, plan_f16},
-    tensor::{Loss, check_values, for_each_panel, tensors},
+    safetensors::plan_f16,
+    tensor::{Loss, StoredTensor, check_values, for_each_panel, stored_tensors, tensors},
 };
 
 pub(crate) fn write(
@@ -28,37 +27,40 @@ pub(crate) fn write(
 ) -> Result<Report> {
     let tensors = tensors(model)?;
     let bits = bits_for(model, tensors)?;
+    let stored = stored_tensors(tensors, |tensor| &tensor.hf);
     let mut planned = Vec::new();
-    for tensor in tensors {
-        let weight = model.require(&tensor.name)?;
-        match tensor.is_linear() {
-            true => planned.extend(plan_layer(tensor, weight, bits)),
-            false => planned.push(plan_f16(tensor, weight)),
+    for tensor in &stored {
+        match is_layer(tensor) {
+            true => planned.extend(plan_layer(tensor, bits)),
+            false => planned.push(plan_f16(tensor)),
         }
     }
     let warnings = check_values(model, |tensor| !tensor.is_linear())?;
     let folder = Folder::create(output)?;
     folder.describe(model, quantization_config(bits))?;
     let mut layers = Vec::new();
-    // Of the layer whose first tensor was written last.
-    let mut parts = Vec::new().into_iter();
-    folder.tensors(&planned, &mut |PlannedTensor { source, .. }| {
-        if let Some(bytes) = parts.next() {
-            return Ok(bytes);
-        }
-        on_tensor(source);
-        let weight = model.require(source)?;
-        if model.decoder().find(source).is_some_and(Tensor::is_linear) {
-            let (layer, loss) = pack_layer(source, weight, bits)?;
-            layers.push(loss);
-            parts = Vec::from(layer).into_iter();
-            return Ok(parts.next().expect("a layer has four parts"));
-        }
-        let (bytes, loss) = f16_bytes(source, weight)?;
-        layers.extend(loss);
+    let mut encode = |tensor: &StoredTensor<'_>| -> Result<Vec<Vec<u8>>> {
+        let (bytes, losses) = match is_layer(tensor) {
+            true => pack_layer(model, tensor, bits, on_tensor)?,
+            false => {
+                let (bytes, losses) = tensor.encode(model, DType::F16, on_tensor)?;
+                (vec![bytes], losses)
+            }
+        };
+        layers.extend(losses);
         Ok(bytes)
-    })?;
+    };
+    let encoded = stored.iter().flat_map(|tensor| match encode(tensor) {
+        Ok(bytes) => bytes.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    });
+    folder.tensors(&planned, encoded)?;
     Ok(Report { tensors: tensors.len(), file_bytes: folder.finish()?, layers, warnings })
+}
+
+/// Whether it becomes codes: a linear layer, or several in one.
+fn is_layer(stored: &StoredTensor<'_>) -> bool {
+    stored.parts[0].0.is_linear()
 }
 
 /// Bits per code, one width for the whole model: 4 where that holds every layer as it is, which is
@@ -100,9 +102,9 @@ fn quantization_config(bits: usize) -> Value {
 }
 
 /// The tensors of a layer, in the order of [`pack_layer`].
-fn plan_layer(tensor: &Tensor, weight: Weight<'_>, bits: usize) -> [PlannedTensor; 4] {
-    let (rows, cols) = weight::shape(weight);
-    let module = tensor.hf.name.trim_end_matches(".weight");
+fn plan_layer(stored: &StoredTensor<'_>, bits: usize) -> [PlannedTensor; 4] {
+    let (rows, cols) = shape_of(stored);
+    let module = stored.name.trim_end_matches(".weight");
     let (groups, per_word) = (cols / GROUP, 32 / bits);
     [
         ("qweight", Element::I32, vec![cols / per_word, rows]),
@@ -112,32 +114,34 @@ fn plan_layer(tensor: &Tensor, weight: Weight<'_>, bits: usize) -> [PlannedTenso
     ]
     .map(|(part, dtype, shape)| PlannedTensor {
         name: format!("{module}.{part}"),
-        source: tensor.name.clone(),
         dtype,
         shape,
     })
 }
 
+fn shape_of(stored: &StoredTensor<'_>) -> (usize, usize) {
+    let (tensor, place) = stored.parts[0];
+    (place.total_rows, tensor.shape().1)
+}
+
 /// The bytes of the four tensors of a layer, and what it loses.
-fn pack_layer(name: &str, weight: Weight<'_>, bits: usize) -> Result<([Vec<u8>; 4], LayerLoss)> {
-    let (rows, cols) = weight::shape(weight);
+fn pack_layer(
+    model: &dyn ModelSource,
+    stored: &StoredTensor<'_>,
+    bits: usize,
+    on_tensor: &mut dyn FnMut(&str),
+) -> Result<(Vec<Vec<u8>>, Vec<LayerLoss>)> {
+    let (rows, cols) = shape_of(stored);
     let groups = cols / GROUP;
-    let max_code = ((1 << bits) - 1) as u8;
-    let mut fitted: Vec<Fitted> = Vec::with_capacity(rows * groups);
-    let mut loss = Loss::default();
-    for_each_panel(weight, |first, values| {
-        let (values, _) = values.as_chunks::<GROUP>();
-        let panel: Vec<Fitted> = values.par_iter().map(|values| fit(values, max_code)).collect();
-        for (index, (values, group)) in values.iter().zip(&panel).enumerate() {
-            if !group.scale.is_finite() {
-                let (row, found) = (first + index / groups, values[0]);
-                return Err(ExportError::Unrepresentable { tensor: name.to_owned(), row, found });
-            }
-            loss.add(values, &group.weights());
-        }
-        fitted.extend(panel);
-        Ok(())
-    })?;
+    let mut fitted = vec![Fitted::default(); rows * groups];
+    let mut losses = Vec::new();
+    for &(tensor, place) in &stored.parts {
+        on_tensor(&tensor.name);
+        losses.push(fit_layer(model, tensor, bits, &mut |row, groups_of_row| {
+            let row = place.first_row + place.layout.stored_row(row).unwrap_or(row);
+            fitted[row * groups..][..groups].copy_from_slice(groups_of_row);
+        })?);
+    }
 
     let group = |row: usize, group: usize| &fitted[row * groups + group];
     let word = |value_at: &dyn Fn(usize) -> u8| -> [u8; 4] {
@@ -156,7 +160,35 @@ fn pack_layer(name: &str, weight: Weight<'_>, bits: usize) -> Result<([Vec<u8>; 
         .flat_map(|(index, first)| word(&|at| group(first * per_word + at, index).zero_point));
     let scales = grid(groups, rows).flat_map(|(index, row)| group(row, index).scale.to_le_bytes());
     let g_idx = (0..cols).flat_map(|col| ((col / GROUP) as i32).to_le_bytes());
-    let parts = [qweight.collect(), qzeros.collect(), scales.collect(), g_idx.collect()];
+    let parts = vec![qweight.collect(), qzeros.collect(), scales.collect(), g_idx.collect()];
+    Ok((parts, losses))
+}
+
+/// Gives `put` the groups of each row of a matrix, with the number of the row.
+fn fit_layer(
+    model: &dyn ModelSource,
+    tensor: &Tensor,
+    bits: usize,
+    put: &mut dyn FnMut(usize, &[Fitted]),
+) -> Result<LayerLoss> {
+    let (name, groups) = (&tensor.name, tensor.shape().1 / GROUP);
+    let max_code = ((1 << bits) - 1) as u8;
+    let mut loss = Loss::default();
+    for_each_panel(model.require(name)?, |first, values| {
+        let (values, _) = values.as_chunks::<GROUP>();
+        let panel: Vec<Fitted> = values.par_iter().map(|values| fit(values, max_code)).collect();
+        for (index, (values, group)) in values.iter().zip(&panel).enumerate() {
+            if !group.scale.is_finite() {
+                let (row, found) = (first + index / groups, values[0]);
+                return Err(ExportError::Unrepresentable { tensor: name.clone(), row, found });
+            }
+            loss.add(values, &group.weights());
+        }
+        for (row, fitted) in (first..).zip(panel.chunks_exact(groups)) {
+            put(row, fitted);
+        }
+        Ok(())
+    })?;
     let layout = if bits == 4 { "GPTQ 4-bit" } else { "GPTQ 8-bit" };
-    Ok((parts, LayerLoss { name: name.to_owned(), layout, error: loss.relative() }))
+    Ok(LayerLoss { name: name.clone(), layout, error: loss.relative() })
 }

@@ -113,6 +113,9 @@ impl Family for Gemma3 {
 
     fn write(&self, config: &ModelConfig, json: &mut Value) {
         write(config, json);
+        if config.features.local_rope.is_none() {
+            json["rope_local_base_freq"] = shortest(config.rope.theta).into();
+        }
     }
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {

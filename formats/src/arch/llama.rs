@@ -147,6 +147,12 @@ pub(super) fn write_windows(config: &ModelConfig, json: &mut serde_json::Value) 
     json["layer_types"] = (0..config.block_count).map(kind).collect::<Vec<_>>().into();
 }
 
+/// Takes back keys that a family's `config.json` does not have.
+pub(super) fn leave_out(json: &mut serde_json::Value, keys: &[&str]) {
+    let object = json.as_object_mut().expect("a configuration is an object");
+    object.retain(|key, _| !keys.contains(&key.as_str()));
+}
+
 /// The key of models that turn a part of each head.
 pub(super) fn write_partial_rotation(config: &ModelConfig, json: &mut serde_json::Value) {
     let rotated = 2 * config.rope.factors.len();

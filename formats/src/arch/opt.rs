@@ -50,7 +50,6 @@ impl Family for Opt {
         Ok(())
     }
 
-    /// The width of embeddings, and norms that stand elsewhere, are refused if tensors show them.
     fn ignores(&self, key: &str, config: &ModelConfig) -> bool {
         ["init_std", "dropout", "layerdrop", "activation_dropout", "_remove_final_layer_norm"]
             .contains(&key)
@@ -58,7 +57,20 @@ impl Family for Opt {
     }
 
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        let of_others = [
+            "attention_bias",
+            "head_dim",
+            "hidden_act",
+            "intermediate_size",
+            "mlp_bias",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "rope_scaling",
+            "rope_theta",
+        ];
+        llama::leave_out(json, &of_others);
         json["activation_function"] = "relu".into();
+        json["enable_bias"] = config.features.has_attention_bias.into();
         json["ffn_dim"] = config.ffn_size.into();
         json["word_embed_proj_dim"] = config.hidden_size.into();
         json["do_layer_norm_before"] = true.into();

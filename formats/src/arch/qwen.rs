@@ -26,7 +26,9 @@ impl Family for Qwen2 {
         is_about_windows(key)
     }
 
+    /// That there are biases is not said.
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        llama::leave_out(json, &["attention_bias"]);
         write_window(config, json);
     }
 

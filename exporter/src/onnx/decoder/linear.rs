@@ -11,7 +11,7 @@ use super::{
     },
     Builder, LEAST_BITS, PIECE, cast, f32_bytes, value_of,
 };
-use crate::{Result, tensor::to_f16};
+use crate::{Result, tensor::to_bytes};
 
 /// A weight matrix whose tensors are in the graph.
 pub struct Stored {
@@ -80,7 +80,7 @@ impl Builder<'_> {
                     let mut values = vec![0.0; rows.len() * cols];
                     weight::dequantize_rows(found, rows, &mut values)?;
                     Ok(match element {
-                        Element::F16 => to_f16(name, start, cols, &values)?,
+                        Element::F16 => to_bytes(name, DType::F16, start, cols, &values)?,
                         _ => f32_bytes(&values),
                     })
                 });

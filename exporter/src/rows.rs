@@ -1,23 +1,36 @@
 //! Rows of weights in ggml's types.
 
-use half::{bf16, f16};
+use half::f16;
 use slim_formats::{
     DType, Weight,
     slim::{Bands, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes},
 };
 use slim_kernels::narrow;
 
-use crate::{ExportError, Result, tensor::to_f16};
+use crate::{ExportError, Result, tensor::to_bytes};
 
 /// Columns of a block of every type that is encoded here.
 const BLOCK: usize = 32;
 
-/// The type that holds a tensor: of packed layers, the smallest that holds their codes and their
-/// scales as they are; of a dense matrix, its own; of a vector F32, which llama.cpp asks for.
+/// Types that hold what those before them hold, but for rounding.
+const WIDENING: [DType; 5] = [DType::Q4_1, DType::Q5_1, DType::Q8_0, DType::F16, DType::F32];
+
+/// The type that holds a matrix: of packed layers, the smallest that holds their codes and their
+/// scales as they are; of a dense one, its own.
 pub fn dtype_for(weight: Weight<'_>) -> DType {
     match (weight, weight.bands()) {
         (_, Some(bands)) => dtype_for_bands(bands),
-        (Weight::Dense(dense), None) if dense.rows > 1 => dense.dtype,
+        (Weight::Dense(dense), None) => dense.dtype,
+        _ => DType::F32,
+    }
+}
+
+/// The type of two matrices in one, which have these.
+pub fn wider(one: DType, other: DType) -> DType {
+    let rank = |dtype| WIDENING.iter().position(|&found| found == dtype);
+    match (rank(one), rank(other)) {
+        _ if one == other => one,
+        (Some(first), Some(second)) => WIDENING[first.max(second)],
         _ => DType::F32,
     }
 }
@@ -61,7 +74,7 @@ pub fn name_of(dtype: DType) -> &'static str {
 
 /// Encodes up to a tile of rows from row `first` on; `values` are their weights, `bytes` is
 /// overwritten.
-pub fn encode_rows(
+pub fn encode(
     name: &str,
     weight: Weight<'_>,
     dtype: DType,
@@ -86,21 +99,10 @@ pub fn encode_rows(
             encode_codes(name, packed, dtype, first_row, first, bytes)?;
         }
         (_, DType::Q8_0) => encode_q8_0(name, first, values, bytes)?,
-        (_, DType::F16) => {
-            bytes.copy_from_slice(&to_f16(
-                name,
-                first,
-                slim_kernels::weight::shape(weight).1,
-                values,
-            )?);
+        _ => {
+            let (_, cols) = slim_kernels::weight::shape(weight);
+            bytes.copy_from_slice(&to_bytes(name, dtype, first, cols, values)?);
         }
-        // Transposed weights of this type: their values are exact.
-        (_, DType::BF16) => {
-            for (bytes, &value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
-                *bytes = bf16::from_f32(value).to_le_bytes();
-            }
-        }
-        _ => bytes.copy_from_slice(&super::f32_bytes(values)),
     }
     Ok(())
 }
