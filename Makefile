@@ -1,14 +1,20 @@
 # Runs from a fresh clone with cargo, a C and C++ toolchain, and python3 with pip.
 #
 #   make demo          fetch a small model, quantize it to 3 bits, look at the file, generate text
-#                      with it
+#                      with it; MODEL=gemma or MODEL=qwen takes another
 #   make test          set up what the tests need and run them all
 #   make test-engines  check exported files in llama.cpp, which it builds first (twenty minutes)
 #   make gpu-check     build the program that tests and measures on a GPU
 #   make ci            what a change must pass: formatting, lints, docs, tests
 
-MODEL    := target/models/smollm2-135m-instruct.gguf
-DEMO     := target/demo/smollm2-3bit.slim.gguf
+MODEL    := smollm2
+# The files that scripts/fetch-model makes.
+smollm2  := target/models/smollm2-135m-instruct.gguf
+gemma    := target/models/gemma-3-270m.gguf
+qwen     := target/models/qwen2.5-coder-0.5b-instruct.gguf
+qwen-1.5b := target/models/qwen2.5-coder-1.5b-instruct.gguf
+SOURCE   := $(or $($(MODEL)),$(error no model `$(MODEL)`: scripts/fetch-model lists them))
+DEMO     := target/demo/$(MODEL)-3bit.slim.gguf
 PEER     := target/peers/llama.slim.gguf
 VENV     := target/venv
 PYTHON   := $(VENV)/bin/python
@@ -24,17 +30,17 @@ EMULATOR := $(CURDIR)/target/cuda-emulator
 .PHONY: demo test test-product test-cuda test-peers test-onnx test-engines gpu-check ci
 .NOTPARALLEL:
 
-demo: $(MODEL)
+demo: $(SOURCE)
 	cargo build --release
 	mkdir -p $(dir $(DEMO))
-	$(SLIMLLM) convert $(MODEL) -o $(DEMO) --force --bits 3 --samples 32 --context 512
+	$(SLIMLLM) convert $(SOURCE) -o $(DEMO) --force --bits 3 --samples 32 --context 512
 	$(SLIMLLM) inspect $(DEMO)
 	$(SLIMLLM) run $(DEMO) -p "Once upon a time" -n 40 --temperature 0
 
 test: test-product test-cuda test-peers test-onnx
 
-test-product: $(MODEL) $(VENV)/ready $(VENV)/onnx
-	SLIMLLM_TEST_MODEL="$(CURDIR)/$(MODEL)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" \
+test-product: $(smollm2) $(VENV)/ready $(VENV)/onnx
+	SLIMLLM_TEST_MODEL="$(CURDIR)/$(smollm2)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" \
 	    SLIMLLM_TEST_ONNXRUNTIME="$$(echo "$(CURDIR)"/$(VENV)/lib/python3*/$(ORT_IN_VENV))" cargo test
 
 # The CUDA kernels and all that calls them, on an emulated driver: no GPU is needed.
@@ -79,7 +85,7 @@ test-onnx: $(VENV)/onnx
 
 # An engine that is not ours must find in an exported file what we find in the original. Not part of
 # `test`: llama.cpp takes long to build.
-test-engines: $(MODEL) $(VENV)/ready
+test-engines: $(smollm2) $(VENV)/ready
 	scripts/llama-cpp
 	cargo build --release
 	$(PYTHON) scripts/check-export
@@ -87,8 +93,17 @@ test-engines: $(MODEL) $(VENV)/ready
 ci:
 	.ci/run
 
-$(MODEL):
-	scripts/fetch-model
+$(smollm2):
+	scripts/fetch-model smollm2
+
+$(gemma):
+	scripts/fetch-model gemma
+
+$(qwen):
+	scripts/fetch-model qwen
+
+$(qwen-1.5b):
+	scripts/fetch-model qwen-1.5b
 
 # Without its own pip, so that Debian's python3 without python3-venv is enough.
 $(VENV)/ready:

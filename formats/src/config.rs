@@ -11,7 +11,7 @@ mod unread;
 
 use std::path::Path;
 
-pub use gguf::RopeVectors;
+pub use gguf::TensorFacts;
 pub(crate) use hugging_face::shortest;
 pub use keys::Keys;
 pub(crate) use keys::every;

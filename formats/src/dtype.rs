@@ -9,6 +9,8 @@ pub enum DType {
     F32,
     F16,
     BF16,
+    /// 4 bits of exponent, 3 of mantissa, no infinity.
+    F8_E4M3,
     I8,
     I16,
     I32,
@@ -34,7 +36,7 @@ impl DType {
             Self::F64 | Self::I64 => (1, 8),
             Self::F32 | Self::I32 => (1, 4),
             Self::F16 | Self::BF16 | Self::I16 => (1, 2),
-            Self::I8 => (1, 1),
+            Self::I8 | Self::F8_E4M3 => (1, 1),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
             Self::Q5_0 => (32, 22),
@@ -61,6 +63,6 @@ impl DType {
 
     /// Whether the type is a quantized one, so that its values are already approximations.
     pub fn is_quantized(self) -> bool {
-        self.block().is_some_and(|(elements, _)| elements > 1)
+        self == Self::F8_E4M3 || self.block().is_some_and(|(elements, _)| elements > 1)
     }
 }

@@ -5,12 +5,32 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::{
-    FormatError, Generation, Limits, ModelConfig, ModelSource, Result, TokenizerSource, json,
+    FormatError, Generation, Limits, ModelConfig, ModelSource, Result, TokenizerSource,
+    arch::by_model_type,
+    json,
     limits::read_text,
     special_tokens::{SpecialTokens, TokenFiles, Vocabulary, with_added_tokens},
     stand_in,
     vocabulary::vocabulary_faults,
 };
+
+/// The configuration of the text model in that of one that also sees or hears, with what the whole
+/// says for it; `None` if it is no such configuration, or if the text model is of no known family.
+fn text_model(whole: &Value) -> Option<Value> {
+    const OF_THE_WHOLE: [&str; 4] =
+        ["tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config"];
+    let mut text = whole.get("text_config")?.as_object()?.clone();
+    by_model_type(text.get("model_type")?.as_str()?)?;
+    for key in OF_THE_WHOLE {
+        let said = whole.get(key).filter(|value| !value.is_null());
+        if let Some(value) = said.filter(|_| text.get(key).is_none_or(Value::is_null)) {
+            text.insert(key.to_owned(), value.clone());
+        }
+    }
+    // The class in it is that of a part, or none.
+    text.remove("architectures");
+    Some(Value::Object(text))
+}
 
 /// What the files beside the weights say about a model.
 pub(crate) struct Description {
@@ -19,6 +39,8 @@ pub(crate) struct Description {
     pub chat_template: Option<String>,
     /// The method of `quantization_config`, which the weights may or may not bear out.
     pub quantization: Option<String>,
+    /// Whether it is the text model of a model that also sees or hears.
+    pub is_part: bool,
     /// What is odd in these files.
     pub warnings: Vec<String>,
 }
@@ -102,6 +124,10 @@ impl Folder {
     pub fn description(&mut self) -> Result<Description> {
         let config_json = self.json("config.json")?.ok_or_else(|| self.no_config())?;
         let config_path = self.config_path().to_owned();
+        let (config_json, is_part) = match text_model(&config_json) {
+            Some(text_model) => (text_model, true),
+            None => (config_json, false),
+        };
         let generation_config = self.json("generation_config.json")?;
         let generation = match &generation_config {
             Some(json) => {
@@ -140,7 +166,7 @@ impl Folder {
             .describe(&mut config);
         let chat_template = self.chat_template(&tokenizer_config)?;
         let quantization = quantization_of(&config_json);
-        Ok(Description { config, tokenizer, chat_template, quantization, warnings })
+        Ok(Description { config, tokenizer, chat_template, quantization, is_part, warnings })
     }
 
     /// `tokenizer.json`, if it is there.

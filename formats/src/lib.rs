@@ -32,7 +32,7 @@ mod vocabulary;
 
 pub use arch::{Decoder, Part, PartMap};
 pub use atomic::{AtomicFile, OutputPath};
-pub use config::{Features, LongRope, ModelConfig, Rope, RopeVectors, Scaling, Yarn};
+pub use config::{Features, LongRope, ModelConfig, Rope, Scaling, TensorFacts, Yarn};
 pub use disk::{free_bytes, reserve};
 pub use dtype::DType;
 pub use error::{FormatError, Result};
@@ -40,7 +40,9 @@ pub use folder::missing_tokenizer;
 pub use generation::Generation;
 pub use limits::Limits;
 pub use mapped::{MappedFile, ScratchFile};
-pub use model::{DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model};
+pub use model::{
+    BlockScales, DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model,
+};
 pub use special_tokens::GgmlDefaults;
 pub use temporary::{
     Cleared, Removed, TemporaryFolder, remove_leftovers, remove_temporaries, removed_unfinished,

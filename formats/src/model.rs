@@ -93,6 +93,29 @@ pub struct DenseTensor<'a> {
     pub bytes: &'a [u8],
     /// Where in `bytes` the values are.
     pub layout: Layout,
+    /// What blocks of the values are multiplied by; `None` for 1.
+    pub scales: Option<BlockScales<'a>>,
+}
+
+/// What blocks of a matrix are multiplied by, as sources in FP8 have it.
+#[derive(Clone, Copy)]
+pub struct BlockScales<'a> {
+    /// `[rows of blocks, per_row]`.
+    pub values: &'a [f32],
+    /// Rows and columns of a block.
+    pub block: (usize, usize),
+    /// Blocks side by side.
+    pub per_row: usize,
+    /// The row of the blocks' matrix that is the first of the tensor.
+    pub first_row: usize,
+}
+
+impl BlockScales<'_> {
+    /// Those of a row.
+    pub fn of_row(&self, row: usize) -> &[f32] {
+        let first = (self.first_row + row) / self.block.0 * self.per_row;
+        &self.values[first..][..self.per_row]
+    }
 }
 
 impl DenseTensor<'_> {

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, path::Path};
 
 use crate::{
-    DType, Decoder, DenseTensor, FormatError, Layout, Result, Weight,
+    BlockScales, DType, Decoder, DenseTensor, FormatError, Layout, Result, Weight,
     arch::{Place, Tensor},
 };
 
@@ -26,12 +26,14 @@ pub(crate) fn rows_of<'a>(
     dtype: DType,
     cols: usize,
     bytes: &'a [u8],
+    scales: Option<BlockScales<'a>>,
 ) -> Weight<'a> {
     let (rows, _) = tensor.shape();
     let row_bytes = bytes.len() / if tensor.is_matrix() { place.total_rows } else { 1 };
     let first = place.first_row * if tensor.is_matrix() { row_bytes } else { 0 };
     let bytes = &bytes[first..][..rows * row_bytes];
-    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: place.layout })
+    let scales = scales.map(|scales| BlockScales { first_row: place.first_row, ..scales });
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: place.layout, scales })
 }
 
 /// Vectors that are not stored as they are used, as f32 in the order of use.
@@ -43,7 +45,14 @@ impl Fixed {
     pub fn get(&self, name: &str) -> Option<Weight<'_>> {
         let bytes = self.0.get(name)?;
         let (dtype, rows, cols) = (DType::F32, 1, bytes.len() / 4);
-        Some(Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored }))
+        Some(Weight::Dense(DenseTensor {
+            dtype,
+            rows,
+            cols,
+            bytes,
+            layout: Layout::AsStored,
+            scales: None,
+        }))
     }
 }
 

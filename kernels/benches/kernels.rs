@@ -12,12 +12,12 @@ use std::{hint::black_box, time::Instant};
 
 use rayon::prelude::*;
 use slim_formats::{
-    Weight,
+    DType, DenseTensor, Layout, Weight,
     slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS},
 };
 use slim_kernels::{
     AttentionShape, Backend, Cpu, KvView,
-    matvec::{Method, matvec_by},
+    matvec::{Method, dense_by, matvec_by},
 };
 
 /// Mebibytes of all copies that a kernel reads.
@@ -25,6 +25,20 @@ const TOTAL: usize = 768;
 /// Measurements, of which the median counts.
 const PASSES: usize = 5;
 const SHAPES: [(usize, usize); 2] = [(1536, 576), (4096, 4096)];
+/// Columns in a block of ggml's K types.
+const BLOCK: usize = 256;
+const GGML_TYPES: [DType; 10] = [
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q2_K,
+    DType::Q3_K,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+];
 /// Tokens of a prefill, and positions of a cache.
 const TOKENS: usize = 512;
 
@@ -48,6 +62,9 @@ fn measure_all(memory: &Memory) {
         for bits in 1..=8 {
             measure_matvec(memory, rows, cols, bits);
         }
+        for dtype in GGML_TYPES {
+            measure_dense(memory, rows, cols, dtype);
+        }
     }
     for bits in [2, 3, 4, 8] {
         measure_matmul(memory, bits);
@@ -68,6 +85,21 @@ fn measure_matvec(memory: &Memory, rows: usize, cols: usize, bits: u8) {
         let name = format!("matvec {rows} x {cols}, {bits} bits, {method:?}");
         memory.measure(&name, rows * cols, bytes, &copies, |layer| {
             matvec_by(method, layer.view(), &x, black_box(&mut out));
+        });
+    }
+}
+
+/// One token times codes of one of ggml's types, whatever they are worth.
+fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
+    let cols = cols / BLOCK * BLOCK;
+    let len = dtype.size_in_bytes((rows * cols) as u64).expect("whole blocks") as usize;
+    let copies = memory.copies(vec![0x31; len], len);
+    let (x, mut out) = (waves(cols), vec![0.0; rows]);
+    for method in Method::all() {
+        let name = format!("matvec {rows} x {cols}, {dtype:?}, {method:?}");
+        memory.measure(&name, rows * cols, len, &copies, |bytes| {
+            let tensor = DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored };
+            dense_by(method, &tensor, &x, black_box(&mut out)).expect("a type of weights");
         });
     }
 }

@@ -30,6 +30,7 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         DType::BF16 => {
             each_block(bytes, out, |&block, out| *out = [bf16::from_le_bytes(block).to_f32()])
         }
+        DType::F8_E4M3 => each_block(bytes, out, |&[code], out| *out = [f8_e4m3(code)]),
         quantized => for_block!(quantized, each_quantized_block(bytes, out), _ => {
             Err(KernelError::UnsupportedType { dtype })
         }),
@@ -66,8 +67,23 @@ pub fn dequantize_rows(
     for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
         let stored = tensor.layout.stored_row(row).expect("rows are stored one after the other");
         dequantize(tensor.dtype, &tensor.bytes[stored * row_bytes..][..row_bytes], values)?;
+        if let Some(scales) = &tensor.scales {
+            let blocks = values.chunks_mut(scales.block.1).zip(scales.of_row(stored));
+            blocks.for_each(|(values, scale)| values.iter_mut().for_each(|value| *value *= scale));
+        }
     }
     Ok(())
+}
+
+/// A sign, 4 bits of exponent, 3 of mantissa; all ones is not a number, there is no infinity.
+fn f8_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if code >> 7 == 0 { magnitude } else { -magnitude }
 }
 
 /// Some rows of a tensor that is stored column by column, a few columns at a time so that what is
@@ -132,18 +148,21 @@ fn each_quantized_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUE
     out: &mut [f32],
 ) -> Result<()> {
     each_block(bytes, out, |block: &[u8; BYTES], out: &mut [f32; VALUES]| {
-        let word = |at: usize| u32::from_le_bytes(*block[at..].first_chunk().expect("4 bytes"));
         // The codes of a run's scale or minimum among those of four runs.
         let code = |codes: Option<u32>, run| codes.map_or(1, |codes| codes.to_le_bytes()[run % 4]);
         let (d, m) = (half_at(block, B::D), B::M.map(|(at, sign)| sign * half_at(block, at)));
         for (run, out) in out.chunks_exact_mut(B::RUN).enumerate() {
-            let s = f32::from(code(B::scales(word, run / 4), run));
-            let z = f32::from(code(B::minimums(word, run / 4), run));
+            let s = f32::from(code(B::scales(block, run / 4), run));
+            let z = f32::from(code(B::minimums(block, run / 4), run));
             let (scale, minimum) = (d * (s - B::SCALE_OFFSET), m.map_or(0.0, |m| m * z));
             for (i, values) in out.chunks_exact_mut(4).enumerate() {
-                let codes = B::codes(word, run * B::RUN / 4 + i).to_le_bytes();
+                let codes = B::codes(block, run * B::RUN / 4 + i).to_le_bytes();
                 for (value, code) in values.iter_mut().zip(codes) {
-                    *value = scale * (f32::from(code) - B::OFFSET) - minimum;
+                    let code = match B::BITS {
+                        8 => f32::from(code.cast_signed()),
+                        _ => f32::from(code),
+                    };
+                    *value = scale * (code - B::OFFSET) - minimum;
                 }
             }
         }
@@ -158,25 +177,20 @@ fn expect_len(what: &'static str, found: usize, expected: usize) -> Result<()> {
     }
 }
 
-/// Four bytes, or those of many rows side by side: blocks are taken apart in the same way one by
-/// one and 16 at a time.
-pub(crate) trait Word: Copy {
+/// Four bytes, or some such words that follow one another: the codes of a block are taken apart in
+/// the same way four by four and many at a time.
+pub(crate) trait Words: Copy {
     fn and(self, mask: u32) -> Self;
-    fn xor(self, mask: u32) -> Self;
     fn or(self, other: Self) -> Self;
     fn left(self, bits: usize) -> Self;
-    fn right(self, bits: usize) -> Self;
+    /// Each word by the bits for its number.
+    fn right(self, bits: impl Fn(usize) -> usize) -> Self;
 }
 
-impl Word for u32 {
+impl Words for u32 {
     #[inline(always)]
     fn and(self, mask: u32) -> Self {
         self & mask
-    }
-
-    #[inline(always)]
-    fn xor(self, mask: u32) -> Self {
-        self ^ mask
     }
 
     #[inline(always)]
@@ -190,20 +204,36 @@ impl Word for u32 {
     }
 
     #[inline(always)]
-    fn right(self, bits: usize) -> Self {
-        self >> bits
+    fn right(self, bits: impl Fn(usize) -> usize) -> Self {
+        self >> bits(0)
+    }
+}
+
+/// The bytes of a block.
+pub(crate) trait Bytes: Copy {
+    type Words: Words;
+
+    /// The words from `first` on of the `len` bytes at `at`, after whose last word the first one
+    /// follows.
+    fn words(self, at: usize, len: usize, first: usize) -> Self::Words;
+}
+
+impl<const BYTES: usize> Bytes for &[u8; BYTES] {
+    type Words = u32;
+
+    #[inline(always)]
+    fn words(self, at: usize, len: usize, first: usize) -> u32 {
+        u32::from_le_bytes(*self[at + 4 * first % len..].first_chunk().expect("4 bytes"))
     }
 }
 
 /// Blocks of a ggml type: `VALUES` codes, and what they are worth in runs of [`Self::RUN`]. Of code
 /// `q` that is `scale * (q - OFFSET) - minimum`, of the run's scale code `s` and minimum code `z`
 /// `scale = d * (s - SCALE_OFFSET)` and `minimum = SIGN * m * z`.
-///
-/// `block` gives the four bytes at an offset, which is [`Self::WORDS`] or a multiple of 4 more.
 pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
     /// Values that share a scale and a minimum.
     const RUN: usize;
-    /// Bits of a code.
+    /// Bits of a code. Codes of 8 bits have a sign, others have none.
     const BITS: usize;
     const OFFSET: f32 = 0.0;
     const SCALE_OFFSET: f32 = 0.0;
@@ -211,21 +241,19 @@ pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
     const D: usize = 0;
     /// Where `m` lies, in types that have minima, and `SIGN`.
     const M: Option<(usize, f32)> = None;
-    /// Where the words begin.
-    const WORDS: usize = 0;
 
     /// Codes `4 word ..`, a byte each.
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W;
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words;
 
     /// Scale codes of runs `4 word ..`, a byte each; `None` in types whose only run has 1.
     #[inline(always)]
-    fn scales<W: Word>(_block: impl Fn(usize) -> W, _word: usize) -> Option<W> {
+    fn scales(_block: impl Bytes<Words = u32>, _word: usize) -> Option<u32> {
         None
     }
 
     /// Minimum codes likewise.
     #[inline(always)]
-    fn minimums<W: Word>(_block: impl Fn(usize) -> W, _word: usize) -> Option<W> {
+    fn minimums(_block: impl Bytes<Words = u32>, _word: usize) -> Option<u32> {
         None
     }
 }
@@ -252,7 +280,7 @@ macro_rules! for_block {
 pub(crate) use for_block;
 
 /// Every byte.
-const BYTES: u32 = 0x0101_0101;
+const EACH: u32 = 0x0101_0101;
 
 /// `d`, codes (4 bits, offset 8).
 pub(crate) struct Q4_0;
@@ -261,10 +289,9 @@ impl Block<18, 32> for Q4_0 {
     const RUN: usize = 32;
     const BITS: usize = 4;
     const OFFSET: f32 = 8.0;
-    const WORDS: usize = 2;
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
         fields(block, 2, 4, 16, word)
     }
 }
@@ -278,7 +305,7 @@ impl Block<20, 32> for Q4_1 {
     const M: Option<(usize, f32)> = Some((2, -1.0));
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
         fields(block, 4, 4, 16, word)
     }
 }
@@ -290,11 +317,10 @@ impl Block<22, 32> for Q5_0 {
     const RUN: usize = 32;
     const BITS: usize = 5;
     const OFFSET: f32 = 16.0;
-    const WORDS: usize = 2;
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
-        fields(&block, 6, 4, 16, word).or(bits_in_a_row(block(2), word).left(4))
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
+        fields(block, 6, 4, 16, word).or(bits_in_a_row(block, 2, word).left(4))
     }
 }
 
@@ -307,23 +333,21 @@ impl Block<24, 32> for Q5_1 {
     const M: Option<(usize, f32)> = Some((2, -1.0));
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
-        fields(&block, 8, 4, 16, word).or(bits_in_a_row(block(4), word).left(4))
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
+        fields(block, 8, 4, 16, word).or(bits_in_a_row(block, 4, word).left(4))
     }
 }
 
-/// `d`, signed bytes: codes of offset 128 but for their highest bit.
+/// `d`, codes (signed bytes).
 pub(crate) struct Q8_0;
 
 impl Block<34, 32> for Q8_0 {
     const RUN: usize = 32;
     const BITS: usize = 8;
-    const OFFSET: f32 = 128.0;
-    const WORDS: usize = 2;
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
-        block(2 + 4 * word).xor(0x80 * BYTES)
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
+        block.words(2, 32, word)
     }
 }
 
@@ -338,18 +362,18 @@ impl Block<84, 256> for Q2K {
     const M: Option<(usize, f32)> = Some((82, 1.0));
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
         fields(block, 16, 2, 32, word)
     }
 
     #[inline(always)]
-    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
-        Some(block(4 * word).and(15 * BYTES))
+    fn scales(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
+        Some(fields(block, 0, 4, 16, word))
     }
 
     #[inline(always)]
-    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
-        Some(block(4 * word).right(4).and(15 * BYTES))
+    fn minimums(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
+        Some(fields(block, 0, 4, 16, word + 4))
     }
 }
 
@@ -365,13 +389,13 @@ impl Block<110, 256> for Q3K {
     const D: usize = 108;
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
-        fields(&block, 32, 2, 32, word).or(fields(&block, 0, 1, 32, word).left(2))
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
+        fields(block, 32, 2, 32, word).or(fields(block, 0, 1, 32, word).left(2))
     }
 
     #[inline(always)]
-    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
-        Some(fields(&block, 96, 4, 8, word).or(fields(&block, 104, 2, 4, word).left(4)))
+    fn scales(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
+        Some(fields(block, 96, 4, 8, word).or(fields(block, 104, 2, 4, word).left(4)))
     }
 }
 
@@ -384,18 +408,18 @@ impl Block<144, 256> for Q4K {
     const M: Option<(usize, f32)> = Some((2, 1.0));
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
         fields(block, 16, 4, 32, word)
     }
 
     #[inline(always)]
-    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
-        Some(six_bit_codes(block(4), block(12), word))
+    fn scales(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
+        Some(six_bit_codes(block, 4, 0, word))
     }
 
     #[inline(always)]
-    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
-        Some(six_bit_codes(block(8), block(12).right(4), word))
+    fn minimums(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
+        Some(six_bit_codes(block, 8, 4, word))
     }
 }
 
@@ -408,17 +432,17 @@ impl Block<176, 256> for Q5K {
     const M: Option<(usize, f32)> = Some((2, 1.0));
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
-        fields(&block, 48, 4, 32, word).or(fields(&block, 16, 1, 32, word).left(4))
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
+        fields(block, 48, 4, 32, word).or(fields(block, 16, 1, 32, word).left(4))
     }
 
     #[inline(always)]
-    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+    fn scales(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
         Q4K::scales(block, word)
     }
 
     #[inline(always)]
-    fn minimums<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
+    fn minimums(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
         Q4K::minimums(block, word)
     }
 }
@@ -435,49 +459,43 @@ impl Block<210, 256> for Q6K {
     const D: usize = 208;
 
     #[inline(always)]
-    fn codes<W: Word>(block: impl Fn(usize) -> W, word: usize) -> W {
-        fields(&block, 0, 4, 64, word).or(fields(&block, 128, 2, 32, word).left(4))
+    fn codes<B: Bytes>(block: B, word: usize) -> B::Words {
+        fields(block, 0, 4, 64, word).or(fields(block, 128, 2, 32, word).left(4))
     }
 
     #[inline(always)]
-    fn scales<W: Word>(block: impl Fn(usize) -> W, word: usize) -> Option<W> {
-        Some(block(192 + 4 * word).xor(0x80 * BYTES))
+    fn scales(block: impl Bytes<Words = u32>, word: usize) -> Option<u32> {
+        Some(block.words(192, 16, word) ^ (0x80 * EACH))
     }
 }
 
 /// Codes `4 word ..` of `Q4_K`'s 8 scales or 8 minima. Codes 0 to 3 are the low 6 bits of the bytes
-/// of `first`; the others have their low 4 bits in `second` and their high 2 bits on top of the
-/// byte of the code four before.
+/// at `at`; the others have their low 4 bits in those at 12, from bit `bit` on, and their high 2
+/// bits on top of the byte of the code four before.
 #[inline(always)]
-fn six_bit_codes<W: Word>(first: W, second: W, word: usize) -> W {
+fn six_bit_codes(block: impl Bytes<Words = u32>, at: usize, bit: usize, word: usize) -> u32 {
+    let first = block.words(at, 4, 0);
     match word {
-        0 => first.and(63 * BYTES),
-        _ => second.and(15 * BYTES).or(first.right(6).and(3 * BYTES).left(4)),
+        0 => first & (63 * EACH),
+        _ => block.words(12, 4, 0) >> bit & (15 * EACH) | (first >> 6 & (3 * EACH)) << 4,
     }
 }
 
 /// Fields `4 word ..` of `bits` bits from the bytes at `at`. Of every `run` bytes, the lowest
 /// fields come first, one of each byte, then the next higher ones.
 #[inline(always)]
-fn fields<W: Word>(
-    block: impl Fn(usize) -> W,
-    at: usize,
-    bits: usize,
-    run: usize,
-    word: usize,
-) -> W {
-    let (plane, byte) = (4 * word / run, 4 * word % run);
-    let (run_index, plane) = (plane / (8 / bits), plane % (8 / bits));
-    let bytes = block(at + run * run_index + byte);
-    bytes.right(plane * bits).and(((1 << bits) - 1) * BYTES)
+fn fields<B: Bytes>(block: B, at: usize, bits: usize, run: usize, word: usize) -> B::Words {
+    let planes = 8 / bits;
+    let bytes = block.words(at + 4 * word / (run * planes) * run, run, word);
+    bytes.right(|i| 4 * (word + i) / run % planes * bits).and(((1 << bits) - 1) * EACH)
 }
 
-/// Bits `4 word ..` of 32 bits, a byte each.
+/// Bits `4 word ..` of the 32 at `at`, a byte each.
 #[inline(always)]
-fn bits_in_a_row<W: Word>(bits: W, word: usize) -> W {
-    let four = bits.right(4 * word).and(15);
+fn bits_in_a_row<B: Bytes>(block: B, at: usize, word: usize) -> B::Words {
+    let four = block.words(at, 4, word).right(|i| 4 * (word + i)).and(15);
     let two = four.or(four.left(14));
-    two.or(two.left(7)).and(BYTES)
+    two.or(two.left(7)).and(EACH)
 }
 
 fn half_at(bytes: &[u8], at: usize) -> f32 {
@@ -488,6 +506,7 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
 mod tests {
     use super::*;
     use safetensors::SafeTensors;
+    use slim_formats::BlockScales;
 
     /// Random blocks and the values that the Python package `gguf` gives them
     /// (`tests/oracle/ggml_blocks.py`).
@@ -523,6 +542,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn f8_values_are_those_of_the_format() {
+        let values = [0x00, 0x80, 0x01, 0x07, 0x08, 0x38, 0x3c, 0xb8, 0x7e].map(f8_e4m3);
+        let small = 1.0 / 512.0;
+        assert_eq!(values, [0.0, 0.0, small, 7.0 * small, 8.0 * small, 1.0, 1.5, -1.0, 448.0]);
+        assert!(f8_e4m3(0x7f).is_nan() && f8_e4m3(0xff).is_nan());
+    }
+
+    /// Blocks of 2 x 2 in a part of a matrix that begins with its second row.
+    #[test]
+    fn scales_multiply_their_blocks() {
+        let values = [1.0, 10.0, 100.0, 1000.0];
+        let scales = BlockScales { values: &values, block: (2, 2), per_row: 2, first_row: 1 };
+        let tensor = DenseTensor {
+            dtype: DType::F8_E4M3,
+            rows: 3,
+            cols: 3,
+            bytes: &[0x38; 9],
+            layout: Layout::AsStored,
+            scales: Some(scales),
+        };
+        let mut out = [0.0; 9];
+        dequantize_rows(&tensor, 0..3, &mut out).unwrap();
+        assert_eq!(out, [1.0, 1.0, 10.0, 100.0, 100.0, 1000.0, 100.0, 100.0, 1000.0]);
+    }
+
     fn words(bytes: &[u8]) -> Vec<u32> {
         bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect()
     }
@@ -553,7 +598,7 @@ mod tests {
     /// Eight rows of two columns, each holding its stored row number.
     fn numbered_rows(bytes: &mut Vec<u8>, layout: Layout) -> DenseTensor<'_> {
         bytes.extend((0..8).flat_map(|row| [row as f32; 2]).flat_map(f32::to_le_bytes));
-        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, layout }
+        DenseTensor { dtype: DType::F32, rows: 8, cols: 2, bytes, layout, scales: None }
     }
 
     #[test]
@@ -583,7 +628,7 @@ mod tests {
         let fused: Vec<u8> = (0..cols * stride).flat_map(|i| (i as f32).to_le_bytes()).collect();
         let bytes = &fused[4 * first..4 * (first + (cols - 1) * stride + rows)];
         let layout = Layout::Transposed { stride };
-        let tensor = DenseTensor { dtype: DType::F32, rows, cols, bytes, layout };
+        let tensor = DenseTensor { dtype: DType::F32, rows, cols, bytes, layout, scales: None };
         assert_eq!(tensor.stored_bytes(), 4 * 290 * 35);
         for asked in [0..290, 0..1, 289..290, 3..131, 128..256, 100..290, 7..7] {
             let mut out = vec![f32::NAN; asked.len() * cols];

@@ -113,7 +113,8 @@ mod tests {
         let bytes = to_bytes(DType::F32, values)
             .unwrap_or_else(|_| values.iter().flat_map(|value| value.to_le_bytes()).collect());
         let (cols, layout) = (values.len() / rows, Layout::AsStored);
-        let dense = DenseTensor { dtype: DType::F32, rows, cols, bytes: &bytes, layout };
+        let dense =
+            DenseTensor { dtype: DType::F32, rows, cols, bytes: &bytes, layout, scales: None };
         Extent::of(Weight::Dense(dense)).unwrap()
     }
 

@@ -283,7 +283,7 @@ fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec
         _ if backend != "cpu" || x.len() > cols => x.to_vec(),
         (_, Some(bands), method) => as_multiplied(method, bands.get(0).layout(), x),
         (Weight::Dense(dense), _, matvec::Method::Integer(..)) if dense.dtype == DType::Q8_0 => {
-            Input::in_runs(32, x).values_in_runs(32)
+            Input::in_whole_steps(x).values_in_whole_steps()
         }
         _ => x.to_vec(),
     }
@@ -663,7 +663,7 @@ fn matmul_dense_weights_agree() {
         for (rows, cols) in [(1, 32), (15, 96), (128, 64), (129, 160), (270, 576)] {
             let (bytes, weights) = dense_bytes(&mut noise, dtype, rows * cols);
             let layout = Layout::AsStored;
-            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout };
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None };
             for m in [1, 2, 7, 130] {
                 let x = noise.vector(m * cols, 1.0);
                 let what = format!("{dtype:?} [{rows}, {cols}], m {m}");
@@ -679,7 +679,7 @@ fn matmul_interleaved_rows_come_in_the_order_of_use() {
     let mut noise = Noise(7);
     let (bytes, stored) = dense_bytes(&mut noise, DType::F16, rows * cols);
     let layout = Layout::Interleaved { head_dim, rotated: head_dim };
-    let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes: &bytes, layout };
+    let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes: &bytes, layout, scales: None };
     let used: Vec<f64> = (0..rows)
         .flat_map(|row| {
             let (head, channel) = (row / head_dim, row % head_dim);
@@ -701,7 +701,7 @@ fn matmul_transposed_part_of_a_fused_weight_agrees() {
         let (bytes, fused) = dense_bytes(&mut noise, DType::F16, cols * stride);
         let bytes = &bytes[2 * first..2 * (first + (cols - 1) * stride + rows)];
         let layout = Layout::Transposed { stride };
-        let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes, layout };
+        let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes, layout, scales: None };
         let weights: Vec<f64> =
             (0..rows * cols).map(|i| fused[i % cols * stride + first + i / cols]).collect();
         for m in [1, 7, 130] {
@@ -716,7 +716,8 @@ fn matmul_wrong_lengths_are_refused() {
     let layer = Layer::new(&mut Noise(8), Fill::Random, [17, 48, 48], TWO_LEVEL, &[3]);
     let (bytes, _) = dense_bytes(&mut Noise(8), DType::F16, 17 * 48);
     let layout = Layout::AsStored;
-    let dense = DenseTensor { dtype: DType::F16, rows: 17, cols: 48, bytes: &bytes, layout };
+    let dense =
+        DenseTensor { dtype: DType::F16, rows: 17, cols: 48, bytes: &bytes, layout, scales: None };
     for weight in [layer.weight(), Weight::Dense(dense)] {
         for m in [1, 2] {
             for (x, out) in [(-1, 0), (1, 0), (-48, 0), (0, -1), (0, 1), (48, 17)] {
@@ -734,7 +735,8 @@ fn matmul_wrong_lengths_are_refused() {
 #[test]
 fn matmul_weights_that_are_no_numbers_are_refused() {
     let layout = Layout::AsStored;
-    let dense = DenseTensor { dtype: DType::I8, rows: 2, cols: 16, bytes: &[0; 32], layout };
+    let dense =
+        DenseTensor { dtype: DType::I8, rows: 2, cols: 16, bytes: &[0; 32], layout, scales: None };
     for m in [1, 2] {
         for (name, backend) in backends() {
             let (x, mut out) = (vec![0.0; m * 16], vec![0.0; m * 2]);

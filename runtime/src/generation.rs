@@ -32,6 +32,7 @@ impl<'a> Generator<'a> {
         sampler: Sampler,
     ) -> Result<Self> {
         let cache = model.new_cache(context)?;
+        let sampler = sampler.limited_to(tokenizer.vocab_size(), model.config().vocab_size);
         Ok(Self { model, tokenizer, cache, held: Vec::new(), sampler, ends })
     }
 

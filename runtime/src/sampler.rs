@@ -75,6 +75,10 @@ impl SamplerSettings {
 pub struct Sampler {
     settings: SamplerSettings,
     random: SplitMix64,
+    /// Tokens from this one on have no text and are never drawn ...
+    known: u32,
+    /// ... of which the model has so many.
+    unknown: usize,
 }
 
 /// A token that may still be drawn.
@@ -91,7 +95,17 @@ impl Sampler {
     /// `InvalidArgument` for a setting outside its range.
     pub fn new(settings: SamplerSettings) -> Result<Self> {
         settings.validate()?;
-        Ok(Self { random: SplitMix64::new(settings.seed), settings })
+        let random = SplitMix64::new(settings.seed);
+        Ok(Self { random, settings, known: u32::MAX, unknown: 0 })
+    }
+
+    /// That never draws the rows of a vocabulary of `rows` that lie behind the `known` tokens:
+    /// many models have more rows than their tokenizers have tokens.
+    #[must_use]
+    pub fn limited_to(mut self, known: usize, rows: usize) -> Self {
+        self.known = u32::try_from(known).unwrap_or(u32::MAX);
+        self.unknown = rows.saturating_sub(known);
+        self
     }
 
     /// Draws the next token. `logits`: one per token of the vocabulary; `recent`: the tokens so
@@ -118,7 +132,8 @@ impl Sampler {
             penalty if penalty > 1.0 => settings.repeat_window_tokens,
             _ => return None,
         };
-        Some(kept).filter(|&kept| kept > 0).map(|kept| kept.saturating_add(lowered))
+        let spare = lowered.saturating_add(self.unknown);
+        Some(kept).filter(|&kept| kept > 0).map(|kept| kept.saturating_add(spare))
     }
 
     /// Draws the next token as [`Self::sample`] does, from the [`Self::deciding_tokens`] most
@@ -134,7 +149,9 @@ impl Sampler {
 
     /// Draws from all candidates, in any order.
     fn choose(&mut self, mut candidates: Vec<Candidate>) -> Result<u32> {
-        candidates.retain(|candidate| candidate.logit > f32::NEG_INFINITY);
+        candidates.retain(|candidate| {
+            candidate.logit > f32::NEG_INFINITY && candidate.token < self.known
+        });
         if candidates.is_empty() {
             return Err(RuntimeError::invalid_argument("logits", "no token possible", "one"));
         }
@@ -284,6 +301,16 @@ mod tests {
     fn drawn(settings: SamplerSettings, logits: &[f32]) -> BTreeSet<u32> {
         let mut sampler = Sampler::new(settings).unwrap();
         (0..1_000).map(|_| sampler.sample(logits, &[]).unwrap()).collect()
+    }
+
+    #[test]
+    fn rows_without_a_token_are_never_drawn() {
+        let logits = [1.0, 3.0, 2.0, 9.0, 8.0];
+        let greedy = Sampler::new(SamplerSettings::greedy()).unwrap();
+        assert_eq!(greedy.clone().sample(&logits, &[]).unwrap(), 3);
+        let mut limited = greedy.limited_to(3, 5);
+        assert_eq!(limited.sample(&logits, &[]).unwrap(), 1);
+        assert_eq!(limited.deciding_tokens(), Some(3));
     }
 
     #[test]

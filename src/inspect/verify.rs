@@ -68,7 +68,7 @@ pub fn safetensors_faults(file: &MappedFile) -> Result<Vec<Fault>> {
 fn dense<'a>(dtype: DType, shape: &[u64], bytes: &'a [u8]) -> Weight<'a> {
     let cols = shape.last().map_or(1, |&cols| cols as usize);
     let rows = shape.iter().rev().skip(1).product::<u64>() as usize;
-    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored, scales: None })
 }
 
 /// The first value of a tensor that is no number; `None` for types that hold no weights.

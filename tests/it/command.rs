@@ -60,6 +60,20 @@ pub fn tiny_model(name: &str) -> PathBuf {
     test_data("archs").join(name)
 }
 
+/// The tiny models of all families.
+pub fn golden_models() -> Vec<PathBuf> {
+    files_in(&test_data("archs"))
+}
+
+/// What is in a folder, by name.
+pub fn files_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "{}", folder.display());
+    paths
+}
+
 /// A folder of test data.
 pub fn test_data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)

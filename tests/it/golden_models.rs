@@ -1,13 +1,17 @@
 //! The logits of tiny models against those of transformers, made by the scripts that
 //! `tests/data/MANIFEST.md` names.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::Value;
-use slim_formats::arch::by_model_type;
+use slim_formats::{arch::by_model_type, open_model};
+use slim_kernels::Cpu;
+use slim_runtime::Model;
 
-use crate::command::{Dir, arg, onnx_model, succeed, test_data, tiny_model};
+use crate::command::{
+    Dir, arg, files_in, golden_models, onnx_model, succeed, test_data, tiny_model,
+};
 
 /// The largest difference to allow, as a share of the spread of the expected logits: the reference
 /// computes in f32 with other summation orders.
@@ -15,8 +19,9 @@ const LOGIT_TOLERANCE: f32 = 2e-3;
 
 #[test]
 fn logits_of_tiny_models_are_those_of_the_reference() {
-    for folder in folders(&test_data("archs")) {
+    for folder in golden_models() {
         compare(&folder, &folder);
+        compare_steps(&folder);
     }
     for exporter in ["script", "dynamo"] {
         let (dir, model) = onnx_model(exporter);
@@ -27,7 +32,7 @@ fn logits_of_tiny_models_are_those_of_the_reference() {
 /// llama.cpp's converter made these files from the same models.
 #[test]
 fn logits_of_ggufs_are_those_of_the_reference() {
-    for file in folders(&test_data("gguf")) {
+    for file in files_in(&test_data("gguf")) {
         let name = file.file_stem().unwrap().to_str().unwrap();
         compare(&file, &tiny_model(name));
     }
@@ -41,20 +46,12 @@ fn logits_of_more_models_are_those_of_the_reference() {
         println!("skipped: SLIMLLM_GOLDEN is not set");
         return;
     };
-    for folder in folders(&Path::new(&golden).join("archs")) {
+    for folder in files_in(&Path::new(&golden).join("archs")) {
         match by_model_type(&model_type(&folder)) {
             Some(_) => compare(&folder, &folder),
             None => println!("skipped: {}", folder.display()),
         }
     }
-}
-
-fn folders(of: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<_> =
-        std::fs::read_dir(of).unwrap().map(|entry| entry.unwrap().path()).collect();
-    paths.sort();
-    assert!(!paths.is_empty());
-    paths
 }
 
 fn model_type(folder: &Path) -> String {
@@ -63,25 +60,47 @@ fn model_type(folder: &Path) -> String {
     config["model_type"].as_str().unwrap().to_owned()
 }
 
-/// Runs each row of `input_ids` of the folder's `expected.safetensors` from an empty cache.
+/// Runs each text of the folder's `expected.safetensors` from an empty cache, all at once.
 fn compare(model: &Path, folder: &Path) {
+    for (ids, expected) in texts(folder) {
+        assert_close(model, &run_logits(model, &ids), &expected, ids.len());
+    }
+}
+
+/// Runs each text token by token.
+fn compare_steps(folder: &Path) {
+    let source = open_model(folder).unwrap();
+    let model = Model::load(&*source, &Cpu).unwrap();
+    for (ids, expected) in texts(folder) {
+        let mut cache = model.new_cache(ids.len()).unwrap();
+        let step = |&id: &i32| model.next_logits(&[id.cast_unsigned()], &mut cache).unwrap();
+        let found: Vec<f32> = ids.iter().flat_map(step).collect();
+        assert_close(folder, &found, &expected, ids.len());
+    }
+}
+
+/// Tokens and logits of the texts of `expected.safetensors`.
+fn texts(folder: &Path) -> Vec<(Vec<i32>, Vec<f32>)> {
     let expected = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
     let ids = expected.tensor("input_ids").unwrap();
     let (rows, tokens) = (ids.shape()[0], ids.shape()[1]);
     let logits = f32_values(&expected.tensor("logits").unwrap());
-    let vocab = logits.len() / (rows * tokens);
-    for (ids, expected) in i32_values(&ids).chunks(tokens).zip(logits.chunks(tokens * vocab)) {
-        let found = run_logits(model, ids);
-        // llama.cpp leaves out rows of tokens that the tokenizer does not know.
-        let known = found.len() / tokens;
-        let expected: Vec<f32> =
-            expected.chunks(vocab).flat_map(|row| &row[..known]).copied().collect();
-        let differences = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
-        let largest = differences.fold(0.0, f32::max) / spread(&expected);
-        assert!(largest < LOGIT_TOLERANCE, "{}: {largest}", model.display());
-        println!("{}: largest difference {largest:.1e} of the spread", model.display());
-    }
+    let of_text = logits.len() / rows;
+    let ids = i32_values(&ids);
+    let texts = ids.chunks(tokens).zip(logits.chunks(of_text));
+    texts.map(|(ids, logits)| (ids.to_vec(), logits.to_vec())).collect()
+}
+
+fn assert_close(model: &Path, found: &[f32], expected: &[f32], tokens: usize) {
+    // llama.cpp leaves out rows of tokens that the tokenizer does not know.
+    let (known, vocab) = (found.len() / tokens, expected.len() / tokens);
+    let expected: Vec<f32> =
+        expected.chunks(vocab).flat_map(|row| &row[..known]).copied().collect();
+    let differences = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+    let largest = differences.fold(0.0, f32::max) / spread(&expected);
+    assert!(largest < LOGIT_TOLERANCE, "{}: {largest}", model.display());
+    println!("{}: largest difference {largest:.1e} of the spread", model.display());
 }
 
 /// The standard deviation of logits.

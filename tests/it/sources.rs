@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
 use crate::command::{Dir, arg, fail, onnx_model, slimllm, succeed, tiny_model};
@@ -257,7 +258,7 @@ fn keys_that_change_the_computation_are_refused_or_warned_of() {
     let config = folder.join("config.json");
     let original = fs::read(&config).unwrap();
     for (changes, what) in [
-        (json!({"attention_bias": true}), "key `attention_bias` of true in a llama model"),
+        (json!({"qk_layernorm": true}), "key `qk_layernorm` of true in a llama model"),
         (json!({"logits_scaling": 8.0}), "key `logits_scaling` of 8.0 in a llama model"),
         (
             json!({"rope_parameters": null, "rope_scaling": {"factor": 4.0}}),
@@ -276,6 +277,146 @@ fn keys_that_change_the_computation_are_refused_or_warned_of() {
         "config.json`: key `wavelet_gate` of 3 is not read: it is unknown in a llama model\n";
     assert_eq!(answer.stderr.matches(warning).count(), 1, "{}", answer.stderr);
     assert!(answer.stderr.starts_with("warning: "), "{}", answer.stderr);
+}
+
+/// The text model of one that also sees, as transformers and older releases store it.
+#[test]
+fn text_model_of_a_wrapper_is_taken_and_the_rest_is_named() {
+    for (prefix, head) in
+        [("language_model.", "language_model."), ("", ""), ("model.language_model.", "")]
+    {
+        let dir = Dir::new();
+        let folder = dir.path("m");
+        copy_folder(&tiny_model("gemma3"), &folder);
+        let config = folder.join("config.json");
+        let text: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+        let wrapper = json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+            "text_config": text, "vision_config": {"hidden_size": 8},
+        });
+        fs::write(&config, wrapper.to_string()).unwrap();
+        let rename = |name: &str| match name.strip_prefix("model.") {
+            Some(rest) if prefix == "model.language_model." => format!("{prefix}{rest}"),
+            _ => format!("{}{name}", if name.starts_with("lm_head") { head } else { prefix }),
+        };
+        with_tensors(
+            &folder.join("model.safetensors"),
+            rename,
+            &[("vision_tower.p", vec![2, 3, 2])],
+        );
+        let logits = |model: &Path| {
+            let out = dir.arg("logits");
+            let args = ["logits", &arg(model), "--tokens", "1,2,3", "-o", &out, "--force"];
+            (succeed(&args).stderr, fs::read(&out).unwrap())
+        };
+        let (talk, found) = logits(&folder);
+        assert!(found == logits(&tiny_model("gemma3")).1, "{prefix}");
+        let expected = "only the text model is used; left out: `vision_tower` (1 tensors)";
+        assert!(talk.contains(expected), "{talk}");
+    }
+}
+
+/// Codes of 8 bits with a scale per block, per row or per tensor compute what the same weights do
+/// in f32.
+#[test]
+fn weights_in_fp8_are_read_with_their_scales() {
+    let logits = |dir: &Dir, folder: &Path| {
+        let out = dir.arg("logits");
+        succeed(&["logits", &arg(folder), "--tokens", "1,2,3", "-o", &out, "--force"]);
+        fs::read(&out).unwrap()
+    };
+    type ScaleShape = fn(usize, usize) -> Vec<usize>;
+    let kinds: [(&str, ScaleShape); 4] = [
+        ("weight_scale_inv", |rows, cols| vec![rows.div_ceil(32), cols.div_ceil(32)]),
+        ("weight_scale", |rows, _| vec![rows, 1]),
+        ("weight_scale", |_, _| vec![]),
+        ("qscale_weight", |_, _| vec![1]),
+    ];
+    // Phi-3 has fused matrices, parts of which begin within the blocks.
+    for ((suffix, shape), model) in kinds.into_iter().zip(["llama", "phi3", "phi3", "llama"]) {
+        let dir = Dir::new();
+        let [fp8, plain] = ["fp8", "plain"].map(|name| {
+            copy_folder(&tiny_model(model), &dir.path(name));
+            dir.path(name)
+        });
+        to_fp8(&fp8.join("model.safetensors"), &plain.join("model.safetensors"), suffix, shape);
+        let quantization = json!({"quantization_config": {"quant_method": "fp8"}});
+        change(&fp8.join("config.json"), quantization);
+        assert!(logits(&dir, &fp8) == logits(&dir, &plain), "{suffix}, {model}");
+        let answer = succeed(&["inspect", &arg(&fp8)]);
+        assert!(answer.stdout.contains("F8_E4M3"), "{}", answer.stdout);
+    }
+}
+
+/// Replaces the matrices of the blocks in two copies of a model: in one by random codes and
+/// scales, in the other by what they are worth.
+fn to_fp8(fp8: &Path, plain: &Path, suffix: &str, shape: impl Fn(usize, usize) -> Vec<usize>) {
+    let value = |code: u8| {
+        let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+        let sign = if code < 128 { 1.0 } else { -1.0 };
+        match exponent {
+            0 => sign * mantissa * 2f32.powi(-6),
+            _ => sign * (1.0 + mantissa) * 2f32.powi(exponent - 7),
+        }
+    };
+    let bytes = fs::read(fp8).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (mut coded, mut worth) = (Vec::new(), Vec::new());
+    for (name, view) in file.tensors() {
+        let dims = view.shape().to_vec();
+        if dims.len() != 2 || !name.contains(".layers.") {
+            let kept = (name, view.dtype(), dims, view.data().to_vec());
+            coded.push(kept.clone());
+            worth.push(kept);
+            continue;
+        }
+        let (rows, cols) = (dims[0], dims[1]);
+        // All codes but those that are not numbers.
+        let codes: Vec<u8> =
+            (0..rows * cols).map(|i| (i * 151 % 126) as u8 | (i % 2) as u8 * 128).collect();
+        let of_scales = shape(rows, cols);
+        let (down, across) = match of_scales[..] {
+            [down, across] => (down, across),
+            _ => (1, 1),
+        };
+        let block =
+            (rows.div_ceil(down).next_power_of_two(), cols.div_ceil(across).next_power_of_two());
+        let scales: Vec<f32> = (0..down * across).map(|i| 0.001 * (1 + i % 5) as f32).collect();
+        let weights = codes.iter().enumerate().map(|(i, &code)| {
+            let (row, col) = (i / cols, i % cols);
+            value(code) * scales[row / block.0 * across + col / block.1]
+        });
+        let weights: Vec<u8> = weights.flat_map(f32::to_le_bytes).collect();
+        let scales: Vec<u8> = scales.into_iter().flat_map(f32::to_le_bytes).collect();
+        worth.push((name.clone(), Dtype::F32, dims.clone(), weights));
+        coded.push((
+            format!("{}.{suffix}", name.trim_end_matches(".weight")),
+            Dtype::F32,
+            of_scales,
+            scales,
+        ));
+        coded.push((name, Dtype::F8_E4M3, dims, codes));
+    }
+    for (path, tensors) in [(fp8, coded), (plain, worth)] {
+        let views = tensors.iter().map(|(name, dtype, dims, bytes)| {
+            (name.clone(), TensorView::new(*dtype, dims.clone(), bytes).unwrap())
+        });
+        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+}
+
+/// Writes a safetensors file again, its tensors under other names, with more of zeros.
+fn with_tensors(path: &Path, rename: impl Fn(&str) -> String, more: &[(&str, Vec<usize>)]) {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = [0; 1024];
+    let renamed = file.tensors().into_iter().map(|(name, view)| (rename(&name), view));
+    let more = more.iter().map(|(name, shape)| {
+        let bytes = &zeros[..2 * shape.iter().product::<usize>()];
+        ((*name).to_owned(), TensorView::new(Dtype::F16, shape.clone(), bytes).unwrap())
+    });
+    let written = safetensors::serialize(renamed.chain(more), None).unwrap();
+    fs::write(path, written).unwrap();
 }
 
 #[test]

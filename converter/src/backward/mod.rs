@@ -273,7 +273,7 @@ fn equal_length(sequences: &[&[u32]]) -> Result<usize> {
 pub fn dense(values: &[f32], rows: usize, cols: usize) -> Weight<'_> {
     assert_eq!(values.len(), rows * cols);
     let (dtype, bytes) = (DType::F32, bytemuck::cast_slice(values));
-    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored, scales: None })
 }
 
 /// Turns logits `[m, vocab]` into random gradients whose covariance is that of `softmax - one-hot`

@@ -18,9 +18,11 @@ use crate::{
 
 const DEFAULT_ROPE_THETA: f64 = 10000.0;
 
-/// The vectors of a GGUF file that belong to the configuration.
+/// What the tensors of a GGUF file say about the configuration.
 #[derive(Debug, Default)]
-pub struct RopeVectors {
+pub struct TensorFacts {
+    /// Rows of the embedding, where it is a tensor of its own.
+    pub embedding_rows: Option<usize>,
     /// The tensor `rope_freqs.weight`.
     pub factors: Option<Vec<f32>>,
     /// The tensor `rope_factors_short.weight`.
@@ -40,7 +42,7 @@ impl ModelConfig {
     /// `Malformed` if a key is missing, has a value of the wrong kind, or contradicts its other
     /// spelling; `Unsupported` for another architecture, for what this program does not compute,
     /// and for a key of the architecture or of RoPE that nothing here reads.
-    pub fn from_gguf(path: &Path, metadata: &Metadata, vectors: RopeVectors) -> Result<Self> {
+    pub fn from_gguf(path: &Path, metadata: &Metadata, facts: TensorFacts) -> Result<Self> {
         let general = Metadata::str(metadata, "general.architecture");
         let architecture = general.unwrap_or_default();
         let keys = GgufKeys { path, metadata, architecture, asked: RefCell::default() };
@@ -67,11 +69,11 @@ impl ModelConfig {
                     .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
             }
         }
-        let vocab_size = read_vocab_size(&keys)?;
+        let vocab_size = read_vocab_size(&keys, facts.embedding_rows)?;
         let context_length = keys.size("context_length")?;
         let (rope, local_rope) =
             Ropes { keys: &keys, family, pairs: rope_pairs(rotated), context_length }
-                .read(vectors)?;
+                .read(facts)?;
         let epsilon = match family.norm() {
             Norm::Rms => "attention.layer_norm_rms_epsilon",
             Norm::Layer => "attention.layer_norm_epsilon",
@@ -251,10 +253,14 @@ impl ModelConfig {
     }
 }
 
-/// The key, or the number of tokens.
-fn read_vocab_size(keys: &GgufKeys<'_>) -> Result<usize> {
+/// The key, or else the rows of the embedding, which may be more or fewer than the tokens, or else
+/// the number of tokens.
+fn read_vocab_size(keys: &GgufKeys<'_>, embedding_rows: Option<usize>) -> Result<usize> {
     match keys.metadata.strings("tokenizer.ggml.tokens") {
-        Some(tokens) => Ok(keys.optional_size("vocab_size")?.unwrap_or(tokens.len())),
+        Some(tokens) => {
+            let stated = keys.optional_size("vocab_size")?;
+            Ok(stated.or(embedding_rows).unwrap_or(tokens.len()))
+        }
         None => keys.size("vocab_size"),
     }
 }
@@ -269,10 +275,10 @@ struct Ropes<'k, 'a> {
 
 impl Ropes<'_, '_> {
     /// That of blocks that see all tokens, and that of blocks with a window, if it is another.
-    fn read(&self, vectors: RopeVectors) -> Result<(Rope, Option<Rope>)> {
+    fn read(&self, facts: TensorFacts) -> Result<(Rope, Option<Rope>)> {
         let keys = self.keys;
         let theta = keys.float("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_THETA);
-        let global = self.global(theta, vectors)?;
+        let global = self.global(theta, facts)?;
         if !self.family.has_local_rope() {
             return Ok((global, None));
         }
@@ -284,7 +290,7 @@ impl Ropes<'_, '_> {
         Ok((global, local))
     }
 
-    fn global(&self, theta: f64, vectors: RopeVectors) -> Result<Rope> {
+    fn global(&self, theta: f64, facts: TensorFacts) -> Result<Rope> {
         let keys = self.keys;
         let factor = self.read_factor()?;
         let need_factor = || {
@@ -297,7 +303,7 @@ impl Ropes<'_, '_> {
         let kind = keys.own("rope.scaling.type");
         let kind = keys.optional(&kind, "a string", Value::as_str)?;
         let (theta, is_one) = (theta as f32, amplitude.is_none_or(|found| is_about(found, 1.0)));
-        if let (Some(short), Some(long)) = (vectors.short, vectors.long) {
+        if let (Some(short), Some(long)) = (facts.short, facts.long) {
             for (name, factors) in
                 [(arch::ROPE_FACTORS_SHORT, &short), (arch::ROPE_FACTORS_LONG, &long)]
             {
@@ -331,7 +337,7 @@ impl Ropes<'_, '_> {
             let key = keys.own("rope.scaling.attn_factor");
             return keys.unsupported(format!("key `{key}` of {}", amplitude.unwrap_or_default()));
         }
-        let factors = vectors.factors.unwrap_or_else(|| vec![1.0; self.pairs]);
+        let factors = facts.factors.unwrap_or_else(|| vec![1.0; self.pairs]);
         Ok(Rope::new(theta, factors.into_iter().map(|factor| factor * scale).collect()))
     }
 

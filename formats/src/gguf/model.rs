@@ -41,7 +41,7 @@ impl GgufModel {
             return Err(locate::split_gguf(path, count));
         }
         refuse_other_kinds(path, metadata)?;
-        let mut config = ModelConfig::from_gguf(path, metadata, file.rope_vectors()?)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, file.facts()?)?;
         config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
         config.find_biases(|name| file.tensor(name).is_some());
         let decoder = Decoder::new(&config);
@@ -134,7 +134,7 @@ impl ModelSource for GgufModel {
         let Some(tensor) = self.file.tensor(&known.gguf.name) else { return Ok(None) };
         let (_, cols) = tensor.rows_and_cols(self.path())?;
         let bytes = self.file.bytes_of(tensor);
-        Ok(Some(places::rows_of(known, &known.gguf, tensor.dtype, cols, bytes)))
+        Ok(Some(places::rows_of(known, &known.gguf, tensor.dtype, cols, bytes, None)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

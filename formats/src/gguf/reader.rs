@@ -11,7 +11,7 @@ use super::{
     value::{MAX_KEY_BYTES, type_id},
 };
 use crate::{
-    DType, FormatError, Limits, MappedFile, Result, RopeVectors, arch::ROPE_TENSORS,
+    DType, FormatError, Limits, MappedFile, Part, Result, TensorFacts, arch::ROPE_TENSORS,
     folder::CUT_SHORT, limits,
 };
 
@@ -213,13 +213,15 @@ impl GgufFile {
         self.map.release_pages();
     }
 
-    /// The vectors that belong to the configuration.
+    /// What the tensors say about the configuration.
     ///
     /// # Errors
     /// As [`Self::f32_vector`].
-    pub fn rope_vectors(&self) -> Result<RopeVectors> {
+    pub fn facts(&self) -> Result<TensorFacts> {
         let [factors, short, long] = ROPE_TENSORS.map(|name| self.f32_vector(name));
-        Ok(RopeVectors { factors: factors?, short: short?, long: long? })
+        let embedding = self.tensor(Part::Embedding.gguf_name());
+        let embedding_rows = embedding.and_then(|info| usize::try_from(*info.shape.first()?).ok());
+        Ok(TensorFacts { embedding_rows, factors: factors?, short: short?, long: long? })
     }
 
     /// The values of an F32 vector, `None` if the file has no tensor of this name.

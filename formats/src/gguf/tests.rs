@@ -560,11 +560,11 @@ fn model_serves_weights_tokenizer_and_template() {
 fn model_that_cannot_be_run_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let tensor = |name, dtype, dims: &[u64]| Some(new_tensor(name, dtype, dims));
-    let cases: [(Option<Entry<'_>>, Option<NewTensor>, &str); 7] = [
+    let cases: [(Option<Entry<'_>>, Option<NewTensor>, &str); 8] = [
         (
-            Some(("general.architecture", "gemma2".into())),
+            Some(("general.architecture", "bert".into())),
             None,
-            "architecture `gemma2` is not supported",
+            "architecture `bert` is not supported",
         ),
         (Some(("split.count", 2u32.into())), None, "is one of 2 parts, not a whole model"),
         (Some(("general.type", "adapter".into())), None, "is a LoRA adapter, not a language model"),
@@ -576,7 +576,13 @@ fn model_that_cannot_be_run_is_refused() {
         (
             None,
             tensor("blk.0.attn_q.bias", DType::F32, &[8]),
-            "tensor `blk.0.attn_q.bias` of a llama model with 1 blocks is not supported",
+            "tensor `blk.0.attn_k.bias`: found none, and none of 1 more, expected the tensors of 1 \
+             blocks",
+        ),
+        (
+            None,
+            tensor("blk.0.attn_q.scale", DType::F32, &[8]),
+            "tensor `blk.0.attn_q.scale` of a llama model with 1 blocks is not supported",
         ),
         (
             None,
@@ -586,8 +592,8 @@ fn model_that_cannot_be_run_is_refused() {
         ),
         (
             None,
-            tensor("token_embd.weight", DType::F32, &[4, 8]),
-            "tensor `token_embd.weight`: found [4, 8], expected [3, 8] by `llama.vocab_size` 3, \
+            tensor("token_embd.weight", DType::F32, &[3, 4]),
+            "tensor `token_embd.weight`: found [3, 4], expected [3, 8] by `llama.vocab_size` 3, \
              `llama.embedding_length` 8",
         ),
     ];

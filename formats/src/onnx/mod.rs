@@ -86,8 +86,9 @@ impl OnnxModel {
         let model = MappedFile::open(path)?;
         stand_in::refuse(path, &model, "an ONNX model")?;
         let mut folder = Folder::around_onnx(path);
-        let Description { mut config, tokenizer, chat_template, quantization, mut warnings } =
-            folder.description()?;
+        let Description {
+            mut config, tokenizer, chat_template, quantization, mut warnings, ..
+        } = folder.description()?;
         if let Some(method) = quantization {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is not borne out by the graph, which counts",
@@ -154,7 +155,7 @@ impl OnnxModel {
     fn dense(&self, index: usize) -> DenseTensor<'_> {
         let StoredTensor { file, ref range, dtype, rows, cols, layout } = self.tensors[index].1;
         let file = file.map_or(&self.model, |file| &self.external[file]);
-        DenseTensor { dtype, rows, cols, bytes: &file[range.clone()], layout }
+        DenseTensor { dtype, rows, cols, bytes: &file[range.clone()], layout, scales: None }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which file holds which tensor.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     path::{Component, Path, PathBuf},
 };
@@ -9,6 +9,7 @@ use std::{
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
+use super::fp8::{self, Fp8Scales};
 use crate::{DType, FormatError, MappedFile, Result, json, locate, stand_in};
 
 /// The mapped safetensors files of a model.
@@ -26,17 +27,77 @@ pub(super) struct StoredTensor {
     /// 1 for a vector.
     pub rows: usize,
     pub cols: usize,
+    /// Of a matrix in FP8.
+    pub scales: Option<Fp8Scales>,
 }
 
-/// Tensors under their names in the files.
+/// Tensors under their names in a text model.
 pub(super) type Table = HashMap<String, StoredTensor>;
 
+/// Which tensors of the files belong to the text model, of a model that also sees or hears.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// Whether there are others.
+    is_part: bool,
+    /// What was left out: how many tensors of which part.
+    left_out: BTreeMap<&'static str, usize>,
+}
+
+impl Parts {
+    /// Of a model whose text model is a part, or all of it.
+    pub fn new(is_part: bool) -> Self {
+        Self { is_part, left_out: BTreeMap::new() }
+    }
+
+    /// The name that a stored tensor has in a text model; `None` if it is of another part.
+    fn name_of(&self, stored: &str) -> Option<String> {
+        match self.other(stored) {
+            Some(_) => None,
+            // `model.language_model.`, `language_model.model.` and `language_model.lm_head.`.
+            None if self.is_part => Some(stored.replace("language_model.", "")),
+            None => Some(stored.to_owned()),
+        }
+    }
+
+    /// As [`Self::name_of`]; counts what it leaves out.
+    fn take(&mut self, stored: &str) -> Option<String> {
+        if let Some(other) = self.other(stored) {
+            *self.left_out.entry(other).or_default() += 1;
+        }
+        self.name_of(stored)
+    }
+
+    fn other(&self, stored: &str) -> Option<&'static str> {
+        const OTHERS: [&str; 7] = [
+            "vision_tower",
+            "vision_model",
+            "visual",
+            "multi_modal_projector",
+            "audio_tower",
+            "embed_vision",
+            "embed_audio",
+        ];
+        OTHERS.into_iter().find(|&other| self.is_part && stored.split('.').any(|s| s == other))
+    }
+
+    /// A sentence about what was left out of the model at `path`, if anything was.
+    pub fn warning(&self, path: &Path) -> Option<String> {
+        let counts =
+            self.left_out.iter().map(|(part, count)| format!("`{part}` ({count} tensors)"));
+        let counts = counts.collect::<Vec<_>>().join(", ");
+        let path = path.display();
+        (!counts.is_empty())
+            .then(|| format!("`{path}`: only the text model is used; left out: {counts}"))
+    }
+}
+
 impl Shards {
-    /// Opens a model that is one file; `method` is how it says it is quantized, for messages.
-    pub fn open_one(path: &Path, method: Option<&str>) -> Result<(Self, Table)> {
+    /// Opens a model that is one file, with the tensors that `parts` names; `method` is how it says
+    /// it is quantized, for messages.
+    pub fn open_one(path: &Path, parts: &mut Parts, method: Option<&str>) -> Result<(Self, Table)> {
         let mut shards = Self { files: Vec::new() };
         let mut table = Table::new();
-        shards.add(path, method, &mut table)?;
+        shards.add(path, parts, method, &mut table)?;
         Ok((shards, table))
     }
 
@@ -46,6 +107,7 @@ impl Shards {
         folder: &Path,
         index_path: &Path,
         index: &Value,
+        parts: &mut Parts,
         method: Option<&str>,
     ) -> Result<(Self, Table)> {
         let malformed = |place: String, found: &str, expected: &str| {
@@ -71,12 +133,15 @@ impl Shards {
             return Err(error);
         }
         for &name in &names {
-            shards.add(&folder.join(name), method, &mut table)?;
+            shards.add(&folder.join(name), parts, method, &mut table)?;
         }
         for (shard, &name) in names.iter().enumerate() {
             let mut tensors = file_of.iter().filter(|&(_, &file)| file == name);
-            let is_absent =
-                |tensor: &String| table.get(tensor).is_none_or(|stored| stored.shard != shard);
+            let is_absent = |tensor: &String| {
+                let wanted = parts.name_of(tensor);
+                wanted
+                    .is_some_and(|name| table.get(&name).is_none_or(|stored| stored.shard != shard))
+            };
             if let Some((tensor, _)) = tensors.find(|(tensor, _)| is_absent(tensor)) {
                 let expected = format!("a tensor in `{name}`");
                 return Err(malformed(format!("tensor `{tensor}`"), "none", &expected));
@@ -86,7 +151,13 @@ impl Shards {
     }
 
     /// Maps one more file and enters its tensors.
-    fn add(&mut self, path: &Path, method: Option<&str>, table: &mut Table) -> Result<()> {
+    fn add(
+        &mut self,
+        path: &Path,
+        parts: &mut Parts,
+        method: Option<&str>,
+        table: &mut Table,
+    ) -> Result<()> {
         let file = MappedFile::open(path)?;
         stand_in::refuse(path, &file, "a safetensors file")?;
         let malformed = |place: String, found: String, expected: &str| {
@@ -124,13 +195,15 @@ impl Shards {
             if name.ends_with("rotary_emb.cos_cached") || name.ends_with("rotary_emb.sin_cached") {
                 continue;
             }
+            let Some(name) = parts.take(&name) else { continue };
             let place = format!("tensor `{name}`");
             let dtype = dtype_of(info.dtype).ok_or_else(|| {
                 let what = format!("{place}: element type {:?}", info.dtype);
-                FormatError::unsupported(path, what, "weights must be F16, BF16 or F32")
+                FormatError::unsupported(path, what, "weights must be F16, BF16, F32 or F8_E4M3")
             })?;
             let (rows, cols) = match info.shape[..] {
                 [cols] if cols > 0 => (1, cols),
+                [] if fp8::is_scale(&name) => (1, 1),
                 [rows, cols] if rows > 0 && cols > 0 => (rows, cols),
                 _ => {
                     return Err(malformed(
@@ -144,7 +217,8 @@ impl Shards {
             // type.
             let (start, end) = info.data_offsets;
             let range = data_start + start..data_start + end;
-            let stored = StoredTensor { shard: self.files.len(), range, dtype, rows, cols };
+            let (shard, scales) = (self.files.len(), None);
+            let stored = StoredTensor { shard, range, dtype, rows, cols, scales };
             if table.insert(name, stored).is_some() {
                 return Err(malformed(
                     place,
@@ -186,11 +260,10 @@ fn is_shard_name(name: &str) -> bool {
 fn first_quantized<'a>(
     tensors: impl Iterator<Item = (&'a String, Dtype)>,
 ) -> Option<(&'a str, &'static str)> {
-    const METHODS: [(&str, &[&str]); 8] = [
+    const METHODS: [(&str, &[&str]); 7] = [
         ("GPTQ or AWQ", &[".qweight", ".qzeros", ".g_idx"]),
         ("bitsandbytes", &[".absmax", ".quant_map", ".nested_absmax", ".SCB", ".weight_format"]),
         ("compressed-tensors", &[".weight_packed", ".weight_shape", ".weight_zero_point"]),
-        ("FP8", &[".weight_scale", ".weight_scale_inv", ".input_scale"]),
         ("MXFP4", &["_blocks", "_scales"]),
         ("EXL2 or EXL3", &[".q_weight", ".q_scale", ".trellis", ".suh"]),
         ("AQLM", &[".codebooks", ".codes"]),
@@ -202,7 +275,7 @@ fn first_quantized<'a>(
             return Some((false, name.as_str(), *method));
         }
         let by_type = match dtype {
-            Dtype::F8_E4M3 | Dtype::F8_E5M2 => "FP8",
+            Dtype::F8_E5M2 => "FP8 with 5 bits of exponent",
             Dtype::U32 => "MLX",
             Dtype::I8 | Dtype::U8 => "8-bit or 4-bit integers",
             _ => return None,
@@ -218,6 +291,7 @@ fn dtype_of(dtype: Dtype) -> Option<DType> {
         Dtype::F16 => Some(DType::F16),
         Dtype::BF16 => Some(DType::BF16),
         Dtype::F32 => Some(DType::F32),
+        Dtype::F8_E4M3 => Some(DType::F8_E4M3),
         _ => None,
     }
 }

@@ -1,5 +1,6 @@
 //! Hugging Face model directories: `config.json`, safetensors files, a tokenizer.
 
+mod fp8;
 mod index;
 #[cfg(test)]
 mod tests;
@@ -7,14 +8,15 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 use crate::{
-    Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
+    DType, Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
     arch::Tensor,
     folder::{Description, Folder},
     locate::{self, Weights},
     places::{self, Fixed, floats},
     shapes::{self, Spelling},
 };
-use index::{Shards, StoredTensor, Table};
+use fp8::Fp8Scales;
+use index::{Parts, Shards, StoredTensor, Table};
 
 /// A model in a Hugging Face directory.
 #[derive(Debug)]
@@ -59,17 +61,27 @@ impl HfDirectory {
             }
         };
         let mut folder = Folder::around(path);
-        let Description { mut config, tokenizer, chat_template, quantization, mut warnings } =
-            folder.description()?;
+        let Description {
+            mut config,
+            tokenizer,
+            chat_template,
+            quantization,
+            is_part,
+            mut warnings,
+        } = folder.description()?;
         let method = quantization.as_deref();
+        let mut parts = Parts::new(is_part);
         let (shards, mut stored) = match weights {
-            Weights::Single(file) => Shards::open_one(&file, method)?,
+            Weights::Single(file) => Shards::open_one(&file, &mut parts, method)?,
             Weights::Index(index_path) => {
                 let index = folder.json(locate::INDEX)?.unwrap_or_default();
-                Shards::open_index(folder.root(), &index_path, &index, method)?
+                Shards::open_index(folder.root(), &index_path, &index, &mut parts, method)?
             }
         };
-        if let Some(method) = method {
+        warnings.extend(parts.warning(path));
+        fp8::attach_scales(path, &shards, &mut stored)?;
+        let is_in_fp8 = stored.values().any(|tensor| tensor.dtype == DType::F8_E4M3);
+        if let Some(method) = method.filter(|_| !is_in_fp8) {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is left over: the weights are stored plainly, \
                  and read as they are",
@@ -139,7 +151,8 @@ impl ModelSource for HfDirectory {
         }
         let Some(stored) = self.stored.get(&known.hf.name) else { return Ok(None) };
         let bytes = self.shards.bytes_of(stored);
-        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes)))
+        let scales = stored.scales.as_ref().map(Fp8Scales::view);
+        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes, scales)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

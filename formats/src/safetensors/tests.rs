@@ -218,8 +218,7 @@ fn quantized_weights_are_refused_by_their_method() {
         (json!({}), "qweight", Dtype::I32, "GPTQ or AWQ"),
         (said.clone(), "qweight", Dtype::I32, "awq"),
         (json!({}), "weight.absmax", Dtype::F32, "bitsandbytes"),
-        (json!({}), "weight", Dtype::F8_E4M3, "FP8"),
-        (json!({}), "weight_scale_inv", Dtype::F32, "FP8"),
+        (json!({}), "weight", Dtype::F8_E5M2, "FP8 with 5 bits of exponent"),
         (json!({}), "weight_packed", Dtype::I32, "compressed-tensors"),
         (json!({}), "weight", Dtype::U8, "8-bit or 4-bit integers"),
     ] {

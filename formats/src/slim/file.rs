@@ -142,7 +142,7 @@ impl SlimFile {
             })
         });
         let stored = stored.collect();
-        let mut config = ModelConfig::from_gguf(path, metadata, gguf.rope_vectors()?)?;
+        let mut config = ModelConfig::from_gguf(path, metadata, gguf.facts()?)?;
         config.find_biases(|name| gguf.tensor(name).is_some());
         let output = Part::Output.gguf_name();
         config.tied_embeddings = !places.contains_key(output) && gguf.tensor(output).is_none();
@@ -288,7 +288,14 @@ impl ModelSource for SlimFile {
         let (rows, cols) = info.rows_and_cols(self.path())?;
         let bytes = self.gguf.bytes_of(info);
         let layout = Layout::AsStored;
-        Ok(Some(Weight::Dense(DenseTensor { dtype: info.dtype, rows, cols, bytes, layout })))
+        Ok(Some(Weight::Dense(DenseTensor {
+            dtype: info.dtype,
+            rows,
+            cols,
+            bytes,
+            layout,
+            scales: None,
+        })))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

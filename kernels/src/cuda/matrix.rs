@@ -423,7 +423,14 @@ mod tests {
         let value = |row: usize, col: usize| (row * cols + col) as f32;
         let bytes: Vec<u8> =
             (0..rows * cols).flat_map(|i| value(i / cols, i % cols).to_le_bytes()).collect();
-        let dense = |bytes, layout| DenseTensor { dtype: DType::F32, rows, cols, bytes, layout };
+        let dense = |bytes, layout| DenseTensor {
+            dtype: DType::F32,
+            rows,
+            cols,
+            bytes,
+            layout,
+            scales: None,
+        };
         let mut words = vec![0; 2 * STEP_WORDS];
         write_fragments(Weight::Dense(dense(&bytes, Layout::AsStored)), 1, &mut words).unwrap();
         let columns: Vec<u8> =

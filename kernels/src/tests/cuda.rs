@@ -76,7 +76,7 @@ fn half_bytes(values: &[f32]) -> Vec<u8> {
 }
 
 fn dense(bytes: &[u8], dtype: DType, rows: usize, cols: usize) -> Weight<'_> {
-    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored })
+    Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored, scales: None })
 }
 
 fn layer(noise: &mut Noise, shape: [usize; 3], coding: ScaleCoding, bits: &[u8]) -> Layer {

@@ -24,14 +24,6 @@ const TYPES: [(DType, &[usize]); 10] = [
     (DType::Q6_K, &[208]),
 ];
 
-/// Columns that share a scale of the input.
-fn run(dtype: DType) -> usize {
-    match dtype {
-        DType::Q2_K | DType::Q3_K | DType::Q6_K => 16,
-        _ => 32,
-    }
-}
-
 /// Blocks of random codes and scales of both signs, and what they are worth.
 fn blocks(noise: &mut Noise, dtype: DType, halves: &[usize], len: usize) -> (Vec<u8>, Vec<f32>) {
     let (_, block_bytes) = dtype.block().unwrap();
@@ -55,9 +47,9 @@ fn in_order_of_use(layout: Layout, stored: &[f32], cols: usize) -> Vec<f64> {
 }
 
 /// The input as `method` multiplies it.
-fn as_multiplied(method: Method, dtype: DType, x: &[f32]) -> Vec<f32> {
+fn as_multiplied(method: Method, x: &[f32]) -> Vec<f32> {
     match method {
-        Method::Integer(..) => Input::in_runs(run(dtype), x).values_in_runs(run(dtype)),
+        Method::Integer(..) => Input::in_whole_steps(x).values_in_whole_steps(),
         Method::Float => x.to_vec(),
     }
 }
@@ -73,7 +65,7 @@ fn dense_matvec_of_every_quantized_type_agrees() {
             };
             let (bytes, stored) = blocks(&mut noise, dtype, halves, rows * cols);
             let weights = in_order_of_use(layout, &stored, cols);
-            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout };
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None };
             let mut x = noise.vector(cols, 1.0);
             for outliers in [false, true] {
                 if outliers {
@@ -83,7 +75,7 @@ fn dense_matvec_of_every_quantized_type_agrees() {
                 for method in Method::all() {
                     let what =
                         format!("{method:?}, {dtype:?} [{rows}, {cols}], outliers {outliers}");
-                    let expected = product(&as_multiplied(method, dtype, &x), &weights, cols);
+                    let expected = product(&as_multiplied(method, &x), &weights, cols);
                     let mut out = vec![f32::NAN; rows];
                     dense_by(method, &tensor, &x, &mut out).unwrap();
                     assert_nmse(&what, &out, &expected, MATMUL_NMSE);
@@ -91,6 +83,36 @@ fn dense_matvec_of_every_quantized_type_agrees() {
                         let first = in_integers.get_or_insert_with(|| out.clone());
                         assert_eq!(&out, first, "{what}: rounds in its own way");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Sums of the largest products that an instruction adds up.
+#[test]
+fn dense_matvec_of_extreme_codes_agrees() {
+    for (dtype, halves) in TYPES {
+        let (rows, cols) = (5, 256);
+        let (_, block_bytes) = dtype.block().unwrap();
+        for byte in [0x00, 0x7f, 0x80, 0x88, 0xff] {
+            let mut bytes = vec![byte; rows * dtype.size_in_bytes(cols as u64).unwrap() as usize];
+            for block in bytes.chunks_exact_mut(block_bytes as usize) {
+                for &at in halves {
+                    block[at..at + 2].copy_from_slice(&f16::ONE.to_le_bytes());
+                }
+            }
+            let mut weights = vec![f32::NAN; rows * cols];
+            dequantize(dtype, &bytes, &mut weights).unwrap();
+            let layout = Layout::AsStored;
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout };
+            for x in [127.0, -127.0] {
+                let expected = product(&vec![x; cols], &widened(&weights), cols);
+                for method in Method::all() {
+                    let mut out = vec![f32::NAN; rows];
+                    dense_by(method, &tensor, &vec![x; cols], &mut out).unwrap();
+                    let what = format!("{method:?}, {dtype:?} of {byte:#x}, inputs {x}");
+                    assert_nmse(&what, &out, &expected, MATMUL_NMSE);
                 }
             }
         }
@@ -105,10 +127,10 @@ fn dense_matvec_of_rows_of_any_number_of_blocks_agrees() {
         for cols in [32, 64, 288, 576] {
             let (bytes, values) = blocks(&mut noise, dtype, halves, 17 * cols);
             let layout = Layout::AsStored;
-            let tensor = DenseTensor { dtype, rows: 17, cols, bytes: &bytes, layout };
+            let tensor = DenseTensor { dtype, rows: 17, cols, bytes: &bytes, layout, scales: None };
             let x = noise.vector(cols, 1.0);
             for method in Method::all() {
-                let input = as_multiplied(method, dtype, &x);
+                let input = as_multiplied(method, &x);
                 let mut out = vec![f32::NAN; 17];
                 dense_by(method, &tensor, &x, &mut out).unwrap();
                 let what = format!("{method:?}, {dtype:?}, {cols} columns");
@@ -124,7 +146,8 @@ fn dense_matvec_what_is_not_finite_stays_so() {
     for (dtype, halves) in TYPES {
         let (bytes, _) = blocks(&mut noise, dtype, halves, 17 * 256);
         let layout = Layout::AsStored;
-        let tensor = DenseTensor { dtype, rows: 17, cols: 256, bytes: &bytes, layout };
+        let tensor =
+            DenseTensor { dtype, rows: 17, cols: 256, bytes: &bytes, layout, scales: None };
         let mut x = noise.vector(256, 1.0);
         x[100] = f32::NAN;
         for method in Method::all() {
@@ -142,7 +165,8 @@ fn dense_matvec_does_not_depend_on_the_number_of_threads() {
         let (rows, cols) = (1300, 256);
         let (bytes, _) = blocks(&mut noise, dtype, halves, rows * cols);
         let layout = Layout::AsStored;
-        let weight = Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, layout });
+        let weight =
+            Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None });
         let x = noise.vector(cols, 1.0);
         let with_threads = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

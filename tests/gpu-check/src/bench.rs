@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::Result;
-use slim_formats::{DType, Generation, ModelConfig, Rope};
+use slim_formats::{DType, Features, Generation, ModelConfig, Rope};
 use slim_kernels::{
     RopeAngles,
     cuda::{
@@ -112,7 +112,8 @@ impl Scale {
             vocab_size: self.vocab,
             context_length: 2048,
             norm_epsilon: 1e-5,
-            rope: Rope { theta: 1e4, factors: vec![1.0; self.head_dim / 2] },
+            rope: Rope::new(1e4, vec![1.0; self.head_dim / 2]),
+            features: Features::default(),
             sliding_window: None,
             tied_embeddings: false,
             bos_token_id: None,

@@ -8,6 +8,7 @@ use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
     Kernels,
+    blocks::BlockIsa,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
@@ -22,7 +23,7 @@ pub(super) fn detect() -> Option<Kernels> {
         // SAFETY: the processor has what `tile` enables.
         tile: |packed, index, input| unsafe { tile(packed, index, input) },
         // SAFETY: the processor has what `blocks` enables.
-        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+        blocks: |tensor, first, input, out| unsafe { blocks(tensor, first, input, out) },
     })
 }
 
@@ -33,7 +34,7 @@ pub(super) fn detect_vnni() -> Option<Kernels> {
         // SAFETY: the processor has what `vnni_tile` enables.
         tile: |packed, index, input| unsafe { vnni_tile(packed, index, input) },
         // SAFETY: the processor has what `vnni_blocks` enables.
-        blocks: |tensor, first, input| unsafe { vnni_blocks(tensor, first, input) },
+        blocks: |tensor, first, input, out| unsafe { vnni_blocks(tensor, first, input, out) },
     })
 }
 
@@ -48,13 +49,13 @@ fn vnni_tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-    Kernel::<_, 2>(Avx2::<false>(())).blocks(tensor, first, input)
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
+    Kernel::<_, 1>(Avx2::<false>(())).blocks(tensor, first, input, out)
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn vnni_blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-    Kernel::<_, 2>(Avx2::<true>(())).blocks(tensor, first, input)
+fn vnni_blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
+    Kernel::<_, 1>(Avx2::<true>(())).blocks(tensor, first, input, out)
 }
 
 /// Made in functions that enable its instructions only.
@@ -72,11 +73,9 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         words(word: i32) -> __m256i = _mm256_set1_epi32(word);
         and(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
         or(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);
-        xor(a: __m256i, b: __m256i) -> __m256i = _mm256_xor_si256(a, b);
         shifted_left(words: __m256i, bits: usize) -> __m256i
             = _mm256_sllv_epi32(words, _mm256_set1_epi32(bits as i32));
-        shifted_right(words: __m256i, bits: usize) -> __m256i
-            = _mm256_srlv_epi32(words, _mm256_set1_epi32(bits as i32));
+        shifted_right(words: __m256i, bits: __m256i) -> __m256i = _mm256_srlv_epi32(words, bits);
         add_products<WIDTH>(sums: __m256i, codes: __m256i, input: __m256i) -> __m256i
             = match HAS_VNNI {
                 true => _mm256_dpbusd_avx_epi32(sums, codes, input),
@@ -99,9 +98,29 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
     }
 }
 
+impl<const HAS_VNNI: bool> BlockIsa for Avx2<HAS_VNNI> {
+    instructions! {
+        repeated(bytes: &[u8; 16]) -> __m256i
+            = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
+        // The sign of a code goes to the input, which is never -128.
+        add_signed_products(sums: __m256i, codes: __m256i, input: __m256i) -> __m256i
+            = {
+                let (codes, input) = (_mm256_abs_epi8(codes), _mm256_sign_epi8(input, codes));
+                match HAS_VNNI {
+                    true => _mm256_dpbusd_avx_epi32(sums, codes, input),
+                    false => add_products_in_halves::<7>(sums, codes, input),
+                }
+            };
+        half(bytes: [u8; 2]) -> __m256
+            = _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes(bytes)));
+        load_floats(lanes: &[f32]) -> __m256 = _mm256_loadu_ps(lanes[..8].as_ptr());
+    }
+}
+
 /// Adds products in 16 bits, where the largest ones fit: for up to 4 bits, those of a step to
-/// 16-bit sums (of 8 products each, at most 8 * 2 * 15 * 127 = 30,480); for up to 7 bits, two
-/// products are at most 2 * 127 * 127 = 32,258; 8 bits need two halves.
+/// 16-bit sums (of 8 products each, at most 8 * 2 * 15 * 127 = 30,480); for up to 7 bits, and for
+/// the absolute values of signed bytes, two products are at most 2 * 128 * 127 = 32,512; 8 bits
+/// need two halves.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn add_products_in_halves<const WIDTH: usize>(

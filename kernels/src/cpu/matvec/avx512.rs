@@ -3,10 +3,10 @@
 
 use std::arch::x86_64::*;
 
-use slim_formats::{DenseTensor, slim::PackedTensor};
+use slim_formats::slim::PackedTensor;
 
 use super::{
-    Kernels,
+    Kernels, avx2,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
@@ -15,11 +15,12 @@ use crate::cpu::unpack::Lanes;
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+    // Of a block 256 bits are multiplied at a time.
+    let Kernels { blocks, .. } = avx2::detect_vnni().or_else(avx2::detect)?;
     has.then_some(Kernels {
         // SAFETY: the processor has what `tile` enables.
         tile: |packed, index, input| unsafe { tile(packed, index, input) },
-        // SAFETY: the processor has what `blocks` enables.
-        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+        blocks,
     })
 }
 
@@ -28,12 +29,7 @@ fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
     Kernel::<_, 1>(Avx512(())).tile(packed, tile, input)
 }
 
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-    Kernel::<_, 1>(Avx512(())).blocks(tensor, first, input)
-}
-
-/// Made in [`tile`] and [`blocks`] only.
+/// Made in [`tile`] only.
 #[derive(Clone, Copy)]
 struct Avx512(());
 
@@ -48,11 +44,9 @@ impl Isa for Avx512 {
         words(word: i32) -> __m512i = _mm512_set1_epi32(word);
         and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
         or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
-        xor(a: __m512i, b: __m512i) -> __m512i = _mm512_xor_si512(a, b);
         shifted_left(words: __m512i, bits: usize) -> __m512i
             = _mm512_sllv_epi32(words, _mm512_set1_epi32(bits as i32));
-        shifted_right(words: __m512i, bits: usize) -> __m512i
-            = _mm512_srlv_epi32(words, _mm512_set1_epi32(bits as i32));
+        shifted_right(words: __m512i, bits: __m512i) -> __m512i = _mm512_srlv_epi32(words, bits);
         add_products<WIDTH>(sums: __m512i, codes: __m512i, input: __m512i) -> __m512i
             = _mm512_dpbusd_epi32(sums, codes, input);
         floats(value: f32) -> __m512 = _mm512_set1_ps(value);

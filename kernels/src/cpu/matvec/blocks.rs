@@ -1,58 +1,82 @@
-//! One token times 16 rows of a tensor in one of ggml's quantized types. Four bytes of each row at
-//! a time become words of a register; then codes are unpacked and multiplied as those of packed
-//! layers are.
+//! One token times rows of a tensor in one of ggml's quantized types, 32 columns of a row at a
+//! time. Sums stay in the lanes of registers until a row has ended.
 
-use std::{array, hint::black_box};
-
-use slim_formats::{DType, DenseTensor, slim::TILE_ROWS};
+use slim_formats::{DType, DenseTensor};
 
 use super::{
-    input::{FINE, Input, Step},
-    kernel::{Floats, Isa, Kernel, Words},
+    input::{FINE, Input, Step, Units},
+    kernel::{Isa, Kernel},
 };
 use crate::{
-    cpu::unpack::{Lanes, UNIT},
-    ggml::{Block, Word, for_block},
+    cpu::unpack::UNIT,
+    ggml::{Block, Bytes, Words, for_block},
 };
 
-/// Bytes of the longest block.
-const LONGEST: usize = 210;
-
-/// Columns that share a scale in a tensor of this type; `None` of types whose values are no codes.
-pub(super) fn run(dtype: DType) -> Option<usize> {
-    fn of<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>() -> Option<usize> {
-        Some(B::RUN)
+/// Whether the values of a tensor of this type are codes.
+pub(super) fn has_codes(dtype: DType) -> bool {
+    fn of<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>() -> bool {
+        true
     }
-    for_block!(dtype, of(), _ => None)
+    for_block!(dtype, of(), _ => false)
 }
 
-/// A block of each of 16 rows.
-struct Blocks {
-    /// Four bytes of each row at a time.
-    words: [[u32; TILE_ROWS]; LONGEST / 4],
-    d: [[u8; 2]; TILE_ROWS],
-    m: [[u8; 2]; TILE_ROWS],
+/// Columns that are multiplied at a time, as many as share a scale of the input.
+const STEP: usize = 2 * UNIT;
+/// Words of four codes in them.
+const WORDS: usize = STEP / 4;
+/// Rows that are walked side by side: they share what is loaded of the input, and none waits for
+/// its own sums.
+pub(super) const ROWS: usize = 4;
+
+/// What blocks ask of an instruction set beyond the rest.
+pub(super) trait BlockIsa: Isa {
+    /// 16 bytes, over and over.
+    fn repeated(self, bytes: &[u8; 16]) -> Self::Words;
+    /// Adds products as [`Isa::add_products`] does, of codes that are signed bytes.
+    fn add_signed_products(
+        self,
+        sums: Self::Words,
+        codes: Self::Words,
+        input: Self::Words,
+    ) -> Self::Words;
+    /// The same f16 everywhere.
+    fn half(self, bytes: [u8; 2]) -> Self::Floats;
+    fn load_floats(self, lanes: &[f32]) -> Self::Floats;
 }
 
-/// Words of 16 rows in registers.
+/// A block, of which `N` registers hold [`WORDS`] words.
 #[derive(Clone, Copy)]
-struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, Words<I, N>);
+struct RowBlock<'a, I, const N: usize, const BYTES: usize>(Kernel<I, N>, &'a [u8; BYTES]);
 
-impl<I: Isa, const N: usize> Word for RowWords<I, N> {
+/// Words of a row in registers.
+#[derive(Clone, Copy)]
+struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, [I::Words; N]);
+
+impl<I: BlockIsa, const N: usize, const BYTES: usize> Bytes for RowBlock<'_, I, N, BYTES> {
+    type Words = RowWords<I, N>;
+
+    #[inline(always)]
+    fn words(self, at: usize, len: usize, first: usize) -> RowWords<I, N> {
+        let Self(kernel @ Kernel(isa), block) = self;
+        let bytes = &block[at..];
+        let mut words = [isa.words(0); N];
+        for (i, words) in words.iter_mut().enumerate() {
+            *words = match len {
+                4 => isa.words(i32::from_le_bytes(*bytes.first_chunk().expect("4 bytes"))),
+                16 => isa.repeated(bytes.first_chunk().expect("16 bytes")),
+                _ => isa.load(&bytes[4 * first % len + i * STEP / N..]),
+            };
+        }
+        RowWords(kernel, words)
+    }
+}
+
+impl<I: Isa, const N: usize> Words for RowWords<I, N> {
     #[inline(always)]
     fn and(mut self, mask: u32) -> Self {
         let isa = self.0.0;
         for words in &mut self.1 {
             *words = isa.and(*words, isa.words(mask.cast_signed()));
-        }
-        self
-    }
-
-    #[inline(always)]
-    fn xor(mut self, mask: u32) -> Self {
-        let isa = self.0.0;
-        for words in &mut self.1 {
-            *words = isa.xor(*words, isa.words(mask.cast_signed()));
         }
         self
     }
@@ -71,151 +95,218 @@ impl<I: Isa, const N: usize> Word for RowWords<I, N> {
     }
 
     #[inline(always)]
-    fn right(self, bits: usize) -> Self {
-        Self(self.0, self.0.shifted_right(self.1, bits))
+    fn right(mut self, bits: impl Fn(usize) -> usize) -> Self {
+        let mut counts = [0u32; WORDS];
+        for (i, count) in counts.iter_mut().enumerate() {
+            *count = bits(i) as u32;
+        }
+        let counts: &[u8; STEP] = bytemuck::cast_ref(&counts);
+        for (words, counts) in self.1.iter_mut().zip(counts.chunks_exact(STEP / N)) {
+            *words = self.0.0.shifted_right(*words, self.0.0.load(counts));
+        }
+        self
     }
 }
 
-impl<I: Isa, const N: usize> Kernel<I, N> {
-    /// The products of 16 rows from `first` on with an input in steps of the type's runs; the last
-    /// row stands for those below it.
+/// Sums of a row so far: scale times code times input, and minimum times input.
+#[derive(Clone, Copy)]
+struct Sums<I: Isa, const N: usize> {
+    scaled: [I::Floats; N],
+    shifted: [I::Floats; N],
+}
+
+impl<I: BlockIsa, const N: usize> Kernel<I, N> {
+    /// The products of rows from `first` on with an input.
     ///
     /// # Panics
-    /// If the type has no [`run`], or values are not stored row by row.
+    /// If the type has no codes, or values are not stored row by row.
     #[inline(always)]
-    pub fn blocks(self, tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-        let row_bytes = tensor.bytes.len() / tensor.rows;
-        let rows: [&[u8]; TILE_ROWS] = array::from_fn(|r| {
-            let row = tensor.layout.stored_row((first + r).min(tensor.rows - 1));
-            &tensor.bytes[row.expect("rows one after the other") * row_bytes..][..row_bytes]
-        });
-        for_block!(tensor.dtype, Self::rows_of_blocks(self, &rows, input), other => {
+    pub fn blocks(self, tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
+        for_block!(tensor.dtype, Self::rows(self, tensor, first, input, out), other => {
             unreachable!("{other:?} has no codes")
-        })
+        });
     }
 
     #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "16 rows are walked side by side")]
-    fn rows_of_blocks<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn rows<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
-        rows: &[&[u8]; TILE_ROWS],
+        tensor: &DenseTensor<'_>,
+        mut first: usize,
         input: &Input,
-    ) -> Lanes {
-        let count = rows[0].len() / BYTES;
-        // With these lengths the loop needs no checks of its own.
-        let rows = rows.map(|row| &row.as_chunks::<BYTES>().0[..count]);
-        let zero = [0; TILE_ROWS];
-        let mut blocks =
-            Blocks { words: [zero; LONGEST / 4], d: [[0; 2]; TILE_ROWS], m: [[0; 2]; TILE_ROWS] };
-        let mut sums = [self.0.floats(0.0); N];
+        out: &mut [f32],
+    ) {
+        for out in out.chunks_mut(ROWS) {
+            let products = self.some_rows::<B, BYTES, VALUES>(tensor, first, input);
+            out.copy_from_slice(&products[..out.len()]);
+            first += ROWS;
+        }
+    }
+
+    /// The products of a few rows; the last one stands for those below it.
+    #[inline(always)]
+    fn some_rows<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+        self,
+        tensor: &DenseTensor<'_>,
+        first: usize,
+        input: &Input,
+    ) -> [f32; ROWS] {
+        let isa = self.0;
+        let count = tensor.cols / VALUES;
+        let mut rows = [&[][..]; ROWS];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let stored = tensor.layout.stored_row((first + r).min(tensor.rows - 1));
+            let stored = stored.expect("rows one after the other");
+            *row = &tensor.bytes.as_chunks::<BYTES>().0[stored * count..][..count];
+        }
+        let zero = [isa.floats(0.0); N];
+        let mut sums = [Sums { scaled: zero, shifted: zero }; ROWS];
+        let ahead = ROWS * count * BYTES;
         for index in 0..count {
-            for r in 0..TILE_ROWS {
-                let block = &rows[r][index];
-                let (words, _) = block[B::WORDS..].as_chunks::<4>();
-                for (word, of_rows) in words.iter().zip(&mut blocks.words) {
-                    of_rows[r] = u32::from_le_bytes(*word);
+            let units = VALUES / UNIT;
+            let input = input.of(index * units..(index + 1) * units);
+            // With these lengths steps need no checks of their own.
+            assert!([input.codes.len(), input.fine_codes.len()] == [units; 2]);
+            assert!([input.sums.len(), input.steps.len()] == [units; 2]);
+            for (sums, row) in sums.iter_mut().zip(&rows) {
+                let block = &row[index];
+                for at in (0..BYTES).step_by(64) {
+                    isa.prefetch(block.as_ptr().wrapping_add(ahead + at));
                 }
-                blocks.d[r] = [block[B::D], block[B::D + 1]];
-                if let Some((at, _)) = B::M {
-                    blocks.m[r] = [block[at], block[at + 1]];
-                }
+                self.add_block::<B, BYTES, VALUES>(sums, block, input);
             }
-            self.add_blocks::<B, BYTES, VALUES>(&mut sums, &blocks, input, index * VALUES / UNIT);
         }
-        let mut lanes = [0.0; TILE_ROWS];
-        for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
-            self.0.store(sums[i], lanes);
+        let mut products = [0.0; ROWS];
+        for (product, sums) in products.iter_mut().zip(&sums) {
+            *product = self.total(sums, B::M.map_or(0.0, |(_, sign)| sign));
         }
-        lanes
+        products
     }
 
-    /// Adds the products of a block of each row with the input from unit `unit` on.
+    /// Adds the products of a block with its input.
     #[inline(always)]
-    fn add_blocks<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn add_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
-        sums: &mut Floats<I, N>,
-        blocks: &Blocks,
-        input: &Input,
-        unit: usize,
+        sums: &mut Sums<I, N>,
+        block: &[u8; BYTES],
+        input: Units<'_>,
     ) {
         let isa = self.0;
-        let word = |at: usize| {
-            RowWords(self, self.load(bytemuck::cast_ref(&blocks.words[(at - B::WORDS) / 4])))
-        };
         let zero = [isa.floats(0.0); N];
-        let (mut scaled, mut shifted) = (zero, zero);
-        for run in 0..VALUES / B::RUN {
-            let input = input.of(unit + run * B::RUN / UNIT..unit + (run + 1) * B::RUN / UNIT);
-            let Step { scale, sum, has_fine_codes } = input.steps[0];
-            let mut dots = self.run_products::<B, BYTES, VALUES>(word, run, input.codes);
-            if has_fine_codes {
-                // Codes are unpacked anew, as for packed layers.
-                let run = black_box(run);
-                let rest = self.run_products::<B, BYTES, VALUES>(word, run, input.fine_codes);
-                for i in 0..N {
-                    dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+        let mut of_block = Sums { scaled: zero, shifted: zero };
+        // Written out, so that each step's shifts are constants.
+        macro_rules! add_steps {
+            ($($step:literal)*) => {$(
+                if $step < VALUES / STEP {
+                    self.add_step::<B, BYTES, VALUES>(&mut of_block, block, $step, input);
                 }
-            }
-            let s = self.codes_of_run(B::scales(word, run / 4), run);
-            let z = self.codes_of_run(B::minimums(word, run / 4), run);
-            for i in 0..N {
-                let mut dots = isa.mul(dots[i], isa.floats(scale));
-                if B::OFFSET > 0.0 {
-                    dots = isa.sub(dots, isa.floats(B::OFFSET * sum));
-                }
-                let s = isa.sub(s[i], isa.floats(B::SCALE_OFFSET));
-                scaled[i] = isa.mul_add(s, dots, scaled[i]);
-                shifted[i] = isa.mul_add(z[i], isa.floats(sum), shifted[i]);
-            }
+            )*};
         }
-        let d = self.halves(bytemuck::cast_ref(&blocks.d));
+        add_steps!(0 1 2 3 4 5 6 7);
+        let d = isa.half([block[B::D], block[B::D + 1]]);
         for i in 0..N {
-            sums[i] = isa.mul_add(d[i], scaled[i], sums[i]);
+            sums.scaled[i] = isa.mul_add(d, of_block.scaled[i], sums.scaled[i]);
         }
-        if let Some((_, sign)) = B::M {
-            let m = self.halves(bytemuck::cast_ref(&blocks.m));
+        if let Some((at, _)) = B::M {
+            let m = isa.half([block[at], block[at + 1]]);
             for i in 0..N {
-                let m = isa.mul(m[i], isa.floats(-sign));
-                sums[i] = isa.mul_add(m, shifted[i], sums[i]);
+                sums.shifted[i] = isa.mul_add(m, of_block.shifted[i], sums.shifted[i]);
             }
         }
     }
 
-    /// The codes of a run among those of four.
+    /// Adds a step of a block.
     #[inline(always)]
-    fn codes_of_run(self, codes: Option<RowWords<I, N>>, run: usize) -> Floats<I, N> {
-        match codes {
-            Some(codes) => self.converted(codes.right(run % 4 * 8).and(0xff).1),
-            None => [self.0.floats(1.0); N],
-        }
-    }
-
-    #[inline(always)]
-    fn run_products<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn add_step<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
-        word: impl Fn(usize) -> RowWords<I, N> + Copy,
-        run: usize,
-        input: &[[i32; 4]],
-    ) -> Floats<I, N> {
-        let mut sums = [self.0.words(0); N];
-        for (i, &input) in input.as_flattened()[..B::RUN / 4].iter().enumerate() {
-            let codes = B::codes(word, run * B::RUN / 4 + i).1;
+        sums: &mut Sums<I, N>,
+        block: &[u8; BYTES],
+        step: usize,
+        input: Units<'_>,
+    ) {
+        let isa = self.0;
+        let Step { scale, has_fine_codes, .. } = input.steps[2 * step];
+        let codes = B::codes(RowBlock(self, block), step * WORDS).1;
+        let mut dots = self.products::<B, BYTES, VALUES>(codes, &input.codes[2 * step..]);
+        if has_fine_codes {
+            let rest = self.products::<B, BYTES, VALUES>(codes, &input.fine_codes[2 * step..]);
             for i in 0..N {
-                let input = self.0.words(input);
-                sums[i] = match B::BITS {
-                    ..=4 => self.0.add_products::<4>(sums[i], codes[i], input),
-                    5..=7 => self.0.add_products::<7>(sums[i], codes[i], input),
-                    _ => self.0.add_products::<8>(sums[i], codes[i], input),
-                };
+                dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
             }
         }
-        for sums in &mut sums {
-            *sums = match B::BITS {
-                ..=4 => self.0.totals::<4>(*sums),
-                5..=7 => self.0.totals::<7>(*sums),
-                _ => self.0.totals::<8>(*sums),
+        let first_run = step * STEP / B::RUN;
+        let s = B::scales(block, first_run / 4);
+        let z = B::minimums(block, first_run / 4);
+        let s = s.map(|s| self.of_runs::<B, BYTES, VALUES>(s, first_run));
+        let z = z.map(|z| self.of_runs::<B, BYTES, VALUES>(z, first_run));
+        let input_sums = input.sums[2 * step..].as_flattened();
+        for i in 0..N {
+            let input_sums = isa.load_floats(&input_sums[i * WORDS / N..]);
+            let mut dots = isa.mul(dots[i], isa.floats(scale));
+            if B::OFFSET > 0.0 {
+                dots = isa.mul_add(input_sums, isa.floats(-B::OFFSET), dots);
+            }
+            sums.scaled[i] = match s {
+                Some(s) => {
+                    let s = isa.sub(s[i], isa.floats(B::SCALE_OFFSET));
+                    isa.mul_add(s, dots, sums.scaled[i])
+                }
+                // Of a block of one step.
+                None => dots,
+            };
+            sums.shifted[i] = match z {
+                Some(z) => isa.mul_add(z[i], input_sums, sums.shifted[i]),
+                None => input_sums,
             };
         }
-        self.converted(sums)
+    }
+
+    /// The sums of a step, of four columns each.
+    #[inline(always)]
+    fn products<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+        self,
+        codes: [I::Words; N],
+        input: &[[i32; 4]],
+    ) -> [I::Floats; N] {
+        let isa = self.0;
+        let input: &[u8] = bytemuck::cast_slice(&input[..2]);
+        let mut dots = [isa.floats(0.0); N];
+        for i in 0..N {
+            let (none, input) = (isa.words(0), isa.load(&input[i * STEP / N..]));
+            dots[i] = isa.converted(match B::BITS {
+                ..=4 => isa.totals::<4>(isa.add_products::<4>(none, codes[i], input)),
+                5..=7 => isa.totals::<7>(isa.add_products::<7>(none, codes[i], input)),
+                _ => isa.add_signed_products(none, codes[i], input),
+            });
+        }
+        dots
+    }
+
+    /// Those of four codes that belong to the runs of a step, in the lanes of these runs.
+    #[inline(always)]
+    fn of_runs<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+        self,
+        codes: u32,
+        first_run: usize,
+    ) -> [I::Floats; N] {
+        let codes = RowWords(self, [self.0.words(codes.cast_signed()); N]);
+        let run = |i: usize| (first_run + 4 * i / B::RUN) % 4;
+        self.converted(codes.right(|i| 8 * run(i)).and(0xff).1)
+    }
+
+    /// The product of a row. Lanes are added in the same order for all instruction sets.
+    #[inline(always)]
+    fn total(self, sums: &Sums<I, N>, sign: f32) -> f32 {
+        let isa = self.0;
+        let mut lanes = [0.0; WORDS];
+        for (i, lanes) in lanes.chunks_exact_mut(WORDS / N).enumerate() {
+            let sign = isa.floats(-sign);
+            isa.store(isa.mul_add(sums.shifted[i], sign, sums.scaled[i]), lanes);
+        }
+        for half in [4, 2, 1] {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+        }
+        lanes[0]
     }
 }

@@ -5,7 +5,11 @@ use std::ops::Range;
 
 use slim_formats::{DenseTensor, Layout};
 
-use crate::{Result, cpu::elementwise::dot, ggml::dequantize};
+use crate::{
+    Result,
+    cpu::elementwise::dot,
+    ggml::{dequantize, dequantize_rows},
+};
 
 /// Values that are brought into f32 at a time: whole blocks of every type, and they stay in the
 /// first cache.
@@ -37,6 +41,14 @@ per_isa! {
                         *out += x * value;
                     }
                 }
+            }
+            return Ok(());
+        }
+        if tensor.scales.is_some() {
+            let mut values = vec![0.0; tensor.cols];
+            for (row, out) in rows.zip(out) {
+                dequantize_rows(tensor, row..row + 1, &mut values)?;
+                *out = dot(&values, x);
             }
             return Ok(());
         }

@@ -27,6 +27,8 @@ pub struct Input {
     codes: Vec<[i32; 4]>,
     /// The same for the second codes.
     fine_codes: Vec<[i32; 4]>,
+    /// For each 16 columns the sums of the rounded values of each word.
+    sums: Vec<[f32; 4]>,
     /// Also for each 16 columns; the second entry of a step of two units stays unused.
     steps: Vec<Step>,
 }
@@ -36,6 +38,7 @@ pub struct Input {
 pub(super) struct Units<'a> {
     pub codes: &'a [[i32; 4]],
     pub fine_codes: &'a [[i32; 4]],
+    pub sums: &'a [[f32; 4]],
     pub steps: &'a [Step],
 }
 
@@ -62,45 +65,51 @@ impl Input {
     /// Quantizes `x[cols]` for a layer.
     pub fn new(layout: &LayerLayout, x: &[f32]) -> Self {
         let x = &*in_whole_units(x);
-        Self::in_steps(&steps(layout).collect::<Vec<_>>(), x)
-    }
-
-    /// Quantizes `x[cols]` for a matrix whose runs are all of `run` columns: one unit or two.
-    pub fn in_runs(run: usize, x: &[f32]) -> Self {
-        let firsts = (0..x.len()).step_by(run);
-        Self::in_steps(&firsts.map(|first| first..first + run).collect::<Vec<_>>(), x)
-    }
-
-    fn in_steps(steps: &[Range<usize>], x: &[f32]) -> Self {
-        let units = x.len() / UNIT;
-        let mut input = Self {
-            codes: vec![[0; 4]; units],
-            fine_codes: vec![[0; 4]; units],
-            steps: vec![Step::default(); units],
-        };
-        quantize(steps, x, &mut input);
+        let mut input = Self::zeros(x.len());
+        runs(layout).for_each(|run| quantize(run, x, &mut input));
         input
     }
 
+    /// Quantizes `x[cols]`, whole steps, for a matrix whose scales do not matter.
+    pub fn in_whole_steps(x: &[f32]) -> Self {
+        let mut input = Self::zeros(x.len());
+        quantize(0..x.len(), x, &mut input);
+        input
+    }
+
+    fn zeros(cols: usize) -> Self {
+        let units = cols / UNIT;
+        Self {
+            codes: vec![[0; 4]; units],
+            fine_codes: vec![[0; 4]; units],
+            sums: vec![[0.0; 4]; units],
+            steps: vec![Step::default(); units],
+        }
+    }
+
     /// Some units of it.
+    #[inline(always)]
     pub(super) fn of(&self, units: Range<usize>) -> Units<'_> {
-        let (codes, fine_codes) = (&self.codes[units.clone()], &self.fine_codes[units.clone()]);
-        Units { codes, fine_codes, steps: &self.steps[units] }
+        Units {
+            codes: &self.codes[units.clone()],
+            fine_codes: &self.fine_codes[units.clone()],
+            sums: &self.sums[units.clone()],
+            steps: &self.steps[units],
+        }
     }
 
     /// The rounded input, `[cols]`.
     #[cfg(test)]
     pub fn values(&self, layout: &LayerLayout) -> Vec<f32> {
-        let mut values = self.values_in_steps(steps(layout));
+        let mut values = self.values_in_steps(runs(layout).flat_map(steps));
         values.truncate(layout.cols());
         values
     }
 
-    /// The same after [`Self::in_runs`].
+    /// The same after [`Self::in_whole_steps`].
     #[cfg(test)]
-    pub fn values_in_runs(&self, run: usize) -> Vec<f32> {
-        let firsts = (0..UNIT * self.codes.len()).step_by(run);
-        self.values_in_steps(firsts.map(|first| first..first + run))
+    pub fn values_in_whole_steps(&self) -> Vec<f32> {
+        self.values_in_steps(steps(0..UNIT * self.codes.len()))
     }
 
     #[cfg(test)]
@@ -117,27 +126,39 @@ impl Input {
     }
 }
 
-/// The columns of each step, in whole units.
-fn steps(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
+/// The columns of each run of a layer, in whole units.
+fn runs(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
     let runs = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
-    runs.flat_map(|run| {
-        let end = run.end.next_multiple_of(UNIT);
-        run.step_by(STEP).map(move |first| first..end.min(first + STEP))
-    })
+    runs.map(|run| run.start..run.end.next_multiple_of(UNIT))
+}
+
+/// The columns of each step of a run.
+fn steps(run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = run.end;
+    run.step_by(STEP).map(move |first| first..end.min(first + STEP))
 }
 
 per_isa! {
-    fn quantize(steps: &[Range<usize>], x: &[f32], input: &mut Input) {
-        for cols in steps {
+    fn quantize(run: Range<usize>, x: &[f32], input: &mut Input) {
+        for cols in steps(run) {
             let first = cols.start / UNIT;
-            let (codes, fine_codes) = (&mut input.codes[first..], &mut input.fine_codes[first..]);
-            input.steps[first] = quantize_step(&x[cols.clone()], codes, fine_codes);
+            input.steps[first] = quantize_step(
+                &x[cols],
+                &mut input.codes[first..],
+                &mut input.fine_codes[first..],
+                &mut input.sums[first..],
+            );
         }
     }
 }
 
 #[inline(always)]
-fn quantize_step(x: &[f32], codes: &mut [[i32; 4]], fine_codes: &mut [[i32; 4]]) -> Step {
+fn quantize_step(
+    x: &[f32],
+    codes: &mut [[i32; 4]],
+    fine_codes: &mut [[i32; 4]],
+    sums: &mut [[f32; 4]],
+) -> Step {
     let (units, _) = x.as_chunks::<UNIT>();
     // Of positive floats the larger one has the larger bits, and NaN the largest.
     let (mut largest, mut squares) = (0, [0.0; UNIT]);
@@ -151,6 +172,7 @@ fn quantize_step(x: &[f32], codes: &mut [[i32; 4]], fine_codes: &mut [[i32; 4]])
     let scale = largest / 127.0;
     let mean_square = squares.iter().sum::<f32>() / x.len() as f32;
     let has_fine_codes = largest * largest > OUTLIER * OUTLIER * mean_square;
+    let value = |sum: i32, fine_sum: i32| scale * (sum as f32 + FINE * fine_sum as f32);
     let (mut sum, mut fine_sum) = (0, 0);
     for (u, unit) in units.iter().enumerate() {
         let (mut steps, mut rests) = ([0.0; UNIT], [0.0; UNIT]);
@@ -159,12 +181,19 @@ fn quantize_step(x: &[f32], codes: &mut [[i32; 4]], fine_codes: &mut [[i32; 4]])
             steps[i] = (unit[i] / scale).clamp(-127.0, 127.0);
             rests[i] = (steps[i] - rounded(steps[i])) / FINE;
         }
-        codes[u] = round(&steps, &mut sum);
+        let of_words;
+        let mut of_fine_words = [0; 4];
+        (codes[u], of_words) = round(&steps);
         if has_fine_codes {
-            fine_codes[u] = round(&rests, &mut fine_sum);
+            (fine_codes[u], of_fine_words) = round(&rests);
         }
+        for i in 0..4 {
+            sums[u][i] = value(of_words[i], of_fine_words[i]);
+        }
+        sum += of_words.iter().sum::<i32>();
+        fine_sum += of_fine_words.iter().sum::<i32>();
     }
-    Step { scale, sum: scale * (sum as f32 + FINE * fine_sum as f32), has_fine_codes }
+    Step { scale, sum: value(sum, fine_sum), has_fine_codes }
 }
 
 /// 1.5 * 2^23: a sum with it has no bits left for a fraction.
@@ -175,13 +204,13 @@ fn rounded(value: f32) -> f32 {
     value + NO_FRACTION - NO_FRACTION
 }
 
-/// The nearest integers, which have to lie within -128 .. 127, and which are added to `sum`.
+/// The nearest integers, which have to lie within -128 .. 127, and the sum of each four.
 #[inline(always)]
-fn round(values: &[f32; UNIT], sum: &mut i32) -> [i32; 4] {
-    let mut codes = [0i8; UNIT];
+fn round(values: &[f32; UNIT]) -> ([i32; 4], [i32; 4]) {
+    let (mut codes, mut sums) = ([0i8; UNIT], [0; 4]);
     for i in 0..UNIT {
         codes[i] = (values[i] + NO_FRACTION).to_bits() as i8;
-        *sum += i32::from(codes[i]);
+        sums[i / 4] += i32::from(codes[i]);
     }
-    bytemuck::cast(codes)
+    (bytemuck::cast(codes), sums)
 }

@@ -17,7 +17,7 @@ const AHEAD_BYTES: usize = 2048;
 /// A value says that the processor has it. Every method is inlined, so that its instructions become
 /// the caller's.
 pub(super) trait Isa: Copy {
-    /// A register of 32-bit words, one for each of some rows.
+    /// A register of 32-bit words: of a tile one for each of some rows, of a block those of a row.
     type Words: Copy;
     /// As many f32.
     type Floats: Copy;
@@ -30,9 +30,9 @@ pub(super) trait Isa: Copy {
     fn words(self, word: i32) -> Self::Words;
     fn and(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn or(self, a: Self::Words, b: Self::Words) -> Self::Words;
-    fn xor(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn shifted_left(self, words: Self::Words, bits: usize) -> Self::Words;
-    fn shifted_right(self, words: Self::Words, bits: usize) -> Self::Words;
+    /// Each word by a number of bits of its own.
+    fn shifted_right(self, words: Self::Words, bits: Self::Words) -> Self::Words;
 
     /// Adds products of codes, four unsigned bytes a word of `WIDTH` bits each, and inputs, four
     /// signed ones between -127 and 127. What the sums of a step, of 8 calls at most, look like is
@@ -82,9 +82,9 @@ macro_rules! instructions {
 pub(super) use instructions;
 
 /// A word for each of the 16 rows of a tile, in `N` registers.
-pub(super) type Words<I, const N: usize> = [<I as Isa>::Words; N];
+type Words<I, const N: usize> = [<I as Isa>::Words; N];
 /// An f32 for each.
-pub(super) type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
+type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
 
 /// Sums over the runs so far: factor times code times input, and minimum times input.
 struct Sums<I: Isa, const N: usize> {
@@ -300,9 +300,9 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    pub fn shifted_right(self, mut words: Words<I, N>, bits: usize) -> Words<I, N> {
+    fn shifted_right(self, mut words: Words<I, N>, bits: usize) -> Words<I, N> {
         for words in &mut words {
-            *words = self.0.shifted_right(*words, bits);
+            *words = self.0.shifted_right(*words, self.0.words(bits as i32));
         }
         words
     }
@@ -316,7 +316,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    pub fn load(self, block: &[u8; 64]) -> Words<I, N> {
+    fn load(self, block: &[u8; 64]) -> Words<I, N> {
         let mut words = [self.0.words(0); N];
         for (words, bytes) in words.iter_mut().zip(block.chunks_exact(64 / N)) {
             *words = self.0.load(bytes);
@@ -343,7 +343,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    pub fn halves(self, bytes: &[u8; 32]) -> Floats<I, N> {
+    fn halves(self, bytes: &[u8; 32]) -> Floats<I, N> {
         let mut floats = [self.0.floats(0.0); N];
         for (floats, bytes) in floats.iter_mut().zip(bytes.chunks_exact(32 / N)) {
             *floats = self.0.halves(bytes);

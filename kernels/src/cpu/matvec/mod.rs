@@ -1,5 +1,5 @@
-//! One token times a weight matrix, straight from the file's bytes. Of packed layers and ggml's
-//! blocks 16 rows are 16 lanes, and no sum goes across them.
+//! One token times a weight matrix, straight from the file's bytes. Of packed layers 16 rows are 16
+//! lanes, and no sum goes across them; of ggml's blocks the lanes are columns of one row.
 //!
 //! Where the processor multiplies bytes, the input becomes 8-bit integers first ([`Input`]): a code
 //! then costs a fraction of an instruction, and decoding waits for the memory. Elsewhere `portable`
@@ -34,13 +34,13 @@ pub use input::Input;
 /// SmolLM2 at 3 bits took half as long again.
 const TASK_BYTES: usize = 1 << 15;
 
-/// What an instruction set multiplies bytes with. The products of 16 rows with an input:
+/// What an instruction set multiplies bytes with. The products with an input:
 #[derive(Clone, Copy)]
 pub struct Kernels {
-    /// of a tile,
+    /// of the 16 rows of a tile,
     tile: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
-    /// of blocks from a row on.
-    blocks: fn(&DenseTensor<'_>, usize, &Input) -> Lanes,
+    /// of rows of blocks, as many as there are products, from a row on.
+    blocks: fn(&DenseTensor<'_>, usize, &Input, &mut [f32]),
 }
 
 /// What multiplies.
@@ -144,25 +144,19 @@ pub fn dense_by(
 ) -> Result<()> {
     assert_eq!((x.len(), out.len()), (matrix.cols, matrix.rows), "inputs and outputs");
     let row_bytes = (matrix.stored_bytes() as usize).div_ceil(matrix.rows.max(1)).max(1);
-    let task_rows = TASK_BYTES.div_ceil(row_bytes).next_multiple_of(TILE_ROWS);
+    let task_rows = TASK_BYTES.div_ceil(row_bytes).next_multiple_of(blocks::ROWS);
     let tasks = out.par_chunks_mut(task_rows).enumerate();
-    match (method, blocks::run(matrix.dtype), matrix.layout) {
-        (_, _, Layout::Transposed { .. }) | (_, None, _) | (Method::Float, ..) => tasks
-            .try_for_each(|(task, out)| {
-                let first = task * task_rows;
-                dense::products(matrix, first..first + out.len(), x, out)
-            }),
-        (Method::Integer(_, kernels), Some(run), _) => {
-            let input = Input::in_runs(run, x);
-            tasks.for_each(|(task, out)| {
-                for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-                    let products =
-                        (kernels.blocks)(matrix, task * task_rows + i * TILE_ROWS, &input);
-                    out.copy_from_slice(&products[..out.len()]);
-                }
-            });
+    let in_rows = !matches!(matrix.layout, Layout::Transposed { .. });
+    match method {
+        Method::Integer(_, kernels) if in_rows && blocks::has_codes(matrix.dtype) => {
+            let input = Input::in_whole_steps(x);
+            tasks.for_each(|(task, out)| (kernels.blocks)(matrix, task * task_rows, &input, out));
             Ok(())
         }
+        _ => tasks.try_for_each(|(task, out)| {
+            let first = task * task_rows;
+            dense::products(matrix, first..first + out.len(), x, out)
+        }),
     }
 }
 

@@ -11,6 +11,7 @@ use slim_formats::{DenseTensor, slim::PackedTensor};
 
 use super::{
     Kernels,
+    blocks::BlockIsa,
     input::Input,
     kernel::{Isa, Kernel, instructions},
 };
@@ -23,7 +24,7 @@ pub(super) fn detect() -> Option<Kernels> {
         // SAFETY: the processor has what `tile` enables.
         tile: |packed, index, input| unsafe { tile(packed, index, input) },
         // SAFETY: the processor has what `blocks` enables.
-        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
+        blocks: |tensor, first, input, out| unsafe { blocks(tensor, first, input, out) },
     })
 }
 
@@ -33,8 +34,8 @@ fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
 }
 
 #[target_feature(enable = "neon,dotprod")]
-fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-    Kernel::<_, 4>(Neon(())).blocks(tensor, first, input)
+fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
+    Kernel::<_, 2>(Neon(())).blocks(tensor, first, input, out)
 }
 
 /// Made in [`tile`] and [`blocks`] only.
@@ -57,11 +58,10 @@ impl Isa for Neon {
         words(word: i32) -> uint32x4_t = vdupq_n_u32(word.cast_unsigned());
         and(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vandq_u32(a, b);
         or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vorrq_u32(a, b);
-        xor(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = veorq_u32(a, b);
         shifted_left(words: uint32x4_t, bits: usize) -> uint32x4_t
             = vshlq_u32(words, vdupq_n_s32(bits as i32));
-        shifted_right(words: uint32x4_t, bits: usize) -> uint32x4_t
-            = vshlq_u32(words, vdupq_n_s32(-(bits as i32)));
+        shifted_right(words: uint32x4_t, bits: uint32x4_t) -> uint32x4_t
+            = vshlq_u32(words, vnegq_s32(vreinterpretq_s32_u32(bits)));
         add_products<WIDTH>(sums: uint32x4_t, codes: uint32x4_t, input: uint32x4_t) -> uint32x4_t
             = match WIDTH {
                 1..=7 => add_signed_products(sums, codes, input),
@@ -82,6 +82,18 @@ impl Isa for Neon {
         mul(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmulq_f32(a, b);
         mul_add(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t = vfmaq_f32(c, a, b);
         store(values: float32x4_t, lanes: &mut [f32]) = vst1q_f32(lanes[..4].as_mut_ptr(), values);
+    }
+}
+
+#[allow(unused_unsafe, reason = "most of these instructions are in every aarch64 target")]
+impl BlockIsa for Neon {
+    instructions! {
+        repeated(bytes: &[u8; 16]) -> uint32x4_t = vreinterpretq_u32_u8(vld1q_u8(bytes.as_ptr()));
+        add_signed_products(sums: uint32x4_t, codes: uint32x4_t, input: uint32x4_t) -> uint32x4_t
+            = add_signed_products(sums, codes, input);
+        half(bytes: [u8; 2]) -> float32x4_t
+            = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(u16::from_le_bytes(bytes))));
+        load_floats(lanes: &[f32]) -> float32x4_t = vld1q_f32(lanes[..4].as_ptr());
     }
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use slim_formats::{Generation, ModelConfig, Rope};
+use slim_formats::{Features, Generation, ModelConfig, Rope};
 use slim_kernels::{
     Scalar,
     cuda::{Device, KvType},
@@ -41,7 +41,8 @@ fn tiny_model() -> RandomModel {
         vocab_size: 300,
         context_length: CONTEXT,
         norm_epsilon: 1e-5,
-        rope: Rope { theta: 1e4, factors: vec![1.0; head_dim / 2] },
+        rope: Rope::new(1e4, vec![1.0; head_dim / 2]),
+        features: Features::default(),
         sliding_window: None,
         tied_embeddings: false,
         bos_token_id: None,
