@@ -4,13 +4,14 @@
 //! compute in f32. Values are `[batch, sequence, channels]`; weights and values are called as in
 //! GGUF.
 
+mod attention;
 mod linear;
 
 use std::collections::HashSet;
 
 use slim_formats::{
-    Decoder, ModelConfig, ModelSource, Part,
-    arch::{Attention, Tensor},
+    Decoder, ModelConfig, ModelSource, Part, Scaling,
+    arch::{Activation, FIRST_POSITION, Norm, Stage, Tensor},
 };
 use slim_kernels::RopeAngles;
 use slim_runtime::find_vector;
@@ -23,8 +24,8 @@ use super::graph::{
 };
 use crate::{Result, tensor::tensors};
 
-/// `GroupQueryAttention` rotates whole vectors of this many channels.
-const HEAD_DIM_MULTIPLE: usize = 16;
+/// `GroupQueryAttention` takes heads of multiples of so many channels.
+const HEAD_DIM_MULTIPLE: usize = 8;
 
 /// Positions in the tables of cosines and sines at most.
 const MAX_POSITIONS: usize = 1 << 17;
@@ -45,6 +46,18 @@ pub fn lacks(decoder: &Decoder) -> Option<String> {
     Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))
 }
 
+/// What a graph with one table of cosines and sines computes otherwise.
+pub fn warning(config: &ModelConfig) -> Option<String> {
+    let Scaling::Long(long) = &config.rope.scaling else { return None };
+    let is_long = context_length(config) > long.context;
+    is_long.then(|| {
+        format!(
+            "the graph turns every text as one of more than {} tokens: shorter ones will differ",
+            long.context
+        )
+    })
+}
+
 /// How many tokens the graph takes in all.
 pub fn context_length(config: &ModelConfig) -> usize {
     config.context_length.min(MAX_POSITIONS)
@@ -52,11 +65,12 @@ pub fn context_length(config: &ModelConfig) -> usize {
 
 /// Bytes of the data of the model's tensors, at most.
 pub fn data_bytes(source: &dyn ModelSource) -> Result<u64> {
-    let config = source.config();
-    let mut bytes = (context_length(config) * config.head_dim * size_of::<f32>()) as u64;
-    let mut parts = 2;
+    let (config, ropes) = (source.config(), &source.decoder().ropes);
+    let angles = 2 * ropes.iter().map(|rope| rope.factors.len()).sum::<usize>();
+    let mut bytes = (context_length(config) * angles * size_of::<f32>()) as u64;
+    let mut parts = 2 * ropes.len() as u64;
     for tensor in tensors(source)? {
-        let is_embedding = tensor.part == Part::Embedding;
+        let is_embedding = [Part::Embedding, Part::Positions].contains(&tensor.part);
         let least_bits = if is_embedding { EMBEDDING_BITS } else { LEAST_BITS };
         bytes += linear::stored_bytes(source.require(&tensor.name)?, least_bits);
         parts += linear::MAX_PARTS;
@@ -71,7 +85,7 @@ pub fn add_decoder(
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<()> {
     let (config, decoder) = (source.config(), source.decoder());
-    Builder { graph, source, config, decoder, on_tensor, sums: HashSet::new() }.add()
+    Builder { graph, source, config, decoder, on_tensor, made: HashSet::new() }.add()
 }
 
 struct Builder<'a> {
@@ -80,34 +94,40 @@ struct Builder<'a> {
     config: &'a ModelConfig,
     decoder: &'a Decoder,
     on_tensor: &'a mut dyn FnMut(&str),
-    /// Names of the sums over blocks that the graph has already.
-    sums: HashSet<String>,
+    /// Names of values that several nodes need, and that the graph has already.
+    made: HashSet<String>,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
     fn add(mut self) -> Result<()> {
         let decoder = self.decoder;
         self.add_shared_values();
         let embedding = self.store(decoder.embedding(), EMBEDDING_BITS)?;
-        self.embed(&embedding, "embedding");
-        let mut residual = "embedding".to_owned();
-        let mut normed = self.add_norm(&residual, decoder.tensor(0, Part::AttnNorm))?;
+        self.look_up(&embedding, "input_ids", "embedding");
+        let mut residual = self.scaled("embedding", decoder.embedding_scale);
+        residual = self.add_learned_positions(residual)?;
+        let mut input = match self.norm_before(0, Stage::Attention) {
+            Some(norm) => self.add_norm(&residual, norm)?,
+            None => residual.clone(),
+        };
         for block in 0..decoder.blocks.len() {
-            let attended = self.add_attention(block, &normed)?;
-            let ffn_norm = decoder.tensor(block, Part::FfnNorm);
-            (residual, normed) = self.add_to_residual(&residual, &attended, ffn_norm)?;
-            let output = self.add_ffn(block, &normed)?;
-            let next_norm = match block + 1 {
-                next if next == decoder.blocks.len() => decoder.output_norm(),
-                next => decoder.tensor(next, Part::AttnNorm),
+            let mut output = self.add_attention(block, &input)?;
+            let mut next = self.norm_before(block, Stage::Ffn);
+            output = self.finish(block, Stage::AttentionOutput, output)?;
+            (residual, input) = self.add_to_residual(&residual, &output, next)?;
+            output = self.add_ffn(block, &input)?;
+            next = match block + 1 {
+                next if next == decoder.blocks.len() => Some(decoder.output_norm()),
+                next => self.norm_before(next, Stage::Attention),
             };
-            (residual, normed) = self.add_to_residual(&residual, &output, next_norm)?;
+            output = self.finish(block, Stage::FfnOutput, output)?;
+            (residual, input) = self.add_to_residual(&residual, &output, next)?;
         }
         let head = match decoder.has_tied_embeddings() {
             true => embedding,
             false => self.store(decoder.output(), LEAST_BITS)?,
         };
-        self.multiply(&head, &normed, "logits");
+        self.add_logits(&head, &input);
         let dims = [Named("batch"), Named("sequence"), Fixed(decoder.vocab_size)];
         self.graph.output("logits", Element::F32, &dims);
         // Last, when the weights have shown that heads are as large as the hyperparameters say.
@@ -134,45 +154,114 @@ impl Builder<'_> {
         cast(graph, "total_length.i64", Element::I32, "total_length");
     }
 
-    /// The tables of RoPE, `[positions, head_dim / 2]`.
+    /// The positions of the tokens, `[batch, sequence]`, counted as `GroupQueryAttention` does:
+    /// padding stands behind a first text, and is not counted among the tokens before a later one.
+    fn positions(&mut self) -> &'static str {
+        if self.made.insert("positions".into()) {
+            let graph = &mut *self.graph;
+            graph.integers("zero", &[0], true);
+            graph.node("Shape", &["input_ids"], &["input_shape"], &[]);
+            graph.node("Gather", &["input_shape", "one"], &["sequence_length"], &[]);
+            graph.node("Range", &["zero", "sequence_length", "one"], &["steps"], &[]);
+            graph.node("Sub", &["lengths", "sequence_length"], &["before.signed"], &[]);
+            graph.node("Max", &["before.signed", "zero"], &["before.flat"], &[]);
+            graph.node("Unsqueeze", &["before.flat", "last_axis"], &["before"], &[]);
+            graph.node("Add", &["before", "steps"], &["positions"], &[]);
+        }
+        "positions"
+    }
+
+    /// The tables of the rotary embeddings that blocks use, `[positions, pairs]`, for texts of up
+    /// to as many tokens as the graph takes.
     fn add_rope_tables(&mut self) -> Result<()> {
-        let rope = &self.config.rope;
-        let (head_dim, positions) = (self.config.head_dim, context_length(self.config));
-        let angles = |start: usize| {
-            let positions = PIECE.min(positions - start);
-            RopeAngles::new(head_dim, rope.theta, &rope.factors, start, positions)
-        };
-        let starts = || (0..positions).step_by(PIECE);
-        let dims = [positions, head_dim / 2];
-        let cos = starts().map(|start| Ok(f32_bytes(&angles(start).cos)));
-        self.graph.tensor("rope.cos", Element::F32, &dims, cos)?;
-        let sin = starts().map(|start| Ok(f32_bytes(&angles(start).sin)));
-        self.graph.tensor("rope.sin", Element::F32, &dims, sin)
+        let decoder = self.decoder;
+        let positions = context_length(self.config);
+        for (index, rope) in decoder.ropes.iter().enumerate() {
+            if !decoder.blocks.iter().any(|block| block.attention.rope == Some(index)) {
+                continue;
+            }
+            let factors = rope.factors_for(positions);
+            let angles = |start: usize| {
+                let positions = PIECE.min(positions - start);
+                RopeAngles::new(self.config.head_dim, rope.theta, &factors, start, positions)
+                    .scaled(rope.amplitude)
+            };
+            let starts = || (0..positions).step_by(PIECE);
+            let dims = [positions, factors.len()];
+            let [cos_name, sin_name] = rope_tables(index);
+            let cos = starts().map(|start| Ok(f32_bytes(&angles(start).cos)));
+            self.graph.tensor(&cos_name, Element::F32, &dims, cos)?;
+            let sin = starts().map(|start| Ok(f32_bytes(&angles(start).sin)));
+            self.graph.tensor(&sin_name, Element::F32, &dims, sin)?;
+        }
+        Ok(())
     }
 
-    /// RMS norm `norm` of `input`.
+    /// The residual stream with what the model has learned of positions.
+    fn add_learned_positions(&mut self, residual: String) -> Result<String> {
+        let Some(tensor) = self.decoder.outside(Part::Positions) else { return Ok(residual) };
+        let table = self.store(tensor, EMBEDDING_BITS)?;
+        let positions = self.positions();
+        self.graph.integers("first_position", &[FIRST_POSITION as i64], true);
+        self.graph.node("Add", &[positions, "first_position"], &["position_ids"], &[]);
+        self.look_up(&table, "position_ids", value_of(tensor));
+        self.graph.node("Add", &[&residual, value_of(tensor)], &["embedding.placed"], &[]);
+        Ok("embedding.placed".into())
+    }
+
+    /// The norm of the input of a stage, if one stands there.
+    fn norm_before(&self, block: usize, stage: Stage) -> Option<&'a Tensor> {
+        let norm = stage.norm().filter(|&norm| self.decoder.blocks[block].has(norm))?;
+        Some(self.decoder.tensor(block, norm))
+    }
+
+    /// How norms of the residual stream are computed where `norm` stands.
+    fn norm_of(&self, norm: &Tensor) -> Norm {
+        norm.block.map_or(self.decoder.norm, |block| self.decoder.blocks[block].norm)
+    }
+
+    /// Norm `norm` of `input`.
     fn add_norm(&mut self, input: &str, norm: &Tensor) -> Result<String> {
-        let weight = self.store_norm(norm)?;
-        let norm = value_of(norm);
-        let attributes = [self.epsilon(), ("axis", Int(-1))];
-        self.graph.node("RMSNormalization", &[input, &weight], &[norm], &attributes);
-        Ok(norm.to_owned())
+        let output = value_of(norm);
+        self.add_norm_as(self.norm_of(norm), input, norm, output)?;
+        Ok(output.to_owned())
     }
 
-    /// Adds `input` to the residual stream; gives the new stream and its RMS norm `norm`.
+    fn add_norm_as(&mut self, kind: Norm, input: &str, norm: &Tensor, output: &str) -> Result<()> {
+        let weights = self.store_norm(norm)?;
+        let operator = match kind {
+            Norm::Rms => "RMSNormalization",
+            Norm::Layer => "LayerNormalization",
+        };
+        let inputs: Vec<&str> = [input].into_iter().chain(weights.iter().map(|w| &**w)).collect();
+        self.graph.node(operator, &inputs, &[output], &[self.epsilon(), ("axis", Int(-1))]);
+        Ok(())
+    }
+
+    /// Adds `input` to the residual stream; gives the new stream and its norm `norm`, or the stream
+    /// twice if there is none.
     fn add_to_residual(
         &mut self,
         residual: &str,
         input: &str,
-        norm: &Tensor,
+        norm: Option<&Tensor>,
     ) -> Result<(String, String)> {
-        let weight = self.store_norm(norm)?;
+        let Some(norm) = norm else {
+            let sum = format!("{input}.residual");
+            self.graph.node("Add", &[residual, input], &[&sum], &[]);
+            return Ok((sum.clone(), sum));
+        };
+        let weights = self.store_norm(norm)?;
+        let operator = match self.norm_of(norm) {
+            Norm::Rms => "SkipSimplifiedLayerNormalization",
+            Norm::Layer => "SkipLayerNormalization",
+        };
         let norm = value_of(norm);
         let sum = format!("{norm}.residual");
         let outputs = [norm, "", "", &sum];
         let attributes = [self.epsilon()];
-        let inputs = [residual, input, &weight];
-        let operator = "SkipSimplifiedLayerNormalization";
+        let inputs: Vec<&str> =
+            [residual, input].into_iter().chain(weights.iter().map(|w| &**w)).collect();
         self.graph.contrib_node(operator, &inputs, &outputs, &attributes);
         Ok((sum, norm.to_owned()))
     }
@@ -181,71 +270,120 @@ impl Builder<'_> {
         ("epsilon", Float(self.decoder.norm_epsilon))
     }
 
-    /// Attention of block `block`, its output projection included.
-    fn add_attention(&mut self, block: usize, input: &str) -> Result<String> {
-        let Attention { heads, kv_heads, head_dim, window, .. } =
-            self.decoder.blocks[block].attention;
-        let q = self.add_linear(block, Part::AttnQ, input)?;
-        let k = self.add_linear(block, Part::AttnK, input)?;
-        let v = self.add_linear(block, Part::AttnV, input)?;
-
-        let (past, present) = (Named("past_sequence"), Named("total_sequence"));
-        let [past_key, past_value] =
-            ["key", "value"].map(|part| format!("past_key_values.{block}.{part}"));
-        let [present_key, present_value] =
-            ["key", "value"].map(|part| format!("present.{block}.{part}"));
-        let dims = |length| [Named("batch"), Fixed(kv_heads), length, Fixed(head_dim)];
-        for (past_name, present_name) in [(&past_key, &present_key), (&past_value, &present_value)]
-        {
-            self.graph.input(past_name, Element::F32, &dims(past));
-            self.graph.output(present_name, Element::F32, &dims(present));
+    /// What attention or network adds to the residual stream, made of what its last layer gives.
+    fn finish(&mut self, block: usize, stage: Stage, mut output: String) -> Result<String> {
+        let spec = &self.decoder.blocks[block];
+        if let Some(norm) = stage.post_norm().filter(|&norm| spec.has(norm)) {
+            output = self.add_norm(&output, self.decoder.tensor(block, norm))?;
         }
-        let attended = format!("blk.{block}.attended");
-        let window = window.map_or(-1, |window| window as i64);
-        self.graph.contrib_node(
-            "GroupQueryAttention",
-            &[
-                &q,
-                &k,
-                &v,
-                &past_key,
-                &past_value,
-                "last_positions",
-                "total_length",
-                "rope.cos",
-                "rope.sin",
-            ],
-            &[&attended, &present_key, &present_value],
-            &[
-                ("num_heads", Int(heads as i64)),
-                ("kv_num_heads", Int(kv_heads as i64)),
-                ("do_rotary", Int(1)),
-                ("local_window_size", Int(window)),
-            ],
-        );
-        self.add_linear(block, Part::AttnOutput, &attended)
+        Ok(self.scaled(&output, spec.residual_scale))
     }
 
-    /// The feed-forward network of block `block`: `down(silu(gate) * up)`.
+    /// The feed-forward network of block `block`.
     fn add_ffn(&mut self, block: usize, input: &str) -> Result<String> {
-        let name = |part: &str| format!("blk.{block}.{part}");
-        let gate = self.add_linear(block, Part::FfnGate, input)?;
-        let up = self.add_linear(block, Part::FfnUp, input)?;
-        let (sigmoid, silu, activation) =
-            (name("ffn_sigmoid"), name("ffn_silu"), name("ffn_activation"));
-        self.graph.node("Sigmoid", &[&gate], &[&sigmoid], &[]);
-        self.graph.node("Mul", &[&gate, &sigmoid], &[&silu], &[]);
-        self.graph.node("Mul", &[&silu, &up], &[&activation], &[]);
-        self.add_linear(block, Part::FfnDown, &activation)
+        let ffn = self.decoder.blocks[block].ffn;
+        let first = if ffn.is_gated { Part::FfnGate } else { Part::FfnUp };
+        let neurons = self.add_linear(block, first, input)?;
+        let up = match ffn.is_gated {
+            true => Some(self.add_linear(block, Part::FfnUp, input)?),
+            false => None,
+        };
+        let mut activated = self.activate(block, ffn.activation, &neurons);
+        if let Some(up) = up {
+            let activation = format!("blk.{block}.ffn_activation");
+            self.graph.node("Mul", &[&activated, &up], &[&activation], &[]);
+            activated = activation;
+        }
+        self.add_linear(block, Part::FfnDown, &activated)
     }
 
-    fn store_norm(&mut self, norm: &Tensor) -> Result<String> {
-        let name = norm.name.clone();
+    fn activate(&mut self, block: usize, activation: Activation, input: &str) -> String {
+        let name = |part: &str| format!("blk.{block}.{part}");
+        match activation {
+            Activation::Silu => {
+                let (sigmoid, silu) = (name("ffn_sigmoid"), name("ffn_silu"));
+                self.graph.node("Sigmoid", &[input], &[&sigmoid], &[]);
+                self.graph.node("Mul", &[input, &sigmoid], &[&silu], &[]);
+                silu
+            }
+            Activation::GeluTanh => {
+                let gelu = name("ffn_gelu");
+                self.graph.contrib_node("FastGelu", &[input], &[&gelu], &[]);
+                gelu
+            }
+            Activation::Relu => {
+                let relu = name("ffn_relu");
+                self.graph.node("Relu", &[input], &[&relu], &[]);
+                relu
+            }
+        }
+    }
+
+    /// The product with the output layer, scaled and capped.
+    fn add_logits(&mut self, head: &linear::Stored, input: &str) {
+        let Decoder { logit_scale, logit_softcap, .. } = *self.decoder;
+        match logit_softcap {
+            None if logit_scale == 1.0 => self.multiply(head, input, "logits"),
+            None => {
+                self.multiply(head, input, "logits.plain");
+                self.scale("logits.plain", logit_scale, "logits");
+            }
+            Some(cap) => {
+                self.multiply(head, input, "logits.plain");
+                self.scale("logits.plain", logit_scale / cap, "logits.shares");
+                self.graph.node("Tanh", &["logits.shares"], &["logits.capped"], &[]);
+                self.scale("logits.capped", cap, "logits");
+            }
+        }
+    }
+
+    /// `input` times a number; itself if that is 1.
+    fn scaled(&mut self, input: &str, factor: f32) -> String {
+        if factor == 1.0 {
+            return input.to_owned();
+        }
+        let output = format!("{input}.scaled");
+        self.scale(input, factor, &output);
+        output
+    }
+
+    fn scale(&mut self, input: &str, factor: f32, output: &str) {
+        let name = format!("{output}.factor");
+        self.graph.float(&name, factor);
+        self.graph.node("Mul", &[input, &name], &[output], &[]);
+    }
+
+    /// The names of a norm's weight and, if it has one, its bias.
+    fn store_norm(&mut self, norm: &Tensor) -> Result<Vec<String>> {
+        let mut names = vec![self.store_vector(norm)?];
+        if let Some(bias) = self.bias_of(norm) {
+            names.push(self.store_vector(bias)?);
+        }
+        Ok(names)
+    }
+
+    fn store_vector(&mut self, tensor: &Tensor) -> Result<String> {
+        let name = tensor.name.clone();
         (self.on_tensor)(&name);
-        let values = find_vector(self.source, norm)?;
+        let values = find_vector(self.source, tensor)?;
         self.graph.tensor(&name, Element::F32, &[values.len()], [Ok(f32_bytes(&values))])?;
         Ok(name)
     }
+
+    /// The bias of a linear layer or a norm, if it has one.
+    fn bias_of(&self, tensor: &Tensor) -> Option<&'a Tensor> {
+        let bias = tensor.part.bias()?;
+        match tensor.block {
+            None => self.decoder.outside(bias),
+            Some(block) => self.decoder.tensors_of(block).iter().find(|tensor| tensor.part == bias),
+        }
+    }
+}
+
+/// The tables of a rotary embedding.
+fn rope_tables(index: usize) -> [String; 2] {
+    let name = if index == 0 { "rope".to_owned() } else { format!("rope.{index}") };
+    ["cos", "sin"].map(|part| format!("{name}.{part}"))
 }
 
 /// What a value is called that is made with a tensor: `blk.0.attn_q`.

@@ -122,6 +122,13 @@ impl Graph {
         self.graph.message(graph_proto::INITIALIZER, &tensor);
     }
 
+    /// Adds a number.
+    pub fn float(&mut self, name: &str, value: f32) {
+        let mut tensor = tensor(name, Element::F32, &[]);
+        tensor.bytes(tensor_proto::RAW_DATA, &value.to_le_bytes());
+        self.graph.message(graph_proto::INITIALIZER, &tensor);
+    }
+
     /// Adds a tensor whose little-endian bytes `pieces` gives in row-major order.
     pub fn tensor(
         &mut self,

@@ -22,7 +22,8 @@ pub(crate) fn write(
     output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let warnings = check_values(model, |_| false)?;
+    let mut warnings = check_values(model, |_| false)?;
+    warnings.extend(decoder::warning(model.config()));
     let folder = Folder::create(output)?;
     folder.describe(model, json!({}))?;
     folder.json("genai_config.json", &settings::genai_config(model.config()))?;

@@ -11,6 +11,8 @@ pub fn genai_config(config: &ModelConfig) -> Value {
     let ids = &config.eos_token_ids;
     let mut settings = json!({
         "model": {
+            // The plain decoder, whatever the family: for some types GenAI does more, such as
+            // throwing away the cache of a `phi3` at 4,097 tokens.
             "type": "llama",
             "vocab_size": config.vocab_size,
             "context_length": context,

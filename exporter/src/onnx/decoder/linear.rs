@@ -91,12 +91,21 @@ impl Builder<'_> {
         Ok(Stored { name: name.to_owned(), rows, cols, kind })
     }
 
-    /// The product of `input` with a layer's weight, called like the layer.
+    /// What a layer makes of `input`, called like the layer: the product with its weight, and its
+    /// bias.
     pub fn add_linear(&mut self, block: usize, part: Part, input: &str) -> Result<String> {
         let tensor = self.decoder.tensor(block, part);
         let stored = self.store(tensor, LEAST_BITS)?;
         let output = value_of(tensor);
-        self.multiply(&stored, input, output);
+        match self.bias_of(tensor) {
+            None => self.multiply(&stored, input, output),
+            Some(bias) => {
+                let product = format!("{output}.product");
+                self.multiply(&stored, input, &product);
+                let bias = self.store_vector(bias)?;
+                self.graph.node("Add", &[&product, &bias], &[output], &[]);
+            }
+        }
         Ok(output.to_owned())
     }
 
@@ -142,7 +151,7 @@ impl Builder<'_> {
         [row_blocks, block]: [usize; 2],
     ) -> String {
         let sums = format!("{input}.sums_of_{block}");
-        if self.sums.insert(sums.clone()) {
+        if self.made.insert(sums.clone()) {
             let part = |part: &str| format!("{sums}.{part}");
             let (shape, blocks, whole) = (part("shape"), part("blocks"), part("whole"));
             let missing = row_blocks * block - cols;
@@ -164,20 +173,20 @@ impl Builder<'_> {
         sums
     }
 
-    /// The embeddings of `input_ids`.
-    pub fn embed(&mut self, embedding: &Stored, output: &str) {
+    /// The rows of a table that `ids` name.
+    pub fn look_up(&mut self, table: &Stored, ids: &str, output: &str) {
         let graph = &mut *self.graph;
-        let name = &embedding.name;
+        let name = &table.name;
         let part = |part: &str| format!("{name}.{part}");
-        match embedding.kind {
+        match table.kind {
             Kind::Dense => {
-                let rows = gather_rows(graph, name);
+                let rows = gather_rows(graph, name, ids);
                 cast(graph, &rows, Element::F32, output);
             }
             Kind::Blocks { block, row_blocks, .. } => {
-                let codes = gather_rows(graph, &part("codes"));
+                let codes = gather_rows(graph, &part("codes"), ids);
                 let [scales, offsets] = ["scales", "offsets"].map(|name| {
-                    let rows = gather_rows(graph, &part(name));
+                    let rows = gather_rows(graph, &part(name), ids);
                     let column = part(&format!("{name}.column"));
                     graph.node("Unsqueeze", &[&rows, "last_axis"], &[&column], &[]);
                     column
@@ -192,13 +201,13 @@ impl Builder<'_> {
                 graph.node("Mul", &[&centered, &scales], &[&scaled], &[]);
                 graph.node("Add", &[&scaled, &offsets], &[&blocks], &[]);
                 let stored = row_blocks * block;
-                let is_padded = stored > embedding.cols;
+                let is_padded = stored > table.cols;
                 graph.integers(&shape, &[0, 0, stored as i64], false);
                 let row = if is_padded { &whole } else { output };
                 graph.node("Reshape", &[&blocks, &shape], &[row], &[]);
                 if is_padded {
                     graph.integers(&part("start"), &[0], false);
-                    graph.integers(&ends, &[embedding.cols as i64], false);
+                    graph.integers(&ends, &[table.cols as i64], false);
                     let inputs = [row, &part("start"), &ends, "last_axis"];
                     graph.node("Slice", &inputs, &[output], &[]);
                 }
@@ -216,9 +225,9 @@ fn accuracy_level(bits: u8) -> i64 {
     if bits == 4 { 0 } else { 4 }
 }
 
-/// The rows of `tensor` that `input_ids` name.
-fn gather_rows(graph: &mut Graph, tensor: &str) -> String {
+/// The rows of `tensor` that `ids` name.
+fn gather_rows(graph: &mut Graph, tensor: &str, ids: &str) -> String {
     let rows = format!("{tensor}.of_input");
-    graph.node("Gather", &[tensor, "input_ids"], &[&rows], &[("axis", Int(0))]);
+    graph.node("Gather", &[tensor, ids], &[&rows], &[("axis", Int(0))]);
     rows
 }
