@@ -4,12 +4,12 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
-    arch::{self, BlockSpec, Tensor},
+    arch::{self, BlockSpec, QkNorm, Tensor},
 };
 use slim_kernels::{
     cuda::{
-        Attention, Buffer, Device, Graph, KvCache as KvOfBlock, KvType, Matrix, Norm, Operands,
-        Position, RopeTables, Tokens, TopK,
+        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, KvType, Matrix, Norm,
+        Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK,
     },
     weight,
 };
@@ -127,6 +127,21 @@ impl BlockOnDevice {
         let (layers, norms) = (layers.collect::<Result<_>>()?, norms.collect::<Result<_>>()?);
         Ok(Self { spec: *spec, layers, norms })
     }
+
+    /// What its queries and keys go through.
+    fn rotation<'a>(&'a self, tables: &'a [RopeTables], epsilon: f32) -> Rotation<'a> {
+        let arch::Attention { qk_norm, rope, query_scaling, .. } = self.spec.attention;
+        let parts = [Part::AttnQNorm, Part::AttnKNorm];
+        let norms = (qk_norm == Some(QkNorm::Heads))
+            .then(|| HeadNorms { weights: parts.map(|part| self.norms[part].view()), epsilon });
+        Rotation { norms, tables: rope.map(|rope| &tables[rope]), query_scaling }
+    }
+
+    /// What its queries see.
+    fn scores(&self) -> Scores {
+        let arch::Attention { window, scale, softcap, .. } = self.spec.attention;
+        Scores { window, scale, softcap }
+    }
 }
 
 /// What a segment gets in.
@@ -174,7 +189,7 @@ impl Session {
     pub fn new(segment: &Arc<Segment>, capacity: usize, kv_type: KvType) -> Result<Self> {
         let Segment { device, decoder, blocks, .. } = &**segment;
         let (hidden, spec) = (decoder.hidden_size, &blocks[0].spec);
-        let arch::Attention { heads, kv_heads, head_dim, window, .. } = spec.attention;
+        let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
         let ffn = spec.ffn.width;
         let batch = PREFILL_BATCH.min(capacity);
         let floats = |width: usize| Buffer::zeros(device, batch * width);
@@ -188,7 +203,7 @@ impl Session {
         let tables = positions.angles.iter().map(|angles| RopeTables::upload(device, angles));
         let has_output = segment.output.is_some();
         let work = Work {
-            attention: Attention::new(device, heads, window, &kv[0])?,
+            attention: Attention::new(device, heads, &kv[0])?,
             tables: tables.collect::<slim_kernels::Result<_>>()?,
             x: floats(hidden)?,
             q: floats(heads * head_dim)?,
@@ -272,15 +287,16 @@ impl Session {
             normed,
         )?;
         for (index, (block, kv)) in segment.blocks.iter().zip(kv).enumerate() {
-            let BlockOnDevice { spec, layers, norms } = block;
+            let BlockOnDevice { layers, norms, .. } = block;
             let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &layers[part]);
             device.matmul(&qkv, normed, m, &mut [q.view_mut(), k.view_mut(), v.view_mut()])?;
             let kv_len = m * layers[Part::AttnK].rows();
             let new = [k.view().slice(0..kv_len), v.view().slice(0..kv_len)];
             let mut queries = q.view_mut().slice(0..m * layers[Part::AttnQ].rows());
-            let tables = &tables[spec.attention.rope.expect("asked of `lacks`")];
-            device.rope_store(attention, &mut queries, new, tables, calls, kv)?;
-            device.attention(attention, queries.as_view(), kv, calls, attended)?;
+            let rotation = block.rotation(tables, epsilon);
+            device.rope_store(attention, &mut queries, new, rotation, calls, kv)?;
+            let (queries, scores) = (queries.as_view(), block.scores());
+            device.attention(attention, queries, scores, kv, calls, attended)?;
             let output = &layers[Part::AttnOutput];
             let ffn_norm = Norm { weight: norms[Part::FfnNorm].view(), epsilon, out: normed };
             device.matmul_add(output, attended, m, &mut x.view_mut(), Some(ffn_norm))?;

@@ -49,7 +49,8 @@ fn logits_of_more_models_are_those_of_the_reference() {
     }
 }
 
-fn folders(of: &Path) -> Vec<PathBuf> {
+/// What is in a folder, sorted.
+pub fn folders(of: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<_> =
         std::fs::read_dir(of).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();

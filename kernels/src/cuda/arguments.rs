@@ -138,6 +138,27 @@ pub(super) struct KvCacheArgs {
     pub unused: u32,
 }
 
+/// `Rotation` of `rope.cu`.
+#[repr(C)]
+pub(super) struct RotationArgs {
+    pub cos: u64,
+    pub sin: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub pairs: u32,
+    pub epsilon: f32,
+    pub beta: f32,
+    pub context: u32,
+}
+
+/// `Scores` of `kv_cache.cuh`.
+#[repr(C)]
+pub(super) struct ScoresArgs {
+    pub window: u32,
+    pub scale: f32,
+    pub cap: f32,
+}
+
 /// A storage of weights, and the kernels that multiply with it.
 pub(super) trait Kind: Sized + Copy {
     /// What the kernels take of a band, which must be of this kind.
@@ -265,12 +286,13 @@ mod tests {
     /// The driver takes as many bytes from each argument as the PTX says.
     #[test]
     fn parameters_are_those_of_the_ptx() {
-        let cache = size_of::<KvCacheArgs>();
+        let (cache, scores) = (size_of::<KvCacheArgs>(), size_of::<ScoresArgs>());
+        let rotation = size_of::<RotationArgs>();
         let kernels: [(&str, &[usize]); 16] = [
-            ("attention_decode_f16", &[8, cache, 8, 4, 4, 8, 8, 8]),
-            ("attention_decode_q8", &[8, cache, 8, 4, 4, 8, 8, 8]),
-            ("attention_prefill_f16", &[8, cache, 8, 4, 4, 4, 8, 4]),
-            ("attention_prefill_q8", &[8, cache, 8, 4, 4, 4, 8, 4]),
+            ("attention_decode_f16", &[8, cache, 8, 4, scores, 8, 8, 8]),
+            ("attention_decode_q8", &[8, cache, 8, 4, scores, 8, 8, 8]),
+            ("attention_prefill_f16", &[8, cache, 8, 4, 4, scores, 8, 4]),
+            ("attention_prefill_q8", &[8, cache, 8, 4, 4, scores, 8, 4]),
             ("embed_dense", &[size_of::<EmbedArgs<DenseArgs>>()]),
             ("embed_packed", &[size_of::<EmbedArgs<PackedArgs>>()]),
             ("gemm_f32", &[size_of::<GemmArgs>()]),
@@ -279,8 +301,8 @@ mod tests {
             ("matvec_dense", &[size_of::<MatvecArgs<DenseArgs>>()]),
             ("matvec_packed", &[size_of::<MatvecArgs<PackedArgs>>()]),
             ("rms_norm", &[8, 8, 4, 4, 8, 4]),
-            ("rope_store_f16", &[8, 8, 8, 8, 8, 8, 4, cache]),
-            ("rope_store_q8", &[8, 8, 8, 8, 8, 8, 4, cache]),
+            ("rope_store_f16", &[8, 8, 8, 8, 4, cache, rotation]),
+            ("rope_store_q8", &[8, 8, 8, 8, 4, cache, rotation]),
             ("swiglu", &[8, 8, 4, 8, 4]),
             ("top_k", &[8, 4, 4, 8, 8, 8, 8]),
         ];

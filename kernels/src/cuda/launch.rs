@@ -1,13 +1,14 @@
 //! Every kernel, launched: what it needs of its arguments is checked here, and nowhere else.
 #![allow(unsafe_code, reason = "the driver cannot check what a kernel does with its arguments")]
 
-use std::{ffi::c_void, ptr, sync::Arc};
+use std::{f32::consts::LOG2_E, ffi::c_void, ptr, sync::Arc};
 
 use super::{
-    Attention, Device, KvCache, KvType, Matrix, Operands, RopeTables, Tokens, TopK, View, ViewMut,
+    Attention, Device, KvCache, KvType, Matrix, Operands, Rotation, Scores, Tokens, TopK, View,
+    ViewMut,
     arguments::{
         BandArgs, DenseArgs, EmbedArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs,
-        MatvecArgs, Mode, PackedArgs,
+        MatvecArgs, Mode, PackedArgs, RotationArgs, ScoresArgs,
     },
     check_equal, check_limit,
     device::{Kernel, shared},
@@ -389,8 +390,8 @@ impl Device {
         unsafe { self.launch(&self.kernels.swiglu, [n.div_ceil(SWIGLU_COLS), m, 1], 256, 0, args) }
     }
 
-    /// Rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and stores keys
-    /// (rotated) and values `[m, kv_heads, head_dim]` in the cache.
+    /// Norms and rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and
+    /// stores keys (treated likewise) and values `[m, kv_heads, head_dim]` in the cache.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the
@@ -403,20 +404,18 @@ impl Device {
         attention: &Attention,
         q: &mut ViewMut<'_, f32>,
         [k, v]: [View<'_, f32>; 2],
-        tables: &RopeTables,
+        rotation: Rotation<'_>,
         tokens: Tokens<'_>,
         cache: &mut KvCache,
     ) -> Result<()> {
         self.check_tokens(attention, cache, tokens)?;
-        check_equal("channels of the angles", tables.head_dim, cache.head_dim)?;
-        check_limit("positions", tokens.position.capacity(), tables.positions())?;
         let (m, heads, kv_heads) = (tokens.m, attention.heads, cache.kv_heads);
         check_room("queries", q.as_view(), m * heads * cache.head_dim)?;
         for (what, x) in [("keys", k), ("values", v)] {
             check_room(what, x, m * kv_heads * cache.head_dim)?;
         }
+        let rotation = self.rotation(rotation, tokens, cache)?;
         let (q, k, v) = (self.output(q), self.input(k), self.input(v));
-        let (cos, sin) = (self.input(tables.cos.view()), self.input(tables.sin.view()));
         let position = self.input(tokens.position.buffer.view());
         let (width, args) = (heads as u32, self.cache(cache));
         let kernel = match cache.kv_type {
@@ -428,17 +427,54 @@ impl Device {
             argument(&q),
             argument(&k),
             argument(&v),
-            argument(&cos),
-            argument(&sin),
             argument(&position),
             argument(&width),
             argument(&args),
+            argument(&rotation),
         ];
-        // SAFETY: `rope_store_*(q, k, v, cos, sin, position, heads, cache)`. q: m rows of all
-        // heads; k, v: m rows of the cache's heads; cos, sin: up to the last position that
-        // `position` can hold; cache: of the kernel's type, with m positions from there on
-        // (`check_tokens`).
+        // SAFETY: `rope_store_*(q, k, v, position, heads, cache, rotation)`. q: m rows of all
+        // heads; k, v: m rows of the cache's heads; cache: of the kernel's type, with m positions
+        // from `position` on (`check_tokens`); rotation: angles up to the last position that
+        // `position` can hold, of at most half a head, and norms of a head (`rotation`).
         unsafe { self.launch(kernel, grid, ROPE_WARPS as u32 * 32, 0, args) }
+    }
+
+    /// What `rope_store_*` takes of a rotation.
+    fn rotation(
+        &self,
+        rotation: Rotation<'_>,
+        tokens: Tokens<'_>,
+        cache: &KvCache,
+    ) -> Result<RotationArgs> {
+        let mut args = RotationArgs {
+            cos: 0,
+            sin: 0,
+            q_norm: 0,
+            k_norm: 0,
+            pairs: 0,
+            epsilon: 0.0,
+            beta: 0.0,
+            context: 1,
+        };
+        if let Some(tables) = rotation.tables {
+            check_equal("channels of the angles", tables.head_dim, cache.head_dim)?;
+            check_limit("pairs of a head", tables.pairs, cache.head_dim / 2)?;
+            check_limit("positions", tokens.position.capacity(), tables.positions())?;
+            (args.cos, args.sin) = (self.input(tables.cos.view()), self.input(tables.sin.view()));
+            args.pairs = tables.pairs as u32;
+        }
+        if let Some(norms) = rotation.norms {
+            for weight in norms.weights {
+                check_equal("weights of the norm of a head", weight.len(), cache.head_dim)?;
+            }
+            [args.q_norm, args.k_norm] = norms.weights.map(|weight| self.input(weight));
+            args.epsilon = norms.epsilon;
+        }
+        if let Some(scaling) = rotation.query_scaling {
+            check_limit("tokens of the scale of queries", scaling.context, u32::MAX as usize)?;
+            (args.beta, args.context) = (scaling.beta, scaling.context.max(1) as u32);
+        }
+        Ok(args)
     }
 
     /// Causal attention of `q: [m, heads, head_dim]` over the cache, which holds the positions of
@@ -454,6 +490,7 @@ impl Device {
         &self,
         attention: &mut Attention,
         q: View<'_, f32>,
+        scores: Scores,
         cache: &KvCache,
         tokens: Tokens<'_>,
         out: &mut Operands,
@@ -463,8 +500,8 @@ impl Device {
         check_room("queries", q, m * width)?;
         check_operands(out, width, m)?;
         match m {
-            1 => self.attention_decode(attention, q, cache, tokens, out),
-            _ => self.attention_prefill(attention, q, cache, tokens, out),
+            1 => self.attention_decode(attention, q, scores, cache, tokens, out),
+            _ => self.attention_prefill(attention, q, scores, cache, tokens, out),
         }
     }
 
@@ -472,12 +509,14 @@ impl Device {
         &self,
         attention: &mut Attention,
         q: View<'_, f32>,
+        scores: Scores,
         cache: &KvCache,
         tokens: Tokens<'_>,
         out: &mut Operands,
     ) -> Result<()> {
         let (q, position) = (self.vector_input(q), self.input(tokens.position.buffer.view()));
-        let (args, heads, window) = (self.cache(cache), attention.heads as u32, attention.window);
+        let (args, heads) = (self.cache(cache), attention.heads as u32);
+        let scores = scores_args(scores, cache);
         let partial = self.output(&mut attention.partial.view_mut());
         let counters = self.output(&mut attention.counters.view_mut());
         let out = self.output(&mut out.values.view_mut());
@@ -491,12 +530,12 @@ impl Device {
             argument(&args),
             argument(&position),
             argument(&heads),
-            argument(&window),
+            argument(&scores),
             argument(&partial),
             argument(&counters),
             argument(&out),
         ];
-        // SAFETY: `attention_decode_*(q, cache, position, heads, window, partial, counters, out)`.
+        // SAFETY: `attention_decode_*(q, cache, position, heads, scores, partial, counters, out)`.
         // q, out: one row of all heads; cache: of the kernel's type, with the position
         // (`check_tokens`); partial, counters: as large as the grid asks for (`Attention::new`),
         // the counters zero.
@@ -507,12 +546,14 @@ impl Device {
         &self,
         attention: &Attention,
         q: View<'_, f32>,
+        scores: Scores,
         cache: &KvCache,
         tokens: Tokens<'_>,
         out: &mut Operands,
     ) -> Result<()> {
         let (q, position) = (self.vector_input(q), self.input(tokens.position.buffer.view()));
-        let (args, heads, window) = (self.cache(cache), attention.heads as u32, attention.window);
+        let (args, heads) = (self.cache(cache), attention.heads as u32);
+        let scores = scores_args(scores, cache);
         let (m, stride) = (tokens.m as u32, out.stride() as u32);
         let out = self.output(&mut out.values.view_mut());
         let kernel = match cache.kv_type {
@@ -528,11 +569,11 @@ impl Device {
             argument(&position),
             argument(&m),
             argument(&heads),
-            argument(&window),
+            argument(&scores),
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, window, out, stride)`. q: m
+        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, scores, out, stride)`. q: m
         // rows of all heads; out: the same, `stride` apart; cache: of the kernel's type, with m
         // positions from `position` on (`check_tokens`).
         unsafe { self.launch(kernel, grid, 128, shared, args) }
@@ -755,6 +796,17 @@ impl Device {
         };
         start().map_err(refused(format!("launch kernel `{}`", kernel.name)))?;
         self.launched(kernel)
+    }
+}
+
+/// What the kernels of attention take of scores.
+fn scores_args(scores: Scores, cache: &KvCache) -> ScoresArgs {
+    // A window past the capacity is no window.
+    let window = scores.window.filter(|&window| window < cache.capacity);
+    ScoresArgs {
+        window: window.map_or(0, |window| window as u32),
+        scale: LOG2_E * scores.scale,
+        cap: scores.softcap.map_or(0.0, |cap| LOG2_E * cap),
     }
 }
 

@@ -21,7 +21,9 @@ mod operands;
 mod timing;
 mod top_k;
 
-pub use attention::{Attention, KvCache, KvType, Position, RopeTables, Tokens};
+pub use attention::{
+    Attention, HeadNorms, KvCache, KvType, Position, RopeTables, Rotation, Scores, Tokens,
+};
 pub use backend::{CudaBackend, Gram, Held};
 pub use buffer::{Buffer, View, ViewMut};
 pub use device::{Device, Graph};

@@ -4,9 +4,11 @@
 use std::sync::{Arc, OnceLock};
 
 use super::*;
+use slim_formats::arch::QueryScaling;
+
 use crate::cuda::{
-    Attention, Buffer, CudaBackend, Device, KvCache, KvType, Matrix, Norm, Operands, Position,
-    RopeTables, Strided, Tokens, TopK,
+    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, KvType, Matrix, Norm, Operands,
+    Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
 };
 
 /// Bounds of the normalized mean square error. fp16 rounds inputs and weights to 11 bits.
@@ -489,20 +491,39 @@ fn gemm_of_strided_matrices_agrees() {
     );
 }
 
-/// Rotates, stores and attends: first `m` tokens, then one more.
+/// Norms, rotates, stores and attends: first `m` tokens, then one more. `pairs` of each head are
+/// rotated, none behind neither norms nor scaling.
 #[test]
 fn rope_and_attention_agree() {
     let device = device_or_skip!();
     let mut noise = Noise(112);
-    for (heads, kv_heads, dim, window) in
-        [(4, 2, 64, None), (3, 1, 40, Some(5)), (8, 8, 128, Some(70)), (10, 1, 16, None)]
-    {
+    for (heads, kv_heads, dim, pairs, window, softcap) in [
+        (4, 2, 64, 32, None, None),
+        (3, 1, 40, 20, Some(5), None),
+        (3, 1, 40, 6, Some(5), Some(3.0)),
+        (8, 8, 128, 64, Some(70), None),
+        (2, 1, 136, 0, None, Some(1.5)),
+        (10, 1, 16, 8, None, None),
+    ] {
         for kv_type in [KvType::F16, KvType::Q8] {
             let (m, capacity) = (75, 80);
-            let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], 0, capacity);
-            let tables = RopeTables::upload(&device, &angles).unwrap();
+            let angles = |start, m| RopeAngles::new(dim, 1e4, &vec![1.0; pairs], start, m);
+            let tables = RopeTables::upload(&device, &angles(0, capacity)).unwrap();
+            let weights = [noise.vector(dim, 1.0), noise.vector(dim, 1.0)];
+            let norms = weights.each_ref().map(|weight| Buffer::upload(&device, weight).unwrap());
+            let is_plain = 2 * pairs == dim;
+            let query_scaling = (!is_plain).then_some(QueryScaling { beta: 0.3, context: 7 });
+            let rotation = Rotation {
+                norms: (!is_plain).then(|| HeadNorms {
+                    weights: norms.each_ref().map(Buffer::view),
+                    epsilon: 1e-5,
+                }),
+                tables: (pairs > 0).then_some(&tables),
+                query_scaling,
+            };
+            let scores = Scores { window, scale: 1.1 / (dim as f32).sqrt(), softcap };
             let mut cache = KvCache::new(&device, kv_type, kv_heads, capacity, dim).unwrap();
-            let mut attention = Attention::new(&device, heads, window, &cache).unwrap();
+            let mut attention = Attention::new(&device, heads, &cache).unwrap();
             let mut position = Position::new(&device, capacity).unwrap();
             let (mut keys, mut values) =
                 (vec![0.0; kv_heads * capacity * dim], vec![0.0; kv_heads * capacity * dim]);
@@ -515,24 +536,24 @@ fn rope_and_attention_agree() {
                 let [mut q_device, k_device, v_device] =
                     [&q, &k, &v].map(|x| Buffer::upload(&device, x).unwrap());
                 let kv = [k_device.view(), v_device.view()];
-                device
-                    .rope_store(
-                        &attention,
-                        &mut q_device.view_mut(),
-                        kv,
-                        &tables,
-                        tokens,
-                        &mut cache,
-                    )
-                    .unwrap();
+                let queries = &mut q_device.view_mut();
+                device.rope_store(&attention, queries, kv, rotation, tokens, &mut cache).unwrap();
                 let mut out = Operands::zeros(&device, m, heads * dim).unwrap();
                 device
-                    .attention(&mut attention, q_device.view(), &cache, tokens, &mut out)
+                    .attention(&mut attention, q_device.view(), scores, &cache, tokens, &mut out)
                     .unwrap();
 
-                let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], start, m);
-                Scalar.rope(&mut q, heads, &angles);
-                Scalar.rope(&mut k, kv_heads, &angles);
+                if !is_plain {
+                    for (x, weight) in [&mut q, &mut k].into_iter().zip(&weights) {
+                        Scalar.rms_norm(&x.clone(), weight, 1e-5, x);
+                    }
+                }
+                Scalar.rope(&mut q, heads, &angles(start, m));
+                Scalar.rope(&mut k, kv_heads, &angles(start, m));
+                for (t, q) in q.chunks_exact_mut(heads * dim).enumerate() {
+                    let factor = query_scaling.map_or(1.0, |scaling| scaling.at(start + t));
+                    q.iter_mut().for_each(|q| *q *= factor);
+                }
                 assert_nmse("rope", &q_device.view().read().unwrap(), &widened(&q), FLOAT_NMSE);
                 for (cache, new) in [(&mut keys, &k), (&mut values, &v)] {
                     for (i, row) in new.chunks_exact(dim).enumerate() {
@@ -540,7 +561,7 @@ fn rope_and_attention_agree() {
                         cache[(head * capacity + start + t) * dim..][..dim].copy_from_slice(row);
                     }
                 }
-                let scale = 1.0 / (dim as f32).sqrt();
+                let Scores { window, scale, softcap } = scores;
                 let shape = AttentionShape {
                     heads,
                     kv_heads,
@@ -549,7 +570,7 @@ fn rope_and_attention_agree() {
                     m,
                     window,
                     scale,
-                    softcap: None,
+                    softcap,
                 };
                 let mut expected = vec![0.0; m * heads * dim];
                 let kv = KvView { keys: &keys, values: &values, capacity };
@@ -565,8 +586,10 @@ fn rope_and_attention_agree() {
                 Buffer::zeros(&device, 6 * heads * dim).unwrap(),
                 Operands::zeros(&device, 6, heads * dim).unwrap(),
             );
-            let error =
-                device.attention(&mut attention, q.view(), &cache, past, &mut out).err().unwrap();
+            let error = device
+                .attention(&mut attention, q.view(), scores, &cache, past, &mut out)
+                .err()
+                .unwrap();
             assert!(matches!(error, KernelError::TooLarge { found: 81, limit: 80, .. }), "{error}");
         }
     }
