@@ -19,11 +19,6 @@ struct Scores {
     float cap;  // 0: none
 };
 
-// c * tanh(score / c).
-__device__ inline float capped(float score, float c) {
-    return c - 2.0f * c / (1.0f + exp2_flushed(2.88539008f / c * score));
-}
-
 struct KvCache {
     void* keys;           // 16-byte aligned
     void* values;

@@ -8,8 +8,8 @@ use slim_formats::{
 };
 use slim_kernels::{
     cuda::{
-        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, KvType, Matrix, Norm,
-        Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK,
+        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, KvType, Matrix, Neurons,
+        Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
     },
     weight,
 };
@@ -106,8 +106,24 @@ impl Segment {
         let mut inputs = Operands::zeros(&self.device, m, self.decoder.hidden_size)?;
         inputs.write(hidden, m)?;
         let mut logits = Buffer::zeros(&self.device, m * self.decoder.vocab_size)?;
-        self.device.matmul(&[&output.weight], &inputs, m, &mut [logits.view_mut()])?;
+        self.compute_logits(output, &inputs, m, &mut logits.view_mut())?;
         Ok(logits.view().read()?)
+    }
+
+    /// The logits of the first `m` of normed hidden states.
+    fn compute_logits(
+        &self,
+        output: &Output,
+        normed: &Operands,
+        m: usize,
+        logits: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
+        let Decoder { logit_scale: scale, logit_softcap: softcap, .. } = self.decoder;
+        self.device.matmul(&[&output.weight], normed, m, &mut [logits.reborrow()])?;
+        if scale != 1.0 || softcap.is_some() {
+            self.device.finish_logits(logits, scale, softcap)?;
+        }
+        Ok(())
     }
 
     /// The norm that follows block `index` of this segment, if there is one.
@@ -122,7 +138,13 @@ impl Segment {
 impl BlockOnDevice {
     fn upload(device: &Arc<Device>, block: &Block<'_>) -> Result<Self> {
         let Block { spec, layers, vectors } = block;
-        let layers = layers.iter().map(|(part, &layer)| Ok((part, Matrix::upload(device, layer)?)));
+        let layers = layers.iter().map(|(part, &layer)| {
+            let matrix = Matrix::upload(device, layer)?;
+            Ok(match part.bias().and_then(|bias| vectors.get(bias)) {
+                None => (part, matrix),
+                Some(bias) => (part, matrix.with_bias(Buffer::upload(device, bias)?)?),
+            })
+        });
         let norms = vectors.iter().map(|(part, norm)| Ok((part, Buffer::upload(device, norm)?)));
         let (layers, norms) = (layers.collect::<Result<_>>()?, norms.collect::<Result<_>>()?);
         Ok(Self { spec: *spec, layers, norms })
@@ -135,6 +157,12 @@ impl BlockOnDevice {
         let norms = (qk_norm == Some(QkNorm::Heads))
             .then(|| HeadNorms { weights: parts.map(|part| self.norms[part].view()), epsilon });
         Rotation { norms, tables: rope.map(|rope| &tables[rope]), query_scaling }
+    }
+
+    /// The neurons of its network.
+    fn neurons(&self) -> Neurons<'_> {
+        let (gate, up) = (self.layers.get(Part::FfnGate), &self.layers[Part::FfnUp]);
+        Neurons { gate, up, activation: self.spec.ffn.activation }
     }
 
     /// What its queries see.
@@ -277,7 +305,8 @@ impl Session {
             work;
         let hidden = m * decoder.hidden_size;
         if let Some(embedding) = &segment.embedding {
-            device.embed(embedding, tokens.view().slice(0..m), &mut x.view_mut())?;
+            let tokens = tokens.view().slice(0..m);
+            device.embed(embedding, tokens, decoder.embedding_scale, &mut x.view_mut())?;
         }
         device.rms_norm(
             x.view().slice(0..hidden),
@@ -287,7 +316,8 @@ impl Session {
             normed,
         )?;
         for (index, (block, kv)) in segment.blocks.iter().zip(kv).enumerate() {
-            let BlockOnDevice { layers, norms, .. } = block;
+            let BlockOnDevice { spec, layers, norms } = block;
+            let scale = spec.residual_scale;
             let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &layers[part]);
             device.matmul(&qkv, normed, m, &mut [q.view_mut(), k.view_mut(), v.view_mut()])?;
             let kv_len = m * layers[Part::AttnK].rows();
@@ -299,21 +329,20 @@ impl Session {
             device.attention(attention, queries, scores, kv, calls, attended)?;
             let output = &layers[Part::AttnOutput];
             let ffn_norm = Norm { weight: norms[Part::FfnNorm].view(), epsilon, out: normed };
-            device.matmul_add(output, attended, m, &mut x.view_mut(), Some(ffn_norm))?;
-            let gate_and_up = [Part::FfnGate, Part::FfnUp].map(|part| &layers[part]);
+            device.matmul_add(output, attended, m, scale, &mut x.view_mut(), Some(ffn_norm))?;
             let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
-            device.matmul_swiglu(gate_and_up, normed, m, scratch, activation)?;
+            device.matmul_activate(block.neurons(), normed, m, scratch, activation)?;
             let norm = segment.norm_after(index);
             let norm = norm.map(|weight| Norm { weight: weight.view(), epsilon, out: normed });
             let down = &layers[Part::FfnDown];
-            device.matmul_add(down, activation, m, &mut x.view_mut(), norm)?;
+            device.matmul_add(down, activation, m, scale, &mut x.view_mut(), norm)?;
         }
         if let Some(output) = &segment.output {
             if m > 1 {
                 let last = x.view().slice(hidden - decoder.hidden_size..hidden);
                 device.rms_norm(last, output.norm.view(), epsilon, 1, normed)?;
             }
-            device.matmul(&[&output.weight], normed, 1, &mut [logits.view_mut()])?;
+            segment.compute_logits(output, normed, 1, &mut logits.view_mut())?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part,
-    arch::{Activation, Attention, BlockSpec, Norm, Norms, QkNorm, Tensor},
+    arch::{Attention, BlockSpec, Norm, Norms, QkNorm, Tensor},
 };
 use slim_kernels::cuda::{Device, KvCache, KvType};
 
@@ -82,21 +82,14 @@ impl CudaSettings {
 /// What a model computes that the CUDA kernels do not.
 pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
     let of_block = |spec: &BlockSpec| {
-        let BlockSpec { norm, norms, attention, ffn, residual_scale } = spec;
+        let BlockSpec { norm, norms, attention, .. } = spec;
         [
             (*norm != Norm::Rms, "LayerNorm"),
             (*norms != Norms::Before, "norms behind attention"),
             (attention.qk_norm == Some(QkNorm::Whole), "norms of queries and keys as a whole"),
-            (attention.has_bias || attention.has_output_bias || ffn.has_bias, "biases"),
-            (ffn.activation != Activation::Silu || !ffn.is_gated, "a network without SwiGLU"),
-            (*residual_scale != 1.0, "a residual scale"),
         ]
     };
-    let of_model = [
-        (decoder.outside(Part::Positions).is_some(), "learned positions"),
-        (decoder.embedding_scale != 1.0, "scaled embeddings"),
-        (decoder.logit_scale != 1.0 || decoder.logit_softcap.is_some(), "scaled or capped logits"),
-    ];
+    let of_model = [(decoder.outside(Part::Positions).is_some(), "learned positions")];
     let all = decoder.blocks.iter().flat_map(of_block).chain(of_model);
     all.into_iter().find_map(|(is_there, what)| is_there.then_some(what))
 }

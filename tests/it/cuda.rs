@@ -24,8 +24,7 @@ const LOGITS_ERROR: f64 = 2e-3;
 const Q8_LOGITS_ERROR: f64 = 6e-3;
 
 /// Families that the device does not compute yet.
-const REFUSED: [&str; 9] =
-    ["gemma2", "gemma3", "gemma3-linear", "glm4", "granite", "olmo2", "olmo3", "opt", "qwen2"];
+const REFUSED: [&str; 7] = ["gemma2", "gemma3", "gemma3-linear", "glm4", "olmo2", "olmo3", "opt"];
 
 const TOKENS: &str = "1,17,42,5,99,250,7,3,128,64,32,200,11,90";
 

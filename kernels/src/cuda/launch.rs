@@ -3,6 +3,8 @@
 
 use std::{f32::consts::LOG2_E, ffi::c_void, ptr, sync::Arc};
 
+use slim_formats::arch::Activation;
+
 use super::{
     Attention, Device, KvCache, KvType, Matrix, Operands, Rotation, Scores, Tokens, TopK, View,
     ViewMut,
@@ -24,8 +26,8 @@ const MATMUL_TILES: usize = 8;
 const MATMUL_TOKENS: usize = 128;
 /// Sets of four warps of a block of `matmul_*`.
 const MATMUL_SETS: u32 = 2;
-/// Columns of a block of `swiglu` and `gemm_f32`.
-const SWIGLU_COLS: usize = 256;
+/// Numbers of a block of `activate` and `finish_logits`.
+const ELEMENTS: usize = 256;
 /// Heads of a block of `rope_store_*`.
 const ROPE_WARPS: usize = 4;
 /// Queries of a block of `attention_prefill_*`, those of all heads that share a kv head counted.
@@ -40,6 +42,17 @@ pub struct Norm<'a> {
     pub epsilon: f32,
     /// [m, rows of the product], overwritten.
     pub out: &'a mut Operands,
+}
+
+/// `activation(gate) * up`, or `activation(up)` without a gate.
+#[derive(Clone, Copy)]
+pub struct Neurons<'a> {
+    /// What opens and closes neurons.
+    pub gate: Option<&'a Matrix>,
+    /// What they take in, of as many rows.
+    pub up: &'a Matrix,
+    /// What makes them nonlinear.
+    pub activation: Activation,
 }
 
 /// A matrix in f32 whose rows and columns lie any number of floats apart.
@@ -89,7 +102,7 @@ impl<'a> Strided<'a> {
 }
 
 impl Device {
-    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to 32 bands of matrices of a kind
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T + bias[i]`; one launch for up to 32 bands of matrices of a kind
     /// and up to eight tokens.
     ///
     /// # Errors
@@ -113,7 +126,7 @@ impl Device {
         self.store::<DenseArgs>(dense, x, m)
     }
 
-    /// `out[m, rows] += x[m, cols] * w^T`, and the norm of the sums, if one follows.
+    /// `out[m, rows] += scale * (x[m, cols] * w^T + bias)`, and the norm of the sums, if one follows.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x`, `out` or the norm do not fit, or if norms do not take so many rows;
@@ -126,6 +139,7 @@ impl Device {
         w: &Matrix,
         x: &Operands,
         m: usize,
+        scale: f32,
         out: &mut ViewMut<'_, f32>,
         norm: Option<Norm<'_>>,
     ) -> Result<()> {
@@ -137,52 +151,62 @@ impl Device {
             check_operands(norm.out, w.rows(), m)?;
         }
         match w.is_packed() {
-            true => self.add::<PackedArgs>(w, x, m, out, norm),
-            false => self.add::<DenseArgs>(w, x, m, out, norm),
+            true => self.add::<PackedArgs>(w, x, m, scale, out, norm),
+            false => self.add::<DenseArgs>(w, x, m, scale, out, norm),
         }
     }
 
-    /// `out = silu(x * gate^T) * (x * up^T)`, `[m, rows]`. Both products pass through
-    /// `scratch: [m, rows]` each, unless they can stay in registers.
+    /// The neurons of inputs `x`, `[m, rows]`. Products pass through `scratch: [m, rows]` each,
+    /// unless they can stay in registers.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
-    pub fn matmul_swiglu(
+    pub fn matmul_activate(
         &self,
-        [gate, up]: [&Matrix; 2],
+        neurons: Neurons<'_>,
         x: &Operands,
         m: usize,
-        scratch: [&mut ViewMut<'_, f32>; 2],
+        [gate_out, up_out]: [&mut ViewMut<'_, f32>; 2],
         out: &mut Operands,
     ) -> Result<()> {
-        check_equal("rows of the matrices", up.rows(), gate.rows())?;
-        for w in [gate, up] {
-            check_input(w, x, m)?;
+        let Neurons { gate, up, activation } = neurons;
+        check_input(up, x, m)?;
+        check_operands(out, up.rows(), m)?;
+        if let Some(gate) = gate {
+            check_equal("rows of the matrices", up.rows(), gate.rows())?;
+            check_input(gate, x, m)?;
         }
-        check_operands(out, gate.rows(), m)?;
-        let is_alike = gate.is_packed() == up.is_packed()
-            && gate.bands.iter().map(|band| band.rows).eq(up.bands.iter().map(|band| band.rows));
-        if m <= MATVEC_TOKENS && is_alike {
-            return match gate.is_packed() {
-                true => self.swiglu_of::<PackedArgs>([gate, up], x, m, out),
-                false => self.swiglu_of::<DenseArgs>([gate, up], x, m, out),
+        if m <= MATVEC_TOKENS && neurons.are_alike() {
+            return match up.is_packed() {
+                true => self.neurons_of::<PackedArgs>(neurons, x, m, out),
+                false => self.neurons_of::<DenseArgs>(neurons, x, m, out),
             };
         }
-        let [gate_out, up_out] = scratch;
-        self.matmul(&[gate, up], x, m, &mut [gate_out.reborrow(), up_out.reborrow()])?;
-        self.swiglu(gate_out.as_view(), up_out.as_view(), gate.rows(), m, out)
+        let n = up.rows();
+        match gate {
+            None => {
+                self.matmul(&[up], x, m, &mut [up_out.reborrow()])?;
+                self.activate(activation, up_out.as_view(), None, n, m, out)
+            }
+            Some(gate) => {
+                self.matmul(&[gate, up], x, m, &mut [gate_out.reborrow(), up_out.reborrow()])?;
+                self.activate(activation, gate_out.as_view(), Some(up_out.as_view()), n, m, out)
+            }
+        }
     }
 
-    /// `silu(gate) * up` for matrices of kind `K` with bands of the same rows.
-    fn swiglu_of<K: Kind>(
+    /// The neurons that matrices of kind `K`, which are alike, make of up to eight tokens.
+    fn neurons_of<K: Kind>(
         &self,
-        matrices: [&Matrix; 2],
+        neurons: Neurons<'_>,
         x: &Operands,
         m: usize,
         out: &mut Operands,
     ) -> Result<()> {
-        let bands: Vec<_> = matrices.iter().flat_map(|w| self.bands::<K>(w, 0)).collect();
-        self.matvec(&bands, x, m, Target::SwiGlu(out))
+        let Neurons { gate, up, activation } = neurons;
+        let bands: Vec<_> =
+            gate.into_iter().chain([up]).flat_map(|w| self.bands::<K>(w, 0)).collect();
+        self.matvec(&bands, x, m, Target::Neurons { has_gate: gate.is_some(), activation, out })
     }
 
     /// Adds the product with a matrix of kind `K`.
@@ -191,14 +215,15 @@ impl Device {
         w: &Matrix,
         x: &Operands,
         m: usize,
+        scale: f32,
         out: &mut ViewMut<'_, f32>,
         norm: Option<Norm<'_>>,
     ) -> Result<()> {
         if m <= MATVEC_TOKENS {
             let bands = self.bands::<K>(w, self.vector_input(out.as_view()));
-            return self.matvec(&bands, x, m, Target::Add(norm));
+            return self.matvec(&bands, x, m, Target::Add { scale, norm });
         }
-        self.multiply_many::<K>(w, x, m, Mode::Add, out)?;
+        self.multiply_many::<K>(w, x, m, Target::Add { scale, norm: None }, out)?;
         match norm {
             Some(norm) => self.rms_norm(out.as_view(), norm.weight, norm.epsilon, m, norm.out),
             None => Ok(()),
@@ -213,7 +238,7 @@ impl Device {
         m: usize,
     ) -> Result<()> {
         if m > MATVEC_TOKENS {
-            let multiply = |(w, out)| self.multiply_many::<K>(w, x, m, Mode::Store, out);
+            let multiply = |(w, out)| self.multiply_many::<K>(w, x, m, Target::Store, out);
             return products.into_iter().try_for_each(multiply);
         }
         let bands = products.into_iter().flat_map(|(w, out)| self.bands::<K>(w, self.output(out)));
@@ -226,6 +251,7 @@ impl Device {
         let args = |band: &Band| BandArgs {
             w: K::of(self, band),
             out,
+            bias: w.bias.as_ref().map_or(0, |bias| self.input(bias.view())),
             first_row: band.first_row as u32,
             matrix_rows: w.rows() as u32,
         };
@@ -244,8 +270,8 @@ impl Device {
             return Ok(());
         }
         let in_grid = match target {
-            Target::SwiGlu(_) => &bands[..bands.len() / 2],
-            Target::Store | Target::Add(_) => bands,
+            Target::Neurons { has_gate: true, .. } => &bands[..bands.len() / 2],
+            _ => bands,
         };
         let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
         let mut args = MatvecArgs {
@@ -254,38 +280,38 @@ impl Device {
             x_stride: x.stride() as u32,
             m: m as u32,
             bands: bands.len() as u32,
-            mode: Mode::Store as u32,
+            mode: target.mode() as u32,
             operands: 0,
             operand_stride: 0,
-            unused: 0,
+            activation: 0,
             norm_weight: 0,
             normed: 0,
             normed_stride: 0,
             epsilon: 0.0,
+            scale: target.scale(),
+            unused: 0,
             counter: self.counter(),
         };
         match target {
-            Target::Store => {}
-            Target::Add(norm) => {
-                args.mode = Mode::Add as u32;
-                if let Some(norm) = norm {
-                    args.norm_weight = self.vector_input(norm.weight);
-                    args.normed_stride = norm.out.stride() as u32;
-                    args.normed = self.output(&mut norm.out.values.view_mut());
-                    args.epsilon = norm.epsilon;
-                }
+            Target::Store | Target::Add { norm: None, .. } => {}
+            Target::Add { norm: Some(norm), .. } => {
+                args.norm_weight = self.vector_input(norm.weight);
+                args.normed_stride = norm.out.stride() as u32;
+                args.normed = self.output(&mut norm.out.values.view_mut());
+                args.epsilon = norm.epsilon;
             }
-            Target::SwiGlu(out) => {
-                args.mode = Mode::SwiGlu as u32;
+            Target::Neurons { activation, out, .. } => {
+                args.activation = code_of(activation);
                 args.operand_stride = out.stride() as u32;
                 args.operands = self.output(&mut out.values.view_mut());
             }
         }
         // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays
-        // them out, their `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as
-        // many of the one matrix as of the other, of the same rows); x: m <= 8 rows of their
-        // columns, padded; operands, normed: m rows of their rows; norm_weight: as many; counter:
-        // zero. The callers have checked the shapes.
+        // them out, their `out` m rows of their matrix, whose rows they are (neurons: no `out`,
+        // with gates as many of the one matrix as of the other, of the same rows), their `bias` a
+        // value for each of its rows; x: m <= 8 rows of their columns, padded; operands, normed: m
+        // rows of their rows; norm_weight: as many; counter: zero. The callers have checked the
+        // shapes.
         unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, 0, &mut [argument(&args)]) }
     }
 
@@ -295,7 +321,7 @@ impl Device {
         w: &Matrix,
         x: &Operands,
         m: usize,
-        mode: Mode,
+        target: Target<'_>,
         out: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
         let bands = self.bands::<K>(w, self.output(out));
@@ -309,16 +335,16 @@ impl Device {
             x: self.input(x.values.view()),
             x_stride: x.stride() as u32,
             m: m as u32,
-            mode: mode as u32,
+            mode: target.mode() as u32,
             stages,
             bands: bands.len() as u32,
-            unused: 0,
+            scale: target.scale(),
         };
         let grid = [blocks, m.div_ceil(MATMUL_TOKENS), 1];
         let shared = shared::matmul(item_bytes, stages);
         // SAFETY: `matmul_*(Matmul args)`. band: one to 16 of the kernel's kind, all of `w`, as
-        // `Matrix` lays them out, their `out` m rows of it; x: m rows of its columns, padded. The
-        // callers have checked the shapes.
+        // `Matrix` lays them out, their `out` m rows of it, their `bias` a value for each of its
+        // rows; x: m rows of its columns, padded. The callers have checked the shapes.
         unsafe {
             self.launch(K::matmul(self), grid, MATMUL_SETS * 128, shared, &mut [argument(&args)])
         }
@@ -361,33 +387,57 @@ impl Device {
         unsafe { self.launch(&self.kernels.rms_norm, [m, 1, 1], 256, 0, args) }
     }
 
-    /// `out = silu(gate) * up`; all `[m, n]`.
+    /// `out = activation(gate) * up`, or `activation(gate)` without `up`; all `[m, n]`.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
-    pub fn swiglu(
+    pub fn activate(
         &self,
+        activation: Activation,
         gate: View<'_, f32>,
-        up: View<'_, f32>,
+        up: Option<View<'_, f32>>,
         n: usize,
         m: usize,
         out: &mut Operands,
     ) -> Result<()> {
-        check_room("gates", gate, m * n)?;
-        check_room("inputs", up, m * n)?;
+        for inputs in [Some(gate), up].into_iter().flatten() {
+            check_room("inputs of neurons", inputs, m * n)?;
+        }
         check_operands(out, n, m)?;
-        let (gate, up, stride) = (self.input(gate), self.input(up), out.stride() as u32);
+        let (gate, up) = (self.input(gate), up.map_or(0, |up| self.input(up)));
+        let (activation, stride) = (code_of(activation), out.stride() as u32);
         let (out, width) = (self.output(&mut out.values.view_mut()), n as u32);
         let args = &mut [
             argument(&gate),
             argument(&up),
             argument(&width),
+            argument(&activation),
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `swiglu(gate, up, n, out, stride)`. gate, up: m rows of n; out: m rows of n,
-        // `stride` apart.
-        unsafe { self.launch(&self.kernels.swiglu, [n.div_ceil(SWIGLU_COLS), m, 1], 256, 0, args) }
+        // SAFETY: `activate(gate, up, n, activation, out, stride)`. gate, and up if it is not null:
+        // m rows of n; out: m rows of n, `stride` apart.
+        unsafe { self.launch(&self.kernels.activate, [n.div_ceil(ELEMENTS), m, 1], 256, 0, args) }
+    }
+
+    /// `logits = scale * logits`, then `c * tanh(logits / c)` if they are capped at c.
+    ///
+    /// # Errors
+    /// `TooLarge` for 2^31 logits or more; `Driver`.
+    pub fn finish_logits(
+        &self,
+        logits: &mut ViewMut<'_, f32>,
+        scale: f32,
+        softcap: Option<f32>,
+    ) -> Result<()> {
+        let n = logits.as_view().len();
+        check_limit("logits", n, i32::MAX as usize)?;
+        let (logits, count, cap) = (self.output(logits), n as u32, softcap.unwrap_or(0.0));
+        let args = &mut [argument(&logits), argument(&count), argument(&scale), argument(&cap)];
+        // SAFETY: `finish_logits(x, n, scale, c)`. x: n.
+        unsafe {
+            self.launch(&self.kernels.finish_logits, [n.div_ceil(ELEMENTS), 1, 1], 256, 0, args)
+        }
     }
 
     /// Norms and rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and
@@ -612,17 +662,23 @@ impl Device {
         }
     }
 
-    /// `x[t] = w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that
+    /// `x[t] = scale * w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that
     /// `w` has no row for.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x` does not fit; `TooLarge` for more than 65535 tokens; `Driver`.
-    pub fn embed(&self, w: &Matrix, tokens: View<'_, u32>, x: &mut ViewMut<'_, f32>) -> Result<()> {
+    pub fn embed(
+        &self,
+        w: &Matrix,
+        tokens: View<'_, u32>,
+        scale: f32,
+        x: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
         let m = tokens.len();
         check_room("outputs", x.as_view(), m * w.cols())?;
         match w.is_packed() {
-            true => self.embed_rows::<PackedArgs>(w, tokens, x),
-            false => self.embed_rows::<DenseArgs>(w, tokens, x),
+            true => self.embed_rows::<PackedArgs>(w, tokens, scale, x),
+            false => self.embed_rows::<DenseArgs>(w, tokens, scale, x),
         }
     }
 
@@ -631,6 +687,7 @@ impl Device {
         &self,
         w: &Matrix,
         tokens: View<'_, u32>,
+        scale: f32,
         x: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
         let m = tokens.len();
@@ -640,7 +697,7 @@ impl Device {
             band: filled(&bands),
             tokens: self.input(tokens),
             bands: bands.len() as u32,
-            unused: 0,
+            scale,
         };
         // SAFETY: `embed_*(Embed args)`. band: one to 16 of the kernel's kind, all of `w`, as
         // `Matrix` lays them out, their `out` m rows of its columns; tokens: m, looked up if `w`
@@ -730,11 +787,50 @@ impl Device {
     }
 }
 
-/// Where the sums of `matvec` go.
+/// Where the sums of a product go.
 enum Target<'a> {
     Store,
-    Add(Option<Norm<'a>>),
-    SwiGlu(&'a mut Operands),
+    Add { scale: f32, norm: Option<Norm<'a>> },
+    Neurons { has_gate: bool, activation: Activation, out: &'a mut Operands },
+}
+
+impl Target<'_> {
+    fn mode(&self) -> Mode {
+        match self {
+            Self::Store => Mode::Store,
+            Self::Add { .. } => Mode::Add,
+            Self::Neurons { has_gate: false, .. } => Mode::Activate,
+            Self::Neurons { has_gate: true, .. } => Mode::Gate,
+        }
+    }
+
+    /// What sums are multiplied by before they are added.
+    fn scale(&self) -> f32 {
+        match self {
+            Self::Add { scale, .. } => *scale,
+            Self::Store | Self::Neurons { .. } => 1.0,
+        }
+    }
+}
+
+impl Neurons<'_> {
+    /// Whether gate and up, if there are both, are of one kind and have the same bands.
+    fn are_alike(&self) -> bool {
+        let up = self.up;
+        self.gate.is_none_or(|gate| {
+            let rows = gate.bands.iter().map(|band| band.rows);
+            gate.is_packed() == up.is_packed() && rows.eq(up.bands.iter().map(|band| band.rows))
+        })
+    }
+}
+
+/// `Activation` of `activation.cuh`.
+fn code_of(activation: Activation) -> u32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Relu => 2,
+    }
 }
 
 impl Device {
