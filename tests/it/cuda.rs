@@ -13,9 +13,7 @@ use slim_kernels::{
 };
 use slim_runtime::{CudaSettings, Model};
 
-use crate::{
-    command::{Dir, arg, golden_models, tiny_model},
-};
+use crate::command::{Dir, arg, golden_models, tiny_model};
 
 /// Whole models, with weights and inputs of products rounded to fp16: measured 1.2e-3 at most.
 const LOGITS_ERROR: f64 = 2e-3;
