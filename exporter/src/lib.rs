@@ -14,7 +14,7 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
-use slim_formats::{Decoder, ModelSource, OutputPath};
+use slim_formats::{ModelSource, OutputPath};
 
 pub use error::{ExportError, Result};
 
@@ -34,10 +34,11 @@ pub enum Target {
 impl Target {
     /// What a model computes that the engines of this layout do not, as the subject of "... cannot
     /// be exported"; `None` if they can run it.
-    pub fn lacks(self, decoder: &Decoder) -> Option<String> {
+    pub fn lacks(self, model: &dyn ModelSource) -> Option<String> {
         match self {
-            Self::Onnx => onnx::lacks(decoder),
-            Self::Gguf | Self::Gptq | Self::Safetensors => None,
+            Self::Gguf => gguf::lacks(model),
+            Self::Onnx => onnx::lacks(model.decoder()),
+            Self::Gptq | Self::Safetensors => None,
         }
     }
 
@@ -94,7 +95,7 @@ pub fn export<'p>(
         model.release_pages();
         on_tensor(name);
     };
-    if let Some(what) = target.lacks(model.decoder()) {
+    if let Some(what) = target.lacks(model) {
         let hint = "use `--to safetensors`";
         return Err(ExportError::unsupported(model.path(), target.engine(), what, hint));
     }

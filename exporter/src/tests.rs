@@ -2,15 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{Value, json};
 use slim_formats::{ModelConfig, ModelSource, open_model};
 use slim_kernels::weight;
 
 use crate::{Target, export};
 
+fn data() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs")
+}
+
 /// The tiny models of all families.
 fn models() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs");
-    let entries = std::fs::read_dir(folder).unwrap();
+    let entries = std::fs::read_dir(data()).unwrap();
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
@@ -60,7 +64,7 @@ fn check(target: Target) {
     let mut count = 0;
     for path in models() {
         let model = open_model(&path).unwrap();
-        if target.lacks(model.decoder()).is_some() {
+        if target.lacks(&*model).is_some() {
             continue;
         }
         let parent = tempfile::tempdir().unwrap();
@@ -71,6 +75,21 @@ fn check(target: Target) {
     assert!(count > 0 && all.is_empty(), "{all:#?}");
 }
 
+/// A copy of a tiny model with another value of a key of `config.json`.
+fn changed(name: &str, key: &str, value: Value, parent: &Path) -> Box<dyn ModelSource> {
+    let folder = parent.join(name);
+    std::fs::create_dir(&folder).unwrap();
+    for entry in std::fs::read_dir(data().join(name)).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let config = folder.join("config.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    json[key] = value;
+    std::fs::write(&config, json.to_string()).unwrap();
+    open_model(&folder).unwrap()
+}
+
 #[test]
 fn safetensors_of_every_family_is_the_same_model() {
     check(Target::Safetensors);
@@ -79,4 +98,71 @@ fn safetensors_of_every_family_is_the_same_model() {
 #[test]
 fn gguf_of_every_family_is_the_same_model() {
     check(Target::Gguf);
+}
+
+/// llama.cpp has no key for the scale of attention: it takes that of the head size.
+#[test]
+fn gguf_of_gemma_is_the_same_model_or_refused() {
+    for (name, head_dim) in [("gemma2", 16), ("gemma3", 16), ("gemma3-linear", 32)] {
+        let parent = tempfile::tempdir().unwrap();
+        let found = Target::Gguf.lacks(&*open_model(&data().join(name)).unwrap()).unwrap();
+        assert!(found.starts_with("attention scaled by 0.2236"), "{found}");
+        let model = changed(name, "query_pre_attn_scalar", json!(head_dim), parent.path());
+        assert_eq!(Target::Gguf.lacks(&*model), None);
+        assert_eq!(differences(&*model, Target::Gguf, parent.path()), [""; 0]);
+    }
+}
+
+#[test]
+fn gguf_of_what_llama_cpp_does_not_compute_is_refused() {
+    let parent = tempfile::tempdir().unwrap();
+    let llama3 = json!({
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    });
+    for (name, key, value, expected) in [
+        ("opt", "dropout", json!(0.0), "an `opt` model"),
+        ("smollm3", "no_rope_layers", json!([0, 1, 1, 0]), "block 0, which lacks"),
+        ("qwen2", "rope_parameters", llama3, "a RoPE factor for each pair"),
+    ] {
+        let found = Target::Gguf.lacks(&*changed(name, key, value, parent.path())).unwrap();
+        assert!(found.contains(expected), "{found}");
+    }
+}
+
+#[test]
+fn gguf_warns_of_what_llama_cpp_computes_otherwise_for_long_texts() {
+    let warnings = |model: &dyn ModelSource| {
+        let parent = tempfile::tempdir().unwrap();
+        export(model, Target::Gguf, &parent.path().join("out"), &mut |_| {}).unwrap().warnings
+    };
+    let parent = tempfile::tempdir().unwrap();
+    for (name, key, value, expected) in [
+        ("mistral-swa", "sliding_window", json!(16), "sliding window of 16 tokens"),
+        ("phi3", "sliding_window", json!(16), "sliding window of 16 tokens"),
+        (
+            "llama",
+            "rope_parameters",
+            json!({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+            "texts longer than 512 tokens",
+        ),
+        (
+            "olmo3",
+            "rope_parameters",
+            json!({
+                "full_attention": {
+                    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "truncate": false,
+                    "original_max_position_embeddings": 32,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            }),
+            "limits of YaRN",
+        ),
+    ] {
+        let found = warnings(&*changed(name, key, value, parent.path()));
+        assert!(found.len() == 1 && found[0].contains(expected), "{found:?}");
+    }
+    for name in ["olmo3", "qwen3", "glm4"] {
+        assert_eq!(warnings(&*open_model(&data().join(name)).unwrap()), [""; 0], "{name}");
+    }
 }

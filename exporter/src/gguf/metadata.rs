@@ -1,6 +1,6 @@
 //! The metadata that llama.cpp reads.
 
-use slim_formats::{ModelSource, TokenizerSource, gguf::Metadata};
+use slim_formats::{ModelSource, Scaling, TokenizerSource, gguf::Metadata};
 use slim_runtime::ggml_keys;
 
 use crate::Result;
@@ -15,7 +15,11 @@ const MORE_EOS_KEYS: [&str; 2] = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml
 
 /// The metadata of a file; `file_type` is llama.cpp's number for the types of its tensors.
 pub fn of(model: &dyn ModelSource, file_type: Option<u32>) -> Result<Metadata> {
-    let config = model.config();
+    let mut config = model.config().clone();
+    if let Scaling::Dynamic { .. } = config.rope.scaling {
+        // llama.cpp would not load it.
+        config.rope.scaling = Scaling::Factors;
+    }
     let tokenizer = match model.tokenizer() {
         TokenizerSource::Ggml(keys) => keys.clone(),
         TokenizerSource::HuggingFace(json) => ggml_keys(json, config.vocab_size, config.add_bos)?,

@@ -1,5 +1,6 @@
 //! `--to gguf`: a file for llama.cpp.
 
+mod differences;
 mod metadata;
 
 use std::io::{Read, Seek, Write};
@@ -8,6 +9,8 @@ use slim_formats::{
     AtomicFile, DType, FormatError, ModelSource, OutputPath,
     gguf::{HeaderWriter, NewTensor},
 };
+
+pub(crate) use differences::lacks;
 
 use crate::{
     ExportError, Report, Result, rows,
@@ -25,7 +28,7 @@ pub(crate) fn write(
     let tensors = tensors(model)?;
     let planned = plan(model, stored_tensors(tensors, |tensor| &tensor.gguf))?;
     let rope_vectors = model.config().rope_vectors();
-    let mut warnings = warnings(model);
+    let mut warnings = differences::warnings(model.config());
     warnings.extend(check_values(model, |tensor| {
         let mut planned = planned.iter().filter(|(stored, _)| stored.name == tensor.gguf.name);
         planned.any(|&(_, dtype)| dtype == DType::F16)
@@ -59,19 +62,6 @@ pub(crate) fn write(
     pad_to(&mut out, header.file_bytes()).map_err(write_error)?;
     out.commit()?;
     Ok(Report { tensors: tensors.len(), file_bytes: header.file_bytes(), layers, warnings })
-}
-
-/// What llama.cpp does not do for its `llama` architecture.
-fn warnings(model: &dyn ModelSource) -> Vec<String> {
-    let config = model.config();
-    let window = config.sliding_window.filter(|&window| window < config.context_length);
-    let warning = |window| {
-        format!(
-            "llama.cpp attends to all tokens: texts longer than the sliding window of {window} \
-             tokens will differ"
-        )
-    };
-    window.map(warning).into_iter().collect()
 }
 
 /// The tensors of the file that are the model's, and their types.

@@ -3,7 +3,10 @@
 
 use serde_json::Value;
 
-use super::{Activation, BlockSpec, Family, HfType, Norms, Part, QkNorm, Stored, llama};
+use super::{
+    Activation, BlockSpec, Family, HfType, Norms, Part, QkNorm, Stored, llama,
+    llama_cpp::{self, Ability},
+};
 use crate::{
     ModelConfig, Result,
     config::{Keys, every, shortest},
@@ -53,6 +56,10 @@ impl Family for Gemma2 {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         block(config, index)
+    }
+
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(in_llama_cpp(config))
     }
 
     fn hf_name(&self, part: Part) -> &'static str {
@@ -124,6 +131,10 @@ impl Family for Gemma3 {
         spec
     }
 
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(in_llama_cpp(config))
+    }
+
     fn hf_name(&self, part: Part) -> &'static str {
         hf_name(part)
     }
@@ -133,25 +144,33 @@ impl Family for Gemma3 {
     }
 }
 
-/// `query_pre_attn_scalar` is not among llama.cpp's keys: it takes the head size, but for the two
-/// models whose number of blocks tells that it is `hidden_size / heads`.
 fn read(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-    const LARGEST: [usize; 2] = [46, 62];
-    let features = &mut config.features;
     let embedding_scale = keys.number("embedding_multiplier")?.map(|scale| scale as f32);
+    let scale = keys.number("attention_multiplier")?.map(|scale| scale as f32);
+    let scalar = keys.number("query_pre_attn_scalar")?.map(|scalar| scalar.powf(-0.5) as f32);
+    let assumed = if keys.is_gguf() { llama_cpp_scale(config) } else { None };
+    let features = &mut config.features;
     features.embedding_scale = embedding_scale.unwrap_or((config.hidden_size as f32).sqrt());
     features.attention_softcap = keys.number("attn_logit_softcapping")?.map(|cap| cap as f32);
     features.logit_softcap = keys.number("final_logit_softcapping")?.map(|cap| cap as f32);
     features.has_attention_bias = keys.flag("attention_bias")?;
     features.has_output_bias = features.has_attention_bias;
-    let scale = keys.number("attention_multiplier")?;
-    let scalar = keys.number("query_pre_attn_scalar")?;
-    let per_head = (config.hidden_size / config.head_count) as f64;
-    let is_largest = keys.is_gguf() && LARGEST.contains(&config.block_count);
-    let scalar = scalar.or(is_largest.then_some(per_head));
-    features.attention_scale =
-        scale.or(scalar.map(|scalar| scalar.powf(-0.5))).map(|scale| scale as f32);
+    features.attention_scale = scale.or(scalar).or(assumed);
     Ok(())
+}
+
+/// `query_pre_attn_scalar` is not among llama.cpp's keys: it takes the head size, but for the two
+/// models whose number of blocks tells that it is `hidden_size / heads`.
+fn llama_cpp_scale(config: &ModelConfig) -> Option<f32> {
+    const LARGEST: [usize; 2] = [46, 62];
+    let per_head = (config.hidden_size / config.head_count) as f64;
+    LARGEST.contains(&config.block_count).then(|| per_head.powf(-0.5) as f32)
+}
+
+fn in_llama_cpp(config: &ModelConfig) -> ModelConfig {
+    let mut computed = llama_cpp::computed(config, &[Ability::Windows]);
+    computed.features.attention_scale = llama_cpp_scale(config);
+    computed
 }
 
 /// Keys of older configurations whose newer names are read.
@@ -167,12 +186,11 @@ fn write(config: &ModelConfig, json: &mut Value) {
     json["attn_logit_softcapping"] = cap(features.attention_softcap);
     json["final_logit_softcapping"] = cap(features.logit_softcap);
     let scalar = features.attention_scale.map(|scale| 1.0 / f64::from(scale).powi(2));
+    let scalar = scalar.unwrap_or(config.head_dim as f64);
     // Written as people chose it: a whole number, but for what f32 has lost of it.
-    let scalar = scalar.map_or(config.head_dim as f64, |scalar| {
-        let whole = scalar.round();
-        if (scalar - whole).abs() < 1e-4 * whole { whole } else { scalar }
-    });
-    json["query_pre_attn_scalar"] = scalar.into();
+    let is_whole = (scalar - scalar.round()).abs() < 1e-4 * scalar;
+    json["query_pre_attn_scalar"] =
+        if is_whole { (scalar.round() as u64).into() } else { scalar.into() };
     llama::write_windows(config, json);
 }
 

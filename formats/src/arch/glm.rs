@@ -21,6 +21,7 @@ impl Family for Glm4 {
     fn default(&self, key: &str) -> Option<f64> {
         match key {
             "partial_rotary_factor" => Some(0.5),
+            "pad_token_id" => Some(151_329.0),
             _ => None,
         }
     }

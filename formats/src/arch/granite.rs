@@ -1,6 +1,9 @@
 //! Granite 3 and 4, dense: Llama with four multipliers.
 
-use super::{BlockSpec, Family, HfType, Part, Stored, llama};
+use super::{
+    BlockSpec, Family, HfType, Part, Stored, llama,
+    llama_cpp::{self, Ability},
+};
 use crate::{
     ModelConfig, Result,
     config::{Keys, shortest},
@@ -43,6 +46,10 @@ impl Family for Granite {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         llama::block(config, index)
+    }
+
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(llama_cpp::computed(config, &[Ability::Factors, Ability::Biases]))
     }
 
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {

@@ -1,6 +1,9 @@
 //! Llama, and Mistral, which differs by its window.
 
-use super::{Activation, Attention, BlockSpec, Family, Ffn, HfType, Norm, Norms, Part, Stored};
+use super::{
+    Activation, Attention, BlockSpec, Family, Ffn, HfType, Norm, Norms, Part, Stored,
+    llama_cpp::{self, Ability},
+};
 use crate::{Layout, ModelConfig, Result, config::Keys};
 
 /// `llama` and `mistral`.
@@ -43,6 +46,10 @@ impl Family for Llama {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         block(config, index)
+    }
+
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(llama_cpp::computed(config, &[Ability::Factors, Ability::Biases]))
     }
 
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
@@ -125,14 +132,11 @@ pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
     }
 }
 
-/// Leaves out a window that no block has, and the list of blocks that have it if all do.
+/// Leaves out a window that no block has.
 pub(super) fn settle_windows(config: &mut ModelConfig) {
     let windowed = &mut config.features.windowed;
     if config.sliding_window.is_none() || !windowed.contains(&true) {
         config.sliding_window = None;
-        windowed.clear();
-    }
-    if !windowed.contains(&false) {
         windowed.clear();
     }
 }
@@ -148,7 +152,7 @@ pub(super) fn write_windows(config: &ModelConfig, json: &mut serde_json::Value) 
 }
 
 /// Takes back keys that a family's `config.json` does not have.
-pub(super) fn leave_out(json: &mut serde_json::Value, keys: &[&str]) {
+pub(crate) fn leave_out(json: &mut serde_json::Value, keys: &[&str]) {
     let object = json.as_object_mut().expect("a configuration is an object");
     object.retain(|key, _| !keys.contains(&key.as_str()));
 }

@@ -1,6 +1,9 @@
 //! Ministral 3 and Mistral Small 3: Mistral with YaRN, and queries that grow with their position.
 
-use super::{BlockSpec, Family, HfType, Part, QueryScaling, Stored, llama};
+use super::{
+    BlockSpec, Family, HfType, Part, QueryScaling, Stored, llama,
+    llama_cpp::{self, Ability},
+};
 use crate::{
     ModelConfig, Result, Scaling,
     config::{Keys, shortest},
@@ -49,6 +52,10 @@ impl Family for Ministral3 {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         llama::block(config, index)
+    }
+
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(llama_cpp::computed(config, &[Ability::Factors, Ability::Biases]))
     }
 
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {

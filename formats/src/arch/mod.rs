@@ -9,6 +9,7 @@ mod gemma;
 mod glm;
 mod granite;
 mod llama;
+mod llama_cpp;
 mod ministral;
 mod olmo;
 mod opt;
@@ -22,6 +23,7 @@ use std::fmt::Debug;
 pub use block::{Activation, Attention, BlockSpec, Ffn, Norm, Norms, QkNorm, QueryScaling, Stage};
 pub use decoder::{Decoder, Place, Stored, Tensor};
 pub use llama::Llama;
+pub(crate) use llama::leave_out;
 pub use opt::FIRST_POSITION;
 pub use part::{Part, PartMap, Rows};
 
@@ -109,6 +111,12 @@ pub trait Family: Debug + Sync {
 
     /// What block `index` computes.
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec;
+
+    /// The model that llama.cpp computes when it is given this one; `None` if it has no code for
+    /// the architecture.
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(llama_cpp::computed(config, &[]))
+    }
 
     /// What precedes the number of a block in Hugging Face's names.
     fn hf_blocks(&self) -> &'static str {

@@ -1,7 +1,10 @@
 //! OLMo 2 and 3: norms behind attention and network only, queries and keys normed as a whole. OLMo 3
 //! has windows.
 
-use super::{BlockSpec, Family, HfType, Norms, QkNorm, llama};
+use super::{
+    BlockSpec, Family, HfType, Norms, QkNorm, llama,
+    llama_cpp::{self, Ability},
+};
 use crate::{
     ModelConfig, Result,
     config::{Keys, every},
@@ -47,6 +50,10 @@ impl Family for Olmo {
         if config.sliding_window.is_some() {
             llama::write_windows(config, json);
         }
+    }
+
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        Some(llama_cpp::computed(config, &[Ability::Windows]))
     }
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {

@@ -76,6 +76,10 @@ impl Family for Opt {
         json["do_layer_norm_before"] = true.into();
     }
 
+    fn in_llama_cpp(&self, _config: &ModelConfig) -> Option<ModelConfig> {
+        None
+    }
+
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
         spec.norm = Norm::Layer;

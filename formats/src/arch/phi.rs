@@ -22,6 +22,7 @@ impl Family for Phi3 {
     fn default(&self, key: &str) -> Option<f64> {
         match key {
             "partial_rotary_factor" => Some(1.0),
+            "pad_token_id" => Some(32_000.0),
             _ => None,
         }
     }

@@ -1,6 +1,6 @@
 //! SmolLM3: Llama, some blocks of which turn nothing.
 
-use super::{BlockSpec, Family, HfType, Part, Stored, llama};
+use super::{BlockSpec, Family, HfType, Part, Stored, llama, llama_cpp};
 use crate::{
     ModelConfig, Result,
     config::{Keys, every},
@@ -23,6 +23,7 @@ impl Family for SmolLm3 {
         match key {
             "tie_word_embeddings" => Some(1.0),
             "rope_theta" => Some(2e6),
+            "pad_token_id" => Some(128_004.0),
             _ => None,
         }
     }
@@ -54,6 +55,13 @@ impl Family for SmolLm3 {
             json["use_sliding_window"] = true.into();
             llama::write_windows(config, json);
         }
+    }
+
+    /// It turns nothing in every fourth block.
+    fn in_llama_cpp(&self, config: &ModelConfig) -> Option<ModelConfig> {
+        let mut computed = llama_cpp::computed(config, &[]);
+        computed.features.rotated = every(4, config.block_count);
+        Some(computed)
     }
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {

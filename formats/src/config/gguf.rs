@@ -167,11 +167,11 @@ impl ModelConfig {
 const ROPE_FACTOR_KEYS: [&str; 2] = ["rope.scaling.factor", "rope.scale_linear"];
 
 impl ModelConfig {
-    /// What GGUF keeps in tensors: names and values, those of factors that are all 1 left out.
+    /// What GGUF keeps in tensors: names and values.
     pub fn rope_vectors(&self) -> Vec<(&'static str, &[f32])> {
         let factors = self.rope.factors.as_slice();
         match &self.rope.scaling {
-            Scaling::Factors if factors.iter().all(|&factor| factor == 1.0) => Vec::new(),
+            Scaling::Factors if self.rope.linear_factor().is_some() => Vec::new(),
             Scaling::Factors => vec![(arch::ROPE_FACTORS, factors)],
             Scaling::Long(long) => {
                 vec![(arch::ROPE_FACTORS_LONG, &long.factors), (arch::ROPE_FACTORS_SHORT, factors)]
@@ -187,7 +187,13 @@ impl ModelConfig {
         let context = |context: usize| ("rope.scaling.original_context_length", context);
         let size = |(key, size): (&'static str, usize)| (key, Value::U32(size as u32));
         let mut entries = match scaling {
-            Scaling::Factors => Vec::new(),
+            Scaling::Factors => match self.rope.linear_factor() {
+                None | Some(1.0) => Vec::new(),
+                Some(factor) => vec![
+                    ("rope.scaling.type", "linear".into()),
+                    ("rope.scaling.factor", factor.into()),
+                ],
+            },
             Scaling::Yarn(yarn) => vec![
                 ("rope.scaling.type", "yarn".into()),
                 ("rope.scaling.factor", (yarn.factor as f32).into()),
@@ -195,6 +201,11 @@ impl ModelConfig {
                 ("rope.scaling.yarn_beta_fast", (yarn.beta_fast as f32).into()),
                 ("rope.scaling.yarn_beta_slow", (yarn.beta_slow as f32).into()),
                 ("rope.scaling.yarn_attn_factor", (*amplitude).into()),
+                // llama.cpp multiplies its own amplitude by it.
+                (
+                    "rope.scaling.attn_factor",
+                    (amplitude / yarn_amplitude(yarn.factor, 1.0) as f32).into(),
+                ),
                 ("rope.scaling.yarn_truncate", yarn.truncate.into()),
             ],
             Scaling::Long(long) => vec![
@@ -312,7 +323,10 @@ impl Ropes<'_, '_> {
             // A factor without a type is linear, as llama.cpp has it.
             None => factor.unwrap_or(1.0) as f32,
             Some("linear") => need_factor()? as f32,
-            Some("yarn") => return self.yarn(theta, need_factor()?, context),
+            Some("yarn") => {
+                let factor = need_factor()?;
+                return self.yarn(theta, factor, context, amplitude.unwrap_or(1.0));
+            }
             Some("dynamic") => {
                 let scaling = Scaling::Dynamic { factor: need_factor()? as f32, context };
                 return Ok(Rope { scaling, ..Rope::new(theta, vec![1.0; self.pairs]) });
@@ -327,9 +341,10 @@ impl Ropes<'_, '_> {
         Ok(Rope::new(theta, factors.into_iter().map(|factor| factor * scale).collect()))
     }
 
-    /// llama.cpp's amplitude is `0.1 ln(factor) + 1`, times the key; with a `log multiplier` the
-    /// quotient of two, which is 1 for the only value that converters write.
-    fn yarn(&self, theta: f32, factor: f64, context: usize) -> Result<Rope> {
+    /// llama.cpp's amplitude is `0.1 ln(factor) + 1`; with a `log multiplier` the quotient of two,
+    /// which is 1 for the only value that converters write; times `more`. What the model itself
+    /// says goes before.
+    fn yarn(&self, theta: f32, factor: f64, context: usize, more: f64) -> Result<Rope> {
         let keys = self.keys;
         let truncate = keys.own("rope.scaling.yarn_truncate");
         let truncate = keys.optional(&truncate, "true or false", Value::as_bool)?;
@@ -344,8 +359,8 @@ impl Ropes<'_, '_> {
         let own = keys.float("rope.scaling.yarn_attn_factor")?.filter(|&factor| factor != 0.0);
         let amplitude = match own {
             Some(amplitude) => amplitude,
-            None if log_multiplier != 0.0 => 1.0,
-            None => yarn_amplitude(factor, 1.0),
+            None if log_multiplier != 0.0 => more,
+            None => more * yarn_amplitude(factor, 1.0),
         };
         Ok(Rope::yarn(theta, self.pairs, yarn, amplitude as f32))
     }

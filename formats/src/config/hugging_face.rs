@@ -126,20 +126,23 @@ impl ModelConfig {
             "rms_norm_eps": shortest(self.norm_epsilon),
             "rope_theta": shortest(self.rope.theta),
             "rope_scaling": rope_scaling(path, &self.rope)?,
-            "rope_parameters": self.ropes_by_kind(path)?,
             "tie_word_embeddings": self.tied_embeddings,
             "attention_bias": self.features.has_attention_bias,
             "mlp_bias": self.features.has_ffn_bias,
             "bos_token_id": token_ids["bos_token_id"],
             "eos_token_id": token_ids["eos_token_id"],
         });
-        // Of the two spellings one, or readers would compare them.
-        let spelling = match config["rope_parameters"].is_null() {
-            true => "rope_parameters",
-            false => "rope_scaling",
-        };
-        config.as_object_mut().and_then(|config| config.remove(spelling));
+        if let Some(ropes) = self.ropes_by_kind(path)? {
+            // Of the two spellings one, or readers would compare them.
+            arch::leave_out(&mut config, &["rope_scaling"]);
+            config["rope_parameters"] = ropes;
+        }
         self.family.write(self, &mut config);
+        let class_pad = self.family.default("pad_token_id");
+        if class_pad.is_some_and(|id| id >= self.vocab_size as f64) {
+            // An embedding with this row would be asked for.
+            config["pad_token_id"] = Value::Null;
+        }
         let mut generation_config = token_ids;
         for (key, value) in self.generation.to_hugging_face() {
             generation_config[key] = value;
@@ -150,8 +153,8 @@ impl ModelConfig {
 
 impl ModelConfig {
     /// `rope_parameters` of a model with another rotary embedding in blocks with a window.
-    fn ropes_by_kind(&self, path: &Path) -> Result<Value> {
-        let Some(local) = &self.features.local_rope else { return Ok(Value::Null) };
+    fn ropes_by_kind(&self, path: &Path) -> Result<Option<Value>> {
+        let Some(local) = &self.features.local_rope else { return Ok(None) };
         let mut parameters = json!({});
         for ((kind, _), rope) in LAYER_TYPES.into_iter().zip([&self.rope, local]) {
             let mut one = rope_scaling(path, rope)?;
@@ -161,7 +164,7 @@ impl ModelConfig {
             one["rope_theta"] = shortest(rope.theta).into();
             parameters[kind] = one;
         }
-        Ok(parameters)
+        Ok(Some(parameters))
     }
 }
 
@@ -202,12 +205,10 @@ fn numbers(values: &[f32]) -> Vec<f64> {
 
 /// The kind of scaling that gives these factors.
 fn factors_scaling(path: &Path, rope: &Rope) -> Result<Value> {
-    if rope.is_unscaled() {
-        return Ok(Value::Null);
-    }
-    let first = rope.factors[0];
-    if rope.factors.iter().all(|&factor| factor == first) {
-        return Ok(json!({"rope_type": "linear", "factor": shortest(first)}));
+    match rope.linear_factor() {
+        Some(1.0) => return Ok(Value::Null),
+        Some(factor) => return Ok(json!({"rope_type": "linear", "factor": shortest(factor)})),
+        None => {}
     }
     let Some(llama3) = Llama3::of(rope) else {
         let what = "RoPE factors of another kind than `linear` and `llama3` in `config.json`";

@@ -108,11 +108,16 @@ impl Rope {
         }
     }
 
+    /// What all frequencies are divided by, if that is one number and all that scaling does.
+    pub fn linear_factor(&self) -> Option<f32> {
+        let first = *self.factors.first()?;
+        let is_linear = self.scaling == Scaling::Factors && self.amplitude == 1.0;
+        (is_linear && self.factors.iter().all(|&factor| factor == first)).then_some(first)
+    }
+
     /// Whether there is no scaling.
     pub fn is_unscaled(&self) -> bool {
-        self.scaling == Scaling::Factors
-            && self.amplitude == 1.0
-            && self.factors.iter().all(|&factor| factor == 1.0)
+        self.linear_factor() == Some(1.0)
     }
 }
 
