@@ -45,7 +45,7 @@ fn row(family: &dyn Family, models: &[&Box<dyn ModelSource>]) -> String {
         ("onnx", Target::Onnx),
         ("gptq", Target::Gptq),
     ];
-    let has = |target: Target| models.iter().all(|model| target.lacks(model.decoder()).is_none());
+    let has = |target: Target| models.iter().all(|model| target.lacks(&***model).is_none());
     let layouts = layouts.into_iter().filter(|&(_, target)| has(target)).map(|(name, _)| name);
     format!(
         "| `{}` | {} | yes | {cuda} | {} |\n",
