@@ -20,8 +20,8 @@ fn families_by_engine() {
          |---|---|---|---|---|\n"
             .to_owned();
     for family in FAMILIES {
-        let is_of_family = |model: &&Box<dyn ModelSource>| model.config().family == family;
-        let of_family: Vec<_> = models.iter().filter(is_of_family).collect();
+        let of_family: Vec<&dyn ModelSource> =
+            models.iter().map(|model| &**model).filter(|m| m.config().family == family).collect();
         assert!(!of_family.is_empty(), "no golden of {}", family.architecture());
         table += &row(family, &of_family);
     }
@@ -30,7 +30,7 @@ fn families_by_engine() {
     assert!(text.contains(&table), "{} should have\n\n{table}", page.display());
 }
 
-fn row(family: &dyn Family, models: &[&Box<dyn ModelSource>]) -> String {
+fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
     let types: Vec<_> =
         family.hf_types().iter().map(|kind| format!("`{}`", kind.model_type)).collect();
     let lacking: BTreeSet<_> =
@@ -45,7 +45,7 @@ fn row(family: &dyn Family, models: &[&Box<dyn ModelSource>]) -> String {
         ("onnx", Target::Onnx),
         ("gptq", Target::Gptq),
     ];
-    let has = |target: Target| models.iter().all(|model| target.lacks(&***model).is_none());
+    let has = |target: Target| models.iter().all(|model| target.lacks(*model).is_none());
     let layouts = layouts.into_iter().filter(|&(_, target)| has(target)).map(|(name, _)| name);
     format!(
         "| `{}` | {} | yes | {cuda} | {} |\n",
