@@ -1,8 +1,9 @@
 //! The neurons of a feed-forward network, in the order of what the loss minds about them.
 //!
 //! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network
-//! gives the same in whatever order they stand, with their biases. Sorted, neurons of like worth share the groups of
-//! `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has the effect).
+//! gives the same in whatever order they stand, with their biases. Sorted, neurons of like worth
+//! share the groups of `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has
+//! the effect).
 
 use rayon::prelude::*;
 use slim_formats::{Decoder, Part, PartMap, arch::Rows};

@@ -98,7 +98,8 @@ fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
     for method in Method::all() {
         let name = format!("matvec {rows} x {cols}, {dtype:?}, {method:?}");
         memory.measure(&name, rows * cols, len, &copies, |bytes| {
-            let tensor = DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored };
+            let tensor =
+                DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored, scales: None };
             dense_by(method, &tensor, &x, black_box(&mut out)).expect("a type of weights");
         });
     }

@@ -1,10 +1,9 @@
-// Attention of one query token: out = softmax(q K^T / sqrt(head_dim)) V over the positions that it
+// Attention of one query token: out = softmax(capped(scale * q K^T)) V over the positions that it
 // sees.
 //
 //   q         f32 [heads, head_dim], rotated
 //   cache     rows of all positions up to the token's own
-//   position  one u32: the token's. It sees positions max(0, position + 1 - window) ..= position;
-//             window 0: all
+//   position  one u32: the token's. It sees positions max(0, position + 1 - window) ..= position
 //   partial   f32 [heads, gridDim.y, head_dim + 4]: scratch, 16-byte aligned
 //   counters  u32 [kv_heads * gridDim.z], zero between launches
 //   out       fp16 [heads * head_dim] in operand order
@@ -102,11 +101,10 @@ __device__ __noinline__ void stage_queries(Vector16* operands, const float* q, u
 // The warp's share of the positions begin .. end, `first` its first: writes the part of each head,
 // of its values those of channels from value_channel.
 template <class Rows>
-__device__ inline void attend(const Vector16* queries, const KvCache& cache, u64 row0, u32 first, u32 end,
-                              u32 value_channel, u32 count, float* parts) {
+__device__ inline void attend(const Vector16* queries, const KvCache& cache, const Scores& scores, u64 row0, u32 first,
+                              u32 end, u32 value_channel, u32 count, float* parts) {
     typedef typename Rows::Eight Eight;
     const u32 lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, head_dim = cache.head_dim;
-    const float scale = score_scale(head_dim);
     float max = LOWEST_SCORE, sum = 0.0f;
     // What `values` counts in: the largest scale of the rows so far, so that probability * scale
     // fits fp16.
@@ -153,7 +151,8 @@ __device__ inline void attend(const Vector16* queries, const KvCache& cache, u64
         for (u32 p = 0; p < 4; ++p) score[p] = c[p / 2][p % 2] + c[p / 2][p % 2 + 2];
         float next_max = max, next_unit = unit;
         for (u32 p = 0; p < 4; ++p) {
-            score[p] *= scale * key_scale[p];
+            score[p] *= scores.scale * key_scale[p];
+            if (scores.cap != 0.0f) score[p] = capped(score[p], scores.cap);
             if (place(p) >= end) score[p] = -INFINITY;
             next_max = fmaxf(next_max, score[p]);
             next_unit = fmaxf(next_unit, value_scale[p]);
@@ -217,7 +216,7 @@ __device__ inline void attend(const Vector16* queries, const KvCache& cache, u64
 
 template <class Rows>
 __device__ inline void attention_decode(const float* q, const KvCache& cache, const u32* position, u32 heads,
-                                        u32 window, float* partial, u32* counters, u16* out) {
+                                        const Scores& scores, float* partial, u32* counters, u16* out) {
     __shared__ Vector16 queries[MAX_HEAD_DIM / 16 * WARP];
     __shared__ Float4 shared_parts[DECODE_WARPS * DECODE_HEADS * (MAX_HEAD_DIM + PART_HEADER) / 4];
     const u32 kv_head = blockIdx.x, head_dim = cache.head_dim, warp = threadIdx.x / WARP;
@@ -226,7 +225,7 @@ __device__ inline void attention_decode(const float* q, const KvCache& cache, co
 
     const u32 limit = *position + 1;  // under way while the queries come
     stage_queries(queries, q + u64(head) * head_dim, count, head_dim);
-    const u32 start = window != 0 && window < limit ? limit - window : 0;
+    const u32 window = scores.window, start = window != 0 && window < limit ? limit - window : 0;
     const u32 longest = (limit - start + gridDim.y - 1) / gridDim.y;
     const u32 span = (longest + DECODE_SPAN - 1) / DECODE_SPAN * DECODE_SPAN;
     const u32 spans = (limit - start + span - 1) / span;
@@ -237,8 +236,8 @@ __device__ inline void attention_decode(const float* q, const KvCache& cache, co
     float* const parts = shared_parts[0].value;
     const u32 part_size = head_dim + PART_HEADER;
     for (u32 channel = 0; channel < head_dim; channel += DECODE_VALUE_LOADS * DECODE_VALUE_CHANNELS)
-        attend<Rows>(queries, cache, u64(kv_head) * cache.capacity, begin + warp * DECODE_STEP, end, channel, count,
-                     parts + warp * count * part_size);
+        attend<Rows>(queries, cache, scores, u64(kv_head) * cache.capacity, begin + warp * DECODE_STEP, end, channel,
+                     count, parts + warp * count * part_size);
     __syncthreads();
 
     const u32 quads = head_dim / 4;
@@ -264,15 +263,15 @@ __device__ inline void attention_decode(const float* q, const KvCache& cache, co
 }
 
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3)
-    attention_decode_f16(const float* q, KvCache cache, const u32* position, u32 heads, u32 window, float* partial,
-                         u32* counters, u16* out) {
+    attention_decode_f16(const float* q, KvCache cache, const u32* position, u32 heads, Scores scores,
+                         float* partial, u32* counters, u16* out) {
     begin_after_previous_kernel();
-    attention_decode<HalfRows>(q, cache, position, heads, window, partial, counters, out);
+    attention_decode<HalfRows>(q, cache, position, heads, scores, partial, counters, out);
 }
 
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3)
-    attention_decode_q8(const float* q, KvCache cache, const u32* position, u32 heads, u32 window, float* partial,
-                        u32* counters, u16* out) {
+    attention_decode_q8(const float* q, KvCache cache, const u32* position, u32 heads, Scores scores,
+                        float* partial, u32* counters, u16* out) {
     begin_after_previous_kernel();
-    attention_decode<CodeRows>(q, cache, position, heads, window, partial, counters, out);
+    attention_decode<CodeRows>(q, cache, position, heads, scores, partial, counters, out);
 }

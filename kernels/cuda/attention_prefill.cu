@@ -1,10 +1,10 @@
-// Attention of m query tokens: out[t] = softmax(q[t] K^T / sqrt(head_dim)) V over the positions
-// that token t sees.
+// Attention of m query tokens: out[t] = softmax(capped(scale * q[t] K^T)) V over the positions that
+// token t sees.
 //
 //   q         f32 [m, heads, head_dim], rotated
 //   cache     rows of all positions up to the last token's own
 //   position  one u32: the first token's. Token t sees max(0, position + t + 1 - window) ..=
-//             position + t; window 0: all
+//             position + t
 //   out       fp16 [m, stride] in operand order, column head * head_dim + channel
 //
 // Grid: (ceil(m * heads / kv_heads / 64), kv_heads). The heads that share a kv head are rows of one
@@ -59,7 +59,8 @@ __device__ __noinline__ void stage(bool has_codes, u16* tile, u32 tile_stride, c
 // for both kinds of rows, which differ only on their way to shared memory; not inlined, for it is
 // most of the code.
 __device__ __noinline__ void attend_rows(bool has_codes, const float* q, const KvCache cache, u32 start, u32 m,
-                                         u32 heads, u32 window, u16* out, u32 stride, u32 value_channel) {
+                                         u32 heads, const Scores scores, u16* out, u32 stride,
+                                         u32 value_channel) {
     DYNAMIC_SHARED(shared);
     __shared__ float key_scales[PREFILL_TILE];
     const u32 head_dim = cache.head_dim, kv_head = blockIdx.y, group = heads / cache.kv_heads;
@@ -75,7 +76,7 @@ __device__ __noinline__ void attend_rows(bool has_codes, const float* q, const K
     const u32 first_row = (gridDim.x - 1 - blockIdx.x) * PREFILL_ROWS;
     const u32 last_row = min(first_row + PREFILL_ROWS, m * group) - 1;
     const auto sees_from = [=](u32 token) {
-        const u32 end = start + token + 1;
+        const u32 window = scores.window, end = start + token + 1;
         return window != 0 && window < end ? end - window : 0;
     };
     const u32 last = start + last_row / group;
@@ -107,7 +108,7 @@ __device__ __noinline__ void attend_rows(bool has_codes, const float* q, const K
         row_begin[r] = sees_from(token);
         row_length[r] = start + token + 1 - row_begin[r];
     }
-    const float scale = score_scale(head_dim);
+    const float scale = scores.scale;
     float max[2] = {LOWEST_SCORE, LOWEST_SCORE}, sum[2] = {};
     float result[PREFILL_CHANNELS / 8][4] = {};
 
@@ -134,6 +135,10 @@ __device__ __noinline__ void attend_rows(bool has_codes, const float* q, const K
         if (has_codes)
             for (u32 n = 0; n < PREFILL_TILE / 8; ++n)
                 for (u32 j = 0; j < 4; ++j) score[n][j] *= key_scales[8 * n + 2 * quarter + j % 2];
+        // Products here, which are multiplied by the scale below.
+        if (scores.cap != 0.0f)
+            for (u32 n = 0; n < PREFILL_TILE / 8; ++n)
+                for (u32 j = 0; j < 4; ++j) score[n][j] = capped(score[n][j], scores.cap / scale);
 
         copy_async_wait<0>();
         __syncthreads();  // the values are there, and the keys have been used
@@ -211,21 +216,21 @@ __device__ __noinline__ void attend_rows(bool has_codes, const float* q, const K
 }
 
 __device__ inline void attention_prefill(bool has_codes, const float* q, const KvCache& cache, const u32* position,
-                                         u32 m, u32 heads, u32 window, u16* out, u32 stride) {
+                                         u32 m, u32 heads, const Scores& scores, u16* out, u32 stride) {
     for (u32 channel = 0; channel < cache.head_dim; channel += PREFILL_CHANNELS)
-        attend_rows(has_codes, q, cache, *position, m, heads, window, out, stride, channel);
+        attend_rows(has_codes, q, cache, *position, m, heads, scores, out, stride, channel);
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 3)
-    attention_prefill_f16(const float* q, KvCache cache, const u32* position, u32 m, u32 heads, u32 window, u16* out,
-                          u32 stride) {
+    attention_prefill_f16(const float* q, KvCache cache, const u32* position, u32 m, u32 heads, Scores scores,
+                          u16* out, u32 stride) {
     begin_after_previous_kernel();
-    attention_prefill(false, q, cache, position, m, heads, window, out, stride);
+    attention_prefill(false, q, cache, position, m, heads, scores, out, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 3)
-    attention_prefill_q8(const float* q, KvCache cache, const u32* position, u32 m, u32 heads, u32 window, u16* out,
-                         u32 stride) {
+    attention_prefill_q8(const float* q, KvCache cache, const u32* position, u32 m, u32 heads, Scores scores,
+                         u16* out, u32 stride) {
     begin_after_previous_kernel();
-    attention_prefill(true, q, cache, position, m, heads, window, out, stride);
+    attention_prefill(true, q, cache, position, m, heads, scores, out, stride);
 }

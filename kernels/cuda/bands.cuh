@@ -11,10 +11,17 @@ constexpr u32 MAX_BANDS = 16;
 template <class Matrix>
 struct Band {
     Matrix w;
-    float* out;  // where the matrix has its first row of the first token
+    float* out;         // where the matrix has its first row of the first token
+    const float* bias;  // [matrix_rows]; null: none
     u32 first_row;
     u32 matrix_rows;
 };
+
+// What row `row` of a band adds to its sums.
+template <class Matrix>
+__device__ inline float bias_of(const Band<Matrix>& band, u32 row) {
+    return band.bias != nullptr ? band.bias[band.first_row + row] : 0.0f;
+}
 
 template <class Matrix>
 __device__ inline u32 tiles_of(const Matrix& w) {

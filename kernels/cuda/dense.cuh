@@ -29,9 +29,10 @@ __device__ inline Vector16 fragment(const DenseMatrix& w, u32 tile, u32 step, u3
 __device__ inline float row_unit(const PackedMatrix& w, u32 row) { return w.units[row] * operand_unit(w.coding); }
 __device__ inline float row_unit(const DenseMatrix&, u32) { return 1.0f; }
 
-// What a product does with its sums.
+// What a product does with its sums, to which a bias has been added.
 enum Mode : u32 {
-    STORE = 0,   // out = sums
-    ADD = 1,     // out += sums
-    SWIGLU = 2,  // operands = silu(sums of the gate) * sums of up
+    STORE = 0,     // out = sums
+    ADD = 1,       // out += scale * sums
+    ACTIVATE = 2,  // operands = activation(sums)
+    GATE = 3,      // operands = activation(sums of the gate) * sums of up
 };

@@ -1,4 +1,4 @@
-// x[t] = row tokens[t] of a matrix, which may be in bands: the embeddings of m tokens.
+// x[t] = scale * row tokens[t] of a matrix, which may be in bands: the embeddings of m tokens.
 //
 // Packed weights are read byte by byte, the way docs/format.md words it: it is only one row per
 // token. They equal the CPU's to the last bit.
@@ -19,7 +19,7 @@ struct Embed {
     Band<Matrix> band[MAX_BANDS];  // their `out` is x
     const u32* tokens;
     u32 bands;
-    u32 unused;
+    float scale;
 };
 
 // The band that has row `row`; the last one if none has it.
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<Pack
     // The last unit may have padding columns (F21).
     if (col >= min(u32(item.units * UNIT_COLS), w.cols - item.col16 * UNIT_COLS)) return;
     float* x = band.out + u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS;
-    x[col] = row < w.rows ? weight_at(w, item, row, col) : nanf("");
+    x[col] = row < w.rows ? args.scale * weight_at(w, item, row, col) : nanf("");
 }
 
 // The weight in row `row`, column `col`: `fragment` of dense.cuh, one number of it.
@@ -107,5 +107,6 @@ extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_dense(Embed<Dense
     const DenseMatrix& w = band.w;
     const u32 col = blockIdx.x * EMBED_COLS + threadIdx.x, row = token - band.first_row;
     if (col >= w.cols) return;
-    band.out[u64(blockIdx.y) * w.cols + col] = row < w.rows ? weight_at(w, row, col) : nanf("");
+    float* x = band.out + u64(blockIdx.y) * w.cols;
+    x[col] = row < w.rows ? args.scale * weight_at(w, row, col) : nanf("");
 }

@@ -8,6 +8,7 @@
 #include "rope.cu"
 #include "attention_decode.cu"
 #include "attention_prefill.cu"
-#include "swiglu.cu"
+#include "activate.cu"
+#include "finish_logits.cu"
 #include "top_k.cu"
 #include "gemm.cu"

@@ -12,8 +12,12 @@ constexpr u32 MAX_HEAD_DIM = 256;
 // 2^(-inf - LOWEST_SCORE) is 0 and 2^(LOWEST_SCORE - LOWEST_SCORE) is 1.
 constexpr float LOWEST_SCORE = -1e30f;
 
-// Scores are logarithms to base 2: a query is multiplied by this.
-__device__ inline float score_scale(u32 head_dim) { return 1.44269504f * rsqrtf(float(head_dim)); }
+// What a query sees, and what products with keys become: scores, which are logarithms to base 2.
+struct Scores {
+    u32 window;  // positions, the query's own included; 0: all
+    float scale;
+    float cap;  // 0: none
+};
 
 struct KvCache {
     void* keys;           // 16-byte aligned

@@ -9,7 +9,7 @@
 // the other has products under way. Packed weights never exist in fp16 outside registers.
 //
 //   x    fp16 [m, x_stride], operand order; padding zero
-//   out  f32 [m, matrix_rows]: overwritten (STORE) or added to (ADD)
+//   out  f32 [m, matrix_rows]: overwritten (STORE) or added to, times scale (ADD)
 //
 // Grid: (sum over the bands of ceil(tiles / 8), ceil(m / 128)). Block: MATMUL_THREADS. Dynamic
 // shared memory: HEAD_BYTES + the larger of SUMS_BYTES and stages * (packed: INPUT_BYTES<128> + 8 *
@@ -41,7 +41,7 @@ struct Matmul {
     u32 mode;    // STORE or ADD
     u32 stages;  // items in shared memory at a time: two for each set; one for each; 1, and one set does all the work
     u32 bands;
-    u32 unused;
+    float scale;
 };
 typedef Matmul<PackedMatrix> MatmulPacked;
 typedef Matmul<DenseMatrix> MatmulDense;
@@ -202,14 +202,14 @@ __device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, 
     const u32 row_of_block = threadIdx.x % (MATMUL_TILES * TILE_ROWS), row = block.first_tile * TILE_ROWS + row_of_block;
     if (row >= band.w.rows) return;
     constexpr u32 STRIDE = MATMUL_THREADS / (MATMUL_TILES * TILE_ROWS);
-    const float unit = row_unit(band.w, row);
+    const float unit = row_unit(band.w, row), bias = bias_of(band, row);
     const u32 first_token = blockIdx.y * MATMUL_TOKENS, tokens = min(args.m - first_token, MATMUL_TOKENS);
     float* out = band.out + u64(first_token) * band.matrix_rows + band.first_row + row;
 #pragma unroll 8
     for (u32 token = threadIdx.x / (MATMUL_TILES * TILE_ROWS); token < tokens; token += STRIDE) {
         float* to = out + u64(token) * band.matrix_rows;
-        const float value = total[token * SUM_PITCH + row_of_block] * unit;
-        *to = value + (args.mode == ADD ? *to : 0.0f);
+        const float value = total[token * SUM_PITCH + row_of_block] * unit + bias;
+        *to = args.mode == ADD ? *to + args.scale * value : value;
     }
 }
 

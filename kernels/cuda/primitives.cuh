@@ -252,6 +252,9 @@ __device__ inline float exp2_flushed(float x) {
 #endif
 }
 
+// c * tanh(x / c).
+__device__ inline float capped(float x, float c) { return c - 2.0f * c / (1.0f + exp2_flushed(2.88539008f / c * x)); }
+
 // ---- reductions ----
 
 __device__ inline float warp_sum(float value) {

@@ -4,12 +4,12 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
-    arch::{self, BlockSpec, Tensor},
+    arch::{self, BlockSpec, QkNorm, Tensor},
 };
 use slim_kernels::{
     cuda::{
-        Attention, Buffer, Device, Graph, KvCache as KvOfBlock, KvType, Matrix, Norm, Operands,
-        Position, RopeTables, Tokens, TopK,
+        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, KvType, Matrix, Neurons,
+        Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
     },
     weight,
 };
@@ -106,8 +106,24 @@ impl Segment {
         let mut inputs = Operands::zeros(&self.device, m, self.decoder.hidden_size)?;
         inputs.write(hidden, m)?;
         let mut logits = Buffer::zeros(&self.device, m * self.decoder.vocab_size)?;
-        self.device.matmul(&[&output.weight], &inputs, m, &mut [logits.view_mut()])?;
+        self.compute_logits(output, &inputs, m, &mut logits.view_mut())?;
         Ok(logits.view().read()?)
+    }
+
+    /// The logits of the first `m` of normed hidden states.
+    fn compute_logits(
+        &self,
+        output: &Output,
+        normed: &Operands,
+        m: usize,
+        logits: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
+        let Decoder { logit_scale: scale, logit_softcap: softcap, .. } = self.decoder;
+        self.device.matmul(&[&output.weight], normed, m, &mut [logits.reborrow()])?;
+        if scale != 1.0 || softcap.is_some() {
+            self.device.finish_logits(logits, scale, softcap)?;
+        }
+        Ok(())
     }
 
     /// The norm that follows block `index` of this segment, if there is one.
@@ -122,10 +138,37 @@ impl Segment {
 impl BlockOnDevice {
     fn upload(device: &Arc<Device>, block: &Block<'_>) -> Result<Self> {
         let Block { spec, layers, vectors } = block;
-        let layers = layers.iter().map(|(part, &layer)| Ok((part, Matrix::upload(device, layer)?)));
+        let layers = layers.iter().map(|(part, &layer)| {
+            let matrix = Matrix::upload(device, layer)?;
+            Ok(match part.bias().and_then(|bias| vectors.get(bias)) {
+                None => (part, matrix),
+                Some(bias) => (part, matrix.with_bias(Buffer::upload(device, bias)?)?),
+            })
+        });
         let norms = vectors.iter().map(|(part, norm)| Ok((part, Buffer::upload(device, norm)?)));
         let (layers, norms) = (layers.collect::<Result<_>>()?, norms.collect::<Result<_>>()?);
         Ok(Self { spec: *spec, layers, norms })
+    }
+
+    /// What its queries and keys go through.
+    fn rotation<'a>(&'a self, tables: &'a [RopeTables], epsilon: f32) -> Rotation<'a> {
+        let arch::Attention { qk_norm, rope, query_scaling, .. } = self.spec.attention;
+        let parts = [Part::AttnQNorm, Part::AttnKNorm];
+        let norms = (qk_norm == Some(QkNorm::Heads))
+            .then(|| HeadNorms { weights: parts.map(|part| self.norms[part].view()), epsilon });
+        Rotation { norms, tables: rope.map(|rope| &tables[rope]), query_scaling }
+    }
+
+    /// The neurons of its network.
+    fn neurons(&self) -> Neurons<'_> {
+        let (gate, up) = (self.layers.get(Part::FfnGate), &self.layers[Part::FfnUp]);
+        Neurons { gate, up, activation: self.spec.ffn.activation }
+    }
+
+    /// What its queries see.
+    fn scores(&self) -> Scores {
+        let arch::Attention { window, scale, softcap, .. } = self.spec.attention;
+        Scores { window, scale, softcap }
     }
 }
 
@@ -174,7 +217,7 @@ impl Session {
     pub fn new(segment: &Arc<Segment>, capacity: usize, kv_type: KvType) -> Result<Self> {
         let Segment { device, decoder, blocks, .. } = &**segment;
         let (hidden, spec) = (decoder.hidden_size, &blocks[0].spec);
-        let arch::Attention { heads, kv_heads, head_dim, window, .. } = spec.attention;
+        let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
         let ffn = spec.ffn.width;
         let batch = PREFILL_BATCH.min(capacity);
         let floats = |width: usize| Buffer::zeros(device, batch * width);
@@ -188,7 +231,7 @@ impl Session {
         let tables = positions.angles.iter().map(|angles| RopeTables::upload(device, angles));
         let has_output = segment.output.is_some();
         let work = Work {
-            attention: Attention::new(device, heads, window, &kv[0])?,
+            attention: Attention::new(device, heads, &kv[0])?,
             tables: tables.collect::<slim_kernels::Result<_>>()?,
             x: floats(hidden)?,
             q: floats(heads * head_dim)?,
@@ -262,7 +305,8 @@ impl Session {
             work;
         let hidden = m * decoder.hidden_size;
         if let Some(embedding) = &segment.embedding {
-            device.embed(embedding, tokens.view().slice(0..m), &mut x.view_mut())?;
+            let tokens = tokens.view().slice(0..m);
+            device.embed(embedding, tokens, decoder.embedding_scale, &mut x.view_mut())?;
         }
         device.rms_norm(
             x.view().slice(0..hidden),
@@ -273,31 +317,32 @@ impl Session {
         )?;
         for (index, (block, kv)) in segment.blocks.iter().zip(kv).enumerate() {
             let BlockOnDevice { spec, layers, norms } = block;
+            let scale = spec.residual_scale;
             let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &layers[part]);
             device.matmul(&qkv, normed, m, &mut [q.view_mut(), k.view_mut(), v.view_mut()])?;
             let kv_len = m * layers[Part::AttnK].rows();
             let new = [k.view().slice(0..kv_len), v.view().slice(0..kv_len)];
             let mut queries = q.view_mut().slice(0..m * layers[Part::AttnQ].rows());
-            let tables = &tables[spec.attention.rope.expect("asked of `lacks`")];
-            device.rope_store(attention, &mut queries, new, tables, calls, kv)?;
-            device.attention(attention, queries.as_view(), kv, calls, attended)?;
+            let rotation = block.rotation(tables, epsilon);
+            device.rope_store(attention, &mut queries, new, rotation, calls, kv)?;
+            let (queries, scores) = (queries.as_view(), block.scores());
+            device.attention(attention, queries, scores, kv, calls, attended)?;
             let output = &layers[Part::AttnOutput];
             let ffn_norm = Norm { weight: norms[Part::FfnNorm].view(), epsilon, out: normed };
-            device.matmul_add(output, attended, m, &mut x.view_mut(), Some(ffn_norm))?;
-            let gate_and_up = [Part::FfnGate, Part::FfnUp].map(|part| &layers[part]);
+            device.matmul_add(output, attended, m, scale, &mut x.view_mut(), Some(ffn_norm))?;
             let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
-            device.matmul_swiglu(gate_and_up, normed, m, scratch, activation)?;
+            device.matmul_activate(block.neurons(), normed, m, scratch, activation)?;
             let norm = segment.norm_after(index);
             let norm = norm.map(|weight| Norm { weight: weight.view(), epsilon, out: normed });
             let down = &layers[Part::FfnDown];
-            device.matmul_add(down, activation, m, &mut x.view_mut(), norm)?;
+            device.matmul_add(down, activation, m, scale, &mut x.view_mut(), norm)?;
         }
         if let Some(output) = &segment.output {
             if m > 1 {
                 let last = x.view().slice(hidden - decoder.hidden_size..hidden);
                 device.rms_norm(last, output.norm.view(), epsilon, 1, normed)?;
             }
-            device.matmul(&[&output.weight], normed, 1, &mut [logits.view_mut()])?;
+            segment.compute_logits(output, normed, 1, &mut logits.view_mut())?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part,
-    arch::{Activation, Attention, BlockSpec, Norm, Norms, Tensor},
+    arch::{Attention, BlockSpec, Norm, Norms, QkNorm, Tensor},
 };
 use slim_kernels::cuda::{Device, KvCache, KvType};
 
@@ -81,30 +81,15 @@ impl CudaSettings {
 
 /// What a model computes that the CUDA kernels do not.
 pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
-    let first = &decoder.blocks[0];
     let of_block = |spec: &BlockSpec| {
-        let BlockSpec { norm, norms, attention, ffn, residual_scale } = spec;
-        let plain_scale = 1.0 / (attention.head_dim as f32).sqrt();
+        let BlockSpec { norm, norms, attention, .. } = spec;
         [
             (*norm != Norm::Rms, "LayerNorm"),
             (*norms != Norms::Before, "norms behind attention"),
-            (attention.qk_norm.is_some(), "norms of queries and keys"),
-            (attention.has_bias || attention.has_output_bias || ffn.has_bias, "biases"),
-            (attention.softcap.is_some(), "a cap of scores"),
-            (attention.scale != plain_scale, "another scale of scores than 1 / sqrt(head size)"),
-            (attention.rope.is_none(), "blocks without rotary embedding"),
-            (attention.rotated != attention.head_dim, "heads that are turned in part"),
-            (attention.query_scaling.is_some(), "queries scaled by position"),
-            (attention.window != first.attention.window, "blocks with different windows"),
-            (ffn.activation != Activation::Silu || !ffn.is_gated, "a network without SwiGLU"),
-            (*residual_scale != 1.0, "a residual scale"),
+            (attention.qk_norm == Some(QkNorm::Whole), "norms of queries and keys as a whole"),
         ]
     };
-    let of_model = [
-        (decoder.outside(Part::Positions).is_some(), "learned positions"),
-        (decoder.embedding_scale != 1.0, "scaled embeddings"),
-        (decoder.logit_scale != 1.0 || decoder.logit_softcap.is_some(), "scaled or capped logits"),
-    ];
+    let of_model = [(decoder.outside(Part::Positions).is_some(), "learned positions")];
     let all = decoder.blocks.iter().flat_map(of_block).chain(of_model);
     all.into_iter().find_map(|(is_there, what)| is_there.then_some(what))
 }

@@ -7,6 +7,7 @@ mod command; // running the command
 mod cuda; // the command on a CUDA device
 mod end_to_end; // from a model to its packed file to its logits
 mod export; // other engines' layouts, read back
+mod families; // by engine
 mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
 mod numbers; // held on their way into files, or named

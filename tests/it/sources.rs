@@ -373,7 +373,7 @@ fn to_fp8(fp8: &Path, plain: &Path, suffix: &str, shape: impl Fn(usize, usize) -
         let (rows, cols) = (dims[0], dims[1]);
         // All codes but those that are not numbers.
         let codes: Vec<u8> =
-            (0..rows * cols).map(|i| (i * 151 % 126) as u8 | (i % 2) as u8 * 128).collect();
+            (0..rows * cols).map(|i| (i * 151 % 126) as u8 | ((i % 2) as u8 * 128)).collect();
         let of_scales = shape(rows, cols);
         let (down, across) = match of_scales[..] {
             [down, across] => (down, across),

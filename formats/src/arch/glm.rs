@@ -1,4 +1,5 @@
-//! GLM-4: norms before and behind, half of each head turned, neighbours together; gate and up fused.
+//! GLM-4: norms before and behind, half of each head turned, neighbours together; gate and up
+//! fused.
 
 use super::{BlockSpec, Family, HfType, Norms, Part, Stored, llama};
 use crate::{Layout, ModelConfig, Result, config::Keys};

@@ -1,5 +1,5 @@
-//! OLMo 2 and 3: norms behind attention and network only, queries and keys normed as a whole. OLMo 3
-//! has windows.
+//! OLMo 2 and 3: norms behind attention and network only, queries and keys normed as a whole. OLMo
+//! 3 has windows.
 
 use super::{
     BlockSpec, Family, HfType, Norms, QkNorm, llama,

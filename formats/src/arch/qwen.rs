@@ -1,5 +1,5 @@
-//! Qwen2 and 2.5, which have biases of queries, keys and values; Qwen3, which norms queries and keys
-//! of each head.
+//! Qwen2 and 2.5, which have biases of queries, keys and values; Qwen3, which norms queries and
+//! keys of each head.
 
 use super::{BlockSpec, Family, HfType, QkNorm, llama};
 use crate::{ModelConfig, Result, config::Keys};

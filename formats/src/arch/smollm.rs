@@ -49,8 +49,8 @@ impl Family for SmolLm3 {
     }
 
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
-        let flags = (0..config.block_count).map(|index| config.features.is_rotated(index).into());
-        json["no_rope_layers"] = flags.map(|flag: bool| u8::from(flag)).collect::<Vec<_>>().into();
+        let flag = |index: usize| u8::from(config.features.is_rotated(index));
+        json["no_rope_layers"] = (0..config.block_count).map(flag).collect::<Vec<_>>().into();
         if config.sliding_window.is_some() {
             json["use_sliding_window"] = true.into();
             llama::write_windows(config, json);

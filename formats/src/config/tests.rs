@@ -210,7 +210,11 @@ fn gguf_keys_round_trip() {
     let mut config = read(&changed(llama(), &changes)).unwrap();
     config.name = Some("tiny".to_owned());
     config.add_bos = true;
-    let factors = config.rope.factors.clone();
+    assert!(config.rope_vectors().is_empty(), "a key says a factor that all pairs have");
+    assert_eq!(from_gguf(&config.to_gguf(), None).unwrap(), config);
+    config.rope.factors[3] = 4.0;
+    let [(_, factors)] = config.rope_vectors()[..] else { panic!("no tensor of factors") };
+    let factors = factors.to_vec();
     assert_eq!(from_gguf(&config.to_gguf(), Some(factors)).unwrap(), config);
 
     let plain = read(&llama()).unwrap();

@@ -166,7 +166,8 @@ const std::map<std::string, std::function<Call(void**)>> KERNELS = {
     KERNEL(attention_decode_q8),
     KERNEL(attention_prefill_f16),
     KERNEL(attention_prefill_q8),
-    KERNEL(swiglu),
+    KERNEL(activate),
+    KERNEL(finish_logits),
     KERNEL(top_k),
     KERNEL(gemm_f32),
 };

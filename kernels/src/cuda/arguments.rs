@@ -19,7 +19,8 @@ const EMBED_COLS: usize = 128;
 pub(super) enum Mode {
     Store = 0,
     Add = 1,
-    SwiGlu = 2,
+    Activate = 2,
+    Gate = 3,
 }
 
 /// `PackedMatrix` of `packed.cuh`.
@@ -61,6 +62,7 @@ pub(super) struct DenseArgs {
 pub(super) struct BandArgs<M> {
     pub w: M,
     pub out: u64,
+    pub bias: u64,
     pub first_row: u32,
     pub matrix_rows: u32,
 }
@@ -76,11 +78,13 @@ pub(super) struct MatvecArgs<M> {
     pub mode: u32,
     pub operands: u64,
     pub operand_stride: u32,
-    pub unused: u32,
+    pub activation: u32,
     pub norm_weight: u64,
     pub normed: u64,
     pub normed_stride: u32,
     pub epsilon: f32,
+    pub scale: f32,
+    pub unused: u32,
     pub counter: u64,
 }
 
@@ -94,7 +98,7 @@ pub(super) struct MatmulArgs<M> {
     pub mode: u32,
     pub stages: u32,
     pub bands: u32,
-    pub unused: u32,
+    pub scale: f32,
 }
 
 /// `Embed` of `embed.cu`.
@@ -103,7 +107,7 @@ pub(super) struct EmbedArgs<M> {
     pub band: [BandArgs<M>; MAX_BANDS],
     pub tokens: u64,
     pub bands: u32,
-    pub unused: u32,
+    pub scale: f32,
 }
 
 /// `GemmArgs` of `gemm.cu`.
@@ -136,6 +140,27 @@ pub(super) struct KvCacheArgs {
     pub kv_heads: u32,
     pub head_dim: u32,
     pub unused: u32,
+}
+
+/// `Rotation` of `rope.cu`.
+#[repr(C)]
+pub(super) struct RotationArgs {
+    pub cos: u64,
+    pub sin: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub pairs: u32,
+    pub epsilon: f32,
+    pub beta: f32,
+    pub context: u32,
+}
+
+/// `Scores` of `kv_cache.cuh`.
+#[repr(C)]
+pub(super) struct ScoresArgs {
+    pub window: u32,
+    pub scale: f32,
+    pub cap: f32,
 }
 
 /// A storage of weights, and the kernels that multiply with it.
@@ -265,23 +290,25 @@ mod tests {
     /// The driver takes as many bytes from each argument as the PTX says.
     #[test]
     fn parameters_are_those_of_the_ptx() {
-        let cache = size_of::<KvCacheArgs>();
-        let kernels: [(&str, &[usize]); 16] = [
-            ("attention_decode_f16", &[8, cache, 8, 4, 4, 8, 8, 8]),
-            ("attention_decode_q8", &[8, cache, 8, 4, 4, 8, 8, 8]),
-            ("attention_prefill_f16", &[8, cache, 8, 4, 4, 4, 8, 4]),
-            ("attention_prefill_q8", &[8, cache, 8, 4, 4, 4, 8, 4]),
+        let (cache, scores) = (size_of::<KvCacheArgs>(), size_of::<ScoresArgs>());
+        let rotation = size_of::<RotationArgs>();
+        let kernels: [(&str, &[usize]); 17] = [
+            ("activate", &[8, 8, 4, 4, 8, 4]),
+            ("attention_decode_f16", &[8, cache, 8, 4, scores, 8, 8, 8]),
+            ("attention_decode_q8", &[8, cache, 8, 4, scores, 8, 8, 8]),
+            ("attention_prefill_f16", &[8, cache, 8, 4, 4, scores, 8, 4]),
+            ("attention_prefill_q8", &[8, cache, 8, 4, 4, scores, 8, 4]),
             ("embed_dense", &[size_of::<EmbedArgs<DenseArgs>>()]),
             ("embed_packed", &[size_of::<EmbedArgs<PackedArgs>>()]),
+            ("finish_logits", &[8, 4, 4, 4]),
             ("gemm_f32", &[size_of::<GemmArgs>()]),
             ("matmul_dense", &[size_of::<MatmulArgs<DenseArgs>>()]),
             ("matmul_packed", &[size_of::<MatmulArgs<PackedArgs>>()]),
             ("matvec_dense", &[size_of::<MatvecArgs<DenseArgs>>()]),
             ("matvec_packed", &[size_of::<MatvecArgs<PackedArgs>>()]),
             ("rms_norm", &[8, 8, 4, 4, 8, 4]),
-            ("rope_store_f16", &[8, 8, 8, 8, 8, 8, 4, cache]),
-            ("rope_store_q8", &[8, 8, 8, 8, 8, 8, 4, cache]),
-            ("swiglu", &[8, 8, 4, 8, 4]),
+            ("rope_store_f16", &[8, 8, 8, 8, 4, cache, rotation]),
+            ("rope_store_q8", &[8, 8, 8, 8, 4, cache, rotation]),
             ("top_k", &[8, 4, 4, 8, 8, 8, 8]),
         ];
         for (kernel, expected) in kernels {

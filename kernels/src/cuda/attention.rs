@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Buffer, Device, check_equal, check_limit};
+use slim_formats::arch::QueryScaling;
+
+use super::{Buffer, Device, View, check_equal, check_limit};
 use crate::{Result, RopeAngles};
 
 /// The largest head that the kernels take.
@@ -107,13 +109,42 @@ impl KvCache {
     }
 }
 
+/// What a query sees, and what becomes of its products with keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores {
+    /// Positions that it sees, its own included; `None` for all.
+    pub window: Option<usize>,
+    /// What products are multiplied by.
+    pub scale: f32,
+    /// `c * tanh(score / c)` in place of a score.
+    pub softcap: Option<f32>,
+}
+
+/// What queries and keys go through before they meet.
+#[derive(Clone, Copy, Default)]
+pub struct Rotation<'a> {
+    /// Norms of each head.
+    pub norms: Option<HeadNorms<'a>>,
+    /// What rotates them; `None` if they stay as they are.
+    pub tables: Option<&'a RopeTables>,
+    /// What queries are multiplied by.
+    pub query_scaling: Option<QueryScaling>,
+}
+
+/// RMS norms of the heads of queries and keys.
+#[derive(Clone, Copy)]
+pub struct HeadNorms<'a> {
+    /// `[head_dim]` of queries, `[head_dim]` of keys.
+    pub weights: [View<'a, f32>; 2],
+    /// Added to the mean square.
+    pub epsilon: f32,
+}
+
 /// The shape of attention, and scratch memory for one call at a time.
 pub struct Attention {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
-    /// Positions that a query sees, its own included; 0 for all.
-    pub(super) window: u32,
     /// Blocks that share out the positions of a head when there is one token.
     pub(super) splits: usize,
     /// [heads, splits, head_dim + 4].
@@ -123,7 +154,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// `heads` query heads that see `window` positions (`None` for all) of caches like `cache`.
+    /// `heads` query heads that look into caches like `cache`.
     ///
     /// # Errors
     /// `ShapeMismatch` unless `heads` is a multiple of the cache's heads; `OutOfDeviceMemory`;
@@ -131,12 +162,7 @@ impl Attention {
     ///
     /// # Panics
     /// Inside [`Device::capture`].
-    pub fn new(
-        device: &Arc<Device>,
-        heads: usize,
-        window: Option<usize>,
-        cache: &KvCache,
-    ) -> Result<Self> {
+    pub fn new(device: &Arc<Device>, heads: usize, cache: &KvCache) -> Result<Self> {
         let (kv_heads, head_dim) = (cache.kv_heads, cache.head_dim);
         check_limit("query heads", heads, MAX_HEADS)?;
         check_equal("query heads", heads, heads.next_multiple_of(kv_heads).max(kv_heads))?;
@@ -144,14 +170,10 @@ impl Attention {
         let blocks = DECODE_BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors();
         let most = cache.capacity.div_ceil(DECODE_SPAN).max(1);
         let splits = blocks.div_ceil(kv_heads * groups).min(most);
-        // A window past the capacity is no window.
-        let window =
-            window.filter(|&window| window < cache.capacity).map_or(0, |window| window as u32);
         Ok(Self {
             heads,
             kv_heads,
             head_dim,
-            window,
             splits,
             partial: Buffer::zeros(device, heads * splits * (head_dim + PART_HEADER))?,
             counters: Buffer::zeros(device, kv_heads * groups)?,
@@ -166,11 +188,12 @@ impl Attention {
 
 /// Cosines and sines of the rotation at the positions of a cache.
 pub struct RopeTables {
-    /// [positions, head_dim / 2].
+    /// [positions, pairs].
     pub(super) cos: Buffer<f32>,
-    /// [positions, head_dim / 2].
+    /// [positions, pairs].
     pub(super) sin: Buffer<f32>,
     pub(super) head_dim: usize,
+    pub(super) pairs: usize,
 }
 
 impl RopeTables {
@@ -184,12 +207,12 @@ impl RopeTables {
     pub fn upload(device: &Arc<Device>, angles: &RopeAngles) -> Result<Self> {
         let (cos, sin) =
             (Buffer::upload(device, &angles.cos)?, Buffer::upload(device, &angles.sin)?);
-        Ok(Self { cos, sin, head_dim: angles.head_dim })
+        Ok(Self { cos, sin, head_dim: angles.head_dim, pairs: angles.pairs })
     }
 
     /// Positions with angles.
     pub fn positions(&self) -> usize {
-        self.cos.len().min(self.sin.len()) / (self.head_dim / 2)
+        self.cos.len().min(self.sin.len()) / self.pairs
     }
 }
 

@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use slim_formats::{Layout, Weight, arch::Activation};
 
 use super::{
-    Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, Strided, Tokens,
-    operands::saturated,
+    Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, Scores, Strided,
+    Tokens, operands::saturated,
 };
 use crate::{
     AttentionShape, Backend, Cpu, KvView, Result, RopeAngles, check_matmul,
@@ -183,13 +183,15 @@ impl CudaBackend {
                 .collect();
             cache.view_mut().write(bytemuck::cast_slice(&halves))?;
         }
-        let mut attention = Attention::new(device, shape.heads, shape.window, &cache)?;
+        let AttentionShape { window, scale, softcap, .. } = *shape;
+        let scores = Scores { window, scale, softcap };
+        let mut attention = Attention::new(device, shape.heads, &cache)?;
         let mut position = Position::new(device, positions)?;
         position.set(shape.start)?;
         let queries = Buffer::upload(device, q)?;
         let mut operands = Operands::zeros(device, shape.m, shape.query_stride())?;
         let tokens = Tokens { position: &position, m: shape.m };
-        device.attention(&mut attention, queries.view(), &cache, tokens, &mut operands)?;
+        device.attention(&mut attention, queries.view(), scores, &cache, tokens, &mut operands)?;
         out.copy_from_slice(&operands.read(shape.m)?);
         Ok(())
     }

@@ -343,12 +343,14 @@ macro_rules! kernels {
 
 // With the dynamic shared memory that each asks for at most, in bytes.
 kernels! {
+    activate: 0,
     attention_decode_f16: 0,
     attention_decode_q8: 0,
     attention_prefill_f16: shared::prefill(256),
     attention_prefill_q8: shared::prefill(256),
     embed_dense: 0,
     embed_packed: 0,
+    finish_logits: 0,
     gemm_f32: 0,
     matmul_dense: shared::matmul(shared::MATMUL_STEP, 4),
     matmul_packed: shared::matmul(shared::matmul_item(8), 4),
@@ -357,7 +359,6 @@ kernels! {
     rms_norm: 0,
     rope_store_f16: 0,
     rope_store_q8: 0,
-    swiglu: 0,
     top_k: 0,
 }
 

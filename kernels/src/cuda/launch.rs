@@ -1,13 +1,16 @@
 //! Every kernel, launched: what it needs of its arguments is checked here, and nowhere else.
 #![allow(unsafe_code, reason = "the driver cannot check what a kernel does with its arguments")]
 
-use std::{ffi::c_void, ptr, sync::Arc};
+use std::{f32::consts::LOG2_E, ffi::c_void, ptr, sync::Arc};
+
+use slim_formats::arch::Activation;
 
 use super::{
-    Attention, Device, KvCache, KvType, Matrix, Operands, RopeTables, Tokens, TopK, View, ViewMut,
+    Attention, Device, KvCache, KvType, Matrix, Operands, Rotation, Scores, Tokens, TopK, View,
+    ViewMut,
     arguments::{
         BandArgs, DenseArgs, EmbedArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs,
-        MatvecArgs, Mode, PackedArgs,
+        MatvecArgs, Mode, PackedArgs, RotationArgs, ScoresArgs,
     },
     check_equal, check_limit,
     device::{Kernel, shared},
@@ -23,8 +26,8 @@ const MATMUL_TILES: usize = 8;
 const MATMUL_TOKENS: usize = 128;
 /// Sets of four warps of a block of `matmul_*`.
 const MATMUL_SETS: u32 = 2;
-/// Columns of a block of `swiglu` and `gemm_f32`.
-const SWIGLU_COLS: usize = 256;
+/// Numbers of a block of `activate` and `finish_logits`.
+const ELEMENTS: usize = 256;
 /// Heads of a block of `rope_store_*`.
 const ROPE_WARPS: usize = 4;
 /// Queries of a block of `attention_prefill_*`, those of all heads that share a kv head counted.
@@ -39,6 +42,17 @@ pub struct Norm<'a> {
     pub epsilon: f32,
     /// [m, rows of the product], overwritten.
     pub out: &'a mut Operands,
+}
+
+/// `activation(gate) * up`, or `activation(up)` without a gate.
+#[derive(Clone, Copy)]
+pub struct Neurons<'a> {
+    /// What opens and closes neurons.
+    pub gate: Option<&'a Matrix>,
+    /// What they take in, of as many rows.
+    pub up: &'a Matrix,
+    /// What makes them nonlinear.
+    pub activation: Activation,
 }
 
 /// A matrix in f32 whose rows and columns lie any number of floats apart.
@@ -88,7 +102,7 @@ impl<'a> Strided<'a> {
 }
 
 impl Device {
-    /// `out[i][m, rows] = x[m, cols] * w[i]^T`; one launch for up to 32 bands of matrices of a kind
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T + bias[i]`; one launch for up to 32 bands of matrices of a kind
     /// and up to eight tokens.
     ///
     /// # Errors
@@ -112,7 +126,7 @@ impl Device {
         self.store::<DenseArgs>(dense, x, m)
     }
 
-    /// `out[m, rows] += x[m, cols] * w^T`, and the norm of the sums, if one follows.
+    /// `out[m, rows] += scale * (x[m, cols] * w^T + bias)`, and the norm of the sums, if one follows.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x`, `out` or the norm do not fit, or if norms do not take so many rows;
@@ -125,6 +139,7 @@ impl Device {
         w: &Matrix,
         x: &Operands,
         m: usize,
+        scale: f32,
         out: &mut ViewMut<'_, f32>,
         norm: Option<Norm<'_>>,
     ) -> Result<()> {
@@ -136,52 +151,62 @@ impl Device {
             check_operands(norm.out, w.rows(), m)?;
         }
         match w.is_packed() {
-            true => self.add::<PackedArgs>(w, x, m, out, norm),
-            false => self.add::<DenseArgs>(w, x, m, out, norm),
+            true => self.add::<PackedArgs>(w, x, m, scale, out, norm),
+            false => self.add::<DenseArgs>(w, x, m, scale, out, norm),
         }
     }
 
-    /// `out = silu(x * gate^T) * (x * up^T)`, `[m, rows]`. Both products pass through
-    /// `scratch: [m, rows]` each, unless they can stay in registers.
+    /// The neurons of inputs `x`, `[m, rows]`. Products pass through `scratch: [m, rows]` each,
+    /// unless they can stay in registers.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
-    pub fn matmul_swiglu(
+    pub fn matmul_activate(
         &self,
-        [gate, up]: [&Matrix; 2],
+        neurons: Neurons<'_>,
         x: &Operands,
         m: usize,
-        scratch: [&mut ViewMut<'_, f32>; 2],
+        [gate_out, up_out]: [&mut ViewMut<'_, f32>; 2],
         out: &mut Operands,
     ) -> Result<()> {
-        check_equal("rows of the matrices", up.rows(), gate.rows())?;
-        for w in [gate, up] {
-            check_input(w, x, m)?;
+        let Neurons { gate, up, activation } = neurons;
+        check_input(up, x, m)?;
+        check_operands(out, up.rows(), m)?;
+        if let Some(gate) = gate {
+            check_equal("rows of the matrices", up.rows(), gate.rows())?;
+            check_input(gate, x, m)?;
         }
-        check_operands(out, gate.rows(), m)?;
-        let is_alike = gate.is_packed() == up.is_packed()
-            && gate.bands.iter().map(|band| band.rows).eq(up.bands.iter().map(|band| band.rows));
-        if m <= MATVEC_TOKENS && is_alike {
-            return match gate.is_packed() {
-                true => self.swiglu_of::<PackedArgs>([gate, up], x, m, out),
-                false => self.swiglu_of::<DenseArgs>([gate, up], x, m, out),
+        if m <= MATVEC_TOKENS && neurons.are_alike() {
+            return match up.is_packed() {
+                true => self.neurons_of::<PackedArgs>(neurons, x, m, out),
+                false => self.neurons_of::<DenseArgs>(neurons, x, m, out),
             };
         }
-        let [gate_out, up_out] = scratch;
-        self.matmul(&[gate, up], x, m, &mut [gate_out.reborrow(), up_out.reborrow()])?;
-        self.swiglu(gate_out.as_view(), up_out.as_view(), gate.rows(), m, out)
+        let n = up.rows();
+        match gate {
+            None => {
+                self.matmul(&[up], x, m, &mut [up_out.reborrow()])?;
+                self.activate(activation, up_out.as_view(), None, n, m, out)
+            }
+            Some(gate) => {
+                self.matmul(&[gate, up], x, m, &mut [gate_out.reborrow(), up_out.reborrow()])?;
+                self.activate(activation, gate_out.as_view(), Some(up_out.as_view()), n, m, out)
+            }
+        }
     }
 
-    /// `silu(gate) * up` for matrices of kind `K` with bands of the same rows.
-    fn swiglu_of<K: Kind>(
+    /// The neurons that matrices of kind `K`, which are alike, make of up to eight tokens.
+    fn neurons_of<K: Kind>(
         &self,
-        matrices: [&Matrix; 2],
+        neurons: Neurons<'_>,
         x: &Operands,
         m: usize,
         out: &mut Operands,
     ) -> Result<()> {
-        let bands: Vec<_> = matrices.iter().flat_map(|w| self.bands::<K>(w, 0)).collect();
-        self.matvec(&bands, x, m, Target::SwiGlu(out))
+        let Neurons { gate, up, activation } = neurons;
+        let bands: Vec<_> =
+            gate.into_iter().chain([up]).flat_map(|w| self.bands::<K>(w, 0)).collect();
+        self.matvec(&bands, x, m, Target::Neurons { has_gate: gate.is_some(), activation, out })
     }
 
     /// Adds the product with a matrix of kind `K`.
@@ -190,14 +215,15 @@ impl Device {
         w: &Matrix,
         x: &Operands,
         m: usize,
+        scale: f32,
         out: &mut ViewMut<'_, f32>,
         norm: Option<Norm<'_>>,
     ) -> Result<()> {
         if m <= MATVEC_TOKENS {
             let bands = self.bands::<K>(w, self.vector_input(out.as_view()));
-            return self.matvec(&bands, x, m, Target::Add(norm));
+            return self.matvec(&bands, x, m, Target::Add { scale, norm });
         }
-        self.multiply_many::<K>(w, x, m, Mode::Add, out)?;
+        self.multiply_many::<K>(w, x, m, Target::Add { scale, norm: None }, out)?;
         match norm {
             Some(norm) => self.rms_norm(out.as_view(), norm.weight, norm.epsilon, m, norm.out),
             None => Ok(()),
@@ -212,7 +238,7 @@ impl Device {
         m: usize,
     ) -> Result<()> {
         if m > MATVEC_TOKENS {
-            let multiply = |(w, out)| self.multiply_many::<K>(w, x, m, Mode::Store, out);
+            let multiply = |(w, out)| self.multiply_many::<K>(w, x, m, Target::Store, out);
             return products.into_iter().try_for_each(multiply);
         }
         let bands = products.into_iter().flat_map(|(w, out)| self.bands::<K>(w, self.output(out)));
@@ -225,6 +251,7 @@ impl Device {
         let args = |band: &Band| BandArgs {
             w: K::of(self, band),
             out,
+            bias: w.bias.as_ref().map_or(0, |bias| self.input(bias.view())),
             first_row: band.first_row as u32,
             matrix_rows: w.rows() as u32,
         };
@@ -243,8 +270,8 @@ impl Device {
             return Ok(());
         }
         let in_grid = match target {
-            Target::SwiGlu(_) => &bands[..bands.len() / 2],
-            Target::Store | Target::Add(_) => bands,
+            Target::Neurons { has_gate: true, .. } => &bands[..bands.len() / 2],
+            _ => bands,
         };
         let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
         let mut args = MatvecArgs {
@@ -253,38 +280,38 @@ impl Device {
             x_stride: x.stride() as u32,
             m: m as u32,
             bands: bands.len() as u32,
-            mode: Mode::Store as u32,
+            mode: target.mode() as u32,
             operands: 0,
             operand_stride: 0,
-            unused: 0,
+            activation: 0,
             norm_weight: 0,
             normed: 0,
             normed_stride: 0,
             epsilon: 0.0,
+            scale: target.scale(),
+            unused: 0,
             counter: self.counter(),
         };
         match target {
-            Target::Store => {}
-            Target::Add(norm) => {
-                args.mode = Mode::Add as u32;
-                if let Some(norm) = norm {
-                    args.norm_weight = self.vector_input(norm.weight);
-                    args.normed_stride = norm.out.stride() as u32;
-                    args.normed = self.output(&mut norm.out.values.view_mut());
-                    args.epsilon = norm.epsilon;
-                }
+            Target::Store | Target::Add { norm: None, .. } => {}
+            Target::Add { norm: Some(norm), .. } => {
+                args.norm_weight = self.vector_input(norm.weight);
+                args.normed_stride = norm.out.stride() as u32;
+                args.normed = self.output(&mut norm.out.values.view_mut());
+                args.epsilon = norm.epsilon;
             }
-            Target::SwiGlu(out) => {
-                args.mode = Mode::SwiGlu as u32;
+            Target::Neurons { activation, out, .. } => {
+                args.activation = code_of(activation);
                 args.operand_stride = out.stride() as u32;
                 args.operands = self.output(&mut out.values.view_mut());
             }
         }
         // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays
-        // them out, their `out` m rows of their matrix, whose rows they are (SwiGLU: no `out`, as
-        // many of the one matrix as of the other, of the same rows); x: m <= 8 rows of their
-        // columns, padded; operands, normed: m rows of their rows; norm_weight: as many; counter:
-        // zero. The callers have checked the shapes.
+        // them out, their `out` m rows of their matrix, whose rows they are (neurons: no `out`,
+        // with gates as many of the one matrix as of the other, of the same rows), their `bias` a
+        // value for each of its rows; x: m <= 8 rows of their columns, padded; operands, normed: m
+        // rows of their rows; norm_weight: as many; counter: zero. The callers have checked the
+        // shapes.
         unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, 0, &mut [argument(&args)]) }
     }
 
@@ -294,7 +321,7 @@ impl Device {
         w: &Matrix,
         x: &Operands,
         m: usize,
-        mode: Mode,
+        target: Target<'_>,
         out: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
         let bands = self.bands::<K>(w, self.output(out));
@@ -308,16 +335,16 @@ impl Device {
             x: self.input(x.values.view()),
             x_stride: x.stride() as u32,
             m: m as u32,
-            mode: mode as u32,
+            mode: target.mode() as u32,
             stages,
             bands: bands.len() as u32,
-            unused: 0,
+            scale: target.scale(),
         };
         let grid = [blocks, m.div_ceil(MATMUL_TOKENS), 1];
         let shared = shared::matmul(item_bytes, stages);
         // SAFETY: `matmul_*(Matmul args)`. band: one to 16 of the kernel's kind, all of `w`, as
-        // `Matrix` lays them out, their `out` m rows of it; x: m rows of its columns, padded. The
-        // callers have checked the shapes.
+        // `Matrix` lays them out, their `out` m rows of it, their `bias` a value for each of its
+        // rows; x: m rows of its columns, padded. The callers have checked the shapes.
         unsafe {
             self.launch(K::matmul(self), grid, MATMUL_SETS * 128, shared, &mut [argument(&args)])
         }
@@ -360,37 +387,61 @@ impl Device {
         unsafe { self.launch(&self.kernels.rms_norm, [m, 1, 1], 256, 0, args) }
     }
 
-    /// `out = silu(gate) * up`; all `[m, n]`.
+    /// `out = activation(gate) * up`, or `activation(gate)` without `up`; all `[m, n]`.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `Driver`.
-    pub fn swiglu(
+    pub fn activate(
         &self,
+        activation: Activation,
         gate: View<'_, f32>,
-        up: View<'_, f32>,
+        up: Option<View<'_, f32>>,
         n: usize,
         m: usize,
         out: &mut Operands,
     ) -> Result<()> {
-        check_room("gates", gate, m * n)?;
-        check_room("inputs", up, m * n)?;
+        for inputs in [Some(gate), up].into_iter().flatten() {
+            check_room("inputs of neurons", inputs, m * n)?;
+        }
         check_operands(out, n, m)?;
-        let (gate, up, stride) = (self.input(gate), self.input(up), out.stride() as u32);
+        let (gate, up) = (self.input(gate), up.map_or(0, |up| self.input(up)));
+        let (activation, stride) = (code_of(activation), out.stride() as u32);
         let (out, width) = (self.output(&mut out.values.view_mut()), n as u32);
         let args = &mut [
             argument(&gate),
             argument(&up),
             argument(&width),
+            argument(&activation),
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `swiglu(gate, up, n, out, stride)`. gate, up: m rows of n; out: m rows of n,
-        // `stride` apart.
-        unsafe { self.launch(&self.kernels.swiglu, [n.div_ceil(SWIGLU_COLS), m, 1], 256, 0, args) }
+        // SAFETY: `activate(gate, up, n, activation, out, stride)`. gate, and up if it is not null:
+        // m rows of n; out: m rows of n, `stride` apart.
+        unsafe { self.launch(&self.kernels.activate, [n.div_ceil(ELEMENTS), m, 1], 256, 0, args) }
     }
 
-    /// Rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and stores keys
-    /// (rotated) and values `[m, kv_heads, head_dim]` in the cache.
+    /// `logits = scale * logits`, then `c * tanh(logits / c)` if they are capped at c.
+    ///
+    /// # Errors
+    /// `TooLarge` for 2^31 logits or more; `Driver`.
+    pub fn finish_logits(
+        &self,
+        logits: &mut ViewMut<'_, f32>,
+        scale: f32,
+        softcap: Option<f32>,
+    ) -> Result<()> {
+        let n = logits.as_view().len();
+        check_limit("logits", n, i32::MAX as usize)?;
+        let (logits, count, cap) = (self.output(logits), n as u32, softcap.unwrap_or(0.0));
+        let args = &mut [argument(&logits), argument(&count), argument(&scale), argument(&cap)];
+        // SAFETY: `finish_logits(x, n, scale, c)`. x: n.
+        unsafe {
+            self.launch(&self.kernels.finish_logits, [n.div_ceil(ELEMENTS), 1, 1], 256, 0, args)
+        }
+    }
+
+    /// Norms and rotates `q: [m, heads, head_dim]` in place by the positions of its tokens, and
+    /// stores keys (treated likewise) and values `[m, kv_heads, head_dim]` in the cache.
     ///
     /// # Errors
     /// `ShapeMismatch` if the arguments do not fit each other; `TooLarge` for positions that the
@@ -403,20 +454,18 @@ impl Device {
         attention: &Attention,
         q: &mut ViewMut<'_, f32>,
         [k, v]: [View<'_, f32>; 2],
-        tables: &RopeTables,
+        rotation: Rotation<'_>,
         tokens: Tokens<'_>,
         cache: &mut KvCache,
     ) -> Result<()> {
         self.check_tokens(attention, cache, tokens)?;
-        check_equal("channels of the angles", tables.head_dim, cache.head_dim)?;
-        check_limit("positions", tokens.position.capacity(), tables.positions())?;
         let (m, heads, kv_heads) = (tokens.m, attention.heads, cache.kv_heads);
         check_room("queries", q.as_view(), m * heads * cache.head_dim)?;
         for (what, x) in [("keys", k), ("values", v)] {
             check_room(what, x, m * kv_heads * cache.head_dim)?;
         }
+        let rotation = self.rotation(rotation, tokens, cache)?;
         let (q, k, v) = (self.output(q), self.input(k), self.input(v));
-        let (cos, sin) = (self.input(tables.cos.view()), self.input(tables.sin.view()));
         let position = self.input(tokens.position.buffer.view());
         let (width, args) = (heads as u32, self.cache(cache));
         let kernel = match cache.kv_type {
@@ -428,17 +477,54 @@ impl Device {
             argument(&q),
             argument(&k),
             argument(&v),
-            argument(&cos),
-            argument(&sin),
             argument(&position),
             argument(&width),
             argument(&args),
+            argument(&rotation),
         ];
-        // SAFETY: `rope_store_*(q, k, v, cos, sin, position, heads, cache)`. q: m rows of all
-        // heads; k, v: m rows of the cache's heads; cos, sin: up to the last position that
-        // `position` can hold; cache: of the kernel's type, with m positions from there on
-        // (`check_tokens`).
+        // SAFETY: `rope_store_*(q, k, v, position, heads, cache, rotation)`. q: m rows of all
+        // heads; k, v: m rows of the cache's heads; cache: of the kernel's type, with m positions
+        // from `position` on (`check_tokens`); rotation: angles up to the last position that
+        // `position` can hold, of at most half a head, and norms of a head (`rotation`).
         unsafe { self.launch(kernel, grid, ROPE_WARPS as u32 * 32, 0, args) }
+    }
+
+    /// What `rope_store_*` takes of a rotation.
+    fn rotation(
+        &self,
+        rotation: Rotation<'_>,
+        tokens: Tokens<'_>,
+        cache: &KvCache,
+    ) -> Result<RotationArgs> {
+        let mut args = RotationArgs {
+            cos: 0,
+            sin: 0,
+            q_norm: 0,
+            k_norm: 0,
+            pairs: 0,
+            epsilon: 0.0,
+            beta: 0.0,
+            context: 1,
+        };
+        if let Some(tables) = rotation.tables {
+            check_equal("channels of the angles", tables.head_dim, cache.head_dim)?;
+            check_limit("pairs of a head", tables.pairs, cache.head_dim / 2)?;
+            check_limit("positions", tokens.position.capacity(), tables.positions())?;
+            (args.cos, args.sin) = (self.input(tables.cos.view()), self.input(tables.sin.view()));
+            args.pairs = tables.pairs as u32;
+        }
+        if let Some(norms) = rotation.norms {
+            for weight in norms.weights {
+                check_equal("weights of the norm of a head", weight.len(), cache.head_dim)?;
+            }
+            [args.q_norm, args.k_norm] = norms.weights.map(|weight| self.input(weight));
+            args.epsilon = norms.epsilon;
+        }
+        if let Some(scaling) = rotation.query_scaling {
+            check_limit("tokens of the scale of queries", scaling.context, u32::MAX as usize)?;
+            (args.beta, args.context) = (scaling.beta, scaling.context.max(1) as u32);
+        }
+        Ok(args)
     }
 
     /// Causal attention of `q: [m, heads, head_dim]` over the cache, which holds the positions of
@@ -454,6 +540,7 @@ impl Device {
         &self,
         attention: &mut Attention,
         q: View<'_, f32>,
+        scores: Scores,
         cache: &KvCache,
         tokens: Tokens<'_>,
         out: &mut Operands,
@@ -463,8 +550,8 @@ impl Device {
         check_room("queries", q, m * width)?;
         check_operands(out, width, m)?;
         match m {
-            1 => self.attention_decode(attention, q, cache, tokens, out),
-            _ => self.attention_prefill(attention, q, cache, tokens, out),
+            1 => self.attention_decode(attention, q, scores, cache, tokens, out),
+            _ => self.attention_prefill(attention, q, scores, cache, tokens, out),
         }
     }
 
@@ -472,12 +559,14 @@ impl Device {
         &self,
         attention: &mut Attention,
         q: View<'_, f32>,
+        scores: Scores,
         cache: &KvCache,
         tokens: Tokens<'_>,
         out: &mut Operands,
     ) -> Result<()> {
         let (q, position) = (self.vector_input(q), self.input(tokens.position.buffer.view()));
-        let (args, heads, window) = (self.cache(cache), attention.heads as u32, attention.window);
+        let (args, heads) = (self.cache(cache), attention.heads as u32);
+        let scores = scores_args(scores, cache);
         let partial = self.output(&mut attention.partial.view_mut());
         let counters = self.output(&mut attention.counters.view_mut());
         let out = self.output(&mut out.values.view_mut());
@@ -491,12 +580,12 @@ impl Device {
             argument(&args),
             argument(&position),
             argument(&heads),
-            argument(&window),
+            argument(&scores),
             argument(&partial),
             argument(&counters),
             argument(&out),
         ];
-        // SAFETY: `attention_decode_*(q, cache, position, heads, window, partial, counters, out)`.
+        // SAFETY: `attention_decode_*(q, cache, position, heads, scores, partial, counters, out)`.
         // q, out: one row of all heads; cache: of the kernel's type, with the position
         // (`check_tokens`); partial, counters: as large as the grid asks for (`Attention::new`),
         // the counters zero.
@@ -507,12 +596,14 @@ impl Device {
         &self,
         attention: &Attention,
         q: View<'_, f32>,
+        scores: Scores,
         cache: &KvCache,
         tokens: Tokens<'_>,
         out: &mut Operands,
     ) -> Result<()> {
         let (q, position) = (self.vector_input(q), self.input(tokens.position.buffer.view()));
-        let (args, heads, window) = (self.cache(cache), attention.heads as u32, attention.window);
+        let (args, heads) = (self.cache(cache), attention.heads as u32);
+        let scores = scores_args(scores, cache);
         let (m, stride) = (tokens.m as u32, out.stride() as u32);
         let out = self.output(&mut out.values.view_mut());
         let kernel = match cache.kv_type {
@@ -528,11 +619,11 @@ impl Device {
             argument(&position),
             argument(&m),
             argument(&heads),
-            argument(&window),
+            argument(&scores),
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, window, out, stride)`. q: m
+        // SAFETY: `attention_prefill_*(q, cache, position, m, heads, scores, out, stride)`. q: m
         // rows of all heads; out: the same, `stride` apart; cache: of the kernel's type, with m
         // positions from `position` on (`check_tokens`).
         unsafe { self.launch(kernel, grid, 128, shared, args) }
@@ -571,17 +662,23 @@ impl Device {
         }
     }
 
-    /// `x[t] = w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that
+    /// `x[t] = scale * w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that
     /// `w` has no row for.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x` does not fit; `TooLarge` for more than 65535 tokens; `Driver`.
-    pub fn embed(&self, w: &Matrix, tokens: View<'_, u32>, x: &mut ViewMut<'_, f32>) -> Result<()> {
+    pub fn embed(
+        &self,
+        w: &Matrix,
+        tokens: View<'_, u32>,
+        scale: f32,
+        x: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
         let m = tokens.len();
         check_room("outputs", x.as_view(), m * w.cols())?;
         match w.is_packed() {
-            true => self.embed_rows::<PackedArgs>(w, tokens, x),
-            false => self.embed_rows::<DenseArgs>(w, tokens, x),
+            true => self.embed_rows::<PackedArgs>(w, tokens, scale, x),
+            false => self.embed_rows::<DenseArgs>(w, tokens, scale, x),
         }
     }
 
@@ -590,6 +687,7 @@ impl Device {
         &self,
         w: &Matrix,
         tokens: View<'_, u32>,
+        scale: f32,
         x: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
         let m = tokens.len();
@@ -599,7 +697,7 @@ impl Device {
             band: filled(&bands),
             tokens: self.input(tokens),
             bands: bands.len() as u32,
-            unused: 0,
+            scale,
         };
         // SAFETY: `embed_*(Embed args)`. band: one to 16 of the kernel's kind, all of `w`, as
         // `Matrix` lays them out, their `out` m rows of its columns; tokens: m, looked up if `w`
@@ -689,11 +787,50 @@ impl Device {
     }
 }
 
-/// Where the sums of `matvec` go.
+/// Where the sums of a product go.
 enum Target<'a> {
     Store,
-    Add(Option<Norm<'a>>),
-    SwiGlu(&'a mut Operands),
+    Add { scale: f32, norm: Option<Norm<'a>> },
+    Neurons { has_gate: bool, activation: Activation, out: &'a mut Operands },
+}
+
+impl Target<'_> {
+    fn mode(&self) -> Mode {
+        match self {
+            Self::Store => Mode::Store,
+            Self::Add { .. } => Mode::Add,
+            Self::Neurons { has_gate: false, .. } => Mode::Activate,
+            Self::Neurons { has_gate: true, .. } => Mode::Gate,
+        }
+    }
+
+    /// What sums are multiplied by before they are added.
+    fn scale(&self) -> f32 {
+        match self {
+            Self::Add { scale, .. } => *scale,
+            Self::Store | Self::Neurons { .. } => 1.0,
+        }
+    }
+}
+
+impl Neurons<'_> {
+    /// Whether gate and up, if there are both, are of one kind and have the same bands.
+    fn are_alike(&self) -> bool {
+        let up = self.up;
+        self.gate.is_none_or(|gate| {
+            let rows = gate.bands.iter().map(|band| band.rows);
+            gate.is_packed() == up.is_packed() && rows.eq(up.bands.iter().map(|band| band.rows))
+        })
+    }
+}
+
+/// `Activation` of `activation.cuh`.
+fn code_of(activation: Activation) -> u32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Relu => 2,
+    }
 }
 
 impl Device {
@@ -755,6 +892,17 @@ impl Device {
         };
         start().map_err(refused(format!("launch kernel `{}`", kernel.name)))?;
         self.launched(kernel)
+    }
+}
+
+/// What the kernels of attention take of scores.
+fn scores_args(scores: Scores, cache: &KvCache) -> ScoresArgs {
+    // A window past the capacity is no window.
+    let window = scores.window.filter(|&window| window < cache.capacity);
+    ScoresArgs {
+        window: window.map_or(0, |window| window as u32),
+        scale: LOG2_E * scores.scale,
+        cap: scores.softcap.map_or(0.0, |cap| LOG2_E * cap),
     }
 }
 

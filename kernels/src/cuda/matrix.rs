@@ -10,7 +10,7 @@ use slim_formats::{
     slim::{Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS, UNIT_COLS},
 };
 
-use super::{Buffer, Device, check_limit};
+use super::{Buffer, Device, check_equal, check_limit};
 use crate::{
     KernelError, Result,
     weight::{dequantize_rows, shape},
@@ -32,12 +32,15 @@ const FRAGMENT_PIECE_BYTES: usize = 32 << 20;
 /// A weight matrix in device memory.
 ///
 /// Packed layers lie there as in their file, with a table of what the kernels work on at a time;
-/// any other weight is fp16, in the order in which the kernels use it.
+/// any other weight is fp16, in the order in which the kernels use it. Products add its bias, if it
+/// has one.
 pub struct Matrix {
     rows: usize,
     cols: usize,
     /// All packed, or a single dense one.
     pub(super) bands: Vec<Band>,
+    /// [rows].
+    pub(super) bias: Option<Buffer<f32>>,
 }
 
 /// Some rows of a matrix, or all of them.
@@ -106,18 +109,24 @@ impl Matrix {
         check_limit("rows", rows, 1 << 28)?;
         let Some(layers) = weight.bands() else {
             let storage = Storage::Dense(Dense::upload(device, weight)?);
-            return Ok(Self {
-                rows,
-                cols,
-                bands: vec![Band { first_row: 0, rows, cols, storage }],
-            });
+            let bands = vec![Band { first_row: 0, rows, cols, storage }];
+            return Ok(Self { rows, cols, bands, bias: None });
         };
         let band = |(first_row, layer): (usize, PackedTensor<'_>)| {
             let storage = Storage::Packed(Packed::upload(device, layer)?);
             Ok(Band { first_row, rows: layer.layout().rows(), cols, storage })
         };
         let bands = layers.iter().map(band).collect::<Result<_>>()?;
-        Ok(Self { rows, cols, bands })
+        Ok(Self { rows, cols, bands, bias: None })
+    }
+
+    /// The matrix with a bias.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` unless it has a value for each row.
+    pub fn with_bias(self, bias: Buffer<f32>) -> Result<Self> {
+        check_equal("values of the bias", bias.len(), self.rows)?;
+        Ok(Self { bias: Some(bias), ..self })
     }
 
     /// Output channels.
@@ -141,7 +150,8 @@ impl Matrix {
             }
             Storage::Dense(w) => w.fragments.device_bytes(),
         };
-        self.bands.iter().map(bytes).sum()
+        let bias = self.bias.as_ref().map_or(0, Buffer::device_bytes);
+        self.bands.iter().map(bytes).sum::<u64>() + bias
     }
 
     /// Whether its bands are packed.

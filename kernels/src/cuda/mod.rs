@@ -21,11 +21,13 @@ mod operands;
 mod timing;
 mod top_k;
 
-pub use attention::{Attention, KvCache, KvType, Position, RopeTables, Tokens};
+pub use attention::{
+    Attention, HeadNorms, KvCache, KvType, Position, RopeTables, Rotation, Scores, Tokens,
+};
 pub use backend::{CudaBackend, Gram, Held};
 pub use buffer::{Buffer, View, ViewMut};
 pub use device::{Device, Graph};
-pub use launch::{Norm, Strided};
+pub use launch::{Neurons, Norm, Strided};
 pub use matrix::Matrix;
 pub use operands::Operands;
 pub use top_k::TopK;

@@ -4,9 +4,11 @@
 use std::sync::{Arc, OnceLock};
 
 use super::*;
+use slim_formats::arch::QueryScaling;
+
 use crate::cuda::{
-    Attention, Buffer, CudaBackend, Device, KvCache, KvType, Matrix, Norm, Operands, Position,
-    RopeTables, Strided, Tokens, TopK,
+    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, KvType, Matrix, Neurons, Norm,
+    Operands, Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
 };
 
 /// Bounds of the normalized mean square error. fp16 rounds inputs and weights to 11 bits.
@@ -69,6 +71,12 @@ fn product(device: &Arc<Device>, w: &Matrix, x: &[f32], m: usize) -> Vec<f32> {
     let mut out = Buffer::upload(device, &vec![f32::NAN; m * w.rows()]).unwrap();
     device.matmul(&[w], &x, m, &mut [out.view_mut()]).unwrap();
     out.view().read().unwrap()
+}
+
+/// A bias of `matrix`, which takes it.
+fn biased(device: &Arc<Device>, matrix: Matrix, noise: &mut Noise) -> (Matrix, Vec<f32>) {
+    let bias = noise.vector(matrix.rows(), 1.0);
+    (matrix.with_bias(Buffer::upload(device, &bias).unwrap()).unwrap(), bias)
 }
 
 fn half_bytes(values: &[f32]) -> Vec<u8> {
@@ -316,7 +324,8 @@ fn matmul_add_and_its_norm_agree() {
     let bytes = half_bytes(&noise.vector(rows * cols, 1.0));
     for weight in [packed.weight(), dense(&bytes, DType::F16, rows, cols)] {
         let matrix = Matrix::upload(&device, weight).unwrap();
-        for m in [1, 3, 8, 11] {
+        let (matrix, bias) = biased(&device, matrix, &mut noise);
+        for (m, scale) in [(1, 1.0), (3, 0.3), (8, 1.0), (11, 0.3)] {
             let (x, residual) = (noise.vector(m * cols, 1.0), noise.vector(m * rows, 1.0));
             let norm_weight = noise.vector(rows, 1.0);
             let mut out = Buffer::upload(&device, &residual).unwrap();
@@ -324,9 +333,14 @@ fn matmul_add_and_its_norm_agree() {
             let norm_buffer = Buffer::upload(&device, &norm_weight).unwrap();
             let norm = Norm { weight: norm_buffer.view(), epsilon: 1e-5, out: &mut normed };
             let x_device = operands(&device, &x, m);
-            device.matmul_add(&matrix, &x_device, m, &mut out.view_mut(), Some(norm)).unwrap();
+            device
+                .matmul_add(&matrix, &x_device, m, scale, &mut out.view_mut(), Some(norm))
+                .unwrap();
             let mut expected = reference(weight, &x, m);
-            expected.iter_mut().zip(&residual).for_each(|(sum, &x)| *sum += f64::from(x));
+            for (i, (sum, &x)) in expected.iter_mut().zip(&residual).enumerate() {
+                let added = *sum + f64::from(bias[i % rows]);
+                *sum = f64::from(x) + f64::from(scale) * added;
+            }
             assert_nmse(
                 &format!("sums, m {m}"),
                 &out.view().read().unwrap(),
@@ -342,13 +356,13 @@ fn matmul_add_and_its_norm_agree() {
                 &widened(&expected),
                 HALF_NMSE,
             );
-            device.matmul_add(&matrix, &x_device, m, &mut out.view_mut(), None).unwrap();
+            device.matmul_add(&matrix, &x_device, m, 1.0, &mut out.view_mut(), None).unwrap();
         }
     }
 }
 
 #[test]
-fn matmul_swiglu_agrees() {
+fn matmul_activate_agrees() {
     let device = device_or_skip!();
     let mut noise = Noise(106);
     let (rows, cols) = (40, 160);
@@ -356,32 +370,41 @@ fn matmul_swiglu_agrees() {
         [0, 1].map(|_| layer(&mut noise, [rows, cols, 64], ScaleCoding::Paper, &[2, 3, 4]));
     let bytes = half_bytes(&noise.vector(rows * cols, 0.1));
     let half = dense(&bytes, DType::F16, rows, cols);
-    for [gate, up] in
-        [[packed[0].weight(), packed[1].weight()], [half, half], [packed[0].weight(), half]]
-    {
-        let matrices = [gate, up].map(|w| Matrix::upload(&device, w).unwrap());
+    for (gate, up, activation) in [
+        (Some(packed[0].weight()), packed[1].weight(), Activation::Silu),
+        (Some(half), half, Activation::GeluTanh),
+        (Some(packed[0].weight()), half, Activation::Silu),
+        (None, packed[1].weight(), Activation::Relu),
+        (None, half, Activation::Relu),
+    ] {
+        let mut upload = |w| biased(&device, Matrix::upload(&device, w).unwrap(), &mut noise);
+        let (gate_matrix, gate_bias) = gate.map(&mut upload).unzip();
+        let (up_matrix, up_bias) = upload(up);
         for m in [1, 8, 9] {
             let x = noise.vector(m * cols, 1.0);
             let mut scratch = [0, 1].map(|_| Buffer::<f32>::zeros(&device, m * rows).unwrap());
             let [a, b] = &mut scratch;
+            let scratch = [&mut a.view_mut(), &mut b.view_mut()];
             let mut out = Operands::zeros(&device, m, rows).unwrap();
-            device
-                .matmul_swiglu(
-                    [&matrices[0], &matrices[1]],
-                    &operands(&device, &x, m),
-                    m,
-                    [&mut a.view_mut(), &mut b.view_mut()],
-                    &mut out,
-                )
-                .unwrap();
-            let [mut expected, up] = [gate, up].map(|w| {
+            let neurons = Neurons { gate: gate_matrix.as_ref(), up: &up_matrix, activation };
+            let x_device = operands(&device, &x, m);
+            device.matmul_activate(neurons, &x_device, m, scratch, &mut out).unwrap();
+            let product = |w, bias: &[f32]| {
                 let mut out = vec![0.0; m * rows];
                 Scalar.matmul(w, &x, m, &mut out).unwrap();
+                out.iter_mut().zip(bias.iter().cycle()).for_each(|(out, bias)| *out += bias);
                 out
-            });
-            Scalar.gated(Activation::Silu, &mut expected, &up);
+            };
+            let mut expected = product(up, &up_bias);
+            match (gate, &gate_bias) {
+                (Some(gate), Some(bias)) => {
+                    let up = std::mem::replace(&mut expected, product(gate, bias));
+                    Scalar.gated(activation, &mut expected, &up);
+                }
+                _ => Scalar.activate(activation, &mut expected),
+            }
             assert_nmse(
-                &format!("m {m}"),
+                &format!("{activation:?}, m {m}"),
                 &out.read(m).unwrap(),
                 &widened(&expected),
                 PRODUCT_NMSE,
@@ -405,7 +428,7 @@ fn arguments_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn rms_norm_and_swiglu_agree() {
+fn rms_norm_and_activations_agree() {
     let device = device_or_skip!();
     let mut noise = Noise(108);
     for (m, n) in [(1, 64), (3, 100), (2, 1028)] {
@@ -418,10 +441,17 @@ fn rms_norm_and_swiglu_agree() {
         let mut expected = vec![0.0; m * n];
         Scalar.rms_norm(&x, &weight, 1e-5, &mut expected);
         assert_nmse("rms_norm", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
-        device.swiglu(x_device.view(), y_device.view(), n, m, &mut out).unwrap();
-        let mut expected = x.clone();
-        Scalar.gated(Activation::Silu, &mut expected, &y);
-        assert_nmse("swiglu", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
+        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu] {
+            let (x_view, y_view) = (x_device.view(), y_device.view());
+            device.activate(activation, x_view, Some(y_view), n, m, &mut out).unwrap();
+            let mut expected = x.clone();
+            Scalar.gated(activation, &mut expected, &y);
+            assert_nmse("gated", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
+            device.activate(activation, x_view, None, n, m, &mut out).unwrap();
+            expected.copy_from_slice(&x);
+            Scalar.activate(activation, &mut expected);
+            assert_nmse("activated", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
+        }
     }
 }
 
@@ -437,11 +467,12 @@ fn embed_gives_rows() {
         let tokens = [39, 0, 17, 17];
         let mut x = Buffer::zeros(&device, tokens.len() * cols).unwrap();
         let tokens_device = Buffer::upload(&device, &tokens).unwrap();
-        device.embed(&matrix, tokens_device.view(), &mut x.view_mut()).unwrap();
+        device.embed(&matrix, tokens_device.view(), 1.7, &mut x.view_mut()).unwrap();
         let found = x.view().read().unwrap();
         for (found, token) in found.chunks_exact(cols).zip(tokens) {
             let mut row = vec![0.0; cols];
             dequantize_rows(weight, token as usize..token as usize + 1, &mut row).unwrap();
+            row.iter_mut().for_each(|value| *value *= 1.7);
             assert_eq!(found, row);
         }
     }
@@ -462,6 +493,21 @@ fn top_k_is_sorted() {
         assert_eq!(top.read().unwrap(), expected);
     }
     assert!(matches!(TopK::new(&device, 129), Err(KernelError::TooLarge { .. })));
+}
+
+#[test]
+fn logits_are_scaled_and_capped() {
+    let device = device_or_skip!();
+    let logits = Noise(116).vector(1000, 50.0);
+    for (scale, softcap) in [(0.125, None), (1.0, Some(30.0))] {
+        let mut found = Buffer::upload(&device, &logits).unwrap();
+        device.finish_logits(&mut found.view_mut(), scale, softcap).unwrap();
+        let mut expected: Vec<f32> = logits.iter().map(|logit| scale * logit).collect();
+        if let Some(softcap) = softcap {
+            crate::cap(&mut expected, softcap);
+        }
+        assert_nmse("logits", &found.view().read().unwrap(), &widened(&expected), FLOAT_NMSE);
+    }
 }
 
 #[test]
@@ -489,20 +535,39 @@ fn gemm_of_strided_matrices_agrees() {
     );
 }
 
-/// Rotates, stores and attends: first `m` tokens, then one more.
+/// Norms, rotates, stores and attends: first `m` tokens, then one more. `pairs` of each head are
+/// rotated, none behind neither norms nor scaling.
 #[test]
 fn rope_and_attention_agree() {
     let device = device_or_skip!();
     let mut noise = Noise(112);
-    for (heads, kv_heads, dim, window) in
-        [(4, 2, 64, None), (3, 1, 40, Some(5)), (8, 8, 128, Some(70)), (10, 1, 16, None)]
-    {
+    for (heads, kv_heads, dim, pairs, window, softcap) in [
+        (4, 2, 64, 32, None, None),
+        (3, 1, 40, 20, Some(5), None),
+        (3, 1, 40, 6, Some(5), Some(3.0)),
+        (8, 8, 128, 64, Some(70), None),
+        (2, 1, 136, 0, None, Some(1.5)),
+        (10, 1, 16, 8, None, None),
+    ] {
         for kv_type in [KvType::F16, KvType::Q8] {
             let (m, capacity) = (75, 80);
-            let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], 0, capacity);
-            let tables = RopeTables::upload(&device, &angles).unwrap();
+            let angles = |start, m| RopeAngles::new(dim, 1e4, &vec![1.0; pairs], start, m);
+            let tables = RopeTables::upload(&device, &angles(0, capacity)).unwrap();
+            let weights = [noise.vector(dim, 1.0), noise.vector(dim, 1.0)];
+            let norms = weights.each_ref().map(|weight| Buffer::upload(&device, weight).unwrap());
+            let is_plain = 2 * pairs == dim;
+            let query_scaling = (!is_plain).then_some(QueryScaling { beta: 0.3, context: 7 });
+            let rotation = Rotation {
+                norms: (!is_plain).then(|| HeadNorms {
+                    weights: norms.each_ref().map(Buffer::view),
+                    epsilon: 1e-5,
+                }),
+                tables: (pairs > 0).then_some(&tables),
+                query_scaling,
+            };
+            let scores = Scores { window, scale: 1.1 / (dim as f32).sqrt(), softcap };
             let mut cache = KvCache::new(&device, kv_type, kv_heads, capacity, dim).unwrap();
-            let mut attention = Attention::new(&device, heads, window, &cache).unwrap();
+            let mut attention = Attention::new(&device, heads, &cache).unwrap();
             let mut position = Position::new(&device, capacity).unwrap();
             let (mut keys, mut values) =
                 (vec![0.0; kv_heads * capacity * dim], vec![0.0; kv_heads * capacity * dim]);
@@ -515,24 +580,24 @@ fn rope_and_attention_agree() {
                 let [mut q_device, k_device, v_device] =
                     [&q, &k, &v].map(|x| Buffer::upload(&device, x).unwrap());
                 let kv = [k_device.view(), v_device.view()];
-                device
-                    .rope_store(
-                        &attention,
-                        &mut q_device.view_mut(),
-                        kv,
-                        &tables,
-                        tokens,
-                        &mut cache,
-                    )
-                    .unwrap();
+                let queries = &mut q_device.view_mut();
+                device.rope_store(&attention, queries, kv, rotation, tokens, &mut cache).unwrap();
                 let mut out = Operands::zeros(&device, m, heads * dim).unwrap();
                 device
-                    .attention(&mut attention, q_device.view(), &cache, tokens, &mut out)
+                    .attention(&mut attention, q_device.view(), scores, &cache, tokens, &mut out)
                     .unwrap();
 
-                let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], start, m);
-                Scalar.rope(&mut q, heads, &angles);
-                Scalar.rope(&mut k, kv_heads, &angles);
+                if !is_plain {
+                    for (x, weight) in [&mut q, &mut k].into_iter().zip(&weights) {
+                        Scalar.rms_norm(&x.clone(), weight, 1e-5, x);
+                    }
+                }
+                Scalar.rope(&mut q, heads, &angles(start, m));
+                Scalar.rope(&mut k, kv_heads, &angles(start, m));
+                for (t, q) in q.chunks_exact_mut(heads * dim).enumerate() {
+                    let factor = query_scaling.map_or(1.0, |scaling| scaling.at(start + t));
+                    q.iter_mut().for_each(|q| *q *= factor);
+                }
                 assert_nmse("rope", &q_device.view().read().unwrap(), &widened(&q), FLOAT_NMSE);
                 for (cache, new) in [(&mut keys, &k), (&mut values, &v)] {
                     for (i, row) in new.chunks_exact(dim).enumerate() {
@@ -540,7 +605,7 @@ fn rope_and_attention_agree() {
                         cache[(head * capacity + start + t) * dim..][..dim].copy_from_slice(row);
                     }
                 }
-                let scale = 1.0 / (dim as f32).sqrt();
+                let Scores { window, scale, softcap } = scores;
                 let shape = AttentionShape {
                     heads,
                     kv_heads,
@@ -549,7 +614,7 @@ fn rope_and_attention_agree() {
                     m,
                     window,
                     scale,
-                    softcap: None,
+                    softcap,
                 };
                 let mut expected = vec![0.0; m * heads * dim];
                 let kv = KvView { keys: &keys, values: &values, capacity };
@@ -565,8 +630,10 @@ fn rope_and_attention_agree() {
                 Buffer::zeros(&device, 6 * heads * dim).unwrap(),
                 Operands::zeros(&device, 6, heads * dim).unwrap(),
             );
-            let error =
-                device.attention(&mut attention, q.view(), &cache, past, &mut out).err().unwrap();
+            let error = device
+                .attention(&mut attention, q.view(), scores, &cache, past, &mut out)
+                .err()
+                .unwrap();
             assert!(matches!(error, KernelError::TooLarge { found: 81, limit: 80, .. }), "{error}");
         }
     }
@@ -584,7 +651,7 @@ fn graph_runs_its_kernels_each_time_and_keeps_their_memory() {
     let inputs = operands(&device, &x, 1);
     let graph = device
         .capture(|| {
-            device.matmul_add(&matrix, &inputs, 1, &mut out.view_mut(), None)?;
+            device.matmul_add(&matrix, &inputs, 1, 1.0, &mut out.view_mut(), None)?;
             drop((matrix, inputs));
             Ok::<_, KernelError>(())
         })

@@ -105,7 +105,7 @@ fn dense_matvec_of_extreme_codes_agrees() {
             let mut weights = vec![f32::NAN; rows * cols];
             dequantize(dtype, &bytes, &mut weights).unwrap();
             let layout = Layout::AsStored;
-            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout };
+            let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None };
             for x in [127.0, -127.0] {
                 let expected = product(&vec![x; cols], &widened(&weights), cols);
                 for method in Method::all() {

@@ -7,7 +7,8 @@ use slim_formats::{DType, Features, Generation, ModelConfig, Rope};
 use slim_kernels::{
     RopeAngles,
     cuda::{
-        Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, RopeTables, Tokens,
+        Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, RopeTables,
+        Rotation, Scores, Tokens,
     },
     weight,
 };
@@ -263,6 +264,8 @@ fn attention(
     let m = scale.prefill.min(context);
     let angles = RopeAngles::new(dim, 1e4, &vec![1.0; dim / 2], 0, context);
     let tables = RopeTables::upload(device, &angles)?;
+    let rotation = Rotation { tables: Some(&tables), ..Rotation::default() };
+    let scores = Scores { window: None, scale: 1.0 / (dim as f32).sqrt(), softcap: None };
     let mut position = Position::new(device, context)?;
     let k = Buffer::upload(device, &vector(3, context * width, 1.0))?;
     let v = Buffer::upload(device, &vector(4, context * width, 1.0))?;
@@ -273,12 +276,12 @@ fn attention(
         let mut caches = (0..scale.copies(bytes))
             .map(|_| KvCache::new(device, kv_type, heads, context, dim))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut attention = Attention::new(device, heads, None, &caches[0])?;
+        let mut attention = Attention::new(device, heads, &caches[0])?;
         position.set(0)?;
         for cache in &mut caches {
             let tokens = Tokens { position: &position, m: context };
             let kv = [k.view(), v.view()];
-            device.rope_store(&attention, &mut q.view_mut(), kv, &tables, tokens, cache)?;
+            device.rope_store(&attention, &mut q.view_mut(), kv, rotation, tokens, cache)?;
         }
         let mut out = Operands::zeros(device, m, width)?;
 
@@ -286,7 +289,8 @@ fn attention(
         let graph = device.capture(|| {
             let tokens = Tokens { position: &position, m: 1 };
             caches.iter().try_for_each(|cache| {
-                device.attention(&mut attention, q.view().slice(0..width), cache, tokens, &mut out)
+                let q = q.view().slice(0..width);
+                device.attention(&mut attention, q, scores, cache, tokens, &mut out)
             })
         })?;
         let seconds = median(device.time(scale.runs, || graph.launch())?) / caches.len() as f64;
@@ -297,7 +301,7 @@ fn attention(
         let tokens = Tokens { position: &position, m };
         let seconds = device.time(scale.runs, || {
             caches.iter().try_for_each(|cache| {
-                device.attention(&mut attention, q.view(), cache, tokens, &mut out)
+                device.attention(&mut attention, q.view(), scores, cache, tokens, &mut out)
             })
         })?;
         let seconds = median(seconds) / caches.len() as f64;

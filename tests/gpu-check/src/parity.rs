@@ -91,11 +91,11 @@ pub fn run(device: &Arc<Device>, report: &mut Report) {
         test("dense weights", &|check| products::dense(device, check, tokens));
         test("several matrices at once", &|check| products::several(device, check, tokens));
         test("add, and the norm that follows", &|check| products::add(device, check, tokens));
-        test("SwiGLU", &|check| products::swiglu(device, check, tokens));
+        test("neurons", &|check| products::neurons(device, check, tokens));
     }
     test("embed", NO_ERROR, &|check| operations::embed(device, check));
     test("rms_norm", HALF_ERROR, &|check| operations::rms_norm(device, check));
-    test("swiglu", HALF_ERROR, &|check| operations::swiglu(device, check));
+    test("activate", HALF_ERROR, &|check| operations::activate(device, check));
     test("top_k", NO_ERROR, &|check| operations::top_k(device, check));
     test("gemm_f32", HALF_ERROR, &|check| operations::gemm(device, check));
     for (name, kv_type) in [("fp16", KvType::F16), ("q8", KvType::Q8)] {

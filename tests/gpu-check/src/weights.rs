@@ -80,6 +80,7 @@ impl HostWeight {
                 cols: *cols,
                 bytes,
                 layout: Layout::AsStored,
+                scales: None,
             }),
         }
     }

@@ -39,7 +39,7 @@ pub fn embed(device: &Arc<Device>, check: &mut Check) -> Result<()> {
         let tokens = [rows as u32 - 1, 0, 17, 17, 35];
         let mut x = Buffer::upload(device, &vec![f32::NAN; tokens.len() * cols])?;
         let tokens_on_device = Buffer::upload(device, &tokens)?;
-        device.embed(&matrix, tokens_on_device.view(), &mut x.view_mut())?;
+        device.embed(&matrix, tokens_on_device.view(), 1.0, &mut x.view_mut())?;
         let mut expected = vec![0.0; tokens.len() * cols];
         for (&token, row) in tokens.iter().zip(expected.chunks_exact_mut(cols)) {
             weight::dequantize_rows(w.view(), token as usize..token as usize + 1, row)?;
@@ -65,14 +65,15 @@ pub fn rms_norm(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     Ok(())
 }
 
-pub fn swiglu(device: &Arc<Device>, check: &mut Check) -> Result<()> {
+pub fn activate(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     for (m, n) in [(1, 1), (2, 300), (9, 1024)] {
         for size in [0.1, 100.0] {
             let (mut gate, up) = (vector(14, m * n, size), vector(15, m * n, 1.0));
             let (gate_on_device, up_on_device) =
                 (Buffer::upload(device, &gate)?, Buffer::upload(device, &up)?);
             let mut out = Operands::zeros(device, m, n)?;
-            device.swiglu(gate_on_device.view(), up_on_device.view(), n, m, &mut out)?;
+            let (gate_view, up_view) = (gate_on_device.view(), Some(up_on_device.view()));
+            device.activate(Activation::Silu, gate_view, up_view, n, m, &mut out)?;
             Scalar.gated(Activation::Silu, &mut gate, &up);
             check.near(format_args!("{m} x {n}, size {size}"), &out.read(m)?, &gate);
         }
@@ -208,7 +209,7 @@ impl Step {
 
     fn launch(&mut self, device: &Arc<Device>) -> slim_kernels::Result<()> {
         let norm = Norm { weight: self.norm.view(), epsilon: 1e-5, out: &mut self.normed };
-        device.matmul_add(&self.w, &self.x, self.tokens, &mut self.out.view_mut(), Some(norm))
+        device.matmul_add(&self.w, &self.x, self.tokens, 1.0, &mut self.out.view_mut(), Some(norm))
     }
 
     fn reset(&mut self) -> Result<()> {

@@ -10,7 +10,7 @@ use slim_formats::{
 };
 use slim_kernels::{
     Backend, Scalar,
-    cuda::{Buffer, Device, Matrix, Norm, Operands},
+    cuda::{Buffer, Device, Matrix, Neurons, Norm, Operands},
     weight,
 };
 
@@ -214,24 +214,28 @@ pub fn add(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Resul
         ];
         let norm_weight = vector(7, rows, 1.0);
         let norm_buffer = Buffer::upload(device, &norm_weight)?;
+        let (bias, scale) = (vector(9, rows, 1.0), 0.3);
         for (w, matrix) in weights.iter().zip(uploaded(device, &weights)?) {
+            let matrix = matrix.with_bias(Buffer::upload(device, &bias)?)?;
             for &m in tokens.iter().copied().flatten() {
                 let (x, residual) =
                     (half_vector(m as u64, m * cols, 1.0), vector(8, m * rows, 1.0));
                 let x_on_device = operands(device, &x, m)?;
                 let mut expected = residual.clone();
-                for (sum, product) in expected.iter_mut().zip(reference(w, &x, m)?) {
-                    *sum += product;
+                let products = reference(w, &x, m)?.into_iter().zip(bias.iter().cycle());
+                for (sum, (product, bias)) in expected.iter_mut().zip(products) {
+                    *sum += scale * (product + bias);
                 }
                 let mut out = Buffer::upload(device, &residual)?;
-                device.matmul_add(&matrix, &x_on_device, m, &mut out.view_mut(), None)?;
+                device.matmul_add(&matrix, &x_on_device, m, scale, &mut out.view_mut(), None)?;
                 let case = format!("{rows} rows, {m} tokens");
                 check.near(format_args!("sums, {case}"), &out.view().read()?, &expected);
 
                 let mut out = Buffer::upload(device, &residual)?;
                 let mut normed = Operands::zeros(device, m, rows)?;
                 let norm = Norm { weight: norm_buffer.view(), epsilon: EPSILON, out: &mut normed };
-                device.matmul_add(&matrix, &x_on_device, m, &mut out.view_mut(), Some(norm))?;
+                let sums = &mut out.view_mut();
+                device.matmul_add(&matrix, &x_on_device, m, scale, sums, Some(norm))?;
                 check.near(
                     format_args!("sums before a norm, {case}"),
                     &out.view().read()?,
@@ -246,7 +250,7 @@ pub fn add(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Resul
     Ok(())
 }
 
-pub fn swiglu(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
+pub fn neurons(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
     let (rows, cols) = (200, 176);
     let spec =
         LayerSpec { rows, cols, group_size: 64, coding: TWO_LEVEL, widths: &[1, 2, 3], size: 0.1 };
@@ -270,13 +274,23 @@ pub fn swiglu(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Re
             let mut scratch = [Buffer::zeros(device, m * rows)?, Buffer::zeros(device, m * rows)?];
             let [a, b] = &mut scratch;
             let mut out = Operands::zeros(device, m, rows)?;
-            let matrices = [&gate_matrix, &up_matrix];
             let x_on_device = operands(device, &x, m)?;
-            let scratch = [&mut a.view_mut(), &mut b.view_mut()];
-            device.matmul_swiglu(matrices, &x_on_device, m, scratch, &mut out)?;
-            let mut expected = reference(gate, &x, m)?;
-            Scalar.gated(Activation::Silu, &mut expected, &reference(up, &x, m)?);
-            check.near(format_args!("{kind}, {m} tokens"), &out.read(m)?, &expected);
+            let (gates, ups) = (reference(gate, &x, m)?, reference(up, &x, m)?);
+            for (activation, is_gated) in
+                [(Activation::Silu, true), (Activation::GeluTanh, true), (Activation::Relu, false)]
+            {
+                let gate = is_gated.then_some(&gate_matrix);
+                let neurons = Neurons { gate, up: &up_matrix, activation };
+                let scratch = [&mut a.view_mut(), &mut b.view_mut()];
+                device.matmul_activate(neurons, &x_on_device, m, scratch, &mut out)?;
+                let mut expected = if is_gated { gates.clone() } else { ups.clone() };
+                match is_gated {
+                    true => Scalar.gated(activation, &mut expected, &ups),
+                    false => Scalar.activate(activation, &mut expected),
+                }
+                let case = format!("{kind}, {activation:?}, {m} tokens");
+                check.near(case, &out.read(m)?, &expected);
+            }
         }
     }
     Ok(())

@@ -1,0 +1,56 @@
+//! Which engine has which family: the table of `docs/models.md`.
+
+use std::{collections::BTreeSet, path::Path};
+
+use slim_exporter::Target;
+use slim_formats::{
+    ModelSource,
+    arch::{FAMILIES, Family},
+    open_model,
+};
+use slim_runtime::cuda_lacks;
+
+use crate::command::golden_models;
+
+#[test]
+fn families_by_engine() {
+    let models: Vec<_> = golden_models().iter().map(|path| open_model(path).unwrap()).collect();
+    let mut table =
+        "| GGUF's name | Hugging Face's types | CPU, conversion | CUDA | `export --to` |\n\
+         |---|---|---|---|---|\n"
+            .to_owned();
+    for family in FAMILIES {
+        let of_family: Vec<&dyn ModelSource> =
+            models.iter().map(|model| &**model).filter(|m| m.config().family == family).collect();
+        assert!(!of_family.is_empty(), "no golden of {}", family.architecture());
+        table += &row(family, &of_family);
+    }
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/models.md");
+    let text = std::fs::read_to_string(&page).unwrap();
+    assert!(text.contains(&table), "{} should have\n\n{table}", page.display());
+}
+
+fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
+    let types: Vec<_> =
+        family.hf_types().iter().map(|kind| format!("`{}`", kind.model_type)).collect();
+    let lacking: BTreeSet<_> =
+        models.iter().filter_map(|model| cuda_lacks(model.decoder())).collect();
+    let cuda = match lacking.into_iter().collect::<Vec<_>>().join("; ") {
+        none if none.is_empty() => "yes".to_owned(),
+        lacking => format!("no: {lacking}"),
+    };
+    let layouts = [
+        ("safetensors", Target::Safetensors),
+        ("gguf", Target::Gguf),
+        ("onnx", Target::Onnx),
+        ("gptq", Target::Gptq),
+    ];
+    let has = |target: Target| models.iter().all(|model| target.lacks(*model).is_none());
+    let layouts = layouts.into_iter().filter(|&(_, target)| has(target)).map(|(name, _)| name);
+    format!(
+        "| `{}` | {} | yes | {cuda} | {} |\n",
+        family.architecture(),
+        types.join(", "),
+        layouts.collect::<Vec<_>>().join(", ")
+    )
+}
