@@ -20,6 +20,9 @@ VENV     := target/venv
 PYTHON   := $(VENV)/bin/python
 GGUF     := gguf==0.19.0
 ONNX     := onnx==1.23.2 onnxruntime==1.32.0 safetensors==0.8.0
+# Tiny models, of each family one, that ONNX Runtime runs.
+ONNX_MODELS := llama llama-tied-rope3 mistral-swa qwen2 qwen3 gemma2 gemma3 phi3 ministral3 smollm3 \
+    olmo3 granite glm4 opt
 # The package's shared library, whose name ends with the version.
 ORT_IN_VENV := site-packages/onnxruntime/capi/libonnxruntime.so.*
 RELEASE  := $(or $(CARGO_TARGET_DIR),target)/release
@@ -74,13 +77,13 @@ test-onnx: $(VENV)/onnx
 	mkdir -p target/onnx
 	seq 0 255 > target/onnx/tokens
 	cargo build --quiet
-	for name in llama llama-tied-rope3 mistral-swa; do \
+	for name in $(ONNX_MODELS); do \
 	    rm -rf target/onnx/$$name && \
 	    $(DEBUG)/slimllm convert tests/data/archs/$$name -o target/onnx/$$name.slim.gguf --force \
 	        --bits 3 --group-size 32 --samples 4 --context 64 --quiet && \
 	    $(DEBUG)/slimllm export target/onnx/$$name.slim.gguf --to onnx -o target/onnx/$$name --quiet && \
 	    $(PYTHON) scripts/check-onnx-export target/onnx/$$name target/onnx/$$name.slim.gguf \
-	        --tokens target/onnx/tokens --context 128 --tolerance 0.02 --slimllm $(DEBUG)/slimllm || exit 1; \
+	        --tokens target/onnx/tokens --context 128 --tolerance 0.03 --slimllm $(DEBUG)/slimllm || exit 1; \
 	done
 
 # An engine that is not ours must find in an exported file what we find in the original. Not part of

@@ -342,7 +342,7 @@ impl<'a> Builder<'a> {
         if factor == 1.0 {
             return input.to_owned();
         }
-        let output = format!("{input}.scaled");
+        let output = format!("{input}.weighed");
         self.scale(input, factor, &output);
         output
     }

@@ -3,6 +3,8 @@
 //!
 //! Field numbers are those of `onnx.proto` (ONNX 1.20).
 
+use std::collections::HashSet;
+
 use super::protobuf::Message;
 use crate::{Result, folder::NewFile};
 
@@ -48,6 +50,8 @@ pub struct Graph {
     /// A `GraphProto`.
     graph: Message,
     data: NewFile,
+    /// Of nodes.
+    outputs: HashSet<String>,
 }
 
 impl Graph {
@@ -55,7 +59,7 @@ impl Graph {
     pub fn new(data: NewFile) -> Self {
         let mut graph = Message::default();
         graph.text(graph_proto::NAME, "model");
-        Self { graph, data }
+        Self { graph, data, outputs: HashSet::new() }
     }
 
     /// Declares an input.
@@ -102,7 +106,9 @@ impl Graph {
         for input in inputs {
             node.text(node_proto::INPUT, input);
         }
-        for output in outputs {
+        for &output in outputs {
+            let is_new = output.is_empty() || self.outputs.insert(output.to_owned());
+            assert!(is_new, "two nodes give `{output}`");
             node.text(node_proto::OUTPUT, output);
         }
         node.text(node_proto::NAME, outputs[0]).text(node_proto::OP_TYPE, operator);

@@ -119,9 +119,9 @@ impl Builder<'_> {
             self.graph.node("Add", &[&growth, &one], &[&flat], &[]);
             self.graph.node("Unsqueeze", &[&flat, "last_axis"], &[&scales], &[]);
         }
-        let scaled = format!("{q}.scaled");
-        self.graph.node("Mul", &[q, &scales], &[&scaled], &[]);
-        scaled
+        let grown = format!("{q}.grown");
+        self.graph.node("Mul", &[q, &scales], &[&grown], &[]);
+        grown
     }
 
     /// Queries or keys of `heads` heads, turned by rotary embedding `rope`.
