@@ -37,9 +37,9 @@ const GEMM_TILE: usize = 128;
 /// How vectors are normed.
 #[derive(Clone, Copy)]
 pub struct Norm<'a> {
-    /// [channels].
+    /// `[channels]`.
     pub weight: View<'a, f32>,
-    /// [channels] of LayerNorm; without one it is a root mean square norm.
+    /// `[channels]` of LayerNorm; without one it is a root mean square norm.
     pub bias: Option<View<'a, f32>>,
     /// Added to the mean square.
     pub epsilon: f32,
