@@ -99,7 +99,7 @@ pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u6
 
 struct FloatStream {
     stream: Stream,
-    /// The residual of the float model without ours.
+    /// The residual of the float model without ours, over the residual scale.
     missing: Activations,
 }
 
@@ -177,8 +177,8 @@ impl<'a> Calibrator<'a> {
             stream.enter(stage, walk, running)?;
             if let Some(float) = float {
                 float.stream.enter(stage, walk, block)?;
-                if stage.adds_to_residual() {
-                    float.compare(engine, stream)?;
+                if may_catch_up(stage, block) {
+                    float.compare(engine, stream, block.spec.residual_scale)?;
                 }
             }
             let tensors = block.spec.layers_of(stage).iter();
@@ -187,7 +187,7 @@ impl<'a> Calibrator<'a> {
             {
                 let float = float.as_ref().map(|float| FloatInputs {
                     activations: float.stream.inputs_of(stage),
-                    missing: stage.adds_to_residual().then_some(&float.missing),
+                    missing: may_catch_up(stage, block).then_some(&float.missing),
                 });
                 let inputs = StageInputs { activations: stream.inputs_of(stage), float };
                 let inputs = visitor.inputs(tensors[0], inputs, engine)?;
@@ -221,12 +221,21 @@ fn with_layers<'b>(block: &'b Block<'_>, layers: &'b PartMap<Layer>) -> Block<'b
     block
 }
 
+/// Whether what a stage's layer gives goes to the residual stream as it is, so that the layer can
+/// make up for what the stream misses. Behind a norm it would be scaled by all else.
+fn may_catch_up(stage: Stage, block: &Block<'_>) -> bool {
+    let is_normed = stage.post_norm().is_some_and(|norm| block.spec.has(norm));
+    stage.adds_to_residual() && !is_normed
+}
+
 impl FloatStream {
-    fn compare(&mut self, engine: &Engine, ours: &Stream) -> Result<()> {
+    /// What the stream misses, as a layer must give it whose output is multiplied by
+    /// `residual_scale`.
+    fn compare(&mut self, engine: &Engine, ours: &Stream, residual_scale: f32) -> Result<()> {
         let Self { stream, missing } = self;
         missing.fill(engine, |batch| {
             let pairs = stream.residual.batch(batch.clone()).iter().zip(ours.residual.batch(batch));
-            Ok(pairs.map(|(float, ours)| float - ours).collect())
+            Ok(pairs.map(|(float, ours)| (float - ours) / residual_scale).collect())
         })
     }
 }

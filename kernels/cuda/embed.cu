@@ -1,11 +1,13 @@
-// x[t] = scale * row tokens[t] of a matrix, which may be in bands: the embeddings of m tokens.
+// x[t] = scale * row tokens[t] of a matrix, which may be in bands: the embeddings of m tokens. Or
+// x[t] += row first + position + t: those of their positions.
 //
 // Packed weights are read byte by byte, the way docs/format.md words it: it is only one row per
 // token. They equal the CPU's to the last bit.
 //
-//   w       [rows, cols]
-//   tokens  u32 [m]
-//   x       f32 [m, cols], overwritten; the row of a token without a row of w becomes NaN
+//   w         [rows, cols]
+//   tokens    u32 [m]
+//   position  null, or one u32 in place of tokens: where the first of the m tokens stands
+//   x         f32 [m, cols]; the row of a token without a row of w becomes NaN
 //
 // Grid: packed (items of the band that has most, m), dense (ceil(cols / 128), m). Block: 128
 // threads, one column each. No dynamic shared memory. m <= 65535.
@@ -18,9 +20,23 @@ template <class Matrix>
 struct Embed {
     Band<Matrix> band[MAX_BANDS];  // their `out` is x
     const u32* tokens;
+    const u32* position;
+    u32 first;
     u32 bands;
     float scale;
+    u32 unused;
 };
+
+// The row that token `blockIdx.y` looks up.
+template <class Matrix>
+__device__ inline u32 row_of_token(const Embed<Matrix>& args) {
+    return args.position != nullptr ? args.first + *args.position + blockIdx.y : args.tokens[blockIdx.y];
+}
+
+template <class Matrix>
+__device__ inline void store_embedding(const Embed<Matrix>& args, float* x, float weight) {
+    *x = args.position != nullptr ? *x + weight : args.scale * weight;
+}
 
 // The band that has row `row`; the last one if none has it.
 template <class Matrix>
@@ -79,7 +95,7 @@ __device__ inline float weight_at(const PackedMatrix& w, const Item& item, u32 r
 
 extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<PackedMatrix> args) {
     begin_after_previous_kernel();
-    const u32 token = args.tokens[blockIdx.y];
+    const u32 token = row_of_token(args);
     const Band<PackedMatrix>& band = band_of(args, token);
     const PackedMatrix& w = band.w;
     if (blockIdx.x >= w.item_count) return;
@@ -88,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<Pack
     // The last unit may have padding columns (F21).
     if (col >= min(u32(item.units * UNIT_COLS), w.cols - item.col16 * UNIT_COLS)) return;
     float* x = band.out + u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS;
-    x[col] = row < w.rows ? args.scale * weight_at(w, item, row, col) : nanf("");
+    store_embedding(args, x + col, row < w.rows ? weight_at(w, item, row, col) : nanf(""));
 }
 
 // The weight in row `row`, column `col`: `fragment` of dense.cuh, one number of it.
@@ -102,11 +118,11 @@ __device__ inline float weight_at(const DenseMatrix& w, u32 row, u32 col) {
 
 extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_dense(Embed<DenseMatrix> args) {
     begin_after_previous_kernel();
-    const u32 token = args.tokens[blockIdx.y];
+    const u32 token = row_of_token(args);
     const Band<DenseMatrix>& band = band_of(args, token);
     const DenseMatrix& w = band.w;
     const u32 col = blockIdx.x * EMBED_COLS + threadIdx.x, row = token - band.first_row;
     if (col >= w.cols) return;
     float* x = band.out + u64(blockIdx.y) * w.cols;
-    x[col] = row < w.rows ? args.scale * weight_at(w, row, col) : nanf("");
+    store_embedding(args, x + col, row < w.rows ? weight_at(w, row, col) : nanf(""));
 }

@@ -12,10 +12,9 @@
 //   operands  fp16 [m, operand_stride], operand order: neurons, by activation(x) (ACTIVATE) or
 //             activation(gate x) * (up x) (GATE: the first half of the bands is the gate's, the
 //             other up's, of the same rows)
-//   normed    with ADD and norm_weight, the bands being all of one matrix: the last block also
-//             writes rms_norm(out) *
-//             norm_weight, fp16 operand order
-//   counter   one u32, zero between launches (used with norm_weight)
+//   normed    null, or with ADD, the bands being all of one matrix: the last block also writes
+//             norm(out), fp16 operand order
+//   counter   one u32, zero between launches (used with normed)
 //
 // Grid: the tiles of all bands in turn (GATE: of the gate's). Block: 256 threads. No dynamic
 // shared memory. m <= 8.
@@ -42,12 +41,10 @@ struct Matvec {
     u16* operands;
     u32 operand_stride;
     u32 activation;
-    const float* norm_weight;
+    Norm norm;
     u16* normed;
     u32 normed_stride;
-    float epsilon;
     float scale;
-    u32 unused;
     u32* counter;
 };
 typedef Matvec<PackedMatrix> MatvecPacked;
@@ -280,10 +277,10 @@ __device__ inline void matvec(const Matvec<Matrix>& args) {
         }
     }
 
-    if (args.norm_weight != nullptr && is_last_block(args.counter, gridDim.x)) {
+    if (args.normed != nullptr && is_last_block(args.counter, gridDim.x)) {
         const u32 rows = args.band[0].matrix_rows;
         for (u32 i = 0; i < args.m; ++i)
-            rms_norm_row(args.band[0].out + u64(i) * rows, args.norm_weight, args.epsilon, rows, args.normed + u64(i) * args.normed_stride);
+            norm_row(args.band[0].out + u64(i) * rows, args.norm, rows, args.normed + u64(i) * args.normed_stride);
     }
 }
 

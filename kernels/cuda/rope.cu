@@ -1,7 +1,8 @@
 // Norms queries and keys, rotates them by their position, and stores keys and values in the cache.
 //
 //   x' = x / sqrt(mean(x^2) + epsilon) * weight, each head of q and k, if there are weights
-//   a' = a * cos - b * sin,  b' = b * cos + a * sin,  a = channel i, b = channel i + pairs, i < pairs
+//   a' = a * cos - b * sin,  b' = b * cos + a * sin,  a = channel i, b = channel i + pairs,
+//                            i < pairs
 //   q' = q * (1 + beta * ln(1 + floor(position / context)))
 //
 //   q         f32 [m, heads, head_dim], overwritten with what attention takes

@@ -4,12 +4,12 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
-    arch::{self, BlockSpec, QkNorm, Tensor},
+    arch::{self, BlockSpec, FIRST_POSITION, Norms, QkNorm, Stage, Tensor},
 };
 use slim_kernels::{
     cuda::{
         Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, KvType, Matrix, Neurons,
-        Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
+        Next, Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
     },
     weight,
 };
@@ -17,8 +17,19 @@ use slim_kernels::{
 use crate::{
     Block, Positions, Result,
     block::{find_vector, find_weight},
+    ends::check_positions,
     model::PREFILL_BATCH,
 };
+
+/// The norms of a block.
+const NORMS: [Part; 6] = [
+    Part::AttnNorm,
+    Part::AttnQNorm,
+    Part::AttnKNorm,
+    Part::AttnPostNorm,
+    Part::FfnNorm,
+    Part::FfnPostNorm,
+];
 
 /// Consecutive blocks on one device, the embedding if the first of the model is among them, the
 /// output layer if the last is.
@@ -28,6 +39,8 @@ pub(crate) struct Segment {
     range: Range<usize>,
     decoder: Decoder,
     embedding: Option<Arc<Matrix>>,
+    /// [positions, hidden], beside the embedding of models that learn them.
+    positions: Option<Arc<Matrix>>,
     blocks: Vec<BlockOnDevice>,
     output: Option<Output>,
 }
@@ -35,11 +48,17 @@ pub(crate) struct Segment {
 struct BlockOnDevice {
     spec: BlockSpec,
     layers: PartMap<Matrix>,
-    norms: PartMap<Buffer<f32>>,
+    norms: PartMap<NormOnDevice>,
+}
+
+struct NormOnDevice {
+    weight: Buffer<f32>,
+    bias: Option<Buffer<f32>>,
+    epsilon: f32,
 }
 
 struct Output {
-    norm: Buffer<f32>,
+    norm: NormOnDevice,
     weight: Arc<Matrix>,
 }
 
@@ -56,22 +75,30 @@ impl Segment {
             Ok(Arc::new(Matrix::upload(&device, find_weight(source, tensor)?)?))
         };
         let embedding = (range.start == 0).then(|| matrix(decoder.embedding())).transpose()?;
+        let positions = decoder.outside(Part::Positions).filter(|_| range.start == 0);
+        let positions = positions.map(matrix).transpose()?;
         let output = if range.end == decoder.blocks.len() {
             let weight = match &embedding {
                 Some(embedding) if decoder.has_tied_embeddings() => Arc::clone(embedding),
                 _ => matrix(decoder.output())?,
             };
             let norm = find_vector(source, decoder.output_norm())?;
-            Some(Output { norm: Buffer::upload(&device, &norm)?, weight })
+            let bias = decoder.outside(Part::OutputNormBias);
+            let bias = bias.map(|bias| find_vector(source, bias)).transpose()?;
+            let (bias, epsilon) = (bias.as_deref(), decoder.norm_epsilon);
+            Some(Output { norm: NormOnDevice::upload(&device, &norm, bias, epsilon)?, weight })
         } else {
             None
         };
         let blocks = range
             .clone()
-            .map(|index| BlockOnDevice::upload(&device, &Block::load(source, index)?))
+            .map(|index| {
+                let block = Block::load(source, index)?;
+                BlockOnDevice::upload(&device, &block, decoder.norm_epsilon)
+            })
             .collect::<Result<_>>()?;
         let decoder = decoder.clone();
-        Ok(Self { device, name, range, decoder, embedding, blocks, output })
+        Ok(Self { device, name, range, decoder, embedding, positions, blocks, output })
     }
 
     /// The device.
@@ -126,37 +153,102 @@ impl Segment {
         Ok(())
     }
 
-    /// The norm that follows block `index` of this segment, if there is one.
-    fn norm_after(&self, index: usize) -> Option<&Buffer<f32>> {
-        match self.blocks.get(index + 1) {
-            Some(next) => Some(&next.norms[Part::AttnNorm]),
-            None => self.output.as_ref().map(|output| &output.norm),
+    /// What follows block `index` of this segment, if something does.
+    fn next_after<'a>(&'a self, index: usize, out: &'a mut Operands) -> Option<Next<'a>> {
+        match (self.blocks.get(index + 1), &self.output) {
+            (Some(next), _) => Some(next.input(Part::AttnNorm, out)),
+            (None, Some(output)) => Some(Next { norm: Some(output.norm.view()), out }),
+            (None, None) => None,
         }
     }
 }
 
+impl NormOnDevice {
+    fn upload(
+        device: &Arc<Device>,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        epsilon: f32,
+    ) -> Result<Self> {
+        let bias = bias.map(|bias| Buffer::upload(device, bias)).transpose()?;
+        Ok(Self { weight: Buffer::upload(device, weight)?, bias, epsilon })
+    }
+
+    fn view(&self) -> Norm<'_> {
+        let bias = self.bias.as_ref().map(Buffer::view);
+        Norm { weight: self.weight.view(), bias, epsilon: self.epsilon }
+    }
+}
+
 impl BlockOnDevice {
-    fn upload(device: &Arc<Device>, block: &Block<'_>) -> Result<Self> {
+    fn upload(device: &Arc<Device>, block: &Block<'_>, epsilon: f32) -> Result<Self> {
         let Block { spec, layers, vectors } = block;
+        let bias_of = |part: Part| part.bias().and_then(|bias| vectors.get(bias));
         let layers = layers.iter().map(|(part, &layer)| {
             let matrix = Matrix::upload(device, layer)?;
-            Ok(match part.bias().and_then(|bias| vectors.get(bias)) {
+            Ok(match bias_of(part) {
                 None => (part, matrix),
                 Some(bias) => (part, matrix.with_bias(Buffer::upload(device, bias)?)?),
             })
         });
-        let norms = vectors.iter().map(|(part, norm)| Ok((part, Buffer::upload(device, norm)?)));
+        let norms = NORMS.into_iter().filter_map(|part| Some((part, vectors.get(part)?)));
+        let norms = norms.map(|(part, weight)| {
+            let bias = bias_of(part).map(Vec::as_slice);
+            Ok((part, NormOnDevice::upload(device, weight, bias, epsilon)?))
+        });
         let (layers, norms) = (layers.collect::<Result<_>>()?, norms.collect::<Result<_>>()?);
         Ok(Self { spec: *spec, layers, norms })
     }
 
-    /// What its queries and keys go through.
-    fn rotation<'a>(&'a self, tables: &'a [RopeTables], epsilon: f32) -> Rotation<'a> {
+    /// What a stage's layers take in behind `norm`, or of the residual stream itself if the block
+    /// has no such norm.
+    fn input<'a>(&'a self, norm: Part, out: &'a mut Operands) -> Next<'a> {
+        Next { norm: self.norms.get(norm).map(NormOnDevice::view), out }
+    }
+
+    /// Norms queries and keys as a whole, if the block does.
+    fn norm_whole(
+        &self,
+        device: &Device,
+        q: &mut ViewMut<'_, f32>,
+        k: &mut ViewMut<'_, f32>,
+        m: usize,
+    ) -> Result<()> {
+        if self.spec.attention.qk_norm == Some(QkNorm::Whole) {
+            device.norm_in_place(q, self.norms[Part::AttnQNorm].view(), m)?;
+            device.norm_in_place(k, self.norms[Part::AttnKNorm].view(), m)?;
+        }
+        Ok(())
+    }
+
+    /// What its queries and keys go through, head by head.
+    fn rotation<'a>(&'a self, tables: &'a [RopeTables]) -> Rotation<'a> {
         let arch::Attention { qk_norm, rope, query_scaling, .. } = self.spec.attention;
-        let parts = [Part::AttnQNorm, Part::AttnKNorm];
-        let norms = (qk_norm == Some(QkNorm::Heads))
-            .then(|| HeadNorms { weights: parts.map(|part| self.norms[part].view()), epsilon });
+        let norms = (qk_norm == Some(QkNorm::Heads)).then(|| {
+            let [q, k] = [Part::AttnQNorm, Part::AttnKNorm].map(|part| &self.norms[part]);
+            HeadNorms { weights: [q.weight.view(), k.weight.view()], epsilon: q.epsilon }
+        });
         Rotation { norms, tables: rope.map(|rope| &tables[rope]), query_scaling }
+    }
+
+    /// Adds what the layer of a stage makes of its `input` to the residual stream `x`, by way of
+    /// `scratch` if a norm stands behind.
+    fn add(
+        &self,
+        stage: Stage,
+        device: &Device,
+        input: &Operands,
+        m: usize,
+        [x, scratch]: [&mut ViewMut<'_, f32>; 2],
+        next: Option<Next<'_>>,
+    ) -> Result<()> {
+        let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
+        let (layer, scale) = (&self.layers[*part], self.spec.residual_scale);
+        let Some(norm) = stage.post_norm().and_then(|norm| self.norms.get(norm)) else {
+            return Ok(device.matmul_add(layer, input, m, scale, x, next)?);
+        };
+        device.matmul(&[layer], input, m, &mut [scratch.reborrow()])?;
+        Ok(device.norm_add(scratch.as_view(), norm.view(), scale, x, m, next)?)
     }
 
     /// The neurons of its network.
@@ -205,6 +297,8 @@ struct Work {
     v: Buffer<f32>,
     gate: Buffer<f32>,
     up: Buffer<f32>,
+    /// What a norm stands behind, [batch, hidden]; empty if there is none.
+    added: Buffer<f32>,
     normed: Operands,
     attended: Operands,
     activation: Operands,
@@ -239,6 +333,7 @@ impl Session {
             v: floats(kv_heads * head_dim)?,
             gate: floats(ffn)?,
             up: floats(ffn)?,
+            added: floats(if spec.norms == Norms::Before { 0 } else { hidden })?,
             normed: operands(hidden)?,
             attended: operands(heads * head_dim)?,
             activation: operands(ffn)?,
@@ -259,6 +354,9 @@ impl Session {
     /// the residual stream stays on the device, and with it, if the output layer is here, the
     /// logits that follow the last token.
     pub fn forward(&mut self, input: Input<'_>, start: usize, m: usize) -> Result<()> {
+        if let Some(positions) = &self.segment.positions {
+            check_positions(positions.rows(), start, m)?;
+        }
         self.position.set(start)?;
         match input {
             Input::Tokens(tokens) => self.tokens.view_mut().slice(0..m).write(tokens)?,
@@ -299,48 +397,56 @@ impl Session {
     fn launch(&mut self, m: usize) -> Result<()> {
         let Self { segment, kv, position, tokens, work, .. } = self;
         let (device, decoder) = (&segment.device, &segment.decoder);
-        let epsilon = decoder.norm_epsilon;
         let calls = Tokens { position, m };
-        let Work { attention, tables, x, q, k, v, gate, up, normed, attended, activation, logits } =
-            work;
+        let Work {
+            attention,
+            tables,
+            x,
+            q,
+            k,
+            v,
+            gate,
+            up,
+            added,
+            normed,
+            attended,
+            activation,
+            logits,
+        } = work;
         let hidden = m * decoder.hidden_size;
         if let Some(embedding) = &segment.embedding {
             let tokens = tokens.view().slice(0..m);
             device.embed(embedding, tokens, decoder.embedding_scale, &mut x.view_mut())?;
         }
-        device.rms_norm(
-            x.view().slice(0..hidden),
-            segment.blocks[0].norms[Part::AttnNorm].view(),
-            epsilon,
-            m,
-            normed,
-        )?;
+        if let Some(positions) = &segment.positions {
+            device.embed_positions(positions, calls, FIRST_POSITION, &mut x.view_mut())?;
+        }
+        device.norm(x.view(), m, segment.blocks[0].input(Part::AttnNorm, normed))?;
         for (index, (block, kv)) in segment.blocks.iter().zip(kv).enumerate() {
-            let BlockOnDevice { spec, layers, norms } = block;
-            let scale = spec.residual_scale;
-            let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &layers[part]);
+            let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &block.layers[part]);
             device.matmul(&qkv, normed, m, &mut [q.view_mut(), k.view_mut(), v.view_mut()])?;
-            let kv_len = m * layers[Part::AttnK].rows();
+            let [q_len, kv_len, _] = qkv.map(|layer| m * layer.rows());
+            let mut queries = q.view_mut().slice(0..q_len);
+            block.norm_whole(device, &mut queries, &mut k.view_mut(), m)?;
             let new = [k.view().slice(0..kv_len), v.view().slice(0..kv_len)];
-            let mut queries = q.view_mut().slice(0..m * layers[Part::AttnQ].rows());
-            let rotation = block.rotation(tables, epsilon);
+            let rotation = block.rotation(tables);
             device.rope_store(attention, &mut queries, new, rotation, calls, kv)?;
             let (queries, scores) = (queries.as_view(), block.scores());
             device.attention(attention, queries, scores, kv, calls, attended)?;
-            let output = &layers[Part::AttnOutput];
-            let ffn_norm = Norm { weight: norms[Part::FfnNorm].view(), epsilon, out: normed };
-            device.matmul_add(output, attended, m, scale, &mut x.view_mut(), Some(ffn_norm))?;
+
+            let residual = [&mut x.view_mut(), &mut added.view_mut()];
+            let next = Some(block.input(Part::FfnNorm, normed));
+            block.add(Stage::AttentionOutput, device, attended, m, residual, next)?;
             let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
             device.matmul_activate(block.neurons(), normed, m, scratch, activation)?;
-            let norm = segment.norm_after(index);
-            let norm = norm.map(|weight| Norm { weight: weight.view(), epsilon, out: normed });
-            let down = &layers[Part::FfnDown];
-            device.matmul_add(down, activation, m, scale, &mut x.view_mut(), norm)?;
+            let residual = [&mut x.view_mut(), &mut added.view_mut()];
+            let next = segment.next_after(index, normed);
+            block.add(Stage::FfnOutput, device, activation, m, residual, next)?;
         }
         if let Some(output) = &segment.output {
             if m > 1 {
                 let last = x.view().slice(hidden - decoder.hidden_size..hidden);
-                device.rms_norm(last, output.norm.view(), epsilon, 1, normed)?;
+                device.norm(last, 1, Next { norm: Some(output.norm.view()), out: normed })?;
             }
             segment.compute_logits(output, normed, 1, &mut logits.view_mut())?;
         }

@@ -62,13 +62,7 @@ impl<'a> Ends<'a> {
         scale(&mut x, decoder.embedding_scale);
         let Some(table) = self.positions else { return Ok(x) };
         let first = positions.start + FIRST_POSITION;
-        let (known, _) = weight::shape(table);
-        if first + positions.count > known {
-            let expected =
-                format!("at most {}, which the model has learned", known - FIRST_POSITION);
-            let found = positions.start + positions.count;
-            return Err(RuntimeError::invalid_argument("positions", found, expected));
-        }
+        check_positions(weight::shape(table).0, positions.start, positions.count)?;
         let mut learned = vec![0.0; positions.count * hidden];
         weight::dequantize_rows(table, first..first + positions.count, &mut learned)?;
         for x in x.chunks_exact_mut(learned.len().max(1)) {
@@ -98,6 +92,18 @@ pub fn finish_logits(decoder: &Decoder, logits: &mut [f32]) {
     scale(logits, decoder.logit_scale);
     if let Some(softcap) = decoder.logit_softcap {
         cap(logits, softcap);
+    }
+}
+
+/// Refuses positions outside of a table of learned ones.
+pub(crate) fn check_positions(rows: usize, start: usize, count: usize) -> Result<()> {
+    let known = rows.saturating_sub(FIRST_POSITION);
+    match start + count <= known {
+        true => Ok(()),
+        false => {
+            let expected = format!("at most {known}, which the model has learned");
+            Err(RuntimeError::invalid_argument("positions", start + count, expected))
+        }
     }
 }
 

@@ -25,7 +25,7 @@ pub use kv_cache::{KvBlock, KvCache};
 pub use model::Model;
 pub use onnx::{OnnxGraph, OnnxRuntime};
 pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Protocol, evaluate};
-pub use placement::{CudaSettings, lacks as cuda_lacks};
+pub use placement::CudaSettings;
 pub use positions::Positions;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};

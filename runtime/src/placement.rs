@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part,
-    arch::{Attention, BlockSpec, Norm, Norms, QkNorm, Tensor},
+    arch::{Attention, BlockSpec, Tensor},
 };
 use slim_kernels::cuda::{Device, KvCache, KvType};
 
@@ -45,10 +45,6 @@ impl CudaSettings {
     /// # Errors
     /// `InvalidArgument` if not as many blocks fit as were asked for.
     pub(crate) fn place(&self, source: &dyn ModelSource) -> Result<Vec<Range<usize>>> {
-        if let Some(lacking) = lacks(source.decoder()) {
-            let expected = "a model without it on a CUDA device; the CPU has it";
-            return Err(RuntimeError::invalid_argument("the model", lacking, expected));
-        }
         let head_dim = source.decoder().blocks[0].attention.head_dim;
         if !KvCache::takes_head_dim(head_dim) {
             let expected = "a multiple of 8, up to 256, on a CUDA device";
@@ -79,21 +75,6 @@ impl CudaSettings {
     }
 }
 
-/// What a model computes that the CUDA kernels do not.
-pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
-    let of_block = |spec: &BlockSpec| {
-        let BlockSpec { norm, norms, attention, .. } = spec;
-        [
-            (*norm != Norm::Rms, "LayerNorm"),
-            (*norms != Norms::Before, "norms behind attention"),
-            (attention.qk_norm == Some(QkNorm::Whole), "norms of queries and keys as a whole"),
-        ]
-    };
-    let of_model = [(decoder.outside(Part::Positions).is_some(), "learned positions")];
-    let all = decoder.blocks.iter().flat_map(of_block).chain(of_model);
-    all.into_iter().find_map(|(is_there, what)| is_there.then_some(what))
-}
-
 /// What a model takes on a device, in bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct Sizes {
@@ -101,7 +82,8 @@ pub(crate) struct Sizes {
     pub block: u64,
     /// Blocks of the model.
     pub blocks: usize,
-    /// The embedding, which goes to the first device if every block is on a device.
+    /// The embedding, with that of positions, which goes to the first device if every block is on a
+    /// device.
     pub embedding: u64,
     /// The output layer, which goes to the last device.
     pub output: u64,
@@ -124,10 +106,11 @@ impl Sizes {
         }
         let matrix =
             |tensor: &Tensor| -> Result<u64> { Ok(bytes_on_device(find_weight(source, tensor)?)) };
+        let positions = decoder.outside(Part::Positions).map(matrix).transpose()?;
         Ok(Self {
             block,
             blocks: decoder.blocks.len(),
-            embedding: matrix(decoder.embedding())?,
+            embedding: matrix(decoder.embedding())? + positions.unwrap_or(0),
             output: matrix(decoder.output())?,
             is_tied: decoder.has_tied_embeddings(),
             working: RESERVE_BYTES + working_bytes(decoder, settings.context),
@@ -167,7 +150,7 @@ impl Sizes {
 /// Activations of a batch of tokens, angles and logits, in bytes.
 fn working_bytes(decoder: &Decoder, context: usize) -> u64 {
     let BlockSpec { attention: Attention { heads, head_dim, .. }, ffn, .. } = decoder.blocks[0];
-    let widths = 8 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.width;
+    let widths = 12 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.width;
     let batch = PREFILL_BATCH.min(context) * widths;
     let angles: usize = decoder.ropes.iter().map(|rope| 8 * context * rope.factors.len()).sum();
     (batch + angles + 4 * decoder.vocab_size) as u64

@@ -1,6 +1,6 @@
-//! Which engine has which family: the table of `docs/models.md`.
+//! Which layouts hold which family: the table of `docs/models.md`.
 
-use std::{collections::BTreeSet, path::Path};
+use std::path::Path;
 
 use slim_exporter::Target;
 use slim_formats::{
@@ -8,17 +8,14 @@ use slim_formats::{
     arch::{FAMILIES, Family},
     open_model,
 };
-use slim_runtime::cuda_lacks;
 
 use crate::command::golden_models;
 
 #[test]
-fn families_by_engine() {
+fn families_by_layout() {
     let models: Vec<_> = golden_models().iter().map(|path| open_model(path).unwrap()).collect();
     let mut table =
-        "| GGUF's name | Hugging Face's types | CPU, conversion | CUDA | `export --to` |\n\
-         |---|---|---|---|---|\n"
-            .to_owned();
+        "| GGUF's name | Hugging Face's types | `export --to` |\n|---|---|---|\n".to_owned();
     for family in FAMILIES {
         let of_family: Vec<&dyn ModelSource> =
             models.iter().map(|model| &**model).filter(|m| m.config().family == family).collect();
@@ -33,12 +30,6 @@ fn families_by_engine() {
 fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
     let types: Vec<_> =
         family.hf_types().iter().map(|kind| format!("`{}`", kind.model_type)).collect();
-    let lacking: BTreeSet<_> =
-        models.iter().filter_map(|model| cuda_lacks(model.decoder())).collect();
-    let cuda = match lacking.into_iter().collect::<Vec<_>>().join("; ") {
-        none if none.is_empty() => "yes".to_owned(),
-        lacking => format!("no: {lacking}"),
-    };
     let layouts = [
         ("safetensors", Target::Safetensors),
         ("gguf", Target::Gguf),
@@ -48,7 +39,7 @@ fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
     let has = |target: Target| models.iter().all(|model| target.lacks(*model).is_none());
     let layouts = layouts.into_iter().filter(|&(_, target)| has(target)).map(|(name, _)| name);
     format!(
-        "| `{}` | {} | yes | {cuda} | {} |\n",
+        "| `{}` | {} | {} |\n",
         family.architecture(),
         types.join(", "),
         layouts.collect::<Vec<_>>().join(", ")

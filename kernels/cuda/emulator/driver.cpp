@@ -155,7 +155,8 @@ Call bind(void (*kernel)(Args...), void** arguments) {
 const std::map<std::string, std::function<Call(void**)>> KERNELS = {
     KERNEL(embed_packed),
     KERNEL(embed_dense),
-    KERNEL(rms_norm),
+    KERNEL(norm_rows),
+    KERNEL(norm_add),
     KERNEL(matvec_packed),
     KERNEL(matvec_dense),
     KERNEL(matmul_packed),

@@ -67,6 +67,16 @@ pub(super) struct BandArgs<M> {
     pub matrix_rows: u32,
 }
 
+/// `Norm` of `norm.cuh`; of zeros, none.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct NormArgs {
+    pub weight: u64,
+    pub bias: u64,
+    pub epsilon: f32,
+    pub unused: u32,
+}
+
 /// `Matvec` of `matvec.cu`.
 #[repr(C)]
 pub(super) struct MatvecArgs<M> {
@@ -79,12 +89,10 @@ pub(super) struct MatvecArgs<M> {
     pub operands: u64,
     pub operand_stride: u32,
     pub activation: u32,
-    pub norm_weight: u64,
+    pub norm: NormArgs,
     pub normed: u64,
     pub normed_stride: u32,
-    pub epsilon: f32,
     pub scale: f32,
-    pub unused: u32,
     pub counter: u64,
 }
 
@@ -106,8 +114,11 @@ pub(super) struct MatmulArgs<M> {
 pub(super) struct EmbedArgs<M> {
     pub band: [BandArgs<M>; MAX_BANDS],
     pub tokens: u64,
+    pub position: u64,
+    pub first: u32,
     pub bands: u32,
     pub scale: f32,
+    pub unused: u32,
 }
 
 /// `GemmArgs` of `gemm.cu`.
@@ -292,7 +303,8 @@ mod tests {
     fn parameters_are_those_of_the_ptx() {
         let (cache, scores) = (size_of::<KvCacheArgs>(), size_of::<ScoresArgs>());
         let rotation = size_of::<RotationArgs>();
-        let kernels: [(&str, &[usize]); 17] = [
+        let norm = size_of::<NormArgs>();
+        let kernels: [(&str, &[usize]); 18] = [
             ("activate", &[8, 8, 4, 4, 8, 4]),
             ("attention_decode_f16", &[8, cache, 8, 4, scores, 8, 8, 8]),
             ("attention_decode_q8", &[8, cache, 8, 4, scores, 8, 8, 8]),
@@ -306,7 +318,8 @@ mod tests {
             ("matmul_packed", &[size_of::<MatmulArgs<PackedArgs>>()]),
             ("matvec_dense", &[size_of::<MatvecArgs<DenseArgs>>()]),
             ("matvec_packed", &[size_of::<MatvecArgs<PackedArgs>>()]),
-            ("rms_norm", &[8, 8, 4, 4, 8, 4]),
+            ("norm_add", &[8, norm, 4, 4, 8, 4, norm, 8, 4]),
+            ("norm_rows", &[8, norm, 4, 8, 4]),
             ("rope_store_f16", &[8, 8, 8, 8, 4, cache, rotation]),
             ("rope_store_q8", &[8, 8, 8, 8, 4, cache, rotation]),
             ("top_k", &[8, 4, 4, 8, 8, 8, 8]),

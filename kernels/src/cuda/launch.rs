@@ -10,7 +10,7 @@ use super::{
     ViewMut,
     arguments::{
         BandArgs, DenseArgs, EmbedArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs,
-        MatvecArgs, Mode, PackedArgs, RotationArgs, ScoresArgs,
+        MatvecArgs, Mode, NormArgs, PackedArgs, RotationArgs, ScoresArgs,
     },
     check_equal, check_limit,
     device::{Kernel, shared},
@@ -34,13 +34,22 @@ const ROPE_WARPS: usize = 4;
 const PREFILL_ROWS: usize = 64;
 const GEMM_TILE: usize = 128;
 
-/// A norm that follows a product.
+/// How vectors are normed.
+#[derive(Clone, Copy)]
 pub struct Norm<'a> {
-    /// [rows of the product].
+    /// `[channels]`.
     pub weight: View<'a, f32>,
+    /// `[channels]` of LayerNorm; without one it is a root mean square norm.
+    pub bias: Option<View<'a, f32>>,
     /// Added to the mean square.
     pub epsilon: f32,
-    /// [m, rows of the product], overwritten.
+}
+
+/// What the products that follow take in.
+pub struct Next<'a> {
+    /// How sums are normed for them; `None` if they are taken as they are.
+    pub norm: Option<Norm<'a>>,
+    /// [m, channels], overwritten.
     pub out: &'a mut Operands,
 }
 
@@ -102,8 +111,8 @@ impl<'a> Strided<'a> {
 }
 
 impl Device {
-    /// `out[i][m, rows] = x[m, cols] * w[i]^T + bias[i]`; one launch for up to 32 bands of matrices of a kind
-    /// and up to eight tokens.
+    /// `out[i][m, rows] = x[m, cols] * w[i]^T + bias[i]`; one launch for up to 32 bands of matrices
+    /// of a kind and up to eight tokens.
     ///
     /// # Errors
     /// `ShapeMismatch` if the numbers of matrices and outputs, `x` or an output do not fit;
@@ -126,14 +135,14 @@ impl Device {
         self.store::<DenseArgs>(dense, x, m)
     }
 
-    /// `out[m, rows] += scale * (x[m, cols] * w^T + bias)`, and the norm of the sums, if one follows.
+    /// `out[m, rows] += scale * (x[m, cols] * w^T + bias)`, and what follows.
     ///
     /// # Errors
-    /// `ShapeMismatch` if `x`, `out` or the norm do not fit, or if norms do not take so many rows;
-    /// `Driver`.
+    /// `ShapeMismatch` if `x`, `out` or what follows do not fit, or if norms do not take so many
+    /// rows; `Driver`.
     ///
     /// # Panics
-    /// If `out` or the norm's weight do not start on a 16-byte boundary.
+    /// If `out` or a vector of the norm does not start on a 16-byte boundary.
     pub fn matmul_add(
         &self,
         w: &Matrix,
@@ -141,18 +150,16 @@ impl Device {
         m: usize,
         scale: f32,
         out: &mut ViewMut<'_, f32>,
-        norm: Option<Norm<'_>>,
+        next: Option<Next<'_>>,
     ) -> Result<()> {
         check_input(w, x, m)?;
         check_room("outputs", out.as_view(), m * w.rows())?;
-        if let Some(norm) = &norm {
-            check_equal("weights of the norm", norm.weight.len(), w.rows())?;
-            check_norm(norm.weight)?;
-            check_operands(norm.out, w.rows(), m)?;
+        if let Some(next) = &next {
+            next.check(w.rows(), m)?;
         }
         match w.is_packed() {
-            true => self.add::<PackedArgs>(w, x, m, scale, out, norm),
-            false => self.add::<DenseArgs>(w, x, m, scale, out, norm),
+            true => self.add::<PackedArgs>(w, x, m, scale, out, next),
+            false => self.add::<DenseArgs>(w, x, m, scale, out, next),
         }
     }
 
@@ -217,15 +224,15 @@ impl Device {
         m: usize,
         scale: f32,
         out: &mut ViewMut<'_, f32>,
-        norm: Option<Norm<'_>>,
+        next: Option<Next<'_>>,
     ) -> Result<()> {
         if m <= MATVEC_TOKENS {
             let bands = self.bands::<K>(w, self.vector_input(out.as_view()));
-            return self.matvec(&bands, x, m, Target::Add { scale, norm });
+            return self.matvec(&bands, x, m, Target::Add { scale, next });
         }
-        self.multiply_many::<K>(w, x, m, Target::Add { scale, norm: None }, out)?;
-        match norm {
-            Some(norm) => self.rms_norm(out.as_view(), norm.weight, norm.epsilon, m, norm.out),
+        self.multiply_many::<K>(w, x, m, Target::Add { scale, next: None }, out)?;
+        match next {
+            Some(next) => self.norm(out.as_view(), m, next),
             None => Ok(()),
         }
     }
@@ -284,21 +291,18 @@ impl Device {
             operands: 0,
             operand_stride: 0,
             activation: 0,
-            norm_weight: 0,
+            norm: NormArgs::default(),
             normed: 0,
             normed_stride: 0,
-            epsilon: 0.0,
             scale: target.scale(),
-            unused: 0,
             counter: self.counter(),
         };
         match target {
-            Target::Store | Target::Add { norm: None, .. } => {}
-            Target::Add { norm: Some(norm), .. } => {
-                args.norm_weight = self.vector_input(norm.weight);
-                args.normed_stride = norm.out.stride() as u32;
-                args.normed = self.output(&mut norm.out.values.view_mut());
-                args.epsilon = norm.epsilon;
+            Target::Store | Target::Add { next: None, .. } => {}
+            Target::Add { next: Some(Next { norm, out }), .. } => {
+                args.norm = self.norm_args(norm);
+                args.normed_stride = out.stride() as u32;
+                args.normed = self.output(&mut out.values.view_mut());
             }
             Target::Neurons { activation, out, .. } => {
                 args.activation = code_of(activation);
@@ -310,8 +314,8 @@ impl Device {
         // them out, their `out` m rows of their matrix, whose rows they are (neurons: no `out`,
         // with gates as many of the one matrix as of the other, of the same rows), their `bias` a
         // value for each of its rows; x: m <= 8 rows of their columns, padded; operands, normed: m
-        // rows of their rows; norm_weight: as many; counter: zero. The callers have checked the
-        // shapes.
+        // rows of their rows; norm: of as many channels; counter: zero. The callers have checked
+        // the shapes.
         unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, 0, &mut [argument(&args)]) }
     }
 
@@ -350,41 +354,109 @@ impl Device {
         }
     }
 
-    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` for m tokens;
-    /// `x: [m, weight.len()]`.
+    /// What the products that follow take of m tokens; `x: [m, channels]`.
     ///
     /// # Errors
-    /// `ShapeMismatch` if `x` or `out` do not fit `weight` and `m`, or if `weight.len()` is not a
-    /// multiple of 4; `Driver`.
+    /// `ShapeMismatch` if the arguments do not fit each other, or if channels are no multiple of 4;
+    /// `Driver`.
     ///
     /// # Panics
-    /// If `x` or `weight` do not start on a 16-byte boundary.
-    pub fn rms_norm(
-        &self,
-        x: View<'_, f32>,
-        weight: View<'_, f32>,
-        epsilon: f32,
-        m: usize,
-        out: &mut Operands,
-    ) -> Result<()> {
-        let n = weight.len();
-        check_norm(weight)?;
+    /// If `x` or a vector of the norm does not start on a 16-byte boundary.
+    pub fn norm(&self, x: View<'_, f32>, m: usize, next: Next<'_>) -> Result<()> {
+        let n = next.out.cols();
+        next.check(n, m)?;
         check_room("inputs", x, m * n)?;
-        check_operands(out, n, m)?;
-        let (x, weight, stride) =
-            (self.vector_input(x), self.vector_input(weight), out.stride() as u32);
-        let (out, n) = (self.output(&mut out.values.view_mut()), n as u32);
+        let Next { norm, out } = next;
+        let (x, norm, channels) = (self.vector_input(x), self.norm_args(norm), n as u32);
+        let (stride, out) = (out.stride() as u32, self.output(&mut out.values.view_mut()));
         let args = &mut [
             argument(&x),
-            argument(&weight),
-            argument(&epsilon),
-            argument(&n),
+            argument(&norm),
+            argument(&channels),
             argument(&out),
             argument(&stride),
         ];
-        // SAFETY: `rms_norm(x, weight, epsilon, n, out, stride)`. x: m rows of n; weight: n; out: m
+        // SAFETY: `norm_rows(x, norm, n, out, stride)`. x: m rows of n; norm: of n channels; out: m
         // rows of n, `stride` apart.
-        unsafe { self.launch(&self.kernels.rms_norm, [m, 1, 1], 256, 0, args) }
+        unsafe { self.launch(&self.kernels.norm_rows, [m, 1, 1], 256, 0, args) }
+    }
+
+    /// `x[t] += scale * norm(y[t])` for m tokens, `[m, channels]` each, and what follows.
+    ///
+    /// # Errors
+    /// As [`Self::norm`].
+    ///
+    /// # Panics
+    /// As [`Self::norm`].
+    pub fn norm_add(
+        &self,
+        y: View<'_, f32>,
+        norm: Norm<'_>,
+        scale: f32,
+        x: &mut ViewMut<'_, f32>,
+        m: usize,
+        next: Option<Next<'_>>,
+    ) -> Result<()> {
+        check_room("inputs", y, m * norm.weight.len())?;
+        self.norm_into(self.vector_input(y), norm, Some(scale), x, m, next)
+    }
+
+    /// `x[t] = norm(x[t])` for m tokens, `[m, channels]`.
+    ///
+    /// # Errors
+    /// As [`Self::norm`].
+    ///
+    /// # Panics
+    /// As [`Self::norm`].
+    pub fn norm_in_place(&self, x: &mut ViewMut<'_, f32>, norm: Norm<'_>, m: usize) -> Result<()> {
+        self.norm_into(self.vector_input(x.as_view()), norm, None, x, m, None)
+    }
+
+    /// The norm of `y`, which has been checked: times `added` added to `x`, or else in its place.
+    fn norm_into(
+        &self,
+        y: u64,
+        norm: Norm<'_>,
+        added: Option<f32>,
+        x: &mut ViewMut<'_, f32>,
+        m: usize,
+        next: Option<Next<'_>>,
+    ) -> Result<()> {
+        let n = norm.weight.len();
+        check_equal("channels", n, n.next_multiple_of(4))?;
+        norm.check(n)?;
+        check_room("sums", x.as_view(), m * n)?;
+        let (scale, is_added) = (added.unwrap_or(1.0), u32::from(added.is_some()));
+        let (mut next_norm, mut out, mut stride) = (NormArgs::default(), 0, 0);
+        if let Some(next) = next {
+            next.check(n, m)?;
+            next_norm = self.norm_args(next.norm);
+            stride = next.out.stride() as u32;
+            out = self.output(&mut next.out.values.view_mut());
+        }
+        let (norm, n) = (self.norm_args(Some(norm)), n as u32);
+        let x = self.vector_input(x.as_view());
+        let args = &mut [
+            argument(&y),
+            argument(&norm),
+            argument(&scale),
+            argument(&is_added),
+            argument(&x),
+            argument(&n),
+            argument(&next_norm),
+            argument(&out),
+            argument(&stride),
+        ];
+        // SAFETY: `norm_add(y, norm, scale, is_added, x, n, next, out, stride)`. y, x: m rows of n;
+        // norm, next: of n channels; out: null, or m rows of n, `stride` apart.
+        unsafe { self.launch(&self.kernels.norm_add, [m, 1, 1], 256, 0, args) }
+    }
+
+    /// What kernels take of a norm, which has been checked.
+    fn norm_args(&self, norm: Option<Norm<'_>>) -> NormArgs {
+        let Some(Norm { weight, bias, epsilon }) = norm else { return NormArgs::default() };
+        let bias = bias.map_or(0, |bias| self.vector_input(bias));
+        NormArgs { weight: self.vector_input(weight), bias, epsilon, unused: 0 }
     }
 
     /// `out = activation(gate) * up`, or `activation(gate)` without `up`; all `[m, n]`.
@@ -662,8 +734,8 @@ impl Device {
         }
     }
 
-    /// `x[t] = scale * w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a token that
-    /// `w` has no row for.
+    /// `x[t] = scale * w[tokens[t]]`, `[m, cols]`, for the m = `tokens.len()` tokens; NaN for a
+    /// token that `w` has no row for.
     ///
     /// # Errors
     /// `ShapeMismatch` if `x` does not fit; `TooLarge` for more than 65535 tokens; `Driver`.
@@ -676,32 +748,57 @@ impl Device {
     ) -> Result<()> {
         let m = tokens.len();
         check_room("outputs", x.as_view(), m * w.cols())?;
+        let rows = Rows { tokens: self.input(tokens), position: 0, first: 0, scale };
         match w.is_packed() {
-            true => self.embed_rows::<PackedArgs>(w, tokens, scale, x),
-            false => self.embed_rows::<DenseArgs>(w, tokens, scale, x),
+            true => self.embed_rows::<PackedArgs>(w, rows, x, m),
+            false => self.embed_rows::<DenseArgs>(w, rows, x, m),
         }
     }
 
-    /// [`Self::embed`] for a matrix of kind `K`. All shapes have been checked.
+    /// `x[t] += w[first + position]`, `[m, cols]`, for the positions of m tokens; NaN for one that
+    /// `w` has no row for.
+    ///
+    /// # Errors
+    /// As [`Self::embed`]; `TooLarge` for rows beyond 2^32.
+    pub fn embed_positions(
+        &self,
+        w: &Matrix,
+        Tokens { position, m }: Tokens<'_>,
+        first: usize,
+        x: &mut ViewMut<'_, f32>,
+    ) -> Result<()> {
+        check_room("outputs", x.as_view(), m * w.cols())?;
+        check_limit("rows", first.saturating_add(position.capacity()), u32::MAX as usize)?;
+        let position = self.input(position.buffer.view());
+        let rows = Rows { tokens: 0, position, first: first as u32, scale: 1.0 };
+        match w.is_packed() {
+            true => self.embed_rows::<PackedArgs>(w, rows, x, m),
+            false => self.embed_rows::<DenseArgs>(w, rows, x, m),
+        }
+    }
+
+    /// `m` rows of a matrix of kind `K`. All shapes have been checked.
     fn embed_rows<K: Kind>(
         &self,
         w: &Matrix,
-        tokens: View<'_, u32>,
-        scale: f32,
+        rows: Rows,
         x: &mut ViewMut<'_, f32>,
+        m: usize,
     ) -> Result<()> {
-        let m = tokens.len();
         let bands = self.bands::<K>(w, self.output(x));
         let blocks = bands.iter().map(|band| band.w.embed_blocks()).max().unwrap_or(0);
         let args = EmbedArgs {
             band: filled(&bands),
-            tokens: self.input(tokens),
+            tokens: rows.tokens,
+            position: rows.position,
+            first: rows.first,
             bands: bands.len() as u32,
-            scale,
+            scale: rows.scale,
+            unused: 0,
         };
         // SAFETY: `embed_*(Embed args)`. band: one to 16 of the kernel's kind, all of `w`, as
-        // `Matrix` lays them out, their `out` m rows of its columns; tokens: m, looked up if `w`
-        // has such a row.
+        // `Matrix` lays them out, their `out` m rows of its columns; tokens: m, or null and
+        // position one; a row is looked up if `w` has it.
         unsafe { self.launch(K::embed(self), [blocks, m, 1], 128, 0, &mut [argument(&args)]) }
     }
 
@@ -787,10 +884,36 @@ impl Device {
     }
 }
 
+impl Norm<'_> {
+    /// Whether it is one of `n` channels.
+    fn check(&self, n: usize) -> Result<()> {
+        let vectors = [Some(self.weight), self.bias];
+        let mut vectors = vectors.into_iter().flatten();
+        vectors.try_for_each(|vector| check_equal("weights of the norm", vector.len(), n))
+    }
+}
+
+impl Next<'_> {
+    /// Whether it is for m vectors of `n` channels, and norms take so many.
+    fn check(&self, n: usize, m: usize) -> Result<()> {
+        check_equal("channels", n, n.next_multiple_of(4))?;
+        check_operands(self.out, n, m)?;
+        self.norm.map_or(Ok(()), |norm| norm.check(n))
+    }
+}
+
+/// The rows that `embed_*` looks up, and what they are multiplied by.
+struct Rows {
+    tokens: u64,
+    position: u64,
+    first: u32,
+    scale: f32,
+}
+
 /// Where the sums of a product go.
 enum Target<'a> {
     Store,
-    Add { scale: f32, norm: Option<Norm<'a>> },
+    Add { scale: f32, next: Option<Next<'a>> },
     Neurons { has_gate: bool, activation: Activation, out: &'a mut Operands },
 }
 
@@ -928,11 +1051,6 @@ fn check_room<T>(what: &'static str, view: View<'_, T>, expected: usize) -> Resu
 fn check_operands(operands: &Operands, cols: usize, m: usize) -> Result<()> {
     check_equal("columns of the operands", operands.cols(), cols)?;
     operands.check(m)
-}
-
-/// Whether norms take so many weights.
-fn check_norm(weight: View<'_, f32>) -> Result<()> {
-    check_equal("weights of the norm", weight.len(), weight.len().next_multiple_of(4))
 }
 
 fn check_input(w: &Matrix, x: &Operands, m: usize) -> Result<()> {

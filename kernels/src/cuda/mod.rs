@@ -27,7 +27,7 @@ pub use attention::{
 pub use backend::{CudaBackend, Gram, Held};
 pub use buffer::{Buffer, View, ViewMut};
 pub use device::{Device, Graph};
-pub use launch::{Neurons, Norm, Strided};
+pub use launch::{Neurons, Next, Norm, Strided};
 pub use matrix::Matrix;
 pub use operands::Operands;
 pub use top_k::TopK;

@@ -7,8 +7,8 @@ use super::*;
 use slim_formats::arch::QueryScaling;
 
 use crate::cuda::{
-    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, KvType, Matrix, Neurons, Norm,
-    Operands, Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
+    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, KvType, Matrix, Neurons, Next,
+    Norm, Operands, Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
 };
 
 /// Bounds of the normalized mean square error. fp16 rounds inputs and weights to 11 bits.
@@ -331,10 +331,11 @@ fn matmul_add_and_its_norm_agree() {
             let mut out = Buffer::upload(&device, &residual).unwrap();
             let mut normed = Operands::zeros(&device, m, rows).unwrap();
             let norm_buffer = Buffer::upload(&device, &norm_weight).unwrap();
-            let norm = Norm { weight: norm_buffer.view(), epsilon: 1e-5, out: &mut normed };
+            let norm = Norm { weight: norm_buffer.view(), bias: None, epsilon: 1e-5 };
+            let next = Next { norm: Some(norm), out: &mut normed };
             let x_device = operands(&device, &x, m);
             device
-                .matmul_add(&matrix, &x_device, m, scale, &mut out.view_mut(), Some(norm))
+                .matmul_add(&matrix, &x_device, m, scale, &mut out.view_mut(), Some(next))
                 .unwrap();
             let mut expected = reference(weight, &x, m);
             for (i, (sum, &x)) in expected.iter_mut().zip(&residual).enumerate() {
@@ -428,7 +429,7 @@ fn arguments_that_do_not_fit_are_refused() {
 }
 
 #[test]
-fn rms_norm_and_activations_agree() {
+fn norms_and_activations_agree() {
     let device = device_or_skip!();
     let mut noise = Noise(108);
     for (m, n) in [(1, 64), (3, 100), (2, 1028)] {
@@ -437,10 +438,39 @@ fn rms_norm_and_activations_agree() {
         let [x_device, y_device, weight_device] =
             [&x, &y, &weight].map(|v| Buffer::upload(&device, v).unwrap());
         let mut out = Operands::zeros(&device, m, n).unwrap();
-        device.rms_norm(x_device.view(), weight_device.view(), 1e-5, m, &mut out).unwrap();
-        let mut expected = vec![0.0; m * n];
-        Scalar.rms_norm(&x, &weight, 1e-5, &mut expected);
-        assert_nmse("rms_norm", &out.read(m).unwrap(), &widened(&expected), HALF_NMSE);
+        let bias = noise.vector(n, 1.0);
+        let bias_device = Buffer::upload(&device, &bias).unwrap();
+        let rms = Norm { weight: weight_device.view(), bias: None, epsilon: 1e-5 };
+        let layer = Norm { bias: Some(bias_device.view()), ..rms };
+        let normed = |x: &[f32], norm: Option<Norm<'_>>| {
+            let mut out = x.to_vec();
+            match norm {
+                Some(Norm { bias: None, .. }) => Scalar.rms_norm(x, &weight, 1e-5, &mut out),
+                Some(_) => Scalar.layer_norm(x, &weight, &bias, 1e-5, &mut out),
+                None => {}
+            }
+            out
+        };
+        for norm in [None, Some(rms), Some(layer)] {
+            let next = Next { norm, out: &mut out };
+            device.norm(x_device.view(), m, next).unwrap();
+            let expected = widened(&normed(&x, norm));
+            assert_nmse("norm", &out.read(m).unwrap(), &expected, HALF_NMSE);
+
+            let mut sum = Buffer::upload(&device, &y).unwrap();
+            let next = Some(Next { norm, out: &mut out });
+            device.norm_add(x_device.view(), rms, 0.3, &mut sum.view_mut(), m, next).unwrap();
+            let added = normed(&x, Some(rms));
+            let expected: Vec<f32> = y.iter().zip(&added).map(|(y, x)| y + 0.3 * x).collect();
+            assert_nmse("sum", &sum.view().read().unwrap(), &widened(&expected), FLOAT_NMSE);
+            let expected = widened(&normed(&expected, norm));
+            assert_nmse("norm of the sum", &out.read(m).unwrap(), &expected, HALF_NMSE);
+        }
+        let mut in_place = Buffer::upload(&device, &x).unwrap();
+        device.norm_in_place(&mut in_place.view_mut(), layer, m).unwrap();
+        let expected = widened(&normed(&x, Some(layer)));
+        assert_nmse("in place", &in_place.view().read().unwrap(), &expected, FLOAT_NMSE);
+
         for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu] {
             let (x_view, y_view) = (x_device.view(), y_device.view());
             device.activate(activation, x_view, Some(y_view), n, m, &mut out).unwrap();
@@ -475,6 +505,14 @@ fn embed_gives_rows() {
             row.iter_mut().for_each(|value| *value *= 1.7);
             assert_eq!(found, row);
         }
+        let mut position = Position::new(&device, rows).unwrap();
+        position.set(5).unwrap();
+        let mut x = Buffer::zeros(&device, 3 * cols).unwrap();
+        let at = Tokens { position: &position, m: 3 };
+        device.embed_positions(&matrix, at, 2, &mut x.view_mut()).unwrap();
+        let mut expected = vec![0.0; 3 * cols];
+        dequantize_rows(weight, 7..10, &mut expected).unwrap();
+        assert_eq!(x.view().read().unwrap(), expected);
     }
 }
 

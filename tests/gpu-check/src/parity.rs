@@ -94,7 +94,7 @@ pub fn run(device: &Arc<Device>, report: &mut Report) {
         test("neurons", &|check| products::neurons(device, check, tokens));
     }
     test("embed", NO_ERROR, &|check| operations::embed(device, check));
-    test("rms_norm", HALF_ERROR, &|check| operations::rms_norm(device, check));
+    test("norm", HALF_ERROR, &|check| operations::norm(device, check));
     test("activate", HALF_ERROR, &|check| operations::activate(device, check));
     test("top_k", NO_ERROR, &|check| operations::top_k(device, check));
     test("gemm_f32", HALF_ERROR, &|check| operations::gemm(device, check));

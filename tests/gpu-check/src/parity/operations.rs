@@ -6,7 +6,7 @@ use anyhow::Result;
 use slim_formats::{DType, arch::Activation, slim::ScaleCoding};
 use slim_kernels::{
     Backend, Scalar,
-    cuda::{Buffer, Device, KvType, Matrix, Norm, Operands, Strided, TopK},
+    cuda::{Buffer, Device, KvType, Matrix, Next, Norm, Operands, Strided, TopK},
     weight,
 };
 
@@ -49,17 +49,31 @@ pub fn embed(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     Ok(())
 }
 
-pub fn rms_norm(device: &Arc<Device>, check: &mut Check) -> Result<()> {
+pub fn norm(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     for (m, n) in [(1, 4), (1, 64), (3, 100), (2, 1028), (5, 4096), (1, 8192)] {
         for size in [1e-3, 3.0] {
             let (x, weight) = (vector(12, m * n, size), vector(13, n, 1.0));
             let (x_on_device, weight_on_device) =
                 (Buffer::upload(device, &x)?, Buffer::upload(device, &weight)?);
             let mut out = Operands::zeros(device, m, n)?;
-            device.rms_norm(x_on_device.view(), weight_on_device.view(), 1e-5, m, &mut out)?;
+            let rms = Norm { weight: weight_on_device.view(), bias: None, epsilon: 1e-5 };
+            let layer = Norm { bias: Some(weight_on_device.view()), ..rms };
             let mut expected = vec![0.0; m * n];
-            Scalar.rms_norm(&x, &weight, 1e-5, &mut expected);
-            check.near(format_args!("{m} x {n}, size {size}"), &out.read(m)?, &expected);
+            for norm in [rms, layer] {
+                match norm.bias {
+                    None => Scalar.rms_norm(&x, &weight, 1e-5, &mut expected),
+                    Some(_) => Scalar.layer_norm(&x, &weight, &weight, 1e-5, &mut expected),
+                }
+                let next = Next { norm: Some(norm), out: &mut out };
+                device.norm(x_on_device.view(), m, next)?;
+                check.near(format_args!("{m} x {n}, size {size}"), &out.read(m)?, &expected);
+
+                let mut sum = Buffer::upload(device, &x)?;
+                device.norm_add(x_on_device.view(), norm, 0.3, &mut sum.view_mut(), m, None)?;
+                expected.iter_mut().zip(&x).for_each(|(sum, x)| *sum = x + 0.3 * *sum);
+                let case = format!("added, {m} x {n}, size {size}");
+                check.near(case, &sum.view().read()?, &expected);
+            }
         }
     }
     Ok(())
@@ -208,8 +222,9 @@ impl Step {
     }
 
     fn launch(&mut self, device: &Arc<Device>) -> slim_kernels::Result<()> {
-        let norm = Norm { weight: self.norm.view(), epsilon: 1e-5, out: &mut self.normed };
-        device.matmul_add(&self.w, &self.x, self.tokens, 1.0, &mut self.out.view_mut(), Some(norm))
+        let norm = Some(Norm { weight: self.norm.view(), bias: None, epsilon: 1e-5 });
+        let next = Next { norm, out: &mut self.normed };
+        device.matmul_add(&self.w, &self.x, self.tokens, 1.0, &mut self.out.view_mut(), Some(next))
     }
 
     fn reset(&mut self) -> Result<()> {

@@ -10,7 +10,7 @@ use slim_formats::{
 };
 use slim_kernels::{
     Backend, Scalar,
-    cuda::{Buffer, Device, Matrix, Neurons, Norm, Operands},
+    cuda::{Buffer, Device, Matrix, Neurons, Next, Norm, Operands},
     weight,
 };
 
@@ -233,9 +233,11 @@ pub fn add(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Resul
 
                 let mut out = Buffer::upload(device, &residual)?;
                 let mut normed = Operands::zeros(device, m, rows)?;
-                let norm = Norm { weight: norm_buffer.view(), epsilon: EPSILON, out: &mut normed };
+                let weight = norm_buffer.view();
+                let norm = Some(Norm { weight, bias: None, epsilon: EPSILON });
+                let next = Next { norm, out: &mut normed };
                 let sums = &mut out.view_mut();
-                device.matmul_add(&matrix, &x_on_device, m, scale, sums, Some(norm))?;
+                device.matmul_add(&matrix, &x_on_device, m, scale, sums, Some(next))?;
                 check.near(
                     format_args!("sums before a norm, {case}"),
                     &out.view().read()?,
