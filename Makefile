@@ -83,7 +83,7 @@ test-onnx: $(VENV)/onnx
 	        --bits 3 --group-size 32 --samples 4 --context 64 --quiet && \
 	    $(DEBUG)/slimllm export target/onnx/$$name.slim.gguf --to onnx -o target/onnx/$$name --quiet && \
 	    $(PYTHON) scripts/check-onnx-export target/onnx/$$name target/onnx/$$name.slim.gguf \
-	        --tokens target/onnx/tokens --context 128 --tolerance 0.03 --slimllm $(DEBUG)/slimllm || exit 1; \
+	        --tokens target/onnx/tokens --context 128 --tolerance 0.02 --slimllm $(DEBUG)/slimllm || exit 1; \
 	done
 
 # An engine that is not ours must find in an exported file what we find in the original. Not part of
