@@ -141,6 +141,12 @@ fn rope_pairs(head_dim: usize) -> usize {
 impl ModelConfig {
     /// Gives the configuration back if its numbers fit each other.
     fn validated(self, path: &Path) -> Result<Self> {
+        let stretched_from = match &self.rope.scaling {
+            Scaling::Factors => 1,
+            Scaling::Yarn(Yarn { context, .. })
+            | Scaling::Long(LongRope { context, .. })
+            | Scaling::Dynamic { context, .. } => *context,
+        };
         for (what, found, limit) in [
             ("block count", self.block_count, 1 << 12),
             ("hidden size", self.hidden_size, 1 << 20),
@@ -151,6 +157,7 @@ impl ModelConfig {
             ("vocabulary size", self.vocab_size, 1 << 26),
             ("context length", self.context_length, 1 << 30),
             ("sliding window", self.sliding_window.unwrap_or(1), 1 << 30),
+            ("context before RoPE scaling", stretched_from, 1 << 30),
         ] {
             if !(1..=limit).contains(&found) {
                 return Err(invalid(path, what, found, &format!("1 to {limit}")));

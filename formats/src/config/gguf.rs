@@ -99,6 +99,8 @@ impl ModelConfig {
             add_bos: false,
             generation: Generation::from_gguf(path, metadata)?,
         };
+        // What a family reads is as long as the model has blocks.
+        config = config.validated(path)?;
         family.read(&keys, &mut config)?;
         SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
         let config = config.validated(path)?;

@@ -87,6 +87,8 @@ impl ModelConfig {
             add_bos: false,
             generation: Generation::default(),
         };
+        // What a family reads is as long as the model has blocks.
+        config = config.validated(path)?;
         family.read(&json, &mut config)?;
         let files = TokenFiles::of_model(json.object, generation_config);
         SpecialTokens::from_hugging_face(path, &files, &Vocabulary::default(), vocab_size)?

@@ -100,6 +100,18 @@ fn hugging_face_bad_configurations_are_refused() {
         (json!({"head_dim": 15}), false, "an even number"),
         (json!({"head_dim": i64::MAX}), false, "head size"),
         (json!({"hidden_size": u64::MAX}), false, "hidden size"),
+        (json!({"model_type": "gemma2", "num_hidden_layers": 1_u64 << 40}), false, "block count"),
+        (
+            json!({
+                "model_type": "ministral3",
+                "rope_parameters": {
+                    "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0,
+                    "llama_4_scaling_beta": 0.1,
+                },
+            }),
+            false,
+            "context before RoPE scaling: found 0",
+        ),
         (json!({"rms_norm_eps": null}), false, "key `rms_norm_eps`"),
         (json!({"rms_norm_eps": 0.0}), false, "RMS norm epsilon"),
         (json!({"rope_theta": -1.0}), false, "RoPE"),
@@ -296,6 +308,25 @@ fn gguf_every_spelling_of_linear_scaling_is_read() {
     let expected =
         "key `llama.rope.scale_linear`: found 2, expected 4 as in `llama.rope.scaling.factor`";
     assert!(error.to_string().contains(expected), "{error}");
+}
+
+#[test]
+fn gguf_counts_are_checked_before_a_family_uses_them() {
+    for (key, count) in [("block_count", 1_u64 << 40), ("attention.head_count", 0)] {
+        let mut metadata = Metadata::new();
+        metadata.insert("general.architecture", "gemma3").unwrap();
+        for (key, value) in read(&llama()).unwrap().to_gguf().iter() {
+            let Some(own) = key.strip_prefix("llama.") else { continue };
+            metadata.insert(format!("gemma3.{own}"), value.clone()).unwrap();
+        }
+        let mut changed = Metadata::new();
+        for (found, value) in metadata.iter().filter(|(found, _)| !found.ends_with(key)) {
+            changed.insert(found, value.clone()).unwrap();
+        }
+        changed.insert(format!("gemma3.{key}"), count).unwrap();
+        let error = from_gguf(&changed, None).unwrap_err();
+        assert!(error.to_string().contains(" count: found "), "{error}");
+    }
 }
 
 #[test]

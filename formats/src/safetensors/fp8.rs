@@ -34,20 +34,25 @@ impl Fp8Scales {
     }
 }
 
-/// Gives every matrix in FP8 its scales, and takes them out of the table.
+/// Gives every matrix in FP8 its scales, and takes them out of the table. Scales of other matrices
+/// stay in it: they are tensors that nobody knows.
 ///
 /// # Errors
 /// `Malformed` for a matrix without scales, or scales that do not fill it.
 pub(super) fn attach_scales(path: &Path, shards: &Shards, stored: &mut Table) -> Result<()> {
     let in_fp8 = stored.iter().filter(|(_, tensor)| tensor.dtype == DType::F8_E4M3);
     let mut names: Vec<String> = in_fp8.map(|(name, _)| name.clone()).collect();
+    if !names.is_empty() {
+        let is_of_activations = |name: &str| OF_ACTIVATIONS.iter().any(|end| name.ends_with(end));
+        stored.retain(|name, _| !is_of_activations(name));
+    }
     names.sort();
     for name in names {
         let malformed = |found: String, expected: &str| {
             FormatError::malformed(path, format!("tensor `{name}` in FP8"), "", found, expected)
         };
         let module = name.trim_end_matches(".weight");
-        let scales = SCALES.iter().find_map(|suffix| stored.get(&format!("{module}{suffix}")));
+        let scales = SCALES.iter().find_map(|suffix| stored.remove(&format!("{module}{suffix}")));
         let Some(scales) = scales else {
             return Err(malformed("no scale".into(), "`weight_scale_inv` or `weight_scale`"));
         };
@@ -57,7 +62,7 @@ pub(super) fn attach_scales(path: &Path, shards: &Shards, stored: &mut Table) ->
             (1, count) if count == rows && rows > 1 => (rows, 1),
             shape => shape,
         };
-        let values = floats(scales.dtype, shards.bytes_of(scales)).unwrap_or_default();
+        let values = floats(scales.dtype, shards.bytes_of(&scales)).unwrap_or_default();
         let blocks = block_of(rows, down).zip(block_of(cols, across));
         let Some(block) = blocks.filter(|_| values.len() == down * across) else {
             let found = format!("scales [{down}, {across}]");
@@ -69,7 +74,6 @@ pub(super) fn attach_scales(path: &Path, shards: &Shards, stored: &mut Table) ->
         let scales = Fp8Scales { values, block, per_row: across };
         stored.get_mut(&name).expect("listed above").scales = Some(scales);
     }
-    stored.retain(|name, _| !is_scale(name));
     Ok(())
 }
 

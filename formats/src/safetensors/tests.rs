@@ -201,6 +201,16 @@ fn bad_tensors_are_refused() {
 }
 
 #[test]
+fn scales_of_a_matrix_that_is_not_in_fp8_are_not_dropped() {
+    for suffix in ["weight_scale", "weight_scale_inv", "input_scale"] {
+        let name = format!("model.layers.0.self_attn.q_proj.{suffix}");
+        let folder = one_file(json!({}), &[(&name, Dtype::F32, &[1])]);
+        let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("tensor `{name}` of a model")), "{error}");
+    }
+}
+
+#[test]
 fn missing_tensors_are_named() {
     let folder = one_file(json!({}), &[]);
     write_shard(&folder.path().join("model.safetensors"), &REST[..9]);
