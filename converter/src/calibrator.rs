@@ -177,7 +177,7 @@ impl<'a> Calibrator<'a> {
             stream.enter(stage, walk, running)?;
             if let Some(float) = float {
                 float.stream.enter(stage, walk, block)?;
-                if may_catch_up(stage, block) {
+                if corrects_residual(stage, block) {
                     float.compare(engine, stream, block.spec.residual_scale)?;
                 }
             }
@@ -187,7 +187,7 @@ impl<'a> Calibrator<'a> {
             {
                 let float = float.as_ref().map(|float| FloatInputs {
                     activations: float.stream.inputs_of(stage),
-                    missing: may_catch_up(stage, block).then_some(&float.missing),
+                    missing: corrects_residual(stage, block).then_some(&float.missing),
                 });
                 let inputs = StageInputs { activations: stream.inputs_of(stage), float };
                 let inputs = visitor.inputs(tensors[0], inputs, engine)?;
@@ -221,9 +221,9 @@ fn with_layers<'b>(block: &'b Block<'_>, layers: &'b PartMap<Layer>) -> Block<'b
     block
 }
 
-/// Whether what a stage's layer gives goes to the residual stream as it is, so that the layer can
-/// make up for what the stream misses. Behind a norm it would be scaled by all else.
-fn may_catch_up(stage: Stage, block: &Block<'_>) -> bool {
+/// Whether a stage's layer is corrected by what the residual stream misses: it adds to the stream,
+/// and no norm behind it would scale the correction by all else.
+fn corrects_residual(stage: Stage, block: &Block<'_>) -> bool {
     let is_normed = stage.post_norm().is_some_and(|norm| block.spec.has(norm));
     stage.adds_to_residual() && !is_normed
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     ModelConfig, Result,
-    config::{Keys, every, shortest},
+    config::{Keys, shortest},
 };
 
 /// `gemma2`.
@@ -39,11 +39,7 @@ impl Family for Gemma2 {
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         read(keys, config)?;
-        config.sliding_window = keys.window()?;
-        let windowed = keys.windowed(config.block_count)?;
-        config.features.windowed = windowed.unwrap_or_else(|| every(2, config.block_count));
-        llama::settle_windows(config);
-        Ok(())
+        llama::read_windows(keys, config, 2)
     }
 
     fn ignores(&self, key: &str, _config: &ModelConfig) -> bool {
@@ -107,11 +103,7 @@ impl Family for Gemma3 {
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         read(keys, config)?;
-        config.sliding_window = keys.window()?;
-        let windowed = keys.windowed(config.block_count)?;
-        config.features.windowed = windowed.unwrap_or_else(|| every(6, config.block_count));
-        llama::settle_windows(config);
-        Ok(())
+        llama::read_windows(keys, config, 6)
     }
 
     fn ignores(&self, key: &str, _config: &ModelConfig) -> bool {
@@ -153,10 +145,8 @@ fn read(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     features.embedding_scale = embedding_scale.unwrap_or((config.hidden_size as f32).sqrt());
     features.attention_softcap = keys.number("attn_logit_softcapping")?.map(|cap| cap as f32);
     features.logit_softcap = keys.number("final_logit_softcapping")?.map(|cap| cap as f32);
-    features.has_attention_bias = keys.flag("attention_bias")?;
-    features.has_output_bias = features.has_attention_bias;
     features.attention_scale = scale.or(scalar).or(assumed);
-    Ok(())
+    llama::read_attention_bias(keys, config)
 }
 
 /// `query_pre_attn_scalar` is not among llama.cpp's keys: it takes the head size, but for the two

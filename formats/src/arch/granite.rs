@@ -24,13 +24,12 @@ impl Family for Granite {
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         let number = |key: &str| -> Result<f32> { Ok(keys.number(key)?.unwrap_or(1.0) as f32) };
-        let bias = keys.flag("attention_bias")?;
+        llama::read_attention_bias(keys, config)?;
         let features = &mut config.features;
         features.embedding_scale = number("embedding_multiplier")?;
         features.residual_scale = number("residual_multiplier")?;
         features.logit_scale = 1.0 / number("logits_scaling")?;
         features.attention_scale = keys.number("attention_multiplier")?.map(|scale| scale as f32);
-        (features.has_attention_bias, features.has_output_bias) = (bias, bias);
         features.has_ffn_bias = keys.flag("mlp_bias")?;
         Ok(())
     }

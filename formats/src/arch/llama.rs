@@ -4,7 +4,10 @@ use super::{
     Activation, Attention, BlockSpec, Family, Ffn, HfType, Norm, Norms, Part, Stored,
     llama_cpp::{self, Ability},
 };
-use crate::{Layout, ModelConfig, Result, config::Keys};
+use crate::{
+    Layout, ModelConfig, Result,
+    config::{Keys, every},
+};
 
 /// `llama` and `mistral`.
 #[derive(Debug)]
@@ -31,9 +34,8 @@ impl Family for Llama {
             config.sliding_window = keys.window()?;
         }
         if keys.model_type() != Some(MISTRAL.model_type) {
-            let (features, bias) = (&mut config.features, keys.flag("attention_bias")?);
-            (features.has_attention_bias, features.has_output_bias) = (bias, bias);
-            features.has_ffn_bias = keys.flag("mlp_bias")?;
+            read_attention_bias(keys, config)?;
+            config.features.has_ffn_bias = keys.flag("mlp_bias")?;
         }
         Ok(())
     }
@@ -130,6 +132,26 @@ pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
         }
         _ => Stored::PLAIN,
     }
+}
+
+/// Reads the flag of biases of attention, of all its layers.
+pub(super) fn read_attention_bias(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+    let bias = keys.flag("attention_bias")?;
+    (config.features.has_attention_bias, config.features.has_output_bias) = (bias, bias);
+    Ok(())
+}
+
+/// Reads the window and which blocks have it: all but each `interval`-th, if nothing is said.
+pub(super) fn read_windows(
+    keys: &dyn Keys,
+    config: &mut ModelConfig,
+    interval: usize,
+) -> Result<()> {
+    config.sliding_window = keys.window()?;
+    let windowed = keys.windowed(config.block_count)?;
+    config.features.windowed = windowed.unwrap_or_else(|| every(interval, config.block_count));
+    settle_windows(config);
+    Ok(())
 }
 
 /// Leaves out a window that no block has.

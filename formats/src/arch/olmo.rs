@@ -5,10 +5,7 @@ use super::{
     BlockSpec, Family, HfType, Norms, QkNorm, llama,
     llama_cpp::{self, Ability},
 };
-use crate::{
-    ModelConfig, Result,
-    config::{Keys, every},
-};
+use crate::{ModelConfig, Result, config::Keys};
 
 /// `olmo2` and `olmo3`.
 #[derive(Debug)]
@@ -35,15 +32,11 @@ impl Family for Olmo {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-        let bias = keys.flag("attention_bias")?;
-        (config.features.has_attention_bias, config.features.has_output_bias) = (bias, bias);
-        if keys.model_type() != Some(OLMO2.model_type) {
-            config.sliding_window = keys.window()?;
-            let windowed = keys.windowed(config.block_count)?;
-            config.features.windowed = windowed.unwrap_or_else(|| every(4, config.block_count));
+        llama::read_attention_bias(keys, config)?;
+        match keys.model_type() == Some(OLMO2.model_type) {
+            true => Ok(()),
+            false => llama::read_windows(keys, config, 4),
         }
-        llama::settle_windows(config);
-        Ok(())
     }
 
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {

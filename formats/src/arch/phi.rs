@@ -45,10 +45,6 @@ impl Family for Phi3 {
         llama::block(config, index)
     }
 
-    fn hf_name(&self, part: Part) -> &'static str {
-        llama::hf_name(part)
-    }
-
     fn in_hf(&self, part: Part, _spec: Option<&BlockSpec>) -> Stored {
         match part {
             Part::AttnQ | Part::AttnK | Part::AttnV => {

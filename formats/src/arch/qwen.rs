@@ -51,9 +51,7 @@ impl Family for Qwen3 {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-        let bias = keys.flag("attention_bias")?;
-        config.features.has_attention_bias = bias;
-        config.features.has_output_bias = bias;
+        llama::read_attention_bias(keys, config)?;
         read_window(keys, config)
     }
 

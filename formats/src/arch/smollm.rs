@@ -29,9 +29,8 @@ impl Family for SmolLm3 {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        llama::read_attention_bias(keys, config)?;
         let features = &mut config.features;
-        let bias = keys.flag("attention_bias")?;
-        (features.has_attention_bias, features.has_output_bias) = (bias, bias);
         features.has_ffn_bias = keys.flag("mlp_bias")?;
         let interval = keys.number("no_rope_layer_interval")?.map_or(4, |every| every as usize);
         let rotated = keys.flags("no_rope_layers", config.block_count)?;
