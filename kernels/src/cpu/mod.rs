@@ -18,7 +18,7 @@ use slim_formats::{Weight, arch::Activation, slim::TILE_ROWS};
 
 use crate::{
     AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
-    linalg::{Left, Mat, Panel, Precision, Store},
+    linalg::{Layout, Left, Mat, Panel, Precision, Store},
     weight::{dequantize_rows, shape},
 };
 
@@ -156,11 +156,11 @@ pub fn matmul(
             let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
             let stride = tiles.len() * TILE_ROWS;
             let weights = dequantize::columns(bands, tiles);
-            Ok(Panel::of(precision, Mat::strided(&weights, cols, n, stride)))
+            Ok(Panel::of(precision, weights, Layout::strided(cols, n, stride)))
         } else {
             let mut weights = vec![0.0; n * cols];
             dequantize_rows(w, rows, &mut weights)?;
-            Ok(Panel::of(precision, Mat::new(&weights, n, cols).transposed()))
+            Ok(Panel::of(precision, weights, Layout::strided(n, cols, cols).transposed()))
         }
     };
     Left::of(precision, Mat::new(x, m, cols)).multiply(rows, panel, out, rows, Store::REPLACE)

@@ -74,7 +74,7 @@ pub struct Tiles {
 impl Tiles {
     /// The rows of `lanes`, the inner dimension along its columns.
     pub fn new(amx: Amx, precision: Precision, lanes: Mat<'_>, factor: Factor) -> Self {
-        let (sides, steps) = (lanes.rows.div_ceil(SIDE), lanes.cols.div_ceil(DEPTH));
+        let (sides, steps) = (lanes.layout.rows.div_ceil(SIDE), lanes.layout.cols.div_ceil(DEPTH));
         let mut memory = Memory::of(sides * steps * step_rows(precision));
         match precision {
             Precision::Fine => pack_fine(lanes, factor, sides, steps, memory.rows_mut()),
@@ -138,7 +138,7 @@ fn pack(
     steps: usize,
     rows: &mut [Row],
 ) {
-    let by_lane = lanes.col_stride == 1;
+    let by_lane = lanes.layout.col_stride == 1;
     let step_rows = step_rows(precision);
     let mut unused = [[Row([0; PAIRS]); LANES]; 2];
     for i in 0..sides * steps {
@@ -172,12 +172,13 @@ fn pack(
 /// each row.
 #[inline(always)]
 fn pack_lanes(lanes: Mat<'_>, first: (usize, usize), upper: &mut Tile, lower: &mut Tile) {
-    let count = lanes.rows.saturating_sub(first.0);
-    let depth = DEPTH.min(lanes.cols - first.1);
+    let count = lanes.layout.rows.saturating_sub(first.0);
+    let depth = DEPTH.min(lanes.layout.cols - first.1);
     for lane in 0..LANES {
         let mut values = [0.0; DEPTH];
         if lane < count {
-            values = load(&lanes.data[(first.0 + lane) * lanes.row_stride + first.1..], depth);
+            values =
+                load(&lanes.data[(first.0 + lane) * lanes.layout.row_stride + first.1..], depth);
         }
         let (mut u, mut l) = ([0u16; DEPTH], [0u16; DEPTH]);
         for i in 0..DEPTH {
@@ -192,10 +193,10 @@ fn pack_lanes(lanes: Mat<'_>, first: (usize, usize), upper: &mut Tile, lower: &m
 /// The same with a lane in each column.
 #[inline(always)]
 fn pack_columns(lanes: Mat<'_>, first: (usize, usize), upper: &mut Tile, lower: &mut Tile) {
-    let count = LANES.min(lanes.rows.saturating_sub(first.0));
+    let count = LANES.min(lanes.layout.rows.saturating_sub(first.0));
     let at = |i: usize| -> [f32; LANES] {
-        match count > 0 && first.1 + i < lanes.cols {
-            true => load(&lanes.data[first.0 + (first.1 + i) * lanes.col_stride..], count),
+        match count > 0 && first.1 + i < lanes.layout.cols {
+            true => load(&lanes.data[first.0 + (first.1 + i) * lanes.layout.col_stride..], count),
             false => [0.0; LANES],
         }
     };

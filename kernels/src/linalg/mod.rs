@@ -6,7 +6,7 @@
 mod amx;
 mod cholesky;
 
-use std::{convert::Infallible, ops::Range, sync::LazyLock};
+use std::{borrow::Cow, convert::Infallible, ops::Range, sync::LazyLock};
 
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul as gemm};
 use rayon::prelude::*;
@@ -22,19 +22,60 @@ pub const PANEL_COLS: usize = 128;
 const PANELS: usize = 32;
 
 /// Multiplications below which a product is one task.
-const SMALL: usize = 1 << 22;
+const SMALL: usize = 1 << 20;
 
 /// Values below which a factor is made ready in one task.
 const SMALL_FACTOR: usize = 1 << 15;
 
-/// A borrowed matrix; the values of each row, or those of each column, lie side by side.
+/// A borrowed matrix.
 #[derive(Clone, Copy)]
 pub struct Mat<'a> {
     data: &'a [f32],
+    layout: Layout,
+}
+
+/// Where the values of a matrix lie: those of each row side by side, or those of each column.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
     rows: usize,
     cols: usize,
     row_stride: usize,
     col_stride: usize,
+}
+
+impl Layout {
+    /// `[rows, cols]`, row-major, with rows that lie `stride` apart.
+    ///
+    /// # Panics
+    /// If rows overlap.
+    pub fn strided(rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(stride >= cols, "rows of {cols} values, {stride} apart");
+        Self { rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// That of the transpose.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+
+    /// The matrix whose values lie so in `data`.
+    ///
+    /// # Panics
+    /// If `data` is too short.
+    pub fn of(self, data: &[f32]) -> Mat<'_> {
+        let Self { rows, cols, row_stride, col_stride } = self;
+        let last = |n: usize, stride: usize| (n - 1) * stride;
+        let is_empty = rows * cols == 0;
+        let needed = if is_empty { 0 } else { last(rows, row_stride) + last(cols, col_stride) + 1 };
+        assert!(data.len() >= needed, "{} values for {needed}", data.len());
+        Mat { data, layout: self }
+    }
 }
 
 impl<'a> Mat<'a> {
@@ -46,29 +87,22 @@ impl<'a> Mat<'a> {
     /// Rows that lie `stride` apart.
     ///
     /// # Panics
-    /// If `data` is too short.
+    /// If `data` is too short, or rows overlap.
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        let needed = if rows * cols == 0 { 0 } else { (rows - 1) * stride + cols };
-        assert!(stride >= cols && data.len() >= needed, "{} values for {needed}", data.len());
-        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+        Layout::strided(rows, cols, stride).of(data)
     }
 
     /// Its transpose.
     #[must_use]
     pub fn transposed(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { layout: self.layout.transposed(), ..self }
     }
 
     /// Some of its rows.
     fn rows(self, rows: Range<usize>) -> Self {
-        let data = &self.data[(rows.start * self.row_stride).min(self.data.len())..];
-        Self { data, rows: rows.len(), ..self }
+        let Self { data, layout } = self;
+        let data = &data[(rows.start * layout.row_stride).min(data.len())..];
+        Self { data, layout: Layout { rows: rows.len(), ..layout } }
     }
 
     /// Some of its columns.
@@ -76,20 +110,10 @@ impl<'a> Mat<'a> {
         self.transposed().rows(cols).transposed()
     }
 
-    fn to_row_major(self) -> Vec<f32> {
-        let row =
-            |i| (0..self.cols).map(move |j| self.data[i * self.row_stride + j * self.col_stride]);
-        (0..self.rows).flat_map(row).collect()
-    }
-
     fn faer(self) -> MatRef<'a, f32> {
-        match self.col_stride {
-            1 => MatRef::from_row_major_slice_with_stride(
-                self.data,
-                self.rows,
-                self.cols,
-                self.row_stride,
-            ),
+        let Self { data, layout: Layout { rows, cols, row_stride, col_stride } } = self;
+        match col_stride {
+            1 => MatRef::from_row_major_slice_with_stride(data, rows, cols, row_stride),
             _ => self.transposed().faer().transpose(),
         }
     }
@@ -187,9 +211,9 @@ pub(crate) fn matmul_by(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    assert_eq!(a.cols, b.rows, "the inner dimension");
+    assert_eq!(a.layout.cols, b.layout.rows, "the inner dimension");
     let panel = |cols| Ok::<_, Infallible>(Panel::by(method, b.columns(cols)));
-    let Ok(()) = Left::by(method, a).multiply(b.cols, panel, out, out_stride, store);
+    let Ok(()) = Left::by(method, a).multiply(b.layout.cols, panel, out, out_stride, store);
 }
 
 /// Adds `x^T x` to the upper triangle of `h: [n, n]`, for `x: [tokens, n]`. What is below the
@@ -228,33 +252,32 @@ pub struct Left<'a> {
     tiles: Vec<Tiles>,
 }
 
-/// Some columns of a right factor, made ready.
-pub struct Panel {
-    cols: usize,
-    values: PanelValues,
-}
+/// Some columns of a right factor, `[k, cols]`, made ready.
+pub struct Panel<'a>(PanelValues<'a>);
 
-enum PanelValues {
+enum PanelValues<'a> {
     Tiles(Tiles),
-    /// `[k, cols]`.
-    Plain(Vec<f32>),
+    /// As they lie.
+    Plain(Cow<'a, [f32]>, Layout),
 }
 
-impl Panel {
-    /// From the columns themselves, `[k, cols]`.
-    pub fn of(precision: Precision, columns: Mat<'_>) -> Self {
-        Self::by(Method::fastest(precision), columns)
+impl<'a> Panel<'a> {
+    /// Of values that lie as `layout` says.
+    pub fn of(precision: Precision, values: Vec<f32>, layout: Layout) -> Self {
+        match Panel::by(Method::fastest(precision), layout.of(&values)).0 {
+            PanelValues::Tiles(tiles) => Self(PanelValues::Tiles(tiles)),
+            PanelValues::Plain(..) => Self(PanelValues::Plain(values.into(), layout)),
+        }
     }
 
-    fn by(method: Method, columns: Mat<'_>) -> Self {
-        let values = match method {
+    fn by(method: Method, columns: Mat<'a>) -> Self {
+        Self(match method {
             Method::Amx(amx, precision) => {
                 let lanes = columns.transposed();
                 PanelValues::Tiles(Tiles::new(amx, precision, lanes, Factor::Right))
             }
-            Method::Faer => PanelValues::Plain(columns.to_row_major()),
-        };
-        Self { cols: columns.cols, values }
+            Method::Faer => PanelValues::Plain(columns.data.into(), columns.layout),
+        })
     }
 }
 
@@ -268,8 +291,8 @@ impl<'a> Left<'a> {
         let tiles = match method {
             Method::Amx(amx, precision) => {
                 let piece = |rows| Tiles::new(amx, precision, a.rows(rows), Factor::Left);
-                let is_large = a.rows * a.cols >= SMALL_FACTOR;
-                map(is_large, pieces(0..a.rows, Self::piece_rows(a.cols)), piece)
+                let Layout { rows, cols, .. } = a.layout;
+                map(rows * cols >= SMALL_FACTOR, pieces(0..rows, Self::piece_rows(cols)), piece)
             }
             Method::Faer => Vec::new(),
         };
@@ -284,17 +307,17 @@ impl<'a> Left<'a> {
 
     /// `out[m, n]` from the product with the right factor `[k, n]` that `panel` gives by ranges of
     /// at most [`PANEL_COLS`] columns; rows of `out` lie `out_stride` apart. At most 4,096 columns
-    /// are held at a time, as four bytes a value (two if coarse).
+    /// are held at a time, as four bytes a value (two if coarse, none if they lie there already).
     ///
     /// # Errors
     /// What `panel` answers.
     ///
     /// # Panics
     /// If `out` is too short.
-    pub fn multiply<E: Send>(
+    pub fn multiply<'p, E: Send>(
         &self,
         n: usize,
-        panel: impl Fn(Range<usize>) -> Result<Panel, E> + Sync,
+        panel: impl Fn(Range<usize>) -> Result<Panel<'p>, E> + Sync,
         out: &mut [f32],
         out_stride: usize,
         store: Store,
@@ -303,16 +326,16 @@ impl<'a> Left<'a> {
     }
 
     /// [`Self::multiply`] for the pieces whose rows and columns `is_wanted` accepts.
-    fn multiply_pieces<E: Send>(
+    fn multiply_pieces<'p, E: Send>(
         &self,
         n: usize,
-        panel: impl Fn(Range<usize>) -> Result<Panel, E> + Sync,
+        panel: impl Fn(Range<usize>) -> Result<Panel<'p>, E> + Sync,
         out: &mut [f32],
         out_stride: usize,
         store: Store,
         is_wanted: impl Fn(&Range<usize>, &Range<usize>) -> bool,
     ) -> Result<(), E> {
-        let (m, k) = (self.matrix.rows, self.matrix.cols);
+        let Layout { rows: m, cols: k, .. } = self.matrix.layout;
         let needed = if m * n == 0 { 0 } else { (m - 1) * out_stride + n };
         assert!(out_stride >= n && out.len() >= needed, "{} values for {needed}", out.len());
         let is_large = m * n * k >= SMALL;
@@ -320,7 +343,7 @@ impl<'a> Left<'a> {
         let rows = pieces(0..m, piece_rows);
         for first in (0..n).step_by(PANELS * PANEL_COLS) {
             let cols = pieces(first..n.min(first + PANELS * PANEL_COLS), PANEL_COLS);
-            let panels: Vec<Panel> =
+            let panels: Vec<Panel<'_>> =
                 map(is_large, cols.clone(), &panel).into_iter().collect::<Result<_, E>>()?;
             let mut tasks = Vec::new();
             for (piece, (rows, out)) in
@@ -347,14 +370,14 @@ impl<'a> Left<'a> {
         &self,
         piece: usize,
         rows: Range<usize>,
-        panel: &Panel,
+        panel: &Panel<'_>,
         out: MatMut<'_, f32>,
         store: Store,
     ) {
-        match &panel.values {
+        match &panel.0 {
             PanelValues::Tiles(right) => amx::multiply(&self.tiles[piece], right, store, out),
-            PanelValues::Plain(values) => {
-                let right = Mat::new(values, self.matrix.cols, panel.cols).faer();
+            PanelValues::Plain(values, layout) => {
+                let right = layout.of(values).faer();
                 let accumulate = if store.add { Accum::Add } else { Accum::Replace };
                 gemm(out, accumulate, self.matrix.rows(rows).faer(), right, store.alpha, Par::Seq);
             }
