@@ -165,7 +165,7 @@ pub fn quantize_layer(
     let cols = quantizer.layout.cols();
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
     let mut slots = packed.tiles_mut();
-    let (mut error, mut total) = (0.0, 0.0);
+    let mut errors = Vec::with_capacity(rows.len() * cols);
     for slab in targets.slabs(rows.clone()) {
         let weights: Vec<f32> =
             slab.iter().flat_map(|block| targets.rows(block.clone())).copied().collect();
@@ -174,11 +174,13 @@ pub fn quantize_layer(
         for (row, swept) in tiles.zip(&swept) {
             swept.store(&mut slots[(row - rows.start) / TILE_ROWS]);
         }
-        let errors = difference(&weights, cols, &swept);
-        error += inputs.hessian.quadratic(&errors);
-        total += inputs.hessian.quadratic(&weights);
-        targets.spread(&slab, &errors);
+        let of_slab = difference(&weights, cols, &swept);
+        targets.spread(&slab, &of_slab);
+        errors.extend(of_slab);
     }
+    // Rounded rows are not touched again: their targets still stand.
+    let error = inputs.hessian.quadratic(&errors);
+    let total = inputs.hessian.quadratic(targets.rows(rows));
     QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
 }
 

@@ -4,7 +4,11 @@
 //! Errors go to the columns of the same block one by one, sixteen rows at a time, and to those
 //! behind it by one matrix product for each block of columns.
 
+mod refine;
 mod row_scales;
+
+#[cfg(test)]
+pub(crate) use refine::REFINEMENTS;
 
 use std::{borrow::Cow, ops::Range};
 
@@ -17,16 +21,12 @@ use slim_kernels::{
 
 use crate::{
     coder::{Coder, RowScales, RunScales},
-    lanes::{Lanes, gather, nearest_codes, scatter, zip},
+    lanes::{Lanes, gather, nearest_codes, scatter},
 };
 
 /// Columns of a block, but for the rest of its last run: work within a block grows with it,
 /// products between blocks lose by less.
 const BLOCK_COLS: usize = 128;
-
-/// Passes of coordinate descent over the codes of a layer: two more than two took SmolLM2 from
-/// 24.08 to 23.66 at 3.30 bits.
-pub(crate) const REFINEMENTS: usize = 4;
 
 /// What the sweep weighs errors by.
 pub struct Curvature<'a> {
@@ -121,39 +121,6 @@ impl Sweep<'_> {
                 let behind = places.end..cols;
                 add_product(&mut w, store, &errors, u, places, behind);
             }
-        }
-    }
-
-    /// Lowers the output error `e H e^T` of each row of `errors: [rows, cols]`.
-    fn refine(&mut self, errors: Vec<f32>, hessian: &[f32]) {
-        let cols = self.order.len();
-        // e H, kept up to date.
-        let mut gradient = vec![0.0; errors.len()];
-        add_product(&mut gradient, Store::REPLACE, &errors, hessian, 0..cols, 0..cols);
-        drop(errors);
-        self.refit_row_scales(&mut gradient, hessian);
-        for _ in 0..REFINEMENTS {
-            self.refine_codes(&mut gradient, hessian);
-        }
-        self.refit_row_scales(&mut gradient, hessian);
-    }
-
-    /// One pass of coordinate descent: one column after the other takes the code that is best now
-    /// that all others are known. The sweep could not know those that came later.
-    fn refine_codes(&mut self, gradient: &mut [f32], hessian: &[f32]) {
-        let Self { runs, order, tiles, .. } = self;
-        let cols = order.len();
-        for block in blocks(runs) {
-            let places = places(block);
-            let mut changes = vec![0.0; gradient.len() / cols * places.len()];
-            let of_tiles =
-                rows_of_tiles(gradient, cols).zip(rows_of_tiles_mut(&mut changes, places.len()));
-            tiles.par_iter_mut().zip(of_tiles).for_each(|(tile, (gradient, changes))| {
-                let mut gradient = gather(gradient, cols, 0, places.clone());
-                let changed = tile.refine_block(&mut gradient, block, order, hessian);
-                scatter(&changed, changes);
-            });
-            add_product(gradient, Store::ADD, &changes, hessian, places, 0..cols);
         }
     }
 }
@@ -329,40 +296,6 @@ impl SweptTile {
             (self.codes[col], self.dequantized[col]) = sweep_column(&mut w[i..], &step, u);
         }
     }
-
-    /// Chooses the codes of a block again; gives what that took from each column.
-    fn refine_block(
-        &mut self,
-        gradient: &mut [Lanes],
-        block: &[Run],
-        order: &[usize],
-        hessian: &[f32],
-    ) -> Vec<Lanes> {
-        let places = places(block);
-        let mut changes = vec![[0.0; TILE_ROWS]; gradient.len()];
-        for run in block {
-            let step = Step::new(&self.runs[run.index].2, &self.rows, run.width);
-            for place in run.places.clone() {
-                let row = &hessian[place * order.len()..][places.clone()];
-                let i = place - places.start;
-                // Inputs that are all zero say nothing about the codes.
-                if row[i] <= 0.0 {
-                    continue;
-                }
-                let col = order[place];
-                let old = self.dequantized[col];
-                let best = zip(&old, &gradient[i], |value, gradient| value + gradient / row[i]);
-                let (code, value) = nearest(&step, &best);
-                if value != old {
-                    changes[i] = zip(&old, &value, |old, new| old - new);
-                    add_scaled(gradient, row, &changes[i]);
-                    self.codes[col] = code;
-                    self.dequantized[col] = value;
-                }
-            }
-        }
-        changes
-    }
 }
 
 per_isa! {
@@ -383,23 +316,6 @@ per_isa! {
             }
         }
         (code, value)
-    }
-}
-
-per_isa! {
-    fn nearest(step: &Step, w: &Lanes) -> (CodeColumn, Lanes) {
-        step.nearest(w)
-    }
-}
-
-per_isa! {
-    /// `sums_k += row_k * change`.
-    fn add_scaled(sums: &mut [Lanes], row: &[f32], change: &Lanes) {
-        for (sum, h) in sums.iter_mut().zip(row) {
-            for r in 0..TILE_ROWS {
-                sum[r] += change[r] * h;
-            }
-        }
     }
 }
 
