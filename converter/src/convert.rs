@@ -19,10 +19,10 @@ use crate::{
     distill::convert_and_distill,
     finite::finite_rows,
     hessian::Hessian,
-    layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
+    layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer, try_layer},
     neurons::Ffn,
     provenance,
-    rows::Targets,
+    rows::{OutputHessian, Targets},
     work,
 };
 
@@ -180,12 +180,13 @@ impl Visitor for Output<'_> {
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
         let mut targets =
             Targets::new(weights, cols, outputs.as_ref()).map_err(|error| error.of_layer(name))?;
+        let kind = if outputs.is_some() { Work::LinkedSweeps } else { Work::Sweeps };
         drop(outputs);
         let mut bands = Vec::new();
         for (name, rows) in self.contents.layers_of(name) {
             let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&name));
             let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
-            self.write(&name, &layer.packed, Some(layer.error))?;
+            self.write(&name, &layer.packed, Some(layer.error), kind)?;
             bands.push(layer.packed);
         }
         Ok(Layer::Quantized(bands))
@@ -208,19 +209,23 @@ impl Output<'_> {
         let weights = finite_rows(name, found, 0..rows)?;
         let of_row = |row: &[f32]| row[..cols_tried].to_vec();
         let weights: Vec<f32> = weights.chunks_exact(cols).flat_map(of_row).collect();
-        let mut identity = vec![0.0; cols_tried * cols_tried];
-        identity.iter_mut().step_by(cols_tried + 1).for_each(|value| *value = 1.0);
-        let hessian = Hessian::new(identity, cols_tried);
+        // Inputs that hang together, as inputs do: how many codes a refinement changes, and so how
+        // long it takes, depends on it.
+        let correlation = |(i, j): (usize, usize)| 0.9f32.powi(i.abs_diff(j) as i32);
+        let places = (0..cols_tried).flat_map(|i| (0..cols_tried).map(move |j| (i, j)));
+        let hessian = Hessian::new(places.map(correlation).collect(), cols_tried);
         let hessian = FactoredHessian::new(&hessian, self.settings)?;
+        let outputs = OutputHessian::zeros(rows, &mut { u64::MAX })?;
 
         for _ in 0..3 {
             (self.progress)(Progress::Begun);
             try_fits(&weights, cols_tried, self.settings);
             self.worked(Work::Fits, work::weights((rows, cols_tried)));
-            stream_layer(rows, cols_tried, self.settings, Some(&hessian), None, |slab| {
-                Ok(weights[slab.start * cols_tried..slab.end * cols_tried].to_vec())
-            })?;
-            self.worked(Work::Sweeps, work::sweep((rows, cols_tried)));
+            for (outputs, kind) in [(None, Work::Sweeps), (Some(&outputs), Work::LinkedSweeps)] {
+                let mut targets = Targets::new(weights.clone(), cols_tried, outputs)?;
+                try_layer(&mut targets, self.settings, &hessian);
+                self.worked(kind, work::sweep((rows, cols_tried)));
+            }
         }
         Ok(())
     }
@@ -264,16 +269,23 @@ impl Output<'_> {
             let packed = stream_layer(rows.len(), cols, settings, hessian, widths, |slab| {
                 finite_rows(name, source, rows.start + slab.start..rows.start + slab.end)
             })?;
-            self.write(&band, &packed, None)?;
+            self.write(&band, &packed, None, Work::Sweeps)?;
             bands.push(packed);
         }
         Ok(bands)
     }
 
-    fn write(&mut self, name: &str, packed: &PackedLayer, error: Option<f32>) -> Result<()> {
+    fn write(
+        &mut self,
+        name: &str,
+        packed: &PackedLayer,
+        error: Option<f32>,
+        kind: Work,
+    ) -> Result<()> {
         self.writer.layer(name, packed, error)?;
-        self.worked(Work::Sweeps, work::sweep((packed.layout().rows(), packed.layout().cols())));
-        let report = LayerReport::new(name, packed.layout(), error);
+        let layout = packed.layout();
+        self.worked(kind, work::sweep((layout.rows(), layout.cols())));
+        let report = LayerReport::new(name, layout, error);
         (self.progress)(Progress::Layer(&report));
         self.layers.push(report);
         Ok(())

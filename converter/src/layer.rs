@@ -162,26 +162,21 @@ pub fn quantize_layer(
     widths: Option<&Vec<BitWidth>>,
 ) -> QuantizedLayer {
     let quantizer = Quantizer::calibrated(targets.rows(rows.clone()), inputs, settings, widths);
-    let cols = quantizer.layout.cols();
-    let mut packed = PackedLayer::zeroed(quantizer.layout.clone());
-    let mut slots = packed.tiles_mut();
-    let mut errors = Vec::with_capacity(rows.len() * cols);
-    for slab in targets.slabs(rows.clone()) {
-        let weights: Vec<f32> =
-            slab.iter().flat_map(|block| targets.rows(block.clone())).copied().collect();
-        let swept = quantizer.sweep(&weights);
-        let tiles = slab.iter().flat_map(|block| block.clone().step_by(TILE_ROWS));
-        for (row, swept) in tiles.zip(&swept) {
-            swept.store(&mut slots[(row - rows.start) / TILE_ROWS]);
-        }
-        let of_slab = difference(&weights, cols, &swept);
-        targets.spread(&slab, &of_slab);
-        errors.extend(of_slab);
-    }
+    let (packed, errors) = quantizer.round(targets, rows.clone());
     // Rounded rows are not touched again: their targets still stand.
     let error = inputs.hessian.quadratic(&errors);
     let total = inputs.hessian.quadratic(targets.rows(rows));
     QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
+}
+
+/// Does what [`quantize_layer`] does to all rows of `targets`, and forgets it.
+pub fn try_layer(targets: &mut Targets, settings: &Settings, hessian: &FactoredHessian) {
+    let rows = 0..targets.row_count();
+    let quantizer =
+        Quantizer::streamed(rows.len(), hessian.order.len(), settings, Some(hessian), None);
+    let (_, errors) = quantizer.round(targets, rows.clone());
+    hessian.reordered.quadratic(&errors);
+    hessian.reordered.quadratic(targets.rows(rows));
 }
 
 /// Quantizes a layer whose rows come a slab at a time: `weights` gives some of them as f32. Without
@@ -256,6 +251,28 @@ impl<'a> Quantizer<'a> {
     fn slab_rows(&self, slab: usize) -> Range<usize> {
         let first = slab * SLAB_ROWS;
         first..self.layout.rows().min(first + SLAB_ROWS)
+    }
+
+    /// Quantizes some rows of `targets`, which leave their errors to those behind; gives these,
+    /// target less result, in the order of rounding.
+    fn round(&self, targets: &mut Targets, rows: Range<usize>) -> (PackedLayer, Vec<f32>) {
+        let cols = self.layout.cols();
+        let mut packed = PackedLayer::zeroed(self.layout.clone());
+        let mut slots = packed.tiles_mut();
+        let mut errors = Vec::with_capacity(rows.len() * cols);
+        for slab in targets.slabs(rows.clone()) {
+            let weights: Vec<f32> =
+                slab.iter().flat_map(|block| targets.rows(block.clone())).copied().collect();
+            let swept = self.sweep(&weights);
+            let tiles = slab.iter().flat_map(|block| block.clone().step_by(TILE_ROWS));
+            for (row, swept) in tiles.zip(&swept) {
+                swept.store(&mut slots[(row - rows.start) / TILE_ROWS]);
+            }
+            let of_slab = difference(&weights, cols, &swept);
+            targets.spread(&slab, &of_slab);
+            errors.extend(of_slab);
+        }
+        (packed, errors)
     }
 
     /// Quantizes some rows.

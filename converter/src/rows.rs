@@ -141,6 +141,11 @@ impl Targets {
         Ok(Self { weights, cols, block, reach, factors })
     }
 
+    /// How many there are in all.
+    pub fn row_count(&self) -> usize {
+        self.weights.len() / self.cols
+    }
+
     /// Rows that have not been rounded.
     pub fn rows(&self, rows: Range<usize>) -> &[f32] {
         &self.weights[rows.start * self.cols..rows.end * self.cols]

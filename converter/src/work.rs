@@ -2,7 +2,9 @@
 
 use slim_formats::{Decoder, arch::Tensor};
 
-use crate::{Contents, Method, Settings, Storage, backward::sensitivity_samples};
+use crate::{
+    Contents, Method, Settings, Storage, backward::sensitivity_samples, rows::hang_together,
+};
 
 /// A kind of work. One unit of a kind takes a machine about the same time wherever it comes up;
 /// how the kinds compare depends on the machine.
@@ -16,41 +18,51 @@ pub enum Work {
     Forward,
     /// Hessians and their factors: multiplications.
     Hessians,
-    /// Rounding: multiplications of the sweep.
+    /// Rounding of rows by themselves, many at a time.
     Sweeps,
+    /// Rounding of rows that make up for each other's errors, a few at a time.
+    LinkedSweeps,
     /// Steps of training: multiplications.
     Steps,
 }
 
-/// Multiplications that rounding a weight takes as much time as, besides those with the columns
-/// behind it.
-const ROUNDING: usize = 1000;
+/// Columns whose part in the rounding of a weight takes as much time as what does not depend on
+/// their number.
+const ROUNDING: usize = 540;
 
 /// Multiplications of a matrix product that one of a factorization takes as much time as.
 const FACTORING: usize = 8;
 
 impl Work {
     /// All kinds.
-    pub const ALL: [Self; 6] =
-        [Self::Sensitivities, Self::Fits, Self::Forward, Self::Hessians, Self::Sweeps, Self::Steps];
+    pub const ALL: [Self; 7] = [
+        Self::Sensitivities,
+        Self::Fits,
+        Self::Forward,
+        Self::Hessians,
+        Self::Sweeps,
+        Self::LinkedSweeps,
+        Self::Steps,
+    ];
 
-    /// What a unit takes on a machine with two cores, in picoseconds: where no unit has been
-    /// measured yet, the others and these tell.
+    /// What a unit takes on a machine with two cores and AVX2, in picoseconds: where no unit has
+    /// been measured yet, the others and these tell.
     pub fn usual_cost(self) -> f64 {
         match self {
-            Self::Sensitivities => 5.0,
-            Self::Fits => 1_000_000.0,
-            Self::Forward => 5.0,
-            Self::Hessians => 5.0,
-            Self::Sweeps => 500.0,
-            Self::Steps => 5.0,
+            Self::Sensitivities => 21.0,
+            Self::Fits => 20_000.0,
+            Self::Forward => 25.0,
+            Self::Hessians => 15.0,
+            Self::Sweeps => 150.0,
+            Self::LinkedSweeps => 320.0,
+            Self::Steps => 21.0,
         }
     }
 
     /// Whether it is bound by rounding, not by products of matrices: a machine may be fast at one
     /// of both only.
     pub fn is_rounding(self) -> bool {
-        matches!(self, Self::Fits | Self::Sweeps)
+        matches!(self, Self::Fits | Self::Sweeps | Self::LinkedSweeps)
     }
 
     /// What a whole conversion has of it.
@@ -73,7 +85,10 @@ impl Work {
             Self::Hessians if is_calibrated => {
                 first_layers(decoder).map(|first| hessian(first, settings)).sum()
             }
-            Self::Sweeps => layers(contents).map(sweep).sum(),
+            Self::Sweeps => {
+                layers(contents).map(sweep).sum::<f64>() - linked(decoder, contents, settings)
+            }
+            Self::LinkedSweeps => linked(decoder, contents, settings),
             Self::Steps if settings.method == Method::SlimPlus => {
                 settings.steps as f64 * step(decoder, settings)
             }
@@ -86,6 +101,16 @@ impl Work {
 fn layers(contents: &Contents) -> impl Iterator<Item = (usize, usize)> {
     let layers = contents.tensors().iter().filter(|t| matches!(t.storage, Storage::Layer(_)));
     layers.map(|tensor| (tensor.rows, tensor.cols))
+}
+
+/// Sweeps of the matrices whose rows make up for each other's errors.
+fn linked(decoder: &Decoder, contents: &Contents, settings: &Settings) -> f64 {
+    let is_linked =
+        |tensor: &&Tensor| hang_together(tensor) && contents.kept_type(&tensor.name).is_none();
+    match settings.has_budget() {
+        true => decoder.tensors().iter().filter(is_linked).map(|t| sweep(t.shape())).sum(),
+        false => 0.0,
+    }
 }
 
 /// The first layer behind each stage of each block.
@@ -123,7 +148,7 @@ pub fn hessian(layer: &Tensor, settings: &Settings) -> f64 {
 
 /// A matrix or a part of one.
 pub fn sweep((rows, cols): (usize, usize)) -> f64 {
-    weights((rows, cols)) * (ROUNDING + cols / 2) as f64
+    weights((rows, cols)) * (ROUNDING + cols) as f64
 }
 
 /// A step of training.

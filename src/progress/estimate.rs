@@ -54,11 +54,23 @@ pub struct Planned {
 struct Kind {
     planned: Planned,
     done: f64,
-    /// Units and seconds since the last sample.
+    /// Since the last sample.
+    current: Sample,
+    /// The newest last.
+    samples: Vec<Sample>,
+}
+
+/// Work and the time that it took.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sample {
     units: f64,
     seconds: f64,
-    /// Seconds per unit, the newest last.
-    samples: Vec<f64>,
+}
+
+impl Sample {
+    fn cost(self) -> f64 {
+        self.seconds / self.units
+    }
 }
 
 impl<C: Clock> Estimate<C> {
@@ -90,19 +102,18 @@ impl<C: Clock> Estimate<C> {
         self.last = now;
         if let Some(kind) = self.kinds.get_mut(kind) {
             kind.done += units;
-            kind.units += units;
-            kind.seconds += seconds;
+            kind.current.units += units;
+            kind.current.seconds += seconds;
         }
     }
 
     /// A step is done: what has been worked since the last one is a sample of what the kinds cost.
     pub fn step(&mut self) {
-        for kind in self.kinds.iter_mut().filter(|kind| kind.units > 0.0) {
+        for kind in self.kinds.iter_mut().filter(|kind| kind.current.units > 0.0) {
             if kind.samples.len() == SAMPLES {
                 kind.samples.remove(0);
             }
-            kind.samples.push(kind.seconds / kind.units);
-            (kind.units, kind.seconds) = (0.0, 0.0);
+            kind.samples.push(std::mem::take(&mut kind.current));
         }
     }
 
@@ -140,15 +151,21 @@ impl<C: Clock> Estimate<C> {
 }
 
 impl Kind {
-    /// The mean of its samples but for the fifth that is highest, at least one of several, and the
-    /// fifth that is lowest: what comes first waits for the disk.
+    /// The mean over its units, but for the fifth that was cheapest and the half that was dearest:
+    /// what comes first waits for the disk. What a trial has measured counts for little as soon as
+    /// there is more.
     fn cost(&self) -> Option<f64> {
         let mut samples = self.samples.clone();
-        samples.sort_by(f64::total_cmp);
-        let (lowest, highest) = (samples.len() / 5, samples.len().div_ceil(5));
-        let end = (samples.len() - highest).max(1.min(samples.len()));
-        let samples = &samples[lowest..end];
-        (!samples.is_empty()).then(|| samples.iter().sum::<f64>() / samples.len() as f64)
+        samples.sort_by(|a, b| a.cost().total_cmp(&b.cost()));
+        let units: f64 = samples.iter().map(|sample| sample.units).sum();
+        let (mut seconds, mut below) = (0.0, 0.0);
+        for sample in &samples {
+            let above = below + sample.units;
+            let counted = above.min(0.5 * units) - f64::max(below, 0.2 * units);
+            seconds += counted.max(0.0) * sample.cost();
+            below = above;
+        }
+        (units > 0.0).then(|| seconds / (0.3 * units))
     }
 }
 
