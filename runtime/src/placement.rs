@@ -106,12 +106,14 @@ impl Sizes {
         }
         let matrix =
             |tensor: &Tensor| -> Result<u64> { Ok(bytes_on_device(find_weight(source, tensor)?)) };
-        let positions = decoder.outside(Part::Positions).map(matrix).transpose()?;
+        let outside = |part: Part| decoder.outside(part).map_or(Ok(0), matrix);
         Ok(Self {
             block,
             blocks: decoder.blocks.len(),
-            embedding: matrix(decoder.embedding())? + positions.unwrap_or(0),
-            output: matrix(decoder.output())?,
+            embedding: matrix(decoder.embedding())?
+                + outside(Part::EmbeddingUp)?
+                + outside(Part::Positions)?,
+            output: matrix(decoder.output())? + outside(Part::EmbeddingDown)?,
             is_tied: decoder.has_tied_embeddings(),
             working: RESERVE_BYTES + working_bytes(decoder, settings.context),
         })

@@ -232,6 +232,7 @@ impl ModelConfig {
         let features = &self.features;
         let scale = |key, scale: f32| (scale != 1.0).then(|| (key, scale.into()));
         let number = |key, number: Option<f32>| number.map(|number| (key, number.into()));
+        let size = |key, size: Option<usize>| size.map(|size| (key, Value::U32(size as u32)));
         let flags = |key, flags: &[bool]| {
             (!flags.is_empty()).then(|| (key, Value::Array(Array::Bool(flags.to_vec()))))
         };
@@ -246,6 +247,8 @@ impl ModelConfig {
             number("attention.scale", features.attention_scale),
             number("attn_logit_softcapping", features.attention_softcap),
             number("attention.temperature_scale", query_scale),
+            features.norms_sums.then_some(("norm_before", false.into())),
+            size("token_embedding_length", features.embedding_size),
             flags("attention.sliding_window_pattern", &features.windowed),
             flags("rope.pattern", &features.rotated),
         ]
@@ -470,12 +473,18 @@ impl Keys for GgufKeys<'_> {
         }
     }
 
-    fn flag(&self, _key: &str) -> Result<bool> {
-        Ok(false)
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        match gguf_name(key) {
+            Some(key) => Ok(self.optional_size(key)?.filter(|&count| count > 0)),
+            None => Ok(None),
+        }
     }
 
-    fn window(&self) -> Result<Option<usize>> {
-        Ok(self.optional_size("attention.sliding_window")?.filter(|&window| window > 0))
+    fn flag(&self, key: &str) -> Result<bool> {
+        let Some(name) = gguf_name(key) else { return Ok(false) };
+        let found = self.optional(&self.own(name), "true or false", Value::as_bool)?;
+        let family = arch::by_architecture(self.architecture);
+        Ok(found.unwrap_or_else(|| family.and_then(|family| family.default(key)) == Some(1.0)))
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

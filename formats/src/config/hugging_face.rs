@@ -594,8 +594,8 @@ impl Keys for Json<'_> {
         Ok(found.unwrap_or_else(|| self.default(key).is_some_and(|default| default != 0.0)))
     }
 
-    fn window(&self) -> Result<Option<usize>> {
-        self.optional_size("sliding_window")
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        self.optional_size(key)
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

@@ -100,7 +100,8 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         | "add_cross_attention"
         | "is_encoder_decoder"
         | "use_bidirectional_attention"
-        | "use_mrope" => value == false,
+        | "use_mrope"
+        | "_remove_final_layer_norm" => value == false,
         "is_causal" | "do_layer_norm_before" | "layer_norm_elementwise_affine" => value == true,
         "word_embed_proj_dim" => is(model.hidden_size as f64),
         "position_embedding_type" => ["rope", "rotary"].iter().any(|&kind| value == kind),
