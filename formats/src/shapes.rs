@@ -73,7 +73,7 @@ fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
         None => hidden,
     };
     let vocab = ("vocab_size", "vocab_size", config.vocab_size);
-    let ffn = (config.family.hf_ffn_size(), "feed_forward_length", config.ffn_size);
+    let ffn = (config.family.hf_key("intermediate_size"), "feed_forward_length", config.ffn_size);
     let heads = ("num_attention_heads", "attention.head_count", config.head_count);
     let kv_heads = ("num_key_value_heads", "attention.head_count_kv", config.kv_head_count);
     let head_dim = ("head_dim", "attention.key_length", config.head_dim);

@@ -91,6 +91,17 @@ pub struct QueryScaling {
     pub context: usize,
 }
 
+impl Activation {
+    /// Hugging Face's names, the first of which is written.
+    pub(crate) fn hf_names(self) -> &'static [&'static str] {
+        match self {
+            Self::Silu => &["silu", "swish"],
+            Self::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
+            Self::Relu => &["relu"],
+        }
+    }
+}
+
 impl QueryScaling {
     /// What the query at a position is multiplied by.
     pub fn at(self, position: usize) -> f32 {

@@ -77,8 +77,8 @@ impl Family for Gemma {
     fn write(&self, config: &ModelConfig, json: &mut Value) {
         let features = &config.features;
         let cap = |cap: Option<f32>| cap.map_or(Value::Null, |cap| shortest(cap).into());
-        json["hidden_activation"] = "gelu_pytorch_tanh".into();
-        json["hidden_act"] = "gelu_pytorch_tanh".into();
+        // Both names of it are in use.
+        json["hidden_activation"] = json["hidden_act"].clone();
         json["attn_logit_softcapping"] = cap(features.attention_softcap);
         json["final_logit_softcapping"] = cap(features.logit_softcap);
         let scalar = features.attention_scale.map(|scale| 1.0 / f64::from(scale).powi(2));

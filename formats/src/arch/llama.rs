@@ -1,7 +1,7 @@
 //! Llama, and Mistral, which differs by its window.
 
 use super::{
-    Activation, Attention, BlockSpec, Family, Ffn, HfType, Norm, Norms, Part, Stored,
+    Activation, Attention, BlockSpec, Family, Ffn, HfType, Norms, Part, Stored,
     llama_cpp::{self, Ability},
 };
 use crate::{
@@ -86,7 +86,8 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         is_gated: true,
         has_bias: features.has_ffn_bias,
     };
-    let (norm, norms, residual_scale) = (Norm::Rms, Norms::Before, features.residual_scale);
+    let norm = config.family.norm();
+    let (norms, residual_scale) = (Norms::Before, features.residual_scale);
     BlockSpec { norm, norms, attention, ffn, residual_scale }
 }
 
@@ -135,6 +136,15 @@ pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
         }
         _ => Stored::PLAIN,
     }
+}
+
+/// Reads the flag of biases of all layers.
+pub(super) fn read_biases(keys: &dyn Keys, config: &mut ModelConfig, key: &str) -> Result<()> {
+    let (features, bias) = (&mut config.features, keys.flag(key)?);
+    features.has_attention_bias = bias;
+    features.has_output_bias = bias;
+    features.has_ffn_bias = bias;
+    Ok(())
 }
 
 /// Reads the flag of biases of attention, of all its layers.

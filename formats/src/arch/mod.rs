@@ -89,9 +89,9 @@ pub trait Family: Debug + Sync {
         None
     }
 
-    /// The key of `config.json` for the neurons of the network.
-    fn hf_ffn_size(&self) -> &'static str {
-        "intermediate_size"
+    /// Its name for a key of Llama's `config.json`.
+    fn hf_key<'k>(&self, key: &'k str) -> &'k str {
+        key
     }
 
     /// Whether blocks with a window may have a rotary embedding of their own.

@@ -33,8 +33,12 @@ impl Family for Opt {
         }
     }
 
-    fn hf_ffn_size(&self) -> &'static str {
-        "ffn_dim"
+    fn hf_key<'k>(&self, key: &'k str) -> &'k str {
+        match key {
+            "hidden_act" => "activation_function",
+            "intermediate_size" => "ffn_dim",
+            _ => key,
+        }
     }
 
     fn norm(&self) -> Norm {
@@ -50,11 +54,8 @@ impl Family for Opt {
             // The class knows of no fewer, whatever a file says.
             config.kv_head_count = config.head_count;
         }
+        llama::read_biases(keys, config, "enable_bias")?;
         let features = &mut config.features;
-        let bias = keys.is_gguf() || keys.flag("enable_bias")?;
-        features.has_attention_bias = bias;
-        features.has_output_bias = bias;
-        features.has_ffn_bias = bias;
         features.norms_sums = !keys.flag(NORMS_BEFORE)?;
         features.embedding_size =
             keys.count(EMBEDDING_SIZE)?.filter(|&size| size != config.hidden_size);
@@ -70,8 +71,6 @@ impl Family for Opt {
         let of_others = [
             "attention_bias",
             "head_dim",
-            "hidden_act",
-            "intermediate_size",
             "mlp_bias",
             "num_key_value_heads",
             "rms_norm_eps",
@@ -79,9 +78,7 @@ impl Family for Opt {
             "rope_theta",
         ];
         llama::leave_out(json, &of_others);
-        json["activation_function"] = "relu".into();
         json["enable_bias"] = config.features.has_attention_bias.into();
-        json["ffn_dim"] = config.ffn_size.into();
         json[EMBEDDING_SIZE] = config.features.embedding_size.unwrap_or(config.hidden_size).into();
         json[NORMS_BEFORE] = (!config.features.norms_sums).into();
     }
@@ -92,7 +89,6 @@ impl Family for Opt {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.norm = Norm::Layer;
         spec.norms = if config.features.norms_sums { Norms::OnSum } else { Norms::Before };
         spec.attention.rope = None;
         spec.ffn.activation = Activation::Relu;

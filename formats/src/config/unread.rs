@@ -6,7 +6,7 @@
 use serde_json::Value as Json;
 
 use super::ModelConfig;
-use crate::{arch::Activation, gguf::Value};
+use crate::gguf::Value;
 
 /// Keys of `config.json` that say nothing about what is computed, by group.
 #[rustfmt::skip]
@@ -69,11 +69,7 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         key if HARMLESS.iter().any(|group| group.contains(&key)) => true,
         key if model.family.ignores(key, model) => true,
         "hidden_act" | "hidden_activation" | "activation_function" | "mlp_hidden_act" => {
-            let names: &[&str] = match model.family.block(model, 0).ffn.activation {
-                Activation::Silu => &["silu", "swish"],
-                Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
-                Activation::Relu => &["relu"],
-            };
+            let names = model.family.block(model, 0).ffn.activation.hf_names();
             names.iter().any(|&name| value == name)
         }
         "attention_bias"
