@@ -236,13 +236,14 @@ impl ModelConfig {
         let flags = |key, flags: &[bool]| {
             (!flags.is_empty()).then(|| (key, Value::Array(Array::Bool(flags.to_vec()))))
         };
-        // GGUF's is what logits are divided by.
+        // GGUF's is what logits are divided by. llama.cpp requires it of families that have it.
         let logit_divisor = 1.0 / features.logit_scale;
+        let has_divisor = logit_divisor != 1.0 || self.family.default("logits_scaling").is_some();
         let query_scale = features.query_scaling.map(|scaling| scaling.beta);
         [
             scale("embedding_scale", features.embedding_scale),
             scale("residual_scale", features.residual_scale),
-            scale("logit_scale", logit_divisor),
+            has_divisor.then(|| ("logit_scale", logit_divisor.into())),
             number("final_logit_softcapping", features.logit_softcap),
             number("attention.scale", features.attention_scale),
             number("attn_logit_softcapping", features.attention_softcap),
