@@ -17,6 +17,7 @@ mod part;
 mod phi;
 mod qwen;
 mod smollm;
+mod starcoder2;
 
 use std::fmt::Debug;
 
@@ -146,7 +147,7 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 12] = [
+pub const FAMILIES: [&dyn Family; 13] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
@@ -159,6 +160,7 @@ pub const FAMILIES: [&dyn Family; 12] = [
     &granite::Granite,
     &glm::Glm4,
     &opt::Opt,
+    &starcoder2::StarCoder2,
 ];
 
 /// The family that GGUF calls so.
