@@ -219,11 +219,15 @@ impl StoredTensor {
                 return unsupported(form.to_string(), "save the model with raw or external data");
             }
         };
-        let (first, values, layout) = match place.rows_first {
-            true => (place.first_row * cols, rows * cols, Layout::AsStored),
-            false => {
+        let (first, values, layout) = match (place.rows_first, slot.hf.layout) {
+            (true, order) => (place.first_row * cols, rows * cols, order),
+            (false, Layout::AsStored) => {
                 let stride = place.total_rows;
                 (place.first_row, (cols - 1) * stride + rows, Layout::Transposed { stride })
+            }
+            (false, _) => {
+                let what = "a transposed weight whose rows stand in the order of neighbours";
+                return unsupported(what.into(), "use the model's Hugging Face directory");
             }
         };
         let start = all.start + first * value_bytes;
