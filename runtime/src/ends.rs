@@ -100,7 +100,7 @@ impl<'a> Ends<'a> {
     }
 
     /// The residual stream behind the last block as the last norm leaves it, if there is one.
-    pub fn normed(&self, context: Context<'_>, x: &[f32]) -> Vec<f32> {
+    fn normed(&self, context: Context<'_>, x: &[f32]) -> Vec<f32> {
         match (context.decoder.norm, &self.norm) {
             (Some(kind), Some(weight)) => norm(context, kind, x, weight, self.norm_bias.as_deref()),
             _ => x.to_vec(),

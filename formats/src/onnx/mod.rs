@@ -1,5 +1,5 @@
-//! ONNX models: the weights of an exported `llama` or `mistral` model, described by the
-//! `config.json` beside it.
+//! ONNX models: the weights of an exported model without biases, described by the `config.json`
+//! beside it.
 //!
 //! The graph is not executed, and that it computes what `config.json` describes is not checked. It
 //! is asked only which of its initializers is which weight, and how it lies. Weights are served
@@ -40,7 +40,7 @@ use graph::{Data, Graph, Initializer};
 use modules::Modules;
 use weights::{Place, find_weights};
 
-/// A `llama` or `mistral` model in an ONNX file.
+/// A model in an ONNX file.
 #[derive(Debug)]
 pub struct OnnxModel {
     config: ModelConfig,
