@@ -137,8 +137,9 @@ impl<'a> Calibrator<'a> {
         let of_source = Ends::load(source)?;
         let quantized = Ends { embedding, ..of_source.clone() };
         let positions = Positions::new(decoder, 0, tokens, tokens);
+        let context = Context { decoder, backend: engine.backend(settings.precision()) };
         for (index, tokens) in samples.iter().enumerate() {
-            let embed = |ends: &Ends<'_>| ends.embed(decoder, tokens, &positions);
+            let embed = |ends: &Ends<'_>| ends.embed(context, tokens, &positions);
             ours.residual.sample_mut(index).copy_from_slice(&embed(&quantized)?);
             if let Some(float) = &mut float {
                 float.residual.sample_mut(index).copy_from_slice(&embed(&of_source)?);
@@ -152,7 +153,6 @@ impl<'a> Calibrator<'a> {
             true => Some(activations(hidden)?),
             false => None,
         };
-        let context = Context { decoder, backend: engine.backend(settings.precision()) };
         Ok(Self { engine, context, positions, stream: ours, float, before })
     }
 
@@ -222,10 +222,10 @@ fn with_layers<'b>(block: &'b Block<'_>, layers: &'b PartMap<Layer>) -> Block<'b
 }
 
 /// Whether a stage's layer is corrected by what the residual stream misses: it adds to the stream,
-/// and no norm behind it would scale the correction by all else.
+/// and no norm in between would scale the correction by all else. A norm of the sum does not
+/// matter: the layer aims at the float model's sum.
 fn corrects_residual(stage: Stage, block: &Block<'_>) -> bool {
-    let is_normed = stage.post_norm().is_some_and(|norm| block.spec.has(norm));
-    stage.adds_to_residual() && !is_normed
+    stage.adds_to_residual() && block.spec.branch_norm(stage).is_none()
 }
 
 impl FloatStream {

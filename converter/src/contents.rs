@@ -23,6 +23,12 @@ use crate::{
 /// The vectors behind the last block, in the order of the file.
 pub(crate) const VECTORS_BEHIND: [Part; 2] = [Part::OutputNorm, Part::OutputNormBias];
 
+/// The matrices before the first block that stay dense.
+pub(crate) const MATRICES_BEFORE: [Part; 2] = [Part::EmbeddingUp, Part::Positions];
+
+/// The ones behind the last block, before the output layer.
+pub(crate) const MATRICES_BEHIND: [Part; 1] = [Part::EmbeddingDown];
+
 /// The tensors of a conversion's result.
 pub struct Contents {
     /// Of the source, for messages.
@@ -121,8 +127,8 @@ impl Contents {
         };
         let decoder = source.decoder();
         contents.matrix(decoder.embedding(), source, &embedding, extents)?;
-        if let Some(positions) = decoder.outside(Part::Positions) {
-            contents.kept(positions, source.require(&positions.name)?, extents);
+        for tensor in MATRICES_BEFORE.into_iter().filter_map(|part| decoder.outside(part)) {
+            contents.kept(tensor, source.require(&tensor.name)?, extents);
         }
         for block in 0..decoder.blocks.len() {
             let (matrices, vectors): (Vec<_>, Vec<_>) =
@@ -136,6 +142,9 @@ impl Contents {
             if let Some(tensor) = decoder.outside(part) {
                 contents.vector(&tensor.name, tensor.dims[0]);
             }
+        }
+        for tensor in MATRICES_BEHIND.into_iter().filter_map(|part| decoder.outside(part)) {
+            contents.kept(tensor, source.require(&tensor.name)?, extents);
         }
         if !decoder.has_tied_embeddings() {
             contents.matrix(decoder.output(), source, &embedding, extents)?;

@@ -15,7 +15,7 @@ use crate::{
     activations::StageInputs,
     budget::{Budget, budget, try_fits},
     calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
-    contents::{Contents, VECTORS_BEHIND},
+    contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEHIND},
     distill::convert_and_distill,
     finite::finite_rows,
     hessian::Hessian,
@@ -78,10 +78,7 @@ pub fn convert<'p>(
             Some(budget(source, calibration, settings, contents, memory_left, progress)?);
     }
     let embedding = output.vocabulary_matrix(decoder.embedding())?;
-    if let Some(Tensor { name, .. }) = decoder.outside(Part::Positions) {
-        let dtype = output.contents.kept_type(name).expect("positions are kept");
-        output.keep(name, source.require(name)?, dtype)?;
-    }
+    output.keep_outside(&MATRICES_BEFORE)?;
     drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
@@ -301,11 +298,23 @@ impl Output<'_> {
                 self.vector(name, &values)?;
             }
         }
+        self.keep_outside(&MATRICES_BEHIND)?;
         if !decoder.has_tied_embeddings() {
             self.vocabulary_matrix(decoder.output())?;
         }
         for (name, values) in config.rope_vectors() {
             self.vector(name, values)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the matrices outside of blocks that stay dense.
+    fn keep_outside(&mut self, parts: &[Part]) -> Result<()> {
+        let source = self.source;
+        for tensor in parts.iter().filter_map(|&part| source.decoder().outside(part)) {
+            let name = &tensor.name;
+            let dtype = self.contents.kept_type(name).expect("it was planned to be kept");
+            self.keep(name, source.require(name)?, dtype)?;
         }
         Ok(())
     }

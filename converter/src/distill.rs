@@ -149,11 +149,10 @@ fn train_on(
     rate: f64,
     step: usize,
 ) -> Result<f64> {
-    let hidden = teacher.hidden(sequences)?;
-    let hidden_size = teacher.decoder.hidden_size;
-    let mut logits = |tokens: Range<usize>| {
-        teacher.logits(&hidden[tokens.start * hidden_size..tokens.end * hidden_size])
-    };
+    let states = teacher.states(sequences)?;
+    let width = teacher.decoder.embedding_size;
+    let mut logits =
+        |tokens: Range<usize>| teacher.logits(&states[tokens.start * width..tokens.end * width]);
     student.step(sequences, &mut Loss::Divergence(&mut logits), rate as f32, step)
 }
 

@@ -130,6 +130,29 @@ fn gguf_of_what_llama_cpp_does_not_compute_is_refused() {
     }
 }
 
+/// llama.cpp refuses a Granite without the key, and transformers takes 1 for absent multipliers.
+#[test]
+fn gguf_of_granite_says_the_scale_of_logits_even_if_it_is_1() {
+    let parent = tempfile::tempdir().unwrap();
+    let model = changed("granite", "logits_scaling", json!(1.0), parent.path());
+    let target = parent.path().join("model.gguf");
+    export(&*model, Target::Gguf, &target, &mut |_| {}).unwrap();
+    let found = open_model(&target).unwrap();
+    assert_eq!(found.config().features, model.config().features);
+    let file = std::fs::read(&target).unwrap();
+    let key = b"granite.logit_scale";
+    assert!(file.windows(key.len()).any(|bytes| bytes == key));
+
+    let parent = tempfile::tempdir().unwrap();
+    changed("granite", "attention_multiplier", json!(0.5), parent.path());
+    let json = parent.path().join("granite/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    config.as_object_mut().unwrap().remove("attention_multiplier");
+    std::fs::write(&json, config.to_string()).unwrap();
+    let model = open_model(json.parent().unwrap()).unwrap();
+    assert_eq!(model.config().features.attention_scale, Some(1.0));
+}
+
 #[test]
 fn gguf_warns_of_what_llama_cpp_computes_otherwise_for_long_texts() {
     let warnings = |model: &dyn ModelSource| {

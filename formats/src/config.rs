@@ -70,6 +70,8 @@ pub struct ModelConfig {
 /// What some models have that Llama has not, in numbers; [`Features::default`] is Llama.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Features {
+    /// Channels of embeddings, if these are others than those of the residual stream.
+    pub embedding_size: Option<usize>,
     /// What embeddings are multiplied by.
     pub embedding_scale: f32,
     /// What attention and network are multiplied by before they are added to the residual stream.
@@ -92,6 +94,9 @@ pub struct Features {
     pub has_ffn_bias: bool,
     /// The rotary embedding of blocks with a window, if it is another than that of the others.
     pub local_rope: Option<Rope>,
+    /// Whether norms stand on the residual stream itself, behind attention and network; none stands
+    /// behind the last block then.
+    pub norms_sums: bool,
     /// Which blocks have the window; all if it is empty.
     pub windowed: Vec<bool>,
     /// Which blocks turn queries and keys; all if it is empty.
@@ -101,6 +106,7 @@ pub struct Features {
 impl Default for Features {
     fn default() -> Self {
         Self {
+            embedding_size: None,
             embedding_scale: 1.0,
             residual_scale: 1.0,
             logit_scale: 1.0,
@@ -112,6 +118,7 @@ impl Default for Features {
             has_output_bias: false,
             has_ffn_bias: false,
             local_rope: None,
+            norms_sums: false,
             windowed: Vec::new(),
             rotated: Vec::new(),
         }
@@ -119,6 +126,11 @@ impl Default for Features {
 }
 
 impl Features {
+    /// Whether a norm stands behind the last block.
+    pub fn has_output_norm(&self) -> bool {
+        !self.norms_sums
+    }
+
     /// Whether block `index` has the model's window, if it has one.
     pub fn is_windowed(&self, index: usize) -> bool {
         self.windowed.get(index).copied().unwrap_or(true)
@@ -150,6 +162,7 @@ impl ModelConfig {
         for (what, found, limit) in [
             ("block count", self.block_count, 1 << 12),
             ("hidden size", self.hidden_size, 1 << 20),
+            ("embedding size", self.features.embedding_size.unwrap_or(1), 1 << 20),
             ("feed-forward size", self.ffn_size, 1 << 22),
             ("head count", self.head_count, 1 << 14),
             ("key/value head count", self.kv_head_count, 1 << 14),

@@ -68,14 +68,20 @@ pub(crate) fn check(
 /// The keys that give a tensor's dimensions, with what they say.
 fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
     let hidden = ("hidden_size", "embedding_length", config.hidden_size);
+    let embedding = match config.features.embedding_size {
+        Some(size) => ("word_embed_proj_dim", "token_embedding_length", size),
+        None => hidden,
+    };
     let vocab = ("vocab_size", "vocab_size", config.vocab_size);
-    let ffn = (config.family.hf_ffn_size(), "feed_forward_length", config.ffn_size);
+    let ffn = (config.family.hf_key("intermediate_size"), "feed_forward_length", config.ffn_size);
     let heads = ("num_attention_heads", "attention.head_count", config.head_count);
     let kv_heads = ("num_key_value_heads", "attention.head_count_kv", config.kv_head_count);
     let head_dim = ("head_dim", "attention.key_length", config.head_dim);
     let context = ("max_position_embeddings", "context_length", config.context_length);
     let sizes: &[Size] = match part {
-        Part::Embedding | Part::Output => &[vocab, hidden],
+        Part::Embedding | Part::Output => &[vocab, embedding],
+        Part::EmbeddingUp => &[hidden, embedding],
+        Part::EmbeddingDown => &[embedding, hidden],
         Part::Positions => &[context, hidden],
         Part::AttnQ => &[heads, head_dim, hidden],
         Part::AttnK | Part::AttnV => &[kv_heads, head_dim, hidden],

@@ -112,11 +112,14 @@ impl<'a> Block<'a> {
         assert!(stage.adds_to_residual(), "{stage:?}");
         let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
         let mut added = self.linear(*part, context, input)?;
-        if let Some(norm) = stage.post_norm().filter(|&norm| self.spec.has(norm)) {
+        if let Some(norm) = self.spec.branch_norm(stage) {
             added = self.normed(norm, context, &added);
         }
         scale(&mut added, self.spec.residual_scale);
         add(x, &added);
+        if let Some(norm) = self.spec.sum_norm(stage) {
+            x.copy_from_slice(&self.normed(norm, context, x));
+        }
         Ok(())
     }
 

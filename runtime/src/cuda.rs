@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
-    arch::{self, BlockSpec, FIRST_POSITION, Norms, QkNorm, Stage, Tensor},
+    arch::{self, BlockSpec, FIRST_POSITION, QkNorm, Stage, Tensor},
 };
 use slim_kernels::{
     cuda::{
@@ -39,6 +39,8 @@ pub(crate) struct Segment {
     range: Range<usize>,
     decoder: Decoder,
     embedding: Option<Arc<Matrix>>,
+    /// [hidden, embedding], beside the embedding of models whose channels are others.
+    up: Option<Arc<Matrix>>,
     /// [positions, hidden], beside the embedding of models that learn them.
     positions: Option<Arc<Matrix>>,
     blocks: Vec<BlockOnDevice>,
@@ -58,7 +60,9 @@ struct NormOnDevice {
 }
 
 struct Output {
-    norm: NormOnDevice,
+    norm: Option<NormOnDevice>,
+    /// [embedding, hidden], of the same models as `up`.
+    down: Option<Arc<Matrix>>,
     weight: Arc<Matrix>,
 }
 
@@ -75,18 +79,21 @@ impl Segment {
             Ok(Arc::new(Matrix::upload(&device, find_weight(source, tensor)?)?))
         };
         let embedding = (range.start == 0).then(|| matrix(decoder.embedding())).transpose()?;
-        let positions = decoder.outside(Part::Positions).filter(|_| range.start == 0);
-        let positions = positions.map(matrix).transpose()?;
+        let outside = |part: Part| decoder.outside(part).map(matrix).transpose();
+        let of_start = |part: Part| if range.start == 0 { outside(part) } else { Ok(None) };
+        let (up, positions) = (of_start(Part::EmbeddingUp)?, of_start(Part::Positions)?);
         let output = if range.end == decoder.blocks.len() {
             let weight = match &embedding {
                 Some(embedding) if decoder.has_tied_embeddings() => Arc::clone(embedding),
                 _ => matrix(decoder.output())?,
             };
-            let norm = find_vector(source, decoder.output_norm())?;
             let bias = decoder.outside(Part::OutputNormBias);
             let bias = bias.map(|bias| find_vector(source, bias)).transpose()?;
             let (bias, epsilon) = (bias.as_deref(), decoder.norm_epsilon);
-            Some(Output { norm: NormOnDevice::upload(&device, &norm, bias, epsilon)?, weight })
+            let norm = decoder.output_norm().map(|norm| {
+                NormOnDevice::upload(&device, &find_vector(source, norm)?, bias, epsilon)
+            });
+            Some(Output { norm: norm.transpose()?, down: outside(Part::EmbeddingDown)?, weight })
         } else {
             None
         };
@@ -98,7 +105,7 @@ impl Segment {
             })
             .collect::<Result<_>>()?;
         let decoder = decoder.clone();
-        Ok(Self { device, name, range, decoder, embedding, positions, blocks, output })
+        Ok(Self { device, name, range, decoder, embedding, up, positions, blocks, output })
     }
 
     /// The device.
@@ -123,30 +130,30 @@ impl Segment {
         blocks.chain(output).map(Matrix::device_bytes).sum()
     }
 
-    /// Logits of normed hidden states: `[m, hidden]` to `[m, vocab]`.
+    /// Logits of last hidden states: `[m, embedding]` to `[m, vocab]`.
     ///
     /// # Panics
     /// If the output layer is elsewhere.
-    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
+    pub fn logits(&self, states: &[f32]) -> Result<Vec<f32>> {
         let output = self.output.as_ref().expect("the last segment holds the output layer");
-        let m = hidden.len() / self.decoder.hidden_size;
-        let mut inputs = Operands::zeros(&self.device, m, self.decoder.hidden_size)?;
-        inputs.write(hidden, m)?;
+        let m = states.len() / self.decoder.embedding_size;
+        let mut inputs = Operands::zeros(&self.device, m, self.decoder.embedding_size)?;
+        inputs.write(states, m)?;
         let mut logits = Buffer::zeros(&self.device, m * self.decoder.vocab_size)?;
         self.compute_logits(output, &inputs, m, &mut logits.view_mut())?;
         Ok(logits.view().read()?)
     }
 
-    /// The logits of the first `m` of normed hidden states.
+    /// The logits of the first `m` of last hidden states.
     fn compute_logits(
         &self,
         output: &Output,
-        normed: &Operands,
+        states: &Operands,
         m: usize,
         logits: &mut ViewMut<'_, f32>,
     ) -> Result<()> {
         let Decoder { logit_scale: scale, logit_softcap: softcap, .. } = self.decoder;
-        self.device.matmul(&[&output.weight], normed, m, &mut [logits.reborrow()])?;
+        self.device.matmul(&[&output.weight], states, m, &mut [logits.reborrow()])?;
         if scale != 1.0 || softcap.is_some() {
             self.device.finish_logits(logits, scale, softcap)?;
         }
@@ -157,9 +164,16 @@ impl Segment {
     fn next_after<'a>(&'a self, index: usize, out: &'a mut Operands) -> Option<Next<'a>> {
         match (self.blocks.get(index + 1), &self.output) {
             (Some(next), _) => Some(next.input(Part::AttnNorm, out)),
-            (None, Some(output)) => Some(Next { norm: Some(output.norm.view()), out }),
+            (None, Some(output)) => Some(output.input(out)),
             (None, None) => None,
         }
+    }
+}
+
+impl Output {
+    /// What the product behind the last block takes in.
+    fn input<'a>(&'a self, out: &'a mut Operands) -> Next<'a> {
+        Next { norm: self.norm.as_ref().map(NormOnDevice::view), out }
     }
 }
 
@@ -244,11 +258,17 @@ impl BlockOnDevice {
     ) -> Result<()> {
         let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
         let (layer, scale) = (&self.layers[*part], self.spec.residual_scale);
-        let Some(norm) = stage.post_norm().and_then(|norm| self.norms.get(norm)) else {
+        if let Some(norm) = self.spec.branch_norm(stage) {
+            let norm = self.norms[norm].view();
+            device.matmul(&[layer], input, m, &mut [scratch.reborrow()])?;
+            return Ok(device.norm_add(scratch.as_view(), norm, scale, x, m, next)?);
+        }
+        let Some(norm) = self.spec.sum_norm(stage) else {
             return Ok(device.matmul_add(layer, input, m, scale, x, next)?);
         };
-        device.matmul(&[layer], input, m, &mut [scratch.reborrow()])?;
-        Ok(device.norm_add(scratch.as_view(), norm.view(), scale, x, m, next)?)
+        device.matmul_add(layer, input, m, scale, x, None)?;
+        device.norm_in_place(x, self.norms[norm].view(), m)?;
+        Ok(next.map_or(Ok(()), |next| device.norm(x.as_view(), m, next))?)
     }
 
     /// The neurons of its network.
@@ -302,8 +322,25 @@ struct Work {
     normed: Operands,
     attended: Operands,
     activation: Operands,
+    /// Of models whose embeddings have other channels than the residual stream.
+    narrow: Option<Narrow>,
     /// [vocab]; of the last token.
     logits: Buffer<f32>,
+}
+
+/// Vectors of as many channels as embeddings have.
+struct Narrow {
+    /// [batch, embedding].
+    values: Buffer<f32>,
+    inputs: Operands,
+}
+
+impl Narrow {
+    /// The first `m` of them, as products take them in.
+    fn inputs(&mut self, device: &Device, m: usize) -> Result<&Operands> {
+        device.norm(self.values.view(), m, Next { norm: None, out: &mut self.inputs })?;
+        Ok(&self.inputs)
+    }
 }
 
 impl Session {
@@ -313,6 +350,7 @@ impl Session {
         let (hidden, spec) = (decoder.hidden_size, &blocks[0].spec);
         let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
         let ffn = spec.ffn.width;
+        let has_branch_norms = spec.branch_norm(Stage::FfnOutput).is_some();
         let batch = PREFILL_BATCH.min(capacity);
         let floats = |width: usize| Buffer::zeros(device, batch * width);
         let operands = |width: usize| Operands::zeros(device, batch, width);
@@ -324,6 +362,10 @@ impl Session {
         let positions = Positions::new(decoder, 0, capacity, capacity);
         let tables = positions.angles.iter().map(|angles| RopeTables::upload(device, angles));
         let has_output = segment.output.is_some();
+        let embedding = decoder.embedding_size;
+        let narrow = (embedding != hidden).then(|| -> Result<Narrow> {
+            Ok(Narrow { values: floats(embedding)?, inputs: operands(embedding)? })
+        });
         let work = Work {
             attention: Attention::new(device, heads, &kv[0])?,
             tables: tables.collect::<slim_kernels::Result<_>>()?,
@@ -333,10 +375,11 @@ impl Session {
             v: floats(kv_heads * head_dim)?,
             gate: floats(ffn)?,
             up: floats(ffn)?,
-            added: floats(if spec.norms == Norms::Before { 0 } else { hidden })?,
+            added: floats(if has_branch_norms { hidden } else { 0 })?,
             normed: operands(hidden)?,
             attended: operands(heads * head_dim)?,
             activation: operands(ffn)?,
+            narrow: narrow.transpose()?,
             logits: Buffer::zeros(device, if has_output { decoder.vocab_size } else { 0 })?,
         };
         Ok(Self {
@@ -411,12 +454,20 @@ impl Session {
             normed,
             attended,
             activation,
+            narrow,
             logits,
         } = work;
         let hidden = m * decoder.hidden_size;
         if let Some(embedding) = &segment.embedding {
             let tokens = tokens.view().slice(0..m);
-            device.embed(embedding, tokens, decoder.embedding_scale, &mut x.view_mut())?;
+            let scale = decoder.embedding_scale;
+            match (&segment.up, &mut *narrow) {
+                (Some(up), Some(narrow)) => {
+                    device.embed(embedding, tokens, scale, &mut narrow.values.view_mut())?;
+                    device.matmul(&[up], narrow.inputs(device, m)?, m, &mut [x.view_mut()])?;
+                }
+                _ => device.embed(embedding, tokens, scale, &mut x.view_mut())?,
+            }
         }
         if let Some(positions) = &segment.positions {
             device.embed_positions(positions, calls, FIRST_POSITION, &mut x.view_mut())?;
@@ -446,9 +497,16 @@ impl Session {
         if let Some(output) = &segment.output {
             if m > 1 {
                 let last = x.view().slice(hidden - decoder.hidden_size..hidden);
-                device.norm(last, 1, Next { norm: Some(output.norm.view()), out: normed })?;
+                device.norm(last, 1, output.input(normed))?;
             }
-            segment.compute_logits(output, normed, 1, &mut logits.view_mut())?;
+            let states = match (&output.down, narrow) {
+                (Some(down), Some(narrow)) => {
+                    device.matmul(&[down], normed, 1, &mut [narrow.values.view_mut()])?;
+                    narrow.inputs(device, 1)?
+                }
+                _ => &*normed,
+            };
+            segment.compute_logits(output, states, 1, &mut logits.view_mut())?;
         }
         Ok(())
     }

@@ -11,15 +11,19 @@ use crate::{
 /// The tensors outside of blocks.
 #[derive(Clone)]
 pub struct Ends<'a> {
-    /// `[vocab, hidden]`.
+    /// `[vocab, embedding]`.
     pub embedding: Weight<'a>,
+    /// `[hidden, embedding]`, of models whose embeddings have other channels.
+    pub up: Option<Weight<'a>>,
     /// `[positions, hidden]`, of models that learn them.
     pub positions: Option<Weight<'a>>,
-    /// `[hidden]`.
-    pub norm: Vec<f32>,
+    /// `[hidden]`, of models with a norm behind the last block.
+    pub norm: Option<Vec<f32>>,
     /// `[hidden]`, of models whose norm has one.
     pub norm_bias: Option<Vec<f32>>,
-    /// `[vocab, hidden]`; the embedding itself in models that tie them.
+    /// `[embedding, hidden]`, of the same models as `up`.
+    pub down: Option<Weight<'a>>,
+    /// `[vocab, embedding]`; the embedding itself in models that tie them.
     pub output: Weight<'a>,
 }
 
@@ -30,13 +34,19 @@ impl<'a> Ends<'a> {
     /// `Malformed` if one is missing or has the wrong shape.
     pub fn load(source: &'a dyn ModelSource) -> Result<Self> {
         let decoder = source.decoder();
-        let positions = decoder.outside(Part::Positions);
-        let norm_bias = decoder.outside(Part::OutputNormBias);
+        let matrix = |part: Part| {
+            decoder.outside(part).map(|tensor| find_weight(source, tensor)).transpose()
+        };
+        let vector = |part: Part| {
+            decoder.outside(part).map(|tensor| find_vector(source, tensor)).transpose()
+        };
         Ok(Self {
             embedding: find_weight(source, decoder.embedding())?,
-            positions: positions.map(|tensor| find_weight(source, tensor)).transpose()?,
-            norm: find_vector(source, decoder.output_norm())?,
-            norm_bias: norm_bias.map(|tensor| find_vector(source, tensor)).transpose()?,
+            up: matrix(Part::EmbeddingUp)?,
+            positions: matrix(Part::Positions)?,
+            norm: vector(Part::OutputNorm)?,
+            norm_bias: vector(Part::OutputNormBias)?,
+            down: matrix(Part::EmbeddingDown)?,
             output: find_weight(source, decoder.output())?,
         })
     }
@@ -45,21 +55,26 @@ impl<'a> Ends<'a> {
     /// texts of as many tokens as `positions`.
     ///
     /// # Errors
-    /// `InvalidArgument` for a token outside the vocabulary, or a position without an embedding.
+    /// `InvalidArgument` for a token outside the vocabulary, or a position without an embedding; a
+    /// kernel refuses its arguments.
     pub fn embed(
         &self,
-        decoder: &Decoder,
+        context: Context<'_>,
         tokens: &[u32],
         positions: &Positions,
     ) -> Result<Vec<f32>> {
-        let (vocab, hidden) = weight::shape(self.embedding);
+        let (vocab, width) = weight::shape(self.embedding);
         check_tokens(tokens, vocab)?;
-        let mut x = vec![0.0; tokens.len() * hidden];
-        for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
+        let mut x = vec![0.0; tokens.len() * width];
+        for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(width)) {
             let token = token as usize;
             weight::dequantize_rows(self.embedding, token..token + 1, row)?;
         }
-        scale(&mut x, decoder.embedding_scale);
+        let Decoder { embedding_scale, hidden_size: hidden, .. } = *context.decoder;
+        scale(&mut x, embedding_scale);
+        if let Some(up) = self.up {
+            x = linear(context, up, &x)?;
+        }
         let Some(table) = self.positions else { return Ok(x) };
         let first = positions.start + FIRST_POSITION;
         check_positions(weight::shape(table).0, positions.start, positions.count)?;
@@ -71,17 +86,33 @@ impl<'a> Ends<'a> {
         Ok(x)
     }
 
-    /// The residual stream behind the last block, normed.
-    pub fn normed(&self, context: Context<'_>, x: &[f32]) -> Vec<f32> {
-        norm(context, context.decoder.norm, x, &self.norm, self.norm_bias.as_deref())
-    }
-
-    /// Logits of normed hidden states: `[m, hidden]` to `[m, vocab]`.
+    /// What the output layer takes in, made of the residual stream behind the last block:
+    /// `[m, hidden]` to `[m, embedding]`.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
-    pub fn logits(&self, context: Context<'_>, hidden: &[f32]) -> Result<Vec<f32>> {
-        let mut logits = linear(context, self.output, hidden)?;
+    pub fn states(&self, context: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
+        let normed = self.normed(context, x);
+        match self.down {
+            Some(down) => linear(context, down, &normed),
+            None => Ok(normed),
+        }
+    }
+
+    /// The residual stream behind the last block as the last norm leaves it, if there is one.
+    fn normed(&self, context: Context<'_>, x: &[f32]) -> Vec<f32> {
+        match (context.decoder.norm, &self.norm) {
+            (Some(kind), Some(weight)) => norm(context, kind, x, weight, self.norm_bias.as_deref()),
+            _ => x.to_vec(),
+        }
+    }
+
+    /// Logits of last hidden states: `[m, embedding]` to `[m, vocab]`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    pub fn logits(&self, context: Context<'_>, states: &[f32]) -> Result<Vec<f32>> {
+        let mut logits = linear(context, self.output, states)?;
         finish_logits(context.decoder, &mut logits);
         Ok(logits)
     }

@@ -104,23 +104,23 @@ impl<'a> Model<'a> {
         Ok(KvCache { blocks, sessions: sessions.collect::<Result<_>>()?, capacity, position: 0 })
     }
 
-    /// Feeds `tokens` after those that `cache` holds; gives the normed last hidden states,
-    /// `[tokens.len(), hidden]`.
+    /// Feeds `tokens` after those that `cache` holds; gives the last hidden states, as the output
+    /// layer takes them in: `[tokens.len(), embedding]`.
     ///
     /// # Errors
     /// `InvalidArgument` for a token outside the vocabulary or a full cache; `Kernel` if a device
     /// refuses.
     pub fn forward(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
         self.check(tokens, cache)?;
-        let mut hidden = Vec::with_capacity(tokens.len() * self.config().hidden_size);
+        let mut states = Vec::with_capacity(tokens.len() * self.decoder().embedding_size);
         for batch in tokens.chunks(PREFILL_BATCH) {
             let x = match self.feed(batch, cache)? {
                 Residual::OnHost(x) => x,
                 Residual::OnDevice(session) => session.residual(batch.len())?,
             };
-            hidden.extend(in_pool(|| self.ends.normed(self.context, &x)));
+            states.extend(in_pool(|| self.ends.states(self.context, &x))?);
         }
-        Ok(hidden)
+        Ok(states)
     }
 
     /// Feeds `tokens` whose continuation nobody asks for.
@@ -132,14 +132,14 @@ impl<'a> Model<'a> {
         tokens.chunks(PREFILL_BATCH).try_for_each(|batch| self.feed(batch, cache).map(drop))
     }
 
-    /// Logits of hidden states: `[m, hidden]` to `[m, vocab]`.
+    /// Logits of last hidden states: `[m, embedding]` to `[m, vocab]`.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
-    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
+    pub fn logits(&self, states: &[f32]) -> Result<Vec<f32>> {
         match self.segments.last() {
-            Some(segment) => segment.logits(hidden),
-            None => in_pool(|| self.ends.logits(self.context, hidden)),
+            Some(segment) => segment.logits(states),
+            None => in_pool(|| self.ends.logits(self.context, states)),
         }
     }
 
@@ -236,7 +236,7 @@ impl<'a> Model<'a> {
         capacity: usize,
     ) -> Result<Vec<f32>> {
         let positions = Positions::new(self.decoder(), start, tokens.len(), capacity);
-        let mut x = self.ends.embed(self.decoder(), tokens, &positions)?;
+        let mut x = self.ends.embed(self.context, tokens, &positions)?;
         for (block, kv) in self.blocks.iter().zip(kv) {
             block.forward(self.context, &mut x, kv, &positions)?;
         }
@@ -246,8 +246,10 @@ impl<'a> Model<'a> {
     /// The logits that follow the last token of a residual stream.
     fn logits_of_last(&self, x: &[f32]) -> Result<Vec<f32>> {
         let last = &x[x.len() - self.config().hidden_size..];
-        let hidden = self.ends.normed(self.context, last);
-        in_pool(|| self.ends.logits(self.context, &hidden))
+        in_pool(|| {
+            let states = self.ends.states(self.context, last)?;
+            self.ends.logits(self.context, &states)
+        })
     }
 }
 

@@ -42,17 +42,17 @@ pub struct InBatches<'m> {
 
 impl NextTokens for InBatches<'_> {
     fn run(&mut self, window: &[u32]) -> Result<Logits<'_>> {
-        let (model, batch, width) = (self.model, self.batch, self.model.config().hidden_size);
+        let (model, batch, width) = (self.model, self.batch, self.model.decoder().embedding_size);
         let mut cache = model.new_cache(window.len())?;
-        let mut hidden = Vec::with_capacity(window.len() * width);
+        let mut states = Vec::with_capacity(window.len() * width);
         for tokens in window.chunks(batch) {
-            hidden.extend(model.forward(tokens, &mut cache)?);
+            states.extend(model.forward(tokens, &mut cache)?);
         }
         Ok(Box::new(move |positions| {
-            let hidden = &hidden[positions.start * width..positions.end * width];
+            let states = &states[positions.start * width..positions.end * width];
             let mut logits = Vec::with_capacity(positions.len() * model.config().vocab_size);
-            for hidden in hidden.chunks(batch * width) {
-                logits.extend(model.logits(hidden)?);
+            for states in states.chunks(batch * width) {
+                logits.extend(model.logits(states)?);
             }
             Ok(logits)
         }))

@@ -51,10 +51,12 @@ impl CudaSettings {
             return Err(RuntimeError::invalid_argument("head size", head_dim, expected));
         }
         // What the norms read at a time.
-        let hidden_size = source.config().hidden_size;
-        if !hidden_size.is_multiple_of(4) {
-            let expected = "a multiple of 4 on a CUDA device";
-            return Err(RuntimeError::invalid_argument("hidden size", hidden_size, expected));
+        let Decoder { hidden_size, embedding_size, .. } = *source.decoder();
+        for (what, size) in [("hidden size", hidden_size), ("embedding size", embedding_size)] {
+            if !size.is_multiple_of(4) {
+                let expected = "a multiple of 4 on a CUDA device";
+                return Err(RuntimeError::invalid_argument(what, size, expected));
+            }
         }
         let sizes = Sizes::of(source, self)?;
         let free = self.devices.iter().map(|(_, device)| Ok(device.free_memory()?));
@@ -106,12 +108,14 @@ impl Sizes {
         }
         let matrix =
             |tensor: &Tensor| -> Result<u64> { Ok(bytes_on_device(find_weight(source, tensor)?)) };
-        let positions = decoder.outside(Part::Positions).map(matrix).transpose()?;
+        let outside = |part: Part| decoder.outside(part).map_or(Ok(0), matrix);
         Ok(Self {
             block,
             blocks: decoder.blocks.len(),
-            embedding: matrix(decoder.embedding())? + positions.unwrap_or(0),
-            output: matrix(decoder.output())?,
+            embedding: matrix(decoder.embedding())?
+                + outside(Part::EmbeddingUp)?
+                + outside(Part::Positions)?,
+            output: matrix(decoder.output())? + outside(Part::EmbeddingDown)?,
             is_tied: decoder.has_tied_embeddings(),
             working: RESERVE_BYTES + working_bytes(decoder, settings.context),
         })

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 use slim_formats::{
     Decoder, Part,
-    arch::{Activation, Norm, Stage},
+    arch::{Activation, Norm, Norms, Stage},
 };
 use slim_kernels::{Backend, Cpu, RopeAngles, linalg::Precision};
 use slim_runtime::{Block, Positions};
@@ -41,8 +41,8 @@ struct Activations {
     v: Vec<f32>,
     /// `[m, heads * head_dim]`: input of `attn_output`.
     attended: Vec<f32>,
-    /// `[m, hidden]`: what attention gives to the norm behind it, if there is one.
-    attn_output: Option<Vec<f32>>,
+    /// What attention adds to the residual stream.
+    attention: Branch,
     /// `[m, hidden]`: the residual stream between attention and feed-forward network.
     middle: Vec<f32>,
     /// `[m, hidden]`: input of `ffn_gate`, `ffn_up`.
@@ -53,6 +53,15 @@ struct Activations {
     up: Vec<f32>,
     /// `[m, ffn]`: input of `ffn_down`.
     activation: Vec<f32>,
+}
+
+/// What norms need on the way back where something is added to the residual stream, `[m, hidden]`.
+#[derive(Default)]
+struct Branch {
+    /// What is added, before the norm that stands behind it, if there is one.
+    output: Option<Vec<f32>>,
+    /// The sum before the norm that stands on it, if there is one.
+    sum: Option<Vec<f32>>,
 }
 
 /// Queries or keys, `[m, heads * head_dim]`.
@@ -67,8 +76,7 @@ impl Walk<'_> {
     /// The output of the block for its input `x`; both `[m, hidden]`.
     pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let Activations { mut middle, activation, .. } = self.activations(x, self.angles())?;
-        let output = self.product(Part::FfnDown, &activation)?;
-        self.add_branch(Stage::FfnOutput, output, &mut middle);
+        self.add_branch(Stage::FfnOutput, &activation, &mut middle)?;
         Ok(middle)
     }
 
@@ -84,7 +92,7 @@ impl Walk<'_> {
             k,
             v,
             attended,
-            attn_output,
+            attention: added,
             middle,
             ffn_input,
             gate,
@@ -92,11 +100,11 @@ impl Walk<'_> {
             activation,
         } = self.activations(x, self.angles())?;
 
-        let output = match spec.has(Part::FfnPostNorm) {
-            true => Some(self.product(Part::FfnDown, &activation)?),
-            false => None,
+        let network = match spec.norms {
+            Norms::Before => Branch::default(),
+            _ => self.add_branch(Stage::FfnOutput, &activation, &mut middle.clone())?,
         };
-        let d_output = self.reverse_branch(Stage::FfnOutput, output, dx, visit)?;
+        let d_output = self.reverse_branch(Stage::FfnOutput, network, dx, visit)?;
         visit(self.linear(Part::FfnDown, &activation, &d_output))?;
         let mut d_activation = activation;
         d_activation.fill(0.0);
@@ -116,7 +124,7 @@ impl Walk<'_> {
         drop((d_gate, d_up));
         self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
 
-        let d_output = self.reverse_branch(Stage::AttentionOutput, attn_output, dx, visit)?;
+        let d_output = self.reverse_branch(Stage::AttentionOutput, added, dx, visit)?;
         visit(self.linear(Part::AttnOutput, &attended, &d_output))?;
         let mut d_attended = vec![0.0; attended.len()];
         self.add_product(&mut d_attended, &d_output, Part::AttnOutput)?;
@@ -154,30 +162,47 @@ impl Walk<'_> {
         visit(Gradient::Norm { block: Some(self.index), part, dw: &dw })
     }
 
-    /// Adds the `output` of a stage's layer, normed and scaled, to the residual stream.
-    fn add_branch(&self, stage: Stage, mut output: Vec<f32>, residual: &mut [f32]) {
-        if let Some(part) = stage.post_norm().filter(|&part| self.block.spec.has(part)) {
-            output = self.normed(part, &output);
+    /// Adds what a stage's layer gives for its input `x` to the residual stream, with all norms.
+    fn add_branch(&self, stage: Stage, x: &[f32], residual: &mut Vec<f32>) -> Result<Branch> {
+        let spec = &self.block.spec;
+        let [part] = spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
+        let mut branch = Branch::default();
+        let mut output = self.product(*part, x)?;
+        if let Some(norm) = spec.branch_norm(stage) {
+            let normed = self.normed(norm, &output);
+            branch.output = Some(std::mem::replace(&mut output, normed));
         }
-        let scale = self.block.spec.residual_scale;
+        let scale = spec.residual_scale;
         residual.iter_mut().zip(output).for_each(|(x, output)| *x += scale * output);
+        if let Some(norm) = spec.sum_norm(stage) {
+            let normed = self.normed(norm, residual);
+            branch.sum = Some(std::mem::replace(residual, normed));
+        }
+        Ok(branch)
     }
 
-    /// The gradient at the `output` of a stage's layer, which is needed if a norm stands behind it,
-    /// for the gradient `dx` at the residual stream.
+    /// The gradient at what a stage's layer gives, for the gradient `dx` at the residual stream to
+    /// which it was added; that becomes the one before any norm of the sum.
     fn reverse_branch<'d>(
         &self,
         stage: Stage,
-        output: Option<Vec<f32>>,
-        dx: &'d [f32],
+        branch: Branch,
+        dx: &'d mut [f32],
         visit: &mut Visitor<'_>,
     ) -> Result<Cow<'d, [f32]>> {
-        let scale = self.block.spec.residual_scale;
+        let spec = &self.block.spec;
+        if let (Some(part), Some(sum)) = (spec.sum_norm(stage), branch.sum) {
+            let mut d_sum = vec![0.0; dx.len()];
+            self.reverse_norm(part, &sum, dx, &mut d_sum, visit)?;
+            dx.copy_from_slice(&d_sum);
+        }
+        let scale = spec.residual_scale;
+        let dx: &'d [f32] = dx;
         let mut dy = Cow::Borrowed(dx);
         if scale != 1.0 {
             dy.to_mut().iter_mut().for_each(|dy| *dy *= scale);
         }
-        if let (Some(part), Some(output)) = (stage.post_norm(), output) {
+        if let (Some(part), Some(output)) = (spec.branch_norm(stage), branch.output) {
             let mut d_output = vec![0.0; output.len()];
             self.reverse_norm(part, &output, &dy, &mut d_output, visit)?;
             dy = Cow::Owned(d_output);
@@ -304,10 +329,8 @@ impl Walk<'_> {
         let k = self.turned(self.product(Part::AttnK, &normed)?, Part::AttnKNorm, angles);
         let v = self.product(Part::AttnV, &normed)?;
         let attended = Attention::new(precision, spec, context, &q.turned, &k.turned, &v).forward();
-        let output = self.product(Part::AttnOutput, &attended)?;
-        let attn_output = spec.has(Part::AttnPostNorm).then(|| output.clone());
         let mut middle = x.to_vec();
-        self.add_branch(Stage::AttentionOutput, output, &mut middle);
+        let attention = self.add_branch(Stage::AttentionOutput, &attended, &mut middle)?;
         let ffn_input = self.normed(Part::FfnNorm, &middle);
         let up = self.product(Part::FfnUp, &ffn_input)?;
         let (gate, mut activation) = match spec.ffn.is_gated {
@@ -327,7 +350,7 @@ impl Walk<'_> {
             k,
             v,
             attended,
-            attn_output,
+            attention,
             middle,
             ffn_input,
             gate,

@@ -1,7 +1,7 @@
 //! Exponentials and norms of the reverse pass, vectorised.
 
 use slim_formats::arch::Activation;
-use slim_kernels::{exp, per_isa, tanh};
+use slim_kernels::{exp, per_isa, with_slope};
 
 per_isa! {
     /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs
@@ -34,26 +34,6 @@ per_isa! {
             *probability = exp(*probability);
             *gradient = *probability * (*gradient - mean);
         }
-    }
-}
-
-/// `(activation(x), its slope at x)`.
-#[inline(always)]
-fn with_slope(activation: Activation, x: f32) -> (f32, f32) {
-    match activation {
-        Activation::Silu => {
-            let sigmoid = 1.0 / (1.0 + exp(-x));
-            (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
-        }
-        Activation::GeluTanh => {
-            const SLOPE: f32 = 0.797_884_6; // sqrt(2 / pi)
-            const CUBE: f32 = 0.044_715;
-            let tanh = tanh(SLOPE * (x + CUBE * x * x * x));
-            let inner = SLOPE * (1.0 + 3.0 * CUBE * x * x);
-            let half = 0.5 * (1.0 + tanh);
-            (x * half, half + 0.5 * x * (1.0 - tanh * tanh) * inner)
-        }
-        Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
     }
 }
 

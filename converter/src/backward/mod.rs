@@ -83,13 +83,13 @@ pub enum Gradient<'g> {
     },
     /// Of the output layer `y = x w^T`, some tokens after the others.
     Output {
-        /// Its inputs, `[tokens, hidden]`.
+        /// Its inputs, `[tokens, embedding]`.
         x: &'g [f32],
         /// The gradient of the loss at its outputs, the logits before they are scaled and capped,
         /// `[tokens, vocab]`.
         dy: &'g [f32],
     },
-    /// The gradient of the loss at the embeddings of all tokens, `[tokens, hidden]`.
+    /// The gradient of the loss at the embeddings of all tokens, `[tokens, embedding]`.
     Embedding(&'g [f32]),
 }
 
@@ -143,6 +143,9 @@ impl<'a> Backward<'a> {
             self.walk(index, context).reverse(&x, &mut dx, visit)?;
             self.release_pages();
         }
+        if let Some(up) = self.ends.up {
+            dx = product::reverse(self.precision, &dx, up)?;
+        }
         let scale = self.decoder.embedding_scale;
         if scale != 1.0 {
             dx.iter_mut().for_each(|dx| *dx *= scale);
@@ -153,15 +156,15 @@ impl<'a> Backward<'a> {
 
     fn embed(&self, sequences: &[&[u32]], context: usize) -> Result<Vec<f32>> {
         let positions = Positions::new(self.decoder, 0, context, context);
-        Ok(self.ends.embed(self.decoder, &sequences.concat(), &positions)?)
+        Ok(self.ends.embed(self.context(), &sequences.concat(), &positions)?)
     }
 
-    /// The normed output of the last block for equally long `sequences` of tokens,
-    /// `[tokens, hidden]`.
+    /// What the output layer takes in for equally long `sequences` of tokens,
+    /// `[tokens, embedding]`.
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn hidden(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
+    pub fn states(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
         let context = equal_length(sequences)?;
         let mut x = self.embed(sequences, context)?;
         for index in 0..self.blocks.len() {
@@ -169,15 +172,15 @@ impl<'a> Backward<'a> {
             check_finite(index, &x)?;
             self.release_pages();
         }
-        Ok(self.normed(&x))
+        Ok(self.ends.states(self.context(), &x)?)
     }
 
-    /// The logits `[m, vocab]` of normed outputs `[m, hidden]`.
+    /// The logits `[m, vocab]` of what the output layer takes in, `[m, embedding]`.
     ///
     /// # Errors
     /// `Kernel` for a weight that is not a number.
-    pub fn logits(&self, normed: &[f32]) -> Result<Vec<f32>> {
-        let mut logits = product::linear(self.precision, self.ends.output, normed)?;
+    pub fn logits(&self, states: &[f32]) -> Result<Vec<f32>> {
+        let mut logits = product::linear(self.precision, self.ends.output, states)?;
         finish_logits(self.decoder, &mut logits);
         Ok(logits)
     }
@@ -193,8 +196,8 @@ impl<'a> Backward<'a> {
         block::Walk { precision: *precision, decoder, block: &blocks[index], index, context }
     }
 
-    fn normed(&self, x: &[f32]) -> Vec<f32> {
-        self.ends.normed(Context { decoder: self.decoder, backend: &Cpu }, x)
+    fn context(&self) -> Context<'_> {
+        Context { decoder: self.decoder, backend: &Cpu }
     }
 
     /// The loss, and its gradient at the output `x: [tokens, hidden]` of the last block.
@@ -204,15 +207,15 @@ impl<'a> Backward<'a> {
         loss: &mut Loss<'_>,
         visit: &mut Visitor<'_>,
     ) -> Result<(f64, Vec<f32>)> {
-        let Decoder { hidden_size: hidden, vocab_size: vocab, norm_epsilon, .. } = *self.decoder;
-        let normed = self.normed(x);
-        let count = x.len() / hidden;
-        let mut d_normed = vec![0.0; x.len()];
+        let Decoder { embedding_size: width, vocab_size: vocab, norm_epsilon, .. } = *self.decoder;
+        let states = self.ends.states(self.context(), x)?;
+        let count = states.len() / width;
+        let mut d_states = vec![0.0; states.len()];
         let mut total = 0.0;
         for first in (0..count).step_by(LOGIT_TOKENS) {
             let tokens = first..count.min(first + LOGIT_TOKENS);
-            let piece = tokens.start * hidden..tokens.end * hidden;
-            let mut logits = self.logits(&normed[piece.clone()])?;
+            let piece = tokens.start * width..tokens.end * width;
+            let mut logits = self.logits(&states[piece.clone()])?;
             let capped = self.decoder.logit_softcap.map(|cap| (logits.clone(), cap));
             total += match loss {
                 Loss::Fisher(seed) => {
@@ -229,10 +232,16 @@ impl<'a> Backward<'a> {
             if self.decoder.logit_scale != 1.0 {
                 logits.iter_mut().for_each(|d_logit| *d_logit *= self.decoder.logit_scale);
             }
-            visit(Gradient::Output { x: &normed[piece.clone()], dy: &logits })?;
-            product::add(self.precision, &mut d_normed[piece], &logits, self.ends.output)?;
+            visit(Gradient::Output { x: &states[piece.clone()], dy: &logits })?;
+            product::add(self.precision, &mut d_states[piece], &logits, self.ends.output)?;
         }
-        let (norm, weight) = (self.decoder.norm, &self.ends.norm);
+        let d_normed = match self.ends.down {
+            Some(down) => product::reverse(self.precision, &d_states, down)?,
+            None => d_states,
+        };
+        let (Some(norm), Some(weight)) = (self.decoder.norm, &self.ends.norm) else {
+            return Ok((total, d_normed));
+        };
         let mut dx = vec![0.0; x.len()];
         let dw = block::reverse_norm(norm, x, weight, norm_epsilon, &d_normed, &mut dx);
         visit(Gradient::Norm { block: None, part: Part::OutputNorm, dw: &dw })?;

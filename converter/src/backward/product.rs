@@ -40,6 +40,14 @@ pub fn add(precision: Precision, dx: &mut [f32], dy: &[f32], w: Weight<'_>) -> R
     Ok(())
 }
 
+/// `dy w`, `[m, cols]`, for `dy: [m, rows]`, `w: [rows, cols]`.
+pub fn reverse(precision: Precision, dy: &[f32], w: Weight<'_>) -> Result<Vec<f32>> {
+    let (rows, cols) = weight::shape(w);
+    let mut dx = vec![0.0; dy.len() / rows * cols];
+    add(precision, &mut dx, dy, w)?;
+    Ok(dx)
+}
+
 /// The gradient `dy^T x` of the loss at a layer's weights, `[rows, cols]`, for `x: [m, cols]` and
 /// `dy: [m, rows]`.
 pub fn weight_gradient(

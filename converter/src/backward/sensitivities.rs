@@ -155,7 +155,7 @@ pub fn sensitivities(
             outputs.insert(tensor.name.clone(), OutputHessian::zeros(shape.0, memory_left)?);
         }
     }
-    let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.hidden_size);
+    let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.embedding_size);
     let (mut embedding, mut output) = (rows(), rows());
     let mut seed = 0;
     for batch in sensitivity_batches(samples) {

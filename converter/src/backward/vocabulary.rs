@@ -11,7 +11,7 @@ pub struct Vocabulary {
     /// Of each weight by itself, as that of a linear layer; an embedding counts as one whose
     /// outputs are the rows that are looked up, with their gradients for inputs.
     pub sensitivity: Sensitivity,
-    /// The sum of `x^T x` over tokens, upper triangle, `[hidden, hidden]`.
+    /// The sum of `x^T x` over tokens, upper triangle, `[embedding, embedding]`.
     gram: Vec<f32>,
     tokens: usize,
 }
@@ -23,14 +23,14 @@ impl Vocabulary {
         Self { sensitivity, gram: vec![0.0; hidden * hidden], tokens: 0 }
     }
 
-    /// Adds tokens with inputs `x: [tokens, hidden]` of the output layer and gradients
+    /// Adds tokens with inputs `x: [tokens, embedding]` of the output layer and gradients
     /// `dy: [tokens, vocab]` at their logits.
     pub fn add_output(&mut self, x: &[f32], dy: &[f32]) {
         self.sensitivity.add(x, dy);
         self.add_gram(x);
     }
 
-    /// Adds `tokens` with gradients `dx: [tokens, hidden]` at their embeddings.
+    /// Adds `tokens` with gradients `dx: [tokens, embedding]` at their embeddings.
     pub fn add_embedding(&mut self, tokens: &[u32], dx: &[f32]) {
         self.sensitivity.add_rows(tokens, dx);
         self.add_gram(dx);

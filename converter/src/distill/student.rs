@@ -29,7 +29,7 @@ pub struct Student<'a> {
 /// The norms of a model.
 struct Norms {
     blocks: Vec<PartMap<Parameters>>,
-    output: Parameters,
+    output: Option<Parameters>,
 }
 
 impl<'a> Student<'a> {
@@ -55,7 +55,7 @@ impl<'a> Student<'a> {
             let norms = block.vectors.iter();
             norms.map(|(part, norm)| (part, Parameters::new(norm.clone()))).collect()
         });
-        let output = Parameters::new(start.ends.norm.clone());
+        let output = start.ends.norm.clone().map(Parameters::new);
         let norms = Norms { blocks: norms.collect(), output };
         Ok(Self { start, layers, trained, norms })
     }
@@ -107,7 +107,7 @@ impl<'a> Student<'a> {
         let tensor = self.start.decoder.find(name).filter(|tensor| !tensor.is_matrix())?;
         let norm = match tensor.block {
             Some(block) => &self.norms.blocks[block][tensor.part],
-            None if tensor.part == Part::OutputNorm => &self.norms.output,
+            None if tensor.part == Part::OutputNorm => self.norms.output.as_ref()?,
             None => return None,
         };
         Some(&norm.values)
@@ -118,7 +118,7 @@ impl Norms {
     fn of_mut(&mut self, block: Option<usize>, part: Part) -> &mut Parameters {
         match block {
             Some(block) => &mut self.blocks[block][part],
-            None => &mut self.output,
+            None => self.output.as_mut().expect("a norm with a gradient is there"),
         }
     }
 }
@@ -158,6 +158,6 @@ fn running<'m>(
         let trained = layers.iter().filter(|(_, bands)| !bands.is_empty());
         block.layers.extend(trained.map(|(part, bands)| (part, Weight::Bands(Bands::new(bands)))));
     }
-    model.ends.norm = norms.output.values.clone();
+    model.ends.norm = norms.output.as_ref().map(|norm| norm.values.clone());
     model
 }

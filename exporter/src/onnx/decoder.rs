@@ -105,6 +105,7 @@ impl<'a> Builder<'a> {
         let embedding = self.store(decoder.embedding(), EMBEDDING_BITS)?;
         self.look_up(&embedding, "input_ids", "embedding");
         let mut residual = self.scaled("embedding", decoder.embedding_scale);
+        residual = self.add_projection(Part::EmbeddingUp, residual)?;
         residual = self.add_learned_positions(residual)?;
         let mut input = match self.norm_before(0, Stage::Attention) {
             Some(norm) => self.add_norm(&residual, norm)?,
@@ -114,15 +115,18 @@ impl<'a> Builder<'a> {
             let mut output = self.add_attention(block, &input)?;
             let mut next = self.norm_before(block, Stage::Ffn);
             output = self.finish(block, Stage::AttentionOutput, output)?;
-            (residual, input) = self.add_to_residual(&residual, &output, next)?;
+            let norm = self.sum_norm(block, Stage::AttentionOutput);
+            (residual, input) = self.add_to_residual(&residual, &output, norm, next)?;
             output = self.add_ffn(block, &input)?;
             next = match block + 1 {
-                next if next == decoder.blocks.len() => Some(decoder.output_norm()),
+                next if next == decoder.blocks.len() => decoder.output_norm(),
                 next => self.norm_before(next, Stage::Attention),
             };
             output = self.finish(block, Stage::FfnOutput, output)?;
-            (residual, input) = self.add_to_residual(&residual, &output, next)?;
+            let norm = self.sum_norm(block, Stage::FfnOutput);
+            (residual, input) = self.add_to_residual(&residual, &output, norm, next)?;
         }
+        input = self.add_projection(Part::EmbeddingDown, input)?;
         let head = match decoder.has_tied_embeddings() {
             true => embedding,
             false => self.store(decoder.output(), LEAST_BITS)?,
@@ -197,6 +201,14 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// What a matrix outside of blocks makes of `input`; `input` where the model has none.
+    fn add_projection(&mut self, part: Part, input: String) -> Result<String> {
+        let Some(tensor) = self.decoder.outside(part) else { return Ok(input) };
+        let matrix = self.store(tensor, LEAST_BITS)?;
+        self.multiply(&matrix, &input, value_of(tensor));
+        Ok(value_of(tensor).to_owned())
+    }
+
     /// The residual stream with what the model has learned of positions.
     fn add_learned_positions(&mut self, residual: String) -> Result<String> {
         let Some(tensor) = self.decoder.outside(Part::Positions) else { return Ok(residual) };
@@ -215,9 +227,18 @@ impl<'a> Builder<'a> {
         Some(self.decoder.tensor(block, norm))
     }
 
+    /// The norm of the residual stream to which a stage has added, if one stands there.
+    fn sum_norm(&self, block: usize, stage: Stage) -> Option<&'a Tensor> {
+        let norm = self.decoder.blocks[block].sum_norm(stage)?;
+        Some(self.decoder.tensor(block, norm))
+    }
+
     /// How norms of the residual stream are computed where `norm` stands.
     fn norm_of(&self, norm: &Tensor) -> Norm {
-        norm.block.map_or(self.decoder.norm, |block| self.decoder.blocks[block].norm)
+        match norm.block {
+            Some(block) => self.decoder.blocks[block].norm,
+            None => self.decoder.norm.expect("it stands behind the last block"),
+        }
     }
 
     /// Norm `norm` of `input`.
@@ -238,9 +259,25 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Adds `input` to the residual stream; gives the new stream and its norm `norm`, or the stream
-    /// twice if there is none.
+    /// Adds `input` to the residual stream, on which `norm` may stand; gives the new stream and its
+    /// norm `next`, or the stream twice if there is none.
     fn add_to_residual(
+        &mut self,
+        residual: &str,
+        input: &str,
+        norm: Option<&Tensor>,
+        next: Option<&Tensor>,
+    ) -> Result<(String, String)> {
+        let Some(norm) = norm else { return self.add_and_norm(residual, input, next) };
+        let (_, residual) = self.add_and_norm(residual, input, Some(norm))?;
+        match next {
+            Some(next) => Ok((residual.clone(), self.add_norm(&residual, next)?)),
+            None => Ok((residual.clone(), residual)),
+        }
+    }
+
+    /// The sum of two values and its norm `norm`, or the sum twice if there is none.
+    fn add_and_norm(
         &mut self,
         residual: &str,
         input: &str,
@@ -273,7 +310,7 @@ impl<'a> Builder<'a> {
     /// What attention or network adds to the residual stream, made of what its last layer gives.
     fn finish(&mut self, block: usize, stage: Stage, mut output: String) -> Result<String> {
         let spec = &self.decoder.blocks[block];
-        if let Some(norm) = stage.post_norm().filter(|&norm| spec.has(norm)) {
+        if let Some(norm) = spec.branch_norm(stage) {
             output = self.add_norm(&output, self.decoder.tensor(block, norm))?;
         }
         Ok(self.scaled(&output, spec.residual_scale))

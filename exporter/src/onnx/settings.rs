@@ -5,15 +5,27 @@ use slim_formats::ModelConfig;
 
 use super::decoder::context_length;
 
+/// Hugging Face's types that GenAI runs as plain decoders under the same name. It does so with a
+/// `phi3`, too, but throws its cache away at 4,097 tokens: these graphs have one table of angles.
+///
+/// # Source
+/// `src/models/model_type.h` and `src/generators.cpp` of onnxruntime-genai.
+const DECODERS: [&str; 8] =
+    ["gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"];
+
+/// GenAI's type for a model: its own, or else that of any decoder.
+fn model_type(config: &ModelConfig) -> &'static str {
+    let own = config.family.hf_type(config).model_type;
+    if DECODERS.contains(&own) { own } else { "decoder" }
+}
+
 /// `genai_config.json`: where ONNX Runtime GenAI finds what in the graph, and how it samples.
 pub fn genai_config(config: &ModelConfig) -> Value {
     let context = context_length(config);
     let ids = &config.eos_token_ids;
     let mut settings = json!({
         "model": {
-            // The plain decoder, whatever the family: for some types GenAI does more, such as
-            // throwing away the cache of a `phi3` at 4,097 tokens.
-            "type": "llama",
+            "type": model_type(config),
             "vocab_size": config.vocab_size,
             "context_length": context,
             "eos_token_id": ids,
@@ -88,6 +100,21 @@ mod tests {
         config.context_length = 1 << 30;
         assert_eq!(model(&config).get("bos_token_id"), None);
         assert_eq!(model(&config)["context_length"], 1 << 17);
+    }
+
+    #[test]
+    fn genai_config_names_a_type_that_genai_knows() {
+        for (name, expected) in [
+            ("gemma3", "gemma3_text"),
+            ("mistral-swa", "mistral"),
+            ("phi3", "decoder"),
+            ("olmo2", "decoder"),
+            ("opt", "decoder"),
+        ] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs");
+            let model = open_model(&folder.join(name)).unwrap();
+            assert_eq!(genai_config(model.config())["model"]["type"], expected, "{name}");
+        }
     }
 
     #[test]

@@ -5,8 +5,9 @@ use super::Part;
 /// What one block computes; blocks of a model may differ.
 ///
 /// With `x` the residual stream:
-/// `x += residual_scale * post(attention(pre(x)))`, then
-/// `x += residual_scale * post(ffn(pre(x)))`.
+/// `x = sum(x + residual_scale * post(attention(pre(x))))`, then
+/// `x = sum(x + residual_scale * post(ffn(pre(x))))`.
+/// [`Norms`] tells which of the norms `pre`, `post` and `sum` there are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BlockSpec {
     /// How norms of the residual stream are computed.
@@ -33,12 +34,14 @@ pub enum Norm {
 /// Where the norms of a block stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Norms {
-    /// Before attention and before the network.
+    /// `pre`: before attention and before the network.
     Before,
-    /// Behind each.
+    /// `post`: behind each.
     Behind,
-    /// Before and behind each.
+    /// `pre` and `post`.
     Both,
+    /// `sum`: on the residual stream itself, when each has been added to it.
+    OnSum,
 }
 
 /// Causal attention: `softmax(cap(scale * q k^T)) v`.
@@ -86,6 +89,17 @@ pub struct QueryScaling {
     pub beta: f32,
     /// Tokens that a query scaled by 1 sees.
     pub context: usize,
+}
+
+impl Activation {
+    /// Hugging Face's names, the first of which is written.
+    pub(crate) fn hf_names(self) -> &'static [&'static str] {
+        match self {
+            Self::Silu => &["silu", "swish"],
+            Self::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
+            Self::Relu => &["relu"],
+        }
+    }
 }
 
 impl QueryScaling {
@@ -153,8 +167,8 @@ impl Stage {
         }
     }
 
-    /// The norm of what its layer gives, if norms stand behind.
-    pub fn post_norm(self) -> Option<Part> {
+    /// The norm behind what it adds to, if norms stand behind.
+    fn post_norm(self) -> Option<Part> {
         match self {
             Self::AttentionOutput => Some(Part::AttnPostNorm),
             Self::FfnOutput => Some(Part::FfnPostNorm),
@@ -167,6 +181,16 @@ impl BlockSpec {
     /// The stages, in the order in which data flows through them.
     pub fn stages(&self) -> [Stage; 4] {
         [Stage::Attention, Stage::AttentionOutput, Stage::Ffn, Stage::FfnOutput]
+    }
+
+    /// The norm of what the layer of a stage gives, if one stands there.
+    pub fn branch_norm(&self, stage: Stage) -> Option<Part> {
+        stage.post_norm().filter(|_| matches!(self.norms, Norms::Behind | Norms::Both))
+    }
+
+    /// The norm of the residual stream to which a stage has added, if one stands there.
+    pub fn sum_norm(&self, stage: Stage) -> Option<Part> {
+        stage.post_norm().filter(|_| self.norms == Norms::OnSum)
     }
 
     /// The linear layers that take a stage in.
@@ -187,7 +211,7 @@ impl BlockSpec {
 
     /// The vectors: norms and biases.
     pub fn vectors(&self) -> impl Iterator<Item = Part> {
-        let before = self.norms != Norms::Behind;
+        let before = matches!(self.norms, Norms::Before | Norms::Both);
         let behind = self.norms != Norms::Before;
         let norms = [
             (before, Part::AttnNorm),
@@ -244,14 +268,18 @@ impl BlockSpec {
             | Part::AttnNormBias
             | Part::AttnOutputBias
             | Part::AttnPostNorm
+            | Part::AttnPostNormBias
             | Part::FfnNorm
             | Part::FfnNormBias
             | Part::FfnDownBias
-            | Part::FfnPostNorm => vec![hidden_size],
+            | Part::FfnPostNorm
+            | Part::FfnPostNormBias => vec![hidden_size],
             Part::Embedding
+            | Part::EmbeddingUp
             | Part::Positions
             | Part::OutputNorm
             | Part::OutputNormBias
+            | Part::EmbeddingDown
             | Part::Output => panic!("{part:?} is in no block"),
         }
     }

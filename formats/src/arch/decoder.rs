@@ -7,18 +7,22 @@ use crate::{Layout, ModelConfig, Rope};
 
 /// What a model computes, and the tensors that it needs for it.
 ///
-/// `logits = cap(logit_scale * output(norm(blocks(embedding_scale * embedding[token]))))`, where
-/// learned positions, if there are any, are added to the scaled embedding.
+/// `logits = cap(logit_scale * output(down(norm(blocks(x)))))`, with
+/// `x = up(embedding_scale * embedding[token])`. `up` and `down` stand where embeddings have other
+/// channels than the residual stream. Learned positions, if there are any, are added to what goes
+/// into the first block.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     /// Whose model it is.
     pub family: &'static dyn Family,
     /// Channels of the residual stream.
     pub hidden_size: usize,
+    /// Channels of the embedding and the output layer.
+    pub embedding_size: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// How the norm behind the last block is computed.
-    pub norm: Norm,
+    /// How the norm behind the last block is computed; `None` if there is none.
+    pub norm: Option<Norm>,
     /// The constant under the root of normalization.
     pub norm_epsilon: f32,
     /// What embeddings are multiplied by.
@@ -102,13 +106,16 @@ impl Decoder {
     pub fn new(config: &ModelConfig) -> Self {
         let ModelConfig { family, hidden_size, vocab_size, norm_epsilon, .. } = *config;
         let features = &config.features;
+        let embedding_size = features.embedding_size.unwrap_or(hidden_size);
+        let is_projected = embedding_size != hidden_size;
         let blocks: Vec<BlockSpec> =
             (0..config.block_count).map(|index| family.block(config, index)).collect();
         let mut decoder = Self {
             family,
             hidden_size,
+            embedding_size,
             vocab_size,
-            norm: family.norm(),
+            norm: features.has_output_norm().then(|| family.norm()),
             norm_epsilon,
             embedding_scale: features.embedding_scale,
             logit_scale: features.logit_scale,
@@ -119,7 +126,10 @@ impl Decoder {
             by_name: HashMap::new(),
             of_blocks: Vec::new(),
         };
-        decoder.add(Part::Embedding, None, vec![vocab_size, hidden_size]);
+        decoder.add(Part::Embedding, None, vec![vocab_size, embedding_size]);
+        if is_projected {
+            decoder.add(Part::EmbeddingUp, None, vec![hidden_size, embedding_size]);
+        }
         if let Some(count) = family.learned_positions(config) {
             decoder.add(Part::Positions, None, vec![count, hidden_size]);
         }
@@ -132,12 +142,17 @@ impl Decoder {
             }
             decoder.of_blocks.push(first..decoder.tensors.len());
         }
-        decoder.add(Part::OutputNorm, None, vec![hidden_size]);
-        if decoder.norm == Norm::Layer {
-            decoder.add(Part::OutputNormBias, None, vec![hidden_size]);
+        if let Some(norm) = decoder.norm {
+            decoder.add(Part::OutputNorm, None, vec![hidden_size]);
+            if norm == Norm::Layer {
+                decoder.add(Part::OutputNormBias, None, vec![hidden_size]);
+            }
+        }
+        if is_projected {
+            decoder.add(Part::EmbeddingDown, None, vec![embedding_size, hidden_size]);
         }
         if !config.tied_embeddings {
-            decoder.add(Part::Output, None, vec![vocab_size, hidden_size]);
+            decoder.add(Part::Output, None, vec![vocab_size, embedding_size]);
         }
         Self { blocks, ..decoder }
     }
@@ -205,9 +220,9 @@ impl Decoder {
         self.outside(Part::Embedding).expect("every model has an embedding")
     }
 
-    /// The norm behind the last block.
-    pub fn output_norm(&self) -> &Tensor {
-        self.outside(Part::OutputNorm).expect("every model has one")
+    /// The norm behind the last block, if there is one.
+    pub fn output_norm(&self) -> Option<&Tensor> {
+        self.outside(Part::OutputNorm)
     }
 
     /// The output layer; the embedding itself in models that tie them.

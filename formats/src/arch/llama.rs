@@ -1,7 +1,7 @@
 //! Llama, and Mistral, which differs by its window.
 
 use super::{
-    Activation, Attention, BlockSpec, Family, Ffn, HfType, Norm, Norms, Part, Stored,
+    Activation, Attention, BlockSpec, Family, Ffn, HfType, Norms, Part, Stored,
     llama_cpp::{self, Ability},
 };
 use crate::{
@@ -31,7 +31,7 @@ impl Family for Llama {
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         if keys.model_type() != Some(LLAMA.model_type) {
-            config.sliding_window = keys.window()?;
+            config.sliding_window = keys.count("sliding_window")?;
         }
         if keys.model_type() != Some(MISTRAL.model_type) {
             read_attention_bias(keys, config)?;
@@ -86,7 +86,8 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         is_gated: true,
         has_bias: features.has_ffn_bias,
     };
-    let (norm, norms, residual_scale) = (Norm::Rms, Norms::Before, features.residual_scale);
+    let norm = config.family.norm();
+    let (norms, residual_scale) = (Norms::Before, features.residual_scale);
     BlockSpec { norm, norms, attention, ffn, residual_scale }
 }
 
@@ -94,6 +95,7 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
 pub(super) fn hf_name(part: Part) -> &'static str {
     match part {
         Part::Embedding => "model.embed_tokens.weight",
+        Part::EmbeddingUp => "model.project_in.weight",
         Part::Positions => "model.embed_positions.weight",
         Part::AttnNorm => "input_layernorm.weight",
         Part::AttnNormBias => "input_layernorm.bias",
@@ -109,7 +111,7 @@ pub(super) fn hf_name(part: Part) -> &'static str {
         Part::AttnOutputBias => "self_attn.o_proj.bias",
         // Llama's norm before the network has the name that others give the one behind attention.
         Part::AttnPostNorm | Part::FfnNorm => "post_attention_layernorm.weight",
-        Part::FfnNormBias => "post_attention_layernorm.bias",
+        Part::AttnPostNormBias | Part::FfnNormBias => "post_attention_layernorm.bias",
         Part::FfnGate => "mlp.gate_proj.weight",
         Part::FfnGateBias => "mlp.gate_proj.bias",
         Part::FfnUp => "mlp.up_proj.weight",
@@ -117,8 +119,10 @@ pub(super) fn hf_name(part: Part) -> &'static str {
         Part::FfnDown => "mlp.down_proj.weight",
         Part::FfnDownBias => "mlp.down_proj.bias",
         Part::FfnPostNorm => "post_feedforward_layernorm.weight",
+        Part::FfnPostNormBias => "post_feedforward_layernorm.bias",
         Part::OutputNorm => "model.norm.weight",
         Part::OutputNormBias => "model.norm.bias",
+        Part::EmbeddingDown => "model.project_out.weight",
         Part::Output => "lm_head.weight",
     }
 }
@@ -134,6 +138,15 @@ pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
     }
 }
 
+/// Reads the flag of biases of all layers.
+pub(super) fn read_biases(keys: &dyn Keys, config: &mut ModelConfig, key: &str) -> Result<()> {
+    let (features, bias) = (&mut config.features, keys.flag(key)?);
+    features.has_attention_bias = bias;
+    features.has_output_bias = bias;
+    features.has_ffn_bias = bias;
+    Ok(())
+}
+
 /// Reads the flag of biases of attention, of all its layers.
 pub(super) fn read_attention_bias(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     let bias = keys.flag("attention_bias")?;
@@ -147,7 +160,7 @@ pub(super) fn read_windows(
     config: &mut ModelConfig,
     interval: usize,
 ) -> Result<()> {
-    config.sliding_window = keys.window()?;
+    config.sliding_window = keys.count("sliding_window")?;
     let windowed = keys.windowed(config.block_count)?;
     config.features.windowed = windowed.unwrap_or_else(|| every(interval, config.block_count));
     settle_windows(config);

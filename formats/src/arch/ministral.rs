@@ -31,7 +31,7 @@ impl Family for Ministral3 {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-        config.sliding_window = keys.window()?;
+        config.sliding_window = keys.count("sliding_window")?;
         keys.windowed(config.block_count)?;
         let beta = keys.number("llama_4_scaling_beta")?.filter(|&beta| beta != 0.0);
         if let (Some(beta), Scaling::Yarn(yarn)) = (beta, &config.rope.scaling) {

@@ -17,6 +17,7 @@ mod part;
 mod phi;
 mod qwen;
 mod smollm;
+mod starcoder2;
 
 use std::fmt::Debug;
 
@@ -89,9 +90,9 @@ pub trait Family: Debug + Sync {
         None
     }
 
-    /// The key of `config.json` for the neurons of the network.
-    fn hf_ffn_size(&self) -> &'static str {
-        "intermediate_size"
+    /// Its name for a key of Llama's `config.json`.
+    fn hf_key<'k>(&self, key: &'k str) -> &'k str {
+        key
     }
 
     /// Whether blocks with a window may have a rotary embedding of their own.
@@ -146,12 +147,12 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 12] = [
+pub const FAMILIES: [&dyn Family; 13] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
-    &gemma::Gemma2,
-    &gemma::Gemma3,
+    &gemma::Gemma::Two,
+    &gemma::Gemma::Three,
     &phi::Phi3,
     &ministral::Ministral3,
     &smollm::SmolLm3,
@@ -159,6 +160,7 @@ pub const FAMILIES: [&dyn Family; 12] = [
     &granite::Granite,
     &glm::Glm4,
     &opt::Opt,
+    &starcoder2::StarCoder2,
 ];
 
 /// The family that GGUF calls so.

@@ -1,6 +1,7 @@
 //! OPT: LayerNorm, learned positions, ReLU without a gate, biases everywhere. The paper's models.
+//! The one of 350M has its norms on the residual stream, and embeddings of fewer channels.
 
-use super::{Activation, BlockSpec, Family, HfType, Norm, Part, llama};
+use super::{Activation, BlockSpec, Family, HfType, Norm, Norms, Part, llama};
 use crate::{ModelConfig, Result, config::Keys};
 
 /// `opt`.
@@ -9,6 +10,9 @@ pub struct Opt;
 
 /// Rows of the embedding of positions before that of the first.
 pub const FIRST_POSITION: usize = 2;
+
+const NORMS_BEFORE: &str = "do_layer_norm_before";
+const EMBEDDING_SIZE: &str = "word_embed_proj_dim";
 
 impl Family for Opt {
     fn architecture(&self) -> &'static str {
@@ -21,7 +25,7 @@ impl Family for Opt {
 
     fn default(&self, key: &str) -> Option<f64> {
         match key {
-            "tie_word_embeddings" | "do_layer_norm_before" | "enable_bias" => Some(1.0),
+            "tie_word_embeddings" | NORMS_BEFORE | "enable_bias" => Some(1.0),
             "layer_norm_elementwise_affine" => Some(1.0),
             // PyTorch's, which no key says.
             "rms_norm_eps" => Some(1e-5),
@@ -29,8 +33,12 @@ impl Family for Opt {
         }
     }
 
-    fn hf_ffn_size(&self) -> &'static str {
-        "ffn_dim"
+    fn hf_key<'k>(&self, key: &'k str) -> &'k str {
+        match key {
+            "hidden_act" => "activation_function",
+            "intermediate_size" => "ffn_dim",
+            _ => key,
+        }
     }
 
     fn norm(&self) -> Norm {
@@ -42,17 +50,20 @@ impl Family for Opt {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        if !keys.is_gguf() {
+            // The class knows of no fewer, whatever a file says.
+            config.kv_head_count = config.head_count;
+        }
+        llama::read_biases(keys, config, "enable_bias")?;
         let features = &mut config.features;
-        let bias = keys.is_gguf() || keys.flag("enable_bias")?;
-        features.has_attention_bias = bias;
-        features.has_output_bias = bias;
-        features.has_ffn_bias = bias;
+        features.norms_sums = !keys.flag(NORMS_BEFORE)?;
+        features.embedding_size =
+            keys.count(EMBEDDING_SIZE)?.filter(|&size| size != config.hidden_size);
         Ok(())
     }
 
     fn ignores(&self, key: &str, config: &ModelConfig) -> bool {
-        ["init_std", "dropout", "layerdrop", "activation_dropout", "_remove_final_layer_norm"]
-            .contains(&key)
+        ["init_std", "dropout", "layerdrop", "activation_dropout"].contains(&key)
             || (key == "intermediate_size" && config.ffn_size > 0)
     }
 
@@ -60,8 +71,6 @@ impl Family for Opt {
         let of_others = [
             "attention_bias",
             "head_dim",
-            "hidden_act",
-            "intermediate_size",
             "mlp_bias",
             "num_key_value_heads",
             "rms_norm_eps",
@@ -69,11 +78,9 @@ impl Family for Opt {
             "rope_theta",
         ];
         llama::leave_out(json, &of_others);
-        json["activation_function"] = "relu".into();
         json["enable_bias"] = config.features.has_attention_bias.into();
-        json["ffn_dim"] = config.ffn_size.into();
-        json["word_embed_proj_dim"] = config.hidden_size.into();
-        json["do_layer_norm_before"] = true.into();
+        json[EMBEDDING_SIZE] = config.features.embedding_size.unwrap_or(config.hidden_size).into();
+        json[NORMS_BEFORE] = (!config.features.norms_sums).into();
     }
 
     fn in_llama_cpp(&self, _config: &ModelConfig) -> Option<ModelConfig> {
@@ -82,7 +89,7 @@ impl Family for Opt {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.norm = Norm::Layer;
+        spec.norms = if config.features.norms_sums { Norms::OnSum } else { Norms::Before };
         spec.attention.rope = None;
         spec.ffn.activation = Activation::Relu;
         spec.ffn.is_gated = false;
@@ -96,19 +103,21 @@ impl Family for Opt {
     fn hf_name(&self, part: Part) -> &'static str {
         match part {
             Part::Embedding => "model.decoder.embed_tokens.weight",
+            Part::EmbeddingUp => "model.decoder.project_in.weight",
             Part::Positions => "model.decoder.embed_positions.weight",
-            Part::AttnNorm => "self_attn_layer_norm.weight",
-            Part::AttnNormBias => "self_attn_layer_norm.bias",
+            Part::AttnNorm | Part::AttnPostNorm => "self_attn_layer_norm.weight",
+            Part::AttnNormBias | Part::AttnPostNormBias => "self_attn_layer_norm.bias",
             Part::AttnOutput => "self_attn.out_proj.weight",
             Part::AttnOutputBias => "self_attn.out_proj.bias",
-            Part::FfnNorm => "final_layer_norm.weight",
-            Part::FfnNormBias => "final_layer_norm.bias",
+            Part::FfnNorm | Part::FfnPostNorm => "final_layer_norm.weight",
+            Part::FfnNormBias | Part::FfnPostNormBias => "final_layer_norm.bias",
             Part::FfnUp => "fc1.weight",
             Part::FfnUpBias => "fc1.bias",
             Part::FfnDown => "fc2.weight",
             Part::FfnDownBias => "fc2.bias",
             Part::OutputNorm => "model.decoder.final_layer_norm.weight",
             Part::OutputNormBias => "model.decoder.final_layer_norm.bias",
+            Part::EmbeddingDown => "model.decoder.project_out.weight",
             _ => llama::hf_name(part),
         }
     }

@@ -8,8 +8,11 @@ use std::{
 /// What a tensor of a model is for, in the order in which tensors are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Part {
-    /// The embedding of tokens, `[vocab, hidden]`.
+    /// The embedding of tokens, `[vocab, embedding]`.
     Embedding,
+    /// What brings embeddings to the residual stream, `[hidden, embedding]`, of models whose
+    /// embeddings have other channels.
+    EmbeddingUp,
     /// The embedding of positions, `[positions, hidden]`, of models that learn it.
     Positions,
     /// The norm of the residual stream before attention, `[hidden]`.
@@ -36,8 +39,10 @@ pub enum Part {
     AttnOutput,
     /// Its bias, `[hidden]`.
     AttnOutputBias,
-    /// The norm of what attention brings to the residual stream, `[hidden]`.
+    /// The norm behind attention, `[hidden]`.
     AttnPostNorm,
+    /// The bias of this norm, `[hidden]`.
+    AttnPostNormBias,
     /// The norm of the residual stream before the feed-forward network, `[hidden]`.
     FfnNorm,
     /// The bias of this norm, `[hidden]`.
@@ -54,13 +59,17 @@ pub enum Part {
     FfnDown,
     /// Its bias, `[hidden]`.
     FfnDownBias,
-    /// The norm of what neurons bring to the residual stream, `[hidden]`.
+    /// The norm behind the feed-forward network, `[hidden]`.
     FfnPostNorm,
+    /// The bias of this norm, `[hidden]`.
+    FfnPostNormBias,
     /// The norm of the residual stream behind the last block, `[hidden]`.
     OutputNorm,
     /// The bias of this norm, `[hidden]`.
     OutputNormBias,
-    /// The output layer, `[vocab, hidden]`; absent where the embedding doubles as one.
+    /// What brings the residual stream back to the channels of embeddings, `[embedding, hidden]`.
+    EmbeddingDown,
+    /// The output layer, `[vocab, embedding]`; absent where the embedding doubles as one.
     Output,
 }
 
@@ -69,6 +78,7 @@ impl Part {
     pub const fn gguf_name(self) -> &'static str {
         match self {
             Self::Embedding => "token_embd.weight",
+            Self::EmbeddingUp => "token_embd_up.weight",
             Self::Positions => "position_embd.weight",
             Self::AttnNorm => "attn_norm.weight",
             Self::AttnNormBias => "attn_norm.bias",
@@ -83,6 +93,7 @@ impl Part {
             Self::AttnOutput => "attn_output.weight",
             Self::AttnOutputBias => "attn_output.bias",
             Self::AttnPostNorm => "post_attention_norm.weight",
+            Self::AttnPostNormBias => "post_attention_norm.bias",
             Self::FfnNorm => "ffn_norm.weight",
             Self::FfnNormBias => "ffn_norm.bias",
             Self::FfnGate => "ffn_gate.weight",
@@ -92,8 +103,10 @@ impl Part {
             Self::FfnDown => "ffn_down.weight",
             Self::FfnDownBias => "ffn_down.bias",
             Self::FfnPostNorm => "post_ffw_norm.weight",
+            Self::FfnPostNormBias => "post_ffw_norm.bias",
             Self::OutputNorm => "output_norm.weight",
             Self::OutputNormBias => "output_norm.bias",
+            Self::EmbeddingDown => "token_embd_down.weight",
             Self::Output => "output.weight",
         }
     }
@@ -106,10 +119,12 @@ impl Part {
             Self::AttnK => Some(Self::AttnKBias),
             Self::AttnV => Some(Self::AttnVBias),
             Self::AttnOutput => Some(Self::AttnOutputBias),
+            Self::AttnPostNorm => Some(Self::AttnPostNormBias),
             Self::FfnNorm => Some(Self::FfnNormBias),
             Self::FfnGate => Some(Self::FfnGateBias),
             Self::FfnUp => Some(Self::FfnUpBias),
             Self::FfnDown => Some(Self::FfnDownBias),
+            Self::FfnPostNorm => Some(Self::FfnPostNormBias),
             Self::OutputNorm => Some(Self::OutputNormBias),
             _ => None,
         }

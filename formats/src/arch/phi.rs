@@ -28,7 +28,7 @@ impl Family for Phi3 {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-        config.sliding_window = keys.window()?;
+        config.sliding_window = keys.count("sliding_window")?;
         keys.windowed(config.block_count)?;
         // Asked again: it is read where RoPE needs it.
         keys.number("original_max_position_embeddings").map(drop)

@@ -72,7 +72,7 @@ impl Family for Qwen3 {
 
 /// The window counts only where `use_sliding_window` says so, from `max_window_layers` on.
 fn read_window(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-    let (window, windowed) = (keys.window()?, keys.windowed(config.block_count)?);
+    let (window, windowed) = (keys.count("sliding_window")?, keys.windowed(config.block_count)?);
     let first = keys.number("max_window_layers")?.map_or(0, |first| first as usize);
     if keys.is_gguf() || keys.flag("use_sliding_window")? {
         config.sliding_window = window;

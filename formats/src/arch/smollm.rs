@@ -36,7 +36,7 @@ impl Family for SmolLm3 {
         let rotated = keys.flags("no_rope_layers", config.block_count)?;
         features.rotated = rotated.unwrap_or_else(|| every(interval.max(1), config.block_count));
         if keys.flag("use_sliding_window")? {
-            config.sliding_window = keys.window()?;
+            config.sliding_window = keys.count("sliding_window")?;
             config.features.windowed = keys.windowed(config.block_count)?.unwrap_or_default();
             llama::settle_windows(config);
         }

@@ -232,20 +232,24 @@ impl ModelConfig {
         let features = &self.features;
         let scale = |key, scale: f32| (scale != 1.0).then(|| (key, scale.into()));
         let number = |key, number: Option<f32>| number.map(|number| (key, number.into()));
+        let size = |key, size: Option<usize>| size.map(|size| (key, Value::U32(size as u32)));
         let flags = |key, flags: &[bool]| {
             (!flags.is_empty()).then(|| (key, Value::Array(Array::Bool(flags.to_vec()))))
         };
-        // GGUF's is what logits are divided by.
+        // GGUF's is what logits are divided by. llama.cpp requires it of families that have it.
         let logit_divisor = 1.0 / features.logit_scale;
+        let has_divisor = logit_divisor != 1.0 || self.family.default("logits_scaling").is_some();
         let query_scale = features.query_scaling.map(|scaling| scaling.beta);
         [
             scale("embedding_scale", features.embedding_scale),
             scale("residual_scale", features.residual_scale),
-            scale("logit_scale", logit_divisor),
+            has_divisor.then(|| ("logit_scale", logit_divisor.into())),
             number("final_logit_softcapping", features.logit_softcap),
             number("attention.scale", features.attention_scale),
             number("attn_logit_softcapping", features.attention_softcap),
             number("attention.temperature_scale", query_scale),
+            features.norms_sums.then_some(("norm_before", false.into())),
+            size("token_embedding_length", features.embedding_size),
             flags("attention.sliding_window_pattern", &features.windowed),
             flags("rope.pattern", &features.rotated),
         ]
@@ -470,12 +474,18 @@ impl Keys for GgufKeys<'_> {
         }
     }
 
-    fn flag(&self, _key: &str) -> Result<bool> {
-        Ok(false)
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        match gguf_name(key) {
+            Some(key) => Ok(self.optional_size(key)?.filter(|&count| count > 0)),
+            None => Ok(None),
+        }
     }
 
-    fn window(&self) -> Result<Option<usize>> {
-        Ok(self.optional_size("attention.sliding_window")?.filter(|&window| window > 0))
+    fn flag(&self, key: &str) -> Result<bool> {
+        let Some(name) = gguf_name(key) else { return Ok(false) };
+        let found = self.optional(&self.own(name), "true or false", Value::as_bool)?;
+        let family = arch::by_architecture(self.architecture);
+        Ok(found.unwrap_or_else(|| family.and_then(|family| family.default(key)) == Some(1.0)))
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

@@ -71,13 +71,13 @@ impl ModelConfig {
             name: None,
             block_count: json.size("num_hidden_layers")?,
             hidden_size,
-            ffn_size: json.size(family.hf_ffn_size())?,
+            ffn_size: json.size(family.hf_key("intermediate_size"))?,
             head_count,
             kv_head_count,
             head_dim,
             vocab_size,
             context_length,
-            norm_epsilon: json.require_number("rms_norm_eps")? as f32,
+            norm_epsilon: json.require_number(family.hf_key("rms_norm_eps"))? as f32,
             rope,
             sliding_window: None,
             features: Features { local_rope, ..Features::default() },
@@ -104,7 +104,8 @@ impl ModelConfig {
     /// # Errors
     /// `Unsupported` for RoPE factors that are none of Hugging Face's kinds of scaling.
     pub fn to_hugging_face(&self, path: &Path) -> Result<(Value, Value)> {
-        let kind = self.family.hf_type(self);
+        let (kind, key) = (self.family.hf_type(self), |key| self.family.hf_key(key));
+        let activation = self.family.block(self, 0).ffn.activation;
         let token_ids = json!({
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {
@@ -119,13 +120,13 @@ impl ModelConfig {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.context_length,
             "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_size,
+            (key("intermediate_size")): self.ffn_size,
             "num_hidden_layers": self.block_count,
             "num_attention_heads": self.head_count,
             "num_key_value_heads": self.kv_head_count,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": shortest(self.norm_epsilon),
+            (key("hidden_act")): activation.hf_names()[0],
+            (key("rms_norm_eps")): shortest(self.norm_epsilon),
             "rope_theta": shortest(self.rope.theta),
             "rope_scaling": rope_scaling(path, &self.rope)?,
             "tie_word_embeddings": self.tied_embeddings,
@@ -594,8 +595,8 @@ impl Keys for Json<'_> {
         Ok(found.unwrap_or_else(|| self.default(key).is_some_and(|default| default != 0.0)))
     }
 
-    fn window(&self) -> Result<Option<usize>> {
-        self.optional_size("sliding_window")
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        self.optional_size(key)
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

@@ -13,17 +13,18 @@ pub trait Keys {
     /// `Malformed` if it is none.
     fn number(&self, key: &str) -> Result<Option<f64>>;
 
-    /// Whether a key is true; absent, it is not. GGUF has no flags: tensors tell.
+    /// A whole number; absent, what the family's class takes for it.
+    ///
+    /// # Errors
+    /// `Malformed` if it is none.
+    fn count(&self, key: &str) -> Result<Option<usize>>;
+
+    /// Whether a key is true; absent, it is what the family's class takes it for, or false. Of most
+    /// flags GGUF has none: tensors tell.
     ///
     /// # Errors
     /// `Malformed` if it is neither true nor false.
     fn flag(&self, key: &str) -> Result<bool>;
-
-    /// How many tokens back (itself included) a token attends in blocks with a window.
-    ///
-    /// # Errors
-    /// `Malformed` if it is no number.
-    fn window(&self) -> Result<Option<usize>>;
 
     /// A flag for each block, as 0 and 1 or false and true.
     ///
@@ -54,6 +55,9 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("final_logit_softcapping", "final_logit_softcapping"),
         ("llama_4_scaling_beta", "attention.temperature_scale"),
         ("no_rope_layers", "rope.pattern"),
+        ("sliding_window", "attention.sliding_window"),
+        ("do_layer_norm_before", "norm_before"),
+        ("word_embed_proj_dim", "token_embedding_length"),
     ];
     names.into_iter().find_map(|(hf, gguf)| (hf == key).then_some(gguf))
 }

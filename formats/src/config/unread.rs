@@ -6,7 +6,7 @@
 use serde_json::Value as Json;
 
 use super::ModelConfig;
-use crate::{arch::Activation, gguf::Value};
+use crate::gguf::Value;
 
 /// Keys of `config.json` that say nothing about what is computed, by group.
 #[rustfmt::skip]
@@ -69,11 +69,7 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         key if HARMLESS.iter().any(|group| group.contains(&key)) => true,
         key if model.family.ignores(key, model) => true,
         "hidden_act" | "hidden_activation" | "activation_function" | "mlp_hidden_act" => {
-            let names: &[&str] = match model.family.block(model, 0).ffn.activation {
-                Activation::Silu => &["silu", "swish"],
-                Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
-                Activation::Relu => &["relu"],
-            };
+            let names = model.family.block(model, 0).ffn.activation.hf_names();
             names.iter().any(|&name| value == name)
         }
         "attention_bias"
@@ -100,7 +96,8 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         | "add_cross_attention"
         | "is_encoder_decoder"
         | "use_bidirectional_attention"
-        | "use_mrope" => value == false,
+        | "use_mrope"
+        | "_remove_final_layer_norm" => value == false,
         "is_causal" | "do_layer_norm_before" | "layer_norm_elementwise_affine" => value == true,
         "word_embed_proj_dim" => is(model.hidden_size as f64),
         "position_embedding_type" => ["rope", "rotary"].iter().any(|&kind| value == kind),

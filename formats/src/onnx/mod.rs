@@ -1,5 +1,5 @@
-//! ONNX models: the weights of an exported `llama` or `mistral` model, described by the
-//! `config.json` beside it.
+//! ONNX models: the weights of an exported model without biases, described by the `config.json`
+//! beside it.
 //!
 //! The graph is not executed, and that it computes what `config.json` describes is not checked. It
 //! is asked only which of its initializers is which weight, and how it lies. Weights are served
@@ -40,7 +40,7 @@ use graph::{Data, Graph, Initializer};
 use modules::Modules;
 use weights::{Place, find_weights};
 
-/// A `llama` or `mistral` model in an ONNX file.
+/// A model in an ONNX file.
 #[derive(Debug)]
 pub struct OnnxModel {
     config: ModelConfig,
@@ -219,11 +219,15 @@ impl StoredTensor {
                 return unsupported(form.to_string(), "save the model with raw or external data");
             }
         };
-        let (first, values, layout) = match place.rows_first {
-            true => (place.first_row * cols, rows * cols, Layout::AsStored),
-            false => {
+        let (first, values, layout) = match (place.rows_first, slot.hf.layout) {
+            (true, order) => (place.first_row * cols, rows * cols, order),
+            (false, Layout::AsStored) => {
                 let stride = place.total_rows;
                 (place.first_row, (cols - 1) * stride + rows, Layout::Transposed { stride })
+            }
+            (false, _) => {
+                let what = "a transposed weight whose rows stand in the order of neighbours";
+                return unsupported(what.into(), "use the model's Hugging Face directory");
             }
         };
         let start = all.start + first * value_bytes;

@@ -57,12 +57,17 @@ impl Style {
 /// A folder with the configuration of a tiny model: two blocks, hidden size 8 with square query and
 /// output projections, unless the style cannot tell how those lie.
 pub fn tiny_folder(style: Style) -> TempDir {
+    tiny_folder_of("llama", style)
+}
+
+/// The same of a model of another type.
+fn tiny_folder_of(model_type: &str, style: Style) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let config = json!({
-        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12,
+        "model_type": model_type, "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12,
         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10,
         "head_dim": if style == Style::Opaque { 6 } else { 4 },
-        "max_position_embeddings": 16, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 16, "rms_norm_eps": 1e-6, "attention_bias": false,
     });
     fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
     folder
@@ -85,13 +90,19 @@ pub fn export(style: Style, config: &ModelConfig) -> Model {
     let is_fused = |path: &str| ["k_proj", "v_proj"].iter().any(|part| path.ends_with(part));
     for (index, slot) in modules.slots.iter().enumerate() {
         let path = slot.hf.name.strip_suffix(".weight").unwrap();
+        let parts = modules.slots.iter().enumerate();
+        let parts = parts.filter(|(_, part)| part.hf.name == slot.hf.name);
+        let parts: Vec<usize> = parts.map(|(part, _)| part).collect();
+        if parts[0] != index {
+            continue;
+        }
         match style {
             Style::GenAiFused if is_fused(path) => {}
             Style::GenAiFused if is_q(path) => {
                 let path = path.replace("q_proj", "qkv_proj");
                 model.add(style, &path, &[index, index + 1, index + 2], &modules);
             }
-            _ => model.add(style, path, &[index], &modules),
+            _ => model.add(style, path, &parts, &modules),
         }
     }
     model
@@ -288,6 +299,41 @@ fn every_style_of_export_gives_the_same_weights() {
         let folder = tiny_folder(style);
         let model = open_in(&folder, &export(style, &config_of(&folder)));
         check_values(&model.unwrap_or_else(|error| panic!("{style:?}: {error}")));
+    }
+}
+
+#[test]
+fn rows_of_neighbours_are_served_in_order_or_refused() {
+    for (style, is_read) in [(Style::Plain, true), (Style::Gemm, true), (Style::Dynamo, false)] {
+        let folder = tiny_folder_of("glm4", style);
+        let model = open_in(&folder, &export(style, &config_of(&folder)));
+        if !is_read {
+            let error = model.unwrap_err().to_string();
+            assert!(error.contains("whose rows stand in the order of neighbours"), "{error}");
+            continue;
+        }
+        let model = model.unwrap();
+        check_values(&model);
+        let order = Layout::Interleaved { head_dim: 4, rotated: 2 };
+        for (part, layout) in [("q", order), ("k", order), ("v", Layout::AsStored)] {
+            assert_eq!(dense(&model, &format!("blk.1.attn_{part}.weight")).layout, layout);
+        }
+    }
+}
+
+#[test]
+fn norms_that_lack_1_are_refused_unless_it_has_been_added() {
+    for style in [Style::Plain, Style::Dynamo] {
+        let folder = tiny_folder_of("gemma3_text", style);
+        let mut model = export(style, &config_of(&folder));
+        check_values(&open_in(&folder, &model).unwrap());
+        // As in a graph that adds 1 to it before it is multiplied with.
+        let name = "layers.1.input_layernorm.weight";
+        if style == Style::Plain {
+            model.node(name).op = "Add".to_owned();
+            let error = open_in(&folder, &model).unwrap_err().to_string();
+            assert!(error.contains("no node tells whether 1 is added"), "{error}");
+        }
     }
 }
 

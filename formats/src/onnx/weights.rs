@@ -292,6 +292,14 @@ impl<'a, 'g> Finder<'a, 'g> {
             if slots.iter().any(|&slot| is_found[slot]) {
                 continue;
             }
+            let offset = self.modules.slots[slots[0]].hf.offset;
+            if offset != 0.0 {
+                let what = described(initializer);
+                let what = format!("{what}, of which no node tells whether {offset} is added,");
+                let hint = "export the model with its constants folded, or use its Hugging Face \
+                            directory";
+                return Err(FormatError::unsupported(self.path, what, hint));
+            }
             let by_rows = dims_of(&self.modules.slots, slots, true);
             let by_columns = dims_of(&self.modules.slots, slots, false);
             if by_rows.len() == 2 && by_rows == by_columns && initializer.dims == by_rows {

@@ -113,7 +113,7 @@ per_isa! {
 
 /// `tanh(x)`, by [`exp`].
 #[inline(always)]
-pub fn tanh(x: f32) -> f32 {
+fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x.clamp(-40.0, 40.0)) + 1.0)
 }
 
@@ -128,7 +128,30 @@ const GELU_CUBE: f32 = 0.044_715;
 
 #[inline(always)]
 fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + tanh(GELU_SLOPE * (x + GELU_CUBE * x * x * x)))
+    x * gelu_share(x)
+}
+
+/// What GELU leaves of `x`.
+#[inline(always)]
+fn gelu_share(x: f32) -> f32 {
+    0.5 * (1.0 + tanh(GELU_SLOPE * (x + GELU_CUBE * x * x * x)))
+}
+
+/// `(activation(x), its slope at x)`.
+#[inline(always)]
+pub fn with_slope(activation: Activation, x: f32) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = 1.0 / (1.0 + exp(-x));
+            (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
+        }
+        Activation::GeluTanh => {
+            let share = gelu_share(x);
+            let inner = GELU_SLOPE * (1.0 + 3.0 * GELU_CUBE * x * x);
+            (x * share, share + 2.0 * x * share * (1.0 - share) * inner)
+        }
+        Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+    }
 }
 
 per_isa! {
