@@ -209,6 +209,7 @@ impl Model {
     /// if a device refuses. Either way every sequence holds what it held before.
     pub fn step(&self, turns: &mut [Turn<'_>], workspace: &mut Workspace) -> Result<Vec<f32>> {
         self.check_step(turns, workspace)?;
+        // Of turns on the CPU, [turns, hidden]; of those on devices, [turns, vocab].
         let (mut last, mut logits) = (Vec::new(), Vec::new());
         for batch in self.batches(turns) {
             match self.feed(turns, &batch, workspace)? {
@@ -221,7 +222,7 @@ impl Model {
                 Residual::OnDevice(workspace) => logits.extend(workspace.logits()?),
             }
         }
-        if self.segments.is_empty() {
+        if !last.is_empty() {
             logits = self.logits_after(&last)?;
         }
         hold(turns);
