@@ -154,6 +154,33 @@ fn errors_on_the_device(device: &Arc<Device>, model: &Path) -> [f64; 2] {
     [prefill, error(&widened(decoded), &expected[first..])]
 }
 
+/// One token's graph holds addresses of a text and of a workspace.
+#[test]
+fn texts_take_turns_on_the_device_in_any_workspace() {
+    need_device!();
+    let devices = vec![(0, Device::open(0).unwrap())];
+    let settings = CudaSettings { devices, blocks: None, kv_type: KvType::F16, context: 16 };
+    let source = open_model(&tiny_model("llama")).unwrap();
+    let model = Model::load_on_cuda(source.into(), &settings).unwrap();
+    let texts = [[1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]];
+    let alone = texts.map(|text| {
+        let sequence = &mut model.sequence(16).unwrap();
+        let workspace = &mut model.workspace().unwrap();
+        let mut step = |tokens| model.step(&mut [Turn { tokens, sequence }], workspace).unwrap();
+        text.chunks(1).map(&mut step).collect::<Vec<_>>()
+    });
+    let [mut first, mut second] = texts.map(|_| model.sequence(16).unwrap());
+    let mut workspaces = [model.workspace().unwrap(), model.workspace().unwrap()];
+    for index in 0..texts[0].len() {
+        let turns = &mut [
+            Turn { tokens: &texts[0][index..=index], sequence: &mut first },
+            Turn { tokens: &texts[1][index..=index], sequence: &mut second },
+        ];
+        let logits = model.step(turns, &mut workspaces[index / 2 % 2]).unwrap();
+        assert!(logits == [&alone[0][index][..], &alone[1][index]].concat(), "token {index}");
+    }
+}
+
 fn widened(values: Vec<f32>) -> Vec<f64> {
     values.into_iter().map(f64::from).collect()
 }
