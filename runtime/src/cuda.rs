@@ -284,7 +284,7 @@ pub(crate) struct SequenceOnDevice {
 
 /// One token's way through the segment, captured when the first one comes. It reads and writes the
 /// memory of one sequence and one workspace: the sequence keeps it, because a workspace serves many
-/// sequences, and captures anew if another workspace comes.
+/// sequences, and captures anew if another workspace comes. The graph keeps that memory alive.
 struct Step {
     workspace: Identity,
     graph: Graph,
