@@ -6,7 +6,7 @@ use anyhow::Result;
 use rayon::prelude::*;
 use serde_json::json;
 use slim_kernels::cuda::Device;
-use slim_runtime::{KvCache, Model};
+use slim_runtime::{Model, Sequence, Turn, Workspace};
 
 use crate::{
     args::BenchArgs,
@@ -46,7 +46,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let source = args.model.open()?;
     let context = args.prompt.max(args.generate);
     check_context(source.config(), context)?;
-    let model = args.execution.load(&*source, context)?;
+    let model = args.execution.load(&source, context)?;
     let measurement = measure(&model, context, args)?;
     match args.json {
         true => print_result_json(&measurement, args)?,
@@ -55,14 +55,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
-fn measure(model: &Model<'_>, context: usize, args: &BenchArgs) -> Result<Measurement> {
-    let mut cache = model.new_cache(context)?;
+fn measure(model: &Model, context: usize, args: &BenchArgs) -> Result<Measurement> {
+    let mut text = (model.sequence(context)?, model.workspace()?);
     // Brings the weights into memory.
-    model.next_logits(&tokens(model, 1), &mut cache)?;
+    feed(model, &mut text, &tokens(model, 1))?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.runs {
-        prefill.push(prefill_speed(model, &mut cache, args.prompt)?);
-        decode.push(decode_speed(model, &mut cache, args.generate)?);
+        prefill.push(prefill_speed(model, &mut text, args.prompt)?);
+        decode.push(decode_speed(model, &mut text, args.generate)?);
     }
     Ok(Measurement {
         prefill_tokens_per_s: median(prefill),
@@ -79,28 +79,37 @@ fn measure(model: &Model<'_>, context: usize, args: &BenchArgs) -> Result<Measur
     })
 }
 
-/// Tokens per second of a prompt, from an empty cache.
-fn prefill_speed(model: &Model<'_>, cache: &mut KvCache, prompt: usize) -> Result<f64> {
+/// A text, and what the model computes in.
+type Text = (Sequence, Workspace);
+
+/// Continues a text by `tokens`.
+fn feed(model: &Model, (sequence, workspace): &mut Text, tokens: &[u32]) -> Result<()> {
+    black_box(model.step(&mut [Turn { tokens, sequence }], workspace)?);
+    Ok(())
+}
+
+/// Tokens per second of a prompt, from an empty text.
+fn prefill_speed(model: &Model, text: &mut Text, prompt: usize) -> Result<f64> {
     let tokens = tokens(model, prompt);
-    cache.clear();
+    text.0.truncate(0);
     let start = Instant::now();
-    black_box(model.next_logits(&tokens, cache)?);
+    feed(model, text, &tokens)?;
     Ok(prompt as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Tokens per second one by one, from an empty cache.
-fn decode_speed(model: &Model<'_>, cache: &mut KvCache, generate: usize) -> Result<f64> {
+/// Tokens per second one by one, from an empty text.
+fn decode_speed(model: &Model, text: &mut Text, generate: usize) -> Result<f64> {
     let tokens = tokens(model, generate);
-    cache.clear();
+    text.0.truncate(0);
     let start = Instant::now();
     for token in tokens.chunks(1) {
-        black_box(model.next_logits(token, cache)?);
+        feed(model, text, token)?;
     }
     Ok(generate as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Tokens from all over the vocabulary.
-fn tokens(model: &Model<'_>, count: usize) -> Vec<u32> {
+fn tokens(model: &Model, count: usize) -> Vec<u32> {
     const STRIDE: usize = 7919;
     (0..count).map(|index| (index * STRIDE % model.config().vocab_size) as u32).collect()
 }
@@ -123,7 +132,7 @@ fn bandwidth_bytes_per_s() -> f64 {
     size_of_val(words.as_slice()) as f64 / seconds.fold(f64::INFINITY, f64::min)
 }
 
-fn device_memory_bytes(model: &Model<'_>) -> Result<Option<u64>> {
+fn device_memory_bytes(model: &Model) -> Result<Option<u64>> {
     let used = |device: &Arc<Device>| Ok(device.total_memory() - device.free_memory()?);
     let used: Vec<u64> = model.devices().map(used).collect::<Result<_>>()?;
     Ok((!used.is_empty()).then(|| used.iter().sum()))

@@ -1,6 +1,6 @@
 //! Where and on how many threads a command computes.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{ValueEnum, builder::RangedU64ValueParser};
@@ -74,7 +74,7 @@ impl Execution {
 
     /// Loads a model for texts of up to `context` tokens, and says what runs where unless all is on
     /// the CPU.
-    pub fn load<'a>(&self, source: &'a dyn ModelSource, context: usize) -> Result<Model<'a>> {
+    pub fn load(&self, source: &Arc<dyn ModelSource>, context: usize) -> Result<Model> {
         let model = match &self.compute.device {
             Choice::Cpu => self.load_on_cpu(source)?,
             Choice::Cuda(numbers) => self.load_on_cuda(source, context, numbers)?,
@@ -101,20 +101,20 @@ impl Execution {
         Ok(model)
     }
 
-    fn load_on_cpu<'a>(&self, source: &'a dyn ModelSource) -> Result<Model<'a>> {
+    fn load_on_cpu(&self, source: &Arc<dyn ModelSource>) -> Result<Model> {
         ensure!(
             self.gpu_layers.unwrap_or(0) == 0 && self.kv_cache == KvCacheType::F16,
             "`--gpu-layers` and `--kv-cache` need a GPU"
         );
-        Ok(Model::load(source, &Cpu)?)
+        Ok(Model::load(Arc::clone(source), &Cpu)?)
     }
 
-    fn load_on_cuda<'a>(
+    fn load_on_cuda(
         &self,
-        source: &'a dyn ModelSource,
+        source: &Arc<dyn ModelSource>,
         context: usize,
         numbers: &[usize],
-    ) -> Result<Model<'a>> {
+    ) -> Result<Model> {
         let open = |&number: &usize| anyhow::Ok((number, Device::open(number)?));
         let mut settings = CudaSettings {
             devices: vec![open(numbers.first().unwrap_or(&0))?],
@@ -126,19 +126,19 @@ impl Execution {
             context,
         };
         let others = match numbers {
-            [] if settings.holds_all(source)? => Vec::new(),
+            [] if settings.holds_all(&**source)? => Vec::new(),
             [] => (1..Device::count()?).collect(),
             [_, others @ ..] => others.to_vec(),
         };
         for number in &others {
             settings.devices.push(open(number)?);
         }
-        Ok(Model::load_on_cuda(source, &settings)?)
+        Ok(Model::load_on_cuda(Arc::clone(source), &settings)?)
     }
 }
 
 /// What computes, in one word or a few: the devices of a model.
-pub fn device_names(model: &Model<'_>) -> String {
+pub fn device_names(model: &Model) -> String {
     model.placement().into_iter().map(|(device, _)| device).collect::<Vec<_>>().join(", ")
 }
 

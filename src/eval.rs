@@ -28,15 +28,15 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let text = read_text(&args.text)?;
     let source = args.model.open()?;
     let context = resolve_context(source.config(), args.context)?;
-    let model = args.execution.load(&*source, context)?;
-    let (other_source, other_model);
+    let model = args.execution.load(&source, context)?;
+    let other_model;
     let mut other: Option<Box<dyn NextTokens>> = match &args.against {
         None => None,
         Some(path) if is_onnx(path) => Some(Box::new(open_graph(path)?)),
         Some(path) => {
-            other_source = open(path)?;
+            let other_source = open(path)?;
             check_context(other_source.config(), context)?;
-            other_model = args.execution.load(&*other_source, context)?;
+            other_model = args.execution.load(&other_source, context)?;
             Some(Box::new(InBatches { model: &other_model, batch: context }))
         }
     };

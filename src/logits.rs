@@ -5,6 +5,7 @@ use std::io::Write;
 use anyhow::{Context as _, Result};
 use safetensors::{Dtype, tensor::TensorView};
 use slim_formats::AtomicFile;
+use slim_runtime::Turn;
 
 use crate::{args::LogitsArgs, interrupt::clean_up_when_interrupted, target::Kind};
 
@@ -19,9 +20,10 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let mut out = AtomicFile::create(output)?;
     let logits_bytes = args.tokens.len() * source.config().vocab_size * size_of::<f32>();
     out.reserve((logits_bytes + HEADER_BYTES) as u64)?;
-    let model = args.execution.load(&*source, args.tokens.len())?;
-    let mut cache = model.new_cache(args.tokens.len())?;
-    let hidden = model.forward(&args.tokens, &mut cache)?;
+    let model = args.execution.load(&source, args.tokens.len())?;
+    let (mut sequence, mut workspace) = (model.sequence(args.tokens.len())?, model.workspace()?);
+    let turn = Turn { tokens: &args.tokens, sequence: &mut sequence };
+    let hidden = model.forward(turn, &mut workspace)?;
     let logits = model.logits(&hidden)?;
 
     let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();

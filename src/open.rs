@@ -1,13 +1,13 @@
 //! Opening and checking the files that the user names.
 
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context as _, Result, ensure};
-use slim_formats::{
-    ModelConfig, ModelSource, TokenizerSource, gguf::GgufFile, missing_tokenizer, open_model,
-    slim::SlimFile,
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
 };
-use slim_runtime::Tokenizer;
+
+use anyhow::{Context as _, Error, Result, ensure};
+use slim_formats::{ModelConfig, ModelSource, gguf::GgufFile, open_model, slim::SlimFile};
+use slim_runtime::{RuntimeError, Tokenizer};
 
 use crate::{
     failure::advised,
@@ -27,16 +27,16 @@ pub struct ModelArgs {
 
 impl ModelArgs {
     /// Opens the model.
-    pub fn open(&self) -> Result<Box<dyn ModelSource>> {
+    pub fn open(&self) -> Result<Arc<dyn ModelSource>> {
         match self.no_hash_check && is_slim(&self.model) {
-            true => Ok(Box::new(SlimFile::open_without_hashes(&self.model)?)),
+            true => Ok(Arc::new(SlimFile::open_without_hashes(&self.model)?)),
             false => open(&self.model),
         }
     }
 }
 
 /// Opens a model of any supported kind, and says what is odd about it.
-pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
+pub fn open(path: &Path) -> Result<Arc<dyn ModelSource>> {
     if !path.exists() && is_hub_id(path) {
         let id = path.display();
         return Err(advised(
@@ -48,7 +48,7 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>> {
     }
     let source = open_model(path)?;
     warn_of(&*source);
-    Ok(source)
+    Ok(source.into())
 }
 
 /// Says what is odd about a model.
@@ -60,10 +60,11 @@ pub fn warn_of(source: &dyn ModelSource) {
 
 /// The tokenizer of a model, which must have one.
 pub fn tokenizer(source: &dyn ModelSource) -> Result<Tokenizer> {
-    if matches!(source.tokenizer(), TokenizerSource::Missing) {
-        return Err(missing_tokenizer(source).into());
-    }
-    Tokenizer::new(source.tokenizer()).with_context(|| format!("`{}`", source.path().display()))
+    Tokenizer::of(source).map_err(|error| match error {
+        // It names the file.
+        RuntimeError::Format(error) => error.into(),
+        error => Error::from(error).context(format!("`{}`", source.path().display())),
+    })
 }
 
 /// Checks that a model was made for texts of `tokens` tokens.

@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use slim_formats::ModelSource;
-use slim_runtime::{ChatFormat, Generator, Sampler, Tokenizer, document_tokens, end_tokens};
+use slim_runtime::{
+    ChatFormat, DEFAULT_CONTEXT, Generator, Sampler, Tokenizer, document_tokens, end_tokens,
+};
 
 use crate::{
     args::RunArgs,
@@ -26,9 +28,6 @@ use sampling::Sampling;
 
 pub use prompt::PromptArgs;
 
-/// The context without `--context`, where the model was made for more: keeps the cache small.
-const DEFAULT_CONTEXT: usize = 4096;
-
 pub fn run(args: &RunArgs) -> Result<()> {
     let prompt = args.prompt.read()?;
     args.execution.start()?;
@@ -40,7 +39,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     check_context(config, context)?;
     let sampling = Sampling::new(&args.sampling, &config.generation);
     let sampler = Sampler::new(sampling.settings.clone())?;
-    let model = args.execution.load(&*source, context)?;
+    let model = args.execution.load(&source, context)?;
     let ends = end_tokens(&*source, &tokenizer);
     let mut generator = Generator::new(&model, &tokenizer, ends, context, sampler)?;
     note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
@@ -58,7 +57,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     print_answer(generator.generate(&tokens, limit)?, context, &Interrupt::default()).map(drop)
 }
 
-/// The tokens of a text to continue; those of an empty one are the token that starts a text.
+/// The tokens of a text to continue, which the context has room for.
 fn prompt_tokens(
     source: &dyn ModelSource,
     tokenizer: &Tokenizer,
@@ -66,10 +65,7 @@ fn prompt_tokens(
     context: usize,
 ) -> Result<Vec<u32>> {
     let config = source.config();
-    let mut tokens = document_tokens(tokenizer, config, prompt)?;
-    if tokens.is_empty() {
-        tokens.extend(config.bos_token_id);
-    }
+    let tokens = document_tokens(tokenizer, config, prompt)?;
     match tokens.len() {
         0 => Err(advised(
             "the prompt is empty, and the model has no token that starts a text",

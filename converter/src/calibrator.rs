@@ -6,7 +6,7 @@ use slim_formats::{
     slim::{Bands, PackedLayer},
 };
 use slim_kernels::cuda::Held;
-use slim_runtime::{Block, Context, Ends, KvBlock, Positions};
+use slim_runtime::{Block, Context, Ends, KvBlock, Passage, Positions};
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
@@ -139,7 +139,7 @@ impl<'a> Calibrator<'a> {
         let positions = Positions::new(decoder, 0, tokens, tokens);
         let context = Context { decoder, backend: engine.backend(settings.precision()) };
         for (index, tokens) in samples.iter().enumerate() {
-            let embed = |ends: &Ends<'_>| ends.embed(context, tokens, &positions);
+            let embed = |ends: &Ends<'_>| ends.embed(context, tokens, positions.start);
             ours.residual.sample_mut(index).copy_from_slice(&embed(&quantized)?);
             if let Some(float) = &mut float {
                 float.residual.sample_mut(index).copy_from_slice(&embed(&of_source)?);
@@ -255,8 +255,15 @@ impl Walk<'_> {
         self.engine.hold(&layers.collect::<Vec<_>>())
     }
 
-    fn new_kv(&self, block: &Block<'_>) -> KvBlock {
-        KvBlock::new(&block.spec.attention, self.positions.count)
+    /// Empty keys and values for each of so many samples.
+    fn new_kv(&self, block: &Block<'_>, samples: usize) -> Vec<KvBlock> {
+        let new = || KvBlock::new(&block.spec.attention, self.positions.count);
+        std::iter::repeat_with(new).take(samples).collect()
+    }
+
+    /// The samples with these keys and values, as a block takes them.
+    fn passages<'p>(&'p self, kv: &'p mut [KvBlock]) -> Vec<Passage<'p>> {
+        kv.iter_mut().map(|kv| Passage { positions: self.positions, kv }).collect()
     }
 }
 
@@ -303,8 +310,9 @@ impl Stream {
             None => None,
         };
         inputs.fill(walk.engine, |batch| {
-            let kv = &mut walk.new_kv(block);
-            Ok(block.input(stage, walk.context, from.batch(batch), kv, walk.positions)?)
+            let kv = &mut walk.new_kv(block, batch.len());
+            let passages = &mut walk.passages(kv);
+            Ok(block.input(stage, walk.context, from.batch(batch), passages)?)
         })
     }
 
@@ -328,9 +336,9 @@ impl Stream {
         let layers: Vec<_> = block.layers.values().copied().collect();
         let _held = walk.engine.hold(&layers)?;
         self.residual.update(walk.engine, |batch, residual| {
-            residual.copy_from_slice(before.batch(batch));
-            block.forward(walk.context, residual, &mut walk.new_kv(block), walk.positions)?;
-            Ok(())
+            residual.copy_from_slice(before.batch(batch.clone()));
+            let kv = &mut walk.new_kv(block, batch.len());
+            Ok(block.forward(walk.context, residual, &mut walk.passages(kv))?)
         })
     }
 }

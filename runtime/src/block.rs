@@ -5,7 +5,7 @@ use slim_formats::{
     Decoder, FormatError, ModelSource, Part, PartMap, Weight,
     arch::{Attention, BlockSpec, Norm, Stage, Tensor},
 };
-use slim_kernels::{AttentionShape, Backend, RopeAngles, weight};
+use slim_kernels::{AttentionShape, Backend, weight};
 
 use crate::{KvBlock, Positions, Result};
 
@@ -16,6 +16,14 @@ pub struct Context<'a> {
     pub decoder: &'a Decoder,
     /// Where the operations run.
     pub backend: &'a dyn Backend,
+}
+
+/// Consecutive tokens of one text, among those that go through a block together.
+pub struct Passage<'a> {
+    /// Where they stand in the text.
+    pub positions: &'a Positions,
+    /// The text's keys and values, which hold every position before.
+    pub kv: &'a mut KvBlock,
 }
 
 /// A block: what it computes, and its weights.
@@ -46,8 +54,7 @@ impl<'a> Block<'a> {
         Ok(Self { spec: decoder.blocks[index], layers, vectors })
     }
 
-    /// The whole block: `x: [m, hidden]` is updated in place. It may hold several sequences, as for
-    /// [`Self::input`].
+    /// The whole block: `x: [m, hidden]`, the tokens of all `passages`, is updated in place.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
@@ -55,13 +62,12 @@ impl<'a> Block<'a> {
         &self,
         context: Context<'_>,
         x: &mut [f32],
-        kv: &mut KvBlock,
-        positions: &Positions,
+        passages: &mut [Passage<'_>],
     ) -> Result<()> {
         let mut input = Vec::new();
         for stage in self.spec.stages() {
             let from = if stage.reads_residual() { &*x } else { &input };
-            input = self.input(stage, context, from, kv, positions)?;
+            input = self.input(stage, context, from, passages)?;
             if stage.adds_to_residual() {
                 self.add(stage, context, &input, x)?;
             }
@@ -70,10 +76,9 @@ impl<'a> Block<'a> {
     }
 
     /// The input of a stage's layers, `[m, cols]`, made `from` the residual stream or from the
-    /// input of the stage before, whichever the stage reads. Keys and values go to `kv`.
-    ///
-    /// If there are more tokens than `positions`, they are several sequences of as many as that,
-    /// each of which goes on from the positions before; the keys and values of the last one stay.
+    /// input of the stage before, whichever the stage reads. Its tokens are those of all
+    /// `passages`, one behind the other, and go through each layer together. Only attention tells
+    /// passages apart: their keys and values go to where each keeps its own.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
@@ -82,11 +87,10 @@ impl<'a> Block<'a> {
         stage: Stage,
         context: Context<'_>,
         from: &[f32],
-        kv: &mut KvBlock,
-        positions: &Positions,
+        passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
         match stage {
-            Stage::AttentionOutput => self.attend(context, from, kv, positions),
+            Stage::AttentionOutput => self.attend(context, from, passages),
             Stage::FfnOutput => self.activate(context, from),
             Stage::Attention | Stage::Ffn => match stage.norm() {
                 Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
@@ -137,24 +141,19 @@ impl<'a> Block<'a> {
         norm(context, self.spec.norm, x, &self.vectors[part], bias.map(Vec::as_slice))
     }
 
-    /// Queries or keys as attention takes them: normed, turned.
-    fn turned(
+    /// Queries or keys, normed if the block does that, `[m, heads * head_dim]`.
+    fn queries_or_keys(
         &self,
-        mut x: Vec<f32>,
         part: Part,
-        heads: usize,
+        norm_part: Part,
         context: Context<'_>,
-        angles: Option<&RopeAngles>,
-    ) -> Vec<f32> {
-        if let Some(weight) = self.vectors.get(part) {
-            x = norm(context, Norm::Rms, &x, weight, None);
-        }
-        if let Some(angles) = angles {
-            let sequence = angles.cos.len() / angles.pairs * heads * angles.head_dim;
-            x.chunks_exact_mut(sequence.max(1))
-                .for_each(|x| context.backend.rope(x, heads, angles));
-        }
-        x
+        input: &[f32],
+    ) -> Result<Vec<f32>> {
+        let x = self.linear(part, context, input)?;
+        Ok(match self.vectors.get(norm_part) {
+            Some(weight) => norm(context, Norm::Rms, &x, weight, None),
+            None => x,
+        })
     }
 
     /// Attention of queries, keys and values made of `input`.
@@ -162,30 +161,33 @@ impl<'a> Block<'a> {
         &self,
         context: Context<'_>,
         input: &[f32],
-        kv: &mut KvBlock,
-        positions: &Positions,
+        passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
         let Attention { heads, kv_heads, rope, query_scaling, .. } = self.spec.attention;
-        let angles = rope.map(|rope| &positions.angles[rope]);
-        let q = self.linear(Part::AttnQ, context, input)?;
-        let k = self.linear(Part::AttnK, context, input)?;
+        let mut q = self.queries_or_keys(Part::AttnQ, Part::AttnQNorm, context, input)?;
+        let mut k = self.queries_or_keys(Part::AttnK, Part::AttnKNorm, context, input)?;
         let v = self.linear(Part::AttnV, context, input)?;
-        let mut q = self.turned(q, Part::AttnQNorm, heads, context, angles);
-        let k = self.turned(k, Part::AttnKNorm, kv_heads, context, angles);
-        let shape = attention_shape(&self.spec, positions.start, positions.count);
-        let m = shape.m;
-        if let Some(scaling) = query_scaling {
-            for (t, q) in q.chunks_exact_mut(shape.query_stride()).enumerate() {
-                scale(q, scaling.at(shape.start + t % m));
-            }
-        }
         let mut out = vec![0.0; q.len()];
-        let (of_queries, of_keys) = (m.max(1) * shape.query_stride(), m.max(1) * shape.kv_stride());
-        let queries = q.chunks_exact(of_queries).zip(out.chunks_exact_mut(of_queries));
-        let keys = k.chunks_exact(of_keys).zip(v.chunks_exact(of_keys));
-        for ((q, out), (k, v)) in queries.zip(keys) {
-            kv.store(k, v, shape.start, m);
-            context.backend.attention(q, kv.view(), &shape, out)?;
+        let mut first = 0;
+        for Passage { positions, kv } in passages {
+            let shape = attention_shape(&self.spec, positions.start, positions.count);
+            let end = first + shape.m;
+            let of_queries = first * shape.query_stride()..end * shape.query_stride();
+            let of_keys = first * shape.kv_stride()..end * shape.kv_stride();
+            let (q, k) = (&mut q[of_queries.clone()], &mut k[of_keys.clone()]);
+            if let Some(rope) = rope {
+                let angles = &positions.angles[rope];
+                context.backend.rope(q, heads, angles);
+                context.backend.rope(k, kv_heads, angles);
+            }
+            if let Some(scaling) = query_scaling {
+                for (t, q) in q.chunks_exact_mut(shape.query_stride()).enumerate() {
+                    scale(q, scaling.at(shape.start + t));
+                }
+            }
+            kv.store(k, &v[of_keys], shape.start, shape.m);
+            context.backend.attention(q, kv.view(), &shape, &mut out[of_queries])?;
+            first = end;
         }
         Ok(out)
     }

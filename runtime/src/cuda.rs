@@ -1,4 +1,4 @@
-//! Blocks on a CUDA device: their weights, and a text on its way through them.
+//! Blocks on a CUDA device: their weights, a text's keys and values, and the memory to compute in.
 
 use std::{ops::Range, sync::Arc};
 
@@ -17,8 +17,7 @@ use slim_kernels::{
 use crate::{
     Block, Positions, Result,
     block::{find_vector, find_weight},
-    ends::check_positions,
-    model::PREFILL_BATCH,
+    identity::Identity,
 };
 
 /// The norms of a block.
@@ -292,24 +291,32 @@ pub(crate) enum Input<'a> {
     Residual(&'a [f32]),
 }
 
-/// A text on a segment: its keys and values, and all memory that a call needs.
-pub(crate) struct Session {
-    segment: Arc<Segment>,
+/// A text on a segment: its keys and values, and what follows from how long it may get.
+pub(crate) struct SequenceOnDevice {
     kv: Vec<KvOfBlock>,
     position: Position,
-    /// The tokens of a call.
-    tokens: Buffer<u32>,
-    work: Work,
-    /// One token's way through the segment, captured when the first one comes.
-    step: Option<Graph>,
-    top: Option<TopK>,
+    /// Those of the model's rotary embeddings, which may depend on the capacity.
+    tables: Vec<RopeTables>,
+    /// How many blocks share a text out, which depends on the capacity, and memory for them.
+    attention: Attention,
+    step: Option<Step>,
 }
 
-/// What the blocks work in, for up to a batch of tokens.
-struct Work {
-    attention: Attention,
-    /// Those of the model's rotary embeddings.
-    tables: Vec<RopeTables>,
+/// One token's way through the segment, captured when the first one comes. It reads and writes the
+/// memory of one sequence and one workspace: the sequence keeps it, because a workspace serves many
+/// sequences, and captures anew if another workspace comes. The graph keeps that memory alive.
+struct Step {
+    workspace: Identity,
+    graph: Graph,
+}
+
+/// What the blocks of a segment work in, for up to a batch of tokens.
+pub(crate) struct WorkspaceOnDevice {
+    identity: Identity,
+    device: Arc<Device>,
+    hidden_size: usize,
+    /// The tokens of a call, [batch].
+    tokens: Buffer<u32>,
     /// The residual stream, [batch, hidden].
     x: Buffer<f32>,
     q: Buffer<f32>,
@@ -326,6 +333,7 @@ struct Work {
     narrow: Option<Narrow>,
     /// [vocab]; of the last token.
     logits: Buffer<f32>,
+    top: Option<TopK>,
 }
 
 /// Vectors of as many channels as embeddings have.
@@ -343,107 +351,102 @@ impl Narrow {
     }
 }
 
-impl Session {
+impl Segment {
     /// An empty text of up to `capacity` tokens.
-    pub fn new(segment: &Arc<Segment>, capacity: usize, kv_type: KvType) -> Result<Self> {
-        let Segment { device, decoder, blocks, .. } = &**segment;
-        let (hidden, spec) = (decoder.hidden_size, &blocks[0].spec);
-        let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
-        let ffn = spec.ffn.width;
-        let has_branch_norms = spec.branch_norm(Stage::FfnOutput).is_some();
-        let batch = PREFILL_BATCH.min(capacity);
-        let floats = |width: usize| Buffer::zeros(device, batch * width);
-        let operands = |width: usize| Operands::zeros(device, batch, width);
+    pub fn sequence(&self, capacity: usize, kv_type: KvType) -> Result<SequenceOnDevice> {
+        let Self { device, decoder, blocks, .. } = self;
         let new_kv = |block: &BlockOnDevice| {
             let arch::Attention { kv_heads, head_dim, .. } = block.spec.attention;
             KvOfBlock::new(device, kv_type, kv_heads, capacity, head_dim)
         };
         let kv: Vec<_> = blocks.iter().map(new_kv).collect::<slim_kernels::Result<_>>()?;
-        let positions = Positions::new(decoder, 0, capacity, capacity);
-        let tables = positions.angles.iter().map(|angles| RopeTables::upload(device, angles));
-        let has_output = segment.output.is_some();
+        let angles = Positions::new(decoder, 0, capacity, capacity).angles;
+        let tables = angles.iter().map(|angles| RopeTables::upload(device, angles));
+        Ok(SequenceOnDevice {
+            position: Position::new(device, capacity)?,
+            tables: tables.collect::<slim_kernels::Result<_>>()?,
+            attention: Attention::new(device, blocks[0].spec.attention.heads, &kv[0])?,
+            kv,
+            step: None,
+        })
+    }
+
+    /// Memory to run up to `batch` tokens at a time in.
+    pub fn workspace(&self, batch: usize) -> Result<WorkspaceOnDevice> {
+        let Self { device, decoder, blocks, .. } = self;
+        let (hidden_size, spec) = (decoder.hidden_size, &blocks[0].spec);
+        let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
+        let ffn = spec.ffn.width;
+        let floats = |width: usize| Buffer::zeros(device, batch * width);
+        let operands = |width: usize| Operands::zeros(device, batch, width);
+        let has_output = self.output.is_some();
+        let has_branch_norms = spec.branch_norm(Stage::FfnOutput).is_some();
         let embedding = decoder.embedding_size;
-        let narrow = (embedding != hidden).then(|| -> Result<Narrow> {
+        let narrow = (embedding != hidden_size).then(|| -> Result<Narrow> {
             Ok(Narrow { values: floats(embedding)?, inputs: operands(embedding)? })
         });
-        let work = Work {
-            attention: Attention::new(device, heads, &kv[0])?,
-            tables: tables.collect::<slim_kernels::Result<_>>()?,
-            x: floats(hidden)?,
+        Ok(WorkspaceOnDevice {
+            identity: Identity::default(),
+            device: Arc::clone(device),
+            hidden_size,
+            tokens: Buffer::zeros(device, batch)?,
+            x: floats(hidden_size)?,
             q: floats(heads * head_dim)?,
             k: floats(kv_heads * head_dim)?,
             v: floats(kv_heads * head_dim)?,
             gate: floats(ffn)?,
             up: floats(ffn)?,
-            added: floats(if has_branch_norms { hidden } else { 0 })?,
-            normed: operands(hidden)?,
+            added: floats(if has_branch_norms { hidden_size } else { 0 })?,
+            normed: operands(hidden_size)?,
             attended: operands(heads * head_dim)?,
             activation: operands(ffn)?,
             narrow: narrow.transpose()?,
             logits: Buffer::zeros(device, if has_output { decoder.vocab_size } else { 0 })?,
-        };
-        Ok(Self {
-            segment: Arc::clone(segment),
-            kv,
-            position: Position::new(device, capacity)?,
-            tokens: Buffer::zeros(device, batch)?,
-            work,
-            step: None,
             top: None,
         })
     }
 
-    /// Runs up to a batch of m tokens, the first of which stands at `start`, through the blocks;
-    /// the residual stream stays on the device, and with it, if the output layer is here, the
-    /// logits that follow the last token.
-    pub fn forward(&mut self, input: Input<'_>, start: usize, m: usize) -> Result<()> {
-        if let Some(positions) = &self.segment.positions {
-            check_positions(positions.rows(), start, m)?;
-        }
-        self.position.set(start)?;
+    /// Runs up to a batch of m tokens of a text, the first of which stands at `start`, through the
+    /// blocks. The residual stream stays in the workspace, and with it, if the output layer is
+    /// here, the logits that follow the last token.
+    pub fn forward(
+        &self,
+        input: Input<'_>,
+        start: usize,
+        m: usize,
+        sequence: &mut SequenceOnDevice,
+        workspace: &mut WorkspaceOnDevice,
+    ) -> Result<()> {
+        sequence.position.set(start)?;
         match input {
-            Input::Tokens(tokens) => self.tokens.view_mut().slice(0..m).write(tokens)?,
-            Input::Residual(x) => self.work.x.view_mut().slice(0..x.len()).write(x)?,
+            Input::Tokens(tokens) => workspace.tokens.view_mut().slice(0..m).write(tokens)?,
+            Input::Residual(x) => workspace.x.view_mut().slice(0..x.len()).write(x)?,
         }
         if m > 1 {
-            return self.launch(m);
+            return self.launch(m, sequence, workspace);
         }
-        if self.step.is_none() {
-            let device = Arc::clone(&self.segment.device);
-            self.step = Some(device.capture(|| self.launch(1))?);
-        }
-        Ok(self.step.as_ref().expect("captured above").launch()?)
-    }
-
-    /// The residual stream of the last call, `[m, hidden]`.
-    pub fn residual(&self, m: usize) -> Result<Vec<f32>> {
-        Ok(self.work.x.view().slice(0..m * self.segment.decoder.hidden_size).read()?)
-    }
-
-    /// The logits that follow the last token of the last call.
-    pub fn logits(&self) -> Result<Vec<f32>> {
-        Ok(self.work.logits.view().read()?)
-    }
-
-    /// The `k` largest of those logits with their tokens, the largest first.
-    pub fn top(&mut self, k: usize) -> Result<Vec<(u32, f32)>> {
-        let device = &self.segment.device;
-        if self.top.as_ref().is_none_or(|top| top.k() != k) {
-            self.top = Some(TopK::new(device, k)?);
-        }
-        let top = self.top.as_mut().expect("made above");
-        device.top_k(self.work.logits.view(), top)?;
-        Ok(top.read()?)
+        let step = match sequence.step.take().filter(|s| s.workspace == workspace.identity) {
+            Some(step) => step,
+            None => Step {
+                workspace: workspace.identity.clone(),
+                graph: self.device.capture(|| self.launch(1, sequence, workspace))?,
+            },
+        };
+        Ok(sequence.step.insert(step).graph.launch()?)
     }
 
     /// Launches every kernel of a call with m tokens.
-    fn launch(&mut self, m: usize) -> Result<()> {
-        let Self { segment, kv, position, tokens, work, .. } = self;
-        let (device, decoder) = (&segment.device, &segment.decoder);
+    fn launch(
+        &self,
+        m: usize,
+        sequence: &mut SequenceOnDevice,
+        workspace: &mut WorkspaceOnDevice,
+    ) -> Result<()> {
+        let (device, decoder) = (&self.device, &self.decoder);
+        let SequenceOnDevice { kv, position, tables, attention, .. } = sequence;
         let calls = Tokens { position, m };
-        let Work {
-            attention,
-            tables,
+        let WorkspaceOnDevice {
+            tokens,
             x,
             q,
             k,
@@ -456,12 +459,13 @@ impl Session {
             activation,
             narrow,
             logits,
-        } = work;
+            ..
+        } = workspace;
         let hidden = m * decoder.hidden_size;
-        if let Some(embedding) = &segment.embedding {
+        if let Some(embedding) = &self.embedding {
             let tokens = tokens.view().slice(0..m);
             let scale = decoder.embedding_scale;
-            match (&segment.up, &mut *narrow) {
+            match (&self.up, &mut *narrow) {
                 (Some(up), Some(narrow)) => {
                     device.embed(embedding, tokens, scale, &mut narrow.values.view_mut())?;
                     device.matmul(&[up], narrow.inputs(device, m)?, m, &mut [x.view_mut()])?;
@@ -469,11 +473,11 @@ impl Session {
                 _ => device.embed(embedding, tokens, scale, &mut x.view_mut())?,
             }
         }
-        if let Some(positions) = &segment.positions {
+        if let Some(positions) = &self.positions {
             device.embed_positions(positions, calls, FIRST_POSITION, &mut x.view_mut())?;
         }
-        device.norm(x.view(), m, segment.blocks[0].input(Part::AttnNorm, normed))?;
-        for (index, (block, kv)) in segment.blocks.iter().zip(kv).enumerate() {
+        device.norm(x.view(), m, self.blocks[0].input(Part::AttnNorm, normed))?;
+        for (index, (block, kv)) in self.blocks.iter().zip(kv).enumerate() {
             let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV].map(|part| &block.layers[part]);
             device.matmul(&qkv, normed, m, &mut [q.view_mut(), k.view_mut(), v.view_mut()])?;
             let [q_len, kv_len, _] = qkv.map(|layer| m * layer.rows());
@@ -491,10 +495,10 @@ impl Session {
             let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
             device.matmul_activate(block.neurons(), normed, m, scratch, activation)?;
             let residual = [&mut x.view_mut(), &mut added.view_mut()];
-            let next = segment.next_after(index, normed);
+            let next = self.next_after(index, normed);
             block.add(Stage::FfnOutput, device, activation, m, residual, next)?;
         }
-        if let Some(output) = &segment.output {
+        if let Some(output) = &self.output {
             if m > 1 {
                 let last = x.view().slice(hidden - decoder.hidden_size..hidden);
                 device.norm(last, 1, output.input(normed))?;
@@ -506,9 +510,31 @@ impl Session {
                 }
                 _ => &*normed,
             };
-            segment.compute_logits(output, states, 1, &mut logits.view_mut())?;
+            self.compute_logits(output, states, 1, &mut logits.view_mut())?;
         }
         Ok(())
+    }
+}
+
+impl WorkspaceOnDevice {
+    /// The residual stream of the last call, `[m, hidden]`.
+    pub fn residual(&self, m: usize) -> Result<Vec<f32>> {
+        Ok(self.x.view().slice(0..m * self.hidden_size).read()?)
+    }
+
+    /// The logits that follow the last token of the last call.
+    pub fn logits(&self) -> Result<Vec<f32>> {
+        Ok(self.logits.view().read()?)
+    }
+
+    /// The `k` largest of those logits with their tokens, the largest first.
+    pub fn top(&mut self, k: usize) -> Result<Vec<(u32, f32)>> {
+        if self.top.as_ref().is_none_or(|top| top.k() != k) {
+            self.top = Some(TopK::new(&self.device, k)?);
+        }
+        let top = self.top.as_mut().expect("made above");
+        self.device.top_k(self.logits.view(), top)?;
+        Ok(top.read()?)
     }
 }
 

@@ -4,7 +4,7 @@ use slim_formats::{Decoder, ModelSource, Part, Weight, arch::FIRST_POSITION};
 use slim_kernels::{cap, weight};
 
 use crate::{
-    Positions, Result, RuntimeError,
+    Result, RuntimeError,
     block::{Context, find_vector, find_weight, linear, norm, scale},
 };
 
@@ -51,38 +51,50 @@ impl<'a> Ends<'a> {
         })
     }
 
-    /// The residual stream before the first block, `[tokens.len(), hidden]`. There may be several
-    /// texts of as many tokens as `positions`.
+    /// Refuses tokens outside of the vocabulary, and positions without an embedding; the first
+    /// token stands at `start`.
+    ///
+    /// # Errors
+    /// `InvalidArgument`.
+    pub(crate) fn check(&self, tokens: &[u32], start: usize) -> Result<()> {
+        let vocab = weight::shape(self.embedding).0;
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            let expected = format!("less than {vocab}, the size of the vocabulary");
+            return Err(RuntimeError::invalid_argument("token", token, expected));
+        }
+        let Some(table) = self.positions else { return Ok(()) };
+        let (known, end) =
+            (weight::shape(table).0.saturating_sub(FIRST_POSITION), start + tokens.len());
+        if end > known {
+            let expected = format!("at most {known}, which the model has learned");
+            return Err(RuntimeError::invalid_argument("positions", end, expected));
+        }
+        Ok(())
+    }
+
+    /// The residual stream before the first block, `[tokens.len(), hidden]`, of consecutive tokens
+    /// of a text, the first of which stands at `start`.
     ///
     /// # Errors
     /// `InvalidArgument` for a token outside the vocabulary, or a position without an embedding; a
     /// kernel refuses its arguments.
-    pub fn embed(
-        &self,
-        context: Context<'_>,
-        tokens: &[u32],
-        positions: &Positions,
-    ) -> Result<Vec<f32>> {
-        let (vocab, width) = weight::shape(self.embedding);
-        check_tokens(tokens, vocab)?;
+    pub fn embed(&self, context: Context<'_>, tokens: &[u32], start: usize) -> Result<Vec<f32>> {
+        self.check(tokens, start)?;
+        let (_, width) = weight::shape(self.embedding);
         let mut x = vec![0.0; tokens.len() * width];
         for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(width)) {
             let token = token as usize;
             weight::dequantize_rows(self.embedding, token..token + 1, row)?;
         }
-        let Decoder { embedding_scale, hidden_size: hidden, .. } = *context.decoder;
-        scale(&mut x, embedding_scale);
+        scale(&mut x, context.decoder.embedding_scale);
         if let Some(up) = self.up {
             x = linear(context, up, &x)?;
         }
         let Some(table) = self.positions else { return Ok(x) };
-        let first = positions.start + FIRST_POSITION;
-        check_positions(weight::shape(table).0, positions.start, positions.count)?;
-        let mut learned = vec![0.0; positions.count * hidden];
-        weight::dequantize_rows(table, first..first + positions.count, &mut learned)?;
-        for x in x.chunks_exact_mut(learned.len().max(1)) {
-            x.iter_mut().zip(&learned).for_each(|(x, learned)| *x += learned);
-        }
+        let first = start + FIRST_POSITION;
+        let mut learned = vec![0.0; x.len()];
+        weight::dequantize_rows(table, first..first + tokens.len(), &mut learned)?;
+        x.iter_mut().zip(&learned).for_each(|(x, learned)| *x += learned);
         Ok(x)
     }
 
@@ -123,28 +135,5 @@ pub fn finish_logits(decoder: &Decoder, logits: &mut [f32]) {
     scale(logits, decoder.logit_scale);
     if let Some(softcap) = decoder.logit_softcap {
         cap(logits, softcap);
-    }
-}
-
-/// Refuses positions outside of a table of learned ones.
-pub(crate) fn check_positions(rows: usize, start: usize, count: usize) -> Result<()> {
-    let known = rows.saturating_sub(FIRST_POSITION);
-    match start + count <= known {
-        true => Ok(()),
-        false => {
-            let expected = format!("at most {known}, which the model has learned");
-            Err(RuntimeError::invalid_argument("positions", start + count, expected))
-        }
-    }
-}
-
-/// Refuses tokens outside of a vocabulary.
-pub(crate) fn check_tokens(tokens: &[u32], vocab: usize) -> Result<()> {
-    match tokens.iter().find(|&&token| token as usize >= vocab) {
-        None => Ok(()),
-        Some(token) => {
-            let expected = format!("less than {vocab}, the size of the vocabulary");
-            Err(RuntimeError::invalid_argument("token", token, expected))
-        }
     }
 }

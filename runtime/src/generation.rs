@@ -1,18 +1,51 @@
 //! Generating text: from a prompt to tokens to text, as a stream of events.
 
-use std::{fmt, time::Instant};
+use std::{borrow::BorrowMut, fmt, time::Instant};
 
 use crate::{
-    KvCache, Model, Result, RuntimeError, Sampler, TextStream, Tokenizer, model::PREFILL_BATCH,
+    Model, Result, RuntimeError, Sampler, SamplerSettings, Sequence, TextStream, Tokenizer, Turn,
+    Workspace, document_tokens, end_tokens, model::PREFILL_BATCH,
 };
+
+/// Tokens of a context where nobody asks for more: keeps the KV cache small.
+pub const DEFAULT_CONTEXT: usize = 4096;
+
+/// How [`Model::generate`] continues a text.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Tokens of prompt and continuation at most, and no more than the model was made for; `None`
+    /// for [`DEFAULT_CONTEXT`].
+    pub context: Option<usize>,
+    /// Tokens of the continuation at most; `None` for as many as the model and the context give.
+    pub limit: Option<usize>,
+    /// How tokens are drawn, and from which seed; `None` for [`SamplerSettings::recommended`].
+    pub sampler: Option<SamplerSettings>,
+}
+
+impl Model {
+    /// Continues `prompt`. An empty one becomes the token that starts a text.
+    ///
+    /// # Errors
+    /// Those of [`Self::tokenizer`], [`Sampler::new`], [`Generator::new`] and
+    /// [`Generator::generate`].
+    pub fn generate(&self, prompt: &str, settings: Settings) -> Result<Generation<'_>> {
+        let (tokenizer, config) = (self.tokenizer()?, self.config());
+        let context = settings.context.unwrap_or(DEFAULT_CONTEXT).min(config.context_length);
+        let recommended = || SamplerSettings::recommended(&config.generation);
+        let sampler = Sampler::new(settings.sampler.unwrap_or_else(recommended))?;
+        let prompt = document_tokens(tokenizer, config, prompt)?;
+        let ends = end_tokens(self.source(), tokenizer);
+        let generator = Generator::new(self, tokenizer, ends, context, sampler)?;
+        Generation::new(generator, &prompt, settings.limit)
+    }
+}
 
 /// A model in the middle of a text, which it can continue again and again.
 pub struct Generator<'a> {
-    model: &'a Model<'a>,
+    model: &'a Model,
     tokenizer: &'a Tokenizer,
-    cache: KvCache,
-    /// The tokens in `cache`.
-    held: Vec<u32>,
+    sequence: Sequence,
+    workspace: Workspace,
     sampler: Sampler,
     /// The tokens that end what the model writes.
     ends: Vec<u32>,
@@ -20,30 +53,30 @@ pub struct Generator<'a> {
 
 impl<'a> Generator<'a> {
     /// A model at the start of a text of up to `context` tokens; any of `ends` ends what it writes
-    /// ([`end_tokens`](crate::end_tokens)).
+    /// ([`end_tokens`]).
     ///
     /// # Errors
     /// `Kernel` if a device has no memory for the context.
     pub fn new(
-        model: &'a Model<'a>,
+        model: &'a Model,
         tokenizer: &'a Tokenizer,
         ends: Vec<u32>,
         context: usize,
         sampler: Sampler,
     ) -> Result<Self> {
-        let cache = model.new_cache(context)?;
+        let (sequence, workspace) = (model.sequence(context)?, model.workspace()?);
         let sampler = sampler.limited_to(tokenizer.vocab_size(), model.config().vocab_size);
-        Ok(Self { model, tokenizer, cache, held: Vec::new(), sampler, ends })
+        Ok(Self { model, tokenizer, sequence, workspace, sampler, ends })
     }
 
     /// Tokens that the context holds at most.
     pub fn context(&self) -> usize {
-        self.cache.capacity()
+        self.sequence.capacity()
     }
 
     /// Tokens that the context holds now.
     pub fn held(&self) -> usize {
-        self.held.len()
+        self.sequence.tokens().len()
     }
 
     /// Continues `prompt` by up to `limit` tokens; `None` is as many as the model and the context
@@ -51,26 +84,12 @@ impl<'a> Generator<'a> {
     ///
     /// # Errors
     /// `InvalidArgument` if the prompt is empty, or longer than the context.
-    pub fn generate(&mut self, prompt: &[u32], limit: Option<usize>) -> Result<Generation<'_, 'a>> {
-        if !(1..=self.context()).contains(&prompt.len()) {
-            let expected = format!("1 to {} tokens, the size of the context", self.context());
-            return Err(RuntimeError::invalid_argument("prompt", prompt.len(), expected));
-        }
-        let shared = self.held.iter().zip(prompt).take_while(|(held, new)| held == new).count();
-        // The last token goes through the model in any case: what follows it is asked for.
-        let shared = shared.min(prompt.len() - 1);
-        self.cache.truncate(shared);
-        self.held.truncate(shared);
-        let fresh = prompt[shared..].to_vec();
-        Ok(Generation {
-            total: fresh.len(),
-            fresh,
-            left: limit,
-            stream: TextStream::new(self.tokenizer, prompt),
-            state: State::Running,
-            timings: Timings::default(),
-            generator: self,
-        })
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        limit: Option<usize>,
+    ) -> Result<Generation<'a, &mut Self>> {
+        Generation::new(self, prompt, limit)
     }
 }
 
@@ -115,8 +134,9 @@ pub enum End {
 }
 
 /// A text on its way: an iterator of its events, the last of which is [`Event::End`], or an error.
-pub struct Generation<'g, 'a> {
-    generator: &'g mut Generator<'a>,
+/// `G` is the generator or borrows it.
+pub struct Generation<'a, G: BorrowMut<Generator<'a>> = Generator<'a>> {
+    generator: G,
     /// Tokens that have to go through the model before the next can be drawn.
     fresh: Vec<u32>,
     /// Tokens of the prompt that were to go through the model.
@@ -135,7 +155,24 @@ enum State {
     Ended,
 }
 
-impl Generation<'_, '_> {
+impl<'a, G: BorrowMut<Generator<'a>>> Generation<'a, G> {
+    fn new(mut generator: G, prompt: &[u32], limit: Option<usize>) -> Result<Self> {
+        let Generator { tokenizer, sequence, .. } = generator.borrow_mut();
+        let context = sequence.capacity();
+        if !(1..=context).contains(&prompt.len()) {
+            let expected = format!("1 to {context} tokens, the size of the context");
+            return Err(RuntimeError::invalid_argument("prompt", prompt.len(), expected));
+        }
+        let pairs = sequence.tokens().iter().zip(prompt);
+        let shared = pairs.take_while(|(held, new)| held == new).count();
+        // The last token goes through the model in any case: what follows it is asked for.
+        let shared = shared.min(prompt.len() - 1);
+        sequence.truncate(shared);
+        let (fresh, stream) = (prompt[shared..].to_vec(), TextStream::new(tokenizer, prompt));
+        let (state, timings) = (State::Running, Timings::default());
+        Ok(Self { generator, total: fresh.len(), fresh, left: limit, stream, state, timings })
+    }
+
     /// Ends the text with the next event.
     pub fn stop(&mut self) {
         if self.state == State::Running {
@@ -158,11 +195,12 @@ impl Generation<'_, '_> {
         if self.left == Some(0) {
             return self.end(End::Limit);
         }
-        if self.generator.held() + self.fresh.len() > self.generator.context() {
+        let generator = self.generator.borrow_mut();
+        if generator.held() + self.fresh.len() > generator.context() {
             return self.end(End::Context);
         }
         let token = self.draw()?;
-        if self.generator.ends.contains(&token) {
+        if self.generator.borrow_mut().ends.contains(&token) {
             return self.end(End::Model);
         }
         self.left = self.left.map(|left| left - 1);
@@ -172,22 +210,24 @@ impl Generation<'_, '_> {
 
     /// Sends a batch of a long prompt through the model; between batches the caller can stop it.
     fn feed_batch(&mut self) -> Result<Event> {
-        let Generator { model, cache, held, .. } = &mut *self.generator;
-        let batch: Vec<u32> = self.fresh.drain(..PREFILL_BATCH).collect();
-        held.extend(&batch);
-        self.timings.prefill.measure(batch.len(), || model.prefill(&batch, cache))?;
+        let Generator { model, sequence, workspace, .. } = self.generator.borrow_mut();
+        let tokens: Vec<u32> = self.fresh.drain(..PREFILL_BATCH).collect();
+        let turn = Turn { tokens: &tokens, sequence };
+        self.timings.prefill.measure(tokens.len(), || model.prefill(turn, workspace))?;
         Ok(Event::Prompt { done: self.total - self.fresh.len(), total: self.total })
     }
 
     fn draw(&mut self) -> Result<u32> {
-        let Generator { model, cache, held, sampler, ends, .. } = &mut *self.generator;
+        let Generator { model, sequence, workspace, sampler, ends, .. } =
+            self.generator.borrow_mut();
         let fresh = std::mem::take(&mut self.fresh);
-        held.extend(&fresh);
         // A chat is full of ends of turns. A penalty on them would make the model talk on and on.
-        let recent: Vec<u32> = held.iter().copied().filter(|token| !ends.contains(token)).collect();
+        let so_far = sequence.tokens().iter().chain(&fresh).copied();
+        let recent: Vec<u32> = so_far.filter(|token| !ends.contains(token)).collect();
         let Timings { prefill, decode } = &mut self.timings;
         let timing = if prefill.tokens + fresh.len() <= self.total { prefill } else { decode };
-        timing.measure(fresh.len(), || model.next_token(&fresh, cache, sampler, &recent))
+        let turn = Turn { tokens: &fresh, sequence };
+        timing.measure(fresh.len(), || model.next_token(turn, workspace, sampler, &recent))
     }
 
     fn end(&mut self, reason: End) -> Result<Event> {
@@ -196,7 +236,7 @@ impl Generation<'_, '_> {
     }
 }
 
-impl Iterator for Generation<'_, '_> {
+impl<'a, G: BorrowMut<Generator<'a>>> Iterator for Generation<'a, G> {
     type Item = Result<Event>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -206,9 +246,6 @@ impl Iterator for Generation<'_, '_> {
         let event = self.advance();
         if event.is_err() {
             self.state = State::Ended;
-            // What a failed step left in the cache is unknown.
-            self.generator.cache.clear();
-            self.generator.held.clear();
         }
         Some(event)
     }

@@ -1,4 +1,18 @@
 //! Runs models: the graph, its KV cache, tokenizer, chat template, sampler, and perplexity.
+//!
+//! ```no_run
+//! use slim_runtime::{Event, Model, Settings};
+//!
+//! for event in Model::open("m.slim.gguf")?.generate("Once upon a time", Settings::default())? {
+//!     if let Event::Token { text, .. } = event? {
+//!         print!("{text}");
+//!     }
+//! }
+//! # Ok::<(), slim_runtime::RuntimeError>(())
+//! ```
+//!
+//! A server keeps a [`Sequence`] for each text, and gives all their new tokens to [`Model::step`]
+//! together.
 
 mod block;
 mod chat;
@@ -6,7 +20,7 @@ mod cuda;
 mod ends;
 mod error;
 mod generation;
-mod kv_cache;
+mod identity;
 mod model;
 mod onnx;
 mod perplexity;
@@ -14,14 +28,17 @@ mod placement;
 mod positions;
 mod random;
 mod sampler;
+mod sequence;
 mod tokenizer;
+mod turn;
 
-pub use block::{Block, Context, attention_shape, find_vector, find_weight};
+pub use block::{Block, Context, Passage, attention_shape, find_vector, find_weight};
 pub use chat::{ChatFormat, ChatTemplate, Message, end_tokens};
 pub use ends::{Ends, finish_logits};
 pub use error::{Result, RuntimeError};
-pub use generation::{End, Event, Generation, Generator, Timing, Timings};
-pub use kv_cache::{KvBlock, KvCache};
+pub use generation::{
+    DEFAULT_CONTEXT, End, Event, Generation, Generator, Settings, Timing, Timings,
+};
 pub use model::Model;
 pub use onnx::{OnnxGraph, OnnxRuntime};
 pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Protocol, evaluate};
@@ -29,4 +46,6 @@ pub use placement::CudaSettings;
 pub use positions::Positions;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};
+pub use sequence::{KvBlock, Sequence};
 pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};
+pub use turn::{Turn, Workspace};

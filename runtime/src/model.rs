@@ -1,8 +1,16 @@
 //! A model ready to run: embedding, blocks, output.
 
-use std::{ops::Range, sync::Arc};
+#[cfg(test)]
+mod tests;
 
-use slim_formats::{Decoder, ModelConfig, ModelSource};
+use std::{
+    ops::Range,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
+
+use self_cell::self_cell;
+use slim_formats::{Decoder, ModelConfig, ModelSource, open_model};
 use slim_kernels::{
     Backend, Cpu,
     cuda::{Device, KvType},
@@ -10,14 +18,17 @@ use slim_kernels::{
 };
 
 use crate::{
-    CudaSettings, KvBlock, KvCache, Positions, Result, RuntimeError, Sampler,
-    block::{Block, Context},
-    cuda::{Input, Segment, Session},
-    ends::{Ends, check_tokens},
+    CudaSettings, KvBlock, Positions, Result, RuntimeError, Sampler, Sequence, Tokenizer, Turn,
+    Workspace,
+    block::{Block, Context, Passage},
+    cuda::{Input, Segment, WorkspaceOnDevice},
+    ends::Ends,
+    identity::Identity,
+    turn::{Batch, batches},
 };
 
-/// Tokens that go through the blocks together: bounds the memory of activations, fills the matrix
-/// products.
+/// Tokens that go through the blocks together at most: bounds the memory of activations, fills the
+/// matrix products.
 pub(crate) const PREFILL_BATCH: usize = 512;
 
 /// The most likely tokens that a CUDA device can sort out.
@@ -25,29 +36,56 @@ const MAX_TOP: usize = 128;
 
 /// A model: the weights of blocks on the CPU where they lie in its source, copies of the others on
 /// CUDA devices.
-pub struct Model<'a> {
-    config: &'a ModelConfig,
-    context: Context<'a>,
-    /// The first blocks, on the CPU.
-    blocks: Vec<Block<'a>>,
-    /// The other blocks, on CUDA devices.
-    segments: Vec<Arc<Segment>>,
+///
+/// It never changes while it runs: what it has read of a text is in a [`Sequence`], what it
+/// computes in is a [`Workspace`]. On the CPU any number of threads may run it at a time. On
+/// devices one may, which also makes its sequences and workspaces.
+pub struct Model {
+    weights: Weights,
+    backend: &'static dyn Backend,
+    /// The blocks behind those of `weights`, on CUDA devices.
+    segments: Vec<Segment>,
     kv_type: KvType,
+    /// Tokens that go through the blocks together at most.
+    batch: usize,
+    /// What its sequences and workspaces know it by.
+    identity: Identity,
+    /// Made when it is first asked for.
+    tokenizer: OnceLock<Tokenizer>,
+}
+
+self_cell! {
+    /// A source, and what runs on the CPU of it.
+    struct Weights {
+        owner: Arc<dyn ModelSource>,
+        #[covariant]
+        dependent: Layers,
+    }
+}
+
+/// What borrows its weights from a source.
+struct Layers<'a> {
+    /// The first blocks of the model.
+    blocks: Vec<Block<'a>>,
     ends: Ends<'a>,
 }
 
-impl<'a> Model<'a> {
+impl Model {
+    /// Opens a model file or folder of any supported kind, to run on the CPU.
+    ///
+    /// # Errors
+    /// Those of [`open_model`] and [`Self::load`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::load(open_model(path.as_ref())?.into(), &Cpu)
+    }
+
     /// Finds and checks every tensor; copies only the norms.
     ///
     /// # Errors
     /// `Malformed` if a tensor is missing or has the wrong shape.
-    pub fn load(source: &'a dyn ModelSource, backend: &'a dyn Backend) -> Result<Self> {
-        let (config, decoder) = (source.config(), source.decoder());
-        let blocks =
-            (0..decoder.blocks.len()).map(|i| Block::load(source, i)).collect::<Result<_>>()?;
-        let (ends, context) = (Ends::load(source)?, Context { decoder, backend });
-        let (segments, kv_type) = (Vec::new(), KvType::F16);
-        Ok(Self { config, context, blocks, segments, kv_type, ends })
+    pub fn load(source: Arc<dyn ModelSource>, backend: &'static dyn Backend) -> Result<Self> {
+        let blocks = source.decoder().blocks.len();
+        Self::load_first(source, backend, blocks)
     }
 
     /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
@@ -55,34 +93,74 @@ impl<'a> Model<'a> {
     /// # Errors
     /// As [`Self::load`]; `InvalidArgument` if not as many blocks fit as were asked for; `Kernel`
     /// if a device refuses.
-    pub fn load_on_cuda(source: &'a dyn ModelSource, settings: &CudaSettings) -> Result<Self> {
-        let mut model = Self::load(source, &Cpu)?;
-        let ranges = settings.place(source)?;
-        model.blocks.truncate(ranges.first().map_or(model.blocks.len(), |range| range.start));
+    pub fn load_on_cuda(source: Arc<dyn ModelSource>, settings: &CudaSettings) -> Result<Self> {
+        let ranges = settings.place(&*source)?;
+        let on_cpu = ranges.first().map_or(source.decoder().blocks.len(), |range| range.start);
+        let mut model = Self::load_first(Arc::clone(&source), &Cpu, on_cpu)?;
         model.kv_type = settings.kv_type;
+        model.batch = PREFILL_BATCH.min(settings.context);
         for ((number, device), range) in settings.devices.iter().zip(ranges) {
             if !range.is_empty() {
                 let name = format!("cuda:{number}");
-                let segment = Segment::load(source, Arc::clone(device), name, range)?;
-                model.segments.push(Arc::new(segment));
+                model.segments.push(Segment::load(&*source, Arc::clone(device), name, range)?);
             }
         }
         Ok(model)
     }
 
+    /// The first `blocks` blocks, and the ends.
+    fn load_first(
+        source: Arc<dyn ModelSource>,
+        backend: &'static dyn Backend,
+        blocks: usize,
+    ) -> Result<Self> {
+        let weights = Weights::try_new(source, |source| -> Result<_> {
+            let blocks = (0..blocks).map(|index| Block::load(&**source, index));
+            Ok(Layers { blocks: blocks.collect::<Result<_>>()?, ends: Ends::load(&**source)? })
+        })?;
+        Ok(Self {
+            weights,
+            backend,
+            segments: Vec::new(),
+            kv_type: KvType::F16,
+            batch: PREFILL_BATCH,
+            identity: Identity::default(),
+            tokenizer: OnceLock::new(),
+        })
+    }
+
+    /// Where it comes from.
+    pub fn source(&self) -> &dyn ModelSource {
+        &**self.weights.borrow_owner()
+    }
+
     /// Hyperparameters.
-    pub fn config(&self) -> &'a ModelConfig {
-        self.config
+    pub fn config(&self) -> &ModelConfig {
+        self.source().config()
     }
 
     /// What it computes.
-    pub fn decoder(&self) -> &'a Decoder {
-        self.context.decoder
+    pub fn decoder(&self) -> &Decoder {
+        self.source().decoder()
+    }
+
+    /// Its tokenizer.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::of`].
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        match self.tokenizer.get() {
+            Some(tokenizer) => Ok(tokenizer),
+            None => {
+                let tokenizer = Tokenizer::of(self.source())?;
+                Ok(self.tokenizer.get_or_init(|| tokenizer))
+            }
+        }
     }
 
     /// Where the blocks run: the name of a device and its blocks, in their order.
     pub fn placement(&self) -> Vec<(String, Range<usize>)> {
-        let cpu = ("cpu".to_owned(), 0..self.blocks.len());
+        let cpu = ("cpu".to_owned(), 0..self.layers().blocks.len());
         let segments = self.segments.iter().map(|segment| (segment.device_name(), segment.range()));
         std::iter::once(cpu).chain(segments).filter(|(_, range)| !range.is_empty()).collect()
     }
@@ -92,44 +170,131 @@ impl<'a> Model<'a> {
         self.segments.iter().map(|segment| segment.device())
     }
 
-    /// An empty cache for texts of up to `capacity` tokens.
+    /// An empty text of up to `capacity` tokens.
     ///
     /// # Errors
     /// `Kernel` if a device has no memory for it.
-    pub fn new_cache(&self, capacity: usize) -> Result<KvCache> {
+    pub fn sequence(&self, capacity: usize) -> Result<Sequence> {
         let new_kv = |block: &Block<'_>| KvBlock::new(&block.spec.attention, capacity);
-        let blocks = self.blocks.iter().map(new_kv).collect();
-        let sessions =
-            self.segments.iter().map(|segment| Session::new(segment, capacity, self.kv_type));
-        Ok(KvCache { blocks, sessions: sessions.collect::<Result<_>>()?, capacity, position: 0 })
+        let blocks = self.layers().blocks.iter().map(new_kv).collect();
+        let segments = self.segments.iter().map(|segment| segment.sequence(capacity, self.kv_type));
+        let (segments, model) = (segments.collect::<Result<_>>()?, self.identity.clone());
+        Ok(Sequence { model, tokens: Vec::new(), capacity, blocks, segments })
     }
 
-    /// Feeds `tokens` after those that `cache` holds; gives the last hidden states, as the output
-    /// layer takes them in: `[tokens.len(), embedding]`.
+    /// Memory to compute in.
     ///
     /// # Errors
-    /// `InvalidArgument` for a token outside the vocabulary or a full cache; `Kernel` if a device
-    /// refuses.
-    pub fn forward(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        self.check(tokens, cache)?;
-        let mut states = Vec::with_capacity(tokens.len() * self.decoder().embedding_size);
-        for batch in tokens.chunks(PREFILL_BATCH) {
-            let x = match self.feed(batch, cache)? {
-                Residual::OnHost(x) => x,
-                Residual::OnDevice(session) => session.residual(batch.len())?,
-            };
-            states.extend(in_pool(|| self.ends.states(self.context, &x))?);
+    /// `Kernel` if a device has none left.
+    pub fn workspace(&self) -> Result<Workspace> {
+        let segments = self.segments.iter().map(|segment| segment.workspace(self.batch));
+        Ok(Workspace { model: self.identity.clone(), segments: segments.collect::<Result<_>>()? })
+    }
+
+    /// Feeds every turn's tokens after those that its sequence holds; gives the logits that follow
+    /// the last token of each, `[turns, vocab]`.
+    ///
+    /// On the CPU all turns go through each linear layer together, so that its weights are read
+    /// once for all of them; attention is each turn's own. Turns on devices run one after the
+    /// other.
+    ///
+    /// # Accuracy
+    /// The logits of a turn do not depend on what the others say. On the CPU they depend a little
+    /// on how many tokens come along: one alone is multiplied as 8-bit integers where the weights
+    /// are packed, more are in f32.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, before anything is computed, for a turn without tokens, a token outside
+    /// the vocabulary, more tokens than fit, and a sequence or workspace of another model; `Kernel`
+    /// if a device refuses. Either way every sequence holds what it held before.
+    pub fn step(&self, turns: &mut [Turn<'_>], workspace: &mut Workspace) -> Result<Vec<f32>> {
+        self.check_step(turns, workspace)?;
+        // Of turns on the CPU, [turns, hidden]; of those on devices, [turns, vocab].
+        let (mut last, mut logits) = (Vec::new(), Vec::new());
+        for batch in self.batches(turns) {
+            match self.feed(turns, &batch, workspace)? {
+                Residual::OnHost(x) => {
+                    let width = self.decoder().hidden_size;
+                    let rows = batch.last_rows.iter().map(|row| &x[row * width..][..width]);
+                    last.extend(rows.flatten());
+                }
+                Residual::OnDevice(_) if batch.last_rows.is_empty() => {}
+                Residual::OnDevice(workspace) => logits.extend(workspace.logits()?),
+            }
         }
-        Ok(states)
+        if !last.is_empty() {
+            logits = self.logits_after(&last)?;
+        }
+        hold(turns);
+        Ok(logits)
     }
 
-    /// Feeds `tokens` whose continuation nobody asks for.
+    /// Feeds a turn's tokens and lets `sampler` draw the next one; `recent` are the tokens so far,
+    /// those of the turn included.
     ///
     /// # Errors
-    /// As [`Self::forward`].
-    pub fn prefill(&self, tokens: &[u32], cache: &mut KvCache) -> Result<()> {
-        self.check(tokens, cache)?;
-        tokens.chunks(PREFILL_BATCH).try_for_each(|batch| self.feed(batch, cache).map(drop))
+    /// As [`Self::step`] and [`Sampler::sample`].
+    pub fn next_token(
+        &self,
+        turn: Turn<'_>,
+        workspace: &mut Workspace,
+        sampler: &mut Sampler,
+        recent: &[u32],
+    ) -> Result<u32> {
+        let turns = &mut [turn];
+        self.check_step(turns, workspace)?;
+        let batches = self.batches(turns);
+        let (last, others) = batches.split_last().expect("a turn with tokens");
+        for batch in others {
+            self.feed(turns, batch, workspace)?;
+        }
+        let token = match (self.feed(turns, last, workspace)?, sampler.deciding_tokens()) {
+            (Residual::OnHost(x), _) => {
+                let last = &x[x.len() - self.decoder().hidden_size..];
+                sampler.sample(&self.logits_after(last)?, recent)?
+            }
+            // The device sorts; a hundred logits come to the host instead of a hundred thousand.
+            (Residual::OnDevice(workspace), Some(k)) if k <= MAX_TOP => {
+                sampler.sample_top(&workspace.top(k)?, recent)?
+            }
+            (Residual::OnDevice(workspace), _) => sampler.sample(&workspace.logits()?, recent)?,
+        };
+        hold(turns);
+        Ok(token)
+    }
+
+    /// Feeds tokens whose continuation nobody asks for.
+    ///
+    /// # Errors
+    /// As [`Self::step`], but there may be no tokens.
+    pub fn prefill(&self, turn: Turn<'_>, workspace: &mut Workspace) -> Result<()> {
+        let turns = &mut [turn];
+        self.check(turns, workspace)?;
+        for batch in self.batches(turns) {
+            self.feed(turns, &batch, workspace)?;
+        }
+        hold(turns);
+        Ok(())
+    }
+
+    /// Feeds tokens; gives the last hidden states of all of them, as the output layer takes them
+    /// in: `[tokens.len(), embedding]`.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn forward(&self, turn: Turn<'_>, workspace: &mut Workspace) -> Result<Vec<f32>> {
+        let turns = &mut [turn];
+        self.check(turns, workspace)?;
+        let mut states = Vec::with_capacity(turns[0].tokens.len() * self.decoder().embedding_size);
+        for batch in self.batches(turns) {
+            let x = match self.feed(turns, &batch, workspace)? {
+                Residual::OnHost(x) => x,
+                Residual::OnDevice(workspace) => workspace.residual(batch.tokens[0].len())?,
+            };
+            states.extend(in_pool(|| self.layers().ends.states(self.context(), &x))?);
+        }
+        hold(turns);
+        Ok(states)
     }
 
     /// Logits of last hidden states: `[m, embedding]` to `[m, vocab]`.
@@ -139,132 +304,160 @@ impl<'a> Model<'a> {
     pub fn logits(&self, states: &[f32]) -> Result<Vec<f32>> {
         match self.segments.last() {
             Some(segment) => segment.logits(states),
-            None => in_pool(|| self.ends.logits(self.context, states)),
-        }
-    }
-
-    /// Feeds `tokens` and gives the logits that follow the last one, `[vocab]`.
-    ///
-    /// # Errors
-    /// As [`Self::forward`]; `InvalidArgument` if there are no tokens.
-    pub fn next_logits(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        match self.feed_all(tokens, cache)? {
-            Residual::OnHost(x) => self.logits_of_last(&x),
-            Residual::OnDevice(session) => session.logits(),
-        }
-    }
-
-    /// Feeds `tokens` and lets `sampler` draw the next one; `recent` are the tokens so far,
-    /// `tokens` included.
-    ///
-    /// # Errors
-    /// As [`Self::next_logits`] and [`Sampler::sample`].
-    pub fn next_token(
-        &self,
-        tokens: &[u32],
-        cache: &mut KvCache,
-        sampler: &mut Sampler,
-        recent: &[u32],
-    ) -> Result<u32> {
-        match (self.feed_all(tokens, cache)?, sampler.deciding_tokens()) {
-            (Residual::OnHost(x), _) => sampler.sample(&self.logits_of_last(&x)?, recent),
-            // The device sorts; a hundred logits come to the host instead of a hundred thousand.
-            (Residual::OnDevice(session), Some(k)) if k <= MAX_TOP => {
-                sampler.sample_top(&session.top(k)?, recent)
-            }
-            (Residual::OnDevice(session), _) => sampler.sample(&session.logits()?, recent),
+            None => in_pool(|| self.layers().ends.logits(self.context(), states)),
         }
     }
 
     /// Bytes of weights that decoding one token reads: every layer, and one row of the embedding.
     pub fn bytes_per_token(&self) -> u64 {
-        let on_cpu = self.blocks.iter().flat_map(|block| block.layers.values().copied());
+        let Layers { blocks, ends } = self.layers();
+        let on_cpu = blocks.iter().flat_map(|block| block.layers.values().copied());
         let on_devices: u64 = self.segments.iter().map(|segment| segment.bytes_per_token()).sum();
-        let output = if self.segments.is_empty() { Some(self.ends.output) } else { None };
+        let output = if self.segments.is_empty() { Some(ends.output) } else { None };
         on_cpu.chain(output).map(weight::stored_bytes).sum::<u64>() + on_devices
     }
 
-    fn check(&self, tokens: &[u32], cache: &KvCache) -> Result<()> {
-        let needed = cache.position + tokens.len();
-        if needed > cache.capacity {
-            let expected = format!("at most {}, the size of the context", cache.capacity);
+    fn layers(&self) -> &Layers<'_> {
+        self.weights.borrow_dependent()
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context { decoder: self.decoder(), backend: self.backend }
+    }
+
+    /// [`Self::check`], for what needs a last token.
+    fn check_step(&self, turns: &[Turn<'_>], workspace: &Workspace) -> Result<()> {
+        if let Some(empty) = turns.iter().position(|turn| turn.tokens.is_empty()) {
+            let error = RuntimeError::invalid_argument("tokens", 0, "at least one");
+            return Err(name_turn(error, empty, turns));
+        }
+        self.check(turns, workspace)
+    }
+
+    /// Refuses what cannot be fed, before anything is.
+    fn check(&self, turns: &[Turn<'_>], workspace: &Workspace) -> Result<()> {
+        self.check_own("workspace", &workspace.model)?;
+        for (index, turn) in turns.iter().enumerate() {
+            self.check_turn(turn).map_err(|error| name_turn(error, index, turns))?;
+        }
+        Ok(())
+    }
+
+    fn check_turn(&self, Turn { tokens, sequence }: &Turn<'_>) -> Result<()> {
+        self.check_own("sequence", &sequence.model)?;
+        let needed = sequence.tokens.len() + tokens.len();
+        if needed > sequence.capacity {
+            let expected = format!("at most {}, the size of the context", sequence.capacity);
             return Err(RuntimeError::invalid_argument("tokens", needed, expected));
         }
-        check_tokens(tokens, self.config().vocab_size)
+        self.layers().ends.check(tokens, sequence.tokens.len())
     }
 
-    /// Runs all `tokens` through the blocks, of which there must be one.
-    fn feed_all<'c>(&self, tokens: &[u32], cache: &'c mut KvCache) -> Result<Residual<'c>> {
-        self.check(tokens, cache)?;
-        let last = tokens.len().saturating_sub(1) / PREFILL_BATCH * PREFILL_BATCH;
-        let (first, last) = tokens.split_at(last);
-        if last.is_empty() {
-            return Err(RuntimeError::invalid_argument("tokens", 0, "at least one"));
+    fn check_own(&self, what: &str, model: &Identity) -> Result<()> {
+        match *model == self.identity {
+            true => Ok(()),
+            false => {
+                let found = "one of another model";
+                Err(RuntimeError::invalid_argument(what, found, "one that this model made"))
+            }
         }
-        for batch in first.chunks(PREFILL_BATCH) {
-            self.feed(batch, cache)?;
-        }
-        self.feed(last, cache)
     }
 
-    /// Runs a batch of tokens through the blocks.
-    fn feed<'c>(&self, tokens: &[u32], cache: &'c mut KvCache) -> Result<Residual<'c>> {
-        let start = cache.position;
-        cache.position += tokens.len();
-        let KvCache { blocks, sessions, capacity, .. } = cache;
-        let mut x = match (self.blocks.is_empty(), self.segments.is_empty()) {
-            (true, false) => None,
-            _ => Some(in_pool(|| self.feed_cpu(tokens, blocks, start, *capacity))?),
-        };
-        let Some((last, others)) = sessions.split_last_mut() else {
-            return Ok(Residual::OnHost(x.unwrap_or_default()));
-        };
-        for session in others {
-            session.forward(input(tokens, &x), start, tokens.len())?;
-            x = Some(session.residual(tokens.len())?);
-        }
-        last.forward(input(tokens, &x), start, tokens.len())?;
-        Ok(Residual::OnDevice(last))
+    /// What goes through the blocks together; a device takes one text at a time.
+    fn batches(&self, turns: &[Turn<'_>]) -> Vec<Batch> {
+        let lengths = turns.iter().map(|turn| turn.tokens.len());
+        batches(lengths, self.batch, self.segments.is_empty())
     }
 
-    /// Embeds a batch of tokens and runs it through the blocks on the CPU.
-    fn feed_cpu(
+    /// Runs a batch through the blocks.
+    fn feed<'w>(
         &self,
-        tokens: &[u32],
-        kv: &mut [KvBlock],
-        start: usize,
-        capacity: usize,
-    ) -> Result<Vec<f32>> {
-        let positions = Positions::new(self.decoder(), start, tokens.len(), capacity);
-        let mut x = self.ends.embed(self.context, tokens, &positions)?;
-        for (block, kv) in self.blocks.iter().zip(kv) {
-            block.forward(self.context, &mut x, kv, &positions)?;
+        turns: &mut [Turn<'_>],
+        batch: &Batch,
+        workspace: &'w mut Workspace,
+    ) -> Result<Residual<'w>> {
+        let turns = &mut turns[batch.turns.clone()];
+        if self.segments.is_empty() {
+            return in_pool(|| self.feed_cpu(turns, &batch.tokens)).map(Residual::OnHost);
+        }
+        let mut x = match self.layers().blocks.is_empty() {
+            true => None,
+            false => Some(in_pool(|| self.feed_cpu(turns, &batch.tokens))?),
+        };
+        let ([Turn { tokens, sequence }], [range]) = (turns, &batch.tokens[..]) else {
+            panic!("a batch for devices is of one turn");
+        };
+        let (start, m) = (sequence.tokens.len() + range.start, range.len());
+        let mut reached: Option<&mut WorkspaceOnDevice> = None;
+        let stops = self.segments.iter().zip(&mut sequence.segments).zip(&mut workspace.segments);
+        for ((segment, sequence), workspace) in stops {
+            if let Some(before) = reached {
+                x = Some(before.residual(m)?);
+            }
+            let input = match &x {
+                Some(x) => Input::Residual(x),
+                None => Input::Tokens(&tokens[range.clone()]),
+            };
+            segment.forward(input, start, m, sequence, workspace)?;
+            reached = Some(workspace);
+        }
+        Ok(Residual::OnDevice(reached.expect("a model on devices has segments")))
+    }
+
+    /// Embeds these tokens of each turn and runs them through the blocks on the CPU; gives the
+    /// residual stream, `[m, hidden]`.
+    fn feed_cpu(&self, turns: &mut [Turn<'_>], tokens: &[Range<usize>]) -> Result<Vec<f32>> {
+        let (Layers { blocks, ends }, decoder) = (self.layers(), self.decoder());
+        let (mut x, mut positions) = (Vec::new(), Vec::new());
+        for (Turn { tokens, sequence }, range) in turns.iter().zip(tokens) {
+            let start = sequence.tokens.len() + range.start;
+            x.extend(ends.embed(self.context(), &tokens[range.clone()], start)?);
+            positions.push(Positions::new(decoder, start, range.len(), sequence.capacity));
+        }
+        for (index, block) in blocks.iter().enumerate() {
+            let passages = turns.iter_mut().zip(&positions).map(|(turn, positions)| Passage {
+                positions,
+                kv: &mut turn.sequence.blocks[index],
+            });
+            block.forward(self.context(), &mut x, &mut passages.collect::<Vec<_>>())?;
         }
         Ok(x)
     }
 
-    /// The logits that follow the last token of a residual stream.
-    fn logits_of_last(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let last = &x[x.len() - self.config().hidden_size..];
+    /// The logits that follow these rows of the residual stream, `[m, hidden]` to `[m, vocab]`.
+    fn logits_after(&self, x: &[f32]) -> Result<Vec<f32>> {
         in_pool(|| {
-            let states = self.ends.states(self.context, last)?;
-            self.ends.logits(self.context, &states)
+            let states = self.layers().ends.states(self.context(), x)?;
+            self.layers().ends.logits(self.context(), &states)
         })
     }
 }
 
 /// Where the residual stream is after the last block.
-enum Residual<'c> {
+enum Residual<'w> {
     /// `[m, hidden]`.
     OnHost(Vec<f32>),
-    OnDevice(&'c mut Session),
+    OnDevice(&'w mut WorkspaceOnDevice),
 }
 
-/// What the next session gets in: what came out before, or the tokens.
-fn input<'x>(tokens: &'x [u32], x: &'x Option<Vec<f32>>) -> Input<'x> {
-    match x {
-        Some(x) => Input::Residual(x),
-        None => Input::Tokens(tokens),
+/// Turns have gone through the model: their sequences hold them.
+fn hold(turns: &mut [Turn<'_>]) {
+    for Turn { tokens, sequence } in turns {
+        sequence.tokens.extend_from_slice(tokens);
+    }
+}
+
+/// Says which of several turns is wrong.
+fn name_turn(error: RuntimeError, index: usize, turns: &[Turn<'_>]) -> RuntimeError {
+    match error {
+        RuntimeError::InvalidArgument { what, found, expected } if turns.len() > 1 => {
+            RuntimeError::InvalidArgument {
+                what: format!("turns[{index}]: {what}"),
+                found,
+                expected,
+            }
+        }
+        error => error,
     }
 }
 

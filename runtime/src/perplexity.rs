@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_kernels::{kl_divergence, log_softmax};
 
-use crate::{Model, Result, RuntimeError};
+use crate::{Model, Result, RuntimeError, Turn};
 
 /// Positions whose logits are held at a time.
 const POSITIONS: usize = 128;
@@ -35,7 +35,7 @@ pub type Logits<'a> = Box<dyn Fn(Range<usize>) -> Result<Vec<f32>> + 'a>;
 /// A model that runs `batch` tokens at a time; with 1 it computes what generating text does.
 pub struct InBatches<'m> {
     /// The model.
-    pub model: &'m Model<'m>,
+    pub model: &'m Model,
     /// Tokens.
     pub batch: usize,
 }
@@ -43,10 +43,11 @@ pub struct InBatches<'m> {
 impl NextTokens for InBatches<'_> {
     fn run(&mut self, window: &[u32]) -> Result<Logits<'_>> {
         let (model, batch, width) = (self.model, self.batch, self.model.decoder().embedding_size);
-        let mut cache = model.new_cache(window.len())?;
+        let (mut sequence, mut workspace) = (model.sequence(window.len())?, model.workspace()?);
         let mut states = Vec::with_capacity(window.len() * width);
         for tokens in window.chunks(batch) {
-            states.extend(model.forward(tokens, &mut cache)?);
+            let turn = Turn { tokens, sequence: &mut sequence };
+            states.extend(model.forward(turn, &mut workspace)?);
         }
         Ok(Box::new(move |positions| {
             let states = &states[positions.start * width..positions.end * width];

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use slim_formats::Generation;
+
 use crate::{Result, RuntimeError, SplitMix64};
 
 /// How the next token is chosen. The defaults are llama.cpp's.
@@ -44,6 +46,21 @@ impl SamplerSettings {
     /// or begins with what has a percent or two: here the tail is cut off and repetition costs.
     pub fn cautious() -> Self {
         Self { temperature: 0.6, min_p: 0.25, repeat_penalty: 1.1, ..Self::default() }
+    }
+
+    /// What the makers of a model recommend; of what they leave open, the defaults, or all of
+    /// [`Self::cautious`] if they say nothing.
+    pub fn recommended(model: &Generation) -> Self {
+        let ours = if model.is_empty() { Self::cautious() } else { Self::default() };
+        Self {
+            temperature: model.temperature.unwrap_or(ours.temperature),
+            top_k: model.top_k.unwrap_or(ours.top_k),
+            top_p: model.top_p.unwrap_or(ours.top_p),
+            min_p: model.min_p.unwrap_or(ours.min_p),
+            repeat_penalty: model.repeat_penalty.unwrap_or(ours.repeat_penalty),
+            repeat_window_tokens: model.repeat_window_tokens.unwrap_or(ours.repeat_window_tokens),
+            seed: ours.seed,
+        }
     }
 
     /// Always the most likely token.

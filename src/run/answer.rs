@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use signal_hook::{consts::SIGINT, flag};
-use slim_runtime::{End, Event, Generation, Timings};
+use slim_runtime::{End, Event, Generation, Generator, Timings};
 
 use crate::output::{note, plural, print};
 
@@ -48,8 +48,8 @@ pub struct Answer {
 
 /// Prints a text as it comes, then what cut it short, if something did, and the timings. `context`:
 /// tokens that the context holds.
-pub fn print_answer(
-    mut generation: Generation<'_, '_>,
+pub fn print_answer<'a>(
+    mut generation: Generation<'a, &mut Generator<'a>>,
     context: usize,
     interrupt: &Interrupt,
 ) -> Result<Answer> {

@@ -18,29 +18,30 @@ pub struct Sampling {
 
 impl Sampling {
     pub fn new(flags: &SamplingArgs, model: &Generation) -> Self {
-        let mut ours = match model.is_empty() {
-            true => SamplerSettings::cautious(),
-            false => SamplerSettings::default(),
+        let base = match flags.temperature {
+            // Without luck there is nothing to be cautious about.
+            Some(0.0) if model.is_empty() => SamplerSettings::greedy(),
+            _ => SamplerSettings::recommended(model),
         };
         let mut choice = Choice::default();
-        let temperature =
-            choice.of("temperature", flags.temperature, model.temperature, ours.temperature);
-        if temperature == 0.0 {
-            ours = SamplerSettings::greedy();
-        }
         let settings = SamplerSettings {
-            temperature,
-            top_k: choice.of("top-k", flags.top_k, model.top_k, ours.top_k),
-            top_p: choice.of("top-p", flags.top_p, model.top_p, ours.top_p),
-            min_p: choice.of("min-p", flags.min_p, model.min_p, ours.min_p),
+            temperature: choice.of(
+                "temperature",
+                flags.temperature,
+                model.temperature,
+                base.temperature,
+            ),
+            top_k: choice.of("top-k", flags.top_k, model.top_k, base.top_k),
+            top_p: choice.of("top-p", flags.top_p, model.top_p, base.top_p),
+            min_p: choice.of("min-p", flags.min_p, model.min_p, base.min_p),
             repeat_penalty: choice.of(
                 "repeat penalty",
                 flags.repeat_penalty,
                 model.repeat_penalty,
-                ours.repeat_penalty,
+                base.repeat_penalty,
             ),
-            repeat_window_tokens: model.repeat_window_tokens.unwrap_or(ours.repeat_window_tokens),
             seed: flags.seed.unwrap_or_else(random_seed),
+            ..base
         };
         let text = format!("sampling: {}; seed {}", choice.0.join(", "), settings.seed);
         Self { settings, text }
@@ -59,11 +60,12 @@ impl fmt::Display for Sampling {
 struct Choice(Vec<String>);
 
 impl Choice {
-    fn of<T: fmt::Display>(&mut self, name: &str, flag: Option<T>, model: Option<T>, ours: T) -> T {
+    /// The flag, or else `base`, which is the model's if `model` is there.
+    fn of<T: fmt::Display>(&mut self, name: &str, flag: Option<T>, model: Option<T>, base: T) -> T {
         let (value, origin) = match (flag, model) {
             (Some(value), _) => (value, " (given)"),
-            (None, Some(value)) => (value, " (the model's)"),
-            (None, None) => (ours, ""),
+            (None, Some(_)) => (base, " (the model's)"),
+            (None, None) => (base, ""),
         };
         self.0.push(format!("{name} {value}{origin}"));
         value

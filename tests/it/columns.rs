@@ -1,6 +1,9 @@
 //! Matrices whose columns are no multiple of 16: quantized, run, exported, and counted.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use half::f16;
 use safetensors::{Dtype, tensor::TensorView};
@@ -173,9 +176,9 @@ fn packed_models_of_any_columns_compute_with_their_own_weights() {
                 assert_eq!(down.layout().cols(), sizes.ffn);
             }
             let dequantized = Dequantized::open(Path::new(&file));
-            let expected = logits(&dequantized, &Scalar, &TOKENS);
+            let expected = logits(Arc::new(dequantized), &Scalar, &TOKENS);
             assert!(expected[1].iter().all(|logit| logit.is_finite()), "{what}");
-            assert_close(&what, &logits(&packed, &Cpu, &TOKENS), &expected);
+            assert_close(&what, &logits(Arc::new(packed), &Cpu, &TOKENS), &expected);
         }
     }
 }
@@ -334,10 +337,7 @@ fn exports_of_any_columns_compute_what_the_file_does() {
     for sizes in [&STORIES, &RAGGED, &ODD] {
         let source = model(&dir, sizes);
         let file = convert(&dir, &source, &["--bits", "4"]);
-        let of = |path: &str| {
-            let source = open_model(Path::new(path)).unwrap();
-            logits(&*source, &Scalar, &TOKENS)
-        };
+        let of = |path: &str| logits(open_model(Path::new(path)).unwrap().into(), &Scalar, &TOKENS);
         let expected = of(&file);
         let gguf = dir.arg("a.gguf");
         let report = export(&file, "gguf", &gguf);

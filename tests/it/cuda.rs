@@ -6,12 +6,12 @@ use std::{path::Path, process::Command, sync::Arc};
 
 use safetensors::SafeTensors;
 use serde_json::Value;
-use slim_formats::open_model;
+use slim_formats::{ModelSource, open_model};
 use slim_kernels::{
     Scalar,
     cuda::{Device, KvType},
 };
-use slim_runtime::{CudaSettings, Model};
+use slim_runtime::{CudaSettings, Model, Turn};
 
 use crate::command::{Dir, arg, golden_models, tiny_model};
 
@@ -128,26 +128,57 @@ fn errors_on_the_device(device: &Arc<Device>, model: &Path) -> [f64; 2] {
     const PROMPT: usize = 5;
     // Past windows, and past what the short factors of rotary embeddings are for.
     let tokens: Vec<u32> = (0..24).map(|i| (i * i + 7 * i) % 300).collect();
-    let source = open_model(model).unwrap();
+    let source: Arc<dyn ModelSource> = open_model(model).unwrap().into();
     let devices = vec![(0, Arc::clone(device))];
     let (kv_type, context) = (KvType::F16, tokens.len());
     let settings = CudaSettings { devices, blocks: None, kv_type, context };
-    let on_device = Model::load_on_cuda(&*source, &settings).unwrap();
-    let logits = |model: &Model<'_>| {
-        let hidden = model.forward(&tokens, &mut model.new_cache(context).unwrap()).unwrap();
+    let on_device = Model::load_on_cuda(Arc::clone(&source), &settings).unwrap();
+    let logits = |model: &Model| {
+        let sequence = &mut model.sequence(context).unwrap();
+        let turn = Turn { tokens: &tokens, sequence };
+        let hidden = model.forward(turn, &mut model.workspace().unwrap()).unwrap();
         widened(model.logits(&hidden).unwrap())
     };
-    let expected = logits(&Model::load(&*source, &Scalar).unwrap());
+    let expected = logits(&Model::load(source, &Scalar).unwrap());
     let prefill = error(&logits(&on_device), &expected);
 
-    let cache = &mut on_device.new_cache(context).unwrap();
+    let sequence = &mut on_device.sequence(context).unwrap();
+    let workspace = &mut on_device.workspace().unwrap();
+    let mut step = |tokens| on_device.step(&mut [Turn { tokens, sequence }], workspace).unwrap();
     let (prompt, others) = tokens.split_at(PROMPT);
-    let mut decoded = on_device.next_logits(prompt, cache).unwrap();
-    for &token in others {
-        decoded.extend(on_device.next_logits(&[token], cache).unwrap());
+    let mut decoded = step(prompt);
+    for token in others.chunks(1) {
+        decoded.extend(step(token));
     }
     let first = (PROMPT - 1) * on_device.config().vocab_size;
     [prefill, error(&widened(decoded), &expected[first..])]
+}
+
+/// One token's graph holds addresses of a text and of a workspace.
+#[test]
+fn texts_take_turns_on_the_device_in_any_workspace() {
+    need_device!();
+    let devices = vec![(0, Device::open(0).unwrap())];
+    let settings = CudaSettings { devices, blocks: None, kv_type: KvType::F16, context: 16 };
+    let source = open_model(&tiny_model("llama")).unwrap();
+    let model = Model::load_on_cuda(source.into(), &settings).unwrap();
+    let texts = [[1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]];
+    let alone = texts.map(|text| {
+        let sequence = &mut model.sequence(16).unwrap();
+        let workspace = &mut model.workspace().unwrap();
+        let mut step = |tokens| model.step(&mut [Turn { tokens, sequence }], workspace).unwrap();
+        text.chunks(1).map(&mut step).collect::<Vec<_>>()
+    });
+    let [mut first, mut second] = texts.map(|_| model.sequence(16).unwrap());
+    let mut workspaces = [model.workspace().unwrap(), model.workspace().unwrap()];
+    for index in 0..texts[0].len() {
+        let turns = &mut [
+            Turn { tokens: &texts[0][index..=index], sequence: &mut first },
+            Turn { tokens: &texts[1][index..=index], sequence: &mut second },
+        ];
+        let logits = model.step(turns, &mut workspaces[index / 2 % 2]).unwrap();
+        assert!(logits == [&alone[0][index][..], &alone[1][index]].concat(), "token {index}");
+    }
 }
 
 fn widened(values: Vec<f32>) -> Vec<f64> {

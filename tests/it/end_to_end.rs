@@ -1,6 +1,9 @@
 //! From a model to its packed file to its logits.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde_json::Value;
 use slim_converter::{
@@ -12,7 +15,7 @@ use slim_formats::{
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
-use slim_runtime::{InBatches, Model, Protocol, Tokenizer, evaluate};
+use slim_runtime::{InBatches, Model, Protocol, Tokenizer, Turn, evaluate};
 
 use crate::command::{Dir, arg, fail, golden_models, onnx_model, real_model, succeed, tiny_model};
 
@@ -124,13 +127,18 @@ impl ModelSource for Dequantized {
 
 /// Logits of `tokens`: of the first half, which goes through the model in one batch, and of the
 /// others, one by one.
-pub fn logits(source: &dyn ModelSource, backend: &dyn Backend, tokens: &[u32]) -> [Vec<f32>; 2] {
+pub fn logits(
+    source: Arc<dyn ModelSource>,
+    backend: &'static dyn Backend,
+    tokens: &[u32],
+) -> [Vec<f32>; 2] {
     let model = Model::load(source, backend).unwrap();
-    let mut cache = model.new_cache(tokens.len()).unwrap();
-    let (batch, rest) = tokens.split_at(tokens.len() / 2);
-    let prefill = model.logits(&model.forward(batch, &mut cache).unwrap()).unwrap();
-    let next = |token: &u32| model.next_logits(&[*token], &mut cache).unwrap();
-    [prefill, rest.iter().flat_map(next).collect()]
+    let sequence = &mut model.sequence(tokens.len()).unwrap();
+    let workspace = &mut model.workspace().unwrap();
+    let (tokens, rest) = tokens.split_at(tokens.len() / 2);
+    let hidden = model.forward(Turn { tokens, sequence }, workspace).unwrap();
+    let next = |tokens| model.step(&mut [Turn { tokens, sequence }], workspace).unwrap();
+    [model.logits(&hidden).unwrap(), rest.chunks(1).flat_map(next).collect()]
 }
 
 /// Checks that logits differ by no more than the tolerances.
@@ -162,11 +170,9 @@ fn packed_file_runs_like_its_own_dequantized_weights() {
         for bits in [2, 3, 4] {
             for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
                 convert_to(&tiny_model(name), &settings(bits, coding, reference), &file);
-                let packed = open_model(&file).unwrap();
-                let dense = Dequantized::open(&file);
-                let expected = logits(&dense, &Scalar, &tokens);
+                let expected = logits(Arc::new(Dequantized::open(&file)), &Scalar, &tokens);
                 for backend in [&Cpu as &dyn Backend, &Scalar] {
-                    let found = logits(&*packed, backend, &tokens);
+                    let found = logits(open_model(&file).unwrap().into(), backend, &tokens);
                     assert_close(&format!("{name}, {bits} bits, {coding:?}"), &found, &expected);
                 }
             }
@@ -183,8 +189,8 @@ fn packed_file_of_every_family_runs_like_its_own_dequantized_weights() {
     for (index, model) in golden_models().into_iter().enumerate() {
         let bits = 3 + (index % 2) as u8;
         convert_to(&model, &settings(bits, TWO_LEVEL, false), &file);
-        let expected = logits(&Dequantized::open(&file), &Scalar, &tokens);
-        let found = logits(&*open_model(&file).unwrap(), &Cpu, &tokens);
+        let expected = logits(Arc::new(Dequantized::open(&file)), &Scalar, &tokens);
+        let found = logits(open_model(&file).unwrap().into(), &Cpu, &tokens);
         assert_close(&format!("{}, {bits} bits", model.display()), &found, &expected);
     }
 }
@@ -220,9 +226,8 @@ fn packed_real_model_runs_like_its_own_dequantized_weights() {
     let file = dir.path("model.slim.gguf");
     convert_to(&model, &Settings { group_size: 64, ..settings(3, TWO_LEVEL, false) }, &file);
     let tokens: Vec<u32> = (0..32).map(|i| 1000 + 37 * i).collect();
-    let packed = open_model(&file).unwrap();
-    let found = logits(&*packed, &Cpu, &tokens);
-    let expected = logits(&Dequantized::open(&file), &Cpu, &tokens);
+    let found = logits(open_model(&file).unwrap().into(), &Cpu, &tokens);
+    let expected = logits(Arc::new(Dequantized::open(&file)), &Cpu, &tokens);
     assert_close("SmolLM2", &found, &expected);
 }
 
@@ -232,10 +237,10 @@ fn more_bits_come_closer_to_the_source() {
     let file = dir.path("model.slim.gguf");
     let tokens: Vec<u32> = (0..40).map(|i| i * 11 % 300).collect();
     let source = open_model(&tiny_model("llama")).unwrap();
-    let expected = logits(&*source, &Cpu, &tokens).concat();
+    let expected = logits(source.into(), &Cpu, &tokens).concat();
     let mean_error = |bits| {
         convert_to(&tiny_model("llama"), &settings(bits, TWO_LEVEL, false), &file);
-        let found = logits(&*open_model(&file).unwrap(), &Cpu, &tokens).concat();
+        let found = logits(open_model(&file).unwrap().into(), &Cpu, &tokens).concat();
         let squares = found.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2));
         squares.sum::<f64>()
     };
@@ -343,12 +348,10 @@ fn widths(reports: &[Value]) -> Vec<&Value> {
 /// The mean divergence of a file from the model that it was made of, on text that is not the
 /// calibration text.
 fn divergence(file: &Path, source: &Path) -> f64 {
-    let (file, source) = (open_model(file).unwrap(), open_model(source).unwrap());
-    let (model, other) = (Model::load(&*file, &Cpu), Model::load(&*source, &Cpu));
-    let tokenizer = Tokenizer::new(source.tokenizer()).unwrap();
+    let [model, other] = [file, source].map(|path| Model::open(path).unwrap());
+    let tokenizer = other.tokenizer().unwrap();
     let tokens = tokenizer.encode(&BUILT_IN_CALIBRATION[200_000..220_000]).unwrap();
     let protocol = Protocol { context: 64, windows: 8 };
-    let (model, other) = (model.unwrap(), other.unwrap());
     let mut model = InBatches { model: &model, batch: 64 };
     let mut other = InBatches { model: &other, batch: 64 };
     let evaluation = evaluate(&mut model, Some(&mut other), &tokens, protocol, |_, _| {}).unwrap();

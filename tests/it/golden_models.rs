@@ -5,9 +5,8 @@ use std::path::Path;
 
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::Value;
-use slim_formats::{arch::by_model_type, open_model};
-use slim_kernels::Cpu;
-use slim_runtime::Model;
+use slim_formats::arch::by_model_type;
+use slim_runtime::{Model, Turn};
 
 use crate::command::{
     Dir, arg, files_in, golden_models, onnx_model, succeed, test_data, tiny_model,
@@ -69,11 +68,14 @@ fn compare(model: &Path, folder: &Path) {
 
 /// Runs each text token by token.
 fn compare_steps(folder: &Path) {
-    let source = open_model(folder).unwrap();
-    let model = Model::load(&*source, &Cpu).unwrap();
+    let model = Model::open(folder).unwrap();
+    let workspace = &mut model.workspace().unwrap();
     for (ids, expected) in texts(folder) {
-        let mut cache = model.new_cache(ids.len()).unwrap();
-        let step = |&id: &i32| model.next_logits(&[id.cast_unsigned()], &mut cache).unwrap();
+        let sequence = &mut model.sequence(ids.len()).unwrap();
+        let step = |&id: &i32| {
+            let tokens = &[id.cast_unsigned()];
+            model.step(&mut [Turn { tokens, sequence }], workspace).unwrap()
+        };
         let found: Vec<f32> = ids.iter().flat_map(step).collect();
         assert_close(folder, &found, &expected, ids.len());
     }

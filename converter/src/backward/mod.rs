@@ -18,7 +18,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_formats::{DType, Decoder, DenseTensor, Layout, ModelSource, Part, Weight};
 use slim_kernels::{Cpu, kl_divergence, linalg::Precision, log_softmax};
-use slim_runtime::{Block, Context, Ends, Positions, SplitMix64, finish_logits};
+use slim_runtime::{Block, Context, Ends, SplitMix64, finish_logits};
 
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
@@ -128,7 +128,7 @@ impl<'a> Backward<'a> {
         visit: &mut Visitor<'_>,
     ) -> Result<f64> {
         let context = equal_length(sequences)?;
-        let mut residuals = vec![self.embed(sequences, context)?];
+        let mut residuals = vec![self.embed(sequences)?];
         for index in 0..self.blocks.len() {
             let output = self.walk(index, context).forward(&residuals[index])?;
             check_finite(index, &output)?;
@@ -154,9 +154,9 @@ impl<'a> Backward<'a> {
         Ok(loss)
     }
 
-    fn embed(&self, sequences: &[&[u32]], context: usize) -> Result<Vec<f32>> {
-        let positions = Positions::new(self.decoder, 0, context, context);
-        Ok(self.ends.embed(self.context(), &sequences.concat(), &positions)?)
+    fn embed(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
+        let embedded = sequences.iter().map(|tokens| self.ends.embed(self.context(), tokens, 0));
+        Ok(embedded.collect::<slim_runtime::Result<Vec<_>>>()?.concat())
     }
 
     /// What the output layer takes in for equally long `sequences` of tokens,
@@ -166,7 +166,7 @@ impl<'a> Backward<'a> {
     /// As [`Self::run`].
     pub fn states(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
         let context = equal_length(sequences)?;
-        let mut x = self.embed(sequences, context)?;
+        let mut x = self.embed(sequences)?;
         for index in 0..self.blocks.len() {
             x = self.walk(index, context).forward(&x)?;
             check_finite(index, &x)?;

@@ -7,7 +7,7 @@ use std::{
 
 use slim_formats::{Decoder, ModelConfig, ModelSource, Part, arch::Tensor, open_model};
 use slim_kernels::{Cpu, weight};
-use slim_runtime::{Block, Model};
+use slim_runtime::{Block, Model, Turn};
 
 use super::*;
 use crate::contents::{MATRICES_BEFORE, MATRICES_BEHIND};
@@ -21,6 +21,12 @@ fn folder() -> PathBuf {
 
 fn open(name: &str) -> Box<dyn ModelSource> {
     open_model(&folder().join(name)).unwrap()
+}
+
+/// The normed last hidden states of a text in a model that runs.
+fn hidden(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let (sequence, workspace) = (&mut model.sequence(tokens.len()).unwrap(), model.workspace());
+    model.forward(Turn { tokens, sequence }, &mut workspace.unwrap()).unwrap()
 }
 
 /// A tiny model of every kind.
@@ -304,10 +310,8 @@ fn hidden_states_are_those_of_the_running_model() {
     for name in every_model() {
         let source = open(&name);
         let (a, b) = (tokens(40, 1), tokens(40, 2));
-        let running = Model::load(&*source, &Cpu).unwrap();
-        let expected = [&a, &b].map(|sequence| {
-            running.forward(sequence, &mut running.new_cache(40).unwrap()).unwrap()
-        });
+        let running = Model::load(open(&name).into(), &Cpu).unwrap();
+        let expected = [&a, &b].map(|tokens| hidden(&running, tokens));
         let found = Backward::load(&*source, Precision::Fine).unwrap().states(&[&a, &b]).unwrap();
         for (found, expected) in found.iter().zip(expected.concat()) {
             assert!((found - expected).abs() < 1e-4, "{name}: {found} for {expected}");
@@ -440,11 +444,8 @@ fn divergence_from_the_running_model_is_zero_with_zero_gradients() {
     for name in every_model() {
         let source = open(&name);
         let (a, b) = (tokens(40, 1), tokens(40, 2));
-        let running = Model::load(&*source, &Cpu).unwrap();
-        let logits = [&a, &b].map(|sequence| {
-            let mut cache = running.new_cache(sequence.len()).unwrap();
-            running.logits(&running.forward(sequence, &mut cache).unwrap()).unwrap()
-        });
+        let running = Model::load(open(&name).into(), &Cpu).unwrap();
+        let logits = [&a, &b].map(|tokens| running.logits(&hidden(&running, tokens)).unwrap());
         let model = Backward::load(&*source, Precision::Fine).unwrap();
         let (loss, found) = gradients(&model, &[&a, &b], &logits.concat());
         assert!(loss.abs() < 1e-6, "{name}: {loss}");

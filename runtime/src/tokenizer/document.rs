@@ -6,7 +6,8 @@ use slim_formats::ModelConfig;
 use super::Tokenizer;
 use crate::Result;
 
-/// The tokens of a text that the model is to continue, with those that it expects in front.
+/// The tokens of a text that the model is to continue, with those that it expects in front. An
+/// empty text is the token that starts one, or nothing if the model has no such token.
 ///
 /// An end token that the tokenizer would put behind a whole document is left off.
 ///
@@ -17,7 +18,11 @@ pub fn document_tokens(
     config: &ModelConfig,
     text: &str,
 ) -> Result<Vec<u32>> {
-    with_one_bos(tokenizer, config, tokenizer.encode(text)?)
+    let mut tokens = with_one_bos(tokenizer, config, tokenizer.encode(text)?)?;
+    if tokens.is_empty() {
+        tokens.extend(config.bos_token_id);
+    }
+    Ok(tokens)
 }
 
 /// Puts the beginning-of-text token in front of a text's tokens, once.

@@ -9,7 +9,7 @@ mod stream;
 mod tests;
 mod to_ggml;
 
-use slim_formats::{TokenizerSource, gguf::token_type};
+use slim_formats::{ModelSource, TokenizerSource, gguf::token_type, missing_tokenizer};
 
 use crate::{Result, RuntimeError};
 
@@ -28,6 +28,17 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
+    /// The tokenizer of a model.
+    ///
+    /// # Errors
+    /// `Format` if the model has none, with where it is missing; otherwise as [`Self::new`].
+    pub fn of(source: &dyn ModelSource) -> Result<Self> {
+        match source.tokenizer() {
+            TokenizerSource::Missing => Err(missing_tokenizer(source).into()),
+            tokenizer => Self::new(tokenizer),
+        }
+    }
+
     /// The tokenizer that a model file describes.
     ///
     /// # Errors

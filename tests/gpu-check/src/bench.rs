@@ -12,7 +12,7 @@ use slim_kernels::{
     },
     weight,
 };
-use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings};
+use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings, Turn};
 
 use crate::{
     cublas::Cublas,
@@ -332,10 +332,10 @@ fn whole_model(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Resu
     let mut rates = Vec::new();
     for (name, storage) in [("fp16", Storage::Half), (MIXES[0].0, Storage::Packed(MIXES[0].1))] {
         let start = Instant::now();
-        let source = RandomModel::new(scale.model(), 1, GROUP_SIZE, storage);
+        let source = Arc::new(RandomModel::new(scale.model(), 1, GROUP_SIZE, storage));
         let filled = start.elapsed();
         let Figures { prefill: prefill_rate, decode, bytes } =
-            measure_model(device, scale, &source, capacity)?;
+            measure_model(device, scale, Arc::clone(&source), capacity)?;
         println!("    weights made in {filled:.1?}, all in {:.1?}", start.elapsed());
         let found = format!("{prefill_rate:.0} tokens/s");
         report.measured(&format!("model {name}: prefill of {prefill}"), found, None);
@@ -366,7 +366,7 @@ fn whole_model(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Resu
 fn measure_model(
     device: &Arc<Device>,
     scale: &Scale,
-    source: &RandomModel,
+    source: Arc<RandomModel>,
     capacity: usize,
 ) -> Result<Figures> {
     device.synchronize()?;
@@ -378,23 +378,26 @@ fn measure_model(
         context: capacity,
     };
     let model = Model::load_on_cuda(source, &settings)?;
-    let mut cache = model.new_cache(capacity)?;
+    let (sequence, workspace) = (&mut model.sequence(capacity)?, &mut model.workspace()?);
     let mut sampler = Sampler::new(SamplerSettings::greedy())?;
     let prompt: Vec<u32> = (0..scale.prefill).map(|i| (i * 7919 % scale.vocab) as u32).collect();
     let mut prefill_seconds = Vec::new();
     for _ in 0..=scale.runs / 3 {
-        cache.clear();
+        sequence.truncate(0);
+        let turn = Turn { tokens: &prompt, sequence };
         let start = Instant::now();
-        model.next_token(&prompt, &mut cache, &mut sampler, &prompt)?;
+        model.next_token(turn, workspace, &mut sampler, &prompt)?;
         prefill_seconds.push(start.elapsed().as_secs_f64());
     }
-    cache.clear();
+    sequence.truncate(0);
     let mut text = prompt[..scale.context].to_vec();
-    text.push(model.next_token(&text, &mut cache, &mut sampler, &text)?);
+    let turn = Turn { tokens: &text, sequence };
+    text.push(model.next_token(turn, workspace, &mut sampler, &text)?);
     let mut decode_seconds = Vec::new();
     for _ in 0..scale.decoded {
+        let turn = Turn { tokens: &text[text.len() - 1..], sequence };
         let start = Instant::now();
-        let token = model.next_token(&text[text.len() - 1..], &mut cache, &mut sampler, &text)?;
+        let token = model.next_token(turn, workspace, &mut sampler, &text)?;
         decode_seconds.push(start.elapsed().as_secs_f64());
         text.push(token);
     }

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
-use slim_formats::open_model;
+use slim_formats::{ModelSource, open_model};
 use slim_kernels::{
     Cpu,
     cuda::{Device, KvType},
@@ -24,10 +24,10 @@ pub fn compare(
     windows: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let source = open_model(model)?;
+    let source: Arc<dyn ModelSource> = open_model(model)?.into();
     let text =
         fs::read_to_string(text).with_context(|| format!("cannot read `{}`", text.display()))?;
-    let tokens = Tokenizer::new(source.tokenizer())?.encode(&text.replace("\r\n", "\n"))?;
+    let tokens = Tokenizer::of(&*source)?.encode(&text.replace("\r\n", "\n"))?;
     let available = tokens.len() / CONTEXT;
     ensure!(windows <= available, "the text has {available} windows of {CONTEXT} tokens");
     let settings = CudaSettings {
@@ -37,15 +37,15 @@ pub fn compare(
         context: CONTEXT,
     };
     let protocol = Protocol { context: CONTEXT, windows };
-    let mut perplexity = |name: &str, model: &Model<'_>| -> Result<f64> {
+    let mut perplexity = |name: &str, model: &Model| -> Result<f64> {
         let mut model = InBatches { model, batch: CONTEXT };
         let found = evaluate(&mut model, None, &tokens, protocol, |_, _| ())?.perplexity;
         let what = format!("perplexity, {windows} windows of {CONTEXT}: {name}");
         report.fact(&what, format!("{found:.5}"));
         Ok(found)
     };
-    let on_device = perplexity("device", &Model::load_on_cuda(&*source, &settings)?)?;
-    let on_cpu = perplexity("CPU", &Model::load(&*source, &Cpu)?)?;
+    let on_device = perplexity("device", &Model::load_on_cuda(Arc::clone(&source), &settings)?)?;
+    let on_cpu = perplexity("CPU", &Model::load(source, &Cpu)?)?;
     let difference = 100.0 * (on_device / on_cpu - 1.0).abs();
     let bound =
         Bound { text: format!("<= {MAX_DIFFERENCE} %"), is_kept: difference <= MAX_DIFFERENCE };

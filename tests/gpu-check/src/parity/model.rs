@@ -9,7 +9,7 @@ use slim_kernels::{
     Scalar,
     cuda::{Device, KvType},
 };
-use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings};
+use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings, Sequence, Turn, Workspace};
 
 use super::Check;
 use crate::source::{RandomModel, Storage};
@@ -74,23 +74,29 @@ pub fn split(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     compare(check, &settings(device, 1, KvType::F16))
 }
 
+/// The tiny model in the reference and on the device.
+fn on_both(settings: &CudaSettings) -> Result<(Model, Model)> {
+    let source = Arc::new(tiny_model());
+    Ok((Model::load(source.clone(), &Scalar)?, Model::load_on_cuda(source, settings)?))
+}
+
 /// Compares the logits of every token of a prompt, of tokens that follow one by one, and of a
 /// prompt of several batches.
 fn compare(check: &mut Check, settings: &CudaSettings) -> Result<()> {
-    let source = tiny_model();
-    let (scalar, cuda) = (Model::load(&source, &Scalar)?, Model::load_on_cuda(&source, settings)?);
+    let (scalar, cuda) = on_both(settings)?;
     let text = tokens(PROMPT_TOKENS + DECODED_TOKENS);
     let (prompt, decoded) = text.split_at(PROMPT_TOKENS);
-    let run = |model: &Model<'_>| -> Result<Vec<(String, Vec<f32>)>> {
-        let mut cache = model.new_cache(CONTEXT)?;
-        let hidden = model.forward(prompt, &mut cache)?;
+    let run = |model: &Model| -> Result<Vec<(String, Vec<f32>)>> {
+        let (sequence, workspace) = (&mut model.sequence(CONTEXT)?, &mut model.workspace()?);
+        let hidden = model.forward(Turn { tokens: prompt, sequence }, workspace)?;
         let mut found = vec![("prompt".to_owned(), model.logits(&hidden)?)];
-        for token in decoded {
-            let case = format!("token at {}", cache.position());
-            found.push((case, model.next_logits(&[*token], &mut cache)?));
+        for tokens in decoded.chunks(1) {
+            let case = format!("token at {}", sequence.tokens().len());
+            found.push((case, model.step(&mut [Turn { tokens, sequence }], workspace)?));
         }
-        cache.clear();
-        found.push(("long prompt".into(), model.next_logits(&tokens(530), &mut cache)?));
+        sequence.truncate(0);
+        let long = &mut [Turn { tokens: &tokens(530), sequence }];
+        found.push(("long prompt".into(), model.step(long, workspace)?));
         Ok(found)
     };
     for ((case, expected), (_, found)) in run(&scalar)?.into_iter().zip(run(&cuda)?) {
@@ -101,17 +107,21 @@ fn compare(check: &mut Check, settings: &CudaSettings) -> Result<()> {
 
 /// Lets both choose the tokens that follow, each after those that the reference chose.
 pub fn greedy(device: &Arc<Device>, check: &mut Check) -> Result<()> {
-    let source = tiny_model();
-    let settings = settings(device, 2, KvType::F16);
-    let (scalar, cuda) = (Model::load(&source, &Scalar)?, Model::load_on_cuda(&source, &settings)?);
-    let (mut scalar_cache, mut cuda_cache) = (scalar.new_cache(CONTEXT)?, cuda.new_cache(CONTEXT)?);
+    let (scalar, cuda) = on_both(&settings(device, 2, KvType::F16))?;
+    let [mut of_scalar, mut of_cuda] = [
+        (scalar.sequence(CONTEXT)?, scalar.workspace()?),
+        (cuda.sequence(CONTEXT)?, cuda.workspace()?),
+    ];
     let mut sampler = Sampler::new(SamplerSettings::greedy())?;
     let mut text = tokens(PROMPT_TOKENS);
     let mut fed = 0;
     for _ in 0..DECODED_TOKENS {
-        let new = &text[fed..];
-        let expected = scalar.next_token(new, &mut scalar_cache, &mut sampler, &text)?;
-        let found = cuda.next_token(new, &mut cuda_cache, &mut sampler, &text)?;
+        let mut next = |model: &Model, (sequence, workspace): &mut (Sequence, Workspace)| {
+            let turn = Turn { tokens: &text[fed..], sequence };
+            model.next_token(turn, workspace, &mut sampler, &text)
+        };
+        let expected = next(&scalar, &mut of_scalar)?;
+        let found = next(&cuda, &mut of_cuda)?;
         check.same(format_args!("token {}", text.len()), &found, &expected);
         fed = text.len();
         text.push(expected);
