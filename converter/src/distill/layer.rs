@@ -3,7 +3,7 @@
 use half::f16;
 use rayon::prelude::*;
 use slim_formats::slim::{
-    CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TileMut, unpack_codes,
+    CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TileMut,
 };
 
 use super::parameters::Parameters;
@@ -151,8 +151,7 @@ impl TrainedTile {
 /// The codes of a group, one entry per column.
 fn unpacked(layer: PackedTensor<'_>, tile: usize, group: &Group) -> Vec<CodeColumn> {
     let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
-    let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-    unpack_codes(bytes, group.bit_width, &mut columns);
+    layer.codes(tile, group, &mut columns);
     columns
 }
 

@@ -11,9 +11,7 @@
 
 use std::ops::Range;
 
-use slim_formats::slim::{
-    Bands, BitWidth, Group, LayerLayout, PackedTensor, TILE_ROWS, UNIT_COLS, unpack_codes,
-};
+use slim_formats::slim::{Bands, BitWidth, Group, LayerLayout, PackedTensor, TILE_ROWS, UNIT_COLS};
 
 /// Columns of the largest block that the operator takes.
 const MAX_BLOCK: usize = 256;
@@ -81,8 +79,7 @@ impl Blocks {
         let row_bytes = self.row_blocks * block_bytes(self.block, self.bits);
         let shift = (1 << (bits - 1)) - half_range(group) as u8;
         let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
-        let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        unpack_codes(bytes, group.bit_width, &mut columns);
+        packed.codes(tile, group, &mut columns);
         let rows = tile_rows(packed.layout(), first_row, tile);
         let codes = &mut self.codes[rows.start * row_bytes..rows.end * row_bytes];
         for (lane, row) in codes.chunks_exact_mut(row_bytes).enumerate() {

@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::{
     bands::{Bands, matrix_of, read_bands},
     group::{BitWidth, LayerLayout, ScaleCoding},
-    layout::{PackedTensor, TILE_ROWS, UNIT_COLS, unpack_codes},
+    layout::{PackedTensor, TILE_ROWS, UNIT_COLS},
     verify,
 };
 use crate::{
@@ -534,8 +534,7 @@ fn padding_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
     let tile = layout.tiles() - 1;
     let dirty = layout.groups().iter().any(|group| {
         let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
-        let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        unpack_codes(bytes, group.bit_width, &mut columns);
+        layer.codes(tile, group, &mut columns);
         columns.iter().any(|column| column[used..].iter().any(|&code| code != 0))
             || layer.zero_points(tile, group)[used..].iter().any(|&zero| zero != 0)
             || (0..group.runs(layout.coding()).len()).any(|run| {
@@ -557,8 +556,7 @@ fn column_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
     let last = layout.groups().last().filter(|_| layout.has_padding_columns())?;
     let mut columns = vec![[0; TILE_ROWS]; last.stored_cols()];
     let is_dirty = (0..layout.tiles()).any(|tile| {
-        let bytes = &layer.tile_codes(tile)[last.codes_offset..][..last.code_bytes()];
-        unpack_codes(bytes, last.bit_width, &mut columns);
+        layer.codes(tile, last, &mut columns);
         columns[last.cols.len()..].iter().any(|column| *column != [0; TILE_ROWS])
     });
     is_dirty.then(|| Fault {

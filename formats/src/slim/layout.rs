@@ -92,6 +92,16 @@ impl<'a> PackedTensor<'a> {
         }
     }
 
+    /// Unpacks the codes of `group` in a tile: `columns` has an entry for each of its columns, or
+    /// for each stored one, and is overwritten.
+    ///
+    /// # Panics
+    /// If `columns` has another length.
+    pub fn codes(&self, tile: usize, group: &Group, columns: &mut [CodeColumn]) {
+        let bytes = &self.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+        unpack_codes(bytes, group.bit_width, columns);
+    }
+
     /// Factor and offset of each row of `tile` for one run of columns, before the row scales: a
     /// weight is `(d * factor) * code + m * offset`, each product rounded to f32.
     ///
@@ -199,14 +209,7 @@ fn place(bits: usize, stored: usize, col: usize) -> (usize, usize, usize) {
 }
 
 /// Unpacks the codes of one group of a tile, a column at a time.
-///
-/// # Shapes and layout
-/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, or per stored
-/// column, overwritten.
-///
-/// # Panics
-/// If the lengths do not agree.
-pub fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
+fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
     let stored = columns.len().next_multiple_of(UNIT_COLS);
     columns.fill([0; TILE_ROWS]);
     let mut start = 0;

@@ -783,8 +783,7 @@ fn read_everything(file: &SlimFile) {
         for tile in 0..layout.tiles() {
             layer.row_scales(tile);
             for group in layout.groups() {
-                let codes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-                unpack_codes(codes, group.bit_width, &mut vec![[0; TILE_ROWS]; group.cols.len()]);
+                layer.codes(tile, group, &mut vec![[0; TILE_ROWS]; group.cols.len()]);
                 for run in 0..group.runs(layout.coding()).len() {
                     layer.scales(tile, group, run);
                 }

@@ -153,12 +153,13 @@ proptest! {
             .collect();
         layer.tiles_mut()[0].set_codes(0, &codes);
         let mut unpacked = vec![[9; ROWS]; cols];
-        let width = BitWidth::new(bits).unwrap();
-        unpack_codes(layer.parts().0, width, &mut unpacked);
+        let view = layer.view();
+        let group = &view.layout().groups()[0];
+        view.codes(0, group, &mut unpacked);
         prop_assert_eq!(&unpacked, &codes);
         // Columns that are only stored are zero.
         unpacked.resize(group_size, [9; ROWS]);
-        unpack_codes(layer.parts().0, width, &mut unpacked);
+        view.codes(0, group, &mut unpacked);
         prop_assert_eq!(&unpacked[..cols], &codes);
         prop_assert!(unpacked[cols..].iter().flatten().all(|&code| code == 0));
     }
