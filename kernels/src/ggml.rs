@@ -229,16 +229,16 @@ pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
 macro_rules! for_block {
     ($dtype:expr, $($function:ident)::+($($argument:expr),*), $other:pat => $otherwise:expr) => {
         match $dtype {
-            DType::Q4_0 => $($function)::+::<$crate::ggml::Q4_0, _, _>($($argument),*),
-            DType::Q4_1 => $($function)::+::<$crate::ggml::Q4_1, _, _>($($argument),*),
-            DType::Q5_0 => $($function)::+::<$crate::ggml::Q5_0, _, _>($($argument),*),
-            DType::Q5_1 => $($function)::+::<$crate::ggml::Q5_1, _, _>($($argument),*),
-            DType::Q8_0 => $($function)::+::<$crate::ggml::Q8_0, _, _>($($argument),*),
-            DType::Q2_K => $($function)::+::<$crate::ggml::Q2K, _, _>($($argument),*),
-            DType::Q3_K => $($function)::+::<$crate::ggml::Q3K, _, _>($($argument),*),
-            DType::Q4_K => $($function)::+::<$crate::ggml::Q4K, _, _>($($argument),*),
-            DType::Q5_K => $($function)::+::<$crate::ggml::Q5K, _, _>($($argument),*),
-            DType::Q6_K => $($function)::+::<$crate::ggml::Q6K, _, _>($($argument),*),
+            slim_formats::DType::Q4_0 => $($function)::+::<$crate::ggml::Q4_0, _, _>($($argument),*),
+            slim_formats::DType::Q4_1 => $($function)::+::<$crate::ggml::Q4_1, _, _>($($argument),*),
+            slim_formats::DType::Q5_0 => $($function)::+::<$crate::ggml::Q5_0, _, _>($($argument),*),
+            slim_formats::DType::Q5_1 => $($function)::+::<$crate::ggml::Q5_1, _, _>($($argument),*),
+            slim_formats::DType::Q8_0 => $($function)::+::<$crate::ggml::Q8_0, _, _>($($argument),*),
+            slim_formats::DType::Q2_K => $($function)::+::<$crate::ggml::Q2K, _, _>($($argument),*),
+            slim_formats::DType::Q3_K => $($function)::+::<$crate::ggml::Q3K, _, _>($($argument),*),
+            slim_formats::DType::Q4_K => $($function)::+::<$crate::ggml::Q4K, _, _>($($argument),*),
+            slim_formats::DType::Q5_K => $($function)::+::<$crate::ggml::Q5K, _, _>($($argument),*),
+            slim_formats::DType::Q6_K => $($function)::+::<$crate::ggml::Q6K, _, _>($($argument),*),
             $other => $otherwise,
         }
     };

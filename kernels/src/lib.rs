@@ -34,7 +34,7 @@ pub use multiversion;
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
 #[doc(hidden)]
 pub use cpu::matvec;
-pub use cpu::{CoarseCpu, Cpu, attention, exp, kl_divergence, log_softmax, matmul};
+pub use cpu::{Cpu, FloatCpu, attention, exp, kl_divergence, log_softmax, matmul};
 pub use error::{KernelError, Result};
 pub use reference::Scalar;
 

@@ -7,7 +7,7 @@ use super::{MATMUL_NMSE, Noise, assert_nmse, product, widened};
 use crate::{
     Backend, Cpu,
     ggml::dequantize,
-    matvec::{Input, Method, dense_by},
+    matvec::{Input, Method, batch::multiply_by, dense_by},
 };
 
 /// Each quantized type, and where in a block its halves lie.
@@ -151,5 +151,34 @@ fn dense_matvec_does_not_depend_on_the_number_of_threads() {
             out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };
         assert_eq!(with_threads(1), with_threads(3), "{dtype:?}");
+    }
+}
+
+#[test]
+fn dense_matmul_of_every_quantized_type_agrees() {
+    let mut noise = Noise(35);
+    for (dtype, halves) in TYPES {
+        for (rows, cols, head_dim) in [(15, 512, 0), (48, 2304, 24)] {
+            let layout = match head_dim {
+                0 => Layout::AsStored,
+                head_dim => Layout::Interleaved { head_dim },
+            };
+            let (bytes, stored) = blocks(&mut noise, dtype, halves, rows * cols);
+            let weights = in_order_of_use(layout, &stored, cols);
+            let weight = Weight::Dense(DenseTensor { dtype, rows, cols, bytes: &bytes, layout });
+            for m in [2, 3, 9, 33] {
+                let mut x = noise.vector(m * cols, 1.0);
+                x.iter_mut().step_by(137).for_each(|x| *x *= 1e3);
+                for method in Method::all() {
+                    let mut out = vec![f32::NAN; m * rows];
+                    if multiply_by(method, weight, &x, m, &mut out).is_some() {
+                        let input: Vec<f32> =
+                            x.chunks(cols).flat_map(|x| as_multiplied(method, dtype, x)).collect();
+                        let what = format!("{method:?}, {dtype:?} [{rows}, {cols}], m {m}");
+                        assert_nmse(&what, &out, &product(&input, &weights, cols), MATMUL_NMSE);
+                    }
+                }
+            }
+        }
     }
 }

@@ -26,16 +26,64 @@ pub(super) fn run(dtype: DType) -> Option<usize> {
 }
 
 /// A block of each of 16 rows.
-struct Blocks {
+pub(super) struct Blocks {
     /// Four bytes of each row at a time.
     words: [[u32; TILE_ROWS]; LONGEST / 4],
-    d: [[u8; 2]; TILE_ROWS],
-    m: [[u8; 2]; TILE_ROWS],
+    pub d: [[u8; 2]; TILE_ROWS],
+    pub m: [[u8; 2]; TILE_ROWS],
+}
+
+impl Default for Blocks {
+    #[inline(always)]
+    fn default() -> Self {
+        let (zero, halves) = ([0; TILE_ROWS], [[0; 2]; TILE_ROWS]);
+        Self { words: [zero; LONGEST / 4], d: halves, m: halves }
+    }
+}
+
+impl Blocks {
+    /// Puts block `index` of each row side by side.
+    #[inline(always)]
+    pub fn gather<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+        &mut self,
+        rows: &[&[[u8; BYTES]]; TILE_ROWS],
+        index: usize,
+    ) {
+        for r in 0..TILE_ROWS {
+            let block = &rows[r][index];
+            let (words, _) = block[B::WORDS..].as_chunks::<4>();
+            for (word, of_rows) in words.iter().zip(&mut self.words) {
+                of_rows[r] = u32::from_le_bytes(*word);
+            }
+            self.d[r] = [block[B::D], block[B::D + 1]];
+            if let Some((at, _)) = B::M {
+                self.m[r] = [block[at], block[at + 1]];
+            }
+        }
+    }
+}
+
+/// The blocks of 16 rows from `first` on; the last row stands for those below it.
+///
+/// # Panics
+/// If values are not stored row by row.
+#[inline(always)]
+pub(super) fn rows<'a, const BYTES: usize>(
+    tensor: &DenseTensor<'a>,
+    first: usize,
+) -> [&'a [[u8; BYTES]]; TILE_ROWS] {
+    let row_bytes = tensor.bytes.len() / tensor.rows;
+    array::from_fn(|r| {
+        let row = tensor.layout.stored_row((first + r).min(tensor.rows - 1));
+        let start = row.expect("rows one after the other") * row_bytes;
+        // Counted anew, so that loops over blocks need no checks of their own.
+        &tensor.bytes[start..start + row_bytes].as_chunks().0[..row_bytes / BYTES]
+    })
 }
 
 /// Words of 16 rows in registers.
 #[derive(Clone, Copy)]
-struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, Words<I, N>);
+pub(super) struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, pub Words<I, N>);
 
 impl<I: Isa, const N: usize> Word for RowWords<I, N> {
     #[inline(always)]
@@ -82,12 +130,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     /// If the type has no [`run`], or values are not stored row by row.
     #[inline(always)]
     pub fn blocks(self, tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-        let row_bytes = tensor.bytes.len() / tensor.rows;
-        let rows: [&[u8]; TILE_ROWS] = array::from_fn(|r| {
-            let row = tensor.layout.stored_row((first + r).min(tensor.rows - 1));
-            &tensor.bytes[row.expect("rows one after the other") * row_bytes..][..row_bytes]
-        });
-        for_block!(tensor.dtype, Self::rows_of_blocks(self, &rows, input), other => {
+        for_block!(tensor.dtype, Self::rows_of_blocks(self, tensor, first, input), other => {
             unreachable!("{other:?} has no codes")
         })
     }
@@ -95,34 +138,19 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     #[inline(always)]
     fn rows_of_blocks<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
-        rows: &[&[u8]; TILE_ROWS],
+        tensor: &DenseTensor<'_>,
+        first: usize,
         input: &Input,
     ) -> Lanes {
-        let count = rows[0].len() / BYTES;
-        // With these lengths the loop needs no checks of its own.
-        let rows = rows.map(|row| &row.as_chunks::<BYTES>().0[..count]);
-        let zero = [0; TILE_ROWS];
-        let mut blocks =
-            Blocks { words: [zero; LONGEST / 4], d: [[0; 2]; TILE_ROWS], m: [[0; 2]; TILE_ROWS] };
+        let rows = rows::<BYTES>(tensor, first);
+        let mut blocks = Blocks::default();
         let mut sums = [self.0.floats(0.0); N];
-        for index in 0..count {
-            for r in 0..TILE_ROWS {
-                let block = &rows[r][index];
-                let (words, _) = block[B::WORDS..].as_chunks::<4>();
-                for (word, of_rows) in words.iter().zip(&mut blocks.words) {
-                    of_rows[r] = u32::from_le_bytes(*word);
-                }
-                blocks.d[r] = [block[B::D], block[B::D + 1]];
-                if let Some((at, _)) = B::M {
-                    blocks.m[r] = [block[at], block[at + 1]];
-                }
-            }
+        for index in 0..rows[0].len() {
+            blocks.gather::<B, BYTES, VALUES>(&rows, index);
             self.add_blocks::<B, BYTES, VALUES>(&mut sums, &blocks, input, index * VALUES / UNIT);
         }
         let mut lanes = [0.0; TILE_ROWS];
-        for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
-            self.0.store(sums[i], lanes);
-        }
+        self.store(sums, &mut lanes);
         lanes
     }
 
@@ -136,9 +164,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         unit: usize,
     ) {
         let isa = self.0;
-        let word = |at: usize| {
-            RowWords(self, self.load(bytemuck::cast_ref(&blocks.words[(at - B::WORDS) / 4])))
-        };
+        let word = |at: usize| self.block_word::<B, BYTES, VALUES>(blocks, at);
         let zero = [isa.floats(0.0); N];
         let (mut scaled, mut shifted) = (zero, zero);
         for run in 0..VALUES / B::RUN {
@@ -153,15 +179,13 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                     dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
                 }
             }
-            let s = self.codes_of_run(B::scales(word, run / 4), run);
-            let z = self.codes_of_run(B::minimums(word, run / 4), run);
+            let (s, z) = self.scales_of_run::<B, BYTES, VALUES>(blocks, run);
             for i in 0..N {
                 let mut dots = isa.mul(dots[i], isa.floats(scale));
                 if B::OFFSET > 0.0 {
                     dots = isa.sub(dots, isa.floats(B::OFFSET * sum));
                 }
-                let s = isa.sub(s[i], isa.floats(B::SCALE_OFFSET));
-                scaled[i] = isa.mul_add(s, dots, scaled[i]);
+                scaled[i] = isa.mul_add(s[i], dots, scaled[i]);
                 shifted[i] = isa.mul_add(z[i], isa.floats(sum), shifted[i]);
             }
         }
@@ -176,6 +200,31 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 sums[i] = isa.mul_add(m, shifted[i], sums[i]);
             }
         }
+    }
+
+    /// The words of all rows at an offset of their blocks.
+    #[inline(always)]
+    pub fn block_word<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+        self,
+        blocks: &Blocks,
+        at: usize,
+    ) -> RowWords<I, N> {
+        RowWords(self, self.load(bytemuck::cast_ref(&blocks.words[(at - B::WORDS) / 4])))
+    }
+
+    /// What `d` is multiplied with for a run, and what `m` is.
+    #[inline(always)]
+    pub fn scales_of_run<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+        self,
+        blocks: &Blocks,
+        run: usize,
+    ) -> (Floats<I, N>, Floats<I, N>) {
+        let word = |at: usize| self.block_word::<B, BYTES, VALUES>(blocks, at);
+        let mut s = self.codes_of_run(B::scales(word, run / 4), run);
+        for s in &mut s {
+            *s = self.0.sub(*s, self.0.floats(B::SCALE_OFFSET));
+        }
+        (s, self.codes_of_run(B::minimums(word, run / 4), run))
     }
 
     /// The codes of a run among those of four.

@@ -7,7 +7,7 @@ use slim_formats::slim::LayerLayout;
 use super::super::unpack::UNIT;
 
 /// Columns that share a scale, at most: two units.
-const STEP: usize = 2 * UNIT;
+pub(super) const STEP: usize = 2 * UNIT;
 
 /// Codes of the input, the same for all rows of a layer: `x = scale * code`.
 ///
@@ -63,8 +63,7 @@ impl Input {
 
     /// Quantizes `x[cols]` for a matrix whose runs are all of `run` columns: one unit or two.
     pub fn in_runs(run: usize, x: &[f32]) -> Self {
-        let firsts = (0..x.len()).step_by(run);
-        Self::in_steps(&firsts.map(|first| first..first + run).collect::<Vec<_>>(), x)
+        Self::in_steps(&runs(run, x.len()), x)
     }
 
     fn in_steps(steps: &[Range<usize>], x: &[f32]) -> Self {
@@ -93,8 +92,7 @@ impl Input {
     /// The same after [`Self::in_runs`].
     #[cfg(test)]
     pub fn values_in_runs(&self, run: usize) -> Vec<f32> {
-        let firsts = (0..UNIT * self.codes.len()).step_by(run);
-        self.values_in_steps(firsts.map(|first| first..first + run))
+        self.values_in_steps(runs(run, UNIT * self.codes.len()).into_iter())
     }
 
     #[cfg(test)]
@@ -111,8 +109,13 @@ impl Input {
     }
 }
 
+/// Runs of so many columns.
+pub(super) fn runs(run: usize, cols: usize) -> Vec<Range<usize>> {
+    (0..cols).step_by(run).map(|first| first..first + run).collect()
+}
+
 /// The columns of each step.
-fn steps(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn steps(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
     let runs = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
     runs.flat_map(|run| {
         run.clone().step_by(STEP).map(move |first| first..run.end.min(first + STEP))
@@ -130,7 +133,11 @@ per_isa! {
 }
 
 #[inline(always)]
-fn quantize_step(x: &[f32], codes: &mut [[i32; 4]], fine_codes: &mut [[i32; 4]]) -> Step {
+pub(super) fn quantize_step(
+    x: &[f32],
+    codes: &mut [[i32; 4]],
+    fine_codes: &mut [[i32; 4]],
+) -> Step {
     let (units, _) = x.as_chunks::<UNIT>();
     // Of positive floats the larger one has the larger bits, and NaN the largest.
     let (mut largest, mut squares) = (0, [0.0; UNIT]);

@@ -9,13 +9,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod batch;
 mod blocks;
 mod dense;
 mod input;
 mod kernel;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
+mod panel;
 mod portable;
+mod tokens;
 
 use std::{fmt, mem, sync::LazyLock};
 
@@ -25,6 +28,10 @@ use slim_formats::{
     slim::{Bands, PackedTensor, TILE_ROWS},
 };
 
+use self::{
+    panel::{Chunk, Panel},
+    tokens::TokenBlock,
+};
 use super::unpack::Lanes;
 use crate::Result;
 
@@ -40,6 +47,14 @@ pub struct Kernels {
     tile: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
     /// of blocks from a row on.
     blocks: fn(&DenseTensor<'_>, usize, &Input) -> Lanes,
+    /// For many tokens: unpacks a tile,
+    unpack_tile: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
+    /// or the blocks of 16 rows,
+    unpack_blocks: fn(&DenseTensor<'_>, usize, &Chunk, &mut Panel),
+    /// and adds the products with some tokens,
+    multiply: fn(&Panel, &TokenBlock, &mut [Lanes]),
+    /// this many at the most.
+    tokens: usize,
 }
 
 /// What multiplies.

@@ -6,36 +6,20 @@
 
 use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
-use slim_formats::{DenseTensor, slim::PackedTensor};
-
 use super::{
     Kernels,
-    input::Input,
-    kernel::{Isa, Kernel, instructions},
+    kernel::{Isa, Kernel, entry_points, instructions},
 };
-use crate::cpu::unpack::Lanes;
 
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-    // SAFETY: the processor has what `tile` and `blocks` enable.
-    has.then_some(Kernels {
-        tile: |packed, index, input| unsafe { tile(packed, index, input) },
-        blocks: |tensor, first, input| unsafe { blocks(tensor, first, input) },
-    })
+    has.then(kernels)
 }
 
-#[target_feature(enable = "neon,dotprod")]
-fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-    Kernel::<_, 4>(Neon(())).tile(packed, tile, input)
-}
+entry_points!(kernels, "neon,dotprod", Kernel::<_, 4>(Neon(())));
 
-#[target_feature(enable = "neon,dotprod")]
-fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input) -> Lanes {
-    Kernel::<_, 4>(Neon(())).blocks(tensor, first, input)
-}
-
-/// Made in [`tile`] and [`blocks`] only.
+/// Made by [`entry_points`] only.
 #[derive(Clone, Copy)]
 struct Neon(());
 
@@ -78,7 +62,10 @@ impl Isa for Neon {
         sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);
         mul(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmulq_f32(a, b);
         mul_add(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t = vfmaq_f32(c, a, b);
+        load_floats(lanes: &[f32]) -> float32x4_t = vld1q_f32(lanes[..4].as_ptr());
         store(values: float32x4_t, lanes: &mut [f32]) = vst1q_f32(lanes[..4].as_mut_ptr(), values);
+        store_words(words: uint32x4_t, bytes: &mut [u8])
+            = vst1q_u8(bytes[..16].as_mut_ptr(), vreinterpretq_u8_u32(words));
     }
 }
 
