@@ -13,14 +13,10 @@ use slim_formats::{
 use super::{
     Input, Kernels, Method, TASK_BYTES, blocks,
     input::steps_of,
-    panel::{Chunk, Panel, chunks_of_blocks, chunks_of_groups},
+    panel::{Chunk, Panel, Sums, chunks_of_blocks, chunks_of_groups},
     tokens::TokenBlock,
 };
-use crate::{
-    cpu::unpack::{Lanes, UNIT},
-    linalg::row_major_mut,
-    weight,
-};
+use crate::{cpu::unpack::UNIT, linalg::row_major_mut, weight};
 
 /// Tokens whose inputs stay in the second cache while all tiles pass by.
 const TOKENS_IN_CACHE: usize = 128;
@@ -29,9 +25,8 @@ const TOKENS_IN_CACHE: usize = 128;
 /// the method does not multiply bytes.
 ///
 /// # Accuracy
-/// That of [`super::matvec_by`] and [`super::dense_by`]: tokens are rounded as there. The bits of a
-/// token's products depend on nothing but the matrix and the token, and are the same for every
-/// instruction set.
+/// That of [`super::matvec_by`], to the bit, and of [`super::dense_by`]. A token's products depend
+/// on nothing but the matrix and the token, and are the same for every instruction set.
 ///
 /// # Panics
 /// If `x` or `out` does not have the length of so many tokens.
@@ -158,9 +153,9 @@ impl<'a> Product<'a> {
         mut out: MatMut<'_, f32>,
     ) {
         let mut panel = Panel::default();
-        let mut sums: Vec<Lanes> = vec![[0.0; TILE_ROWS]; out.nrows()];
+        let mut sums = vec![Sums::default(); out.nrows()];
         for (i, first_row) in (0..out.ncols()).step_by(TILE_ROWS).enumerate() {
-            sums.fill([0.0; TILE_ROWS]);
+            sums.fill(Sums::default());
             for chunk in &self.chunks {
                 match band {
                     Band::Packed(layer) => {
@@ -179,8 +174,8 @@ impl<'a> Product<'a> {
             }
             let rows = first_row..out.ncols().min(first_row + TILE_ROWS);
             for (token, sums) in sums.iter().enumerate() {
-                for (row, sum) in rows.clone().zip(sums) {
-                    out[(token, row)] = *sum;
+                for (row, product) in rows.clone().zip(panel.products(sums)) {
+                    out[(token, row)] = product;
                 }
             }
         }

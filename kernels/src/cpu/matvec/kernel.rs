@@ -79,7 +79,7 @@ macro_rules! tile_kernels {
             use $crate::cpu::{
                 matvec::{
                     Input, TileKernels,
-                    panel::{Chunk, Panel},
+                    panel::{Chunk, Panel, Sums},
                     tokens::TokenBlock,
                 },
                 unpack::Lanes,
@@ -96,7 +96,7 @@ macro_rules! tile_kernels {
             }
 
             #[target_feature(enable = $features)]
-            fn multiply(panel: &Panel, block: &TokenBlock, sums: &mut [Lanes]) {
+            fn multiply(panel: &Panel, block: &TokenBlock, sums: &mut [Sums]) {
                 $kernel.multiply(panel, block, sums);
             }
 
@@ -275,6 +275,12 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         if first < last {
             self.add_unit::<WIDTH>(&mut sums, planes, last, &input[last]);
         }
+        self.converted_totals::<WIDTH>(sums)
+    }
+
+    /// The sums of a step as f32.
+    #[inline(always)]
+    pub fn converted_totals<const WIDTH: usize>(self, mut sums: Words<I, N>) -> Floats<I, N> {
         for sums in &mut sums {
             *sums = self.0.totals::<WIDTH>(*sums);
         }

@@ -29,7 +29,7 @@ use slim_formats::{
 };
 
 use self::{
-    panel::{Chunk, Panel},
+    panel::{Chunk, Panel, Sums},
     tokens::TokenBlock,
 };
 use super::unpack::{Lanes, UNIT};
@@ -56,7 +56,7 @@ struct TileKernels {
     /// some columns of a tile, unpacked;
     unpack: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
     /// the products of what was unpacked with some tokens, which are added,
-    multiply: fn(&Panel, &TokenBlock, &mut [Lanes]),
+    multiply: fn(&Panel, &TokenBlock, &mut [Sums]),
     /// this many at the most.
     tokens: usize,
 }

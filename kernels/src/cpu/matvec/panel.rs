@@ -1,7 +1,7 @@
 //! Codes that are unpacked once for many tokens: 16 rows and some columns of a matrix, whatever it
 //! is stored as.
 
-use std::ops::Range;
+use std::{array, ops::Range};
 
 use slim_formats::{
     DenseTensor,
@@ -36,22 +36,38 @@ pub struct Panel {
     /// Four columns of 16 rows each.
     codes: Vec<[u8; 64]>,
     steps: Vec<Step>,
+    /// What the sums of a token are worth in the end.
+    d: Lanes,
+    m: Lanes,
     first_word: usize,
     first_step: usize,
 }
 
-/// What the codes of a step are worth: factor times code, plus offset.
+/// What the codes of a step are worth: `d` times factor times code, less `m` times minimum.
 #[derive(Clone)]
 struct Step {
     factor: Lanes,
-    offset: Lanes,
+    minimum: Lanes,
     /// Entries of [`Panel::codes`].
     words: usize,
     /// Bits of a code.
     bits: usize,
 }
 
+/// Sums of a token over the steps so far, for 16 rows: factor times code times input, and minimum
+/// times input.
+#[derive(Clone, Copy, Default)]
+pub struct Sums {
+    scaled: Lanes,
+    shifted: Lanes,
+}
+
 impl Panel {
+    /// The products of a token, from its sums over all columns.
+    pub(super) fn products(&self, Sums { scaled, shifted }: &Sums) -> Lanes {
+        array::from_fn(|r| self.d[r] * scaled[r] - self.m[r] * shifted[r])
+    }
+
     fn start(&mut self, chunk: &Chunk) {
         self.codes.clear();
         self.steps.clear();
@@ -81,13 +97,15 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         panel.start(chunk);
         let layout = packed.layout();
         let (codes, records) = (packed.tile_codes(tile), packed.tile_scales(tile));
-        let scales = self.row_scales(packed.tile_row_scales(tile));
+        let (d, m) = self.row_scales(packed.tile_row_scales(tile));
+        self.store(d, &mut panel.d);
+        self.store(m, &mut panel.m);
         for group in &layout.groups()[chunk.parts.clone()] {
             let codes = &codes[group.codes_offset..][..group.code_bytes()];
             let records = &records[group.scales_offset..];
             for_width!(
                 group.bit_width,
-                Self::unpack_group(self, codes, layout.coding(), records, scales, panel)
+                Self::unpack_group(self, codes, layout.coding(), records, panel)
             );
         }
     }
@@ -98,22 +116,16 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         codes: &[u8],
         coding: ScaleCoding,
         mut records: &[u8],
-        (d, m): (Floats<I, N>, Floats<I, N>),
         panel: &mut Panel,
     ) {
-        let isa = self.0;
         let planes = Planes::of::<WIDTH>(codes);
         let (units, mut unit) = (planes.units, 0);
         while unit < units {
-            let (mut factor, mut offset) = self.run_scales::<WIDTH>(coding, &mut records);
-            for i in 0..N {
-                factor[i] = isa.mul(factor[i], d[i]);
-                offset[i] = isa.sub(isa.floats(0.0), isa.mul(offset[i], m[i]));
-            }
+            let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
             let end = units.min(unit + run_units(coding, units));
             while unit < end {
                 let step = unit..end.min(unit + 2);
-                self.push_step(factor, offset, 4 * step.len(), WIDTH, panel);
+                self.push_step(factor, minimum, 4 * step.len(), WIDTH, panel);
                 unit = step.end;
                 for unit in step {
                     let words = self.unit_words::<WIDTH>(planes, unit);
@@ -129,15 +141,15 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     fn push_step(
         self,
         factor: Floats<I, N>,
-        offset: Floats<I, N>,
+        minimum: Floats<I, N>,
         words: usize,
         bits: usize,
         panel: &mut Panel,
     ) {
         let zero = [0.0; TILE_ROWS];
-        let mut step = Step { factor: zero, offset: zero, words, bits };
+        let mut step = Step { factor: zero, minimum: zero, words, bits };
         self.store(factor, &mut step.factor);
-        self.store(offset, &mut step.offset);
+        self.store(minimum, &mut step.minimum);
         panel.steps.push(step);
     }
 
@@ -148,12 +160,12 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         panel.codes.push(block);
     }
 
-    /// Adds the products of a panel with a block of tokens to their sums, 16 rows of each token.
+    /// Adds the products of a panel with a block of tokens to their sums.
     #[inline(always)]
-    pub fn multiply(self, panel: &Panel, block: &TokenBlock, sums: &mut [Lanes]) {
+    pub fn multiply(self, panel: &Panel, block: &TokenBlock, sums: &mut [Sums]) {
         match block.tokens {
-            12 => self.multiply_tokens::<12>(panel, block, sums),
-            8 => self.multiply_tokens::<8>(panel, block, sums),
+            12 if N == 1 => self.multiply_tokens::<12>(panel, block, sums),
+            8 if N == 1 => self.multiply_tokens::<8>(panel, block, sums),
             4 => self.multiply_tokens::<4>(panel, block, sums),
             2 => self.multiply_tokens::<2>(panel, block, sums),
             1 => self.multiply_tokens::<1>(panel, block, sums),
@@ -162,13 +174,8 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn multiply_tokens<const T: usize>(
-        self,
-        panel: &Panel,
-        block: &TokenBlock,
-        sums: &mut [Lanes],
-    ) {
-        let sums: &mut [Lanes; T] = sums.try_into().expect("sums of each token");
+    fn multiply_tokens<const T: usize>(self, panel: &Panel, block: &TokenBlock, sums: &mut [Sums]) {
+        let sums: &mut [Sums; T] = sums.try_into().expect("sums of each token");
         let mut codes = &panel.codes[..];
         let mut input = &block.codes.as_chunks::<T>().0[panel.first_word..];
         let mut fine_input = &block.fine_codes.as_chunks::<T>().0[panel.first_word..];
@@ -179,40 +186,25 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             (step_codes, codes) = codes.split_at(step.words);
             (step_input, input) = input.split_at(step.words);
             (step_fine, fine_input) = fine_input.split_at(step.words);
+            let input = (step_input, step_fine, fine);
             match step.bits {
-                ..=4 => self.multiply_step::<4, T>(step, step_codes, step_input, worth, sums),
-                5..=7 => self.multiply_step::<7, T>(step, step_codes, step_input, worth, sums),
-                _ => self.multiply_step::<8, T>(step, step_codes, step_input, worth, sums),
-            }
-            let mut fine = fine;
-            while fine != 0 {
-                let token = fine.trailing_zeros() as usize % T;
-                fine &= fine - 1;
-                let worth = FINE * worth[0][token];
-                match step.bits {
-                    ..=4 => {
-                        self.multiply_fine::<4, T>(step, step_codes, step_fine, worth, token, sums)
-                    }
-                    5..=7 => {
-                        self.multiply_fine::<7, T>(step, step_codes, step_fine, worth, token, sums)
-                    }
-                    _ => {
-                        self.multiply_fine::<8, T>(step, step_codes, step_fine, worth, token, sums)
-                    }
-                }
+                ..=4 => self.multiply_step::<4, T>(step, step_codes, input, worth, sums),
+                5..=7 => self.multiply_step::<7, T>(step, step_codes, input, worth, sums),
+                _ => self.multiply_step::<8, T>(step, step_codes, input, worth, sums),
             }
         }
     }
 
-    /// Adds the products of a step.
+    /// Adds the products of a step with the first codes of all tokens, and with the second codes of
+    /// those whose bit is set.
     #[inline(always)]
     fn multiply_step<const WIDTH: usize, const T: usize>(
         self,
         step: &Step,
         codes: &[[u8; 64]],
-        input: &[[i32; T]],
+        (input, fine_input, fine): (&[[i32; T]], &[[i32; T]], u16),
         [scales, input_sums]: &[[f32; T]; 2],
-        sums: &mut [Lanes; T],
+        sums: &mut [Sums; T],
     ) {
         let isa = self.0;
         let mut dots = [[isa.words(0); N]; T];
@@ -225,45 +217,44 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 }
             }
         }
-        let (factor, offset) = (self.load_floats(&step.factor), self.load_floats(&step.offset));
+        let (factor, minimum) = (self.load_floats(&step.factor), self.load_floats(&step.minimum));
         for t in 0..T {
-            let (scale, input_sum) = (isa.floats(scales[t]), isa.floats(input_sums[t]));
-            let mut sum = self.load_floats(&sums[t]);
-            for i in 0..N {
-                let dots = isa.converted(isa.totals::<WIDTH>(dots[t][i]));
-                sum[i] = isa.mul_add(factor[i], isa.mul(dots, scale), sum[i]);
-                sum[i] = isa.mul_add(offset[i], input_sum, sum[i]);
+            let mut dots = self.converted_totals::<WIDTH>(dots[t]);
+            if (fine >> t) & 1 != 0 {
+                let rest = self.token_products::<WIDTH, T>(codes, fine_input, t);
+                for i in 0..N {
+                    dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+                }
             }
-            self.store(sum, &mut sums[t]);
+            let (scale, input_sum) = (isa.floats(scales[t]), isa.floats(input_sums[t]));
+            let mut scaled = self.load_floats(&sums[t].scaled);
+            let mut shifted = self.load_floats(&sums[t].shifted);
+            for i in 0..N {
+                scaled[i] = isa.mul_add(factor[i], isa.mul(dots[i], scale), scaled[i]);
+                shifted[i] = isa.mul_add(minimum[i], input_sum, shifted[i]);
+            }
+            self.store(scaled, &mut sums[t].scaled);
+            self.store(shifted, &mut sums[t].shifted);
         }
     }
 
-    /// Adds the products of a step with the second codes of one token.
+    /// The products of a step with one token.
     #[inline(always)]
-    fn multiply_fine<const WIDTH: usize, const T: usize>(
+    fn token_products<const WIDTH: usize, const T: usize>(
         self,
-        step: &Step,
         codes: &[[u8; 64]],
         input: &[[i32; T]],
-        worth: f32,
         token: usize,
-        sums: &mut [Lanes; T],
-    ) {
+    ) -> Floats<I, N> {
         let isa = self.0;
-        let mut dots = [isa.words(0); N];
+        let mut sums = [isa.words(0); N];
         for (codes, input) in codes.iter().zip(input) {
             let codes = self.load(codes);
             for i in 0..N {
-                dots[i] = isa.add_products::<WIDTH>(dots[i], codes[i], isa.words(input[token]));
+                sums[i] = isa.add_products::<WIDTH>(sums[i], codes[i], isa.words(input[token]));
             }
         }
-        let factor = self.load_floats(&step.factor);
-        let mut sum = self.load_floats(&sums[token]);
-        for i in 0..N {
-            let dots = isa.converted(isa.totals::<WIDTH>(dots[i]));
-            sum[i] = isa.mul_add(factor[i], isa.mul(dots, isa.floats(worth)), sum[i]);
-        }
-        self.store(sum, &mut sums[token]);
+        self.converted_totals::<WIDTH>(sums)
     }
 }
 
@@ -292,10 +283,12 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         tensor: &DenseTensor<'_>,
         tile: usize,
         chunk: &Chunk,
-        Panel { steps, codes, .. }: &mut Panel,
+        Panel { steps, codes, d, m, .. }: &mut Panel,
     ) {
+        // Each block has its own: they are in the factors.
+        (*d, *m) = ([1.0; TILE_ROWS], [1.0; TILE_ROWS]);
         let zero = [0.0; TILE_ROWS];
-        let step = Step { factor: zero, offset: zero, words: B::RUN / 4, bits: B::BITS };
+        let step = Step { factor: zero, minimum: zero, words: B::RUN / 4, bits: B::BITS };
         steps.resize(chunk.parts.len() * VALUES / B::RUN, step);
         codes.resize(chunk.parts.len() * VALUES / 4, [0; 64]);
         for row in 0..TILE_ROWS {
@@ -322,7 +315,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         for (step, (scale, minimum)) in steps.iter_mut().zip(run_scales::<B, BYTES, VALUES>(block))
         {
             step.factor[row] = scale;
-            step.offset[row] = -scale * (B::OFFSET + below) - minimum;
+            step.minimum[row] = scale * (B::OFFSET + below) + minimum;
         }
         let mut words = [[0; 4]; WORDS];
         for_each_step!(VALUES, |step| {
