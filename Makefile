@@ -3,6 +3,7 @@
 #   make demo          fetch a small model, quantize it to 3 bits, look at the file, generate text
 #                      with it; MODEL=gemma or MODEL=qwen takes another
 #   make test          set up what the tests need and run them all
+#   make test-real     convert a real model of each kind (half an hour)
 #   make test-engines  check exported files in llama.cpp, which it builds first (twenty minutes)
 #   make gpu-check     build the program that tests and measures on a GPU
 #   make ci            what a change must pass: formatting, lints, docs, tests
@@ -30,7 +31,7 @@ SLIMLLM  := $(RELEASE)/slimllm
 DEBUG    := $(or $(CARGO_TARGET_DIR),target)/debug
 EMULATOR := $(CURDIR)/target/cuda-emulator
 
-.PHONY: demo test test-product test-cuda test-peers test-onnx test-engines gpu-check ci
+.PHONY: demo test test-product test-cuda test-peers test-onnx test-real test-engines gpu-check ci
 .NOTPARALLEL:
 
 demo: $(SOURCE)
@@ -85,6 +86,11 @@ test-onnx: $(VENV)/onnx
 	    $(PYTHON) scripts/check-onnx-export target/onnx/$$name target/onnx/$$name.slim.gguf \
 	        --tokens target/onnx/tokens --context 128 --tolerance 0.02 --slimllm $(DEBUG)/slimllm || exit 1; \
 	done
+
+# What tiny random models cannot show. Not part of `test`: it takes half an hour.
+test-real:
+	cargo build --release
+	scripts/test-real
 
 # An engine that is not ours must find in an exported file what we find in the original. Not part of
 # `test`: llama.cpp takes long to build.

@@ -1,5 +1,4 @@
-//! ONNX models: the weights of an exported model without biases, described by the `config.json`
-//! beside it.
+//! ONNX models: the weights of an exported model, described by the `config.json` beside it.
 //!
 //! The graph is not executed, and that it computes what `config.json` describes is not checked. It
 //! is asked only which of its initializers is which weight, and how it lies. Weights are served
@@ -202,7 +201,8 @@ impl StoredTensor {
         let (rows, cols) = slot.shape();
         // The configuration's limits keep the products far below 2^64.
         let value_bytes = dtype.size_in_bytes(1).unwrap_or_default() as usize;
-        let all_bytes = place.total_rows * cols * value_bytes;
+        let row = if slot.is_matrix() { cols } else { 1 };
+        let all_bytes = place.total_rows * row * value_bytes;
         let (file, all) = match &initializer.data {
             Data::Inline(range) if range.len() == all_bytes => (None, range.clone()),
             Data::Inline(range) => {
@@ -220,7 +220,7 @@ impl StoredTensor {
             }
         };
         let (first, values, layout) = match (place.rows_first, slot.hf.layout) {
-            (true, order) => (place.first_row * cols, rows * cols, order),
+            (true, order) => (place.first_row * row, rows * cols, order),
             (false, Layout::AsStored) => {
                 let stride = place.total_rows;
                 (place.first_row, (cols - 1) * stride + rows, Layout::Transposed { stride })

@@ -89,20 +89,26 @@ pub fn export(style: Style, config: &ModelConfig) -> Model {
     let is_q = |path: &str| path.ends_with("q_proj");
     let is_fused = |path: &str| ["k_proj", "v_proj"].iter().any(|part| path.ends_with(part));
     for (index, slot) in modules.slots.iter().enumerate() {
-        let path = slot.hf.name.strip_suffix(".weight").unwrap();
+        let (path, parameter) = slot.hf.name.rsplit_once('.').unwrap();
         let parts = modules.slots.iter().enumerate();
         let parts = parts.filter(|(_, part)| part.hf.name == slot.hf.name);
         let parts: Vec<usize> = parts.map(|(part, _)| part).collect();
         if parts[0] != index {
             continue;
         }
+        let add = if parameter == "bias" { Model::add_bias } else { Model::add };
         match style {
             Style::GenAiFused if is_fused(path) => {}
             Style::GenAiFused if is_q(path) => {
                 let path = path.replace("q_proj", "qkv_proj");
-                model.add(style, &path, &[index, index + 1, index + 2], &modules);
+                let names = ["q", "k", "v"]
+                    .map(|name| slot.hf.name.replace("q_proj", &format!("{name}_proj")));
+                let parts = names.map(|name| {
+                    modules.slots.iter().position(|slot| slot.hf.name == name).unwrap()
+                });
+                add(&mut model, style, &path, &parts, &modules);
             }
-            _ => model.add(style, path, &parts, &modules),
+            _ => add(&mut model, style, path, &parts, &modules),
         }
     }
     model
@@ -187,6 +193,41 @@ impl Model {
             attributes: if op == "Gemm" { attribute("transB", &varint(3, 1)) } else { Vec::new() },
         });
         let dims = dims.into_iter().map(|dim| dim as i64).collect();
+        let raw = Some(values.iter().flat_map(|value| value.to_le_bytes()).collect());
+        self.tensors.push(Tensor { name, dims, data_type: 1, raw, ..Tensor::default() });
+    }
+
+    /// Adds the bias of the module at `path`, whose weight is there, and the node that takes it.
+    fn add_bias(&mut self, style: Style, path: &str, slots: &[usize], modules: &Modules) {
+        let values = slots
+            .iter()
+            .flat_map(|&slot| (0..modules.slots[slot].dims[0]).map(move |col| value(slot, 0, col)));
+        let values: Vec<f32> = values.collect();
+        let module = style.module(path);
+        let name = match style {
+            Style::Script => format!("onnx::Add_{}", self.tensors.len()),
+            style if style.is_gen_ai() => format!("{module}.Add.bias"),
+            _ => format!("{module}.bias"),
+        };
+        let weighted = format!("out {path}");
+        let of_weight = self.nodes.iter_mut().find(|node| node.outputs == [weighted.as_str()]);
+        let of_weight = of_weight.expect("the weight comes first");
+        match &*of_weight.op {
+            "Gemm" => of_weight.inputs.push(name.clone()),
+            "Mul" if style == Style::Dynamo => {
+                of_weight.op = "LayerNormalization".to_owned();
+                of_weight.inputs.push(name.clone());
+            }
+            op => {
+                let mut node = of_weight.clone();
+                node.op = if op == "Einsum" { "Einsum" } else { "Add" }.to_owned();
+                node.name = node.name.replace(op, "Add");
+                node.inputs = vec![name.clone(), weighted];
+                node.outputs = vec![format!("biased {path}")];
+                self.nodes.push(node);
+            }
+        }
+        let dims = vec![values.len() as i64];
         let raw = Some(values.iter().flat_map(|value| value.to_le_bytes()).collect());
         self.tensors.push(Tensor { name, dims, data_type: 1, raw, ..Tensor::default() });
     }
@@ -299,6 +340,25 @@ fn every_style_of_export_gives_the_same_weights() {
         let folder = tiny_folder(style);
         let model = open_in(&folder, &export(style, &config_of(&folder)));
         check_values(&model.unwrap_or_else(|error| panic!("{style:?}: {error}")));
+    }
+}
+
+#[test]
+fn biases_are_found_in_every_style() {
+    for style in Style::ALL {
+        for model_type in ["qwen2", "starcoder2"] {
+            if model_type == "starcoder2" && style.is_gen_ai() {
+                continue;
+            }
+            let folder = tiny_folder_of(model_type, style);
+            let model = export(style, &config_of(&folder));
+            assert!(
+                model.tensors.iter().any(|tensor| tensor.name.ends_with("bias"))
+                    || style == Style::Script
+            );
+            let found = open_in(&folder, &model);
+            check_values(&found.unwrap_or_else(|error| panic!("{model_type}, {style:?}: {error}")));
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{collections::HashMap, path::Path};
 
 use super::{
     graph::{Graph, Initializer, Node},
-    modules::Modules,
+    modules::{Module, Modules},
 };
 use crate::{FormatError, ModelConfig, Part, Result, arch::Tensor};
 
@@ -21,9 +21,9 @@ pub struct Place {
     pub initializer: usize,
     /// Whether it lies as `[out, in]`; so does a vector.
     pub rows_first: bool,
-    /// The slot's first row in it.
+    /// The slot's first row in it; of a vector, its first value.
     pub first_row: usize,
-    /// All of its rows.
+    /// All of its rows or values.
     pub total_rows: usize,
 }
 
@@ -36,6 +36,8 @@ enum Take {
     ColumnsFirst,
     /// As what normalized values are multiplied with.
     Scale,
+    /// As what is added to what a module gives.
+    Bias,
     /// In a way that does not tell.
     Other,
 }
@@ -163,10 +165,10 @@ impl<'a, 'g> Finder<'a, 'g> {
     /// Enters what a node that takes a value as its input `position` tells about it.
     fn enter(&mut self, node: &Node<'_>, position: usize, value: Value) -> Result<()> {
         let initializer = &self.graph.initializers[value.initializer];
-        let slots = match slots_of_node(self.modules, node) {
-            [] => slots_of_name(self.modules, initializer.name),
-            slots => slots,
-        };
+        let module = module_of_node(self.modules, node)
+            .or_else(|| module_of_name(self.modules, initializer.name));
+        let (slots, biases): (&[usize], &[usize]) =
+            module.map_or((&[], &[]), |module| (&module.weight, &module.bias));
         let (all, dims) = (&self.modules.slots, &initializer.dims);
         let take = self.take(node, position)?;
         match take {
@@ -177,6 +179,9 @@ impl<'a, 'g> Finder<'a, 'g> {
             Take::Scale if dims.len() == 1 && dims[0] > 1 && is_vector(all, slots) => {
                 self.place(slots, value.initializer, true)
             }
+            Take::Bias if dims.len() == 1 && dims[0] > 1 && !biases.is_empty() => {
+                self.place(biases, value.initializer, true)
+            }
             Take::RowsFirst | Take::ColumnsFirst
                 if node.op != "Gather" && dims.len() == 2 && dims.iter().all(|&dim| dim > 1) =>
             {
@@ -185,7 +190,7 @@ impl<'a, 'g> Finder<'a, 'g> {
                 Ok(())
             }
             // The weight itself, taken in a way that does not tell how it lies: its shape may.
-            Take::Other if self.weight_slots(initializer).is_some() => Ok(()),
+            Take::Other | Take::Bias if self.slots_of(initializer).is_some() => Ok(()),
             _ if !slots.is_empty()
                 && initializer.dtype().is_some()
                 && initializer.elements() > Some(1) =>
@@ -206,10 +211,15 @@ impl<'a, 'g> Finder<'a, 'g> {
     fn take(&self, node: &Node<'_>, position: usize) -> Result<Take> {
         Ok(match (node.op, position) {
             ("MatMul", 1) => Take::ColumnsFirst,
-            ("Gemm", 1) => {
-                if node.float("alpha")?.is_some_and(|alpha| alpha != 1.0) {
-                    let what = format!("a factor in the product `{}`", node.name);
-                    return Err(FormatError::unsupported(self.path, what, ""));
+            ("Gemm", 1 | 2) => {
+                for factor in ["alpha", "beta"] {
+                    if node.float(factor)?.is_some_and(|factor| factor != 1.0) {
+                        let what = format!("a factor in the product `{}`", node.name);
+                        return Err(FormatError::unsupported(self.path, what, ""));
+                    }
+                }
+                if position == 2 {
+                    return Ok(Take::Bias);
                 }
                 match node.number("transB")? {
                     None | Some(0) => Take::ColumnsFirst,
@@ -218,8 +228,9 @@ impl<'a, 'g> Finder<'a, 'g> {
             }
             ("Gather", 0) => Take::RowsFirst,
             ("Mul", _)
-            | ("SimplifiedLayerNormalization" | "RMSNormalization", 1)
-            | ("SkipSimplifiedLayerNormalization", 2) => Take::Scale,
+            | ("SimplifiedLayerNormalization" | "RMSNormalization" | "LayerNormalization", 1)
+            | ("SkipSimplifiedLayerNormalization" | "SkipLayerNormalization", 2) => Take::Scale,
+            ("Add", _) | ("LayerNormalization", 2) | ("SkipLayerNormalization", 3) => Take::Bias,
             _ => Take::Other,
         })
     }
@@ -231,10 +242,7 @@ impl<'a, 'g> Finder<'a, 'g> {
         if found.dims != expected {
             return Err(self.other_shape(slots, found, &expected, rows_first));
         }
-        let rows = |slot: usize| match self.modules.slots[slot].dims[..] {
-            [rows, _] => rows,
-            _ => 1,
-        };
+        let rows = |slot: usize| self.modules.slots[slot].dims[0];
         let total_rows = slots.iter().map(|&slot| rows(slot)).sum();
         let mut first_row = 0;
         for &slot in slots {
@@ -280,7 +288,7 @@ impl<'a, 'g> Finder<'a, 'g> {
     fn find_by_name_alone(&mut self) -> Result<()> {
         let is_found: Vec<bool> = self.places.iter().map(Option::is_some).collect();
         for (index, initializer) in self.graph.initializers.iter().enumerate() {
-            let Some(slots) = self.weight_slots(initializer) else {
+            let Some(slots) = self.slots_of(initializer) else {
                 if is_of_a_block(initializer.name) {
                     let blocks = self.modules.block_count;
                     let what =
@@ -313,10 +321,15 @@ impl<'a, 'g> Finder<'a, 'g> {
         Ok(())
     }
 
-    /// The slots whose weight an initializer is by its own name.
-    fn weight_slots(&self, initializer: &Initializer<'_>) -> Option<&'a [usize]> {
-        let slots = slots_of_name(self.modules, initializer.name);
-        (!slots.is_empty() && initializer.name.ends_with(".weight")).then_some(slots)
+    /// The slots whose values an initializer has by its own name.
+    fn slots_of(&self, initializer: &Initializer<'_>) -> Option<&'a [usize]> {
+        let module = module_of_name(self.modules, initializer.name)?;
+        let slots = match initializer.name.rsplit_once('.')?.1 {
+            "weight" => &module.weight,
+            "bias" => &module.bias,
+            _ => return None,
+        };
+        (!slots.is_empty()).then_some(slots)
     }
 
     fn leave_out_tied_output(&mut self, config: &mut ModelConfig) {
@@ -364,19 +377,19 @@ impl<'a, 'g> Finder<'a, 'g> {
 }
 
 /// What the paths in a node's metadata and in its name lead to.
-fn slots_of_node<'m>(modules: &'m Modules, node: &Node<'_>) -> &'m [usize] {
+fn module_of_node<'m>(modules: &'m Modules, node: &Node<'_>) -> Option<&'m Module> {
     // Written as a list of Python's: `['', 'model', 'model.norm', 'mul_4']`. The last one is the
     // operation's own name.
     let scopes = node.name_scopes.unwrap_or_default();
     let paths = scopes.rsplit('\'').skip(1).step_by(2).skip(1);
     let module = node.name.rsplit_once('/').map(|(module, _)| module);
-    paths.chain(module).map(|path| modules.at(path)).find(|slots| !slots.is_empty()).unwrap_or(&[])
+    paths.chain(module).find_map(|path| modules.at(path))
 }
 
 /// What the path in an initializer's name leads to. The GenAI builder puts the operator before the
 /// last word of it.
-fn slots_of_name<'m>(modules: &'m Modules, name: &str) -> &'m [usize] {
-    let Some((module, _)) = name.rsplit_once('.') else { return &[] };
+fn module_of_name<'m>(modules: &'m Modules, name: &str) -> Option<&'m Module> {
+    let (module, _) = name.rsplit_once('.')?;
     let operators = [".MatMul", ".Add"];
     let module =
         operators.iter().find_map(|operator| module.strip_suffix(operator)).unwrap_or(module);
@@ -389,12 +402,10 @@ fn is_of_a_block(name: &str) -> bool {
         && (name.ends_with(".weight") || name.ends_with(".bias"))
 }
 
-/// The dimensions of slots that lie one above the other; of a vector, its own.
+/// The dimensions of slots that lie one above the other; of vectors, one behind the other.
 fn dims_of(all: &[Tensor], slots: &[usize], rows_first: bool) -> Vec<u64> {
     let mut dims: Vec<u64> = all[slots[0]].dims.iter().map(|&dim| dim as u64).collect();
-    if let [rows, _] = &mut dims[..] {
-        *rows = slots.iter().map(|&slot| all[slot].dims[0] as u64).sum();
-    }
+    dims[0] = slots.iter().map(|&slot| all[slot].dims[0] as u64).sum();
     if !rows_first {
         dims.reverse();
     }
