@@ -7,7 +7,7 @@ use slim_formats::slim::LayerLayout;
 use super::{super::unpack::UNIT, in_whole_units};
 
 /// Columns that share a scale, at most: two units.
-const STEP: usize = 2 * UNIT;
+pub(super) const STEP: usize = 2 * UNIT;
 
 /// Codes of the input, the same for all rows of a layer: `x = scale * code`.
 ///
@@ -29,7 +29,7 @@ pub struct Input {
     fine_codes: Vec<[i32; 4]>,
     /// For each 16 columns the sums of the rounded values of each word.
     sums: Vec<[f32; 4]>,
-    /// Also for each 16 columns; the second entry of a step of two units stays unused.
+    /// Also for each 16 columns: their step.
     steps: Vec<Step>,
 }
 
@@ -101,7 +101,7 @@ impl Input {
     /// The rounded input, `[cols]`.
     #[cfg(test)]
     pub fn values(&self, layout: &LayerLayout) -> Vec<f32> {
-        let mut values = self.values_in_steps(runs(layout).flat_map(steps));
+        let mut values = self.values_in_steps(steps_of(layout));
         values.truncate(layout.cols());
         values
     }
@@ -126,6 +126,11 @@ impl Input {
     }
 }
 
+/// The columns of each step of a layer.
+pub(super) fn steps_of(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
+    runs(layout).flat_map(steps)
+}
+
 /// The columns of each run of a layer, in whole units.
 fn runs(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
     let runs = layout.groups().iter().flat_map(|group| group.runs(layout.coding()));
@@ -141,13 +146,14 @@ fn steps(run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 per_isa! {
     fn quantize(run: Range<usize>, x: &[f32], input: &mut Input) {
         for cols in steps(run) {
-            let first = cols.start / UNIT;
-            input.steps[first] = quantize_step(
+            let units = cols.start / UNIT..cols.end / UNIT;
+            let step = quantize_step(
                 &x[cols],
-                &mut input.codes[first..],
-                &mut input.fine_codes[first..],
-                &mut input.sums[first..],
+                &mut input.codes[units.clone()],
+                &mut input.fine_codes[units.clone()],
+                &mut input.sums[units.clone()],
             );
+            input.steps[units].fill(step);
         }
     }
 }
@@ -173,7 +179,6 @@ fn quantize_step(
     let mean_square = squares.iter().sum::<f32>() / x.len() as f32;
     let has_fine_codes = largest * largest > OUTLIER * OUTLIER * mean_square;
     let value = |sum: i32, fine_sum: i32| scale * (sum as f32 + FINE * fine_sum as f32);
-    let (mut sum, mut fine_sum) = (0, 0);
     for (u, unit) in units.iter().enumerate() {
         let (mut steps, mut rests) = ([0.0; UNIT], [0.0; UNIT]);
         for i in 0..UNIT {
@@ -190,10 +195,8 @@ fn quantize_step(
         for i in 0..4 {
             sums[u][i] = value(of_words[i], of_fine_words[i]);
         }
-        sum += of_words.iter().sum::<i32>();
-        fine_sum += of_fine_words.iter().sum::<i32>();
     }
-    Step { scale, sum: value(sum, fine_sum), has_fine_codes }
+    Step { scale, sum: sums.as_flattened().iter().sum(), has_fine_codes }
 }
 
 /// 1.5 * 2^23: a sum with it has no bits left for a fraction.
