@@ -77,11 +77,12 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
     pub group_size: usize,
 
-    /// How scales are stored: as small codes under an fp16 pair per row, or as in the paper
+    /// How scales are stored: as small codes under an fp16 pair per row, the same with codes that
+    /// share bits (trellis: better below 4 bits, slower), or as in the paper
     #[arg(long, value_enum, default_value_t = Scales::TwoLevel)]
     pub scales: Scales,
 
-    /// Columns that share a two-level scale [default: 32]
+    /// Columns that share a scale code [default: 32]
     #[arg(long, value_name = "COLUMNS", value_parser = one_of(["16", "32", "64"]))]
     pub sub_group: Option<usize>,
 
@@ -150,6 +151,7 @@ pub struct ConvertArgs {
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Scales {
     TwoLevel,
+    Trellis,
     Paper,
 }
 

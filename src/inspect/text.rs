@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value as Json;
 use slim_formats::{
     gguf::Value,
-    slim::{Fault, LayerInfo, ScaleCoding},
+    slim::{Fault, LayerInfo},
 };
 
 use super::{
@@ -70,19 +70,10 @@ fn types(weights: &[WeightSize]) -> String {
 /// The scale codings of the layers, each once.
 fn codings(layers: &[LayerInfo]) -> String {
     let mut codings: Vec<String> =
-        layers.iter().map(|layer| coding(layer.layout.coding())).collect();
+        layers.iter().map(|layer| layer.layout.coding().to_string()).collect();
     codings.sort();
     codings.dedup();
     codings.join("; ")
-}
-
-fn coding(coding: ScaleCoding) -> String {
-    match coding {
-        ScaleCoding::Paper => "paper".to_owned(),
-        ScaleCoding::TwoLevel { sub_group, scale_bits } => {
-            format!("two-level, {scale_bits}-bit codes per {sub_group} columns")
-        }
-    }
 }
 
 /// The share of the weights of the blocks that have each width.
@@ -224,7 +215,7 @@ pub fn no_faults(contents: &Contents) -> String {
 
 #[cfg(test)]
 mod tests {
-    use slim_formats::slim::{BitWidth, LayerLayout};
+    use slim_formats::slim::{BitWidth, LayerLayout, ScaleCoding};
 
     use super::*;
 

@@ -11,6 +11,7 @@ mod outline;
 mod refusals;
 #[cfg(test)]
 mod tests;
+mod trellis;
 mod verify;
 mod writer;
 
@@ -19,4 +20,5 @@ pub use file::{Fault, LayerInfo, SlimFile};
 pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
 pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, UNIT_COLS, planes};
 pub use outline::Outline;
+pub use trellis::{STRIP_ROWS, TRELLIS_CENTER, WindowTable, ring_place, value_step};
 pub use writer::{SlimWriter, WrittenFile};

@@ -11,6 +11,7 @@ mod avx2;
 mod avx512;
 pub mod batch;
 mod blocks;
+mod codes;
 mod dense;
 mod input;
 mod kernel;

@@ -5,17 +5,18 @@ use std::{array, ops::Range};
 
 use slim_formats::{
     DenseTensor,
-    slim::{Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS},
+    slim::{Group, LayerLayout, PackedTensor, TILE_ROWS},
 };
 
 use super::{
     blocks::{BlockIsa, RowBlock, WORDS, blocks_of_row, for_each_step},
+    codes::{Codes, ENTRY_BITS, Stored, Windows},
     input::{FINE, STEP},
-    kernel::{Floats, Isa, Kernel, Words, run_units},
+    kernel::{Floats, Isa, Kernel, Words, has_windows, run_units},
     tokens::TokenBlock,
 };
 use crate::{
-    cpu::unpack::{Lanes, Planes, UNIT, for_width},
+    cpu::unpack::{Lanes, UNIT, for_width},
     ggml::{Block, for_block, run_scales},
 };
 
@@ -96,41 +97,55 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     ) {
         panel.start(chunk);
         let layout = packed.layout();
-        let (codes, records) = (packed.tile_codes(tile), packed.tile_scales(tile));
         let (d, m) = self.row_scales(packed.tile_row_scales(tile));
         self.store(d, &mut panel.d);
         self.store(m, &mut panel.m);
         for group in &layout.groups()[chunk.parts.clone()] {
-            let codes = &codes[group.codes_offset..][..group.code_bytes()];
-            let records = &records[group.scales_offset..];
-            for_width!(
-                group.bit_width,
-                Self::unpack_group(self, codes, layout.coding(), records, panel)
-            );
+            for_width!(group.bit_width, Self::unpack_group(self, packed, tile, group, panel));
         }
     }
 
     #[inline(always)]
     fn unpack_group<const WIDTH: usize>(
         self,
-        codes: &[u8],
-        coding: ScaleCoding,
-        mut records: &[u8],
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
         panel: &mut Panel,
     ) {
-        let planes = Planes::of::<WIDTH>(codes);
-        let (units, mut unit) = (planes.units, 0);
+        if has_windows::<WIDTH>(packed) {
+            let codes = Windows::<I, WIDTH>::of(self.0, packed, tile, group);
+            self.unpack_runs::<WIDTH, _>(codes, ENTRY_BITS, packed, tile, group, panel);
+        } else {
+            let codes = Stored::<WIDTH>::of(packed, tile, group);
+            self.unpack_runs::<WIDTH, _>(codes, WIDTH, packed, tile, group, panel);
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_runs<const WIDTH: usize, C: Codes<I, N>>(
+        self,
+        codes: C,
+        bits: usize,
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
+        panel: &mut Panel,
+    ) {
+        let coding = packed.layout().coding();
+        let mut records = &packed.tile_scales(tile)[group.scales_offset..];
+        let (units, mut unit) = (group.stored_cols() / UNIT, 0);
         while unit < units {
             let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
             let end = units.min(unit + run_units(coding, units));
             while unit < end {
                 let step = unit..end.min(unit + 2);
-                self.push_step(factor, minimum, 4 * step.len(), WIDTH, panel);
+                self.push_step(factor, minimum, 4 * step.len(), bits, panel);
                 unit = step.end;
                 for unit in step {
-                    let words = self.unit_words::<WIDTH>(planes, unit);
+                    let loaded = codes.unit(self, unit);
                     for t in 0..4 {
-                        self.push_codes(self.codes::<WIDTH>(planes, unit, words, t), panel);
+                        self.push_codes(codes.words(self, unit, loaded, t), panel);
                     }
                 }
             }
