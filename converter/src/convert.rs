@@ -211,7 +211,7 @@ impl Output<'_> {
         let correlation = |(i, j): (usize, usize)| 0.9f32.powi(i.abs_diff(j) as i32);
         let places = (0..cols_tried).flat_map(|i| (0..cols_tried).map(move |j| (i, j)));
         let hessian = Hessian::new(places.map(correlation).collect(), cols_tried);
-        let hessian = FactoredHessian::new(&hessian, self.settings)?;
+        let hessian = FactoredHessian::new(hessian, self.settings)?;
         let outputs = OutputHessian::zeros(rows, &mut { u64::MAX })?;
 
         for _ in 0..3 {
@@ -239,7 +239,7 @@ impl Output<'_> {
         let hessian = match &self.budget {
             Some(budget) => {
                 let hessian = budget.vocabulary[tensor.part].hessian();
-                let hessian = FactoredHessian::new(&hessian, &settings)
+                let hessian = FactoredHessian::new(hessian, &settings)
                     .map_err(|error| error.of_layer(name))?;
                 self.warn_of_damping(name, &hessian);
                 Some(hessian)
