@@ -130,6 +130,10 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
     pub max_memory: u64,
 
+    /// Go on where an earlier conversion with the same arguments has stopped, if one has
+    #[arg(long)]
+    pub resume: bool,
+
     /// Show what would be done, and write nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         Err(error) => {
             failure::report(&error);
             interrupt::tell_removed();
-            ExitCode::from(2)
+            ExitCode::from(if failure::is_interruption(&error) { interrupt::EXIT_INTERRUPTED } else { 2 })
         }
     }
 }

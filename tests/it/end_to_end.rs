@@ -7,7 +7,8 @@ use std::{
 
 use serde_json::Value;
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Calibration, Engine, Method, Resources, Settings, convert,
+    BUILT_IN_CALIBRATION, Begin, Calibration, Engine, Job, Method, Resources, Settings, WorkFolder,
+    convert,
 };
 use slim_formats::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OutputPath,
@@ -50,7 +51,9 @@ fn convert_to(source: &Path, settings: &Settings, target: &Path) {
     let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
     let resources = Resources { engine: Engine::Cpu, float_bytes: 1 << 30 };
     let output = OutputPath { path: target, replaces: true };
-    convert(&*source, &calibration, settings, resources, output, &mut |_| {}).unwrap();
+    let work = &WorkFolder::beside(target, Begin::New, Arc::default()).unwrap();
+    let job = Job { source: &*source, calibration: &calibration, settings, work };
+    convert(&job, &resources, output, &mut |_| {}).unwrap();
 }
 
 /// A SliM file whose packed matrices are served as f32.
