@@ -48,7 +48,10 @@ fn main() -> ExitCode {
         Err(error) => {
             failure::report(&error);
             interrupt::tell_removed();
-            ExitCode::from(if failure::is_interruption(&error) { interrupt::EXIT_INTERRUPTED } else { 2 })
+            ExitCode::from(match failure::is_interruption(&error) {
+                true => interrupt::EXIT_INTERRUPTED,
+                false => 2,
+            })
         }
     }
 }
