@@ -50,6 +50,9 @@ pub enum Command {
     Bench(BenchArgs),
     /// Write a model's weights in the layout of another engine
     Export(ExportArgs),
+    /// Render a chat template for the process that asks for it
+    #[command(hide = true)]
+    RenderTemplate,
 }
 
 #[derive(clap::Args)]

@@ -19,9 +19,10 @@ mod progress;
 mod run;
 mod target;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
+use slim_runtime::{isolate_chat_templates, render_for_parent};
 
 use crate::{
     args::{Args, Command},
@@ -41,6 +42,11 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => return unparsed(&error),
     };
+    isolate_chat_templates(|| {
+        let mut program = std::process::Command::new(own_program());
+        program.arg("render-template");
+        program
+    });
     match dispatch(args.command) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
@@ -53,6 +59,14 @@ fn main() -> ExitCode {
                 false => 2,
             })
         }
+    }
+}
+
+/// The file that this process runs, whatever has its name by now.
+fn own_program() -> PathBuf {
+    match cfg!(target_os = "linux") {
+        true => "/proc/self/exe".into(),
+        false => std::env::current_exe().unwrap_or_default(),
     }
 }
 
@@ -77,6 +91,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
+        Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)
 }

@@ -1,5 +1,6 @@
 //! The integration tests, in one binary so that they link once.
 
+mod attacks; // templates and tokenizers that hurt
 mod chat; // prompts, sampling settings, and the chat, piped and on a terminal
 mod cli; // help, errors, exit codes, output of every subcommand
 mod columns; // any number of them
