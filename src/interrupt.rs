@@ -2,7 +2,9 @@
 
 #[cfg(unix)]
 use std::{
-    io::{self, IsTerminal},
+    fs::File,
+    io::{self, IsTerminal, Write},
+    os::fd::AsFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,10 +13,10 @@ use std::{
 
 #[cfg(unix)]
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
+    consts::{SIGBUS, SIGHUP, SIGINT, SIGTERM},
     flag,
     iterator::Signals,
-    low_level::exit,
+    low_level::{self, exit},
 };
 #[cfg(unix)]
 use slim_formats::remove_temporaries;
@@ -28,6 +30,29 @@ pub const EXIT_INTERRUPTED: u8 = 130;
 /// Exceeding the limit on the size of a file; of all Unix systems.
 #[cfg(unix)]
 const SIGXFSZ: i32 = 25;
+
+/// From here on, a page of a mapped file that cannot be read ends the process with a sentence: the
+/// file was shortened, or its disk has failed. What it leaves, the next command removes.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+pub fn explain_lost_pages() -> io::Result<()> {
+    const SENTENCE: &[u8] =
+        b"error: a file of the model was shortened while it was read, or its disk has failed\n";
+    let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let end = move || {
+        let _ = (&stderr).write(SENTENCE);
+        exit(2)
+    };
+    // SAFETY: `end` makes two system calls, `write` and `_exit`, which a handler may; it neither
+    // allocates nor locks.
+    unsafe { low_level::register(SIGBUS, end) }.map(drop)
+}
+
+/// Elsewhere the system ends the process.
+#[cfg(not(unix))]
+pub fn explain_lost_pages() -> std::io::Result<()> {
+    Ok(())
+}
 
 /// From here on, Ctrl-C and what else ends a command removes its temporary files first, and tells
 /// which. Writing beyond the limit on the size of a file becomes an error, after which they are

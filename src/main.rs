@@ -83,6 +83,11 @@ fn unparsed(error: &clap::Error) -> ExitCode {
 }
 
 fn dispatch(command: Command) -> anyhow::Result<Outcome> {
+    if let Command::RenderTemplate = command {
+        render_for_parent()?;
+        return Ok(Outcome::Done);
+    }
+    interrupt::explain_lost_pages()?;
     match command {
         Command::Convert(args) => convert::run(&args)?,
         Command::Run(args) => run::run(&args)?,
@@ -91,7 +96,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
-        Command::RenderTemplate => render_for_parent()?,
+        Command::RenderTemplate => unreachable!("it maps no files"),
     }
     Ok(Outcome::Done)
 }

@@ -1,15 +1,17 @@
-//! Chat templates and tokenizers that hurt: they end in a sentence, soon, and with little memory.
+//! Files that hurt: they end in a sentence, soon, and with little memory.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::Write,
+    os::unix::fs::symlink,
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 
-use crate::command::{Answer, Dir, arg, slimllm, succeed, tiny_model};
+use crate::command::{Answer, Dir, arg, fail, slimllm, succeed, tiny_model};
 
 /// A template has a second of a processor; the rest is for machines that are busy.
 const SOON: Duration = Duration::from_secs(30);
@@ -132,4 +134,97 @@ fn tokenizers_that_make_the_library_fail_end_in_a_sentence() {
         assert_eq!(answer.code, 2, "{component}: {}", answer.stderr);
         assert!(answer.stderr.contains("tokenizer: "), "{component}: {}", answer.stderr);
     }
+}
+
+/// A tiny model with something else in the place of one of its files.
+fn replaced(name: &str, make: impl FnOnce(&Path)) -> Dir {
+    changed_model(|dir| {
+        let path = dir.path(name);
+        let _ = fs::remove_file(&path);
+        make(&path);
+    })
+}
+
+fn link_to(target: &str) -> impl FnOnce(&Path) {
+    move |path| symlink(target, path).unwrap()
+}
+
+fn pipe(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+#[test]
+fn links_out_of_a_model_and_special_files_are_refused() {
+    for (name, make, fragment) in [
+        (
+            "chat_template.jinja",
+            Box::new(link_to("/proc/self/environ")) as Box<dyn FnOnce(&Path)>,
+            "a link that leads out of the model",
+        ),
+        (
+            "chat_template.jinja",
+            Box::new(link_to("/etc/passwd")),
+            "a link that leads out of the model",
+        ),
+        ("chat_template.jinja", Box::new(link_to("/dev/zero")), "not a regular file"),
+        ("tokenizer.json", Box::new(pipe), "not a regular file"),
+        ("config.json", Box::new(pipe), "not a regular file"),
+        ("model.safetensors", Box::new(pipe), "not a regular file"),
+    ] {
+        let model = replaced(name, make);
+        let source = arg(model.root());
+        let out = model.arg("out.gguf");
+        for args in [
+            &["convert", &source, "-o", &out, "--method", "rtn", "--quiet"][..],
+            &["run", &source, "-p", "hi", "-n", "1", "--device", "cpu"],
+        ] {
+            fail(args, &[name, fragment]);
+        }
+    }
+    let dir = Dir::new();
+    pipe(&dir.path("model.gguf"));
+    for args in
+        [&["inspect", &dir.arg("model.gguf")][..], &["run", &dir.arg("model.gguf"), "-p", "hi"]]
+    {
+        fail(args, &["model.gguf", "not a regular file"]);
+    }
+}
+
+/// The layout of the hub's cache: files are links to what they hold.
+#[test]
+fn links_into_the_hub_cache_are_followed() {
+    let dir = Dir::new();
+    let (blobs, snapshot) = (dir.path("blobs"), dir.path("snapshots/main"));
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(&snapshot).unwrap();
+    for entry in fs::read_dir(tiny_model("llama")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap();
+        fs::copy(&path, blobs.join(name)).unwrap();
+        symlink(Path::new("../../blobs").join(name), snapshot.join(name)).unwrap();
+    }
+    succeed(&["run", &arg(&snapshot), "-p", "hi", "-n", "1", "--device", "cpu"]);
+}
+
+#[test]
+fn file_that_is_shortened_while_it_is_read_ends_in_a_sentence() {
+    let model = changed_model(|_| ());
+    let out = Dir::new();
+    let source = arg(model.root());
+    let mut child = out
+        .slimllm("convert")
+        .args([&source, "-o", "out.gguf", "--samples", "4096", "--context", "512"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while out.names().is_empty() {
+        assert!(child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    File::options().write(true).open(model.path("model.safetensors")).unwrap().set_len(0).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let talk = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{talk}");
+    assert!(talk.contains("was shortened while it was read"), "{talk}");
 }
