@@ -2,7 +2,7 @@
 
 use slim_formats::Weight;
 use slim_kernels::{
-    Backend, CoarseCpu, Cpu,
+    Backend, FloatCpu,
     cuda::{CudaBackend, Held},
     instruction_path,
     linalg::{self, Precision},
@@ -36,8 +36,8 @@ impl Engine {
     /// Where the operations of the forward passes run; a device has a precision of its own.
     pub(crate) fn backend(&self, precision: Precision) -> &dyn Backend {
         match (self, precision) {
-            (Self::Cpu, Precision::Fine) => &Cpu,
-            (Self::Cpu, Precision::Coarse) => &CoarseCpu,
+            (Self::Cpu, Precision::Fine) => &FloatCpu(Precision::Fine),
+            (Self::Cpu, Precision::Coarse) => &FloatCpu(Precision::Coarse),
             (Self::Cuda(backend), _) => backend,
         }
     }

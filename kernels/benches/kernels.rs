@@ -66,8 +66,10 @@ fn measure_all(memory: &Memory) {
             measure_dense(memory, rows, cols, dtype);
         }
     }
-    for bits in [2, 3, 4, 8] {
-        measure_matmul(memory, bits);
+    for m in [8, TOKENS] {
+        for bits in [2, 3, 4, 8] {
+            measure_matmul(memory, m, bits);
+        }
     }
     for m in [1, TOKENS] {
         measure_attention(memory, m);
@@ -106,15 +108,15 @@ fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
 }
 
 /// Many tokens times a packed layer.
-fn measure_matmul(memory: &Memory, bits: u8) {
+fn measure_matmul(memory: &Memory, m: usize, bits: u8) {
     let (rows, cols) = (1536, 576);
     let layer = layer(rows, cols, bits);
-    let (x, mut out) = (waves(TOKENS * cols), vec![0.0; TOKENS * rows]);
+    let (x, mut out) = (waves(m * cols), vec![0.0; m * rows]);
     let bytes = layer.layout().stored_bits() as usize / 8 + size_of_val(&x[..]);
-    let name = format!("matmul {TOKENS} x {rows} x {cols}, {bits} bits");
-    memory.measure(&name, TOKENS * rows * cols, bytes, &vec![layer; 16], |layer| {
+    let name = format!("matmul {m} x {rows} x {cols}, {bits} bits");
+    memory.measure(&name, m * rows * cols, bytes, &vec![layer; 16], |layer| {
         let weight = Weight::Packed(layer.view());
-        Cpu.matmul(weight, &x, TOKENS, black_box(&mut out)).expect("lengths that fit");
+        Cpu.matmul(weight, &x, m, black_box(&mut out)).expect("lengths that fit");
     });
 }
 

@@ -148,13 +148,8 @@ fn each_quantized_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUE
     out: &mut [f32],
 ) -> Result<()> {
     each_block(bytes, out, |block: &[u8; BYTES], out: &mut [f32; VALUES]| {
-        // The codes of a run's scale or minimum among those of four runs.
-        let code = |codes: Option<u32>, run| codes.map_or(1, |codes| codes.to_le_bytes()[run % 4]);
-        let (d, m) = (half_at(block, B::D), B::M.map(|(at, sign)| sign * half_at(block, at)));
-        for (run, out) in out.chunks_exact_mut(B::RUN).enumerate() {
-            let s = f32::from(code(B::scales(block, run / 4), run));
-            let z = f32::from(code(B::minimums(block, run / 4), run));
-            let (scale, minimum) = (d * (s - B::SCALE_OFFSET), m.map_or(0.0, |m| m * z));
+        let runs = out.chunks_exact_mut(B::RUN).zip(run_scales::<B, BYTES, VALUES>(block));
+        for (run, (out, (scale, minimum))) in runs.enumerate() {
             for (i, values) in out.chunks_exact_mut(4).enumerate() {
                 let codes = B::codes(block, run * B::RUN / 4 + i).to_le_bytes();
                 for (value, code) in values.iter_mut().zip(codes) {
@@ -166,6 +161,21 @@ fn each_quantized_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUE
                 }
             }
         }
+    })
+}
+
+/// Scale and minimum of each run of a block.
+#[inline(always)]
+pub(crate) fn run_scales<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    block: &[u8; BYTES],
+) -> impl Iterator<Item = (f32, f32)> {
+    // A run's code among those of four.
+    let code = |codes: Option<u32>, run| codes.map_or(1, |codes| codes.to_le_bytes()[run % 4]);
+    let (d, m) = (half_at(block, B::D), B::M.map(|(at, sign)| sign * half_at(block, at)));
+    (0..VALUES / B::RUN).map(move |run| {
+        let s = f32::from(code(B::scales(block, run / 4), run));
+        let z = f32::from(code(B::minimums(block, run / 4), run));
+        (d * (s - B::SCALE_OFFSET), m.map_or(0.0, |m| m * z))
     })
 }
 
@@ -263,16 +273,16 @@ pub(crate) trait Block<const BYTES: usize, const VALUES: usize> {
 macro_rules! for_block {
     ($dtype:expr, $($function:ident)::+($($argument:expr),*), $other:pat => $otherwise:expr) => {
         match $dtype {
-            DType::Q4_0 => $($function)::+::<$crate::ggml::Q4_0, _, _>($($argument),*),
-            DType::Q4_1 => $($function)::+::<$crate::ggml::Q4_1, _, _>($($argument),*),
-            DType::Q5_0 => $($function)::+::<$crate::ggml::Q5_0, _, _>($($argument),*),
-            DType::Q5_1 => $($function)::+::<$crate::ggml::Q5_1, _, _>($($argument),*),
-            DType::Q8_0 => $($function)::+::<$crate::ggml::Q8_0, _, _>($($argument),*),
-            DType::Q2_K => $($function)::+::<$crate::ggml::Q2K, _, _>($($argument),*),
-            DType::Q3_K => $($function)::+::<$crate::ggml::Q3K, _, _>($($argument),*),
-            DType::Q4_K => $($function)::+::<$crate::ggml::Q4K, _, _>($($argument),*),
-            DType::Q5_K => $($function)::+::<$crate::ggml::Q5K, _, _>($($argument),*),
-            DType::Q6_K => $($function)::+::<$crate::ggml::Q6K, _, _>($($argument),*),
+            slim_formats::DType::Q4_0 => $($function)::+::<$crate::ggml::Q4_0, _, _>($($argument),*),
+            slim_formats::DType::Q4_1 => $($function)::+::<$crate::ggml::Q4_1, _, _>($($argument),*),
+            slim_formats::DType::Q5_0 => $($function)::+::<$crate::ggml::Q5_0, _, _>($($argument),*),
+            slim_formats::DType::Q5_1 => $($function)::+::<$crate::ggml::Q5_1, _, _>($($argument),*),
+            slim_formats::DType::Q8_0 => $($function)::+::<$crate::ggml::Q8_0, _, _>($($argument),*),
+            slim_formats::DType::Q2_K => $($function)::+::<$crate::ggml::Q2K, _, _>($($argument),*),
+            slim_formats::DType::Q3_K => $($function)::+::<$crate::ggml::Q3K, _, _>($($argument),*),
+            slim_formats::DType::Q4_K => $($function)::+::<$crate::ggml::Q4K, _, _>($($argument),*),
+            slim_formats::DType::Q5_K => $($function)::+::<$crate::ggml::Q5K, _, _>($($argument),*),
+            slim_formats::DType::Q6_K => $($function)::+::<$crate::ggml::Q6K, _, _>($($argument),*),
             $other => $otherwise,
         }
     };

@@ -36,9 +36,7 @@ pub use multiversion;
 pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
 #[doc(hidden)]
 pub use cpu::matvec;
-pub use cpu::{
-    CoarseCpu, Cpu, attention, cap, exp, kl_divergence, log_softmax, matmul, with_slope,
-};
+pub use cpu::{Cpu, FloatCpu, attention, cap, exp, kl_divergence, log_softmax, matmul, with_slope};
 pub use error::{KernelError, Result};
 pub use instructions::instruction_path;
 pub use reference::Scalar;

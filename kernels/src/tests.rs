@@ -3,6 +3,7 @@
 //! Packed layers are filled from known codes and scales, and what they are worth is worked out from
 //! those by the formulas of `docs/format.md`, not by unpacking.
 
+mod batch;
 mod cuda;
 mod dense;
 
@@ -19,7 +20,7 @@ use crate::{
     AttentionShape, Backend, Cpu, KernelError, KvView, RopeAngles, Scalar, kl_divergence,
     linalg::{self, Mat, Method, Precision, Store},
     log_softmax,
-    matvec::{self, Input, matvec_by},
+    matvec::{self, Input, batch::multiply_by, matvec_by},
     weight::{dequantize_rows, stored_bytes},
 };
 
@@ -279,11 +280,13 @@ fn as_multiplied(method: matvec::Method, layout: &LayerLayout, x: &[f32]) -> Vec
 
 /// The same for what `backend` does with `x: [m, cols]`.
 fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec<f32> {
+    let by_token =
+        |rounded: &dyn Fn(&[f32]) -> Vec<f32>| x.chunks(cols).flat_map(rounded).collect();
     match (weight, weight.bands(), matvec::Method::fastest()) {
-        _ if backend != "cpu" || x.len() > cols => x.to_vec(),
-        (_, Some(bands), method) => as_multiplied(method, bands.get(0).layout(), x),
+        _ if backend != "cpu" => x.to_vec(),
+        (_, Some(bands), method) => by_token(&|x| as_multiplied(method, bands.get(0).layout(), x)),
         (Weight::Dense(dense), _, matvec::Method::Integer(..)) if dense.dtype == DType::Q8_0 => {
-            Input::in_whole_steps(x).values_in_whole_steps()
+            by_token(&|x| Input::in_whole_steps(x).values_in_whole_steps())
         }
         _ => x.to_vec(),
     }
@@ -299,12 +302,24 @@ fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x:
         let expected = product(&as_input_of(name, weight, x, cols), weights, cols);
         out.fill(f32::NAN);
         backend.matmul(weight, x, m, &mut out).unwrap();
-        // One token is multiplied without the general product.
+        // One token, and codes in integers, are multiplied without the general product.
         let bound = match m {
             1 => MATMUL_NMSE,
             _ => product_nmse(name, MATMUL_AMX_NMSE, MATMUL_NMSE),
         };
         assert_nmse(&format!("{name}, {what}"), &out, &expected, bound);
+    }
+    if m > 1 {
+        let mut in_integers: Option<Vec<f32>> = None;
+        let expected = product(&as_input_of("cpu", weight, x, cols), weights, cols);
+        for method in matvec::Method::all() {
+            out.fill(f32::NAN);
+            if multiply_by(method, weight, x, m, &mut out).is_some() {
+                assert_nmse(&format!("{method:?}, {what}"), &out, &expected, MATMUL_NMSE);
+                let first = in_integers.get_or_insert_with(|| out.clone());
+                assert_eq!(&out, first, "{method:?} rounds in its own way, {what}");
+            }
+        }
     }
     if let (Some(bands), 1) = (weight.bands(), m) {
         let mut in_integers: Option<Vec<f32>> = None;

@@ -15,16 +15,19 @@ use slim_formats::{
     TokenizerSource, Weight, open_model,
     slim::{ScaleCoding, SlimFile},
 };
-use slim_kernels::{Backend, Cpu, KernelError, Scalar, cuda::Device, weight};
+use slim_kernels::{
+    Backend, Cpu, FloatCpu, KernelError, Scalar, cuda::Device, linalg::Precision, weight,
+};
 use slim_runtime::{InBatches, Model, Protocol, Tokenizer, Turn, evaluate};
 
 use crate::command::{Dir, arg, fail, golden_models, onnx_model, real_model, succeed, tiny_model};
 
 /// What the issue allows between a packed file and the quantizer's own weights.
 const LOGITS_TOLERANCE: f32 = 1e-3;
-/// The same for decoding, which rounds a token to 8 bits on its way into each layer: the error's
-/// share of the logits, as a root mean square.
-const DECODE_TOLERANCE: f64 = 0.03;
+/// The same where tokens are rounded to 8 bits on their way into each packed layer: the error's
+/// share of the logits, as a root mean square. Measured 0.039 at most, in a model of 12 columns;
+/// else 0.022.
+pub const ROUNDED_TOLERANCE: f64 = 0.05;
 
 const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
 
@@ -144,17 +147,26 @@ pub fn logits(
     [model.logits(&hidden).unwrap(), rest.chunks(1).flat_map(next).collect()]
 }
 
-/// Checks that logits differ by no more than the tolerances.
-pub fn assert_close(what: &str, found: &[Vec<f32>; 2], expected: &[Vec<f32>; 2]) {
-    let prefill = largest_difference(&found[0], &expected[0]);
+/// Checks that a packed file runs like `expected`, with products in floats and with rounded inputs.
+pub fn assert_runs_like(what: &str, file: &Path, tokens: &[u32], expected: &[Vec<f32>; 2]) {
+    let run = |backend| logits(open_model(file).unwrap().into(), backend, tokens);
+    let (exact, rounded) = (run(&FloatCpu(Precision::Fine)), run(&Cpu));
+    for (phase, name) in ["prefill", "decode"].into_iter().enumerate() {
+        let expected = &expected[phase];
+        let difference = largest_difference(&exact[phase], expected);
+        let share = share_of_error(&rounded[phase], expected);
+        println!("{what}: logits of {name} differ by {difference}, rounded by a share of {share}");
+        assert!(difference < LOGITS_TOLERANCE, "{what}, {name}: {difference}");
+        assert!(share < ROUNDED_TOLERANCE, "{what}, {name}, rounded: {share}");
+    }
+}
+
+fn share_of_error(found: &[f32], expected: &[f32]) -> f64 {
     let squares = |values: &mut dyn Iterator<Item = f32>| -> f64 {
         values.map(|value| f64::from(value).powi(2)).sum()
     };
-    let error = squares(&mut found[1].iter().zip(&expected[1]).map(|(a, b)| a - b));
-    let decode = (error / squares(&mut expected[1].iter().copied())).sqrt();
-    println!("{what}: logits of prefill differ by {prefill}, of decode by a share of {decode}");
-    assert!(prefill < LOGITS_TOLERANCE, "{what}, prefill: {prefill}");
-    assert!(decode < DECODE_TOLERANCE, "{what}, decode: {decode}");
+    let error = squares(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    (error / squares(&mut expected.iter().copied())).sqrt()
 }
 
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
@@ -174,10 +186,11 @@ fn packed_file_runs_like_its_own_dequantized_weights() {
             for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
                 convert_to(&tiny_model(name), &settings(bits, coding, reference), &file);
                 let expected = logits(Arc::new(Dequantized::open(&file)), &Scalar, &tokens);
-                for backend in [&Cpu as &dyn Backend, &Scalar] {
-                    let found = logits(open_model(&file).unwrap().into(), backend, &tokens);
-                    assert_close(&format!("{name}, {bits} bits, {coding:?}"), &found, &expected);
-                }
+                let what = format!("{name}, {bits} bits, {coding:?}");
+                assert_runs_like(&what, &file, &tokens, &expected);
+                let scalar = logits(open_model(&file).unwrap().into(), &Scalar, &tokens);
+                let difference = largest_difference(&scalar.concat(), &expected.concat());
+                assert!(difference < LOGITS_TOLERANCE, "{what}, scalar: {difference}");
             }
         }
     }
@@ -193,8 +206,8 @@ fn packed_file_of_every_family_runs_like_its_own_dequantized_weights() {
         let bits = 3 + (index % 2) as u8;
         convert_to(&model, &settings(bits, TWO_LEVEL, false), &file);
         let expected = logits(Arc::new(Dequantized::open(&file)), &Scalar, &tokens);
-        let found = logits(open_model(&file).unwrap().into(), &Cpu, &tokens);
-        assert_close(&format!("{}, {bits} bits", model.display()), &found, &expected);
+        let what = format!("{}, {bits} bits", model.display());
+        assert_runs_like(&what, &file, &tokens, &expected);
     }
 }
 
@@ -229,9 +242,8 @@ fn packed_real_model_runs_like_its_own_dequantized_weights() {
     let file = dir.path("model.slim.gguf");
     convert_to(&model, &Settings { group_size: 64, ..settings(3, TWO_LEVEL, false) }, &file);
     let tokens: Vec<u32> = (0..32).map(|i| 1000 + 37 * i).collect();
-    let found = logits(open_model(&file).unwrap().into(), &Cpu, &tokens);
     let expected = logits(Arc::new(Dequantized::open(&file)), &Cpu, &tokens);
-    assert_close("SmolLM2", &found, &expected);
+    assert_runs_like("SmolLM2", &file, &tokens, &expected);
 }
 
 #[test]

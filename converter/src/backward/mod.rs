@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 use slim_formats::{DType, Decoder, DenseTensor, Layout, ModelSource, Part, Weight};
-use slim_kernels::{Cpu, kl_divergence, linalg::Precision, log_softmax};
+use slim_kernels::{FloatCpu, kl_divergence, linalg::Precision, log_softmax};
 use slim_runtime::{Block, Context, Ends, SplitMix64, finish_logits};
 
 use crate::{ConvertError, Result};
@@ -197,7 +197,7 @@ impl<'a> Backward<'a> {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { decoder: self.decoder, backend: &Cpu }
+        Context { decoder: self.decoder, backend: &FloatCpu(Precision::Fine) }
     }
 
     /// The loss, and its gradient at the output `x: [tokens, hidden]` of the last block.

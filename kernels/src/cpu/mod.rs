@@ -28,10 +28,11 @@ pub struct Cpu;
 
 impl Backend for Cpu {
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
-        if m > 1 {
-            return matmul(Precision::Fine, w, x, m, out);
-        }
         check_matmul(w, x, m, out)?;
+        if m > 1 {
+            let product = matvec::batch::multiply_by(Method::fastest(), w, x, m, out);
+            return product.map_or_else(|| matmul(Precision::Fine, w, x, m, out), Ok);
+        }
         match w {
             Weight::Dense(matrix) => matvec::dense_by(Method::fastest(), &matrix, x, out),
             Weight::Packed(layer) => {
@@ -94,14 +95,14 @@ impl Backend for Cpu {
 /// Values per task of what is done element by element.
 const PIECE: usize = 1 << 12;
 
-/// [`Cpu`] with [`Precision::Coarse`] products of many tokens: what models are usually calibrated
-/// in.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CoarseCpu;
+/// [`Cpu`] with products in floats of this precision, whose inputs are not rounded to 8 bits: what
+/// models are calibrated in.
+#[derive(Debug, Clone, Copy)]
+pub struct FloatCpu(pub Precision);
 
-impl Backend for CoarseCpu {
+impl Backend for FloatCpu {
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
-        matmul(Precision::Coarse, w, x, m, out)
+        matmul(self.0, w, x, m, out)
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
@@ -123,7 +124,7 @@ impl Backend for CoarseCpu {
         shape: &AttentionShape,
         out: &mut [f32],
     ) -> Result<()> {
-        attention(Precision::Coarse, q, kv, shape, out);
+        attention(self.0, q, kv, shape, out);
         Ok(())
     }
 

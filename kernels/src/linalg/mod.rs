@@ -404,6 +404,11 @@ fn map<T: Send, R: Send>(
 
 /// Not `MatMut::from_row_major_slice_with_stride_mut`: in faer 0.24.4 it swaps the strides and
 /// writes out of bounds.
-fn row_major_mut(out: &mut [f32], rows: usize, cols: usize, stride: usize) -> MatMut<'_, f32> {
+pub(crate) fn row_major_mut(
+    out: &mut [f32],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+) -> MatMut<'_, f32> {
     MatMut::from_column_major_slice_with_stride_mut(out, cols, rows, stride).transpose_mut()
 }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Each quantized type, and where in a block its halves lie.
-const TYPES: [(DType, &[usize]); 10] = [
+pub(super) const TYPES: [(DType, &[usize]); 10] = [
     (DType::Q4_0, &[0]),
     (DType::Q4_1, &[0, 2]),
     (DType::Q5_0, &[0]),
@@ -25,7 +25,12 @@ const TYPES: [(DType, &[usize]); 10] = [
 ];
 
 /// Blocks of random codes and scales of both signs, and what they are worth.
-fn blocks(noise: &mut Noise, dtype: DType, halves: &[usize], len: usize) -> (Vec<u8>, Vec<f32>) {
+pub(super) fn blocks(
+    noise: &mut Noise,
+    dtype: DType,
+    halves: &[usize],
+    len: usize,
+) -> (Vec<u8>, Vec<f32>) {
     let (_, block_bytes) = dtype.block().unwrap();
     let len_bytes = dtype.size_in_bytes(len as u64).unwrap() as usize;
     let mut bytes: Vec<u8> = (0..len_bytes).map(|_| noise.next() as u8).collect();
@@ -40,14 +45,14 @@ fn blocks(noise: &mut Noise, dtype: DType, halves: &[usize], len: usize) -> (Vec
 }
 
 /// Row by row in the order of use, from the order of `layout`.
-fn in_order_of_use(layout: Layout, stored: &[f32], cols: usize) -> Vec<f64> {
+pub(super) fn in_order_of_use(layout: Layout, stored: &[f32], cols: usize) -> Vec<f64> {
     let rows = 0..stored.len() / cols;
     let row = |row| &stored[layout.stored_row(row).unwrap() * cols..][..cols];
     widened(&rows.flat_map(row).copied().collect::<Vec<_>>())
 }
 
 /// The input as `method` multiplies it.
-fn as_multiplied(method: Method, x: &[f32]) -> Vec<f32> {
+pub(super) fn as_multiplied(method: Method, x: &[f32]) -> Vec<f32> {
     match method {
         Method::Integer(..) => Input::in_whole_steps(x).values_in_whole_steps(),
         Method::Float => x.to_vec(),

@@ -198,8 +198,8 @@ fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// The longest token that merges may make: each has as many pairs of parts as letters, and published
-/// vocabularies have none of 300 bytes.
+/// The longest token that merges may make: each has as many pairs of parts as letters, and
+/// published vocabularies have none of 300 bytes.
 const MAX_MERGED_BYTES: usize = 1024;
 
 /// Every way to put a token together from two others, the token with the highest score first.

@@ -4,61 +4,32 @@
 
 use std::arch::x86_64::*;
 
-use slim_formats::{DenseTensor, slim::PackedTensor};
-
 use super::{
     Kernels,
     blocks::BlockIsa,
-    input::Input,
-    kernel::{Isa, Kernel, instructions},
+    kernel::{Isa, Kernel, block_kernels, instructions, tile_kernels},
 };
-use crate::cpu::unpack::Lanes;
 
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
-    has.then_some(Kernels {
-        // SAFETY: the processor has what `tile` enables.
-        tile: |packed, index, input| unsafe { tile(packed, index, input) },
-        // SAFETY: the processor has what `blocks` enables.
-        blocks: |tensor, first, input, out| unsafe { blocks(tensor, first, input, out) },
-    })
+    has.then(|| Kernels { tiles: tiles(), blocks: blocks() })
 }
 
 /// Those with AVX-VNNI.
 pub(super) fn detect_vnni() -> Option<Kernels> {
     let has = detect().is_some() && is_x86_feature_detected!("avxvnni");
-    has.then_some(Kernels {
-        // SAFETY: the processor has what `vnni_tile` enables.
-        tile: |packed, index, input| unsafe { vnni_tile(packed, index, input) },
-        // SAFETY: the processor has what `vnni_blocks` enables.
-        blocks: |tensor, first, input, out| unsafe { vnni_blocks(tensor, first, input, out) },
-    })
+    has.then(|| Kernels { tiles: vnni_tiles(), blocks: vnni_blocks() })
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-    Kernel::<_, 2>(Avx2::<false>(())).tile(packed, tile, input)
-}
+tile_kernels!(tiles, "avx2,fma,f16c", Kernel::<_, 2>(Avx2::<false>(())));
+block_kernels!(blocks, "avx2,fma,f16c", Kernel::<_, 1>(Avx2::<false>(())));
+tile_kernels!(vnni_tiles, "avx2,fma,f16c,avxvnni", Kernel::<_, 2>(Avx2::<true>(())));
+block_kernels!(vnni_blocks, "avx2,fma,f16c,avxvnni", Kernel::<_, 1>(Avx2::<true>(())));
 
-#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn vnni_tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-    Kernel::<_, 2>(Avx2::<true>(())).tile(packed, tile, input)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
-    Kernel::<_, 1>(Avx2::<false>(())).blocks(tensor, first, input, out)
-}
-
-#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn vnni_blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
-    Kernel::<_, 1>(Avx2::<true>(())).blocks(tensor, first, input, out)
-}
-
-/// Made in functions that enable its instructions only.
+/// Made by functions that enable its instructions only.
 #[derive(Clone, Copy)]
 struct Avx2<const HAS_VNNI: bool>(());
 
@@ -93,7 +64,10 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
         mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
         mul_add(a: __m256, b: __m256, c: __m256) -> __m256 = _mm256_fmadd_ps(a, b, c);
+        load_floats(lanes: &[f32]) -> __m256 = _mm256_loadu_ps(lanes[..8].as_ptr());
         store(values: __m256, lanes: &mut [f32]) = _mm256_storeu_ps(lanes[..8].as_mut_ptr(), values);
+        store_words(words: __m256i, bytes: &mut [u8])
+            = _mm256_storeu_si256(bytes[..32].as_mut_ptr().cast(), words);
         prefetch(address: *const u8) = _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }
 }
@@ -113,7 +87,6 @@ impl<const HAS_VNNI: bool> BlockIsa for Avx2<HAS_VNNI> {
             };
         half(bytes: [u8; 2]) -> __m256
             = _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes(bytes)));
-        load_floats(lanes: &[f32]) -> __m256 = _mm256_loadu_ps(lanes[..8].as_ptr());
     }
 }
 

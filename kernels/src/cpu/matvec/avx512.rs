@@ -3,33 +3,22 @@
 
 use std::arch::x86_64::*;
 
-use slim_formats::slim::PackedTensor;
-
 use super::{
     Kernels, avx2,
-    input::Input,
-    kernel::{Isa, Kernel, instructions},
+    kernel::{Isa, Kernel, instructions, tile_kernels},
 };
-use crate::cpu::unpack::Lanes;
 
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
     // Of a block 256 bits are multiplied at a time.
     let Kernels { blocks, .. } = avx2::detect_vnni().or_else(avx2::detect)?;
-    has.then_some(Kernels {
-        // SAFETY: the processor has what `tile` enables.
-        tile: |packed, index, input| unsafe { tile(packed, index, input) },
-        blocks,
-    })
+    has.then(|| Kernels { tiles: tiles(), blocks })
 }
 
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-    Kernel::<_, 1>(Avx512(())).tile(packed, tile, input)
-}
+tile_kernels!(tiles, "avx512f,avx512vnni", Kernel::<_, 1>(Avx512(())));
 
-/// Made in [`tile`] only.
+/// Made by functions that enable its instructions only.
 #[derive(Clone, Copy)]
 struct Avx512(());
 
@@ -56,7 +45,10 @@ impl Isa for Avx512 {
         sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
         mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
         mul_add(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
+        load_floats(lanes: &[f32]) -> __m512 = _mm512_loadu_ps(lanes[..16].as_ptr());
         store(values: __m512, lanes: &mut [f32]) = _mm512_storeu_ps(lanes[..16].as_mut_ptr(), values);
+        store_words(words: __m512i, bytes: &mut [u8])
+            = _mm512_storeu_si512(bytes[..64].as_mut_ptr().cast(), words);
         prefetch(address: *const u8) = _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }
 }

@@ -4,7 +4,7 @@
 use slim_formats::{DType, DenseTensor};
 
 use super::{
-    input::{FINE, Input, Step, Units},
+    input::{FINE, Input, STEP, Step, Units},
     kernel::{Isa, Kernel},
 };
 use crate::{
@@ -12,18 +12,16 @@ use crate::{
     ggml::{Block, Bytes, Words, for_block},
 };
 
-/// Whether the values of a tensor of this type are codes.
-pub(super) fn has_codes(dtype: DType) -> bool {
-    fn of<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>() -> bool {
-        true
+/// Columns that share a scale in a tensor of this type; `None` of types whose values are no codes.
+pub(super) fn run(dtype: DType) -> Option<usize> {
+    fn of<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>() -> Option<usize> {
+        Some(B::RUN)
     }
-    for_block!(dtype, of(), _ => false)
+    for_block!(dtype, of(), _ => None)
 }
 
-/// Columns that are multiplied at a time, as many as share a scale of the input.
-const STEP: usize = 2 * UNIT;
-/// Words of four codes in them.
-const WORDS: usize = STEP / 4;
+/// Words of four codes in a step of the input, whose columns are multiplied at a time.
+pub(super) const WORDS: usize = STEP / 4;
 /// Rows that are walked side by side: they share what is loaded of the input, and none waits for
 /// its own sums.
 pub(super) const ROWS: usize = 4;
@@ -41,16 +39,47 @@ pub(super) trait BlockIsa: Isa {
     ) -> Self::Words;
     /// The same f16 everywhere.
     fn half(self, bytes: [u8; 2]) -> Self::Floats;
-    fn load_floats(self, lanes: &[f32]) -> Self::Floats;
+}
+
+/// Does the same for each step of a block, written out, so that a step's shifts are constants.
+macro_rules! for_each_step {
+    ($values:expr, |$step:ident| $body:block) => {
+        for_each_step!($values, |$step| $body, 0 1 2 3 4 5 6 7)
+    };
+    ($values:expr, |$step:ident| $body:block, $($index:literal)*) => {$(
+        if $index < $values / $crate::cpu::matvec::input::STEP {
+            let $step = $index;
+            $body
+        }
+    )*};
+}
+pub(super) use for_each_step;
+
+/// The blocks of a row; the last one stands for those below it.
+///
+/// # Panics
+/// If values are not stored row by row.
+#[inline(always)]
+pub(super) fn blocks_of_row<'a, const BYTES: usize>(
+    tensor: &DenseTensor<'a>,
+    row: usize,
+) -> &'a [[u8; BYTES]] {
+    let stored = tensor.layout.stored_row(row.min(tensor.rows - 1));
+    let stored = stored.expect("rows one after the other");
+    let count = tensor.bytes.len() / tensor.rows / BYTES;
+    &tensor.bytes.as_chunks().0[stored * count..][..count]
 }
 
 /// A block, of which `N` registers hold [`WORDS`] words.
 #[derive(Clone, Copy)]
-struct RowBlock<'a, I, const N: usize, const BYTES: usize>(Kernel<I, N>, &'a [u8; BYTES]);
+pub(super) struct RowBlock<'a, I, const N: usize, const BYTES: usize>(
+    pub Kernel<I, N>,
+    pub &'a [u8; BYTES],
+);
 
 /// Words of a row in registers.
 #[derive(Clone, Copy)]
-struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, [I::Words; N]);
+pub(super) struct RowWords<I: Isa, const N: usize>(Kernel<I, N>, pub [I::Words; N]);
 
 impl<I: BlockIsa, const N: usize, const BYTES: usize> Bytes for RowBlock<'_, I, N, BYTES> {
     type Words = RowWords<I, N>;
@@ -154,9 +183,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         let count = tensor.cols / VALUES;
         let mut rows = [&[][..]; ROWS];
         for (r, row) in rows.iter_mut().enumerate() {
-            let stored = tensor.layout.stored_row((first + r).min(tensor.rows - 1));
-            let stored = stored.expect("rows one after the other");
-            *row = &tensor.bytes.as_chunks::<BYTES>().0[stored * count..][..count];
+            *row = &blocks_of_row(tensor, first + r)[..count];
         }
         let zero = [isa.floats(0.0); N];
         let mut sums = [Sums { scaled: zero, shifted: zero }; ROWS];
@@ -193,15 +220,9 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         let isa = self.0;
         let zero = [isa.floats(0.0); N];
         let mut of_block = Sums { scaled: zero, shifted: zero };
-        // Written out, so that each step's shifts are constants.
-        macro_rules! add_steps {
-            ($($step:literal)*) => {$(
-                if $step < VALUES / STEP {
-                    self.add_step::<B, BYTES, VALUES>(&mut of_block, block, $step, input);
-                }
-            )*};
-        }
-        add_steps!(0 1 2 3 4 5 6 7);
+        for_each_step!(VALUES, |step| {
+            self.add_step::<B, BYTES, VALUES>(&mut of_block, block, step, input);
+        });
         let d = isa.half([block[B::D], block[B::D + 1]]);
         for i in 0..N {
             sums.scaled[i] = isa.mul_add(d, of_block.scaled[i], sums.scaled[i]);

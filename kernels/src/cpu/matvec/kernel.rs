@@ -10,7 +10,7 @@ use crate::cpu::unpack::{Lanes, Planes, UNIT, for_width, short_words, zero_point
 /// How far ahead the kernel asks for codes: the processor by itself does so too late. It brought
 /// 2-bit layers from 0.74 to 1.0 of the speed of a plain read, 3-bit layers from 0.66; from 1,024
 /// to 4,096 bytes it makes no difference.
-const AHEAD_BYTES: usize = 2048;
+pub(super) const AHEAD_BYTES: usize = 2048;
 
 /// An instruction set that multiplies bytes: what a kernel asks of it, a register at a time.
 ///
@@ -60,12 +60,95 @@ pub(super) trait Isa: Copy {
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a * b + c`, rounded once.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    fn load_floats(self, lanes: &[f32]) -> Self::Floats;
     fn store(self, values: Self::Floats, lanes: &mut [f32]);
+    fn store_words(self, words: Self::Words, bytes: &mut [u8]);
 
     /// Asks for the 64 bytes at an address, which may lie anywhere, where that is known to pay.
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
 }
+
+/// Writes a function that gives the entry points of a [`Kernel`] for tiles, each of which enables
+/// `$features`.
+macro_rules! tile_kernels {
+    ($name:ident, $features:literal, $kernel:expr) => {
+        fn $name() -> $crate::cpu::matvec::TileKernels {
+            use slim_formats::slim::PackedTensor;
+
+            use $crate::cpu::{
+                matvec::{
+                    Input, TileKernels,
+                    panel::{Chunk, Panel, Sums},
+                    tokens::TokenBlock,
+                },
+                unpack::Lanes,
+            };
+
+            #[target_feature(enable = $features)]
+            fn products(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
+                $kernel.tile(packed, tile, input)
+            }
+
+            #[target_feature(enable = $features)]
+            fn unpack(packed: PackedTensor<'_>, tile: usize, chunk: &Chunk, panel: &mut Panel) {
+                $kernel.unpack_tile(packed, tile, chunk, panel);
+            }
+
+            #[target_feature(enable = $features)]
+            fn multiply(panel: &Panel, chunk: &Chunk, block: &TokenBlock, sums: &mut [Sums]) {
+                $kernel.multiply(panel, chunk, block, sums);
+            }
+
+            TileKernels {
+                // SAFETY: whoever calls `$name` has found the processor to have `$features`.
+                products: |packed, tile, input| unsafe { products(packed, tile, input) },
+                // SAFETY: as above.
+                unpack: |packed, tile, chunk, panel| unsafe { unpack(packed, tile, chunk, panel) },
+                // SAFETY: as above.
+                multiply: |panel, chunk, block, sums| unsafe {
+                    multiply(panel, chunk, block, sums);
+                },
+                tokens: $kernel.tokens(),
+            }
+        }
+    };
+}
+pub(super) use tile_kernels;
+
+/// The same for ggml's blocks.
+macro_rules! block_kernels {
+    ($name:ident, $features:literal, $kernel:expr) => {
+        fn $name() -> $crate::cpu::matvec::BlockKernels {
+            use slim_formats::DenseTensor;
+
+            use $crate::cpu::matvec::{
+                BlockKernels, Input,
+                panel::{Chunk, Panel},
+            };
+
+            #[target_feature(enable = $features)]
+            fn products(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
+                $kernel.blocks(tensor, first, input, out);
+            }
+
+            #[target_feature(enable = $features)]
+            fn unpack(tensor: &DenseTensor<'_>, tile: usize, chunk: &Chunk, panel: &mut Panel) {
+                $kernel.unpack_blocks(tensor, tile, chunk, panel);
+            }
+
+            BlockKernels {
+                // SAFETY: whoever calls `$name` has found the processor to have `$features`.
+                products: |tensor, first, input, out| unsafe {
+                    products(tensor, first, input, out);
+                },
+                // SAFETY: as above.
+                unpack: |tensor, tile, chunk, panel| unsafe { unpack(tensor, tile, chunk, panel) },
+            }
+        }
+    };
+}
+pub(super) use block_kernels;
 
 /// Writes methods of [`Isa`] that are one expression of intrinsics each.
 macro_rules! instructions {
@@ -82,9 +165,9 @@ macro_rules! instructions {
 pub(super) use instructions;
 
 /// A word for each of the 16 rows of a tile, in `N` registers.
-type Words<I, const N: usize> = [<I as Isa>::Words; N];
+pub(super) type Words<I, const N: usize> = [<I as Isa>::Words; N];
 /// An f32 for each.
-type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
+pub(super) type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
 
 /// Sums over the runs so far: factor times code times input, and minimum times input.
 struct Sums<I: Isa, const N: usize> {
@@ -115,16 +198,22 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 Self::add_group(self, &mut sums, codes, layout.coding(), records, input)
             );
         }
-        let (mut d, mut m) = ([self.0.floats(1.0); N], [self.0.floats(1.0); N]);
-        if let [stored_d, stored_m] = packed.tile_row_scales(tile).as_chunks::<32>().0 {
-            (d, m) = (self.halves(stored_d), self.halves(stored_m));
-        }
+        let (d, m) = self.row_scales(packed.tile_row_scales(tile));
         let mut lanes = [0.0; TILE_ROWS];
         for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
             let shifted = self.0.mul(m[i], sums.shifted[i]);
             self.0.store(self.0.sub(self.0.mul(d[i], sums.scaled[i]), shifted), lanes);
         }
         lanes
+    }
+
+    /// `d` and `m` of the rows of a tile.
+    #[inline(always)]
+    pub fn row_scales(self, bytes: &[u8]) -> (Floats<I, N>, Floats<I, N>) {
+        match bytes.as_chunks::<32>().0 {
+            [d, m] => (self.halves(d), self.halves(m)),
+            _ => ([self.0.floats(1.0); N], [self.0.floats(1.0); N]),
+        }
     }
 
     /// Adds the runs of a group: `codes` are its bytes, `records` starts with those of its scales.
@@ -144,13 +233,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         let Sums { mut scaled, mut shifted } = *sums;
         let mut ahead = codes.as_ptr().wrapping_add(AHEAD_BYTES);
         while unit < units {
-            let (factor, minimum) = match coding {
-                ScaleCoding::TwoLevel { scale_bits: 6, .. } => {
-                    self.six_bit_scales(next(&mut records))
-                }
-                ScaleCoding::TwoLevel { .. } => self.four_bit_scales(next(&mut records)),
-                ScaleCoding::Paper => self.paper_scales::<WIDTH>(records),
-            };
+            let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
             let end = units.min(unit + run_units(coding, units));
             while unit < end {
                 for _ in 0..WIDTH {
@@ -194,6 +277,12 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         if first < last {
             self.add_unit::<WIDTH>(&mut sums, planes, last, &input[last]);
         }
+        self.converted_totals::<WIDTH>(sums)
+    }
+
+    /// The sums of a step as f32.
+    #[inline(always)]
+    pub fn converted_totals<const WIDTH: usize>(self, mut sums: Words<I, N>) -> Floats<I, N> {
         for sums in &mut sums {
             *sums = self.0.totals::<WIDTH>(*sums);
         }
@@ -209,6 +298,22 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         unit: usize,
         input: &[i32; 4],
     ) {
+        let words = self.unit_words::<WIDTH>(planes, unit);
+        for (t, &input) in input.iter().enumerate() {
+            let codes = self.codes::<WIDTH>(planes, unit, words, t);
+            for i in 0..N {
+                sums[i] = self.0.add_products::<WIDTH>(sums[i], codes[i], self.0.words(input));
+            }
+        }
+    }
+
+    /// The words of a unit in the planes of 2 bits and of 1.
+    #[inline(always)]
+    pub fn unit_words<const WIDTH: usize>(
+        self,
+        planes: Planes<'_>,
+        unit: usize,
+    ) -> [Words<I, N>; 2] {
         let zero = [self.0.words(0); N];
         let (mut two, mut one) = (zero, zero);
         if WIDTH & 2 != 0 {
@@ -220,23 +325,45 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 None => self.load(&bytemuck::cast(short_words(planes.short))),
             };
         }
-        for (t, &input) in input.iter().enumerate() {
-            let mut codes = zero;
-            if WIDTH & 8 != 0 {
-                codes = self.load(&planes.eight[unit][t]);
-            }
-            if WIDTH & 4 != 0 {
-                codes = self.field::<4>(self.load(&planes.four[unit][t / 2]), 4 * (t % 2), 0);
-            }
-            if WIDTH & 2 != 0 {
-                codes = self.or(codes, self.field::<2>(two, 2 * t, WIDTH & 4));
-            }
-            if WIDTH & 1 != 0 {
-                codes = self.or(codes, self.field::<1>(one, t, WIDTH & 6));
-            }
-            for i in 0..N {
-                sums[i] = self.0.add_products::<WIDTH>(sums[i], codes[i], self.0.words(input));
-            }
+        [two, one]
+    }
+
+    /// The codes of columns `4 t ..` of a unit.
+    #[inline(always)]
+    pub fn codes<const WIDTH: usize>(
+        self,
+        planes: Planes<'_>,
+        unit: usize,
+        [two, one]: [Words<I, N>; 2],
+        t: usize,
+    ) -> Words<I, N> {
+        let mut codes = [self.0.words(0); N];
+        if WIDTH & 8 != 0 {
+            codes = self.load(&planes.eight[unit][t]);
+        }
+        if WIDTH & 4 != 0 {
+            codes = self.field::<4>(self.load(&planes.four[unit][t / 2]), 4 * (t % 2), 0);
+        }
+        if WIDTH & 2 != 0 {
+            codes = self.or(codes, self.field::<2>(two, 2 * t, WIDTH & 4));
+        }
+        if WIDTH & 1 != 0 {
+            codes = self.or(codes, self.field::<1>(one, t, WIDTH & 6));
+        }
+        codes
+    }
+
+    /// Factors and minima of the next run, whose record is taken off.
+    #[inline(always)]
+    pub fn run_scales<const WIDTH: usize>(
+        self,
+        coding: ScaleCoding,
+        records: &mut &[u8],
+    ) -> (Floats<I, N>, Floats<I, N>) {
+        match coding {
+            ScaleCoding::TwoLevel { scale_bits: 6, .. } => self.six_bit_scales(next(records)),
+            ScaleCoding::TwoLevel { .. } => self.four_bit_scales(next(records)),
+            ScaleCoding::Paper => self.paper_scales::<WIDTH>(records),
         }
     }
 
@@ -316,12 +443,35 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     }
 
     #[inline(always)]
-    fn load(self, block: &[u8; 64]) -> Words<I, N> {
+    pub fn load(self, block: &[u8; 64]) -> Words<I, N> {
         let mut words = [self.0.words(0); N];
         for (words, bytes) in words.iter_mut().zip(block.chunks_exact(64 / N)) {
             *words = self.0.load(bytes);
         }
         words
+    }
+
+    #[inline(always)]
+    pub fn store_words(self, words: Words<I, N>, block: &mut [u8; 64]) {
+        for (words, bytes) in words.iter().zip(block.chunks_exact_mut(64 / N)) {
+            self.0.store_words(*words, bytes);
+        }
+    }
+
+    #[inline(always)]
+    pub fn load_floats(self, lanes: &Lanes) -> Floats<I, N> {
+        let mut floats = [self.0.floats(0.0); N];
+        for (floats, lanes) in floats.iter_mut().zip(lanes.chunks_exact(TILE_ROWS / N)) {
+            *floats = self.0.load_floats(lanes);
+        }
+        floats
+    }
+
+    #[inline(always)]
+    pub fn store(self, floats: Floats<I, N>, lanes: &mut Lanes) {
+        for (floats, lanes) in floats.iter().zip(lanes.chunks_exact_mut(TILE_ROWS / N)) {
+            self.0.store(*floats, lanes);
+        }
     }
 
     #[inline(always)]
@@ -354,7 +504,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 
 /// Units of 16 columns in a run, for a group of `units`.
 #[inline(always)]
-fn run_units(coding: ScaleCoding, units: usize) -> usize {
+pub(super) fn run_units(coding: ScaleCoding, units: usize) -> usize {
     match coding {
         ScaleCoding::TwoLevel { sub_group, .. } => sub_group / UNIT,
         ScaleCoding::Paper => units,

@@ -9,13 +9,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod batch;
 mod blocks;
 mod dense;
 mod input;
 mod kernel;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
+mod panel;
 mod portable;
+mod tokens;
 
 use std::{borrow::Cow, fmt, mem, sync::LazyLock};
 
@@ -25,6 +28,10 @@ use slim_formats::{
     slim::{Bands, PackedTensor, TILE_ROWS},
 };
 
+use self::{
+    panel::{Chunk, Panel, Sums},
+    tokens::TokenBlock,
+};
 use super::unpack::{Lanes, UNIT};
 use crate::Result;
 
@@ -34,13 +41,33 @@ pub use input::Input;
 /// SmolLM2 at 3 bits took half as long again.
 const TASK_BYTES: usize = 1 << 15;
 
-/// What an instruction set multiplies bytes with. The products with an input:
+/// What an instruction set multiplies bytes with.
 #[derive(Clone, Copy)]
 pub struct Kernels {
-    /// of the 16 rows of a tile,
-    tile: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
-    /// of rows of blocks, as many as there are products, from a row on.
-    blocks: fn(&DenseTensor<'_>, usize, &Input, &mut [f32]),
+    tiles: TileKernels,
+    blocks: BlockKernels,
+}
+
+/// Of 16 rows at a time:
+#[derive(Clone, Copy)]
+struct TileKernels {
+    /// the products of a tile with an input;
+    products: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
+    /// a chunk of a tile, unpacked;
+    unpack: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
+    /// the products of what was unpacked with some tokens, which are added,
+    multiply: fn(&Panel, &Chunk, &TokenBlock, &mut [Sums]),
+    /// this many at the most.
+    tokens: usize,
+}
+
+/// Of a tensor in ggml's blocks:
+#[derive(Clone, Copy)]
+struct BlockKernels {
+    /// the products of rows from one on with an input, as many as there is room for;
+    products: fn(&DenseTensor<'_>, usize, &Input, &mut [f32]),
+    /// a chunk of 16 rows, unpacked.
+    unpack: fn(&DenseTensor<'_>, usize, &Chunk, &mut Panel),
 }
 
 /// What multiplies.
@@ -105,7 +132,7 @@ pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], ou
         Method::Integer(_, kernels) => {
             // Bands have the same columns in a sub-group or group.
             let input = Input::new(bands.get(0).layout(), x);
-            for_each_tile(bands, out, |band, tile| (kernels.tile)(band, tile, &input));
+            for_each_tile(bands, out, |band, tile| (kernels.tiles.products)(band, tile, &input));
         }
         Method::Float => {
             let x = in_whole_units(x);
@@ -148,9 +175,11 @@ pub fn dense_by(
     let tasks = out.par_chunks_mut(task_rows).enumerate();
     let in_rows = !matches!(matrix.layout, Layout::Transposed { .. });
     match method {
-        Method::Integer(_, kernels) if in_rows && blocks::has_codes(matrix.dtype) => {
+        Method::Integer(_, kernels) if in_rows && blocks::run(matrix.dtype).is_some() => {
             let input = Input::in_whole_steps(x);
-            tasks.for_each(|(task, out)| (kernels.blocks)(matrix, task * task_rows, &input, out));
+            tasks.for_each(|(task, out)| {
+                (kernels.blocks.products)(matrix, task * task_rows, &input, out)
+            });
             Ok(())
         }
         _ => tasks.try_for_each(|(task, out)| {

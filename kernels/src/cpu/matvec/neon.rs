@@ -7,38 +7,22 @@
 
 use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
-use slim_formats::{DenseTensor, slim::PackedTensor};
-
 use super::{
     Kernels,
     blocks::BlockIsa,
-    input::Input,
-    kernel::{Isa, Kernel, instructions},
+    kernel::{Isa, Kernel, block_kernels, instructions, tile_kernels},
 };
-use crate::cpu::unpack::Lanes;
 
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
     let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
-    has.then_some(Kernels {
-        // SAFETY: the processor has what `tile` enables.
-        tile: |packed, index, input| unsafe { tile(packed, index, input) },
-        // SAFETY: the processor has what `blocks` enables.
-        blocks: |tensor, first, input, out| unsafe { blocks(tensor, first, input, out) },
-    })
+    has.then(|| Kernels { tiles: tiles(), blocks: blocks() })
 }
 
-#[target_feature(enable = "neon,dotprod")]
-fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-    Kernel::<_, 4>(Neon(())).tile(packed, tile, input)
-}
+tile_kernels!(tiles, "neon,dotprod", Kernel::<_, 4>(Neon(())));
+block_kernels!(blocks, "neon,dotprod", Kernel::<_, 2>(Neon(())));
 
-#[target_feature(enable = "neon,dotprod")]
-fn blocks(tensor: &DenseTensor<'_>, first: usize, input: &Input, out: &mut [f32]) {
-    Kernel::<_, 2>(Neon(())).blocks(tensor, first, input, out)
-}
-
-/// Made in [`tile`] and [`blocks`] only.
+/// Made by functions that enable its instructions only.
 #[derive(Clone, Copy)]
 struct Neon(());
 
@@ -81,7 +65,10 @@ impl Isa for Neon {
         sub(a: float32x4_t, b: float32x4_t) -> float32x4_t = vsubq_f32(a, b);
         mul(a: float32x4_t, b: float32x4_t) -> float32x4_t = vmulq_f32(a, b);
         mul_add(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t = vfmaq_f32(c, a, b);
+        load_floats(lanes: &[f32]) -> float32x4_t = vld1q_f32(lanes[..4].as_ptr());
         store(values: float32x4_t, lanes: &mut [f32]) = vst1q_f32(lanes[..4].as_mut_ptr(), values);
+        store_words(words: uint32x4_t, bytes: &mut [u8])
+            = vst1q_u8(bytes[..16].as_mut_ptr(), vreinterpretq_u8_u32(words));
     }
 }
 
@@ -93,7 +80,6 @@ impl BlockIsa for Neon {
             = add_signed_products(sums, codes, input);
         half(bytes: [u8; 2]) -> float32x4_t
             = vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(u16::from_le_bytes(bytes))));
-        load_floats(lanes: &[f32]) -> float32x4_t = vld1q_f32(lanes[..4].as_ptr());
     }
 }
 
