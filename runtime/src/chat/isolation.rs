@@ -1,8 +1,9 @@
 //! Chat templates in a process of their own.
 //!
 //! A template comes from a file of unknown origin. The engine counts its steps, but no engine
-//! bounds what one of them takes: a text that is doubled again and again, an indent of a gigabyte, a list
-//! that holds itself. In a process of its own the system does, and its end is a sentence here.
+//! bounds what one of them takes: a text that is doubled again and again, an indent of a gigabyte,
+//! a list that holds itself. In a process of its own the system does, and its end is a sentence
+//! here.
 
 use std::{
     io::{self, Read, Write},
