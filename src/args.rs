@@ -50,6 +50,9 @@ pub enum Command {
     Bench(BenchArgs),
     /// Write a model's weights in the layout of another engine
     Export(ExportArgs),
+    /// Render a chat template for the process that asks for it
+    #[command(hide = true)]
+    RenderTemplate,
 }
 
 #[derive(clap::Args)]
@@ -130,6 +133,10 @@ pub struct ConvertArgs {
     /// Memory to use, such as 512MiB; what does not fit goes to temporary files where it can
     #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
     pub max_memory: u64,
+
+    /// Go on where an earlier conversion with the same arguments has stopped, if one has
+    #[arg(long)]
+    pub resume: bool,
 
     /// Show what would be done, and write nothing
     #[arg(long)]

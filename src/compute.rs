@@ -17,7 +17,7 @@ use crate::output::{note, plural, warn};
 #[derive(clap::Args)]
 pub struct Compute {
     /// Threads to compute with [default: one per core]
-    #[arg(short = 't', long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(short = 't', long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
 
     /// Where to compute: auto (an NVIDIA GPU if there is one), cpu, cuda, or cuda:0,1,... for some

@@ -2,13 +2,16 @@
 
 mod plan;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Calibration, Engine, LayerReport, Method, Progress as Step, Report,
-    Resources, Settings, Target, convert, distill,
+    BUILT_IN_CALIBRATION, Begin, Calibration, Engine, Job, LayerReport, Method, Progress as Step,
+    Report, Resources, Settings, Target, WorkFolder, convert, distill,
 };
 use slim_formats::{
     ModelConfig, ModelSource,
@@ -24,7 +27,7 @@ use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
-    interrupt::clean_up_when_interrupted,
+    interrupt::stop_when_interrupted,
     open::{USUAL_CONTEXT, open, read_text, resolve_context, tokenizer},
     output::{facts, plural, print, print_json, size, warn},
     progress::{Planned, Progress, duration},
@@ -36,7 +39,7 @@ const DEFAULT_SCALE_BITS: usize = 4;
 const DEFAULT_STEPS: usize = 300;
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
-    clean_up_when_interrupted()?;
+    let stop = stop_when_interrupted()?;
     args.compute.start()?;
     let source = open(&args.source)?;
     let settings = settings(args, source.config())?;
@@ -63,6 +66,12 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         return Ok(());
     }
     let target = args.target.prepare(kind, &inputs)?;
+    let begin = match args.target.force {
+        _ if args.resume => Begin::Resume,
+        true => Begin::Anew,
+        false => Begin::New,
+    };
+    let work = WorkFolder::beside(target.path, begin, Arc::clone(&stop))?;
 
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
@@ -72,12 +81,10 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let mut block = Vec::new();
     let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
     let resources = Resources { engine, float_bytes };
+    let job = Job { source: &*source, calibration: &calibration, settings: &settings, work: &work };
     let report = match &args.draft {
-        Some(draft) => {
-            let draft = SlimFile::open(draft)?;
-            distill(&*source, &draft, &calibration, &settings, target, &mut show)
-        }
-        None => convert(&*source, &calibration, &settings, resources, target, &mut show),
+        Some(draft) => distill(&job, &SlimFile::open(draft)?, target, &mut show),
+        None => convert(&job, &resources, target, &mut show),
     };
     progress.finish();
     let (report, time) = (report?, start.elapsed());

@@ -44,6 +44,11 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     io_errors.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
+/// Whether the user asked the command to stop.
+pub fn is_interruption(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ConvertError::Interrupted { .. }))
+}
+
 /// The advice of an error about a file. Of a SliM file with a broken rule, it is to look for more.
 fn format_hint(error: &FormatError) -> Option<String> {
     match error {
@@ -67,6 +72,9 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
             ConvertError::Format(error) => format_hint(error),
             ConvertError::Kernel(error) => error.hint(),
             ConvertError::Runtime(error) => error.hint(),
+            ConvertError::Interrupted { .. } => {
+                Some("the same command with `--resume` goes on there".to_owned())
+            }
             ConvertError::Numerical { .. } => Some(
                 "try more `--samples`, another text as `--calibration`, or `--method rtn`, which uses none"
                     .to_owned(),

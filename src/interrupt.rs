@@ -2,16 +2,21 @@
 
 #[cfg(unix)]
 use std::{
-    io::{self, IsTerminal},
-    sync::{Arc, atomic::AtomicBool},
+    fs::File,
+    io::{self, IsTerminal, Write},
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 #[cfg(unix)]
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
+    consts::{SIGBUS, SIGHUP, SIGINT, SIGTERM},
     flag,
     iterator::Signals,
-    low_level::exit,
+    low_level::{self, exit},
 };
 #[cfg(unix)]
 use slim_formats::remove_temporaries;
@@ -19,23 +24,66 @@ use slim_formats::{Removed, remove_leftovers, removed_unfinished};
 
 use crate::output::{note, size};
 
+/// The exit code of a process that Ctrl-C has ended, as a shell says it.
+pub const EXIT_INTERRUPTED: u8 = 130;
+
 /// Exceeding the limit on the size of a file; of all Unix systems.
 #[cfg(unix)]
 const SIGXFSZ: i32 = 25;
+
+/// From here on, a page of a mapped file that cannot be read ends the process with a sentence: the
+/// file was shortened, or its disk has failed. What it leaves, the next command removes.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+pub fn explain_lost_pages() -> io::Result<()> {
+    const SENTENCE: &[u8] =
+        b"error: a file of the model was shortened while it was read, or its disk has failed\n";
+    let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let end = move || {
+        let _ = (&stderr).write(SENTENCE);
+        exit(2)
+    };
+    // SAFETY: `end` makes two system calls, `write` and `_exit`, which a handler may; it neither
+    // allocates nor locks.
+    unsafe { low_level::register(SIGBUS, end) }.map(drop)
+}
+
+/// Elsewhere the system ends the process.
+#[cfg(not(unix))]
+pub fn explain_lost_pages() -> std::io::Result<()> {
+    Ok(())
+}
 
 /// From here on, Ctrl-C and what else ends a command removes its temporary files first, and tells
 /// which. Writing beyond the limit on the size of a file becomes an error, after which they are
 /// removed, too.
 #[cfg(unix)]
 pub fn clean_up_when_interrupted() -> io::Result<()> {
+    watch(end)
+}
+
+/// As [`clean_up_when_interrupted`], but the first Ctrl-C only sets what is given back: for a
+/// command that can go on later.
+#[cfg(unix)]
+pub fn stop_when_interrupted() -> io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let given = Arc::clone(&stop);
+    watch(move |signal| {
+        if signal != SIGINT || stop.swap(true, Ordering::Relaxed) {
+            end(signal);
+        }
+        below_the_bar();
+        note("the step at hand is finished first; Ctrl-C again ends at once");
+    })?;
+    Ok(given)
+}
+
+#[cfg(unix)]
+fn watch(on_signal: impl Fn(i32) + Send + 'static) -> io::Result<()> {
     let ignored = ignored_signals();
     let heeded = |signal: &i32| ignored & (1 << (signal - 1)) == 0;
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP].into_iter().filter(heeded))?;
-    std::thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            end(signal);
-        }
-    });
+    std::thread::spawn(move || signals.forever().for_each(on_signal));
     flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
     Ok(())
 }
@@ -44,6 +92,12 @@ pub fn clean_up_when_interrupted() -> io::Result<()> {
 #[cfg(not(unix))]
 pub fn clean_up_when_interrupted() -> std::io::Result<()> {
     Ok(())
+}
+
+/// As [`clean_up_when_interrupted`].
+#[cfg(not(unix))]
+pub fn stop_when_interrupted() -> std::io::Result<std::sync::Arc<std::sync::atomic::AtomicBool>> {
+    Ok(std::sync::Arc::default())
 }
 
 /// The signals that the command is to ignore, a bit each from the lowest: of `nohup`, it is SIGHUP.
@@ -59,13 +113,17 @@ fn ignored_signals() -> u64 {
 fn end(signal: i32) {
     // As long as this value lives, nothing new comes into being.
     let cleared = remove_temporaries();
-    if io::stderr().is_terminal() {
-        // Below the bar.
-        note("");
-    }
+    below_the_bar();
     note("interrupted");
     cleared.removed.iter().for_each(|removed| note(told(removed)));
     exit(128 + signal);
+}
+
+#[cfg(unix)]
+fn below_the_bar() {
+    if io::stderr().is_terminal() {
+        note("");
+    }
 }
 
 /// Removes what killed commands have left in the folder of an output, and tells it.

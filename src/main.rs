@@ -19,9 +19,10 @@ mod progress;
 mod run;
 mod target;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
+use slim_runtime::{isolate_chat_templates, render_for_parent};
 
 use crate::{
     args::{Args, Command},
@@ -41,6 +42,11 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => return unparsed(&error),
     };
+    isolate_chat_templates(|| {
+        let mut program = std::process::Command::new(own_program());
+        program.arg("render-template");
+        program
+    });
     match dispatch(args.command) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
@@ -48,8 +54,19 @@ fn main() -> ExitCode {
         Err(error) => {
             failure::report(&error);
             interrupt::tell_removed();
-            ExitCode::from(2)
+            ExitCode::from(match failure::is_interruption(&error) {
+                true => interrupt::EXIT_INTERRUPTED,
+                false => 2,
+            })
         }
+    }
+}
+
+/// The file that this process runs, whatever has its name by now.
+fn own_program() -> PathBuf {
+    match cfg!(target_os = "linux") {
+        true => "/proc/self/exe".into(),
+        false => std::env::current_exe().unwrap_or_default(),
     }
 }
 
@@ -66,6 +83,11 @@ fn unparsed(error: &clap::Error) -> ExitCode {
 }
 
 fn dispatch(command: Command) -> anyhow::Result<Outcome> {
+    if let Command::RenderTemplate = command {
+        render_for_parent()?;
+        return Ok(Outcome::Done);
+    }
+    interrupt::explain_lost_pages()?;
     match command {
         Command::Convert(args) => convert::run(&args)?,
         Command::Run(args) => run::run(&args)?,
@@ -74,6 +96,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
+        Command::RenderTemplate => unreachable!("it maps no files"),
     }
     Ok(Outcome::Done)
 }

@@ -40,13 +40,16 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let sampling = Sampling::new(&args.sampling, &config.generation);
     let sampler = Sampler::new(sampling.settings.clone())?;
     let model = args.execution.load(&source, context)?;
-    let ends = end_tokens(&*source, &tokenizer);
+    let format = args.chat.then(|| chat_format(&*source, &tokenizer)).transpose()?;
+    let ends = match &format {
+        Some(format) => format.end_tokens(),
+        None => end_tokens(&*source, &tokenizer),
+    };
     let mut generator = Generator::new(&model, &tokenizer, ends, context, sampler)?;
     note(format_args!("load {:.2} s", start.elapsed().as_secs_f64()));
     note(&sampling);
     let limit = args.tokens.0;
-    if args.chat {
-        let format = chat_format(&*source, &tokenizer)?;
+    if let Some(format) = format {
         let mut conversation = Conversation::new(format, context);
         if let Some(system) = &args.system {
             conversation.set_system(system)?;

@@ -11,26 +11,28 @@ use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
 use slim_formats::{
-    ModelSource, PartMap, Weight,
+    Decoder, ModelSource, PartMap, Weight,
+    arch::Tensor,
     slim::{BitWidth, TILE_ROWS},
 };
 use slim_kernels::weight;
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, Contents, Progress, Result, Settings, Target, Work,
+    Calibration, Contents, Progress, Result, Settings, Target, Work, WorkFolder,
     allocate::group_columns,
     backward::{
-        Sensitivities, Sensitivity, Vocabulary, sensitivities, sensitivity_batches,
-        sensitivity_samples,
+        Sensitivities, Sensitivity, sensitivities, sensitivity_batches, sensitivity_samples,
     },
     coder::expected_error,
     finite::finite_rows,
+    hessian::Hessian,
     lanes::gather,
     layer::{SLAB_ROWS, layout},
     neurons::Ffn,
-    rows::OutputHessian,
+    rows::{OutputHessian, hang_together},
     work,
+    work_folder::Record,
 };
 
 /// Bits that a code can have.
@@ -45,7 +47,88 @@ pub struct Budget {
     /// By the names of the matrices whose rows are to make up for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
     /// The Hessians of the embedding and the output layer.
-    pub vocabulary: PartMap<Vocabulary>,
+    pub vocabulary: PartMap<Hessian>,
+}
+
+/// The record of all but the output Hessians, which have records of their own, written before.
+pub const SURVEY: &str = "survey";
+
+impl Budget {
+    /// Keeps it.
+    ///
+    /// # Errors
+    /// As [`WorkFolder::put`].
+    pub fn record(&self, work: &WorkFolder) -> Result<()> {
+        for (name, outputs) in &self.outputs {
+            work.put(&outputs_record(name), &Record::default().with("sums", &outputs.sums))?;
+        }
+        let mut record = Record::default();
+        for (name, widths) in &self.widths {
+            let bits: Vec<u8> = widths.iter().map(|width| width.bits()).collect();
+            record.put(format!("{WIDTHS}{name}"), &bits);
+        }
+        for (block, order) in self.neurons.iter().enumerate() {
+            let order: Vec<u64> = order.iter().map(|&neuron| neuron as u64).collect();
+            record.put(format!("{NEURONS}{block}"), &order);
+        }
+        for (part, hessian) in self.vocabulary.iter() {
+            record.put(format!("{VOCABULARY}{}", part.gguf_name()), hessian.values());
+        }
+        work.put(SURVEY, &record)
+    }
+
+    /// What [`Self::record`] has kept of a model, without the output Hessians of layers that are
+    /// done; in memory as for [`OutputHessian::zeros`].
+    ///
+    /// # Errors
+    /// As [`OutputHessian::zeros`].
+    pub fn recorded(
+        work: &WorkFolder,
+        decoder: &Decoder,
+        memory_left: &mut u64,
+    ) -> Result<Option<Self>> {
+        let Some(record) = work.get(SURVEY) else { return Ok(None) };
+        let widths_of = |name: &str| -> Option<Vec<BitWidth>> {
+            let bits: Vec<u8> = record.get(&format!("{WIDTHS}{name}"))?;
+            bits.into_iter().map(BitWidth::new).collect()
+        };
+        let widths = record.names(WIDTHS);
+        let widths = widths.map(|name| Some((name.to_owned(), widths_of(name)?))).collect();
+        let order_of = |block: usize| -> Option<Vec<usize>> {
+            let order: Vec<u64> = record.get(&format!("{NEURONS}{block}"))?;
+            Some(order.into_iter().map(|neuron| neuron as usize).collect())
+        };
+        let neurons = (0..record.names(NEURONS).count()).map(order_of).collect();
+        let of_vocabulary = decoder.tensors().iter().filter(|tensor| tensor.block.is_none());
+        let vocabulary = of_vocabulary.filter_map(|tensor| {
+            let values = record.get(&format!("{VOCABULARY}{}", tensor.name))?;
+            Some((tensor.part, Hessian::new(values, tensor.shape().1)))
+        });
+        let vocabulary = vocabulary.collect();
+        let mut outputs = HashMap::new();
+        let are_left = |tensor: &&Tensor| hang_together(tensor) && !work.has(&tensor.name);
+        for tensor in decoder.tensors().iter().filter(are_left) {
+            let Some(record) = work.get(&outputs_record(&tensor.name)) else { continue };
+            let mut zeros = OutputHessian::zeros(tensor.shape().0, memory_left)?;
+            let sums: Vec<f32> = record.get("sums").unwrap_or_default();
+            if sums.len() != zeros.sums.len() {
+                return Ok(None);
+            }
+            zeros.sums.copy_from_slice(&sums);
+            outputs.insert(tensor.name.clone(), zeros);
+        }
+        let found = (widths, neurons);
+        let (Some(widths), Some(neurons)) = found else { return Ok(None) };
+        Ok(Some(Self { widths, neurons, outputs, vocabulary }))
+    }
+}
+
+const WIDTHS: &str = "widths.";
+const NEURONS: &str = "neurons.";
+const VOCABULARY: &str = "hessian.";
+
+fn outputs_record(name: &str) -> String {
+    format!("outputs.{name}")
 }
 
 /// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in
@@ -118,6 +201,7 @@ pub fn budget(
     let names = layers.into_iter().map(|layer| layer.name);
     let widths = names.zip(widths).chain(of_vocabulary).collect();
     let Sensitivities { outputs, vocabulary, .. } = sensitivities;
+    let vocabulary = vocabulary.iter().map(|(part, found)| (part, found.hessian())).collect();
     Ok(Budget { widths, neurons, outputs, vocabulary })
 }
 

@@ -11,27 +11,19 @@ use slim_runtime::{Block, Context, Ends, KvBlock, Passage, Positions};
 use crate::{
     Activations, Engine, Method, Result, Settings,
     activations::{FloatInputs, StageInputs},
-    layer::LayerInputs,
     rows::output_hessian_sizes,
 };
 
 /// What is done with the linear layers on the way.
 pub trait Visitor {
-    /// The Hessian of the layers that take `stage` in, of which `first` is one.
-    fn inputs<'a>(
+    /// The layers of a stage, all of which take `inputs` in; what runs in the place of each from
+    /// here on.
+    fn stage(
         &mut self,
-        first: &Tensor,
-        stage: StageInputs<'a>,
+        layers: &[(&Tensor, Weight<'_>)],
+        inputs: StageInputs<'_>,
         engine: &Engine,
-    ) -> Result<LayerInputs<'a>>;
-
-    /// A layer; what runs in its place from here on.
-    fn layer(
-        &mut self,
-        tensor: &Tensor,
-        source: Weight<'_>,
-        inputs: &LayerInputs<'_>,
-    ) -> Result<Layer>;
+    ) -> Result<Vec<Layer>>;
 }
 
 /// What became of a layer.
@@ -181,21 +173,16 @@ impl<'a> Calibrator<'a> {
                     float.compare(engine, stream, block.spec.residual_scale)?;
                 }
             }
-            let tensors = block.spec.layers_of(stage).iter();
-            let tensors = tensors.map(|&part| walk.context.decoder.tensor(index, part));
-            let tensors: Vec<&Tensor> = tensors.collect();
-            {
-                let float = float.as_ref().map(|float| FloatInputs {
-                    activations: float.stream.inputs_of(stage),
-                    missing: corrects_residual(stage, block).then_some(&float.missing),
-                });
-                let inputs = StageInputs { activations: stream.inputs_of(stage), float };
-                let inputs = visitor.inputs(tensors[0], inputs, engine)?;
-                for tensor in tensors {
-                    let layer = visitor.layer(tensor, block.layers[tensor.part], &inputs)?;
-                    layers.insert(tensor.part, layer);
-                }
-            }
+            let parts = block.spec.layers_of(stage);
+            let tensor = |&part| (walk.context.decoder.tensor(index, part), block.layers[part]);
+            let tensors: Vec<_> = parts.iter().map(tensor).collect();
+            let of_float = float.as_ref().map(|float| FloatInputs {
+                activations: float.stream.inputs_of(stage),
+                missing: corrects_residual(stage, block).then_some(&float.missing),
+            });
+            let inputs = StageInputs { activations: stream.inputs_of(stage), float: of_float };
+            let of_stage = visitor.stage(&tensors, inputs, engine)?;
+            layers.extend(parts.iter().copied().zip(of_stage));
             if stage.adds_to_residual() {
                 let so_far = with_layers(block, &layers);
                 let running = if before.is_none() { &so_far } else { block };

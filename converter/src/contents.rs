@@ -194,14 +194,22 @@ impl Contents {
     /// The quantized layers that the tensor `source` becomes, with the rows of it that each holds;
     /// none if it stays dense.
     pub(crate) fn layers_of(&self, source: &str) -> Vec<(String, Range<usize>)> {
-        let tensors = self.tensors.iter().filter(|tensor| tensor.source == source);
-        let layers = tensors.filter(|tensor| matches!(tensor.storage, Storage::Layer(_)));
-        let with_rows = layers.scan(0, |next_row, tensor| {
-            let first = *next_row;
-            *next_row += tensor.rows;
-            Some((tensor.name.clone(), first..*next_row))
+        let mut next_row = 0;
+        let with_rows = self.layouts_of(source).map(|(name, layout)| {
+            let first = next_row;
+            next_row += layout.rows();
+            (name.to_owned(), first..next_row)
         });
         with_rows.collect()
+    }
+
+    /// Names and layouts of the quantized layers that the tensor `source` becomes.
+    pub(crate) fn layouts_of(&self, source: &str) -> impl Iterator<Item = (&str, &LayerLayout)> {
+        let tensors = self.tensors.iter().filter(move |tensor| tensor.source == source);
+        tensors.filter_map(|tensor| match &tensor.storage {
+            Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
+            Storage::Dense(_) | Storage::F32 => None,
+        })
     }
 
     /// The type in which the matrix `name` is kept; `None` if it is not.

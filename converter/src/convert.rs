@@ -4,19 +4,19 @@
 use slim_formats::{
     DType, ModelSource, OutputPath, Part, ScratchFile, Weight,
     arch::Tensor,
-    slim::{PackedLayer, SlimWriter},
+    slim::{BitWidth, LayerLayout, PackedLayer, PackedTensor, SlimFile, SlimWriter},
 };
 use slim_kernels::{narrow, weight};
 use slim_runtime::Block;
 
 use crate::{
     Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
-    Settings, Work,
+    Settings, Work, WorkFolder,
     activations::StageInputs,
     budget::{Budget, budget, try_fits},
     calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
     contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEHIND},
-    distill::convert_and_distill,
+    distill::train,
     finite::finite_rows,
     hessian::Hessian,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer, try_layer},
@@ -24,27 +24,80 @@ use crate::{
     provenance,
     rows::{OutputHessian, Targets},
     work,
+    work_folder::Record,
 };
 
-/// Quantizes `source` and writes the SliM file `target`, which appears when all is done. Its room
-/// on the disk is reserved before, and that of the activations.
+/// What is converted, and where the steps of it are kept until all are done.
+pub struct Job<'j> {
+    /// The model.
+    pub source: &'j dyn ModelSource,
+    /// What it is calibrated on.
+    pub calibration: &'j Calibration,
+    /// How.
+    pub settings: &'j Settings,
+    /// What is done.
+    pub work: &'j WorkFolder,
+}
+
+/// Quantizes the source of `job` and writes the SliM file `target`, which appears when all is done.
+/// Its room on the disk is reserved before, and that of the activations.
 ///
 /// # Errors
-/// A file, tensor or setting that cannot be used; nothing is written then, but by a training that
-/// has begun ([`distill`](crate::distill())).
+/// A file, tensor or setting that cannot be used; `Interrupted` if the caller wants it to stop.
+/// There is no target then, and [`Job::work`] has what was done.
 pub fn convert<'p>(
-    source: &dyn ModelSource,
-    calibration: &Calibration,
-    settings: &Settings,
-    resources: Resources,
+    job: &Job<'_>,
+    resources: &Resources,
     target: impl Into<OutputPath<'p>>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
-    let target = target.into();
+    let Job { source, calibration, settings, work } = *job;
     settings.validate()?;
-    if settings.method == Method::SlimPlus {
-        return convert_and_distill(source, calibration, settings, resources, target, progress);
+    let instructions = resources.engine.instruction_path();
+    work.identify(&provenance::metadata(source, calibration, settings, &instructions)?)?;
+    let target = target.into();
+    let report = match settings.method {
+        Method::SlimPlus => quantize_and_train(job, resources, target, progress),
+        _ => quantize(job, resources, target, progress),
+    }?;
+    work.remove();
+    Ok(report)
+}
+
+/// A conversion by [`Method::Slim`] into a draft, which is then trained.
+fn quantize_and_train(
+    job: &Job<'_>,
+    resources: &Resources,
+    target: OutputPath<'_>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report> {
+    let Job { source, settings, work, .. } = *job;
+    target.check_file()?;
+    work.create()?;
+    let draft = work.path().join("draft.slim.gguf");
+    let mut warnings = Vec::new();
+    if !draft.exists() {
+        let training = work::step(source.decoder(), settings) * settings.steps as f64;
+        let mut with_training = |step: Progress<'_>| match step {
+            Progress::Planned(Work::Steps, _) => progress(Progress::Planned(Work::Steps, training)),
+            step => progress(step),
+        };
+        let first = &Settings { method: Method::Slim, ..settings.clone() };
+        let first = Job { settings: first, ..*job };
+        warnings = quantize(&first, resources, (&draft).into(), &mut with_training)?.warnings;
     }
+    let report = train(job, &SlimFile::open(&draft)?, target, progress)?;
+    Ok(Report { warnings, ..report })
+}
+
+/// All methods but the training.
+fn quantize(
+    job: &Job<'_>,
+    resources: &Resources,
+    target: OutputPath<'_>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report> {
+    let Job { source, calibration, settings, work } = *job;
     let instructions = resources.engine.instruction_path();
     let contents = Contents::computed_by(source, settings, &instructions)?;
     let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
@@ -54,13 +107,14 @@ pub fn convert<'p>(
     let mut memory_left = resources.float_bytes;
     let reserved = ScratchFile::new(scratch_bytes(decoder, settings, memory_left))?;
     for kind in Work::ALL {
-        let planned = kind.planned(decoder, &contents, settings);
+        let planned = kind.planned(decoder, &contents, settings, work);
         progress(Progress::Planned(kind, planned));
     }
     let mut output = Output {
         writer,
         source,
         settings,
+        work,
         contents,
         budget: None,
         layers: Vec::new(),
@@ -74,8 +128,16 @@ pub fn convert<'p>(
         output.try_out()?;
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
-        output.budget =
-            Some(budget(source, calibration, settings, contents, memory_left, progress)?);
+        output.budget = Some(match Budget::recorded(work, decoder, memory_left)? {
+            Some(budget) => budget,
+            None => {
+                let budget =
+                    budget(source, calibration, settings, contents, memory_left, progress)?;
+                budget.record(work)?;
+                work.go_on()?;
+                budget
+            }
+        });
     }
     let embedding = output.vocabulary_matrix(decoder.embedding())?;
     output.keep_outside(&MATRICES_BEFORE)?;
@@ -122,12 +184,51 @@ pub fn convert<'p>(
 fn round_block(index: usize, block: &Block<'_>, output: &mut Output<'_>) -> Result<()> {
     for (part, &weight) in block.layers.iter() {
         let name = &output.source.decoder().tensor(index, part).name;
-        match output.contents.kept_type(name) {
-            None => drop(output.stream(name, weight, output.settings, None)?),
-            Some(dtype) => output.keep(name, weight, dtype)?,
+        if let Some(dtype) = output.contents.kept_type(name) {
+            output.keep(name, weight, dtype)?;
+            continue;
         }
+        let bands = match output.recorded(name) {
+            Some(bands) => bands,
+            None => output.stream(name, weight, output.settings, None)?,
+        };
+        output.write(name, bands)?;
     }
     Ok(())
+}
+
+/// A quantized layer: a matrix or a band of one.
+struct Band {
+    packed: PackedLayer,
+    /// If it was measured.
+    error: Option<f32>,
+}
+
+impl Band {
+    /// Number `index` of its matrix, as [`Self::record`] has noted it; `layout` is its layout, with
+    /// any widths.
+    fn recorded(record: &Record, index: usize, layout: &LayerLayout) -> Option<Self> {
+        let bytes = |part: &str| record.get::<u8>(&format!("{index}.{part}"));
+        let widths: Vec<BitWidth> =
+            bytes("bits")?.into_iter().map(BitWidth::new).collect::<Option<_>>()?;
+        let (rows, cols, group_size) = (layout.rows(), layout.cols(), layout.group_size());
+        let layout = LayerLayout::new(rows, cols, group_size, layout.coding(), &widths).ok()?;
+        let (codes, scales, row_scales) = (bytes("codes")?, bytes("scales")?, bytes("row_scales")?);
+        let packed = PackedTensor::new(&layout, &codes, &scales, &row_scales).ok()?.to_layer();
+        let error = record.get(&format!("{index}.error"))?.first().copied();
+        Some(Self { packed, error })
+    }
+
+    fn record(&self, record: &mut Record, index: usize) {
+        let mut put = |part: &str, bytes: &[u8]| record.put(format!("{index}.{part}"), bytes);
+        let groups = self.packed.layout().groups();
+        put("bits", &groups.iter().map(|group| group.bit_width.bits()).collect::<Vec<_>>());
+        let (codes, scales, row_scales) = self.packed.parts();
+        put("codes", codes);
+        put("scales", scales);
+        put("row_scales", row_scales);
+        record.put(format!("{index}.error"), self.error.as_slice());
+    }
 }
 
 /// The file being written, and what is told about it.
@@ -135,6 +236,7 @@ struct Output<'a> {
     writer: SlimWriter,
     source: &'a dyn ModelSource,
     settings: &'a Settings,
+    work: &'a WorkFolder,
     /// What is going to be in it.
     contents: Contents,
     /// Widths and the order of neurons, for methods that have them decided.
@@ -145,49 +247,37 @@ struct Output<'a> {
 }
 
 impl Visitor for Output<'_> {
-    fn inputs<'a>(
+    fn stage(
         &mut self,
-        first: &Tensor,
-        stage: StageInputs<'a>,
+        layers: &[(&Tensor, Weight<'_>)],
+        inputs: StageInputs<'_>,
         engine: &Engine,
-    ) -> Result<LayerInputs<'a>> {
-        let name = &first.name;
+    ) -> Result<Vec<Layer>> {
+        let first = layers[0].0;
         // What ran before was a forward pass; how much, is told when the block is done.
         self.worked(Work::Forward, 0.0);
-        let inputs =
-            LayerInputs::new(stage, self.settings, engine).map_err(|error| error.of_layer(name))?;
-        self.worked(Work::Hessians, work::hessian(first, self.settings));
-        self.warn_of_damping(name, inputs.hessian());
-        Ok(inputs)
-    }
-
-    fn layer(
-        &mut self,
-        tensor: &Tensor,
-        source: Weight<'_>,
-        inputs: &LayerInputs<'_>,
-    ) -> Result<Layer> {
-        let name = tensor.name.as_str();
-        if let Some(dtype) = self.contents.kept_type(name) {
-            self.keep(name, source, dtype)?;
-            return Ok(Layer::Kept);
+        let mut calibrated = None;
+        let mut of_stage = Vec::new();
+        for &(tensor, source) in layers {
+            let name = tensor.name.as_str();
+            if let Some(dtype) = self.contents.kept_type(name) {
+                self.keep(name, source, dtype)?;
+                of_stage.push(Layer::Kept);
+                continue;
+            }
+            let bands = match self.recorded(name) {
+                Some(bands) => bands,
+                None => {
+                    let inputs = match &mut calibrated {
+                        Some(inputs) => inputs,
+                        none => none.insert(self.calibrated(first, inputs, engine)?),
+                    };
+                    self.quantize(name, source, inputs)?
+                }
+            };
+            of_stage.push(Layer::Quantized(self.write(name, bands)?));
         }
-        let (rows, cols) = weight::shape(source);
-        let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
-        let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
-        let mut targets =
-            Targets::new(weights, cols, outputs.as_ref(), self.settings.coding.strip_rows())
-                .map_err(|error| error.of_layer(name))?;
-        let kind = if outputs.is_some() { Work::LinkedSweeps } else { Work::Sweeps };
-        drop(outputs);
-        let mut bands = Vec::new();
-        for (name, rows) in self.contents.layers_of(name) {
-            let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&name));
-            let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
-            self.write(&name, &layer.packed, Some(layer.error), kind)?;
-            bands.push(layer.packed);
-        }
-        Ok(Layer::Quantized(bands))
+        Ok(of_stage)
     }
 }
 
@@ -212,7 +302,7 @@ impl Output<'_> {
         let correlation = |(i, j): (usize, usize)| 0.9f32.powi(i.abs_diff(j) as i32);
         let places = (0..cols_tried).flat_map(|i| (0..cols_tried).map(move |j| (i, j)));
         let hessian = Hessian::new(places.map(correlation).collect(), cols_tried);
-        let hessian = FactoredHessian::new(&hessian, self.settings)?;
+        let hessian = FactoredHessian::new(hessian, self.settings)?;
         let outputs = OutputHessian::zeros(rows, &mut { u64::MAX })?;
 
         for _ in 0..3 {
@@ -229,6 +319,65 @@ impl Output<'_> {
         Ok(())
     }
 
+    /// The inputs of a stage, of which `first` is a layer.
+    fn calibrated<'i>(
+        &mut self,
+        first: &Tensor,
+        inputs: StageInputs<'i>,
+        engine: &Engine,
+    ) -> Result<LayerInputs<'i>> {
+        let name = &first.name;
+        let inputs = LayerInputs::new(inputs, self.settings, engine)
+            .map_err(|error| error.of_layer(name))?;
+        self.worked(Work::Hessians, work::hessian(first, self.settings));
+        self.warn_of_damping(name, inputs.hessian());
+        Ok(inputs)
+    }
+
+    /// A linear layer of a block.
+    fn quantize(
+        &mut self,
+        name: &str,
+        source: Weight<'_>,
+        inputs: &LayerInputs<'_>,
+    ) -> Result<Vec<Band>> {
+        let (rows, cols) = weight::shape(source);
+        let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
+        let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
+        let mut targets =
+            Targets::new(weights, cols, outputs.as_ref(), self.settings.coding.strip_rows())
+                .map_err(|error| error.of_layer(name))?;
+        let kind = if outputs.is_some() { Work::LinkedSweeps } else { Work::Sweeps };
+        drop(outputs);
+        let mut bands = Vec::new();
+        for (band, rows) in self.contents.layers_of(name) {
+            let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
+            let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
+            self.swept(&layer.packed, kind);
+            bands.push(Band { packed: layer.packed, error: Some(layer.error) });
+        }
+        self.record(name, &bands)?;
+        Ok(bands)
+    }
+
+    /// What was worked out of a matrix before.
+    fn recorded(&self, name: &str) -> Option<Vec<Band>> {
+        let record = self.work.get(name)?;
+        let layouts = self.contents.layouts_of(name);
+        layouts
+            .enumerate()
+            .map(|(band, (_, layout))| Band::recorded(&record, band, layout))
+            .collect()
+    }
+
+    /// Keeps what was worked out of a matrix.
+    fn record(&self, name: &str, bands: &[Band]) -> Result<()> {
+        let mut record = Record::default();
+        bands.iter().enumerate().for_each(|(index, band)| band.record(&mut record, index));
+        self.work.put(name, &record)?;
+        self.work.go_on()
+    }
+
     /// The embedding or the output layer.
     fn vocabulary_matrix(&mut self, tensor: &Tensor) -> Result<Layer> {
         let name = tensor.name.as_str();
@@ -238,29 +387,32 @@ impl Output<'_> {
             return Ok(Layer::Kept);
         }
         let settings = self.settings.for_embedding();
+        if let Some(bands) = self.recorded(name) {
+            return Ok(Layer::Quantized(self.write(name, bands)?));
+        }
         let hessian = match &self.budget {
             Some(budget) => {
-                let hessian = budget.vocabulary[tensor.part].hessian();
-                let hessian = FactoredHessian::new(&hessian, &settings)
+                let hessian = budget.vocabulary[tensor.part].clone();
+                let hessian = FactoredHessian::new(hessian, &settings)
                     .map_err(|error| error.of_layer(name))?;
                 self.warn_of_damping(name, &hessian);
                 Some(hessian)
             }
             None => None,
         };
-        let layers = self.stream(name, found, &settings, hessian.as_ref())?;
+        let bands = self.stream(name, found, &settings, hessian.as_ref())?;
         self.source.release_pages();
-        Ok(Layer::Quantized(layers))
+        Ok(Layer::Quantized(self.write(name, bands)?))
     }
 
-    /// Quantizes a matrix, as for [`stream_layer`]; gives its bands, or itself.
+    /// Quantizes a matrix, as for [`stream_layer`].
     fn stream(
         &mut self,
         name: &str,
         source: Weight<'_>,
         settings: &Settings,
         hessian: Option<&FactoredHessian>,
-    ) -> Result<Vec<PackedLayer>> {
+    ) -> Result<Vec<Band>> {
         let (_, cols) = weight::shape(source);
         let mut bands = Vec::new();
         for (band, rows) in self.contents.layers_of(name) {
@@ -268,26 +420,28 @@ impl Output<'_> {
             let packed = stream_layer(rows.len(), cols, settings, hessian, widths, |slab| {
                 finite_rows(name, source, rows.start + slab.start..rows.start + slab.end)
             })?;
-            self.write(&band, &packed, None, Work::Sweeps)?;
-            bands.push(packed);
+            self.swept(&packed, Work::Sweeps);
+            bands.push(Band { packed, error: None });
         }
+        self.record(name, &bands)?;
         Ok(bands)
     }
 
-    fn write(
-        &mut self,
-        name: &str,
-        packed: &PackedLayer,
-        error: Option<f32>,
-        kind: Work,
-    ) -> Result<()> {
-        self.writer.layer(name, packed, error)?;
+    /// Writes the bands of a matrix; gives what runs in its place.
+    fn write(&mut self, name: &str, bands: Vec<Band>) -> Result<Vec<PackedLayer>> {
+        for ((name, _), Band { packed, error }) in self.contents.layers_of(name).iter().zip(&bands)
+        {
+            self.writer.layer(name, packed, *error)?;
+            let report = LayerReport::new(name, packed.layout(), *error);
+            (self.progress)(Progress::Layer(&report));
+            self.layers.push(report);
+        }
+        Ok(bands.into_iter().map(|band| band.packed).collect())
+    }
+
+    fn swept(&mut self, packed: &PackedLayer, kind: Work) {
         let layout = packed.layout();
         self.worked(kind, work::sweep((layout.rows(), layout.cols())));
-        let report = LayerReport::new(name, layout, error);
-        (self.progress)(Progress::Layer(&report));
-        self.layers.push(report);
-        Ok(())
     }
 
     /// Output norm, output layer and RoPE factors.

@@ -8,7 +8,7 @@ mod student;
 use std::ops::Range;
 
 use slim_formats::{
-    DType, FormatError, ModelSource, OutputPath, TemporaryFolder, Weight,
+    DType, FormatError, ModelSource, OutputPath, Weight,
     gguf::Metadata,
     slim::{LayerInfo, Outline, SlimFile, SlimWriter},
 };
@@ -16,12 +16,10 @@ use slim_kernels::{instruction_path, linalg::Precision};
 
 use self::student::Student;
 use crate::{
-    Calibration, ConvertError, LayerReport, Method, Progress, Report, Resources, Result, Settings,
-    Work,
+    ConvertError, Job, LayerReport, Method, Progress, Report, Result, Settings, Work,
     backward::{Backward, Loss},
     calibration::Windows,
-    convert::convert,
-    provenance::INSTRUCTIONS,
+    provenance::{self, INSTRUCTIONS},
     work,
 };
 
@@ -37,59 +35,30 @@ const SEQUENCE_TOKENS: usize = 512;
 /// Steps over which the rate rises to its full height.
 const WARM_UP: f64 = 10.0;
 
-/// Steps after which the target is written as it is by then: what an interrupted training leaves.
-const STEPS_PER_CHECKPOINT: usize = 25;
+/// Steps after which the training is recorded.
+const STEPS_PER_RECORD: usize = 25;
 
-/// [`convert()`] for [`Method::SlimPlus`]: a conversion by [`Method::Slim`] into a temporary file,
-/// then [`distill`].
-pub fn convert_and_distill(
-    source: &dyn ModelSource,
-    calibration: &Calibration,
-    settings: &Settings,
-    resources: Resources,
-    target: OutputPath<'_>,
-    progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<Report> {
-    target.check_file()?;
-    // Where an open file cannot be removed, the folder stays until the end.
-    let folder = TemporaryFolder::beside(target.path)?;
-    let draft = folder.path().join("draft.slim.gguf");
-    let first = Settings { method: Method::Slim, ..settings.clone() };
-    let training = work::step(source.decoder(), settings) * settings.steps as f64;
-    let mut with_training = |step: Progress<'_>| match step {
-        Progress::Planned(Work::Steps, _) => progress(Progress::Planned(Work::Steps, training)),
-        step => progress(step),
-    };
-    let Report { warnings, .. } =
-        convert(source, calibration, &first, resources, &draft, &mut with_training)?;
-    let file = SlimFile::open(&draft)?;
-    #[cfg(unix)]
-    drop(folder);
-    let report = distill(source, &file, calibration, settings, target, progress)?;
-    Ok(Report { warnings, ..report })
-}
+/// The record of a training.
+const TRAINING: &str = "training";
 
-/// Trains `draft`, a SliM file of `source`, for some steps on windows of the calibration text, and
-/// writes the result as `target`. Every 25 steps the target is written as it is by then.
+/// Trains `draft`, a SliM file of the source of `job`, for some steps on windows of the calibration
+/// text, and writes the result as `target`, which appears when all is done.
 ///
-/// Of `settings`, steps, context and seed count.
+/// Of the settings, steps, context and seed count.
 ///
 /// # Memory
 /// One linear layer in f32, and what `backward` needs for 1,024 tokens.
 ///
 /// # Errors
 /// A file or tensor that cannot be used, a draft of another model, or a divergence that is no
-/// number; the last target written stays.
+/// number; `Interrupted` if the caller wants it to stop.
 pub fn distill<'p>(
-    source: &dyn ModelSource,
+    job: &Job<'_>,
     draft: &SlimFile,
-    calibration: &Calibration,
-    settings: &Settings,
     target: impl Into<OutputPath<'p>>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
-    let mut target = target.into();
-    target.check_file()?;
+    let Job { source, calibration, settings, work } = *job;
     if draft.config() != source.config() {
         return Err(ConvertError::InvalidSetting {
             what: "draft",
@@ -97,14 +66,37 @@ pub fn distill<'p>(
             expected: format!("a SliM file of `{}`", source.path().display()),
         });
     }
+    let instructions = instruction_path();
+    let mut identity = provenance::metadata(source, calibration, settings, &instructions)?;
+    // The header has the hashes of all tensors.
+    let hash = draft.gguf().metadata().u64("slim.header.xxh3").unwrap_or_default();
+    identity.insert("slim.draft.xxh3", hash)?;
+    work.identify(&identity)?;
+    let report = train(job, draft, target.into(), progress)?;
+    work.remove();
+    Ok(report)
+}
+
+/// [`distill`], once the work folder knows what it is for.
+pub fn train(
+    job: &Job<'_>,
+    draft: &SlimFile,
+    target: OutputPath<'_>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report> {
+    let Job { source, calibration, settings, work } = *job;
+    target.check_file()?;
     let mut student = Student::new(draft)?;
     let teacher = Backward::load(source, PRECISION)?;
+    let first = work.get(TRAINING).and_then(|record| student.resume(&record)).unwrap_or(0);
     let tokens = settings.context.min(SEQUENCE_TOKENS);
     let work_of_step = work::step(source.decoder(), settings);
-    progress(Progress::Planned(Work::Steps, work_of_step * settings.steps as f64));
+    let steps_left = settings.steps.saturating_sub(first);
+    progress(Progress::Planned(Work::Steps, work_of_step * steps_left as f64));
     // Not in the order of the calibration samples.
     let mut windows = Windows::new(&calibration.text, tokens, !settings.seed);
-    for step in 0..settings.steps {
+    windows.by_ref().take(first * SEQUENCES).for_each(drop);
+    for step in first..settings.steps {
         let sequences: Vec<&[u32]> = windows.by_ref().take(SEQUENCES).collect();
         let rate = rate(step, settings.steps);
         let loss = train_on(&teacher, &mut student, &sequences, rate, step + 1)?;
@@ -118,10 +110,9 @@ pub fn distill<'p>(
         let done = step + 1;
         progress(Progress::Worked(Work::Steps, work_of_step));
         progress(Progress::Step { done, of: settings.steps, loss });
-        if done.is_multiple_of(STEPS_PER_CHECKPOINT) && done < settings.steps {
-            write(draft, &student, done, target)?;
-            // The next one takes the place of this one.
-            target.replaces = true;
+        if done < settings.steps && (done.is_multiple_of(STEPS_PER_RECORD) || work.is_to_stop()) {
+            work.put(TRAINING, &student.record(done))?;
+            work.go_on()?;
         }
     }
     let file_bytes = write(draft, &student, settings.steps, target)?;

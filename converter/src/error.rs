@@ -1,5 +1,7 @@
 //! The one error type of this crate.
 
+use std::path::PathBuf;
+
 use slim_formats::{DType, FormatError};
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
@@ -61,6 +63,22 @@ pub enum ConvertError {
         found: String,
         /// What can be done.
         expected: String,
+    },
+    /// The folder beside the output cannot be used.
+    #[error("`{}`: found {found}, expected {expected}", path.display())]
+    WorkFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What is there, or what it is to be used for.
+        found: String,
+        /// What can be used.
+        expected: String,
+    },
+    /// The conversion was asked to stop, and has, between two steps.
+    #[error("interrupted; `{}` has what is done", folder.display())]
+    Interrupted {
+        /// Where the finished steps are.
+        folder: PathBuf,
     },
 }
 

@@ -62,16 +62,36 @@ impl Hessian {
         self.values.iter().step_by(self.n + 1).copied().collect()
     }
 
-    /// Row and column `order[i]` as row and column `i`.
+    /// Row and column `order[i]` as row and column `i`; in place, for there may be no room for two.
     #[must_use]
-    pub fn reordered(&self, order: &[usize]) -> Self {
+    pub fn reordered(mut self, order: &[usize]) -> Self {
         let n = self.n;
-        let mut values = vec![0.0; n * n];
-        values.par_chunks_mut(n).zip(order).for_each(|(out, &i)| {
-            let row = &self.values[i * n..][..n];
-            out.iter_mut().zip(order).for_each(|(out, &j)| *out = row[j]);
-        });
-        Self { n, values }
+        self.values.par_chunks_mut(n).for_each_init(
+            || vec![0.0; n],
+            |before, row| {
+                before.copy_from_slice(row);
+                row.iter_mut().zip(order).for_each(|(out, &col)| *out = before[col]);
+            },
+        );
+        // Along each cycle of the order, every row moves to where the one before it was.
+        let mut is_placed = vec![false; n];
+        for first in 0..n {
+            let mut row = first;
+            while !std::mem::replace(&mut is_placed[row], true) {
+                let next = order[row];
+                if next != first {
+                    self.swap_rows(row, next);
+                }
+                row = next;
+            }
+        }
+        self
+    }
+
+    fn swap_rows(&mut self, a: usize, b: usize) {
+        let (a, b) = (a.min(b), a.max(b));
+        let (head, tail) = self.values.split_at_mut(b * self.n);
+        head[a * self.n..][..self.n].swap_with_slice(&mut tail[..self.n]);
     }
 
     /// The mean of the diagonal.
@@ -129,6 +149,12 @@ impl Hessian {
     }
 }
 
+/// `rows: [.., order.len()]` with column `order[i]` as column `i`.
+pub fn in_order(rows: &[f32], order: &[usize]) -> Vec<f32> {
+    let rows = rows.chunks_exact(order.len());
+    rows.flat_map(|row| order.iter().map(|&col| row[col])).collect()
+}
+
 impl Factor {
     /// `[n, n]`, row-major; zero below the diagonal.
     pub fn values(&self) -> &[f32] {
@@ -162,30 +188,23 @@ impl Factor {
         shares
     }
 
-    /// `m H^-1` for `m: [.., n]`, whose column `order[i]` is column `i` of the factor.
-    pub fn solve(&self, m: &[f32], order: &[usize]) -> Vec<f32> {
-        let (n, rows) = (self.n, m.len() / self.n);
+    /// Replaces `m: [.., n]`, whose column `order[i]` is column `i` of the factor, by `m H^-1`.
+    pub fn solve(&self, m: &mut [f32], order: &[usize]) {
+        const ROWS: usize = 256;
+        let n = self.n;
         let u = Mat::new(&self.values, n, n);
-        let mut ordered = vec![0.0; m.len()];
-        ordered.par_chunks_mut(n).zip(m.par_chunks(n)).for_each(|(out, row)| {
-            out.iter_mut().zip(order).for_each(|(out, &col)| *out = row[col]);
-        });
-        let mut half = vec![0.0; m.len()];
-        matmul(
-            Precision::Fine,
-            &mut half,
-            n,
-            Store::REPLACE,
-            Mat::new(&ordered, rows, n),
-            u.transposed(),
-        );
-        let mut solved = ordered;
-        matmul(Precision::Fine, &mut solved, n, Store::REPLACE, Mat::new(&half, rows, n), u);
-        let mut out = half;
-        out.par_chunks_mut(n).zip(solved.par_chunks(n)).for_each(|(out, solved)| {
-            order.iter().zip(solved).for_each(|(&col, value)| out[col] = *value);
-        });
-        out
+        let times = |rows: &[f32], factor| {
+            let mut product = vec![0.0; rows.len()];
+            let rows = Mat::new(rows, rows.len() / n, n);
+            matmul(Precision::Fine, &mut product, n, Store::REPLACE, rows, factor);
+            product
+        };
+        for rows in m.chunks_mut(ROWS * n) {
+            let solved = times(&times(&in_order(rows, order), u.transposed()), u);
+            for (row, solved) in rows.chunks_exact_mut(n).zip(solved.chunks_exact(n)) {
+                order.iter().zip(solved).for_each(|(&col, value)| row[col] = *value);
+            }
+        }
     }
 
     /// `1 / U_jj^2`: what an error in column `j` costs after the columns behind it have made up for

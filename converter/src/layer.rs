@@ -10,7 +10,7 @@ use crate::{
     activations::StageInputs,
     allocate::{group_columns, published_divergences, published_widths},
     coder::Coder,
-    hessian::{Factor, Hessian},
+    hessian::{Factor, Hessian, in_order},
     published::ABSOLUTE_DAMPING,
     rows::Targets,
     salience::group_salience,
@@ -24,7 +24,6 @@ const DAMPING: f32 = 0.01;
 /// The calibration inputs of a layer, or of several layers that share them.
 pub struct LayerInputs<'a> {
     activations: &'a Activations,
-    hessian: Hessian,
     factored: FactoredHessian,
     /// The ranking of the published search; only for `--reference`.
     search_importance: Option<Vec<f32>>,
@@ -39,7 +38,9 @@ pub struct FactoredHessian {
     /// Columns in the order of the sweep.
     order: Vec<usize>,
     /// The damped Hessian, its rows and columns in that order.
-    reordered: Hessian,
+    damped: Hessian,
+    /// What was added to its diagonal.
+    damping: f32,
     /// The share of the mean diagonal that was needed to factor it, if more than usual.
     pub extra_damping: Option<f32>,
 }
@@ -51,27 +52,23 @@ impl<'a> LayerInputs<'a> {
     /// `Numerical` if the inputs are not finite, `Kernel` if a device fails.
     pub fn new(stage: StageInputs<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
         let activations = stage.activations;
-        let hessian = Hessian::of(activations, engine, settings.precision())?;
+        let mut hessian = Hessian::of(activations, engine, settings.precision())?;
         // The published code damps in place for its ranking, and again for the sweep.
-        let damped = settings.reference.then(|| hessian.clone().damped(ABSOLUTE_DAMPING));
-        let search_importance = match &damped {
-            Some(damped) => Some(damped.factor(0.0)?.0.importance()),
-            None => None,
+        let damping = if settings.reference { ABSOLUTE_DAMPING } else { 0.0 };
+        hessian = hessian.damped(damping);
+        let search_importance = match settings.reference {
+            true => Some(hessian.factor(0.0)?.0.importance()),
+            false => None,
         };
-        let order = match settings.reference {
-            true => (0..hessian.size()).collect(),
-            false => sweep_order(&hessian.diagonal(), settings),
-        };
-        let reordered = damped.as_ref().unwrap_or(&hessian).reordered(&order);
-        drop(damped);
-        // The factorization has one thread.
+        // The small steps of the factorization have one thread.
         let (factored, lack) = rayon::join(
-            || FactoredHessian::reordered(reordered, order),
+            || FactoredHessian::new(hessian, settings),
             || stage.float.map(|float| Lack::new(activations, float, settings.precision())),
         );
-        let factored = factored?;
+        let mut factored = factored?;
+        factored.damping += damping;
         let correction = lack.map(|lack| lack.correction(|m| factored.solve(m)));
-        Ok(Self { activations, hessian, factored, search_importance, correction })
+        Ok(Self { activations, factored, search_importance, correction })
     }
 
     /// The Hessian of the inputs.
@@ -94,26 +91,36 @@ impl FactoredHessian {
     ///
     /// # Errors
     /// `Numerical` if the Hessian is not finite.
-    pub fn new(hessian: &Hessian, settings: &Settings) -> Result<Self> {
-        let order = sweep_order(&hessian.diagonal(), settings);
-        Self::reordered(hessian.reordered(&order), order)
-    }
-
-    fn reordered(reordered: Hessian, order: Vec<usize>) -> Result<Self> {
+    pub fn new(hessian: Hessian, settings: &Settings) -> Result<Self> {
+        let order = match settings.reference {
+            true => (0..hessian.size()).collect(),
+            false => sweep_order(&hessian.diagonal(), settings),
+        };
+        let reordered = hessian.reordered(&order);
         let (factor, share) = reordered.factor(DAMPING)?;
         let damping = share * reordered.mean_diagonal();
-        let reordered = reordered.damped(damping);
         let mut importance = vec![0.0; order.len()];
         for (&col, cost) in order.iter().zip(factor.importance()) {
             importance[col] = cost;
         }
         let extra_damping = (share > DAMPING).then_some(share);
-        Ok(Self { factor, importance, order, reordered, extra_damping })
+        let damped = reordered.damped(damping);
+        Ok(Self { factor, importance, order, damped, damping, extra_damping })
     }
 
-    /// `m H^-1` for `m: [.., cols]`.
-    fn solve(&self, m: &[f32]) -> Vec<f32> {
-        self.factor.solve(m, &self.order)
+    /// Replaces `m: [.., cols]` by `m H^-1`.
+    fn solve(&self, m: &mut [f32]) {
+        self.factor.solve(m, &self.order);
+    }
+
+    /// `sum_r d_r H d_r^T` over the rows of `rows: [.., cols]`, without damping.
+    fn quadratic(&self, rows: &[f32]) -> f64 {
+        let Self { damped, damping, order, .. } = self;
+        let of_slab = |rows: &[f32]| {
+            let squares = rows.iter().map(|&d| f64::from(d).powi(2)).sum::<f64>();
+            damped.quadratic(&in_order(rows, order)) - f64::from(*damping) * squares
+        };
+        rows.chunks(SLAB_ROWS * order.len()).map(of_slab).sum()
     }
 
     fn curvature(&self, settings: &Settings) -> Curvature<'_> {
@@ -122,7 +129,7 @@ impl FactoredHessian {
             factor: is_swept.then(|| self.factor.values()),
             importance: Cow::Borrowed(&self.importance),
             order: Cow::Borrowed(&self.order),
-            hessian: (is_swept && !settings.reference).then(|| self.reordered.values()),
+            hessian: (is_swept && !settings.reference).then(|| self.damped.values()),
         }
     }
 }
@@ -164,8 +171,8 @@ pub fn quantize_layer(
     let quantizer = Quantizer::calibrated(targets.rows(rows.clone()), inputs, settings, widths);
     let (packed, errors) = quantizer.round(targets, rows.clone());
     // Rounded rows are not touched again: their targets still stand.
-    let error = inputs.hessian.quadratic(&errors);
-    let total = inputs.hessian.quadratic(targets.rows(rows));
+    let error = inputs.factored.quadratic(&errors).max(0.0);
+    let total = inputs.factored.quadratic(targets.rows(rows));
     QuantizedLayer { packed, error: if total > 0.0 { (error / total) as f32 } else { 0.0 } }
 }
 
@@ -175,8 +182,8 @@ pub fn try_layer(targets: &mut Targets, settings: &Settings, hessian: &FactoredH
     let quantizer =
         Quantizer::streamed(rows.len(), hessian.order.len(), settings, Some(hessian), None);
     let (_, errors) = quantizer.round(targets, rows.clone());
-    hessian.reordered.quadratic(&errors);
-    hessian.reordered.quadratic(targets.rows(rows));
+    hessian.quadratic(&errors);
+    hessian.quadratic(targets.rows(rows));
 }
 
 /// Quantizes a layer whose rows come a slab at a time: `weights` gives some of them as f32. Without

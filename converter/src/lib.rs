@@ -36,11 +36,12 @@ mod target;
 mod tests;
 mod trellis;
 mod work;
+mod work_folder;
 
 use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
 pub use contents::{Contents, PlannedTensor, Storage};
-pub use convert::convert;
+pub use convert::{Job, convert};
 pub use distill::distill;
 pub use engine::Engine;
 pub use error::{ConvertError, Result};
@@ -50,3 +51,4 @@ pub use report::{LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};
 pub use work::Work;
+pub use work_folder::{Begin, WorkFolder};

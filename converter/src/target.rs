@@ -48,9 +48,11 @@ impl Lack {
     }
 
     /// `solve` multiplies `[rows, cols]` with the inverse Hessian of the inputs.
-    pub fn correction(self, solve: impl Fn(&[f32]) -> Vec<f32>) -> Correction {
-        let Correction { cols, relative, absolute } = self.0;
-        Correction { cols, relative: solve(&relative), absolute: absolute.map(|m| solve(&m)) }
+    pub fn correction(self, solve: impl Fn(&mut [f32])) -> Correction {
+        let Self(mut correction) = self;
+        solve(&mut correction.relative);
+        correction.absolute.as_deref_mut().map(solve);
+        correction
     }
 }
 

@@ -268,7 +268,7 @@ fn rows_that_come_in_slabs_are_swept_by_their_hessian() {
             let errors = weights.iter().zip(dequantized(&layer)).map(|(a, b)| a - b);
             hessian.quadratic(&errors.collect::<Vec<_>>())
         };
-        let factored = FactoredHessian::new(&hessian, &settings).unwrap();
+        let factored = FactoredHessian::new(hessian.clone(), &settings).unwrap();
         let (swept, rounded) = (cost(Some(&factored)), cost(None));
         assert!(swept < 0.5 * rounded, "{coding:?}: {swept} for {rounded}");
     }

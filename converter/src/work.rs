@@ -3,7 +3,8 @@
 use slim_formats::{Decoder, arch::Tensor};
 
 use crate::{
-    Contents, Method, Settings, Storage, backward::sensitivity_samples, rows::hang_together,
+    Contents, Method, PlannedTensor, Settings, Storage, WorkFolder, backward::sensitivity_samples,
+    budget::SURVEY, rows::hang_together,
 };
 
 /// A kind of work. One unit of a kind takes a machine about the same time wherever it comes up;
@@ -65,30 +66,39 @@ impl Work {
         matches!(self, Self::Fits | Self::Sweeps | Self::LinkedSweeps)
     }
 
-    /// What a whole conversion has of it.
+    /// What a conversion has of it, less what has been done before.
     pub(crate) fn planned(
         self,
         decoder: &Decoder,
         contents: &Contents,
         settings: &Settings,
+        work: &WorkFolder,
     ) -> f64 {
         let is_calibrated = settings.method != Method::RoundToNearest;
+        let is_surveyed = settings.has_budget() && !work.has(SURVEY);
+        let sweeps = |are_linked: bool| -> f64 {
+            let left = layers(contents).filter(|layer| !work.has(&layer.source));
+            let alike = left.filter(|layer| is_linked(layer, decoder, settings) == are_linked);
+            alike.map(|layer| sweep((layer.rows, layer.cols))).sum()
+        };
         match self {
-            Self::Sensitivities if settings.has_budget() => {
+            Self::Sensitivities if is_surveyed => {
                 let samples = sensitivity_samples(settings.samples, settings.context);
                 sensitivities(decoder, samples * settings.context)
             }
-            Self::Fits if settings.has_budget() => layers(contents).map(weights).sum(),
+            Self::Fits if is_surveyed => {
+                layers(contents).map(|layer| weights((layer.rows, layer.cols))).sum()
+            }
             Self::Forward if is_calibrated => {
                 (0..decoder.blocks.len()).map(|block| forward(decoder, block, settings)).sum()
             }
             Self::Hessians if is_calibrated => {
-                first_layers(decoder).map(|first| hessian(first, settings)).sum()
+                let is_left = |tensor: &&Tensor| !work.has(&tensor.name);
+                let stages = stages(decoder).filter(|stage| stage.iter().any(is_left));
+                stages.map(|stage| hessian(stage[0], settings)).sum()
             }
-            Self::Sweeps => {
-                layers(contents).map(sweep).sum::<f64>() - linked(decoder, contents, settings)
-            }
-            Self::LinkedSweeps => linked(decoder, contents, settings),
+            Self::Sweeps => sweeps(false),
+            Self::LinkedSweeps => sweeps(true),
             Self::Steps if settings.method == Method::SlimPlus => {
                 settings.steps as f64 * step(decoder, settings)
             }
@@ -97,27 +107,21 @@ impl Work {
     }
 }
 
-/// Rows and columns of the layers that are quantized.
-fn layers(contents: &Contents) -> impl Iterator<Item = (usize, usize)> {
-    let layers = contents.tensors().iter().filter(|t| matches!(t.storage, Storage::Layer(_)));
-    layers.map(|tensor| (tensor.rows, tensor.cols))
+/// The layers that are quantized.
+fn layers(contents: &Contents) -> impl Iterator<Item = &PlannedTensor> {
+    contents.tensors().iter().filter(|tensor| matches!(tensor.storage, Storage::Layer(_)))
 }
 
-/// Sweeps of the matrices whose rows make up for each other's errors.
-fn linked(decoder: &Decoder, contents: &Contents, settings: &Settings) -> f64 {
-    let is_linked =
-        |tensor: &&Tensor| hang_together(tensor) && contents.kept_type(&tensor.name).is_none();
-    match settings.has_budget() {
-        true => decoder.tensors().iter().filter(is_linked).map(|t| sweep(t.shape())).sum(),
-        false => 0.0,
-    }
+/// Whether the rows of a layer make up for each other's errors.
+fn is_linked(layer: &PlannedTensor, decoder: &Decoder, settings: &Settings) -> bool {
+    settings.has_budget() && decoder.find(&layer.source).is_some_and(hang_together)
 }
 
-/// The first layer behind each stage of each block.
-fn first_layers(decoder: &Decoder) -> impl Iterator<Item = &Tensor> {
-    decoder.blocks.iter().enumerate().flat_map(|(index, spec)| {
-        let firsts = spec.stages().map(|stage| spec.layers_of(stage)[0]);
-        firsts.map(|part| decoder.tensor(index, part))
+/// The layers of each stage of each block.
+fn stages(decoder: &Decoder) -> impl Iterator<Item = Vec<&Tensor>> {
+    decoder.blocks.iter().enumerate().flat_map(move |(index, spec)| {
+        let layers = spec.stages().map(move |stage| spec.layers_of(stage));
+        layers.map(move |parts| parts.iter().map(|&part| decoder.tensor(index, part)).collect())
     })
 }
 

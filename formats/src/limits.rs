@@ -1,6 +1,10 @@
 //! How much a file may ask a reader to allocate.
 
-use std::path::Path;
+use std::{
+    fs::File,
+    io::{self, ErrorKind, Read},
+    path::{Path, PathBuf},
+};
 
 use crate::{FormatError, Result};
 
@@ -48,16 +52,58 @@ pub(crate) fn check(path: &Path, what: impl Into<String>, found: u64, limit: u64
     Err(FormatError::LimitExceeded { path: path.to_owned(), what: what.into(), found, limit })
 }
 
-/// Reads a text file of at most `limits.string_bytes`, `None` if there is no such file.
+/// Reads a regular text file of at most `limits.string_bytes`, `None` if there is no such file.
+///
+/// What is read here ends up in outputs: a link that a model's folder came with may not lead to the
+/// user's own files.
 pub(crate) fn read_text(path: &Path, limits: &Limits) -> Result<Option<String>> {
-    let length = match std::fs::metadata(path) {
-        Ok(metadata) => metadata.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(FormatError::io(path, "read the file", error)),
+    let failed = |error| FormatError::io(path, "read the file", error);
+    let file = match open_regular(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(failed)?,
     };
+    if let Some(target) = leads_out(path) {
+        let text = format!("it is a link that leads out of the model, to `{}`", target.display());
+        return Err(failed(io::Error::new(ErrorKind::InvalidInput, text)));
+    }
+    let length = file.metadata().map_err(failed)?.len();
     check(path, "bytes of a text file", length, limits.string_bytes)?;
-    let text = std::fs::read_to_string(path);
-    text.map(Some).map_err(|error| FormatError::io(path, "read the file", error))
+    let mut text = String::new();
+    // It may grow meanwhile.
+    file.take(limits.string_bytes).read_to_string(&mut text).map_err(failed)?;
+    Ok(Some(text))
+}
+
+/// Opens a regular file; anything else is an error, without waiting for what is behind it.
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        // A pipe without a writer would wait for one.
+        options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32);
+    }
+    let file = options.open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file")),
+    }
+}
+
+/// Where a symbolic link leads, if that is neither in its folder nor in the store of the hub cache
+/// that the folder belongs to (`snapshots/REVISION` beside `blobs`).
+fn leads_out(path: &Path) -> Option<PathBuf> {
+    if !path.is_symlink() {
+        return None;
+    }
+    let target = path.canonicalize().ok()?;
+    let folder = path.parent()?.canonicalize().ok()?;
+    let cache = folder.ancestors().find(|folder| folder.file_name() == Some("snapshots".as_ref()));
+    let store = cache.and_then(|snapshots| Some(snapshots.parent()?.join("blobs")));
+    let is_in = |folder: &Path| target.starts_with(folder);
+    let stays = is_in(&folder) || store.is_some_and(|store| is_in(&store));
+    (!stays).then_some(target)
 }
 
 #[cfg(test)]

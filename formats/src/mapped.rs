@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, MmapMut};
 
-use crate::{FormatError, Result, disk::reserve};
+use crate::{FormatError, Result, disk::reserve, limits::open_regular};
 
 /// A file's bytes, mapped read-only.
 ///
@@ -27,7 +27,7 @@ impl MappedFile {
     /// # Errors
     /// `Io` if the file cannot be opened, is a folder or a device, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        File::open(path)
+        open_regular(path)
             .and_then(|file| Self::map(path, &file))
             .map_err(|error| FormatError::io(path, "open the file", error))
     }

@@ -33,7 +33,9 @@ mod tokenizer;
 mod turn;
 
 pub use block::{Block, Context, Passage, attention_shape, find_vector, find_weight};
-pub use chat::{ChatFormat, ChatTemplate, Message, end_tokens};
+pub use chat::{
+    Chat, ChatFormat, ChatTemplate, Message, end_tokens, isolate_chat_templates, render_for_parent,
+};
 pub use ends::{Ends, finish_logits};
 pub use error::{Result, RuntimeError};
 pub use generation::{

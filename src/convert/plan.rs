@@ -21,10 +21,9 @@ const CORRECTION_COPIES: u64 = 2;
 /// Copies in f32 of the rows that are quantized at a time: quantized weights, the gradient of what
 /// their errors cost, and how both move with either row scale.
 const SLAB_COPIES: u64 = 6;
-/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian as it is and
-/// in the order of the sweep, its factor, and the inverse of that in f64 or what corrections are
-/// worked out with.
-const HESSIAN_COPIES: u64 = 6;
+/// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian, its factor,
+/// and what the inputs lack to those in the float model.
+const HESSIAN_COPIES: u64 = 3;
 
 /// The resolved settings, and what they lead to.
 pub struct Plan {

@@ -13,10 +13,10 @@ use anyhow::{Context as _, Result};
 use signal_hook::{consts::SIGINT, flag};
 use slim_runtime::{End, Event, Generation, Generator, Timings};
 
-use crate::output::{note, plural, print};
-
-/// What a process that Ctrl-C ended answers.
-const EXIT_INTERRUPTED: i32 = 130;
+use crate::{
+    interrupt::EXIT_INTERRUPTED,
+    output::{note, plural, print},
+};
 
 /// The wish to stop an answer: Ctrl-C, once it is caught.
 #[derive(Clone, Default)]
@@ -28,7 +28,7 @@ impl Interrupt {
         let interrupt = Self::default();
         let raised = || Arc::clone(&interrupt.0);
         // In this order: the signal that raises it is not yet the second one.
-        flag::register_conditional_shutdown(SIGINT, EXIT_INTERRUPTED, raised())
+        flag::register_conditional_shutdown(SIGINT, EXIT_INTERRUPTED.into(), raised())
             .and_then(|_| flag::register(SIGINT, raised()))
             .context("cannot catch Ctrl-C")?;
         Ok(interrupt)

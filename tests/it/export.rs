@@ -6,9 +6,12 @@ use half::f16;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use slim_formats::{ModelSource, Weight, open_model, slim::SlimFile};
-use slim_kernels::weight;
+use slim_kernels::{FloatCpu, linalg::Precision, weight};
 
-use crate::command::{Dir, arg, fail, succeed, tiny_model};
+use crate::{
+    command::{Dir, arg, fail, succeed, tiny_model},
+    end_to_end,
+};
 
 const TINY: [&str; 3] = ["llama", "llama-tied-rope3", "mistral-swa"];
 
@@ -34,16 +37,12 @@ fn layer<'a>(report: &'a Value, name: &str) -> &'a Value {
     report["layers"].as_array().unwrap().iter().find(|layer| layer["name"] == name).unwrap()
 }
 
-/// The logits of 40 tokens.
-fn logits(dir: &Dir, model: &str) -> Vec<f32> {
-    let tokens: Vec<String> = (0..40).map(|i| (i * 7 % 300).to_string()).collect();
-    let out = dir.arg("logits.safetensors");
-    let fixed = ["logits", model, "--device", "cpu", "--force"];
-    succeed(&[&fixed[..], &["--tokens", &tokens.join(","), "-o", &out]].concat());
-    let bytes = std::fs::read(&out).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let values = file.tensor("logits").unwrap().data().as_chunks().0.to_vec();
-    values.into_iter().map(f32::from_le_bytes).collect()
+/// The logits of 40 tokens, with products in floats: rounded inputs would hide small differences of
+/// weights.
+fn logits(model: &str) -> Vec<f32> {
+    let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 300).collect();
+    let source = open_model(Path::new(model)).unwrap();
+    end_to_end::logits(source.into(), &FloatCpu(Precision::Fine), &tokens).concat()
 }
 
 /// The norm of the difference, relative to that of `expected`.
@@ -81,7 +80,7 @@ fn gguf_of_every_coding_runs_like_the_slim_file() {
             assert_eq!(layout_of(&report, "blk.1.attn_k.weight"), layout, "{more:?}");
             assert_eq!(layout_of(&report, "token_embd.weight"), "F16");
             assert_eq!(report["file_bytes"], std::fs::metadata(exported).unwrap().len());
-            let error = relative_error(&logits(&dir, exported), &logits(&dir, slim));
+            let error = relative_error(&logits(exported), &logits(slim));
             assert!(error < most, "{name} {more:?}: {error}");
         }
     }
@@ -110,7 +109,7 @@ fn gguf_of_a_dense_model_loses_nothing() {
         let source = arg(&tiny_model(name));
         let report = export(&source, "gguf", exported);
         assert_eq!(report["worst_error"], 0.0);
-        assert_eq!(logits(&dir, exported), logits(&dir, &source), "{name}");
+        assert_eq!(logits(exported), logits(&source), "{name}");
     }
 }
 
@@ -131,7 +130,7 @@ fn safetensors_run_like_the_slim_file() {
         let folder = &dir.arg(name);
         let report = export(slim, "safetensors", folder);
         assert_eq!(layout_of(&report, "blk.0.ffn_up.weight"), "F16");
-        let error = relative_error(&logits(&dir, folder), &logits(&dir, slim));
+        let error = relative_error(&logits(folder), &logits(slim));
         assert!(error < 2e-3, "{name}: {error}");
 
         let (found, expected) =
@@ -155,7 +154,7 @@ fn safetensors_of_a_gguf_file_have_its_tokenizer() {
     let (gguf, folder) = (&dir.arg("a.gguf"), &dir.arg("folder"));
     export(&arg(&tiny_model("llama")), "gguf", gguf);
     export(gguf, "safetensors", folder);
-    assert_eq!(logits(&dir, folder), logits(&dir, gguf));
+    assert_eq!(logits(folder), logits(gguf));
     assert_eq!(greedy_text(folder), greedy_text(gguf));
 }
 
@@ -171,12 +170,12 @@ fn matrices_in_bands_are_joined() {
         succeed(&[&fixed[..], &["--samples", "2", "--context", "32"]].concat());
         let file = SlimFile::open(slim.as_ref()).unwrap();
         assert!(matches!(file.tensor("blk.1.ffn_up.weight"), Ok(Some(Weight::Bands(_)))));
-        let expected = logits(&dir, slim);
+        let expected = logits(slim);
         let (file_name, folder_name) = (format!("{name}.gguf"), format!("{name}-float"));
         for (layout, exported) in [("gguf", file_name), ("safetensors", folder_name)] {
             let exported = &dir.arg(&exported);
             export(slim, layout, exported);
-            let error = relative_error(&logits(&dir, exported), &expected);
+            let error = relative_error(&logits(exported), &expected);
             assert!(error < 2e-3, "{name}, {layout}: {error}");
         }
         let folder = dir.path(&format!("{name}.gptq"));

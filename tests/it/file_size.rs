@@ -1,10 +1,13 @@
 //! The size of a file: foretold to the byte, and met from below.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Calibration, Contents, Engine, Method, Resources, Settings, Target,
-    convert,
+    BUILT_IN_CALIBRATION, Begin, Calibration, Contents, Engine, Job, Method, Resources, Settings,
+    Target, WorkFolder, convert,
 };
 use slim_formats::{
     Decoder, DenseTensor, FormatError, ModelConfig, ModelSource, OutputPath, TokenizerSource,
@@ -40,7 +43,9 @@ fn convert_to(source: &dyn ModelSource, settings: &Settings, file: &Path) -> u64
     let calibration = Calibration::from_text(text, &tokenizer, settings).unwrap();
     let resources = Resources { engine: Engine::Cpu, float_bytes: 1 << 30 };
     let output = OutputPath { path: file, replaces: true };
-    let report = convert(source, &calibration, settings, resources, output, &mut |_| {}).unwrap();
+    let work = &WorkFolder::beside(file, Begin::New, Arc::default()).unwrap();
+    let job = Job { source, calibration: &calibration, settings, work };
+    let report = convert(&job, &resources, output, &mut |_| {}).unwrap();
     let bytes = std::fs::metadata(file).unwrap().len();
     assert_eq!(report.file_bytes, bytes);
     let faults = SlimFile::open(file).unwrap().verify();

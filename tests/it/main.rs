@@ -1,5 +1,6 @@
 //! The integration tests, in one binary so that they link once.
 
+mod attacks; // templates and tokenizers that hurt
 mod chat; // prompts, sampling settings, and the chat, piped and on a terminal
 mod cli; // help, errors, exit codes, output of every subcommand
 mod columns; // any number of them
@@ -15,6 +16,7 @@ mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod output_safety; // what is never overwritten, and what an early end leaves
 mod real_model; // a real model, where there is one
 mod reports; // what commands say of their results
+mod resume; // conversions that ended early
 mod schemas; // every JSON document against its schema
 mod sources; // what is read of a source, refused, or warned of
 mod special_tokens; // start, stop and chat tokens, the same from every container

@@ -228,8 +228,7 @@ fn activations_out_of_range_are_named_with_what_to_try() {
     });
     let (model, out) = (&arg(source.root()), &source.arg("out"));
     let convert = ["convert", model, "-o", out, "--force", "--samples", "2", "--context", "32"];
-    for (method, place) in
-        [("slim", "`blk.0`: found"), ("gptq", "`blk.0.attn_output.weight`: found")]
+    for (method, place) in [("slim", "`blk.0`: found"), ("gptq", "`blk.0.ffn_gate.weight`: found")]
     {
         let fragments =
             [place, "on the calibration text", "hint: try more `--samples`", "`--method rtn`"];

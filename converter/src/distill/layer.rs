@@ -56,6 +56,16 @@ impl TrainedLayer {
         });
     }
 
+    /// What is trained.
+    pub fn parameters(&self) -> impl Iterator<Item = &Parameters> {
+        self.tiles.iter().flat_map(|tile| tile.scales.iter().chain(&tile.factors))
+    }
+
+    /// As [`Self::parameters`].
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameters> {
+        self.tiles.iter_mut().flat_map(|tile| tile.scales.iter_mut().chain(&mut tile.factors))
+    }
+
     /// Rounds the numbers into `layer`.
     pub fn store(&self, layer: &mut PackedLayer) {
         let slots = layer.tiles_mut();

@@ -19,6 +19,16 @@ impl Parameters {
         Self { values, mean: zeros.clone(), mean_square: zeros }
     }
 
+    /// All that the next step goes by.
+    pub fn numbers(&self) -> [&[f32]; 3] {
+        [&self.values, &self.mean, &self.mean_square]
+    }
+
+    /// As [`Self::numbers`].
+    pub fn numbers_mut(&mut self) -> [&mut [f32]; 3] {
+        [&mut self.values, &mut self.mean, &mut self.mean_square]
+    }
+
     /// Moves each value by about `rate` against its gradient; `step` counts from 1.
     ///
     /// # Source

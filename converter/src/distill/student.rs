@@ -9,7 +9,12 @@ use super::{PRECISION, layer::TrainedLayer, parameters::Parameters};
 use crate::{
     Result,
     backward::{Backward, Gradient, Loss, weight_gradient},
+    work_folder::Record,
 };
+
+/// The entries of the record of a training.
+const STEPS: &str = "steps";
+const NUMBERS: &str = "numbers";
 
 /// How far the weight of a norm moves in a step.
 const NORM_RATE: f32 = 0.0003;
@@ -83,10 +88,46 @@ impl<'a> Student<'a> {
             }
             Ok(())
         })?;
-        let layers = layers.iter_mut().flat_map(PartMap::values_mut).flatten();
-        let trained = trained.iter().flat_map(PartMap::values).flatten();
-        layers.zip(trained).for_each(|(layer, trained)| trained.store(layer));
+        self.store();
         Ok(loss)
+    }
+
+    /// What is trained, after `steps` steps.
+    pub fn record(&self, steps: usize) -> Record {
+        let trained = self.trained.iter().flat_map(PartMap::values).flatten();
+        let parameters = trained.flat_map(TrainedLayer::parameters).chain(self.norms.parameters());
+        let numbers: Vec<f32> =
+            parameters.flat_map(Parameters::numbers).flatten().copied().collect();
+        Record::default().with(STEPS, &[steps as u64]).with(NUMBERS, &numbers)
+    }
+
+    /// Goes on from what [`Self::record`] has noted; gives the steps. `None` if that was of another
+    /// model, which changes nothing.
+    pub fn resume(&mut self, record: &Record) -> Option<usize> {
+        let steps = *record.get::<u64>(STEPS)?.first()?;
+        let found: Vec<f32> = record.get(NUMBERS)?;
+        let trained = self.trained.iter_mut().flat_map(PartMap::values_mut).flatten();
+        let parameters = trained.flat_map(TrainedLayer::parameters_mut);
+        let parameters = parameters.chain(self.norms.parameters_mut());
+        let mut numbers: Vec<&mut [f32]> = parameters.flat_map(Parameters::numbers_mut).collect();
+        if numbers.iter().map(|numbers| numbers.len()).sum::<usize>() != found.len() {
+            return None;
+        }
+        let mut found = found.as_slice();
+        for numbers in &mut numbers {
+            let (these, others) = found.split_at(numbers.len());
+            numbers.copy_from_slice(these);
+            found = others;
+        }
+        self.store();
+        Some(steps as usize)
+    }
+
+    /// Rounds what is trained into the layers.
+    fn store(&mut self) {
+        let layers = self.layers.iter_mut().flat_map(PartMap::values_mut).flatten();
+        let trained = self.trained.iter().flat_map(PartMap::values).flatten();
+        layers.zip(trained).for_each(|(layer, trained)| trained.store(layer));
     }
 
     /// A trained layer by its name.
@@ -115,6 +156,14 @@ impl<'a> Student<'a> {
 }
 
 impl Norms {
+    fn parameters(&self) -> impl Iterator<Item = &Parameters> {
+        self.blocks.iter().flat_map(PartMap::values).chain(&self.output)
+    }
+
+    fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameters> {
+        self.blocks.iter_mut().flat_map(PartMap::values_mut).chain(&mut self.output)
+    }
+
     fn of_mut(&mut self, block: Option<usize>, part: Part) -> &mut Parameters {
         match block {
             Some(block) => &mut self.blocks[block][part],

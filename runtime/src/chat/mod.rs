@@ -2,6 +2,7 @@
 
 mod control;
 mod generation;
+mod isolation;
 mod strftime;
 mod template;
 #[cfg(test)]
@@ -13,7 +14,8 @@ use slim_formats::{ModelConfig, ModelSource};
 use crate::{Result, Tokenizer, tokenizer::with_one_bos};
 use control::MendedTexts;
 
-pub use template::{ChatTemplate, Message};
+pub use isolation::{isolate_chat_templates, render_for_parent};
+pub use template::{Chat, ChatTemplate, Message};
 
 /// How a model writes a chat: its template, and the tokens of what the template writes.
 pub struct ChatFormat<'a> {
@@ -21,6 +23,8 @@ pub struct ChatFormat<'a> {
     tokenizer: &'a Tokenizer,
     config: &'a ModelConfig,
     mended: MendedTexts,
+    /// The token that the template writes after an answer, if it writes one there.
+    turn_end: Option<u32>,
 }
 
 impl<'a> ChatFormat<'a> {
@@ -38,9 +42,21 @@ impl<'a> ChatFormat<'a> {
         };
         let bos = text_of(config.bos_token_id);
         let eos = text_of(config.eos_token_ids.first().copied());
-        let template = ChatTemplate::new(template, &bos, &eos)?;
-        let (mended, warnings) = MendedTexts::find(&trials(&template), tokenizer)?;
-        Ok((Self { template, tokenizer, config, mended }, warnings))
+        let template = ChatTemplate::new(template, &bos, &eos);
+        // What a template writes for chats of all kinds, as far as it accepts them; in one go, for
+        // it may take a process.
+        let opened =
+            [&["user"][..], &["system", "user"], &["user", "assistant", "user"]].map(trial);
+        let closed = [&["user", "assistant", "user"][..], &["user", "assistant"]].map(trial);
+        let chats = opened.iter().map(|messages| Chat::new(messages, true));
+        let chats = chats.chain(closed.iter().map(|messages| Chat::new(messages, false)));
+        let mut texts = template.render_all(&chats.collect::<Vec<_>>())?.into_iter();
+        let written: Vec<_> =
+            texts.by_ref().take(opened.len()).map(Result::unwrap_or_default).collect();
+        let (mended, warnings) = MendedTexts::find(&written.join("\n"), tokenizer)?;
+        let mut format = Self { template, tokenizer, config, mended, turn_end: None };
+        format.turn_end = texts.find_map(Result::ok).and_then(|text| format.end_of_turn(&text));
+        Ok((format, warnings))
     }
 
     /// The tokens of a chat up to where the assistant answers, with one beginning-of-text token at
@@ -58,11 +74,16 @@ impl<'a> ChatFormat<'a> {
         with_one_bos(self.tokenizer, self.config, self.mended.encode(&text, self.tokenizer)?)
     }
 
-    /// The token that the template writes after an answer, if it writes one there.
-    fn turn_end(&self) -> Option<u32> {
-        let chats = [&["user", "assistant", "user"][..], &["user", "assistant"]];
-        let text =
-            chats.iter().find_map(|roles| self.template.render(&trial(roles), false).ok())?;
+    /// The tokens that end what the model writes, the main one first: those that its files name,
+    /// and the one that the template writes after an answer.
+    pub fn end_tokens(&self) -> Vec<u32> {
+        let mut ends = self.config.eos_token_ids.clone();
+        ends.extend(self.turn_end.filter(|token| !ends.contains(token)));
+        ends
+    }
+
+    /// The token behind an answer in a chat that the template has written, if one is there.
+    fn end_of_turn(&self, text: &str) -> Option<u32> {
         let (_, behind) = text.split_once(&trial_content("assistant"))?;
         let tokens = self.mended.encode(behind.trim_start(), self.tokenizer).ok()?;
         let first = *tokens.first()?;
@@ -71,13 +92,6 @@ impl<'a> ChatFormat<'a> {
         // A template that opens each turn with the first token of a text does not end one with it.
         (is_found && is_token && Some(first) != self.config.bos_token_id).then_some(first)
     }
-}
-
-/// What a template writes for chats of all kinds, as far as it accepts them.
-fn trials(template: &ChatTemplate) -> String {
-    let chats = [&["user"][..], &["system", "user"], &["user", "assistant", "user"]];
-    let texts = chats.map(|roles| template.render(&trial(roles), true).unwrap_or_default());
-    texts.join("\n")
 }
 
 /// A chat to try a template with.
@@ -90,14 +104,13 @@ fn trial_content(role: &str) -> String {
     format!("What the {role} says in this trial.")
 }
 
-/// The tokens that end what the model writes, the main one first: those that its files name, and
-/// the one that its chat template writes after an answer.
+/// [`ChatFormat::end_tokens`] of a model that may have no template, or none that can be used: that
+/// is an error where a chat begins.
 pub fn end_tokens(source: &dyn ModelSource, tokenizer: &Tokenizer) -> Vec<u32> {
     let config = source.config();
     let format = source.chat_template().map(|text| ChatFormat::new(text, config, tokenizer));
-    // A template that cannot be read is an error where a chat begins.
-    let turn_end = format.and_then(|format| format.ok()?.0.turn_end());
-    let mut ends = config.eos_token_ids.clone();
-    ends.extend(turn_end.filter(|token| !ends.contains(token)));
-    ends
+    match format {
+        Some(Ok((format, _))) => format.end_tokens(),
+        Some(Err(_)) | None => config.eos_token_ids.clone(),
+    }
 }

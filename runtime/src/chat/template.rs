@@ -3,10 +3,12 @@
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja::{Environment, Error, ErrorKind, Template, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use serde_json::json;
 
 use super::generation::without_generation_blocks;
+use super::isolation::render_elsewhere;
 use super::strftime::strftime_now;
 use super::to_json::to_json;
 use crate::{Result, RuntimeError};
@@ -37,13 +39,28 @@ impl Message {
     }
 }
 
+/// What a template is to write.
+#[derive(Debug, Clone, Copy)]
+pub struct Chat<'c> {
+    /// What was said.
+    pub messages: &'c [Message],
+    /// Whether to open the assistant's next message.
+    pub add_generation_prompt: bool,
+}
+
+impl<'c> Chat<'c> {
+    /// A chat.
+    pub fn new(messages: &'c [Message], add_generation_prompt: bool) -> Self {
+        Self { messages, add_generation_prompt }
+    }
+}
+
 /// A Jinja chat template, read as Hugging Face reads it.
 ///
 /// It comes from a file of unknown origin, so it can only compute text from its inputs, and its
-/// steps and its output are limited. What a single step may do to values inside the template is
-/// not: one that doubles a string again and again can still use up the memory.
+/// steps and its output are limited; what a single step may do is where
+/// [`isolate_chat_templates`](crate::isolate_chat_templates) has been called.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
     source: String,
     bos: String,
     eos: String,
@@ -51,31 +68,46 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// A template with the texts of the tokens that open and close a text, empty if there are none.
-    ///
-    /// # Errors
-    /// `ChatTemplate` if the template is not valid Jinja.
-    pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
-        let template = Self {
-            environment: environment(),
-            source: without_generation_blocks(source).into_owned(),
-            bos: bos.to_owned(),
-            eos: eos.to_owned(),
-        };
-        template.environment.template_from_str(&template.source).map_err(failed("be read"))?;
-        Ok(template)
+    /// Nothing is read of it yet.
+    pub fn new(source: &str, bos: &str, eos: &str) -> Self {
+        Self { source: source.to_owned(), bos: bos.to_owned(), eos: eos.to_owned() }
     }
 
-    /// The text of a chat, ready for [`Tokenizer::encode`](crate::Tokenizer::encode).
-    /// `add_generation_prompt` opens the assistant's next message.
+    /// The texts of chats, ready for [`Tokenizer::encode`](crate::Tokenizer::encode). Each is an
+    /// error `ChatTemplate` if the template refuses its messages (many allow only alternating
+    /// roles), or fails.
     ///
     /// # Errors
-    /// `ChatTemplate` if the template refuses the messages (many allow only alternating roles),
-    /// fails, or passes a limit.
+    /// `ChatTemplate` if the template is not valid Jinja, or takes more memory or time than a
+    /// template may.
+    pub fn render_all(&self, chats: &[Chat<'_>]) -> Result<Vec<Result<String>>> {
+        let Self { source, bos, eos } = self;
+        let template = json!({ "source": source, "bos": bos, "eos": eos });
+        render_elsewhere(&template, chats).unwrap_or_else(|| self.render_here(chats))
+    }
+
+    /// The text of one chat.
+    ///
+    /// # Errors
+    /// As [`Self::render_all`].
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let mut texts = self.render_all(&[Chat::new(messages, add_generation_prompt)])?;
+        texts.pop().expect("a text for a chat")
+    }
+
+    /// [`Self::render_all`] in this process.
+    pub(super) fn render_here(&self, chats: &[Chat<'_>]) -> Result<Vec<Result<String>>> {
+        let environment = environment();
+        let source = without_generation_blocks(&self.source);
+        let template = environment.template_from_str(&source).map_err(failed("be read"))?;
+        Ok(chats.iter().map(|chat| self.render_with(&template, chat)).collect())
+    }
+
+    fn render_with(&self, template: &Template<'_, '_>, chat: &Chat<'_>) -> Result<String> {
         let message = |Message { role, content }: &Message| context! { role => role.as_str(), content => content.as_str() };
         let inputs = context! {
-            messages => messages.iter().map(message).collect::<Vec<_>>(),
-            add_generation_prompt,
+            messages => chat.messages.iter().map(message).collect::<Vec<_>>(),
+            add_generation_prompt => chat.add_generation_prompt,
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
             // Templates ask for `tools is not none`, which an absent name would pass.
@@ -83,10 +115,7 @@ impl ChatTemplate {
             documents => (),
         };
         let mut output = LimitedOutput(Vec::new());
-        self.environment
-            .template_from_str(&self.source)
-            .and_then(|template| template.render_captured_to(inputs, &mut output))
-            .map_err(failed("be rendered"))?;
+        template.render_captured_to(inputs, &mut output).map_err(failed("be rendered"))?;
         Ok(String::from_utf8(output.0).expect("minijinja writes whole strings"))
     }
 }
@@ -169,7 +198,7 @@ mod tests {
 
     fn render(source: &str, chat: &[(&str, &str)]) -> Result<String> {
         let messages: Vec<_> = chat.iter().map(|(role, text)| Message::new(*role, *text)).collect();
-        ChatTemplate::new(source, "<s>", "</s>")?.render(&messages, true)
+        ChatTemplate::new(source, "<s>", "</s>").render(&messages, true)
     }
 
     /// The engine's sentence for a template that must fail.
@@ -191,7 +220,7 @@ mod tests {
 
     #[test]
     fn generation_prompt_is_the_callers_choice() {
-        let template = ChatTemplate::new(CHAT_ML, "", "").unwrap();
+        let template = ChatTemplate::new(CHAT_ML, "", "");
         let text = template.render(&[Message::new("user", "hi")], false).unwrap();
         assert_eq!(text, "<|im_start|>user\nhi<|im_end|>\n");
     }
@@ -250,7 +279,7 @@ mod tests {
 
     #[test]
     fn template_with_broken_syntax_is_refused() {
-        let error = ChatTemplate::new("{% for m in %}", "", "").err().unwrap();
+        let error = ChatTemplate::new("{% for m in %}", "", "").render_all(&[]).err().unwrap();
         assert_eq!(error.to_string(), "chat template: cannot be read");
         assert!(error.source().unwrap().to_string().contains("syntax error"));
     }

@@ -144,7 +144,7 @@ fn eos_behind_a_document_is_not_put_behind_a_prompt() {
 fn turn_end_is_what_the_template_writes_after_an_answer() {
     let (golden, config) = (tokenizer(|_| {}), config());
     let turn_end = |tokenizer: &Tokenizer, template: &str| {
-        ChatFormat::new(template, &config, tokenizer).unwrap().0.turn_end()
+        ChatFormat::new(template, &config, tokenizer).unwrap().0.turn_end
     };
     let of_each = "{% for m in messages %}[{{ m.role }}]{{ m.content }}";
     assert_eq!(turn_end(&golden, CHAT_ML), Some(END));

@@ -198,6 +198,10 @@ fn sentence_piece(keys: Keys, vocabulary: &Vocabulary) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// The longest token that merges may make: each has as many pairs of parts as letters, and
+/// published vocabularies have none of 300 bytes.
+const MAX_MERGED_BYTES: usize = 1024;
+
 /// Every way to put a token together from two others, the token with the highest score first.
 fn merges_by_score(keys: Keys, vocabulary: &Vocabulary) -> Result<Vec<(String, String)>> {
     let Some(Array::F32(scores)) = keys.array("scores") else {
@@ -212,6 +216,12 @@ fn merges_by_score(keys: Keys, vocabulary: &Vocabulary) -> Result<Vec<(String, S
     let known: AHashMap<&str, f32> = texts.clone().collect();
     let mut merges: Vec<(f32, &str, &str)> = Vec::new();
     for (text, score) in texts {
+        if text.len() > MAX_MERGED_BYTES {
+            let length = text.len();
+            return Err(RuntimeError::tokenizer(format!(
+                "a token of {length} bytes, expected {MAX_MERGED_BYTES} at most"
+            )));
+        }
         let pairs = text.char_indices().skip(1).map(|(middle, _)| text.split_at(middle));
         let pairs =
             pairs.filter(|(left, right)| known.contains_key(left) && known.contains_key(right));

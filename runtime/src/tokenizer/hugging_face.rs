@@ -2,7 +2,7 @@
 
 use serde_json::Value as Json;
 
-use super::failed;
+use super::{components::check_components, failed};
 use crate::{Result, RuntimeError};
 
 /// Builds what the JSON text describes, without its truncation and padding: those belong to
@@ -12,6 +12,7 @@ pub(super) fn build(json: &str) -> Result<tokenizers::Tokenizer> {
     let parsed: Json = serde_json::from_str(json).map_err(|error| failed(REASON)(error.into()))?;
     check_merges(&parsed["model"])?;
     check_template(&parsed["post_processor"])?;
+    check_components(&parsed)?;
     let mut tokenizer: tokenizers::Tokenizer = json.parse().map_err(failed(REASON))?;
     tokenizer.with_truncation(None).map_err(failed(REASON))?.with_padding(None);
     Ok(tokenizer)

@@ -1,7 +1,9 @@
 //! Text to tokens and back, exactly as the model's own tokenizer does it.
 
+mod components;
 mod document;
 mod ggml;
+mod guard;
 mod hugging_face;
 mod pre_tokenizer;
 mod stream;
@@ -12,6 +14,8 @@ mod to_ggml;
 use slim_formats::{ModelSource, TokenizerSource, gguf::token_type, missing_tokenizer};
 
 use crate::{Result, RuntimeError};
+
+use guard::guarded;
 
 pub use document::document_tokens;
 pub(crate) use document::with_one_bos;
@@ -45,11 +49,11 @@ impl Tokenizer {
     /// `Tokenizer` if there is none, if it breaks a rule, or if it is of a kind that this program
     /// does not know: nothing is guessed, because wrong tokens give plausible nonsense.
     pub fn new(source: &TokenizerSource) -> Result<Self> {
-        let inner = match source {
-            TokenizerSource::HuggingFace(json) => hugging_face::build(json)?,
-            TokenizerSource::Ggml(metadata) => ggml::build(metadata)?,
-            TokenizerSource::Missing => return Err(RuntimeError::tokenizer("the model has none")),
-        };
+        let inner = guarded(|| match source {
+            TokenizerSource::HuggingFace(json) => hugging_face::build(json),
+            TokenizerSource::Ggml(metadata) => ggml::build(metadata),
+            TokenizerSource::Missing => Err(RuntimeError::tokenizer("the model has none")),
+        })?;
         Ok(Self::from_inner(inner))
     }
 
@@ -64,7 +68,7 @@ impl Tokenizer {
     /// # Errors
     /// `Tokenizer` if the library fails on it.
     pub fn to_json(&self) -> Result<String> {
-        self.inner.to_string(true).map_err(failed("the tokenizer cannot be written"))
+        guarded(|| self.inner.to_string(true).map_err(failed("the tokenizer cannot be written")))
     }
 
     /// The tokens of a text and nothing else: for chats, whose template writes every special token
@@ -94,9 +98,11 @@ impl Tokenizer {
     }
 
     fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens);
-        let encoding = encoding.map_err(failed("the text cannot be encoded"))?;
-        Ok(encoding.get_ids().to_vec())
+        guarded(|| {
+            let encoding = self.inner.encode_fast(text, add_special_tokens);
+            let encoding = encoding.map_err(failed("the text cannot be encoded"))?;
+            Ok(encoding.get_ids().to_vec())
+        })
     }
 
     /// The text of tokens. Special tokens and ids outside the vocabulary leave no text; bytes that
@@ -105,7 +111,7 @@ impl Tokenizer {
     /// # Errors
     /// `Tokenizer` if the library fails on these tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.inner.decode(tokens, true).map_err(failed("the tokens cannot be decoded"))
+        guarded(|| self.inner.decode(tokens, true).map_err(failed("the tokens cannot be decoded")))
     }
 
     /// One more than the highest token id. The model may have more rows than that, never fewer.

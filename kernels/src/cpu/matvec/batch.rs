@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use faer::MatMut;
+use faer::{MatMut, reborrow::ReborrowMut};
 use rayon::prelude::*;
 use slim_formats::{
     DenseTensor, Layout, Weight,
@@ -140,43 +140,46 @@ impl<'a> Product<'a> {
                 tasks.push((*band, first / TILE_ROWS, out));
             }
         }
-        tasks.into_par_iter().for_each(|(band, tile, out)| {
-            self.store_tiles(band, tile, &blocks, out);
+        // Threads keep what they unpack and add up in.
+        let scratch = || (Panel::default(), vec![Sums::default(); m]);
+        tasks.into_par_iter().for_each_init(scratch, |(panel, sums), (band, tile, out)| {
+            self.store_tiles(band, tile, &blocks, panel, sums, out);
         });
     }
 
+    /// Stores the products of tiles from one on, as many as there is room for.
     fn store_tiles(
         &self,
         band: Band<'_>,
         first: usize,
         blocks: &[TokenBlock],
+        panel: &mut Panel,
+        sums: &mut [Sums],
         mut out: MatMut<'_, f32>,
     ) {
-        let mut panel = Panel::default();
-        let mut sums = vec![Sums::default(); out.nrows()];
         for (i, first_row) in (0..out.ncols()).step_by(TILE_ROWS).enumerate() {
             sums.fill(Sums::default());
             for chunk in &self.chunks {
                 match band {
                     Band::Packed(layer) => {
-                        (self.kernels.tiles.unpack)(layer, first + i, chunk, &mut panel)
+                        (self.kernels.tiles.unpack)(layer, first + i, chunk, panel)
                     }
                     Band::Blocks(tensor) => {
-                        (self.kernels.blocks.unpack)(&tensor, first + i, chunk, &mut panel)
+                        (self.kernels.blocks.unpack)(&tensor, first + i, chunk, panel)
                     }
                 }
-                let mut rest = &mut sums[..];
+                let mut rest = &mut *sums;
                 for block in blocks {
                     let (sums, others) = rest.split_at_mut(block.tokens);
-                    (self.kernels.tiles.multiply)(&panel, block, sums);
+                    (self.kernels.tiles.multiply)(panel, chunk, block, sums);
                     rest = others;
                 }
             }
-            let rows = first_row..out.ncols().min(first_row + TILE_ROWS);
-            for (token, sums) in sums.iter().enumerate() {
-                for (row, product) in rows.clone().zip(panel.products(sums)) {
-                    out[(token, row)] = product;
-                }
+            let rows = TILE_ROWS.min(out.ncols() - first_row);
+            let out = out.rb_mut().subcols_mut(first_row, rows);
+            for (out, sums) in out.row_iter_mut().zip(&*sums) {
+                let out = out.try_as_row_major_mut().expect("row-major").as_slice_mut();
+                out.copy_from_slice(&panel.products(sums)[..rows]);
             }
         }
     }

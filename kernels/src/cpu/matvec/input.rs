@@ -167,36 +167,65 @@ fn quantize_step(
 ) -> Step {
     let (units, _) = x.as_chunks::<UNIT>();
     // Of positive floats the larger one has the larger bits, and NaN the largest.
-    let (mut largest, mut squares) = (0, [0.0; UNIT]);
+    let (mut largest, mut squares) = ([0; UNIT], [0.0; UNIT]);
     for unit in units {
         for i in 0..UNIT {
-            largest = largest.max(unit[i].to_bits() & 0x7fff_ffff);
+            largest[i] = largest[i].max(unit[i].to_bits() & 0x7fff_ffff);
             squares[i] += unit[i] * unit[i];
         }
     }
-    let largest = f32::from_bits(largest);
+    let largest = f32::from_bits(largest.into_iter().fold(0, u32::max));
     let scale = largest / 127.0;
-    let mean_square = squares.iter().sum::<f32>() / x.len() as f32;
+    let mean_square = total(squares) / x.len() as f32;
     let has_fine_codes = largest * largest > OUTLIER * OUTLIER * mean_square;
     let value = |sum: i32, fine_sum: i32| scale * (sum as f32 + FINE * fine_sum as f32);
     for (u, unit) in units.iter().enumerate() {
-        let (mut steps, mut rests) = ([0.0; UNIT], [0.0; UNIT]);
+        let mut steps = [0.0; UNIT];
         for i in 0..UNIT {
             // Not a number where the scale is 0 or none: the code is any then.
             steps[i] = (unit[i] / scale).clamp(-127.0, 127.0);
-            rests[i] = (steps[i] - rounded(steps[i])) / FINE;
         }
         let of_words;
         let mut of_fine_words = [0; 4];
         (codes[u], of_words) = round(&steps);
         if has_fine_codes {
+            let mut rests = [0.0; UNIT];
+            for i in 0..UNIT {
+                rests[i] = (steps[i] - rounded(steps[i])) / FINE;
+            }
             (fine_codes[u], of_fine_words) = round(&rests);
         }
         for i in 0..4 {
             sums[u][i] = value(of_words[i], of_fine_words[i]);
         }
     }
-    Step { scale, sum: sums.as_flattened().iter().sum(), has_fine_codes }
+    Step { scale, sum: sum_of(sums), has_fine_codes }
+}
+
+/// The sum of some units, from the sums of their words.
+#[inline(always)]
+pub(super) fn sum_of(units: &[[f32; 4]]) -> f32 {
+    let mut lanes = [0.0; 4];
+    for unit in units {
+        for i in 0..4 {
+            lanes[i] += unit[i];
+        }
+    }
+    total(lanes)
+}
+
+/// The sum of a power of two of lanes, in halves: one after the other, each would wait for the one
+/// before.
+#[inline(always)]
+fn total<const LANES: usize>(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[half + i];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// 1.5 * 2^23: a sum with it has no bits left for a fraction.
@@ -210,10 +239,17 @@ fn rounded(value: f32) -> f32 {
 /// The nearest integers, which have to lie within -128 .. 127, and the sum of each four.
 #[inline(always)]
 fn round(values: &[f32; UNIT]) -> ([i32; 4], [i32; 4]) {
-    let (mut codes, mut sums) = ([0i8; UNIT], [0; 4]);
+    let mut codes = [0; UNIT];
     for i in 0..UNIT {
-        codes[i] = (values[i] + NO_FRACTION).to_bits() as i8;
-        sums[i / 4] += i32::from(codes[i]);
+        codes[i] = (values[i] + NO_FRACTION).to_bits() as u8;
     }
-    (bytemuck::cast(codes), sums)
+    let words: [u32; 4] = bytemuck::cast(codes);
+    let mut sums = [0; 4];
+    for i in 0..4 {
+        // Bytes without a sign, each 128 more; two of them in 16 bits, then all in 32.
+        let bytes = words[i] ^ 0x8080_8080;
+        let pairs = (bytes & 0x00ff_00ff) + (bytes >> 8 & 0x00ff_00ff);
+        sums[i] = ((pairs & 0xffff) + (pairs >> 16)) as i32 - 4 * 128;
+    }
+    (words.map(u32::cast_signed), sums)
 }

@@ -13,7 +13,7 @@ use crate::cpu::unpack::{Lanes, Planes, UNIT, for_width, short_words, zero_point
 /// How far ahead the kernel asks for codes: the processor by itself does so too late. It brought
 /// 2-bit layers from 0.74 to 1.0 of the speed of a plain read, 3-bit layers from 0.66; from 1,024
 /// to 4,096 bytes it makes no difference.
-const AHEAD_BYTES: usize = 2048;
+pub(super) const AHEAD_BYTES: usize = 2048;
 
 /// An instruction set that multiplies bytes: what a kernel asks of it, a register at a time.
 ///
@@ -126,8 +126,8 @@ macro_rules! tile_kernels {
             }
 
             #[target_feature(enable = $features)]
-            fn multiply(panel: &Panel, block: &TokenBlock, sums: &mut [Sums]) {
-                $kernel.multiply(panel, block, sums);
+            fn multiply(panel: &Panel, chunk: &Chunk, block: &TokenBlock, sums: &mut [Sums]) {
+                $kernel.multiply(panel, chunk, block, sums);
             }
 
             TileKernels {
@@ -136,7 +136,9 @@ macro_rules! tile_kernels {
                 // SAFETY: as above.
                 unpack: |packed, tile, chunk, panel| unsafe { unpack(packed, tile, chunk, panel) },
                 // SAFETY: as above.
-                multiply: |panel, block, sums| unsafe { multiply(panel, block, sums) },
+                multiply: |panel, chunk, block, sums| unsafe {
+                    multiply(panel, chunk, block, sums);
+                },
                 tokens: $kernel.tokens(),
             }
         }

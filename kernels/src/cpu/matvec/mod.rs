@@ -54,10 +54,10 @@ pub struct Kernels {
 struct TileKernels {
     /// the products of a tile with an input;
     products: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
-    /// some columns of a tile, unpacked;
+    /// a chunk of a tile, unpacked;
     unpack: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
     /// the products of what was unpacked with some tokens, which are added,
-    multiply: fn(&Panel, &TokenBlock, &mut [Sums]),
+    multiply: fn(&Panel, &Chunk, &TokenBlock, &mut [Sums]),
     /// this many at the most.
     tokens: usize,
 }
@@ -67,7 +67,7 @@ struct TileKernels {
 struct BlockKernels {
     /// the products of rows from one on with an input, as many as there is room for;
     products: fn(&DenseTensor<'_>, usize, &Input, &mut [f32]),
-    /// some columns of 16 rows, unpacked.
+    /// a chunk of 16 rows, unpacked.
     unpack: fn(&DenseTensor<'_>, usize, &Chunk, &mut Panel),
 }
 

@@ -1,7 +1,7 @@
 //! Codes that are unpacked once for many tokens: 16 rows and some columns of a matrix, whatever it
 //! is stored as.
 
-use std::{array, ops::Range};
+use std::{array, iter::Zip, ops::Range, slice::IterMut};
 
 use slim_formats::{
     DenseTensor,
@@ -12,8 +12,8 @@ use super::{
     blocks::{BlockIsa, RowBlock, WORDS, blocks_of_row, for_each_step},
     codes::{Codes, ENTRY_BITS, Stored, Windows},
     input::{FINE, STEP},
-    kernel::{Floats, Isa, Kernel, Words, has_windows, run_units},
-    tokens::TokenBlock,
+    kernel::{AHEAD_BYTES, Floats, Isa, Kernel, has_windows, run_units},
+    tokens::{Fine, TokenBlock},
 };
 use crate::{
     cpu::unpack::{Lanes, UNIT, for_width},
@@ -25,32 +25,33 @@ use crate::{
 pub struct Chunk {
     /// Its groups, or its ggml blocks.
     pub(super) parts: Range<usize>,
-    /// Columns before it, in fours.
-    pub(super) first_word: usize,
-    /// Steps of the input before it.
-    pub(super) first_step: usize,
+    /// Its columns, in units.
+    pub(super) units: Range<usize>,
+    /// Its steps of the input.
+    pub(super) steps: Range<usize>,
 }
 
 /// 16 rows of a chunk, unpacked.
 #[derive(Default)]
 pub struct Panel {
-    /// Four columns of 16 rows each.
-    codes: Vec<[u8; 64]>,
+    codes: Vec<UnitCodes>,
     steps: Vec<Step>,
+    /// Of each step.
+    minimums: Vec<Lanes>,
     /// What the sums of a token are worth in the end.
     d: Lanes,
     m: Lanes,
-    first_word: usize,
-    first_step: usize,
 }
 
+/// Codes of 16 columns: for each four columns a word of each row.
+type UnitCodes = [[u8; 64]; 4];
+
 /// What the codes of a step are worth: `d` times factor times code, less `m` times minimum.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct Step {
     factor: Lanes,
-    minimum: Lanes,
     /// Entries of [`Panel::codes`].
-    words: usize,
+    units: usize,
     /// Bits of a code.
     bits: usize,
 }
@@ -69,10 +70,11 @@ impl Panel {
         array::from_fn(|r| self.d[r] * scaled[r] - self.m[r] * shifted[r])
     }
 
-    fn start(&mut self, chunk: &Chunk) {
-        self.codes.clear();
-        self.steps.clear();
-        (self.first_word, self.first_step) = (chunk.first_word, chunk.first_step);
+    /// Makes room for a chunk.
+    fn resize(&mut self, Chunk { units, steps, .. }: &Chunk) {
+        self.codes.resize(units.len(), [[0; 64]; 4]);
+        self.steps.resize(steps.len(), Step::default());
+        self.minimums.resize(steps.len(), Lanes::default());
     }
 }
 
@@ -95,178 +97,212 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         chunk: &Chunk,
         panel: &mut Panel,
     ) {
-        panel.start(chunk);
+        panel.resize(chunk);
         let layout = packed.layout();
         let (d, m) = self.row_scales(packed.tile_row_scales(tile));
         self.store(d, &mut panel.d);
         self.store(m, &mut panel.m);
+        let mut unpacked = &mut panel.codes[..];
+        let mut steps = panel.steps.iter_mut().zip(&mut panel.minimums);
         for group in &layout.groups()[chunk.parts.clone()] {
-            for_width!(group.bit_width, Self::unpack_group(self, packed, tile, group, panel));
+            unpacked = for_width!(
+                group.bit_width,
+                Self::unpack_group(self, packed, tile, group, &mut steps, unpacked)
+            );
         }
     }
 
+    /// Unpacks a group to the next steps and the first units, and gives the other units.
     #[inline(always)]
-    fn unpack_group<const WIDTH: usize>(
+    fn unpack_group<'a, const WIDTH: usize>(
         self,
         packed: PackedTensor<'_>,
         tile: usize,
         group: &Group,
-        panel: &mut Panel,
-    ) {
+        steps: &mut Zip<IterMut<'_, Step>, IterMut<'_, Lanes>>,
+        unpacked: &'a mut [UnitCodes],
+    ) -> &'a mut [UnitCodes] {
+        let (unpacked, others) = unpacked.split_at_mut(group.stored_cols() / UNIT);
         if has_windows::<WIDTH>(packed) {
             let codes = Windows::<I, WIDTH>::of(self.0, packed, tile, group);
-            self.unpack_runs::<WIDTH, _>(codes, ENTRY_BITS, packed, tile, group, panel);
+            self.unpack_runs::<WIDTH, ENTRY_BITS, _>(codes, packed, tile, group, steps, unpacked);
         } else {
             let codes = Stored::<WIDTH>::of(packed, tile, group);
-            self.unpack_runs::<WIDTH, _>(codes, WIDTH, packed, tile, group, panel);
+            self.unpack_runs::<WIDTH, WIDTH, _>(codes, packed, tile, group, steps, unpacked);
         }
+        others
     }
 
+    /// The same with codes of so many bits.
     #[inline(always)]
-    fn unpack_runs<const WIDTH: usize, C: Codes<I, N>>(
+    fn unpack_runs<const WIDTH: usize, const BITS: usize, C: Codes<I, N>>(
         self,
         codes: C,
-        bits: usize,
         packed: PackedTensor<'_>,
         tile: usize,
         group: &Group,
-        panel: &mut Panel,
+        steps: &mut Zip<IterMut<'_, Step>, IterMut<'_, Lanes>>,
+        unpacked: &mut [UnitCodes],
     ) {
         let coding = packed.layout().coding();
         let mut records = &packed.tile_scales(tile)[group.scales_offset..];
-        let (units, mut unit) = (group.stored_cols() / UNIT, 0);
+        let (units, mut unit) = (unpacked.len(), 0);
+        let bytes = &packed.tile_codes(tile)[group.codes_offset..];
+        let mut ahead = bytes.as_ptr().wrapping_add(AHEAD_BYTES);
         while unit < units {
             let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
             let end = units.min(unit + run_units(coding, units));
             while unit < end {
-                let step = unit..end.min(unit + 2);
-                self.push_step(factor, minimum, 4 * step.len(), bits, panel);
-                unit = step.end;
-                for unit in step {
+                for _ in 0..WIDTH {
+                    self.0.prefetch(ahead);
+                    ahead = ahead.wrapping_add(64);
+                }
+                let (step, step_minimum) = steps.next().expect("the steps of the chunk");
+                (step.units, step.bits) = ((end - unit).min(2), BITS);
+                self.store(factor, &mut step.factor);
+                self.store(minimum, step_minimum);
+                for unit in unit..unit + step.units {
                     let loaded = codes.unit(self, unit);
-                    for t in 0..4 {
-                        self.push_codes(codes.words(self, unit, loaded, t), panel);
+                    for (t, unpacked) in unpacked[unit].iter_mut().enumerate() {
+                        self.store_words(codes.words(self, unit, loaded, t), unpacked);
                     }
                 }
+                unit += step.units;
             }
         }
     }
 
+    /// Adds the products of a chunk with a block of tokens to their sums.
     #[inline(always)]
-    fn push_step(
-        self,
-        factor: Floats<I, N>,
-        minimum: Floats<I, N>,
-        words: usize,
-        bits: usize,
-        panel: &mut Panel,
-    ) {
-        let zero = [0.0; TILE_ROWS];
-        let mut step = Step { factor: zero, minimum: zero, words, bits };
-        self.store(factor, &mut step.factor);
-        self.store(minimum, &mut step.minimum);
-        panel.steps.push(step);
-    }
-
-    #[inline(always)]
-    fn push_codes(self, codes: Words<I, N>, panel: &mut Panel) {
-        let mut block = [0; 64];
-        self.store_words(codes, &mut block);
-        panel.codes.push(block);
-    }
-
-    /// Adds the products of a panel with a block of tokens to their sums.
-    #[inline(always)]
-    pub fn multiply(self, panel: &Panel, block: &TokenBlock, sums: &mut [Sums]) {
+    pub fn multiply(self, panel: &Panel, chunk: &Chunk, block: &TokenBlock, sums: &mut [Sums]) {
         match block.tokens {
-            12 if N == 1 => self.multiply_tokens::<12>(panel, block, sums),
-            8 if N == 1 => self.multiply_tokens::<8>(panel, block, sums),
-            4 => self.multiply_tokens::<4>(panel, block, sums),
-            2 => self.multiply_tokens::<2>(panel, block, sums),
-            1 => self.multiply_tokens::<1>(panel, block, sums),
+            12 if N == 1 => self.multiply_tokens::<12>(panel, chunk, block, sums),
+            8 if N == 1 => self.multiply_tokens::<8>(panel, chunk, block, sums),
+            4 => self.multiply_tokens::<4>(panel, chunk, block, sums),
+            2 => self.multiply_tokens::<2>(panel, chunk, block, sums),
+            1 => self.multiply_tokens::<1>(panel, chunk, block, sums),
             tokens => unreachable!("a block of {tokens} tokens"),
         }
     }
 
     #[inline(always)]
-    fn multiply_tokens<const T: usize>(self, panel: &Panel, block: &TokenBlock, sums: &mut [Sums]) {
+    fn multiply_tokens<const T: usize>(
+        self,
+        panel: &Panel,
+        chunk: &Chunk,
+        block: &TokenBlock,
+        sums: &mut [Sums],
+    ) {
+        let isa = self.0;
         let sums: &mut [Sums; T] = sums.try_into().expect("sums of each token");
+        let zero = [[isa.floats(0.0); N]; T];
+        let steps = chunk.steps.clone();
+
+        let mut scaled = zero;
+        for t in 0..T {
+            scaled[t] = self.load_floats(&sums[t].scaled);
+        }
         let mut codes = &panel.codes[..];
-        let mut input = &block.codes.as_chunks::<T>().0[panel.first_word..];
-        let mut fine_input = &block.fine_codes.as_chunks::<T>().0[panel.first_word..];
-        let worths = &block.worths.as_chunks::<T>().0.as_chunks::<2>().0[panel.first_step..];
-        let fine = &block.fine[panel.first_step..];
-        for ((step, worth), &fine) in panel.steps.iter().zip(worths).zip(fine) {
-            let (step_codes, step_input, step_fine);
-            (step_codes, codes) = codes.split_at(step.words);
-            (step_input, input) = input.split_at(step.words);
-            (step_fine, fine_input) = fine_input.split_at(step.words);
-            let input = (step_input, step_fine, fine);
-            match step.bits {
-                ..=4 => self.multiply_step::<4, T>(step, step_codes, input, worth, sums),
-                5..=7 => self.multiply_step::<7, T>(step, step_codes, input, worth, sums),
-                _ => self.multiply_step::<8, T>(step, step_codes, input, worth, sums),
+        let mut input = &block.codes.as_chunks::<T>().0.as_chunks::<4>().0[chunk.units.clone()];
+        let scales = &block.scales.as_chunks::<T>().0[steps.clone()];
+        let fine = &block.fine[steps.clone()];
+        for ((step, scales), fine) in panel.steps.iter().zip(scales).zip(fine) {
+            let (step_codes, step_input);
+            (step_codes, codes) = codes.split_at(step.units);
+            (step_input, input) = input.split_at(step.units);
+            let products = match step.bits {
+                ..=4 => self.step_products_of::<4, T>(step_codes, step_input, fine, block),
+                5..=7 => self.step_products_of::<7, T>(step_codes, step_input, fine, block),
+                _ => self.step_products_of::<8, T>(step_codes, step_input, fine, block),
+            };
+            let factor = self.load_floats(&step.factor);
+            for t in 0..T {
+                for i in 0..N {
+                    let product = isa.mul(products[t][i], isa.floats(scales[t]));
+                    scaled[t][i] = isa.mul_add(factor[i], product, scaled[t][i]);
+                }
             }
+        }
+        for t in 0..T {
+            self.store(scaled[t], &mut sums[t].scaled);
+        }
+
+        // By themselves, these sums stay in registers.
+        let mut shifted = zero;
+        for t in 0..T {
+            shifted[t] = self.load_floats(&sums[t].shifted);
+        }
+        let input_sums = &block.sums.as_chunks::<T>().0[steps];
+        for (minimum, input_sums) in panel.minimums.iter().zip(input_sums) {
+            let minimum = self.load_floats(minimum);
+            for t in 0..T {
+                for i in 0..N {
+                    let sum = isa.floats(input_sums[t]);
+                    shifted[t][i] = isa.mul_add(minimum[i], sum, shifted[t][i]);
+                }
+            }
+        }
+        for t in 0..T {
+            self.store(shifted[t], &mut sums[t].shifted);
         }
     }
 
-    /// Adds the products of a step with the first codes of all tokens, and with the second codes of
-    /// those whose bit is set.
+    /// The products of a step with some tokens: with their first codes, and with the second codes
+    /// of those that have them.
     #[inline(always)]
-    fn multiply_step<const WIDTH: usize, const T: usize>(
+    fn step_products_of<const WIDTH: usize, const T: usize>(
         self,
-        step: &Step,
-        codes: &[[u8; 64]],
-        (input, fine_input, fine): (&[[i32; T]], &[[i32; T]], u16),
-        [scales, input_sums]: &[[f32; T]; 2],
-        sums: &mut [Sums; T],
-    ) {
+        codes: &[UnitCodes],
+        input: &[[[i32; T]; 4]],
+        fine: &Fine,
+        block: &TokenBlock,
+    ) -> [Floats<I, N>; T] {
         let isa = self.0;
         let mut dots = [[isa.words(0); N]; T];
         for (codes, input) in codes.iter().zip(input) {
-            let codes = self.load(codes);
-            for t in 0..T {
-                let input = isa.words(input[t]);
-                for i in 0..N {
-                    dots[t][i] = isa.add_products::<WIDTH>(dots[t][i], codes[i], input);
+            for (codes, input) in codes.iter().zip(input) {
+                let codes = self.load(codes);
+                for t in 0..T {
+                    let input = isa.words(input[t]);
+                    for i in 0..N {
+                        dots[t][i] = isa.add_products::<WIDTH>(dots[t][i], codes[i], input);
+                    }
                 }
             }
         }
-        let (factor, minimum) = (self.load_floats(&step.factor), self.load_floats(&step.minimum));
+        let mut products = [[isa.floats(0.0); N]; T];
         for t in 0..T {
-            let mut dots = self.converted_totals::<WIDTH>(dots[t]);
-            if (fine >> t) & 1 != 0 {
-                let rest = self.token_products::<WIDTH, T>(codes, fine_input, t);
-                for i in 0..N {
-                    dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+            products[t] = self.converted_totals::<WIDTH>(dots[t]);
+        }
+        if fine.tokens != 0 {
+            let mut input = &block.fine_codes[fine.first..];
+            for t in 0..T {
+                if (fine.tokens >> t) & 1 != 0 {
+                    let (step_input, others) = input.split_at(codes.len());
+                    input = others;
+                    let rest = self.fine_products::<WIDTH>(codes, step_input);
+                    for i in 0..N {
+                        products[t][i] = isa.mul_add(rest[i], isa.floats(FINE), products[t][i]);
+                    }
                 }
             }
-            let (scale, input_sum) = (isa.floats(scales[t]), isa.floats(input_sums[t]));
-            let mut scaled = self.load_floats(&sums[t].scaled);
-            let mut shifted = self.load_floats(&sums[t].shifted);
-            for i in 0..N {
-                scaled[i] = isa.mul_add(factor[i], isa.mul(dots[i], scale), scaled[i]);
-                shifted[i] = isa.mul_add(minimum[i], input_sum, shifted[i]);
-            }
-            self.store(scaled, &mut sums[t].scaled);
-            self.store(shifted, &mut sums[t].shifted);
         }
+        products
     }
 
-    /// The products of a step with one token.
+    /// The products of a step with the second codes of a token.
     #[inline(always)]
-    fn token_products<const WIDTH: usize, const T: usize>(
+    fn fine_products<const WIDTH: usize>(
         self,
-        codes: &[[u8; 64]],
-        input: &[[i32; T]],
-        token: usize,
+        codes: &[UnitCodes],
+        input: &[[i32; 4]],
     ) -> Floats<I, N> {
         let isa = self.0;
         let mut sums = [isa.words(0); N];
-        for (codes, input) in codes.iter().zip(input) {
+        for (codes, &input) in codes.as_flattened().iter().zip(input.as_flattened()) {
             let codes = self.load(codes);
             for i in 0..N {
-                sums[i] = isa.add_products::<WIDTH>(sums[i], codes[i], isa.words(input[token]));
+                sums[i] = isa.add_products::<WIDTH>(sums[i], codes[i], isa.words(input));
             }
         }
         self.converted_totals::<WIDTH>(sums)
@@ -286,7 +322,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         chunk: &Chunk,
         panel: &mut Panel,
     ) {
-        panel.start(chunk);
+        panel.resize(chunk);
         for_block!(tensor.dtype, Self::unpack_rows(self, tensor, tile, chunk, panel), other => {
             unreachable!("{other:?} has no codes")
         });
@@ -298,20 +334,23 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         tensor: &DenseTensor<'_>,
         tile: usize,
         chunk: &Chunk,
-        Panel { steps, codes, d, m, .. }: &mut Panel,
+        panel: &mut Panel,
     ) {
         // Each block has its own: they are in the factors.
-        (*d, *m) = ([1.0; TILE_ROWS], [1.0; TILE_ROWS]);
-        let zero = [0.0; TILE_ROWS];
-        let step = Step { factor: zero, minimum: zero, words: B::RUN / 4, bits: B::BITS };
-        steps.resize(chunk.parts.len() * VALUES / B::RUN, step);
-        codes.resize(chunk.parts.len() * VALUES / 4, [0; 64]);
+        (panel.d, panel.m) = ([1.0; TILE_ROWS], [1.0; TILE_ROWS]);
+        for step in &mut panel.steps {
+            (step.units, step.bits) = (B::RUN / UNIT, B::BITS);
+        }
         for row in 0..TILE_ROWS {
             let blocks = &blocks_of_row(tensor, tile * TILE_ROWS + row)[chunk.parts.clone()];
-            let steps = steps.chunks_exact_mut(VALUES / B::RUN);
-            let codes = codes.chunks_exact_mut(VALUES / 4);
-            for ((block, steps), codes) in blocks.iter().zip(steps).zip(codes) {
-                self.unpack_block::<B, BYTES, VALUES>(block, row, steps, codes);
+            let steps = panel.steps.chunks_exact_mut(VALUES / B::RUN);
+            let minimums = panel.minimums.chunks_exact_mut(VALUES / B::RUN);
+            let codes = panel.codes.chunks_exact_mut(VALUES / UNIT);
+            for (((block, steps), minimums), codes) in
+                blocks.iter().zip(steps).zip(minimums).zip(codes)
+            {
+                let codes = codes.as_flattened_mut();
+                self.unpack_block::<B, BYTES, VALUES>(block, row, steps, minimums, codes);
             }
         }
     }
@@ -323,14 +362,15 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         block: &[u8; BYTES],
         row: usize,
         steps: &mut [Step],
+        minimums: &mut [Lanes],
         codes: &mut [[u8; 64]],
     ) {
         // Codes with a sign become codes without one.
         let (signs, below) = if B::BITS == 8 { (0x80, 128.0) } else { (0, 0.0) };
-        for (step, (scale, minimum)) in steps.iter_mut().zip(run_scales::<B, BYTES, VALUES>(block))
-        {
+        let scales = run_scales::<B, BYTES, VALUES>(block);
+        for ((step, minimums), (scale, minimum)) in steps.iter_mut().zip(minimums).zip(scales) {
             step.factor[row] = scale;
-            step.minimum[row] = scale * (B::OFFSET + below) + minimum;
+            minimums[row] = scale * (B::OFFSET + below) + minimum;
         }
         let mut words = [[0; 4]; WORDS];
         for_each_step!(VALUES, |step| {
@@ -367,23 +407,19 @@ pub(super) fn chunks_of_blocks(tensor: &DenseTensor<'_>, run: usize) -> Vec<Chun
 
 /// From the stored columns and the steps of each part.
 fn chunks(parts: impl Iterator<Item = (usize, usize)>) -> Vec<Chunk> {
-    const COLS: usize = 1024;
+    const UNITS: usize = 1024 / UNIT;
     let mut chunks: Vec<Chunk> = Vec::new();
-    let (mut col, mut step, mut first_col) = (0, 0, 0);
+    let (mut unit, mut step) = (0, 0);
     for (index, (cols, steps)) in parts.enumerate() {
+        let (units, steps) = (unit..unit + cols / UNIT, step..step + steps);
+        (unit, step) = (units.end, steps.end);
         match chunks.last_mut() {
-            Some(chunk) if col + cols - first_col <= COLS => chunk.parts.end = index + 1,
-            _ => {
-                first_col = col;
-                chunks.push(Chunk {
-                    parts: index..index + 1,
-                    first_word: col / 4,
-                    first_step: step,
-                });
+            Some(chunk) if units.end - chunk.units.start <= UNITS => {
+                (chunk.parts.end, chunk.units.end, chunk.steps.end) =
+                    (index + 1, units.end, steps.end);
             }
+            _ => chunks.push(Chunk { parts: index..index + 1, units, steps }),
         }
-        col += cols;
-        step += steps;
     }
     chunks
 }

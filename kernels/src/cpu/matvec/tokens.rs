@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::input::{Input, Units};
+use super::input::{Input, Units, sum_of};
 
 /// Some tokens that a kernel multiplies at a time.
 pub struct TokenBlock {
@@ -12,12 +12,22 @@ pub struct TokenBlock {
     pub(super) tokens: usize,
     /// For each four columns a word of each token.
     pub(super) codes: Vec<i32>,
-    /// The same for the second codes.
-    pub(super) fine_codes: Vec<i32>,
-    /// For each step the scale of each token, then each one's sum.
-    pub(super) worths: Vec<f32>,
-    /// For each step the tokens that have second codes, a bit each.
-    pub(super) fine: Vec<u16>,
+    /// The scale of each token, for each step.
+    pub(super) scales: Vec<f32>,
+    /// The sum of each token, for each step.
+    pub(super) sums: Vec<f32>,
+    /// The tokens of each step that have second codes.
+    pub(super) fine: Vec<Fine>,
+    /// The second codes, step by step and in it token by token.
+    pub(super) fine_codes: Vec<[i32; 4]>,
+}
+
+/// Second codes of a step.
+pub(super) struct Fine {
+    /// The tokens that have them, a bit each.
+    pub tokens: u16,
+    /// Those of the first one in [`TokenBlock::fine_codes`].
+    pub first: usize,
 }
 
 impl TokenBlock {
@@ -28,23 +38,31 @@ impl TokenBlock {
         let mut block = Self {
             tokens,
             codes: vec![0; 4 * units * tokens],
-            fine_codes: vec![0; 4 * units * tokens],
-            worths: vec![0.0; 2 * steps.len() * tokens],
-            fine: vec![0; steps.len()],
+            scales: Vec::with_capacity(steps.len() * tokens),
+            sums: Vec::with_capacity(steps.len() * tokens),
+            fine: Vec::with_capacity(steps.len()),
+            fine_codes: Vec::new(),
         };
-        for (token, input) in inputs.iter().enumerate() {
-            let Units { codes, fine_codes, .. } = input.of(0..units);
-            for (all, codes) in [(&mut block.codes, codes), (&mut block.fine_codes, fine_codes)] {
-                let of_token = all[token..].iter_mut().step_by(tokens);
-                of_token.zip(codes.as_flattened()).for_each(|(to, code)| *to = *code);
+        let codes: Vec<_> = inputs.iter().map(|input| input.of(0..units).codes).collect();
+        for (unit, words) in block.codes.chunks_exact_mut(4 * tokens).enumerate() {
+            for (token, codes) in codes.iter().enumerate() {
+                for (word, code) in codes[unit].iter().enumerate() {
+                    words[word * tokens + token] = *code;
+                }
             }
-            for (index, units) in steps.iter().enumerate() {
-                let Units { sums, steps, .. } = input.of(units.clone());
-                let worths = &mut block.worths[2 * index * tokens..];
-                worths[token] = steps[0].scale;
-                worths[tokens + token] = sums.as_flattened().iter().sum();
-                block.fine[index] |= u16::from(steps[0].has_fine_codes) << token;
+        }
+        for units in steps {
+            let mut fine = Fine { tokens: 0, first: block.fine_codes.len() };
+            for (token, input) in inputs.iter().enumerate() {
+                let Units { fine_codes, sums, steps, .. } = input.of(units.clone());
+                block.scales.push(steps[0].scale);
+                block.sums.push(sum_of(sums));
+                if steps[0].has_fine_codes {
+                    fine.tokens |= 1 << token;
+                    block.fine_codes.extend(fine_codes);
+                }
             }
+            block.fine.push(fine);
         }
         block
     }
