@@ -10,16 +10,11 @@ use std::{
 };
 
 use self_cell::self_cell;
-use slim_formats::{Decoder, ModelConfig, ModelSource, open_model};
-use slim_kernels::{
-    Backend, Cpu,
-    cuda::{Device, KvType},
-    weight,
-};
+use slim_formats::{Decoder, ModelConfig, ModelSource, arch::Attention, open_model};
+use slim_kernels::{Backend, Cpu, KvCache, KvType, cuda::Device, weight};
 
 use crate::{
-    CudaSettings, KvBlock, Positions, Result, RuntimeError, Sampler, Sequence, Tokenizer, Turn,
-    Workspace,
+    CudaSettings, Positions, Result, RuntimeError, Sampler, Sequence, Tokenizer, Turn, Workspace,
     block::{Block, Context, Passage},
     cuda::{Input, Segment, WorkspaceOnDevice},
     ends::Ends,
@@ -86,6 +81,14 @@ impl Model {
     pub fn load(source: Arc<dyn ModelSource>, backend: &'static dyn Backend) -> Result<Self> {
         let blocks = source.decoder().blocks.len();
         Self::load_first(source, backend, blocks)
+    }
+
+    /// With keys and values stored so, in place of [`KvType::F16`]; on devices [`CudaSettings`] say
+    /// it.
+    #[must_use]
+    pub fn with_kv_type(mut self, kv_type: KvType) -> Self {
+        self.kv_type = kv_type;
+        self
     }
 
     /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
@@ -175,7 +178,10 @@ impl Model {
     /// # Errors
     /// `Kernel` if a device has no memory for it.
     pub fn sequence(&self, capacity: usize) -> Result<Sequence> {
-        let new_kv = |block: &Block<'_>| KvBlock::new(&block.spec.attention, capacity);
+        let new_kv = |block: &Block<'_>| {
+            let Attention { kv_heads, head_dim, .. } = block.spec.attention;
+            KvCache::new(self.kv_type, kv_heads, capacity, head_dim)
+        };
         let blocks = self.layers().blocks.iter().map(new_kv).collect();
         let segments = self.segments.iter().map(|segment| segment.sequence(capacity, self.kv_type));
         let (segments, model) = (segments.collect::<Result<_>>()?, self.identity.clone());

@@ -7,10 +7,7 @@ use std::{path::Path, process::Command, sync::Arc};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use slim_formats::{ModelSource, open_model};
-use slim_kernels::{
-    Scalar,
-    cuda::{Device, KvType},
-};
+use slim_kernels::{KvType, Scalar, cuda::Device};
 use slim_runtime::{CudaSettings, Model, Turn};
 
 use crate::command::{Dir, arg, golden_models, tiny_model};
