@@ -1022,13 +1022,20 @@ fn cache_holds_what_its_type_can() {
     let stored = |mut cache: KvCache, row: &[f32]| {
         let two_heads = [&[7.0; 8], row].concat();
         cache.store(&two_heads, &two_heads, 2);
-        assert_eq!(read(&cache.keys, 2), read(&cache.values, 2));
+        let bits = |rows: &KvRows| read(rows, 2).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(&cache.keys), bits(&cache.values));
         assert_eq!(read(&cache.keys, 1), [0.0; 8], "another position");
         read(&cache.keys, 2)
+    };
+    let stored_bits = |cache, row: &[f32]| -> Vec<u32> {
+        stored(cache, row).into_iter().map(f32::to_bits).collect()
     };
     assert_eq!(stored(KvCache::exact(2, 3, 8), &row), row);
     let halves = row.map(|x| f16::from_f32(x.clamp(-65_504.0, 65_504.0)).to_f32());
     assert_eq!(stored(KvCache::new(KvType::F16, 2, 3, 8), &row), halves);
+    let row = [-0.0, 6e-8, -5e-5, 1e-9, f32::NAN, 1.0, 6.1e-5, -65_504.0];
+    let halves = row.map(|x| f16::from_f32(x).to_f32().to_bits());
+    assert_eq!(&*stored_bits(KvCache::new(KvType::F16, 2, 3, 8), &row), halves);
     let row = [0.0, 127.0, -126.6, 63.4, -0.5, 1.5, -127.0, 0.2];
     let codes = [0.0, 127.0, -127.0, 63.0, 0.0, 2.0, -127.0, 0.0];
     assert_eq!(stored(KvCache::new(KvType::Q8, 2, 3, 8), &row), codes);
