@@ -19,6 +19,7 @@ use crate::{
     cuda::{Input, Segment, WorkspaceOnDevice},
     ends::Ends,
     identity::Identity,
+    sequence::free_memory_bytes,
     turn::{Batch, batches},
 };
 
@@ -176,8 +177,9 @@ impl Model {
     /// An empty text of up to `capacity` tokens.
     ///
     /// # Errors
-    /// `Kernel` if a device has no memory for it.
+    /// `InvalidArgument` if the machine has no memory for it, `Kernel` if a device has none.
     pub fn sequence(&self, capacity: usize) -> Result<Sequence> {
+        self.check_room(capacity)?;
         let new_kv = |block: &Block<'_>| {
             let Attention { kv_heads, head_dim, .. } = block.spec.attention;
             match self.kv_type {
@@ -190,6 +192,29 @@ impl Model {
         let segments = self.segments.iter().map(|segment| segment.sequence(capacity, on_devices));
         let (segments, model) = (segments.collect::<Result<_>>()?, self.identity.clone());
         Ok(Sequence { model, tokens: Vec::new(), capacity, blocks, segments })
+    }
+
+    /// Refuses a text whose keys and values would take more memory than is free, where the system
+    /// tells that: an allocation that fails ends the process.
+    fn check_room(&self, capacity: usize) -> Result<()> {
+        let of_token = |block: &Block<'_>| {
+            let Attention { kv_heads, head_dim, .. } = block.spec.attention;
+            let of_head = match self.kv_type {
+                Some(kv_type) => kv_type.row_bytes(head_dim),
+                None => 2 * size_of::<f32>() * head_dim,
+            };
+            (kv_heads * of_head) as u64
+        };
+        let of_token: u64 = self.layers().blocks.iter().map(of_token).sum();
+        let needed = of_token.saturating_mul(capacity as u64);
+        match free_memory_bytes() {
+            Some(free) if needed > free => Err(RuntimeError::invalid_argument(
+                "context",
+                format!("{capacity} tokens, whose keys and values take {needed} bytes"),
+                format!("at most {} tokens: {free} bytes of memory are free", free / of_token),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Memory to compute in.

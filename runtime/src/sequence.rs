@@ -4,6 +4,14 @@ use slim_kernels::KvCache;
 
 use crate::{cuda::SequenceOnDevice, identity::Identity};
 
+/// Memory that the system can give, where it says so: Linux.
+pub(crate) fn free_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes << 10)
+}
+
 /// A text that a model has read so far: [`crate::Model::sequence`] makes it.
 ///
 /// Any number of sequences share a model and a [`crate::Workspace`].

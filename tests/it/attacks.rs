@@ -206,6 +206,22 @@ fn links_into_the_hub_cache_are_followed() {
     succeed(&["run", &arg(&snapshot), "-p", "hi", "-n", "1", "--device", "cpu"]);
 }
 
+/// The cache of a text is refused where it would take more than the machine has.
+#[test]
+fn context_that_no_memory_holds_is_refused() {
+    let model = changed_model(|dir| {
+        let path = dir.path("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["max_position_embeddings"] = json!(1 << 30);
+        fs::write(path, config.to_string()).unwrap();
+    });
+    let source = arg(model.root());
+    let context = &(1 << 30).to_string();
+    let args = ["run", &source, "-p", "hi", "-n", "1", "--device", "cpu", "--context", context];
+    fail(&args, &["context: found 1073741824 tokens, whose keys and values take", "are free"]);
+    succeed(&["run", &source, "-p", "hi", "-n", "1", "--device", "cpu"]);
+}
+
 #[test]
 fn file_that_is_shortened_while_it_is_read_ends_in_a_sentence() {
     let model = changed_model(|_| ());
