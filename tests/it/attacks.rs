@@ -11,7 +11,10 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::command::{Answer, Dir, arg, fail, slimllm, succeed, tiny_model};
+use crate::{
+    command::{Answer, Dir, arg, fail, slimllm, succeed, tiny_model},
+    sources::copy_folder,
+};
 
 /// A template has a second of a processor; the rest is for machines that are busy.
 const SOON: Duration = Duration::from_secs(30);
@@ -19,10 +22,7 @@ const SOON: Duration = Duration::from_secs(30);
 /// A tiny model whose files a test may change.
 fn changed_model(change: impl FnOnce(&Dir)) -> Dir {
     let dir = Dir::new();
-    for entry in fs::read_dir(tiny_model("llama")).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, dir.path(path.file_name().unwrap().to_str().unwrap())).unwrap();
-    }
+    copy_folder(&tiny_model("llama"), dir.root());
     change(&dir);
     dir
 }
