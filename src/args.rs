@@ -337,6 +337,16 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = range(1..))]
     pub generate: usize,
 
+    /// Also measure prompts of these lengths, such as 128,1024,4096, each continued by `--generate`
+    /// tokens; prints a table, with a row for each of `--batch`
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', value_parser = range(1..))]
+    pub context: Vec<usize>,
+
+    /// Also measure so many texts at a time, such as 1,4,8 [default: 1; prompts as `--context` or
+    /// else `--prompt`]
+    #[arg(long, value_name = "TEXTS", value_delimiter = ',', value_parser = range(1..))]
+    pub batch: Vec<usize>,
+
     /// Runs, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = range(1..))]
     pub runs: usize,

@@ -1,5 +1,7 @@
 //! `slimllm bench`: how fast a model runs, and how close that is to what the memory allows.
 
+mod workloads;
+
 use std::{hint::black_box, sync::Arc, time::Instant};
 
 use anyhow::Result;
@@ -7,6 +9,7 @@ use rayon::prelude::*;
 use serde_json::json;
 use slim_kernels::cuda::Device;
 use slim_runtime::{Model, Sequence, Turn, Workspace};
+use workloads::{Measured, Workload};
 
 use crate::{
     args::BenchArgs,
@@ -32,6 +35,7 @@ struct Measurement {
     device_memory_bytes: Option<u64>,
     /// What computes.
     device: String,
+    workloads: Vec<Measured>,
 }
 
 impl Measurement {
@@ -44,10 +48,14 @@ impl Measurement {
 pub fn run(args: &BenchArgs) -> Result<()> {
     args.execution.start()?;
     let source = args.model.open()?;
+    let workloads = Workload::all(args);
     let context = args.prompt.max(args.generate);
-    check_context(source.config(), context)?;
-    let model = args.execution.load(&source, context)?;
-    let measurement = measure(&model, context, args)?;
+    let longest = workloads.iter().map(|workload| workload.text_tokens(args.generate));
+    check_context(source.config(), longest.fold(context, usize::max))?;
+    // A GPU keeps room for the keys and values of so many.
+    let total = workloads.iter().map(|workload| workload.total_tokens(args.generate));
+    let model = args.execution.load(&source, total.fold(context, usize::max))?;
+    let measurement = measure(&model, context, workloads, args)?;
     match args.json {
         true => print_result_json(&measurement, args)?,
         false => print(&describe(&measurement, args))?,
@@ -55,15 +63,23 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
-fn measure(model: &Model, context: usize, args: &BenchArgs) -> Result<Measurement> {
-    let mut text = (model.sequence(context)?, model.workspace()?);
+fn measure(
+    model: &Model,
+    context: usize,
+    workloads: Vec<Workload>,
+    args: &BenchArgs,
+) -> Result<Measurement> {
+    let mut text = Texts::new(model, 1, context)?;
     // Brings the weights into memory.
-    feed(model, &mut text, &tokens(model, 1))?;
+    text.seconds_at_once(1)?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.runs {
-        prefill.push(prefill_speed(model, &mut text, args.prompt)?);
-        decode.push(decode_speed(model, &mut text, args.generate)?);
+        text.clear();
+        prefill.push(args.prompt as f64 / text.seconds_at_once(args.prompt)?);
+        text.clear();
+        decode.push(args.generate as f64 / text.seconds_one_by_one(args.generate)?);
     }
+    drop(text);
     Ok(Measurement {
         prefill_tokens_per_s: median(prefill),
         decode_tokens_per_s: median(decode),
@@ -71,6 +87,10 @@ fn measure(model: &Model, context: usize, args: &BenchArgs) -> Result<Measuremen
         // Before the bandwidth is measured, which takes memory of its own.
         peak_memory_bytes: peak_memory_bytes(),
         device_memory_bytes: device_memory_bytes(model)?,
+        workloads: workloads
+            .into_iter()
+            .map(|workload| workload.measure(model, args))
+            .collect::<Result<_>>()?,
         bandwidth_bytes_per_s: match model.devices().next() {
             Some(device) => device.copy_bandwidth(BANDWIDTH_WORDS * size_of::<u64>())?,
             None => bandwidth_bytes_per_s(),
@@ -79,33 +99,42 @@ fn measure(model: &Model, context: usize, args: &BenchArgs) -> Result<Measuremen
     })
 }
 
-/// A text, and what the model computes in.
-type Text = (Sequence, Workspace);
-
-/// Continues a text by `tokens`.
-fn feed(model: &Model, (sequence, workspace): &mut Text, tokens: &[u32]) -> Result<()> {
-    black_box(model.step(&mut [Turn { tokens, sequence }], workspace)?);
-    Ok(())
+/// Texts that are continued together, and what the model computes in.
+struct Texts<'m> {
+    model: &'m Model,
+    sequences: Vec<Sequence>,
+    workspace: Workspace,
 }
 
-/// Tokens per second of a prompt, from an empty text.
-fn prefill_speed(model: &Model, text: &mut Text, prompt: usize) -> Result<f64> {
-    let tokens = tokens(model, prompt);
-    text.0.truncate(0);
-    let start = Instant::now();
-    feed(model, text, &tokens)?;
-    Ok(prompt as f64 / start.elapsed().as_secs_f64())
-}
-
-/// Tokens per second one by one, from an empty text.
-fn decode_speed(model: &Model, text: &mut Text, generate: usize) -> Result<f64> {
-    let tokens = tokens(model, generate);
-    text.0.truncate(0);
-    let start = Instant::now();
-    for token in tokens.chunks(1) {
-        feed(model, text, token)?;
+impl<'m> Texts<'m> {
+    /// So many empty ones with room for `capacity` tokens each.
+    fn new(model: &'m Model, count: usize, capacity: usize) -> Result<Self> {
+        let sequences = (0..count).map(|_| model.sequence(capacity)).collect::<Result<_, _>>()?;
+        Ok(Self { model, sequences, workspace: model.workspace()? })
     }
-    Ok(generate as f64 / start.elapsed().as_secs_f64())
+
+    fn clear(&mut self) {
+        self.sequences.iter_mut().for_each(|sequence| sequence.truncate(0));
+    }
+
+    /// Seconds to continue each text by `count` tokens in one step.
+    fn seconds_at_once(&mut self, count: usize) -> Result<f64> {
+        self.seconds(&tokens(self.model, count), count)
+    }
+
+    /// Seconds to continue each text by `count` tokens, one in a step.
+    fn seconds_one_by_one(&mut self, count: usize) -> Result<f64> {
+        self.seconds(&tokens(self.model, count), 1)
+    }
+
+    fn seconds(&mut self, tokens: &[u32], in_a_step: usize) -> Result<f64> {
+        let start = Instant::now();
+        for tokens in tokens.chunks(in_a_step) {
+            let turns = self.sequences.iter_mut().map(|sequence| Turn { tokens, sequence });
+            black_box(self.model.step(&mut turns.collect::<Vec<_>>(), &mut self.workspace)?);
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
 }
 
 /// Tokens from all over the vocabulary.
@@ -160,6 +189,7 @@ fn print_result_json(measurement: &Measurement, args: &BenchArgs) -> std::io::Re
         "prompt": args.prompt,
         "generate": args.generate,
         "runs": args.runs,
+        "workloads": measurement.workloads.iter().map(Measured::to_json).collect::<Vec<_>>(),
     }))
 }
 
@@ -183,5 +213,8 @@ fn describe(measurement: &Measurement, args: &BenchArgs) -> String {
     ];
     lines.extend(measurement.device_memory_bytes.map(|bytes| ("GPU memory", size(bytes))));
     lines.push(("device", format!("{}, {threads}", measurement.device)));
-    facts(&lines)
+    match &measurement.workloads[..] {
+        [] => facts(&lines),
+        workloads => format!("{}\n{}", facts(&lines), workloads::describe(workloads)),
+    }
 }

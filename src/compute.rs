@@ -5,10 +5,7 @@ use std::{collections::HashSet, sync::Arc};
 use anyhow::{Context as _, Result, ensure};
 use clap::{ValueEnum, builder::RangedU64ValueParser};
 use slim_formats::ModelSource;
-use slim_kernels::{
-    Cpu, KernelError,
-    cuda::{Device, KvType},
-};
+use slim_kernels::{Cpu, KernelError, KvType, cuda::Device};
 use slim_runtime::{CudaSettings, Model};
 
 use crate::output::{note, plural, warn};
@@ -36,9 +33,10 @@ pub struct Execution {
     #[arg(long, alias = "n-gpu-layers", value_name = "N")]
     gpu_layers: Option<usize>,
 
-    /// How the GPU stores keys and values: 16-bit numbers, or 8-bit codes in half the memory
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvCacheType::F16)]
-    kv_cache: KvCacheType,
+    /// How keys and values are stored: as 16-bit numbers, or as 8-bit codes in half the memory
+    /// [default: 32-bit numbers on the CPU, f16 on GPUs]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_cache: Option<KvCacheType>,
 }
 
 /// A place to compute.
@@ -52,10 +50,19 @@ pub enum Choice {
 }
 
 /// How keys and values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum KvCacheType {
     F16,
     Q8,
+}
+
+impl From<KvCacheType> for KvType {
+    fn from(kv_cache: KvCacheType) -> Self {
+        match kv_cache {
+            KvCacheType::F16 => Self::F16,
+            KvCacheType::Q8 => Self::Q8,
+        }
+    }
 }
 
 impl Compute {
@@ -102,11 +109,12 @@ impl Execution {
     }
 
     fn load_on_cpu(&self, source: &Arc<dyn ModelSource>) -> Result<Model> {
-        ensure!(
-            self.gpu_layers.unwrap_or(0) == 0 && self.kv_cache == KvCacheType::F16,
-            "`--gpu-layers` and `--kv-cache` need a GPU"
-        );
-        Ok(Model::load(Arc::clone(source), &Cpu)?)
+        ensure!(self.gpu_layers.unwrap_or(0) == 0, "`--gpu-layers` needs a GPU");
+        let model = Model::load(Arc::clone(source), &Cpu)?;
+        Ok(match self.kv_cache {
+            Some(kv_cache) => model.with_kv_type(kv_cache.into()),
+            None => model,
+        })
     }
 
     fn load_on_cuda(
@@ -119,10 +127,7 @@ impl Execution {
         let mut settings = CudaSettings {
             devices: vec![open(numbers.first().unwrap_or(&0))?],
             blocks: self.gpu_layers,
-            kv_type: match self.kv_cache {
-                KvCacheType::F16 => KvType::F16,
-                KvCacheType::Q8 => KvType::Q8,
-            },
+            kv_type: self.kv_cache.map_or(KvType::F16, KvType::from),
             context,
         };
         let others = match numbers {

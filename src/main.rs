@@ -83,10 +83,6 @@ fn unparsed(error: &clap::Error) -> ExitCode {
 }
 
 fn dispatch(command: Command) -> anyhow::Result<Outcome> {
-    if let Command::RenderTemplate = command {
-        render_for_parent()?;
-        return Ok(Outcome::Done);
-    }
     interrupt::explain_lost_pages()?;
     match command {
         Command::Convert(args) => convert::run(&args)?,
@@ -96,7 +92,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
-        Command::RenderTemplate => unreachable!("it maps no files"),
+        Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)
 }

@@ -127,9 +127,33 @@ pub fn facts(facts: &[(&str, String)]) -> String {
     facts.iter().map(line).collect()
 }
 
+/// Rows under their headings: the first `left` columns to the left, the others to the right.
+pub fn table<const N: usize>(
+    left: usize,
+    head: [&str; N],
+    rows: impl Iterator<Item = [String; N]>,
+) -> String {
+    let rows: Vec<[String; N]> = [head.map(str::to_owned)].into_iter().chain(rows).collect();
+    let widths: [usize; N] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0));
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(widths).enumerate().map(|(column, (cell, width))| {
+            if column < left { format!("{cell:width$}") } else { format!("{cell:>width$}") }
+        });
+        format!("{}\n", cells.collect::<Vec<_>>().join("  "))
+    };
+    rows.iter().map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn table_columns_are_as_wide_as_their_widest_cell() {
+        let rows = [["a", "10"], ["long", "2"]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(1, ["b", "n"], rows.into_iter()), "b      n\na     10\nlong   2\n");
+    }
 
     #[test]
     fn size_takes_the_largest_unit_below_1000() {

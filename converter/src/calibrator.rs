@@ -2,11 +2,11 @@
 
 use slim_formats::{
     Decoder, ModelSource, PartMap, Weight,
-    arch::{BlockSpec, Stage, Tensor},
+    arch::{self, BlockSpec, Stage, Tensor},
     slim::{Bands, PackedLayer},
 };
-use slim_kernels::cuda::Held;
-use slim_runtime::{Block, Context, Ends, KvBlock, Passage, Positions};
+use slim_kernels::{KvCache, cuda::Held};
+use slim_runtime::{Block, Context, Ends, Passage, Positions};
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
@@ -242,14 +242,15 @@ impl Walk<'_> {
         self.engine.hold(&layers.collect::<Vec<_>>())
     }
 
-    /// Empty keys and values for each of so many samples.
-    fn new_kv(&self, block: &Block<'_>, samples: usize) -> Vec<KvBlock> {
-        let new = || KvBlock::new(&block.spec.attention, self.positions.count);
+    /// Empty keys and values for each of so many samples, exact as in the reverse pass.
+    fn new_kv(&self, block: &Block<'_>, samples: usize) -> Vec<KvCache> {
+        let arch::Attention { kv_heads, head_dim, .. } = block.spec.attention;
+        let new = || KvCache::exact(kv_heads, self.positions.count, head_dim);
         std::iter::repeat_with(new).take(samples).collect()
     }
 
     /// The samples with these keys and values, as a block takes them.
-    fn passages<'p>(&'p self, kv: &'p mut [KvBlock]) -> Vec<Passage<'p>> {
+    fn passages<'p>(&'p self, kv: &'p mut [KvCache]) -> Vec<Passage<'p>> {
         kv.iter_mut().map(|kv| Passage { positions: self.positions, kv }).collect()
     }
 }

@@ -4,6 +4,7 @@
 use slim_formats::{
     DType, ModelSource, OutputPath, Part, ScratchFile, Weight,
     arch::Tensor,
+    gguf::Metadata,
     slim::{BitWidth, LayerLayout, PackedLayer, PackedTensor, SlimFile, SlimWriter},
 };
 use slim_kernels::{narrow, weight};
@@ -21,7 +22,7 @@ use crate::{
     hessian::Hessian,
     layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer, try_layer},
     neurons::Ffn,
-    provenance,
+    provenance::{self, STEPS},
     rows::{OutputHessian, Targets},
     work,
     work_folder::Record,
@@ -53,20 +54,31 @@ pub fn convert<'p>(
 ) -> Result<Report> {
     let Job { source, calibration, settings, work } = *job;
     settings.validate()?;
+    let is_trained = settings.method == Method::SlimPlus;
+    let method = if is_trained { Method::Slim } else { settings.method };
+    let rounding = &Settings { method, ..settings.clone() };
     let instructions = resources.engine.instruction_path();
-    work.identify(&provenance::metadata(source, calibration, settings, &instructions)?)?;
-    let target = target.into();
-    let report = match settings.method {
-        Method::SlimPlus => quantize_and_train(job, resources, target, progress),
-        _ => quantize(job, resources, target, progress),
+    // Once: it has the hashes of the source's files.
+    let metadata = provenance::metadata(source, calibration, rounding, &instructions)?;
+    let mut identity = metadata.clone();
+    if is_trained {
+        identity.insert(STEPS, settings.steps as u32)?;
+    }
+    work.identify(&identity)?;
+    let (first, target) = (&Job { settings: rounding, ..*job }, target.into());
+    let report = match is_trained {
+        true => quantize_and_train(job, first, metadata, resources, target, progress),
+        false => quantize(first, metadata, resources, target, progress),
     }?;
     work.remove();
     Ok(report)
 }
 
-/// A conversion by [`Method::Slim`] into a draft, which is then trained.
+/// The conversion `first` into a draft with `metadata`, which is then trained.
 fn quantize_and_train(
     job: &Job<'_>,
+    first: &Job<'_>,
+    metadata: Metadata,
     resources: &Resources,
     target: OutputPath<'_>,
     progress: &mut dyn FnMut(Progress<'_>),
@@ -82,17 +94,17 @@ fn quantize_and_train(
             Progress::Planned(Work::Steps, _) => progress(Progress::Planned(Work::Steps, training)),
             step => progress(step),
         };
-        let first = &Settings { method: Method::Slim, ..settings.clone() };
-        let first = Job { settings: first, ..*job };
-        warnings = quantize(&first, resources, (&draft).into(), &mut with_training)?.warnings;
+        let draft = (&draft).into();
+        warnings = quantize(first, metadata, resources, draft, &mut with_training)?.warnings;
     }
     let report = train(job, &SlimFile::open(&draft)?, target, progress)?;
     Ok(Report { warnings, ..report })
 }
 
-/// All methods but the training.
+/// All methods but the training; the file gets `metadata`.
 fn quantize(
     job: &Job<'_>,
+    metadata: Metadata,
     resources: &Resources,
     target: OutputPath<'_>,
     progress: &mut dyn FnMut(Progress<'_>),
@@ -100,7 +112,6 @@ fn quantize(
     let Job { source, calibration, settings, work } = *job;
     let instructions = resources.engine.instruction_path();
     let contents = Contents::computed_by(source, settings, &instructions)?;
-    let metadata = provenance::metadata(source, calibration, settings, &instructions)?;
     let mut writer = SlimWriter::create(target, &contents.outline(|_| None), metadata)?;
     writer.reserve(contents.expected_file_bytes(settings.target)?)?;
     let decoder = source.decoder();

@@ -19,7 +19,7 @@ use crate::{
     ConvertError, Job, LayerReport, Method, Progress, Report, Result, Settings, Work,
     backward::{Backward, Loss},
     calibration::Windows,
-    provenance::{self, INSTRUCTIONS},
+    provenance::{self, INSTRUCTIONS, STEPS},
     work,
 };
 
@@ -200,7 +200,6 @@ fn trained_outline(file: &SlimFile, student: &Student<'_>) -> Result<Outline, Fo
 /// The metadata of `file` after `steps` more steps.
 fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatError> {
     const METHOD: &str = "slim.quantization.method";
-    const STEPS: &str = "slim.quantization.steps";
     let before = file.given_metadata();
     let steps = before.u64(STEPS).unwrap_or(0) + steps as u64;
     let ours = instruction_path();

@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_kernels::linalg::{self, Mat, Precision, Store, matmul};
 
-use crate::{Activations, ConvertError, Engine, Result};
+use crate::{Activations, ConvertError, Engine, Result, sweep::reordered};
 
 /// `(2 / samples) * sum x^T x` over the calibration inputs, `[n, n]`; of outputs, see `rows.rs`.
 #[derive(Clone)]
@@ -149,12 +149,6 @@ impl Hessian {
     }
 }
 
-/// `rows: [.., order.len()]` with column `order[i]` as column `i`.
-pub fn in_order(rows: &[f32], order: &[usize]) -> Vec<f32> {
-    let rows = rows.chunks_exact(order.len());
-    rows.flat_map(|row| order.iter().map(|&col| row[col])).collect()
-}
-
 impl Factor {
     /// `[n, n]`, row-major; zero below the diagonal.
     pub fn values(&self) -> &[f32] {
@@ -200,7 +194,7 @@ impl Factor {
             product
         };
         for rows in m.chunks_mut(ROWS * n) {
-            let solved = times(&times(&in_order(rows, order), u.transposed()), u);
+            let solved = times(&times(&reordered(rows, order), u.transposed()), u);
             for (row, solved) in rows.chunks_exact_mut(n).zip(solved.chunks_exact(n)) {
                 order.iter().zip(solved).for_each(|(&col, value)| row[col] = *value);
             }

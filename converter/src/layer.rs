@@ -10,11 +10,11 @@ use crate::{
     activations::StageInputs,
     allocate::{group_columns, published_divergences, published_widths},
     coder::Coder,
-    hessian::{Factor, Hessian, in_order},
+    hessian::{Factor, Hessian},
     published::ABSOLUTE_DAMPING,
     rows::Targets,
     salience::group_salience,
-    sweep::{Curvature, SweptTile, difference, sweep},
+    sweep::{Curvature, SweptTile, difference, reordered, sweep},
     target::{Correction, Lack},
 };
 
@@ -118,7 +118,7 @@ impl FactoredHessian {
         let Self { damped, damping, order, .. } = self;
         let of_slab = |rows: &[f32]| {
             let squares = rows.iter().map(|&d| f64::from(d).powi(2)).sum::<f64>();
-            damped.quadratic(&in_order(rows, order)) - f64::from(*damping) * squares
+            damped.quadratic(&reordered(rows, order)) - f64::from(*damping) * squares
         };
         rows.chunks(SLAB_ROWS * order.len()).map(of_slab).sum()
     }

@@ -11,6 +11,9 @@ use crate::{Calibration, Method, Result, Settings, Target, calibration::hex};
 /// The commit that this build is of, if it was built in its repository.
 pub const COMMIT: Option<&str> = option_env!("SLIMLLM_COMMIT");
 
+/// Steps of training, of files that were trained.
+pub(crate) const STEPS: &str = "slim.quantization.steps";
+
 /// What decided how sums were rounded; not of methods that sum nothing up.
 pub(crate) const INSTRUCTIONS: &str = "slim.quantization.instructions";
 
@@ -81,7 +84,7 @@ fn with_hashes(
         metadata.insert("slim.calibration.context", settings.context as u32)?;
     }
     if settings.method == Method::SlimPlus {
-        metadata.insert("slim.quantization.steps", settings.steps as u32)?;
+        metadata.insert(STEPS, settings.steps as u32)?;
     }
     Ok(metadata)
 }

@@ -225,7 +225,7 @@ fn places(block: &[Run]) -> Range<usize> {
 }
 
 /// `matrix: [rows, cols]` with column `order[i]` at place `i`.
-fn reordered(matrix: &[f32], order: &[usize]) -> Vec<f32> {
+pub fn reordered(matrix: &[f32], order: &[usize]) -> Vec<f32> {
     let cols = order.len();
     let mut out = vec![0.0; matrix.len()];
     rows_of_tiles_mut(&mut out, cols).zip(rows_of_tiles(matrix, cols)).for_each(|(out, matrix)| {

@@ -16,7 +16,7 @@ use slim_formats::{
     slim::{BitWidth, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS},
 };
 use slim_kernels::{
-    AttentionShape, Backend, Cpu, KvView,
+    AttentionCall, AttentionShape, Backend, Cpu, KvCache, KvType,
     matvec::{Method, dense_by, matvec_by},
 };
 
@@ -136,14 +136,15 @@ fn measure_attention(memory: &Memory, m: usize) {
     };
     let seen: usize = (0..m).map(|t| shape.visible(t).len()).sum();
     let (q, mut out) = (waves(m * heads * head_dim), vec![0.0; m * heads * head_dim]);
-    let cache = waves(2 * kv_heads * TOKENS * head_dim);
-    let bytes = size_of_val(&cache[..]) + size_of_val(&q[..]);
+    let tokens = waves(TOKENS * kv_heads * head_dim);
+    let bytes = TOKENS * kv_heads * KvType::F16.row_bytes(head_dim) + size_of_val(&q[..]);
+    let mut cache = KvCache::new(KvType::F16, kv_heads, TOKENS, head_dim);
+    cache.store(&tokens, &tokens, 0);
     let copies = memory.copies(cache, if m == 1 { bytes } else { 64 * bytes });
     let name = format!("attention {m} of {TOKENS} tokens, {heads} heads");
-    memory.measure(&name, 2 * seen * heads * head_dim, bytes, &copies, |cache| {
-        let (keys, values) = cache.split_at(cache.len() / 2);
-        let kv = KvView { keys, values, capacity: TOKENS };
-        Cpu.attention(&q, kv, &shape, black_box(&mut out)).expect("lengths that fit");
+    memory.measure(&name, 2 * seen * heads * head_dim, bytes, &copies, |kv| {
+        let call = AttentionCall { shape, q: &q, kv, out: black_box(&mut out) };
+        Cpu.attention(&mut [call]).expect("lengths that fit");
     });
 }
 

@@ -2,7 +2,7 @@
 
 use slim_formats::{Weight, arch::Activation};
 
-use crate::Result;
+use crate::{KvCache, Result};
 
 /// A way to compute the operations of a forward pass on activations in host memory.
 ///
@@ -28,17 +28,11 @@ pub trait Backend: Send + Sync {
     /// channel `i + n / 2`.
     fn rope(&self, x: &mut [f32], heads: usize, angles: &RopeAngles);
 
-    /// Causal attention of `q` over the cached keys and values; `out`: [m, heads, head_dim].
+    /// Causal attention of several texts, each over its own keys and values.
     ///
     /// # Errors
     /// Those of the device that computes.
-    fn attention(
-        &self,
-        q: &[f32],
-        kv: KvView<'_>,
-        shape: &AttentionShape,
-        out: &mut [f32],
-    ) -> Result<()>;
+    fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()>;
 
     /// `gate = activation(gate) * up`, element by element.
     fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]);
@@ -84,15 +78,16 @@ impl RopeAngles {
     }
 }
 
-/// The keys and values of the tokens so far.
-#[derive(Clone, Copy)]
-pub struct KvView<'a> {
-    /// [kv_heads, capacity, head_dim].
-    pub keys: &'a [f32],
-    /// [kv_heads, capacity, head_dim].
-    pub values: &'a [f32],
-    /// Positions that fit.
-    pub capacity: usize,
+/// The attention of one text.
+pub struct AttentionCall<'a> {
+    /// Its sizes.
+    pub shape: AttentionShape,
+    /// The queries, [m, heads, head_dim].
+    pub q: &'a [f32],
+    /// The text's keys and values.
+    pub kv: &'a KvCache,
+    /// [m, heads, head_dim].
+    pub out: &'a mut [f32],
 }
 
 /// The sizes of an attention call.
@@ -121,6 +116,11 @@ impl AttentionShape {
     pub fn visible(&self, t: usize) -> std::ops::Range<usize> {
         let end = self.start + t + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// Query heads that share a key.
+    pub fn heads_per_kv_head(&self) -> usize {
+        self.heads / self.kv_heads
     }
 
     /// Floats from one query to the next.

@@ -23,6 +23,7 @@ pub mod cuda;
 mod error;
 pub mod ggml;
 mod instructions;
+mod kv;
 pub mod linalg;
 pub mod narrow;
 mod reference;
@@ -33,12 +34,13 @@ pub mod weight;
 #[doc(hidden)]
 pub use multiversion;
 
-pub use backend::{AttentionShape, Backend, KvView, RopeAngles};
+pub use backend::{AttentionCall, AttentionShape, Backend, RopeAngles};
 #[doc(hidden)]
 pub use cpu::matvec;
 pub use cpu::{Cpu, FloatCpu, attention, cap, exp, kl_divergence, log_softmax, matmul, with_slope};
 pub use error::{KernelError, Result};
 pub use instructions::instruction_path;
+pub use kv::{KvCache, KvRows, KvType};
 pub use reference::Scalar;
 
 use slim_formats::Weight;

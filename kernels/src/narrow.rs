@@ -74,6 +74,11 @@ fn largest(row: &[f32]) -> f32 {
     }
 }
 
+/// The nearest number in the range of f16, which rounds to no infinite one.
+pub(crate) fn in_range_of_f16(value: f32) -> f32 {
+    value.clamp(f16::MIN.to_f32_const(), f16::MAX.to_f32_const())
+}
+
 /// The nearest f16; `None` if that is not finite.
 pub fn to_f16(value: f32) -> Option<f16> {
     Some(f16::from_f32(value)).filter(|value| value.is_finite())

@@ -3,7 +3,7 @@
 use slim_formats::{Weight, arch::Activation};
 
 use crate::{
-    AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
+    AttentionCall, Backend, Result, RopeAngles, check_matmul,
     weight::{dequantize_rows, shape},
 };
 
@@ -61,24 +61,20 @@ impl Backend for Scalar {
         }
     }
 
-    fn attention(
-        &self,
-        q: &[f32],
-        kv: KvView<'_>,
-        shape: &AttentionShape,
-        out: &mut [f32],
-    ) -> Result<()> {
-        let dim = shape.head_dim;
-        let scale = f64::from(shape.scale);
-        for t in 0..shape.m {
-            for head in 0..shape.heads {
-                let at = t * shape.query_stride() + head * dim;
-                let kv_head = head / (shape.heads / shape.kv_heads);
-                let place = |position: usize| (kv_head * kv.capacity + position) * dim;
-                let query = &q[at..][..dim];
-                let scores: Vec<f64> = shape
-                    .visible(t)
-                    .map(|position| dot(query, &kv.keys[place(position)..][..dim]) * scale)
+    fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()> {
+        for AttentionCall { shape, q, kv, out } in calls {
+            let (dim, scale) = (shape.head_dim, f64::from(shape.scale));
+            for (index, (query, out)) in
+                q.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate()
+            {
+                let (t, head) = (index / shape.heads, index % shape.heads);
+                let (kv_head, visible) = (head / shape.heads_per_kv_head(), shape.visible(t));
+                let (mut keys, mut values) = (Vec::new(), Vec::new());
+                let keys = kv.keys.read(kv_head, visible.clone(), &mut keys);
+                let values = kv.values.read(kv_head, visible, &mut values);
+                let scores: Vec<f64> = keys
+                    .chunks_exact(dim)
+                    .map(|key| dot(query, key) * scale)
                     .map(|score| match shape.softcap.map(f64::from) {
                         Some(cap) => cap * (score / cap).tanh(),
                         None => score,
@@ -86,10 +82,10 @@ impl Backend for Scalar {
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-                for (i, out) in out[at..][..dim].iter_mut().enumerate() {
-                    let weighted = scores.iter().zip(shape.visible(t)).map(|(score, position)| {
-                        (score - max).exp() * f64::from(kv.values[place(position) + i])
-                    });
+                for (i, out) in out.iter_mut().enumerate() {
+                    let weighted = scores.iter().zip(values.chunks_exact(dim));
+                    let weighted =
+                        weighted.map(|(score, value)| (score - max).exp() * f64::from(value[i]));
                     *out = (weighted.sum::<f64>() / sum) as f32;
                 }
             }

@@ -18,7 +18,8 @@ use slim_formats::{
 };
 
 use crate::{
-    AttentionShape, Backend, Cpu, KernelError, KvView, RopeAngles, Scalar, kl_divergence,
+    AttentionCall, AttentionShape, Backend, Cpu, KernelError, KvCache, KvRows, KvType, RopeAngles,
+    Scalar, kl_divergence,
     linalg::{self, Mat, Method, Precision, Store},
     log_softmax,
     matvec::{self, Input, batch::multiply_by, matvec_by},
@@ -934,33 +935,28 @@ fn swiglu_large_inputs_saturate() {
 }
 
 /// Keys and values of random tokens; positions that no query sees are NaN.
-struct Cache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    capacity: usize,
+fn cache(noise: &mut Noise, mut cache: KvCache, shape: &AttentionShape, spare: usize) -> KvCache {
+    let (seen, end) = (shape.visible(0).start, shape.start + shape.m);
+    let mut fill = || -> Vec<f32> {
+        let size = |position| if (seen..end).contains(&position) { 1.0 } else { f32::NAN };
+        (0..end + spare).flat_map(|p| noise.vector(shape.kv_stride(), size(p))).collect()
+    };
+    cache.store(&fill(), &fill(), 0);
+    cache
 }
 
-impl Cache {
-    fn new(noise: &mut Noise, shape: &AttentionShape, spare: usize) -> Self {
-        let (seen, end) = (shape.visible(0).start, shape.start + shape.m);
-        let capacity = end + spare;
-        let mut fill = || {
-            let positions = (0..shape.kv_heads).flat_map(|_| 0..capacity);
-            let vectors = positions.flat_map(|position| {
-                let size = if (seen..end).contains(&position) { 1.0 } else { f32::NAN };
-                noise.vector(shape.head_dim, size)
-            });
-            vectors.collect()
-        };
-        Self { keys: fill(), values: fill(), capacity }
-    }
-
-    fn view(&self) -> KvView<'_> {
-        KvView { keys: &self.keys, values: &self.values, capacity: self.capacity }
-    }
+/// Caches of every type with room for so many positions.
+fn caches(shape: &AttentionShape, capacity: usize) -> [(&'static str, KvCache); 3] {
+    let AttentionShape { kv_heads, head_dim, .. } = *shape;
+    let new = |kv_type| KvCache::new(kv_type, kv_heads, capacity, head_dim);
+    [
+        ("f32", KvCache::exact(kv_heads, capacity, head_dim)),
+        ("f16", new(KvType::F16)),
+        ("q8", new(KvType::Q8)),
+    ]
 }
 
-fn expected_attention(q: &[f32], cache: &Cache, shape: &AttentionShape) -> Vec<f64> {
+fn expected_attention(q: &[f32], cache: &KvCache, shape: &AttentionShape) -> Vec<f64> {
     let dim = shape.head_dim;
     let mut out = Vec::new();
     for (index, query) in q.chunks_exact(dim).enumerate() {
@@ -970,24 +966,30 @@ fn expected_attention(q: &[f32], cache: &Cache, shape: &AttentionShape) -> Vec<f
             Some(window) => (shape.start + t + 1).saturating_sub(window),
             None => 0,
         };
-        let at = |position: usize| (kv_head * cache.capacity + position) * dim;
-        let weights: Vec<(usize, f64)> = (first..=shape.start + t)
-            .map(|position| {
-                let key = &cache.keys[at(position)..][..dim];
-                let dot: f64 =
-                    query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-                (at(position), dot / (dim as f64).sqrt())
-            })
-            .collect();
-        let max = weights.iter().fold(f64::NEG_INFINITY, |max, (_, score)| max.max(*score));
-        let sum: f64 = weights.iter().map(|(_, score)| (score - max).exp()).sum();
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let keys = cache.keys.read(kv_head, first..shape.start + t + 1, &mut keys);
+        let values = cache.values.read(kv_head, first..shape.start + t + 1, &mut values);
+        let score = |key: &[f32]| {
+            let dot: f64 = query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+            let score = dot * f64::from(shape.scale);
+            shape.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+        };
+        let scores: Vec<f64> = keys.chunks_exact(dim).map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
         out.extend((0..dim).map(|i| {
-            let terms = weights
-                .iter()
-                .map(|(at, score)| (score - max).exp() / sum * f64::from(cache.values[at + i]));
+            let terms = scores.iter().zip(values.chunks_exact(dim));
+            let terms = terms.map(|(score, v)| (score - max).exp() / sum * f64::from(v[i]));
             terms.sum::<f64>()
         }));
     }
+    out
+}
+
+/// Attention of one text.
+fn attend(backend: &dyn Backend, q: &[f32], kv: &KvCache, shape: AttentionShape) -> Vec<f32> {
+    let mut out = vec![f32::NAN; q.len()];
+    backend.attention(&mut [AttentionCall { shape, q, kv, out: &mut out }]).unwrap();
     out
 }
 
@@ -1009,25 +1011,89 @@ fn attention_agrees() {
         (4, 2, 8, 100, 130, Some(300)),
         (2, 1, 8, 0, 300, Some(1)),
         (2, 1, 8, 40, 1, Some(16)),
+        (3, 1, 72, 600, 3, Some(290)),
+        (160, 1, 8, 40, 2, None),
+        (12, 4, 80, 511, 2, None),
         (4, 2, 64, 4095, 1, None),
         (2, 1, 64, 1900, 140, Some(1024)),
     ] {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape =
-            AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap: None };
-        for (spare, size) in [(0, 1.0), (9, 300.0)] {
-            let cache = Cache::new(&mut noise, &shape, spare);
-            let q = noise.vector(m * heads * head_dim, size);
-            let expected = expected_attention(&q, &cache, &shape);
-            for (name, backend) in backends() {
-                let mut out = vec![f32::NAN; q.len()];
-                backend.attention(&q, cache.view(), &shape, &mut out).unwrap();
-                let what = format!("{name}, {shape:?}, queries up to {size}");
-                let bound = product_nmse(name, ATTENTION_AMX_NMSE, ATTENTION_NMSE);
-                assert_nmse(&what, &out, &expected, bound);
+        for (spare, size, softcap) in [(0, 1.0, None), (9, 300.0, None), (1, 30.0, Some(20.0))] {
+            let shape =
+                AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap };
+            for (kind, empty) in caches(&shape, start + m + spare) {
+                let cache = cache(&mut noise, empty, &shape, spare);
+                let q = noise.vector(m * heads * head_dim, size);
+                let expected = expected_attention(&q, &cache, &shape);
+                for (name, backend) in backends() {
+                    let out = attend(backend, &q, &cache, shape);
+                    let what = format!("{name}, {kind}, {shape:?}, queries up to {size}");
+                    let bound = product_nmse(name, ATTENTION_AMX_NMSE, ATTENTION_NMSE);
+                    assert_nmse(&what, &out, &expected, bound);
+                }
             }
         }
     }
+}
+
+#[test]
+fn attention_of_several_texts_is_that_of_each() {
+    let mut noise = Noise(18);
+    let shape = |start, m| AttentionShape {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 16,
+        start,
+        m,
+        window: Some(400),
+        scale: 0.25,
+        softcap: None,
+    };
+    let shapes = [shape(0, 1), shape(700, 1), shape(3, 90), shape(299, 2), shape(0, 300)];
+    let texts: Vec<(AttentionShape, KvCache, Vec<f32>)> = shapes
+        .into_iter()
+        .map(|shape| {
+            let [_, (_, empty), _] = caches(&shape, shape.start + shape.m);
+            let kv = cache(&mut noise, empty, &shape, 0);
+            (shape, kv, noise.vector(shape.m * shape.query_stride(), 1.0))
+        })
+        .collect();
+    let mut together: Vec<Vec<f32>> = texts.iter().map(|(.., q)| vec![0.0; q.len()]).collect();
+    let calls = texts.iter().zip(&mut together);
+    let calls = calls.map(|((shape, kv, q), out)| AttentionCall { shape: *shape, q, kv, out });
+    Cpu.attention(&mut calls.collect::<Vec<_>>()).unwrap();
+    for ((shape, kv, q), together) in texts.iter().zip(&together) {
+        assert_eq!(together, &attend(&Cpu, q, kv, *shape), "{shape:?}");
+    }
+}
+
+#[test]
+fn cache_holds_what_its_type_can() {
+    let row = [0.0, 1.0, -0.3, 1e-6, 70_000.0, f32::INFINITY, -1e30, 65_519.0];
+    let read = |rows: &KvRows, position: usize| {
+        rows.read(1, position..position + 1, &mut Vec::new()).to_vec()
+    };
+    let stored = |mut cache: KvCache, row: &[f32]| {
+        let two_heads = [&[7.0; 8], row].concat();
+        cache.store(&two_heads, &two_heads, 2);
+        let bits = |rows: &KvRows| read(rows, 2).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(&cache.keys), bits(&cache.values));
+        assert_eq!(read(&cache.keys, 1), [0.0; 8], "another position");
+        read(&cache.keys, 2)
+    };
+    let stored_bits = |cache, row: &[f32]| -> Vec<u32> {
+        stored(cache, row).into_iter().map(f32::to_bits).collect()
+    };
+    assert_eq!(stored(KvCache::exact(2, 3, 8), &row), row);
+    let halves = row.map(|x| f16::from_f32(x.clamp(-65_504.0, 65_504.0)).to_f32());
+    assert_eq!(stored(KvCache::new(KvType::F16, 2, 3, 8), &row), halves);
+    let row = [-0.0, 6e-8, -5e-5, 1e-9, f32::NAN, 1.0, 6.1e-5, -65_504.0];
+    let halves = row.map(|x| f16::from_f32(x).to_f32().to_bits());
+    assert_eq!(&*stored_bits(KvCache::new(KvType::F16, 2, 3, 8), &row), halves);
+    let row = [0.0, 127.0, -126.6, 63.4, -0.5, 1.5, -127.0, 0.2];
+    let codes = [0.0, 127.0, -127.0, 63.0, 0.0, 2.0, -127.0, 0.0];
+    assert_eq!(stored(KvCache::new(KvType::Q8, 2, 3, 8), &row), codes);
+    assert_eq!(stored(KvCache::new(KvType::Q8, 2, 3, 8), &[0.0; 8]), [0.0; 8]);
 }
 
 fn expected_log_softmax(logits: &[f32]) -> Vec<f64> {
@@ -1098,11 +1164,13 @@ fn run_everything() -> Vec<Vec<u32>> {
     let (window, scale, softcap) = (Some(200), 1.0 / (head_dim as f32).sqrt(), None);
     let shape =
         AttentionShape { heads, kv_heads, head_dim, start: 5, m: 300, window, scale, softcap };
-    let cache = Cache::new(&mut noise, &shape, 0);
-    let q = noise.vector(300 * 64, 1.0);
-    let mut out = vec![0.0; q.len()];
-    Cpu.attention(&q, cache.view(), &shape, &mut out).unwrap();
-    results.push(out);
+    for (_, empty) in caches(&shape, 305) {
+        let cache = cache(&mut noise, empty, &shape, 0);
+        let q = noise.vector(300 * 64, 1.0);
+        results.push(attend(&Cpu, &q, &cache, shape));
+        let last = AttentionShape { start: 304, m: 1, window: None, ..shape };
+        results.push(attend(&Cpu, &q[..64], &cache, last));
+    }
     let (left, right) = (noise.vector(700 * 300, 1.0), noise.vector(300 * 4200, 1.0));
     for method in Method::all() {
         let mut gram = vec![0.0; 300 * 300];

@@ -5,9 +5,9 @@ use slim_formats::{
     Decoder, FormatError, ModelSource, Part, PartMap, Weight,
     arch::{Attention, BlockSpec, Norm, Stage, Tensor},
 };
-use slim_kernels::{AttentionShape, Backend, weight};
+use slim_kernels::{AttentionCall, AttentionShape, Backend, KvCache, weight};
 
-use crate::{KvBlock, Positions, Result};
+use crate::{Positions, Result};
 
 /// What every stage needs.
 #[derive(Clone, Copy)]
@@ -23,7 +23,7 @@ pub struct Passage<'a> {
     /// Where they stand in the text.
     pub positions: &'a Positions,
     /// The text's keys and values, which hold every position before.
-    pub kv: &'a mut KvBlock,
+    pub kv: &'a mut KvCache,
 }
 
 /// A block: what it computes, and its weights.
@@ -168,27 +168,31 @@ impl<'a> Block<'a> {
         let mut k = self.queries_or_keys(Part::AttnK, Part::AttnKNorm, context, input)?;
         let v = self.linear(Part::AttnV, context, input)?;
         let mut out = vec![0.0; q.len()];
-        let mut first = 0;
+        let mut calls = Vec::with_capacity(passages.len());
+        let (mut q, mut k, mut v, mut rest) = (&mut q[..], &mut k[..], &v[..], &mut out[..]);
         for Passage { positions, kv } in passages {
             let shape = attention_shape(&self.spec, positions.start, positions.count);
-            let end = first + shape.m;
-            let of_queries = first * shape.query_stride()..end * shape.query_stride();
-            let of_keys = first * shape.kv_stride()..end * shape.kv_stride();
-            let (q, k) = (&mut q[of_queries.clone()], &mut k[of_keys.clone()]);
+            let of_queries = shape.m * shape.query_stride();
+            let of_keys = shape.m * shape.kv_stride();
+            let my_q = q.split_off_mut(..of_queries).expect("queries of every passage");
+            let my_k = k.split_off_mut(..of_keys).expect("keys of every passage");
+            let my_v = v.split_off(..of_keys).expect("values of every passage");
+            let out = rest.split_off_mut(..of_queries).expect("as long as the queries");
             if let Some(rope) = rope {
                 let angles = &positions.angles[rope];
-                context.backend.rope(q, heads, angles);
-                context.backend.rope(k, kv_heads, angles);
+                context.backend.rope(my_q, heads, angles);
+                context.backend.rope(my_k, kv_heads, angles);
             }
             if let Some(scaling) = query_scaling {
-                for (t, q) in q.chunks_exact_mut(shape.query_stride()).enumerate() {
+                for (t, q) in my_q.chunks_exact_mut(shape.query_stride()).enumerate() {
                     scale(q, scaling.at(shape.start + t));
                 }
             }
-            kv.store(k, &v[of_keys], shape.start, shape.m);
-            context.backend.attention(q, kv.view(), &shape, &mut out[of_queries])?;
-            first = end;
+            kv.store(my_k, my_v, shape.start);
+            calls.push(AttentionCall { shape, q: my_q, kv, out });
         }
+        context.backend.attention(&mut calls)?;
+        drop(calls);
         Ok(out)
     }
 

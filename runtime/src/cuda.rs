@@ -8,9 +8,10 @@ use slim_formats::{
     slim::ScaleCoding,
 };
 use slim_kernels::{
+    KvType,
     cuda::{
-        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, KvType, Matrix, Neurons,
-        Next, Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
+        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, Matrix, Neurons, Next,
+        Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
     },
     weight,
 };

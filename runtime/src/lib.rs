@@ -48,6 +48,6 @@ pub use placement::CudaSettings;
 pub use positions::Positions;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, SamplerSettings};
-pub use sequence::{KvBlock, Sequence};
+pub use sequence::Sequence;
 pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};
 pub use turn::{Turn, Workspace};

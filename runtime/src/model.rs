@@ -10,20 +10,16 @@ use std::{
 };
 
 use self_cell::self_cell;
-use slim_formats::{Decoder, ModelConfig, ModelSource, open_model};
-use slim_kernels::{
-    Backend, Cpu,
-    cuda::{Device, KvType},
-    weight,
-};
+use slim_formats::{Decoder, ModelConfig, ModelSource, arch::Attention, open_model};
+use slim_kernels::{Backend, Cpu, KvCache, KvType, cuda::Device, weight};
 
 use crate::{
-    CudaSettings, KvBlock, Positions, Result, RuntimeError, Sampler, Sequence, Tokenizer, Turn,
-    Workspace,
+    CudaSettings, Positions, Result, RuntimeError, Sampler, Sequence, Tokenizer, Turn, Workspace,
     block::{Block, Context, Passage},
     cuda::{Input, Segment, WorkspaceOnDevice},
     ends::Ends,
     identity::Identity,
+    sequence::free_memory_bytes,
     turn::{Batch, batches},
 };
 
@@ -45,7 +41,8 @@ pub struct Model {
     backend: &'static dyn Backend,
     /// The blocks behind those of `weights`, on CUDA devices.
     segments: Vec<Segment>,
-    kv_type: KvType,
+    /// How keys and values are stored; `None` for f32 numbers, of which nothing is rounded.
+    kv_type: Option<KvType>,
     /// Tokens that go through the blocks together at most.
     batch: usize,
     /// What its sequences and workspaces know it by.
@@ -88,6 +85,13 @@ impl Model {
         Self::load_first(source, backend, blocks)
     }
 
+    /// With keys and values stored so, in place of f32; on devices [`CudaSettings`] say it.
+    #[must_use]
+    pub fn with_kv_type(mut self, kv_type: KvType) -> Self {
+        self.kv_type = Some(kv_type);
+        self
+    }
+
     /// Loads a model and copies its last blocks to CUDA devices, as many as asked for or as fit.
     ///
     /// # Errors
@@ -97,7 +101,7 @@ impl Model {
         let ranges = settings.place(&*source)?;
         let on_cpu = ranges.first().map_or(source.decoder().blocks.len(), |range| range.start);
         let mut model = Self::load_first(Arc::clone(&source), &Cpu, on_cpu)?;
-        model.kv_type = settings.kv_type;
+        model.kv_type = Some(settings.kv_type);
         model.batch = PREFILL_BATCH.min(settings.context);
         for ((number, device), range) in settings.devices.iter().zip(ranges) {
             if !range.is_empty() {
@@ -122,7 +126,7 @@ impl Model {
             weights,
             backend,
             segments: Vec::new(),
-            kv_type: KvType::F16,
+            kv_type: None,
             batch: PREFILL_BATCH,
             identity: Identity::default(),
             tokenizer: OnceLock::new(),
@@ -173,13 +177,44 @@ impl Model {
     /// An empty text of up to `capacity` tokens.
     ///
     /// # Errors
-    /// `Kernel` if a device has no memory for it.
+    /// `InvalidArgument` if the machine has no memory for it, `Kernel` if a device has none.
     pub fn sequence(&self, capacity: usize) -> Result<Sequence> {
-        let new_kv = |block: &Block<'_>| KvBlock::new(&block.spec.attention, capacity);
+        self.check_room(capacity)?;
+        let new_kv = |block: &Block<'_>| {
+            let Attention { kv_heads, head_dim, .. } = block.spec.attention;
+            match self.kv_type {
+                Some(kv_type) => KvCache::new(kv_type, kv_heads, capacity, head_dim),
+                None => KvCache::exact(kv_heads, capacity, head_dim),
+            }
+        };
         let blocks = self.layers().blocks.iter().map(new_kv).collect();
-        let segments = self.segments.iter().map(|segment| segment.sequence(capacity, self.kv_type));
+        let on_devices = self.kv_type.unwrap_or(KvType::F16);
+        let segments = self.segments.iter().map(|segment| segment.sequence(capacity, on_devices));
         let (segments, model) = (segments.collect::<Result<_>>()?, self.identity.clone());
         Ok(Sequence { model, tokens: Vec::new(), capacity, blocks, segments })
+    }
+
+    /// Refuses a text whose keys and values would take more memory than is free, where the system
+    /// tells that: an allocation that fails ends the process.
+    fn check_room(&self, capacity: usize) -> Result<()> {
+        let of_token = |block: &Block<'_>| {
+            let Attention { kv_heads, head_dim, .. } = block.spec.attention;
+            let of_head = match self.kv_type {
+                Some(kv_type) => kv_type.row_bytes(head_dim),
+                None => 2 * size_of::<f32>() * head_dim,
+            };
+            (kv_heads * of_head) as u64
+        };
+        let of_token: u64 = self.layers().blocks.iter().map(of_token).sum();
+        let needed = of_token.saturating_mul(capacity as u64);
+        match free_memory_bytes() {
+            Some(free) if needed > free => Err(RuntimeError::invalid_argument(
+                "context",
+                format!("{capacity} tokens, whose keys and values take {needed} bytes"),
+                format!("at most {} tokens: {free} bytes of memory are free", free / of_token),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Memory to compute in.

@@ -6,7 +6,10 @@ use slim_formats::{
     Decoder, ModelSource, Part,
     arch::{Attention, BlockSpec, Tensor},
 };
-use slim_kernels::cuda::{Device, KvCache, KvType};
+use slim_kernels::{
+    KvType,
+    cuda::{Device, KvCache},
+};
 
 use crate::{
     Block, Result, RuntimeError, block::find_weight, cuda::bytes_on_device, model::PREFILL_BATCH,
@@ -23,7 +26,7 @@ pub struct CudaSettings {
     pub devices: Vec<(usize, Arc<Device>)>,
     /// Blocks on them; `None` for as many as fit.
     pub blocks: Option<usize>,
-    /// How keys and values are stored there.
+    /// How keys and values are stored, there and on the CPU.
     pub kv_type: KvType,
     /// Tokens of the longest text: room for their keys and values is kept.
     pub context: usize,

@@ -1,46 +1,15 @@
 //! A text that a model has read: its tokens, and the keys and values of each block.
 
-use slim_formats::arch::Attention;
-use slim_kernels::KvView;
+use slim_kernels::KvCache;
 
 use crate::{cuda::SequenceOnDevice, identity::Identity};
 
-/// The keys and values of one block.
-pub struct KvBlock {
-    /// [kv_heads, capacity, head_dim].
-    keys: Vec<f32>,
-    /// [kv_heads, capacity, head_dim].
-    values: Vec<f32>,
-    heads: usize,
-    capacity: usize,
-    head_dim: usize,
-}
-
-impl KvBlock {
-    /// Room for `capacity` positions of a block's attention. The system hands out the memory as it
-    /// is first written.
-    pub fn new(attention: &Attention, capacity: usize) -> Self {
-        let Attention { kv_heads: heads, head_dim, .. } = *attention;
-        let len = heads * capacity * head_dim;
-        Self { keys: vec![0.0; len], values: vec![0.0; len], heads, capacity, head_dim }
-    }
-
-    /// Puts `k`, `v: [m, kv_heads, head_dim]` at positions `start ..`.
-    pub(crate) fn store(&mut self, k: &[f32], v: &[f32], start: usize, m: usize) {
-        let (dim, heads) = (self.head_dim, self.heads);
-        for (cache, new) in [(&mut self.keys, k), (&mut self.values, v)] {
-            for t in 0..m {
-                for head in 0..heads {
-                    cache[(head * self.capacity + start + t) * dim..][..dim]
-                        .copy_from_slice(&new[(t * heads + head) * dim..][..dim]);
-                }
-            }
-        }
-    }
-
-    pub(crate) fn view(&self) -> KvView<'_> {
-        KvView { keys: &self.keys, values: &self.values, capacity: self.capacity }
-    }
+/// Memory that the system can give, where it says so: Linux.
+pub(crate) fn free_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes << 10)
 }
 
 /// A text that a model has read so far: [`crate::Model::sequence`] makes it.
@@ -52,7 +21,7 @@ pub struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) capacity: usize,
     /// Of the blocks on the CPU.
-    pub(crate) blocks: Vec<KvBlock>,
+    pub(crate) blocks: Vec<KvCache>,
     /// Of the blocks on each CUDA device.
     pub(crate) segments: Vec<SequenceOnDevice>,
 }

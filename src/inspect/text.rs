@@ -12,7 +12,7 @@ use super::{
     contents::{Contents, WeightSize, bits_per_weight},
     json,
 };
-use crate::output::{count, facts, one_line, plural, size};
+use crate::output::{count, facts, one_line, plural, size, table};
 
 /// Elements of an array that are shown, and characters of a string.
 const SHOWN_ELEMENTS: usize = 6;
@@ -116,15 +116,7 @@ pub fn tensors(contents: &Contents) -> String {
             count(tensor.bytes),
         ]
     });
-    table(["tensor", "type", "shape", "bytes"], rows)
-}
-
-/// Rows of three columns to the left and one to the right.
-fn table(head: [&str; 4], rows: impl Iterator<Item = [String; 4]>) -> String {
-    let rows: Vec<[String; 4]> = [head.map(str::to_owned)].into_iter().chain(rows).collect();
-    let [a, b, c, d] =
-        [0, 1, 2, 3].map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0));
-    rows.iter().map(|[w, x, y, z]| format!("{w:a$}  {x:b$}  {y:c$}  {z:>d$}\n")).collect()
+    table(3, ["tensor", "type", "shape", "bytes"], rows)
 }
 
 /// A digit per group, in column order: the map of the bit-widths.

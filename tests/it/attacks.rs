@@ -11,7 +11,10 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::command::{Answer, Dir, arg, fail, slimllm, succeed, tiny_model};
+use crate::{
+    command::{Answer, Dir, arg, fail, slimllm, succeed, tiny_model},
+    sources::copy_folder,
+};
 
 /// A template has a second of a processor; the rest is for machines that are busy.
 const SOON: Duration = Duration::from_secs(30);
@@ -19,10 +22,7 @@ const SOON: Duration = Duration::from_secs(30);
 /// A tiny model whose files a test may change.
 fn changed_model(change: impl FnOnce(&Dir)) -> Dir {
     let dir = Dir::new();
-    for entry in fs::read_dir(tiny_model("llama")).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, dir.path(path.file_name().unwrap().to_str().unwrap())).unwrap();
-    }
+    copy_folder(&tiny_model("llama"), dir.root());
     change(&dir);
     dir
 }
@@ -204,6 +204,22 @@ fn links_into_the_hub_cache_are_followed() {
         symlink(Path::new("../../blobs").join(name), snapshot.join(name)).unwrap();
     }
     succeed(&["run", &arg(&snapshot), "-p", "hi", "-n", "1", "--device", "cpu"]);
+}
+
+/// The cache of a text is refused where it would take more than the machine has.
+#[test]
+fn context_that_no_memory_holds_is_refused() {
+    let model = changed_model(|dir| {
+        let path = dir.path("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["max_position_embeddings"] = json!(1 << 30);
+        fs::write(path, config.to_string()).unwrap();
+    });
+    let source = arg(model.root());
+    let context = &(1 << 30).to_string();
+    let args = ["run", &source, "-p", "hi", "-n", "1", "--device", "cpu", "--context", context];
+    fail(&args, &["context: found 1073741824 tokens, whose keys and values take", "are free"]);
+    succeed(&["run", &source, "-p", "hi", "-n", "1", "--device", "cpu"]);
 }
 
 #[test]

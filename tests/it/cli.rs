@@ -40,7 +40,7 @@ fn help_names_every_flag() {
         ("inspect", "--tensors --bits --metadata --verify --json"),
         ("eval", "--text --context --windows --against --json --no-hash-check"),
         ("logits", "--tokens --output --force --no-hash-check"),
-        ("bench", "--prompt --generate --runs --json --no-hash-check"),
+        ("bench", "--prompt --generate --context --batch --runs --kv-cache --json --no-hash-check"),
         ("export", "--to --output --force --quiet --json --no-hash-check"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
@@ -109,6 +109,10 @@ fn bad_arguments_are_refused_with_a_sentence() {
         &["which is less than 1 window of 512 tokens", "hint: "],
     );
     fail(&["bench", llama, "--prompt", "513"], &["a context of 512 tokens, not 513"]);
+    let long = ["bench", llama, "--generate", "3", "--context", "8,510"];
+    fail(&long, &["a context of 512 tokens, not 513"]);
+    fail(&["bench", llama, "--batch", "4,0"], &["invalid value '0'"]);
+    fail(&["run", llama, "-p", "a", "--device", "cpu", "--gpu-layers", "1"], &["needs a GPU"]);
     fail(&[], &["Usage: slimllm <COMMAND>"]);
 }
 
@@ -469,4 +473,36 @@ fn bench_json_has_the_keys() {
     assert_eq!(json["bytes_per_token"], 2 * (127_296 - 320 * 64 - 5 * 64));
     assert!(json["peak_memory_bytes"].as_u64().is_none_or(|bytes| bytes > 1 << 20), "{json}");
     assert_eq!((&json["device"], &json["threads"]), (&"cpu".into(), &2.into()));
+}
+
+#[test]
+fn bench_table_has_a_row_for_each_workload() {
+    let llama = &tiny("llama");
+    let bench = ["bench", llama, "--prompt", "4", "--generate", "3", "--runs", "1"];
+    let workloads = |more: &[&str]| -> Vec<Value> {
+        let json = succeed(&[&bench[..], more, &["--json"]].concat()).json();
+        json["workloads"].as_array().unwrap().clone()
+    };
+    let sizes = |rows: &[Value]| -> Vec<[u64; 2]> {
+        let size = |row: &Value| ["context", "batch"].map(|key| row[key].as_u64().unwrap());
+        rows.iter().map(size).collect()
+    };
+    let lists = ["--context", "5,40", "--batch", "1,3"];
+    let rows = workloads(&lists);
+    assert_eq!(sizes(&rows), [[5, 1], [5, 3], [40, 1], [40, 3]]);
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap();
+        let of_all = number("batch") * number("tokens_per_s_per_text");
+        assert!(of_all > 0.0 && (number("tokens_per_s") / of_all - 1.0).abs() < 1e-9, "{row}");
+        assert!(number("first_token_s") > 0.0, "{row}");
+        assert!(row["peak_memory_bytes"].as_u64().is_none_or(|bytes| bytes > 1 << 20), "{row}");
+    }
+    assert_eq!(sizes(&workloads(&["--batch", "2"])), [[4, 2]]);
+    assert_eq!(sizes(&workloads(&["--context", "7,6"])), [[7, 1], [6, 1]]);
+    assert_eq!(workloads(&[]), Vec::<Value>::new());
+
+    let text = succeed(&[&bench[..], &lists].concat()).stdout;
+    let table: Vec<&str> = text.lines().skip_while(|line| !line.contains("first token")).collect();
+    assert_eq!(table.len(), 5, "{text}");
+    assert!(table[4].starts_with("     40      3"), "{text}");
 }

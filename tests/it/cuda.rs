@@ -7,11 +7,7 @@ use std::{path::Path, process::Command, sync::Arc};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use slim_formats::{ModelSource, open_model};
-use slim_kernels::{
-    FloatCpu, Scalar,
-    cuda::{Device, KvType},
-    linalg::Precision,
-};
+use slim_kernels::{FloatCpu, KvType, Scalar, cuda::Device, linalg::Precision};
 use slim_runtime::{CudaSettings, Model, Turn};
 
 use crate::{

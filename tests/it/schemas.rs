@@ -176,6 +176,7 @@ fn documents_of_all_commands_are_as_their_schemas_say() {
     document("eval", &[&eval[..], &["--against", llama]].concat());
     let bench = ["bench", slim, "--prompt", "4", "--generate", "2", "--runs", "1", "--json"];
     document("bench", &bench);
+    document("bench", &[&bench[..], &["--context", "3,5", "--batch", "2"]].concat());
     for layout in ["gguf", "safetensors", "gptq", "onnx"] {
         let out = &dir.arg(layout);
         document("export", &["export", slim, "--to", layout, "-o", out, "--json"]);

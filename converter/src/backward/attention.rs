@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 use slim_formats::arch::BlockSpec;
 use slim_kernels::{
-    AttentionShape, KvView, attention, cap,
+    AttentionCall, AttentionShape, KvCache, attention, cap,
     linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
@@ -52,16 +52,18 @@ impl<'s> Attention<'s> {
     /// The outputs, `[m, heads * head_dim]`.
     pub fn forward(&self) -> Vec<f32> {
         let Self { precision, shape, q, k, v } = self;
-        let q_len = shape.m * shape.query_stride();
-        let kv_len = shape.m * self.shape.kv_stride();
+        let (q_len, kv_len) = (shape.m * shape.query_stride(), shape.m * shape.kv_stride());
         let mut out = vec![0.0; q.len()];
-        let queries = out.chunks_exact_mut(q_len).zip(q.chunks_exact(q_len));
-        let cached = k.chunks_exact(kv_len).zip(v.chunks_exact(kv_len));
-        for ((out, q), (k, v)) in queries.zip(cached) {
-            let (keys, values) = (self.heads_first(k), self.heads_first(v));
-            let kv = KvView { keys: &keys, values: &values, capacity: shape.m };
-            attention(*precision, q, kv, shape, out);
-        }
+        let cached = k.chunks_exact(kv_len).zip(v.chunks_exact(kv_len)).map(|(k, v)| {
+            let mut kv = KvCache::exact(shape.kv_heads, shape.m, shape.head_dim);
+            kv.store(k, v, 0);
+            kv
+        });
+        let cached: Vec<KvCache> = cached.collect();
+        let queries = q.chunks_exact(q_len).zip(out.chunks_exact_mut(q_len));
+        let calls =
+            queries.zip(&cached).map(|((q, out), kv)| AttentionCall { shape: *shape, q, kv, out });
+        attention(*precision, &mut calls.collect::<Vec<_>>());
         out
     }
 
@@ -160,13 +162,6 @@ impl<'s> Attention<'s> {
         let q_at = sequence * context * self.shape.query_stride() + head * dim;
         let kv_at = sequence * context * self.shape.kv_stride() + head / (heads / kv_heads) * dim;
         (q_at, kv_at)
-    }
-
-    /// `[context, kv_heads, head_dim]` to `[kv_heads, context, head_dim]`.
-    fn heads_first(&self, x: &[f32]) -> Vec<f32> {
-        let dim = self.shape.head_dim;
-        let head = |head: usize| x.chunks_exact(dim).skip(head).step_by(self.shape.kv_heads);
-        (0..self.shape.kv_heads).flat_map(head).flatten().copied().collect()
     }
 }
 

@@ -210,16 +210,19 @@ per_isa! {
 }
 
 per_isa! {
-    /// Turns scores into probabilities in place.
-    pub fn softmax(scores: &mut [f32]) {
-        let max = max(scores);
+    /// The largest value; of none, negative infinity.
+    pub fn largest(values: &[f32]) -> f32 {
+        max(values)
+    }
+}
+
+per_isa! {
+    /// Turns scores into `e^(score - max)` in place; gives their sum.
+    pub fn exponentiate(scores: &mut [f32], max: f32) -> f32 {
         for score in scores.iter_mut() {
             *score = exp(*score - max);
         }
-        let scale = 1.0 / sum(scores);
-        for score in scores {
-            *score *= scale;
-        }
+        sum(scores)
     }
 }
 

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use slim_formats::{Weight, arch::Activation, slim::TILE_ROWS};
 
 use crate::{
-    AttentionShape, Backend, KvView, Result, RopeAngles, check_matmul,
+    AttentionCall, Backend, Result, RopeAngles, check_matmul,
     linalg::{Layout, Left, Mat, Panel, Precision, Store},
     weight::{dequantize_rows, shape},
 };
@@ -70,14 +70,8 @@ impl Backend for Cpu {
         });
     }
 
-    fn attention(
-        &self,
-        q: &[f32],
-        kv: KvView<'_>,
-        shape: &AttentionShape,
-        out: &mut [f32],
-    ) -> Result<()> {
-        attention(Precision::Fine, q, kv, shape, out);
+    fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()> {
+        attention(Precision::Fine, calls);
         Ok(())
     }
 
@@ -117,14 +111,8 @@ impl Backend for FloatCpu {
         Cpu.rope(x, heads, angles);
     }
 
-    fn attention(
-        &self,
-        q: &[f32],
-        kv: KvView<'_>,
-        shape: &AttentionShape,
-        out: &mut [f32],
-    ) -> Result<()> {
-        attention(self.0, q, kv, shape, out);
+    fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()> {
+        attention(self.0, calls);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use slim_formats::arch::QueryScaling;
 
 use super::{Buffer, Device, View, check_equal, check_limit};
-use crate::{Result, RopeAngles};
+use crate::{KvType, Result, RopeAngles};
 
 /// The largest head that the kernels take.
 const MAX_HEAD_DIM: usize = 256;
@@ -20,25 +20,6 @@ const DECODE_SPAN: usize = 64;
 const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Floats of a partial result beside its channels.
 const PART_HEADER: usize = 4;
-
-/// How keys and values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvType {
-    /// fp16 numbers.
-    F16,
-    /// 8-bit codes, and an f32 scale for each head at each position.
-    Q8,
-}
-
-impl KvType {
-    /// Bytes of the keys and values of one head at one position.
-    pub fn row_bytes(self, head_dim: usize) -> usize {
-        match self {
-            Self::F16 => 2 * 2 * head_dim,
-            Self::Q8 => 2 * (head_dim + size_of::<f32>()),
-        }
-    }
-}
 
 /// The keys and values of one block.
 pub struct KvCache {

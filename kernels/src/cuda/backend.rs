@@ -11,11 +11,11 @@ use rayon::prelude::*;
 use slim_formats::{Layout, Weight, arch::Activation};
 
 use super::{
-    Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, Scores, Strided,
-    Tokens, operands::saturated,
+    Attention, Buffer, Device, KvCache, Matrix, Operands, Position, Scores, Strided, Tokens,
+    operands::saturated,
 };
 use crate::{
-    AttentionShape, Backend, Cpu, KvView, Result, RopeAngles, check_matmul,
+    AttentionCall, AttentionShape, Backend, Cpu, KvType, Result, RopeAngles, check_matmul,
     weight::{dequantize_rows, shape},
 };
 
@@ -163,24 +163,18 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// `attention` of the trait, on the device.
-    fn attend(
-        &self,
-        q: &[f32],
-        kv: KvView<'_>,
-        shape: &AttentionShape,
-        out: &mut [f32],
-    ) -> Result<()> {
+    /// A call of `attention` of the trait, on the device.
+    fn attend(&self, AttentionCall { shape, q, kv, out }: &mut AttentionCall<'_>) -> Result<()> {
         let device = &self.device;
         let (positions, dim) = (shape.start + shape.m, shape.head_dim);
         let mut cache = KvCache::new(device, KvType::F16, shape.kv_heads, positions, dim)?;
-        for (cache, rows) in [(&mut cache.keys, kv.keys), (&mut cache.values, kv.values)] {
-            let heads = rows.par_chunks_exact(kv.capacity * dim);
-            let halves: Vec<u16> = heads
-                .flat_map_iter(|head| {
-                    head[..positions * dim].iter().map(|&x| saturated(x).to_bits())
-                })
-                .collect();
+        for (cache, rows) in [(&mut cache.keys, &kv.keys), (&mut cache.values, &kv.values)] {
+            let heads = (0..shape.kv_heads).into_par_iter().flat_map_iter(|head| {
+                let mut scratch = Vec::new();
+                let numbers = rows.read(head, 0..positions, &mut scratch);
+                numbers.iter().map(|&x| saturated(x).to_bits()).collect::<Vec<_>>()
+            });
+            let halves: Vec<u16> = heads.collect();
             cache.view_mut().write(bytemuck::cast_slice(&halves))?;
         }
         let AttentionShape { window, scale, softcap, .. } = *shape;
@@ -233,16 +227,10 @@ impl Backend for CudaBackend {
     }
 
     /// On the processor if the kernels do not take heads of this size.
-    fn attention(
-        &self,
-        q: &[f32],
-        kv: KvView<'_>,
-        shape: &AttentionShape,
-        out: &mut [f32],
-    ) -> Result<()> {
-        match KvCache::takes_head_dim(shape.head_dim) {
-            true => self.attend(q, kv, shape, out),
-            false => Cpu.attention(q, kv, shape, out),
+    fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()> {
+        match calls.iter().all(|call| KvCache::takes_head_dim(call.shape.head_dim)) {
+            true => calls.iter_mut().try_for_each(|call| self.attend(call)),
+            false => Cpu.attention(calls),
         }
     }
 

@@ -6,8 +6,7 @@ use std::{f32::consts::LOG2_E, ffi::c_void, ptr, sync::Arc};
 use slim_formats::arch::Activation;
 
 use super::{
-    Attention, Device, KvCache, KvType, Matrix, Operands, Rotation, Scores, Tokens, TopK, View,
-    ViewMut,
+    Attention, Device, KvCache, Matrix, Operands, Rotation, Scores, Tokens, TopK, View, ViewMut,
     arguments::{
         BandArgs, DenseArgs, EmbedArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs,
         MatvecArgs, Mode, NormArgs, PackedArgs, RotationArgs, ScoresArgs,
@@ -17,7 +16,7 @@ use super::{
     driver::{self, LaunchShape, address, refused},
     matrix::Band,
 };
-use crate::{KernelError, Result};
+use crate::{KernelError, KvType, Result};
 
 /// Tokens of a product that one launch of `matvec_*` takes.
 const MATVEC_TOKENS: usize = 8;

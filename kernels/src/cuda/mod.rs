@@ -22,7 +22,7 @@ mod timing;
 mod top_k;
 
 pub use attention::{
-    Attention, HeadNorms, KvCache, KvType, Position, RopeTables, Rotation, Scores, Tokens,
+    Attention, HeadNorms, KvCache, Position, RopeTables, Rotation, Scores, Tokens,
 };
 pub use backend::{CudaBackend, Gram, Held};
 pub use buffer::{Buffer, View, ViewMut};

@@ -6,7 +6,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::{Buffer, Device, check_equal, check_limit};
-use crate::{KernelError, Result};
+use crate::{KernelError, Result, narrow::in_range_of_f16};
 
 /// Rows are as many numbers apart as fill whole steps of the kernels.
 const STRIDE_UNIT: usize = 64;
@@ -110,5 +110,5 @@ fn operand_index(col: usize) -> usize {
 
 /// Rounds to fp16 as the kernels do: beyond its range to the largest number of it.
 pub(super) fn saturated(x: f32) -> f16 {
-    f16::from_f32(x.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()))
+    f16::from_f32(in_range_of_f16(x))
 }

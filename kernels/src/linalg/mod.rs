@@ -386,7 +386,7 @@ impl<'a> Left<'a> {
 }
 
 /// `range` in pieces of `len`, the last one shorter.
-fn pieces(range: Range<usize>, len: usize) -> Vec<Range<usize>> {
+pub(crate) fn pieces(range: Range<usize>, len: usize) -> Vec<Range<usize>> {
     range.clone().step_by(len).map(|first| first..range.end.min(first + len)).collect()
 }
 

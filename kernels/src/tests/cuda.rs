@@ -7,8 +7,8 @@ use super::*;
 use slim_formats::arch::QueryScaling;
 
 use crate::cuda::{
-    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, KvType, Matrix, Neurons, Next,
-    Norm, Operands, Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
+    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, Matrix, Neurons, Next, Norm,
+    Operands, Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
 };
 
 /// Bounds of the normalized mean square error. fp16 rounds inputs and weights to 11 bits.
@@ -607,8 +607,7 @@ fn rope_and_attention_agree() {
             let mut cache = KvCache::new(&device, kv_type, kv_heads, capacity, dim).unwrap();
             let mut attention = Attention::new(&device, heads, &cache).unwrap();
             let mut position = Position::new(&device, capacity).unwrap();
-            let (mut keys, mut values) =
-                (vec![0.0; kv_heads * capacity * dim], vec![0.0; kv_heads * capacity * dim]);
+            let mut on_host = crate::KvCache::exact(kv_heads, capacity, dim);
             for (start, m) in [(0, m), (m, 1)] {
                 position.set(start).unwrap();
                 let tokens = Tokens { position: &position, m };
@@ -637,12 +636,7 @@ fn rope_and_attention_agree() {
                     q.iter_mut().for_each(|q| *q *= factor);
                 }
                 assert_nmse("rope", &q_device.view().read().unwrap(), &widened(&q), FLOAT_NMSE);
-                for (cache, new) in [(&mut keys, &k), (&mut values, &v)] {
-                    for (i, row) in new.chunks_exact(dim).enumerate() {
-                        let (t, head) = (i / kv_heads, i % kv_heads);
-                        cache[(head * capacity + start + t) * dim..][..dim].copy_from_slice(row);
-                    }
-                }
+                on_host.store(&k, &v, start);
                 let Scores { window, scale, softcap } = scores;
                 let shape = AttentionShape {
                     heads,
@@ -654,9 +648,7 @@ fn rope_and_attention_agree() {
                     scale,
                     softcap,
                 };
-                let mut expected = vec![0.0; m * heads * dim];
-                let kv = KvView { keys: &keys, values: &values, capacity };
-                Scalar.attention(&q, kv, &shape, &mut expected).unwrap();
+                let expected = attend(&Scalar, &q, &on_host, shape);
                 let bound = if kv_type == KvType::F16 { HALF_NMSE } else { Q8_NMSE };
                 let what = format!(
                     "{heads}/{kv_heads} heads of {dim}, window {window:?}, {kv_type:?}, m {m}"
@@ -740,11 +732,9 @@ fn backend_attention_and_gram_agree() {
     let backend = CudaBackend::new(device);
     let mut noise = Noise(115);
     let (heads, kv_heads, dim, capacity) = (4, 2, 32, 50);
-    let (keys, values) = (
-        noise.vector(kv_heads * capacity * dim, 1.0),
-        noise.vector(kv_heads * capacity * dim, 1.0),
-    );
-    let kv = KvView { keys: &keys, values: &values, capacity };
+    let mut kv = crate::KvCache::exact(kv_heads, capacity, dim);
+    let mut tokens = || noise.vector(kv_heads * capacity * dim, 1.0);
+    kv.store(&tokens(), &tokens(), 0);
     for (start, m) in [(0, 20), (19, 1), (10, 30)] {
         let scale = 1.0 / (dim as f32).sqrt();
         let shape = AttentionShape {
@@ -758,13 +748,11 @@ fn backend_attention_and_gram_agree() {
             softcap: None,
         };
         let q = noise.vector(m * heads * dim, 1.0);
-        let (mut found, mut expected) = (vec![f32::NAN; q.len()], vec![0.0; q.len()]);
-        backend.attention(&q, kv, &shape, &mut found).unwrap();
-        Scalar.attention(&q, kv, &shape, &mut expected).unwrap();
+        let found = attend(&backend, &q, &kv, shape);
+        let expected = attend(&Scalar, &q, &kv, shape);
         assert_nmse("attention", &found, &widened(&expected), HALF_NMSE);
-        let mut cpu = expected.clone();
-        Cpu.attention(&q, kv, &shape, &mut cpu).unwrap();
-        assert_ne!(found, cpu, "the device has left it to the processor");
+        let on_cpu = attend(&Cpu, &q, &kv, shape);
+        assert_ne!(found, on_cpu, "the device has left it to the processor");
     }
     let n = 70;
     let mut gram = backend.gram(n).unwrap();

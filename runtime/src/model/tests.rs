@@ -66,6 +66,20 @@ fn a_model_goes_to_threads_and_a_text_with_its_memory() {
     is_sent::<(Sequence, Workspace)>();
 }
 
+/// What 8-bit keys and values change in the logits, by the norm of the difference.
+const Q8_ERROR: f64 = 2e-2;
+
+#[test]
+fn keys_and_values_of_8_bits_change_the_logits_a_little() {
+    for name in ["llama", "gemma2"] {
+        let texts = texts();
+        let expected = step(&open(name), &texts);
+        let error = error(&step(&open(name).with_kv_type(KvType::Q8), &texts), &expected);
+        println!("{name}: {error:.1e}");
+        assert!(error > 0.0 && error < Q8_ERROR, "{name}: {error}");
+    }
+}
+
 #[test]
 fn a_turn_among_others_has_the_logits_that_it_has_alone() {
     for name in ["llama", "gemma2", "phi3", "opt", "ministral3"] {

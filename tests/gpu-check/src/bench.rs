@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Instant};
 use anyhow::Result;
 use slim_formats::{DType, Features, Generation, ModelConfig, Rope};
 use slim_kernels::{
-    RopeAngles,
+    KvType, RopeAngles,
     cuda::{
-        Attention, Buffer, Device, KvCache, KvType, Matrix, Operands, Position, RopeTables,
-        Rotation, Scores, Tokens,
+        Attention, Buffer, Device, KvCache, Matrix, Operands, Position, RopeTables, Rotation,
+        Scores, Tokens,
     },
     weight,
 };

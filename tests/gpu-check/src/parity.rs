@@ -8,7 +8,7 @@ mod products;
 use std::{fmt::Display, sync::Arc, time::Instant};
 
 use anyhow::Result;
-use slim_kernels::cuda::{Device, KvType};
+use slim_kernels::{KvType, cuda::Device};
 
 use crate::report::{Bound, Report};
 

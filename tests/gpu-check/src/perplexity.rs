@@ -4,10 +4,7 @@ use std::{fs, path::Path, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
 use slim_formats::{ModelSource, open_model};
-use slim_kernels::{
-    Cpu,
-    cuda::{Device, KvType},
-};
+use slim_kernels::{Cpu, KvType, cuda::Device};
 use slim_runtime::{CudaSettings, InBatches, Model, Protocol, Tokenizer, evaluate};
 
 use crate::report::{Bound, Report};

@@ -276,13 +276,13 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         }
         if fine.tokens != 0 {
             let mut input = &block.fine_codes[fine.first..];
-            for t in 0..T {
+            for (t, products) in products.iter_mut().enumerate() {
                 if (fine.tokens >> t) & 1 != 0 {
                     let (step_input, others) = input.split_at(codes.len());
                     input = others;
                     let rest = self.fine_products::<WIDTH>(codes, step_input);
                     for i in 0..N {
-                        products[t][i] = isa.mul_add(rest[i], isa.floats(FINE), products[t][i]);
+                        products[i] = isa.mul_add(rest[i], isa.floats(FINE), products[i]);
                     }
                 }
             }

@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use half::f16;
 use slim_formats::arch::QueryScaling;
 use slim_kernels::{
-    AttentionShape, Backend, KvView, RopeAngles, Scalar,
+    AttentionCall, AttentionShape, Backend, KvType, RopeAngles, Scalar,
     cuda::{
-        Attention, Buffer, Device, HeadNorms, KvCache, KvType, Operands, Position, RopeTables,
-        Rotation, Scores, Tokens,
+        Attention, Buffer, Device, HeadNorms, KvCache, Operands, Position, RopeTables, Rotation,
+        Scores, Tokens,
     },
 };
 
@@ -117,12 +116,13 @@ fn compare(device: &Arc<Device>, check: &mut Check, case: &Case) -> Result<()> {
         }
     }
     check.near(format_args!("rotated queries, {case:?}"), &on_device.q.view().read()?, &q);
-    let [keys, values] = [k, v].map(|x| cached(&x, case));
-    let kv = KvView { keys: &keys, values: &values, capacity: positions };
+    // Rounded as on the device: what a type costs is not an error of the kernels.
+    let mut kv = slim_kernels::KvCache::new(kv_type, kv_heads, positions, head_dim);
+    kv.store(&k, &v, 0);
     let Scores { window, scale, softcap } = case.scores();
     let shape = AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap };
     let mut expected = vec![0.0; q.len()];
-    Scalar.attention(&q, kv, &shape, &mut expected)?;
+    Scalar.attention(&mut [AttentionCall { shape, q: &q, kv: &kv, out: &mut expected }])?;
     check.near(format_args!("{kv_type:?}, {case:?}"), &on_device.out.read(m)?, &expected);
     Ok(())
 }
@@ -133,25 +133,6 @@ fn numbers(case: &Case) -> [Vec<f32>; 3] {
     let kv_len = (case.start + case.m) * case.kv_heads * case.head_dim;
     let q = vector(31, case.m * case.heads * case.head_dim, 2.0);
     [q, vector(32, kv_len, 1.0), vector(33, kv_len, 1.0)]
-}
-
-/// `[positions, kv_heads, head_dim]` as a cache holds it, `[kv_heads, positions, head_dim]`,
-/// rounded as the cache does: what 8 bits cost is not an error of the kernels.
-fn cached(x: &[f32], case: &Case) -> Vec<f32> {
-    let Case { kv_heads, head_dim, kv_type, .. } = *case;
-    let positions = x.len() / (kv_heads * head_dim);
-    let mut cached = Vec::with_capacity(x.len());
-    for head in 0..kv_heads {
-        for position in 0..positions {
-            let row = &x[(position * kv_heads + head) * head_dim..][..head_dim];
-            let scale = row.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
-            cached.extend(row.iter().map(|&x| match kv_type {
-                KvType::F16 => f16::from_f32(x).to_f32(),
-                KvType::Q8 => scale * (x / scale).round_ties_even(),
-            }));
-        }
-    }
-    cached
 }
 
 /// A case whose first `start` tokens are in the cache.

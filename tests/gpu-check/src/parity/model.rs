@@ -5,10 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use slim_formats::{Features, Generation, ModelConfig, Rope};
-use slim_kernels::{
-    Scalar,
-    cuda::{Device, KvType},
-};
+use slim_kernels::{KvType, Scalar, cuda::Device};
 use slim_runtime::{CudaSettings, Model, Sampler, SamplerSettings, Sequence, Turn, Workspace};
 
 use super::Check;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use anyhow::Result;
 use slim_formats::{DType, arch::Activation, slim::ScaleCoding};
 use slim_kernels::{
-    Backend, Scalar,
-    cuda::{Buffer, Device, KvType, Matrix, Next, Norm, Operands, Strided, TopK},
+    Backend, KvType, Scalar,
+    cuda::{Buffer, Device, Matrix, Next, Norm, Operands, Strided, TopK},
     weight,
 };
 
