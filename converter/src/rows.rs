@@ -251,7 +251,7 @@ mod tests {
             let mut targets =
                 Targets::new(vec![0.0; rows * COLS], COLS, Some(&outputs), strip).unwrap();
             // Two bands, which cut the rows within reach of each other.
-            let band = (rows / 3).next_multiple_of(strip);
+            let band = (rows / 3).next_multiple_of(strip).min(rows);
             let slabs: Vec<_> = targets.slabs(0..band).chain(targets.slabs(band..rows)).collect();
             let mut all: Vec<usize> = slabs.iter().flatten().cloned().flatten().collect();
             all.sort_unstable();
