@@ -122,9 +122,8 @@ impl Settings {
             check(fits, "method with a target", format!("`{method}`"), expected)?;
         }
         if self.method == Method::SlimPlus {
-            let fits = matches!(self.coding, ScaleCoding::TwoLevel { .. });
-            let found = format!("`{}`", self.coding.name());
-            check(fits, "scales of method `slim+`", found, "`two-level`")?;
+            let fits = self.coding != ScaleCoding::Paper;
+            check(fits, "scales of method `slim+`", "`paper`".into(), "`two-level` or `trellis`")?;
             let fits = (1..=1 << 20).contains(&self.steps);
             check(fits, "steps", self.steps.to_string(), "1 to 1048576")?;
         }
