@@ -116,8 +116,13 @@ macro_rules! tile_kernels {
             };
 
             #[target_feature(enable = $features)]
-            fn products(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
+            fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
                 $kernel.tile(packed, tile, input)
+            }
+
+            #[target_feature(enable = $features)]
+            fn strip(packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
+                $kernel.strip(packed, tile, input)
             }
 
             #[target_feature(enable = $features)]
@@ -132,7 +137,9 @@ macro_rules! tile_kernels {
 
             TileKernels {
                 // SAFETY: whoever calls `$name` has found the processor to have `$features`.
-                products: |packed, tile, input| unsafe { products(packed, tile, input) },
+                tile: |packed, index, input| unsafe { tile(packed, index, input) },
+                // SAFETY: as above.
+                strip: |packed, first, input| unsafe { strip(packed, first, input) },
                 // SAFETY: as above.
                 unpack: |packed, tile, chunk, panel| unsafe { unpack(packed, tile, chunk, panel) },
                 // SAFETY: as above.
@@ -200,9 +207,18 @@ pub(super) type Words<I, const N: usize> = [<I as Isa>::Words; N];
 pub(super) type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
 
 /// Sums over the runs so far: factor times code times input, and minimum times input.
+#[derive(Clone, Copy)]
 struct Sums<I: Isa, const N: usize> {
     scaled: Floats<I, N>,
     shifted: Floats<I, N>,
+}
+
+impl<I: Isa, const N: usize> Sums<I, N> {
+    #[inline(always)]
+    fn none(isa: I) -> Self {
+        let zero = [isa.floats(0.0); N];
+        Self { scaled: zero, shifted: zero }
+    }
 }
 
 /// The kernel of an instruction set, of whose registers `N` hold 16 words.
@@ -215,15 +231,37 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     /// The products of the 16 rows of a tile with an input.
     #[inline(always)]
     pub fn tile(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-        let zero = [self.0.floats(0.0); N];
-        let mut sums = Sums { scaled: zero, shifted: zero };
+        let mut sums = [Sums::none(self.0)];
         for group in packed.layout().groups() {
             let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
             for_width!(
                 group.bit_width,
-                Self::add_group(self, &mut sums, packed, tile, group, input)
+                Self::add_stored(self, &mut sums, packed, tile, group, input)
             );
         }
+        let [sums] = sums;
+        self.finished(packed, tile, sums)
+    }
+
+    /// The products of the 32 rows of a strip of a trellis, which begins with `tile`: the codes of
+    /// each tile are unpacked once for both.
+    #[inline(always)]
+    pub fn strip(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
+        let mut sums = [Sums::none(self.0), Sums::none(self.0)];
+        for group in packed.layout().groups() {
+            let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
+            for_width!(
+                group.bit_width,
+                Self::add_strip(self, &mut sums, packed, tile, group, input)
+            );
+        }
+        let [above, below] = sums;
+        [self.finished(packed, tile, above), self.finished(packed, tile + 1, below)]
+    }
+
+    /// The products of a tile from its sums.
+    #[inline(always)]
+    fn finished(self, packed: PackedTensor<'_>, tile: usize, sums: Sums<I, N>) -> Lanes {
         let (d, m) = self.row_scales(packed.tile_row_scales(tile));
         let mut lanes = [0.0; TILE_ROWS];
         for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
@@ -243,30 +281,46 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         }
     }
 
-    /// Adds the runs of a group.
+    /// Adds the runs of a group of a tile, whose codes are those of a grid.
     #[inline(always)]
-    fn add_group<const WIDTH: usize>(
+    fn add_stored<const WIDTH: usize>(
         self,
-        sums: &mut Sums<I, N>,
+        sums: &mut [Sums<I, N>; 1],
         packed: PackedTensor<'_>,
         tile: usize,
         group: &Group,
         input: Units<'_>,
     ) {
-        if has_windows::<WIDTH>(packed) {
+        let codes = Stored::<WIDTH>::of(packed, tile, group);
+        self.add_runs::<WIDTH, WIDTH, 1, _>(sums, codes, packed, tile, group, input);
+    }
+
+    /// Adds the runs of a group of a strip.
+    #[inline(always)]
+    fn add_strip<const WIDTH: usize>(
+        self,
+        sums: &mut [Sums<I, N>; 2],
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
+        input: Units<'_>,
+    ) {
+        if WIDTH < ENTRY_BITS {
             let codes = Windows::<I, WIDTH>::of(self.0, packed, tile, group);
-            self.add_runs::<WIDTH, ENTRY_BITS, _>(sums, codes, packed, tile, group, input);
+            self.add_runs::<WIDTH, ENTRY_BITS, 2, _>(sums, codes, packed, tile, group, input);
         } else {
-            let codes = Stored::<WIDTH>::of(packed, tile, group);
-            self.add_runs::<WIDTH, WIDTH, _>(sums, codes, packed, tile, group, input);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let sums = std::array::from_mut(sums);
+                self.add_stored::<WIDTH>(sums, packed, tile + i, group, input);
+            }
         }
     }
 
-    /// The same with codes of so many bits.
+    /// Adds the runs of a group of `T` tiles, with codes of so many bits.
     #[inline(always)]
-    fn add_runs<const WIDTH: usize, const BITS: usize, C: Codes<I, N>>(
+    fn add_runs<const WIDTH: usize, const BITS: usize, const T: usize, C: Codes<I, N, T>>(
         self,
-        sums: &mut Sums<I, N>,
+        sums: &mut [Sums<I, N>; T],
         codes: C,
         packed: PackedTensor<'_>,
         tile: usize,
@@ -275,58 +329,74 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     ) {
         let isa = self.0;
         let coding = packed.layout().coding();
-        let mut records = &packed.tile_scales(tile)[group.scales_offset..];
+        let (mut records, mut ahead) = ([&[] as &[u8]; T], [std::ptr::null(); T]);
+        for i in 0..T {
+            records[i] = &packed.tile_scales(tile + i)[group.scales_offset..];
+            let bytes = &packed.tile_codes(tile + i)[group.codes_offset..];
+            ahead[i] = bytes.as_ptr().wrapping_add(AHEAD_BYTES);
+        }
         let (units, mut unit) = (group.stored_cols() / UNIT, 0);
         assert_eq!(input.codes.len(), units, "inputs of the group");
-        let Sums { mut scaled, mut shifted } = *sums;
-        let bytes = &packed.tile_codes(tile)[group.codes_offset..];
-        let mut ahead = bytes.as_ptr().wrapping_add(AHEAD_BYTES);
+        let mut so_far = *sums;
         while unit < units {
-            let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
+            let mut scales = [([isa.floats(0.0); N], [isa.floats(0.0); N]); T];
+            for i in 0..T {
+                scales[i] = self.run_scales::<WIDTH>(coding, &mut records[i]);
+            }
             let end = units.min(unit + run_units(coding, units));
             while unit < end {
-                for _ in 0..WIDTH {
-                    isa.prefetch(ahead);
-                    ahead = ahead.wrapping_add(64);
+                for ahead in &mut ahead {
+                    for _ in 0..WIDTH {
+                        isa.prefetch(*ahead);
+                        *ahead = ahead.wrapping_add(64);
+                    }
                 }
                 let step = unit..end.min(unit + 2);
                 let Step { scale, sum, has_fine_codes } = input.steps[unit];
-                let mut dots = self.step_products::<BITS, C>(codes, step.clone(), input.codes);
+                let mut dots = self.step_products::<BITS, T, C>(codes, step.clone(), input.codes);
                 if has_fine_codes {
                     // Codes are unpacked anew: kept for this rare case, they would cost every step
                     // registers.
                     let step = black_box(step.clone());
-                    let rest = self.step_products::<BITS, C>(codes, step, input.fine_codes);
-                    for i in 0..N {
-                        dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+                    let rest = self.step_products::<BITS, T, C>(codes, step, input.fine_codes);
+                    for (dots, rest) in dots.as_flattened_mut().iter_mut().zip(rest.as_flattened())
+                    {
+                        *dots = isa.mul_add(*rest, isa.floats(FINE), *dots);
                     }
                 }
-                for i in 0..N {
-                    let dots = isa.mul(dots[i], isa.floats(scale));
-                    scaled[i] = isa.mul_add(factor[i], dots, scaled[i]);
-                    shifted[i] = isa.mul_add(minimum[i], isa.floats(sum), shifted[i]);
+                for (t, Sums { scaled, shifted }) in so_far.iter_mut().enumerate() {
+                    let (factor, minimum) = &scales[t];
+                    for i in 0..N {
+                        let dots = isa.mul(dots[t][i], isa.floats(scale));
+                        scaled[i] = isa.mul_add(factor[i], dots, scaled[i]);
+                        shifted[i] = isa.mul_add(minimum[i], isa.floats(sum), shifted[i]);
+                    }
                 }
                 unit = step.end;
             }
         }
-        *sums = Sums { scaled, shifted };
+        *sums = so_far;
     }
 
     /// The products of a step of one unit or two.
     #[inline(always)]
-    fn step_products<const BITS: usize, C: Codes<I, N>>(
+    fn step_products<const BITS: usize, const T: usize, C: Codes<I, N, T>>(
         self,
         codes: C,
         units: Range<usize>,
         input: &[[i32; 4]],
-    ) -> Floats<I, N> {
+    ) -> [Floats<I, N>; T] {
         let (first, last) = (units.start, units.end - 1);
-        let mut sums = [self.0.words(0); N];
-        self.add_unit::<BITS, C>(&mut sums, codes, first, &input[first]);
+        let mut sums = [[self.0.words(0); N]; T];
+        self.add_unit::<BITS, T, C>(&mut sums, codes, first, &input[first]);
         if first < last {
-            self.add_unit::<BITS, C>(&mut sums, codes, last, &input[last]);
+            self.add_unit::<BITS, T, C>(&mut sums, codes, last, &input[last]);
         }
-        self.converted_totals::<BITS>(sums)
+        let mut products = [[self.0.floats(0.0); N]; T];
+        for i in 0..T {
+            products[i] = self.converted_totals::<BITS>(sums[i]);
+        }
+        products
     }
 
     /// The sums of a step as f32.
@@ -340,9 +410,9 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 
     /// Adds the products of 16 columns.
     #[inline(always)]
-    fn add_unit<const BITS: usize, C: Codes<I, N>>(
+    fn add_unit<const BITS: usize, const T: usize, C: Codes<I, N, T>>(
         self,
-        sums: &mut Words<I, N>,
+        sums: &mut [Words<I, N>; T],
         codes: C,
         unit: usize,
         input: &[i32; 4],
@@ -350,8 +420,8 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         let loaded = codes.unit(self, unit);
         for (t, &input) in input.iter().enumerate() {
             let codes = codes.words(self, unit, loaded, t);
-            for i in 0..N {
-                sums[i] = self.0.add_products::<BITS>(sums[i], codes[i], self.0.words(input));
+            for (sums, codes) in sums.as_flattened_mut().iter_mut().zip(codes.as_flattened()) {
+                *sums = self.0.add_products::<BITS>(*sums, *codes, self.0.words(input));
             }
         }
     }

@@ -10,7 +10,7 @@ use slim_formats::{
 
 use super::{
     blocks::{BlockIsa, RowBlock, WORDS, blocks_of_row, for_each_step},
-    codes::{Codes, ENTRY_BITS, Stored, Windows},
+    codes::{Codes, ENTRY_BITS, Stored, TileWindows},
     input::{FINE, STEP},
     kernel::{AHEAD_BYTES, Floats, Isa, Kernel, has_windows, run_units},
     tokens::{Fine, TokenBlock},
@@ -124,7 +124,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     ) -> &'a mut [UnitCodes] {
         let (unpacked, others) = unpacked.split_at_mut(group.stored_cols() / UNIT);
         if has_windows::<WIDTH>(packed) {
-            let codes = Windows::<I, WIDTH>::of(self.0, packed, tile, group);
+            let codes = TileWindows::<I, WIDTH>::of(self.0, packed, tile, group);
             self.unpack_runs::<WIDTH, ENTRY_BITS, _>(codes, packed, tile, group, steps, unpacked);
         } else {
             let codes = Stored::<WIDTH>::of(packed, tile, group);
@@ -135,7 +135,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 
     /// The same with codes of so many bits.
     #[inline(always)]
-    fn unpack_runs<const WIDTH: usize, const BITS: usize, C: Codes<I, N>>(
+    fn unpack_runs<const WIDTH: usize, const BITS: usize, C: Codes<I, N, 1>>(
         self,
         codes: C,
         packed: PackedTensor<'_>,
@@ -164,7 +164,8 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 for unit in unit..unit + step.units {
                     let loaded = codes.unit(self, unit);
                     for (t, unpacked) in unpacked[unit].iter_mut().enumerate() {
-                        self.store_words(codes.words(self, unit, loaded, t), unpacked);
+                        let [words] = codes.words(self, unit, loaded, t);
+                        self.store_words(words, unpacked);
                     }
                 }
                 unit += step.units;
