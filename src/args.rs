@@ -270,6 +270,14 @@ pub struct InspectArgs {
     /// Print one JSON document with tensors and layers
     #[arg(long)]
     pub json: bool,
+
+    /// Also verify the file, and write a page about it that needs nothing else
+    #[arg(long, value_name = "REPORT")]
+    pub html: Option<PathBuf>,
+
+    /// Replace the report if it exists
+    #[arg(long, requires = "html")]
+    pub force: bool,
 }
 
 #[derive(clap::Args)]
