@@ -80,11 +80,12 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
     pub group_size: usize,
 
-    /// How scales are stored: as small codes under an fp16 pair per row, or as in the paper
+    /// How scales are stored: as small codes under an fp16 pair per row, the same with codes that
+    /// share bits (trellis: better below 4 bits, slower), or as in the paper
     #[arg(long, value_enum, default_value_t = Scales::TwoLevel)]
     pub scales: Scales,
 
-    /// Columns that share a two-level scale [default: 32]
+    /// Columns that share a scale code [default: 32]
     #[arg(long, value_name = "COLUMNS", value_parser = one_of(["16", "32", "64"]))]
     pub sub_group: Option<usize>,
 
@@ -157,6 +158,7 @@ pub struct ConvertArgs {
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Scales {
     TwoLevel,
+    Trellis,
     Paper,
 }
 
@@ -268,6 +270,14 @@ pub struct InspectArgs {
     /// Print one JSON document with tensors and layers
     #[arg(long)]
     pub json: bool,
+
+    /// Also verify the file, and write a page about it that needs nothing else
+    #[arg(long, value_name = "REPORT")]
+    pub html: Option<PathBuf>,
+
+    /// Replace the report if it exists
+    #[arg(long, requires = "html")]
+    pub force: bool,
 }
 
 #[derive(clap::Args)]

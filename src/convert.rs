@@ -98,18 +98,22 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 
 /// The settings that the arguments resolve to.
 fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
-    let has_two_level_options = args.sub_group.is_some() || args.scale_bits.is_some();
+    let sub_group = args.sub_group.unwrap_or(DEFAULT_SUB_GROUP);
     let coding = match args.scales {
         _ if args.reference => ScaleCoding::Paper,
         Scales::Paper => {
             ensure!(
-                !has_two_level_options,
+                args.sub_group.is_none() && args.scale_bits.is_none(),
                 "`--sub-group` and `--scale-bits` belong to `--scales two-level`"
             );
             ScaleCoding::Paper
         }
+        Scales::Trellis => {
+            ensure!(args.scale_bits.is_none(), "`--scale-bits` belongs to `--scales two-level`");
+            ScaleCoding::Trellis { sub_group }
+        }
         Scales::TwoLevel => ScaleCoding::TwoLevel {
-            sub_group: args.sub_group.unwrap_or(DEFAULT_SUB_GROUP),
+            sub_group,
             scale_bits: args.scale_bits.unwrap_or(DEFAULT_SCALE_BITS) as u8,
         },
     };

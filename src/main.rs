@@ -10,6 +10,7 @@ mod eval;
 mod export;
 mod failure;
 mod habits;
+mod html;
 mod inspect;
 mod interrupt;
 mod logits;

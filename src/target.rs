@@ -2,11 +2,12 @@
 
 use std::{
     fs::{FileType, Metadata},
+    io::Write as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Error, Result, ensure};
-use slim_formats::{OutputPath, TemporaryFolder};
+use slim_formats::{AtomicFile, OutputPath, TemporaryFolder};
 
 use crate::{failure::advised, interrupt::clear_leftovers, output::note};
 
@@ -46,6 +47,15 @@ impl TargetArgs {
         };
         created.with_context(|| format!("`{}`: it cannot be written to", parent.display()))?;
         Ok(output)
+    }
+
+    /// Writes a file whole, or none.
+    pub fn write(&self, kind: Kind, inputs: &[PathBuf], bytes: &[u8]) -> Result<()> {
+        let output = self.prepare(kind, inputs)?;
+        let mut out = AtomicFile::create(output)?;
+        out.write_all(bytes)
+            .with_context(|| format!("`{}`: cannot write", output.path.display()))?;
+        Ok(out.commit()?)
     }
 
     /// Checks what can be seen without writing anything.

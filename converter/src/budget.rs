@@ -24,8 +24,8 @@ use crate::{
     backward::{
         Sensitivities, Sensitivity, sensitivities, sensitivity_batches, sensitivity_samples,
     },
+    coder::expected_error,
     finite::finite_rows,
-    fit::fit_error,
     hessian::Hessian,
     lanes::gather,
     layer::{SLAB_ROWS, layout},
@@ -334,7 +334,9 @@ fn add_losses(
         let outputs = &sensitivity.outputs[tile * TILE_ROWS..];
         let loss = |group: &Range<usize>, width| -> f64 {
             let runs = settings.coding.runs(group);
-            let errors = runs.map(|run| fit_error(&w[run.clone()], &importance[run], width));
+            let errors = runs.map(|run| {
+                expected_error(settings.coding, &w[run.clone()], &importance[run], width)
+            });
             errors.map(|error| weighted(&error, outputs)).sum()
         };
         groups

@@ -5,9 +5,10 @@ use slim_formats::slim::{BitWidth, CodeColumn, Group, ScaleCoding, TILE_ROWS, Ti
 use slim_kernels::{narrow::Extent, per_isa};
 
 use crate::{
-    fit::fit,
+    fit::{fit, fit_error},
     lanes::{Lanes, keep_better, nearest_codes, run_error, zip},
     published,
+    trellis::{self, MAX_SCALE_CODE, Viterbi},
 };
 
 /// The stored scales of one run of columns, for the 16 rows of a tile.
@@ -19,6 +20,13 @@ pub enum RunScales {
         scale: CodeColumn,
         /// Minimum codes `z`.
         minimum: CodeColumn,
+    },
+    /// `w = (d * s) * value`, with the value that windows of this width have.
+    Trellis {
+        /// Scale codes `s`.
+        scale: CodeColumn,
+        /// Of the run's group.
+        width: BitWidth,
     },
     /// `w = scale * (code - zero_point)`.
     Affine {
@@ -47,13 +55,16 @@ pub struct RowScales {
 
 impl RunScales {
     /// Factor and offset of each row: a weight is `factor * code + offset`, as `docs/format.md`
-    /// defines it.
+    /// defines it; in a trellis the value of its window takes the place of the code.
     pub fn affine(&self, rows: &RowScales) -> (Lanes, Lanes) {
         match self {
             Self::TwoLevel { scale, minimum } => {
                 (zip(&rows.d, &scale.map(f32::from), |d, s| d * s), {
                     zip(&rows.m, &minimum.map(f32::from), |m, z| -(m * z))
                 })
+            }
+            Self::Trellis { scale, .. } => {
+                (zip(&rows.d, &scale.map(f32::from), |d, s| d * s), [0.0; TILE_ROWS])
             }
             Self::Affine { scale, zero_point } => {
                 (*scale, zip(scale, &zero_point.map(f32::from), |s, z| -(s * z)))
@@ -67,9 +78,19 @@ impl RunScales {
     /// What a weight with each of `codes` gains for one more of `d` and of `m`; `None` in a coding
     /// without row scales.
     pub fn slopes(&self, codes: &CodeColumn) -> Option<[Lanes; 2]> {
-        let Self::TwoLevel { scale, minimum } = self else { return None };
-        let of_d = std::array::from_fn(|r| f32::from(scale[r]) * f32::from(codes[r]));
-        Some([of_d, minimum.map(|z| 0.0 - f32::from(z))])
+        match self {
+            Self::TwoLevel { scale, minimum } => {
+                let of_d = std::array::from_fn(|r| f32::from(scale[r]) * f32::from(codes[r]));
+                Some([of_d, minimum.map(|z| 0.0 - f32::from(z))])
+            }
+            Self::Trellis { scale, width } => {
+                let values = trellis::values(*width);
+                let value = |r: usize| values[usize::from(codes[r])];
+                let of_d = std::array::from_fn(|r| f32::from(scale[r]) * value(r));
+                Some([of_d, [0.0; TILE_ROWS]])
+            }
+            Self::Affine { .. } | Self::Binary { .. } => None,
+        }
     }
 
     /// Sets the lanes from `used` on to zero: padding rows (F8).
@@ -79,6 +100,7 @@ impl RunScales {
                 scale[used..].fill(0);
                 minimum[used..].fill(0);
             }
+            Self::Trellis { scale, .. } => scale[used..].fill(0),
             Self::Affine { scale, zero_point } => {
                 scale[used..].fill(0.0);
                 zero_point[used..].fill(0);
@@ -94,6 +116,7 @@ impl RunScales {
     pub fn store(&self, tile: &mut TileMut<'_>, group: usize, run: usize) {
         match self {
             Self::TwoLevel { scale, minimum } => tile.set_two_level(group, run, scale, minimum),
+            Self::Trellis { scale, .. } => tile.set_trellis_scales(group, run, scale),
             Self::Affine { scale, zero_point } => {
                 tile.set_affine(group, &scale.map(f16::from_f32), zero_point);
             }
@@ -124,37 +147,70 @@ impl Coder {
 
     /// The row scales of a tile, from its weights before the sweep.
     pub fn rows(self, w: &[Lanes], importance: &[f32], groups: &[Group]) -> RowScales {
-        let coding @ ScaleCoding::TwoLevel { scale_bits, .. } = self.coding() else {
-            return RowScales { d: [1.0; TILE_ROWS], m: [1.0; TILE_ROWS] };
-        };
+        let coding = self.coding();
+        let runs = groups.iter().flat_map(|group| {
+            group.runs(coding).map(|cols| (&w[cols.clone()], &importance[cols], group.bit_width))
+        });
         let (mut scale, mut minimum) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
-        for group in groups {
-            for cols in group.runs(coding) {
-                let run = fit(&w[cols.clone()], &importance[cols], group.bit_width);
-                scale = zip(&scale, &run.scale, f32::max);
-                minimum = zip(&minimum, &run.minimum, |a, b| a.max(-b));
+        let max_code = match coding {
+            ScaleCoding::Paper => return RowScales { d: [1.0; TILE_ROWS], m: [1.0; TILE_ROWS] },
+            ScaleCoding::TwoLevel { scale_bits, .. } => {
+                for (w, importance, width) in runs {
+                    let run = fit(w, importance, width);
+                    scale = zip(&scale, &run.scale, f32::max);
+                    minimum = zip(&minimum, &run.minimum, |a, b| a.max(-b));
+                }
+                max_scale_code(scale_bits)
             }
-        }
-        let max_code = f32::from(max_scale_code(scale_bits));
+            ScaleCoding::Trellis { .. } => {
+                for (w, importance, width) in runs {
+                    let factors = trellis::suitable_factors(w, importance, width);
+                    scale = zip(&scale, &factors, f32::max);
+                }
+                MAX_SCALE_CODE
+            }
+        };
+        let max_code = f32::from(max_code);
         let row_scale = |largest: f32| f16::from_f32(largest / max_code).to_f32();
         RowScales { d: scale.map(row_scale), m: minimum.map(row_scale) }
     }
 
-    /// The scales of one run of columns.
+    /// The scales of one run of columns, for each tile of a strip.
     pub fn run(
         self,
-        rows: &RowScales,
-        w: &[Lanes],
+        rows: &[&RowScales],
+        w: &[&[Lanes]],
         importance: &[f32],
         width: BitWidth,
-    ) -> RunScales {
-        match self {
+        viterbi: &mut Viterbi,
+    ) -> Vec<RunScales> {
+        if let (Self::Best(ScaleCoding::Trellis { .. }), &[above, below]) = (self, w) {
+            let d = [&rows[0].d, &rows[1].d];
+            let scales = trellis::fit_scales(viterbi, d, [above, below], importance, width);
+            return scales.map(|scale| RunScales::Trellis { scale, width }).into();
+        }
+        let of_tile = |(rows, w): (&&RowScales, &&[Lanes])| match self {
             Self::Published => published::sqc(w, width),
-            Self::Best(ScaleCoding::Paper) => best_paper(w, importance, width),
             Self::Best(ScaleCoding::TwoLevel { scale_bits, .. }) => {
                 best_two_level(rows, w, importance, width, scale_bits)
             }
-        }
+            Self::Best(ScaleCoding::Paper) => best_paper(w, importance, width),
+            Self::Best(ScaleCoding::Trellis { .. }) => unreachable!("strips have two tiles"),
+        };
+        rows.iter().zip(w).map(of_tile).collect()
+    }
+}
+
+/// About the importance-weighted squared error that a run is left with at a width.
+pub fn expected_error(
+    coding: ScaleCoding,
+    w: &[Lanes],
+    importance: &[f32],
+    width: BitWidth,
+) -> Lanes {
+    match coding {
+        ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => fit_error(w, importance, width),
+        ScaleCoding::Trellis { .. } => trellis::expected_error(w, importance, width),
     }
 }
 
@@ -165,6 +221,7 @@ pub fn scales_fit_f16(coding: ScaleCoding, extent: &Extent) -> bool {
     let per_scale = match coding {
         ScaleCoding::Paper => 1.0,
         ScaleCoding::TwoLevel { scale_bits, .. } => f32::from(max_scale_code(scale_bits)),
+        ScaleCoding::Trellis { .. } => f32::from(MAX_SCALE_CODE),
     };
     // From the range of a row to its scale, for codes of 1 and of 8 bits.
     let (largest, smallest) = (4.0 * extent.largest.1.abs(), 2.0 * extent.typical / 255.0);

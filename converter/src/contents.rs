@@ -330,7 +330,9 @@ impl Contents {
             self.kept(tensor, found, extents);
             return Ok(());
         };
-        let Some(bands) = bands(tensor, source.decoder()).filter(|_| self.has_bands) else {
+        let strip = settings.coding.strip_rows();
+        let bands = bands(tensor, source.decoder(), strip).filter(|_| self.has_bands);
+        let Some(bands) = bands else {
             return self.layer(name.to_owned(), name, [rows, cols], width, settings);
         };
         for (index, rows) in bands.into_iter().enumerate() {

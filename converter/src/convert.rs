@@ -321,7 +321,8 @@ impl Output<'_> {
             try_fits(&weights, cols_tried, self.settings);
             self.worked(Work::Fits, work::weights((rows, cols_tried)));
             for (outputs, kind) in [(None, Work::Sweeps), (Some(&outputs), Work::LinkedSweeps)] {
-                let mut targets = Targets::new(weights.clone(), cols_tried, outputs)?;
+                let strip = self.settings.coding.strip_rows();
+                let mut targets = Targets::new(weights.clone(), cols_tried, outputs, strip)?;
                 try_layer(&mut targets, self.settings, &hessian);
                 self.worked(kind, work::sweep((rows, cols_tried)));
             }
@@ -355,7 +356,8 @@ impl Output<'_> {
         let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
         let mut targets =
-            Targets::new(weights, cols, outputs.as_ref()).map_err(|error| error.of_layer(name))?;
+            Targets::new(weights, cols, outputs.as_ref(), self.settings.coding.strip_rows())
+                .map_err(|error| error.of_layer(name))?;
         let kind = if outputs.is_some() { Work::LinkedSweeps } else { Work::Sweeps };
         drop(outputs);
         let mut bands = Vec::new();

@@ -149,7 +149,9 @@ fn layers_equal_the_published_ones() {
                     RunScales::Affine { scale, .. } | RunScales::Binary { scale, .. } => {
                         scale[lane]
                     }
-                    RunScales::TwoLevel { .. } => unreachable!("paper coding"),
+                    RunScales::TwoLevel { .. } | RunScales::Trellis { .. } => {
+                        unreachable!("paper coding")
+                    }
                 };
                 let expected = golden.tensors["scale"][row * layout.groups().len() + group];
                 scales_off += usize::from((found / expected - 1.0).abs() > 1e-3);

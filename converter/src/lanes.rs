@@ -12,7 +12,7 @@ pub type Lanes = [f32; TILE_ROWS];
 /// The columns `span` of rows `16 * tile ..` of `weights: [rows, cols]`; rows past the end are
 /// zero.
 pub fn gather(weights: &[f32], cols: usize, tile: usize, span: Range<usize>) -> Vec<Lanes> {
-    let rows = &weights[tile * TILE_ROWS * cols..];
+    let rows = weights.get(tile * TILE_ROWS * cols..).unwrap_or_default();
     let mut columns = vec![[0.0; TILE_ROWS]; span.len()];
     for (lane, row) in rows.chunks_exact(cols).take(TILE_ROWS).enumerate() {
         for (column, weight) in columns.iter_mut().zip(&row[span.clone()]) {

@@ -271,7 +271,11 @@ impl<'a> Quantizer<'a> {
             let weights: Vec<f32> =
                 slab.iter().flat_map(|block| targets.rows(block.clone())).copied().collect();
             let swept = self.sweep(&weights);
-            let tiles = slab.iter().flat_map(|block| block.clone().step_by(TILE_ROWS));
+            let strip = self.layout.coding().strip_rows();
+            let tiles = slab.iter().flat_map(|block| {
+                let rows = block.len().next_multiple_of(strip);
+                (block.start..block.start + rows).step_by(TILE_ROWS)
+            });
             for (row, swept) in tiles.zip(&swept) {
                 swept.store(&mut slots[(row - rows.start) / TILE_ROWS]);
             }

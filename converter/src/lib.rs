@@ -34,6 +34,7 @@ mod sweep;
 mod target;
 #[cfg(test)]
 mod tests;
+mod trellis;
 mod work;
 mod work_folder;
 

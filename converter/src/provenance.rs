@@ -1,11 +1,9 @@
-//! What the file says about where it comes from (section 6 of `docs/format.md`).
+//! What the file says about where it comes from (section 7 of `docs/format.md`).
 
 use std::{fs::File, io::Read, path::Path};
 
 use sha2::{Digest, Sha256};
-use slim_formats::{
-    FormatError, ModelConfig, ModelSource, TokenizerSource, gguf::Metadata, slim::ScaleCoding,
-};
+use slim_formats::{FormatError, ModelConfig, ModelSource, TokenizerSource, gguf::Metadata};
 use slim_runtime::{Tokenizer, end_tokens};
 
 use crate::{Calibration, Method, Result, Settings, Target, calibration::hex};
@@ -69,13 +67,10 @@ fn with_hashes(
         }
     }
     metadata.insert("slim.quantization.group_size", settings.group_size as u32)?;
-    match settings.coding {
-        ScaleCoding::Paper => metadata.insert("slim.quantization.scales", "paper")?,
-        ScaleCoding::TwoLevel { sub_group, scale_bits } => {
-            metadata.insert("slim.quantization.scales", "two-level")?;
-            metadata.insert("slim.quantization.sub_group", sub_group as u32)?;
-            metadata.insert("slim.quantization.scale_bits", u32::from(scale_bits))?;
-        }
+    metadata.insert("slim.quantization.scales", settings.coding.name())?;
+    if let Some((sub_group, scale_bits)) = settings.coding.sub_groups() {
+        metadata.insert("slim.quantization.sub_group", sub_group as u32)?;
+        metadata.insert("slim.quantization.scale_bits", u32::from(scale_bits))?;
     }
     if let Some(bits) = settings.embed_bits {
         metadata.insert("slim.quantization.embed_bits", u32::from(bits))?;

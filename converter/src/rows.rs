@@ -15,7 +15,7 @@ use std::ops::Range;
 use slim_formats::{
     Decoder,
     arch::{Rows, Tensor},
-    slim::TILE_ROWS,
+    slim::STRIP_ROWS,
 };
 use slim_kernels::linalg::{self, Mat, Precision, Store};
 
@@ -33,10 +33,6 @@ const DAMPING: f32 = 0.3;
 /// Rows that make up for each other's errors, at most: bounds what is kept of a layer until its
 /// turn comes.
 const REACH: usize = 1024;
-
-/// Rows that are rounded together, and so do not make up for each other's errors: with four times
-/// as many about half of the gain is lost.
-const BLOCK_ROWS: usize = TILE_ROWS;
 
 /// Whether the rows of a matrix make up for each other's errors. Of neurons, which outputs hang
 /// together depends on the inputs, and a product of two matrices cannot say so.
@@ -92,10 +88,10 @@ pub fn output_hessian_sizes(decoder: &Decoder) -> impl Iterator<Item = u64> {
 }
 
 /// How many rows of `rows` are within reach of each other, but for the last ones: equal parts, of
-/// whole tiles.
+/// whole strips.
 fn reach(rows: usize) -> usize {
     let parts = rows.div_ceil(REACH).max(1);
-    rows.div_ceil(parts).next_multiple_of(TILE_ROWS)
+    rows.div_ceil(parts).next_multiple_of(STRIP_ROWS)
 }
 
 fn within_reach(rows: usize) -> impl Iterator<Item = Range<usize>> {
@@ -129,13 +125,20 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// `weights: [rows, cols]`, with `S` if rows are to make up for each other's errors.
+    /// `weights: [rows, cols]`, with `S` if rows are to make up for each other's errors. Those of a
+    /// strip of `strip` rows do not: they are rounded together. With strips of four tiles about
+    /// half of the gain would be lost.
     ///
     /// # Errors
     /// `Numerical` if `S` is not finite.
-    pub fn new(weights: Vec<f32>, cols: usize, outputs: Option<&OutputHessian>) -> Result<Self> {
+    pub fn new(
+        weights: Vec<f32>,
+        cols: usize,
+        outputs: Option<&OutputHessian>,
+        strip: usize,
+    ) -> Result<Self> {
         let (block, reach, factors) = match outputs {
-            Some(outputs) => (BLOCK_ROWS, reach(outputs.rows), outputs.factors()?),
+            Some(outputs) => (strip, reach(outputs.rows), outputs.factors()?),
             None => (SLAB_ROWS, weights.len() / cols, Vec::new()),
         };
         Ok(Self { weights, cols, block, reach, factors })
@@ -217,7 +220,7 @@ mod tests {
     fn rows_behind_a_block_cost_least_with_what_it_leaves_them() {
         const ROWS: usize = 40;
         let outputs = outputs(ROWS);
-        let mut targets = Targets::new(vec![0.0; ROWS * COLS], COLS, Some(&outputs)).unwrap();
+        let mut targets = Targets::new(vec![0.0; ROWS * COLS], COLS, Some(&outputs), 16).unwrap();
         let mean = outputs.sums.iter().step_by(ROWS + 1).sum::<f32>() / ROWS as f32;
         let damped = |i: usize, j: usize| {
             outputs.sums[i * ROWS + j] + if i == j { DAMPING * mean } else { 0.0 }
@@ -240,12 +243,15 @@ mod tests {
 
     #[test]
     fn slabs_hold_every_row_once_and_none_within_reach_of_another() {
-        for (rows, reach) in [(2100, 704), (1024, 1024), (1030, 528), (40, 48), (16, 16)] {
+        let strips = [16, STRIP_ROWS];
+        let cases = [(2100, 704), (1024, 1024), (1030, 544), (40, 64), (16, 32)];
+        for ((rows, reach), strip) in cases.into_iter().flat_map(|case| strips.map(|s| (case, s))) {
             assert_eq!(super::reach(rows), reach);
             let outputs = outputs(rows);
-            let mut targets = Targets::new(vec![0.0; rows * COLS], COLS, Some(&outputs)).unwrap();
+            let mut targets =
+                Targets::new(vec![0.0; rows * COLS], COLS, Some(&outputs), strip).unwrap();
             // Two bands, which cut the rows within reach of each other.
-            let band = (rows / 3).next_multiple_of(TILE_ROWS);
+            let band = (rows / 3).next_multiple_of(strip).min(rows);
             let slabs: Vec<_> = targets.slabs(0..band).chain(targets.slabs(band..rows)).collect();
             let mut all: Vec<usize> = slabs.iter().flatten().cloned().flatten().collect();
             all.sort_unstable();
@@ -255,7 +261,7 @@ mod tests {
                 let errors = vec![1.0; slab.iter().map(|rows| rows.len() * COLS).sum()];
                 targets.spread(&slab, &errors);
                 for block in slab {
-                    assert!(block.start.is_multiple_of(TILE_ROWS) && block.len() <= BLOCK_ROWS);
+                    assert!(block.start.is_multiple_of(strip) && block.len() <= strip);
                     assert!(targets.rows(block.clone()).iter().all(|&weight| weight == 0.0));
                     if block.end < rows && !block.end.is_multiple_of(reach) {
                         assert!(targets.weights[block.end * COLS] != 0.0);
@@ -268,7 +274,7 @@ mod tests {
     #[test]
     fn rows_on_their_own_come_in_whole_slabs() {
         let rows = SLAB_ROWS + 40;
-        let targets = Targets::new(vec![0.0; rows * COLS], COLS, None).unwrap();
+        let targets = Targets::new(vec![0.0; rows * COLS], COLS, None, 16).unwrap();
         let slabs: Vec<_> = targets.slabs(32..rows).flatten().collect();
         assert_eq!(slabs, [32..SLAB_ROWS, SLAB_ROWS..rows]);
     }

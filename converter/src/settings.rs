@@ -98,7 +98,7 @@ impl Settings {
         check(samples_fit, "samples", self.samples.to_string(), "1 to 65536")?;
         let context_fits = (2..=1 << 24).contains(&self.context);
         check(context_fits, "context", self.context.to_string(), "2 to 16777216")?;
-        if let ScaleCoding::TwoLevel { sub_group, scale_bits } = self.coding {
+        if let Some((sub_group, scale_bits)) = self.coding.sub_groups() {
             let fits = matches!(sub_group, 16 | 32 | 64);
             check(fits, "sub-group", sub_group.to_string(), "16, 32 or 64")?;
             let fits = matches!(scale_bits, 4 | 6);
@@ -123,7 +123,7 @@ impl Settings {
         }
         if self.method == Method::SlimPlus {
             let fits = self.coding != ScaleCoding::Paper;
-            check(fits, "scales of method `slim+`", "`paper`".into(), "`two-level`")?;
+            check(fits, "scales of method `slim+`", "`paper`".into(), "`two-level` or `trellis`")?;
             let fits = (1..=1 << 20).contains(&self.steps);
             check(fits, "steps", self.steps.to_string(), "1 to 1048576")?;
         }

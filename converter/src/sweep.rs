@@ -22,6 +22,7 @@ use slim_kernels::{
 use crate::{
     coder::{Coder, RowScales, RunScales},
     lanes::{Lanes, gather, nearest_codes, scatter},
+    trellis::{self, Values, Viterbi},
 };
 
 /// Columns of a block, but for the rest of its last run: work within a block grows with it,
@@ -45,7 +46,7 @@ pub struct Curvature<'a> {
 
 /// A tile of 16 rows, quantized.
 pub struct SweptTile {
-    /// One entry per column.
+    /// One entry per column; the windows of a trellis, of which the file has the low bits.
     pub codes: Vec<CodeColumn>,
     /// The scales of each run of columns, with its group and its number in the group, in the order
     /// of the sweep.
@@ -67,8 +68,14 @@ pub fn sweep(
 ) -> Vec<SweptTile> {
     let cols = layout.cols();
     let Curvature { factor, importance, order, hessian } = curvature;
-    let new_tile = |rows| SweptTile::new(rows, importance, layout, coder);
-    let tiles = weights.par_chunks(TILE_ROWS * cols).map(new_tile).collect();
+    let coding = layout.coding();
+    let tiles = weights.len().div_ceil(cols * coding.strip_rows()) * coding.strip_tiles();
+    let new_tile = |tile: usize| {
+        let rows = weights.get(tile * TILE_ROWS * cols..).unwrap_or_default();
+        let rows = &rows[..rows.len().min(TILE_ROWS * cols)];
+        SweptTile::new(rows, importance, layout, coder)
+    };
+    let tiles = (0..tiles).into_par_iter().map(new_tile).collect();
     let mut sweep = Sweep {
         runs: runs(layout, order),
         order,
@@ -103,18 +110,22 @@ impl Sweep<'_> {
         for block in blocks(runs) {
             let places = places(block);
             let mut errors = vec![0.0; w.len() / cols * places.len()];
-            let of_tiles =
-                rows_of_tiles(&w, cols).zip(rows_of_tiles_mut(&mut errors, places.len()));
-            tiles.par_iter_mut().zip(of_tiles).for_each(|(tile, (w, errors))| {
-                let mut w = gather(w, cols, 0, places.clone());
+            let strip_rows = coder.coding().strip_rows();
+            let of_strips = w
+                .par_chunks(strip_rows * cols)
+                .zip(errors.par_chunks_mut(strip_rows * places.len()));
+            strips(tiles, *coder).zip(of_strips).for_each(|(tiles, (w, errors))| {
+                let of_tile = |tile| gather(w, cols, tile, places.clone());
+                let mut w: Vec<_> = (0..tiles.len()).map(of_tile).collect();
+                let mut strip = Strip { tiles, viterbi: Viterbi::default() };
                 for run in block {
-                    let w = &mut w[run.places.start - places.start..];
-                    let importance = &importance[run.places.clone()];
-                    let scales = tile.scales(&w[..run.places.len()], importance, run, *coder);
-                    tile.sweep_run(w, &scales, run, order, factor);
-                    tile.runs.push((run.group, run.number, scales));
+                    let first = run.places.start - places.start;
+                    let mut w: Vec<_> = w.iter_mut().map(|w| &mut w[first..]).collect();
+                    strip.choose_scales(&w, &importance[run.places.clone()], run, *coder);
+                    strip.sweep_run(&mut w, run, order, factor);
                 }
-                scatter(&w, errors);
+                let errors = errors.chunks_mut(TILE_ROWS * places.len());
+                w.iter().zip(errors).for_each(|(w, errors)| scatter(w, errors));
             });
             if let Some(u) = factor {
                 let store = Store { alpha: -1.0, add: true };
@@ -123,6 +134,17 @@ impl Sweep<'_> {
             }
         }
     }
+}
+
+/// The tiles whose columns are rounded together.
+struct Strip<'a> {
+    tiles: &'a mut [SweptTile],
+    viterbi: Viterbi,
+}
+
+/// The tiles of each strip.
+fn strips(tiles: &mut [SweptTile], coder: Coder) -> rayon::slice::ChunksMut<'_, SweptTile> {
+    tiles.par_chunks_mut(coder.coding().strip_tiles())
 }
 
 /// The rows of each tile of a matrix with `cols` columns.
@@ -227,31 +249,91 @@ pub fn difference(weights: &[f32], cols: usize, tiles: &[SweptTile]) -> Vec<f32>
     difference
 }
 
-/// The grid that a column's weights lie on.
+/// What the codes of a run are worth.
 struct Step {
     scale: Lanes,
     offset: Lanes,
-    max_code: f32,
+    width: BitWidth,
+    /// Of the windows of a trellis, which take the place of codes.
+    values: Option<&'static Values>,
 }
 
 impl Step {
     fn new(scales: &RunScales, rows: &RowScales, width: BitWidth) -> Self {
         let (scale, offset) = scales.affine(rows);
-        Self { scale, offset, max_code: width.max_code().into() }
-    }
-
-    /// The codes nearest to `w`, and what they are worth.
-    #[inline(always)]
-    fn nearest(&self, w: &Lanes) -> (CodeColumn, Lanes) {
-        let code = nearest_codes(w, &self.scale, &self.offset, self.max_code);
-        let code = code.map(|code| code as u8);
-        (code, self.values(&code))
+        let is_trellis = matches!(scales, RunScales::Trellis { .. });
+        Self { scale, offset, width, values: is_trellis.then(|| trellis::values(width)) }
     }
 
     /// What codes are worth.
     #[inline(always)]
     fn values(&self, codes: &CodeColumn) -> Lanes {
-        std::array::from_fn(|r| self.scale[r] * f32::from(codes[r]) + self.offset[r])
+        match self.values {
+            None => std::array::from_fn(|r| self.scale[r] * f32::from(codes[r]) + self.offset[r]),
+            Some(of) => std::array::from_fn(|r| self.scale[r] * of[usize::from(codes[r])]),
+        }
+    }
+}
+
+per_isa! {
+    /// The codes nearest to `w`, and what they are worth.
+    fn nearest_on_grid(step: &Step, w: &Lanes) -> (CodeColumn, Lanes) {
+        let code = nearest_codes(w, &step.scale, &step.offset, step.width.max_code().into());
+        let code = code.map(|code| code as u8);
+        (code, step.values(&code))
+    }
+}
+
+impl Strip<'_> {
+    /// What the codes of a run are worth in each tile.
+    fn steps(&self, run: &Run) -> Vec<Step> {
+        let step = |tile: &SweptTile| Step::new(&tile.runs[run.index].2, &tile.rows, run.width);
+        self.tiles.iter().map(step).collect()
+    }
+
+    /// The codes of a column that come closest to `w`, and what they are worth, for each tile.
+    fn nearest(&mut self, steps: &[Step], w: [&Lanes; 2]) -> [(CodeColumn, Lanes); 2] {
+        match steps {
+            [step] => [nearest_on_grid(step, w[0]), Default::default()],
+            [above, below] => {
+                let windows = self.viterbi.windows(above.width, w, [&above.scale, &below.scale]);
+                [(windows[0], above.values(&windows[0])), (windows[1], below.values(&windows[1]))]
+            }
+            _ => unreachable!("strips have one tile or two"),
+        }
+    }
+
+    /// The scales of the next run, with weights that `w` of each tile begins with.
+    fn choose_scales(&mut self, w: &[&mut [Lanes]], importance: &[f32], run: &Run, coder: Coder) {
+        let w: Vec<_> = w.iter().map(|w| &w[..importance.len()]).collect();
+        let rows: Vec<_> = self.tiles.iter().map(|tile| &tile.rows).collect();
+        let scales = coder.run(&rows, &w, importance, run.width, &mut self.viterbi);
+        for (tile, mut scales) in self.tiles.iter_mut().zip(scales) {
+            scales.clear_padding(tile.used);
+            tile.runs.push((run.group, run.number, scales));
+        }
+    }
+
+    /// Quantizes the first columns of `w` of each tile, those of `run`. What the columns behind a
+    /// column lose in proportion to their part of `factor` stays in its place.
+    fn sweep_run(
+        &mut self,
+        w: &mut [&mut [Lanes]],
+        run: &Run,
+        order: &[usize],
+        factor: Option<&[f32]>,
+    ) {
+        let steps = self.steps(run);
+        for (i, place) in run.places.clone().enumerate() {
+            let col = order[place];
+            let rounded = self.nearest(&steps, [&w[0][i], &w[w.len() - 1][i]]);
+            for ((tile, w), (codes, values)) in self.tiles.iter_mut().zip(&mut *w).zip(rounded) {
+                (tile.codes[col], tile.dequantized[col]) = (codes, values);
+                if let Some(u) = factor {
+                    spread_error(&mut w[i..], &values, &u[place * order.len() + place..]);
+                }
+            }
+        }
     }
 }
 
@@ -271,51 +353,22 @@ impl SweptTile {
             used,
         }
     }
-
-    /// The scales of a run with weights `w`.
-    fn scales(&self, w: &[Lanes], importance: &[f32], run: &Run, coder: Coder) -> RunScales {
-        let mut scales = coder.run(&self.rows, w, importance, run.width);
-        scales.clear_padding(self.used);
-        scales
-    }
-
-    /// Quantizes the first columns of `w`, those of `run`. What the columns behind a column lose in
-    /// proportion to their part of `factor` stays in its place.
-    fn sweep_run(
-        &mut self,
-        w: &mut [Lanes],
-        scales: &RunScales,
-        run: &Run,
-        order: &[usize],
-        factor: Option<&[f32]>,
-    ) {
-        let step = Step::new(scales, &self.rows, run.width);
-        for (i, place) in run.places.clone().enumerate() {
-            let u = factor.map(|u| &u[place * order.len() + place..]);
-            let col = order[place];
-            (self.codes[col], self.dequantized[col]) = sweep_column(&mut w[i..], &step, u);
-        }
-    }
 }
 
 per_isa! {
-    /// Quantizes the first column of `w` and spreads its error over the others:
+    /// Spreads the error of the first column of `w`, which has become `value`, over the others:
     /// `w_k -= error / u_0 * u_k`. What it multiplies with stays in its place.
-    fn sweep_column(w: &mut [Lanes], step: &Step, u: Option<&[f32]>) -> (CodeColumn, Lanes) {
+    fn spread_error(w: &mut [Lanes], value: &Lanes, u: &[f32]) {
         let (first, rest) = w.split_at_mut(1);
-        let (code, value) = step.nearest(&first[0]);
-        if let Some(u) = u {
-            let error = &mut first[0];
+        let error = &mut first[0];
+        for r in 0..TILE_ROWS {
+            error[r] = (error[r] - value[r]) / u[0];
+        }
+        for (w, u) in rest.iter_mut().zip(&u[1..]) {
             for r in 0..TILE_ROWS {
-                error[r] = (error[r] - value[r]) / u[0];
-            }
-            for (w, u) in rest.iter_mut().zip(&u[1..]) {
-                for r in 0..TILE_ROWS {
-                    w[r] -= error[r] * u;
-                }
+                w[r] -= error[r] * u;
             }
         }
-        (code, value)
     }
 }
 
@@ -323,8 +376,10 @@ impl SweptTile {
     /// Packs the tile.
     pub fn store(&self, tile: &mut TileMut<'_>) {
         for index in 0..tile.layout().groups().len() {
-            let cols = tile.layout().groups()[index].cols.clone();
-            tile.set_codes(index, &self.codes[cols]);
+            let group = &tile.layout().groups()[index];
+            let stored = |codes: &CodeColumn| codes.map(|code| code & group.bit_width.max_code());
+            let codes: Vec<_> = self.codes[group.cols.clone()].iter().map(stored).collect();
+            tile.set_codes(index, &codes);
         }
         for (group, run, scales) in &self.runs {
             scales.store(tile, *group, *run);

@@ -24,10 +24,11 @@ use crate::{
 
 const COLS: usize = 80;
 const ROWS: usize = 40;
-pub const CODINGS: [ScaleCoding; 3] = [
+pub const CODINGS: [ScaleCoding; 4] = [
     ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 },
     ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 },
     ScaleCoding::Paper,
+    ScaleCoding::Trellis { sub_group: 32 },
 ];
 
 pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
@@ -74,7 +75,8 @@ fn activations() -> Activations {
 
 /// A layer whose rows are on their own.
 fn quantized(weights: &[f32], inputs: &LayerInputs<'_>, settings: &Settings) -> QuantizedLayer {
-    let mut targets = Targets::new(weights.to_vec(), COLS, None).unwrap();
+    let mut targets =
+        Targets::new(weights.to_vec(), COLS, None, settings.coding.strip_rows()).unwrap();
     quantize_layer(&mut targets, 0..ROWS, inputs, settings, None)
 }
 
@@ -187,7 +189,9 @@ fn rows_that_make_up_for_each_other_cost_the_loss_less() {
         )
         .unwrap();
         let [alone, together] = [None, Some(outputs())].map(|outputs| {
-            let mut targets = Targets::new(weights.clone(), COLS, outputs.as_ref()).unwrap();
+            let mut targets =
+                Targets::new(weights.clone(), COLS, outputs.as_ref(), settings.coding.strip_rows())
+                    .unwrap();
             // Two bands.
             let quantize = |rows| quantize_layer(&mut targets, rows, &inputs, &settings, None);
             let bands = [0..48, 48..ROWS].map(quantize);

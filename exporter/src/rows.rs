@@ -3,7 +3,7 @@
 use half::f16;
 use slim_formats::{
     DType, Weight,
-    slim::{Bands, LayerLayout, PackedTensor, TILE_ROWS, unpack_codes},
+    slim::{Bands, LayerLayout, PackedTensor, TILE_ROWS},
 };
 use slim_kernels::narrow;
 
@@ -125,8 +125,7 @@ fn encode_codes(
     let (d, m) = packed.row_scales(tile);
     for group in layout.groups() {
         let mut codes = vec![Default::default(); group.cols.len()];
-        let stored = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        unpack_codes(stored, group.bit_width, &mut codes);
+        packed.codes(tile, group, &mut codes);
         for (run, cols) in group.runs(layout.coding()).enumerate() {
             let (factor, offset) = packed.scales(tile, group, run);
             for (lane, row) in bytes.chunks_exact_mut(row_bytes).enumerate() {

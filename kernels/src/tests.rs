@@ -12,7 +12,8 @@ use slim_formats::{
     DType, DenseTensor, Layout, Weight,
     arch::Activation,
     slim::{
-        Bands, BitWidth, CodeColumn, LayerLayout, PackedLayer, ScaleCoding, TILE_ROWS, TileMut,
+        Bands, BitWidth, CodeColumn, LayerLayout, PackedLayer, PackedTensor, ScaleCoding,
+        TILE_ROWS, TileMut,
     },
 };
 
@@ -157,11 +158,37 @@ impl Layer {
         for (mut tile, weights) in tiles.into_iter().zip(weights.chunks_mut(TILE_ROWS * cols)) {
             TileFiller { noise, fill, used: weights.len() / cols }.fill(&mut tile, weights);
         }
+        if let ScaleCoding::Trellis { .. } = coding {
+            fill_trellis_weights(packed.view(), &mut weights);
+        }
         Self { packed, weights }
     }
 
     fn weight(&self) -> Weight<'_> {
         Weight::Packed(self.packed.view())
+    }
+}
+
+/// What the entries of a trellis are worth, which `slim-formats` tests bit by bit.
+fn fill_trellis_weights(packed: PackedTensor<'_>, weights: &mut [f64]) {
+    let layout = packed.layout();
+    for (tile, weights) in weights.chunks_mut(TILE_ROWS * layout.cols()).enumerate() {
+        let (d, _) = packed.row_scales(tile);
+        for group in layout.groups() {
+            let mut entries = vec![[0; TILE_ROWS]; group.cols.len()];
+            packed.codes(tile, group, &mut entries);
+            let step = if group.bit_width.bits() == 8 { 0.5 } else { 1.0 };
+            for (run, cols) in group.runs(layout.coding()).enumerate() {
+                let (_, offset) = packed.scales(tile, group, run);
+                for (r, row) in weights.chunks_exact_mut(layout.cols()).enumerate() {
+                    let scale = f64::from(d[r]) * f64::from(offset[r]) / -64.0;
+                    for col in cols.clone() {
+                        let entry = f64::from(entries[col - group.cols.start][r]);
+                        row[col] = scale * (step * entry - 64.0);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -227,6 +254,11 @@ impl TileFiller<'_> {
                             d[r].to_f64() * f64::from(s[r]) * code - m[r].to_f64() * f64::from(z[r])
                         })
                     }
+                    ScaleCoding::Trellis { .. } => {
+                        tile.set_trellis_scales(index, run, &self.codes(15));
+                        // The codes of the other tile belong to it: `Layer::new` sees both.
+                        continue;
+                    }
                     ScaleCoding::Paper if max == 1 => {
                         let (scale, mean) = (self.scales(1.0), self.scales(0.5));
                         tile.set_binary(index, &scale, &mean);
@@ -259,7 +291,8 @@ fn codings() -> impl Iterator<Item = ScaleCoding> {
     let two_level = [16, 32, 64].into_iter().flat_map(|sub_group| {
         [4, 6].map(|scale_bits| ScaleCoding::TwoLevel { sub_group, scale_bits })
     });
-    two_level.chain([ScaleCoding::Paper])
+    let trellis = [16, 32, 64].map(|sub_group| ScaleCoding::Trellis { sub_group });
+    two_level.chain([ScaleCoding::Paper]).chain(trellis)
 }
 
 /// The bit-widths of a layer: the same for all groups, or (0) all of them in turn.
@@ -383,13 +416,19 @@ fn matmul_packed_layers_of_any_columns_agree() {
     }
 }
 
-/// Bands of so many rows, the bit-widths of each different, and what they are worth.
+/// Bands of so many rows, all but the last in whole strips, the bit-widths of each different, and
+/// what they are worth.
 fn bands(noise: &mut Noise, rows: &[usize], coding: ScaleCoding) -> (Vec<PackedLayer>, Vec<f64>) {
-    let layer = |&rows: &usize| {
+    let layer = |(index, &of_band): (usize, &usize)| {
         let widths = bit_widths(noise, 0, 3);
-        Layer::new(noise, Fill::Random, [rows, 176, 64], coding, &widths)
+        let of_band = match index + 1 == rows.len() {
+            true => of_band,
+            false => of_band.next_multiple_of(coding.strip_rows()),
+        };
+        Layer::new(noise, Fill::Random, [of_band, 176, 64], coding, &widths)
     };
-    let layers = rows.iter().map(layer).map(|Layer { packed, weights }| (packed, weights));
+    let layers =
+        rows.iter().enumerate().map(layer).map(|Layer { packed, weights }| (packed, weights));
     let (layers, weights): (_, Vec<_>) = layers.unzip();
     (layers, weights.concat())
 }

@@ -4,7 +4,7 @@ use std::{mem, ops::Range};
 
 use slim_formats::{
     Weight,
-    slim::{Bands, PackedTensor, TILE_ROWS, unpack_codes},
+    slim::{Bands, PackedTensor, TILE_ROWS},
 };
 
 use crate::{Result, ggml};
@@ -73,8 +73,7 @@ fn dequantize_packed_rows(packed: PackedTensor<'_>, rows: Range<usize>, out: &mu
         let (d, m) = packed.row_scales(tile);
         for group in layout.groups() {
             let codes = &mut codes[..group.cols.len()];
-            let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-            unpack_codes(bytes, group.bit_width, codes);
+            packed.codes(tile, group, codes);
             for (run, cols) in group.runs(layout.coding()).enumerate() {
                 let (factor, offset) = packed.scales(tile, group, run);
                 let codes = &codes[cols.start - group.cols.start..];

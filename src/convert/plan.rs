@@ -7,10 +7,7 @@ use serde_json::{Value as Json, json};
 use slim_converter::{
     Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
 };
-use slim_formats::{
-    ModelSource, Weight,
-    slim::{LayerLayout, ScaleCoding},
-};
+use slim_formats::{ModelSource, Weight, slim::LayerLayout};
 use slim_kernels::weight;
 
 use crate::output::{facts, plural, size};
@@ -140,12 +137,7 @@ impl Plan {
         let Settings { bits, group_size, embed_bits, samples, context, seed, .. } = self.settings;
         let method =
             if self.settings.reference { "reference" } else { self.settings.method.name() };
-        let scales = match self.settings.coding {
-            ScaleCoding::Paper => "paper".to_owned(),
-            ScaleCoding::TwoLevel { sub_group, scale_bits } => {
-                format!("two-level, {scale_bits}-bit codes per {sub_group} columns")
-            }
-        };
+        let scales = self.settings.coding;
         let per_code = match self.settings.target {
             None => format!("{bits} per code"),
             Some(Target::BitsPerWeight(bits)) => format!("{bits} per weight, everything counted"),
@@ -162,7 +154,7 @@ impl Plan {
         let mut lines = vec![
             ("method", method.to_owned()),
             ("bits", format!("{per_code}, in groups of {group_size} columns")),
-            ("scales", scales),
+            ("scales", scales.to_string()),
             ("embedding", embedding),
         ];
         if self.is_calibrated() {

@@ -186,6 +186,27 @@ impl Contents {
         }
     }
 
+    /// The least and the largest scale of a layer of a SliM file, zeros aside; `None` without any.
+    pub fn scale_range(&self, layer: &str) -> Option<(f32, f32)> {
+        let Opened::Slim(file) = &self.opened else { return None };
+        let (layout, layer) = (file.layer(layer)?.layout(), file.layer(layer)?);
+        let mut range = (f32::INFINITY, 0f32);
+        for tile in 0..layout.tiles() {
+            let (d, _) = layer.row_scales(tile);
+            for group in layout.groups() {
+                for run in 0..group.runs(layout.coding()).len() {
+                    let (factor, _) = layer.scales(tile, group, run);
+                    for scale in d.iter().zip(factor).map(|(d, s)| (d * s).abs()) {
+                        if scale > 0.0 {
+                            range = (range.0.min(scale), range.1.max(scale));
+                        }
+                    }
+                }
+            }
+        }
+        (range.1 > 0.0).then_some(range)
+    }
+
     /// The broken rules that opening the file did not find.
     pub fn verify(&self) -> Result<Vec<Fault>> {
         match &self.opened {

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value as Json, json};
 use slim_formats::{
     gguf::{Array, Metadata, Value},
-    slim::{Fault, LayerInfo, ScaleCoding},
+    slim::{Fault, LayerInfo},
 };
 
 use super::contents::{Contents, Tensor, bits_per_weight};
@@ -37,18 +37,13 @@ fn tensor(tensor: &Tensor) -> Json {
 
 fn layer(layer: &LayerInfo) -> Json {
     let layout = &layer.layout;
-    let (coding, sub_group, scale_bits) = match layout.coding() {
-        ScaleCoding::Paper => ("paper", None, None),
-        ScaleCoding::TwoLevel { sub_group, scale_bits } => {
-            ("two-level", Some(sub_group), Some(scale_bits))
-        }
-    };
+    let (sub_group, scale_bits) = layout.coding().sub_groups().unzip();
     json!({
         "name": layer.name,
         "rows": layout.rows(),
         "cols": layout.cols(),
         "group_size": layout.group_size(),
-        "scales": coding,
+        "scales": layout.coding().name(),
         "sub_group": sub_group,
         "scale_bits": scale_bits,
         "bytes": layout.stored_bits() / 8,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value as Json;
 use slim_formats::{
     gguf::Value,
-    slim::{Fault, LayerInfo, ScaleCoding},
+    slim::{Fault, LayerInfo},
 };
 
 use super::{
@@ -19,6 +19,13 @@ const SHOWN_ELEMENTS: usize = 6;
 const SHOWN_CHARACTERS: usize = 64;
 
 pub fn summary(contents: &Contents) -> String {
+    let provenance = provenance_facts(contents);
+    let gap = if provenance.is_empty() { "" } else { "\n" };
+    format!("{}{gap}{}", facts(&summary_facts(contents)), facts(&provenance))
+}
+
+/// What a person asks first.
+pub fn summary_facts(contents: &Contents) -> Vec<(&'static str, String)> {
     let mut lines = vec![
         ("format", contents.format.to_owned()),
         (
@@ -55,7 +62,7 @@ pub fn summary(contents: &Contents) -> String {
             lines.push(("widths", width_histogram(layers)));
         }
     }
-    facts(&lines) + &provenance(contents)
+    lines
 }
 
 /// How many weights there are of each type: `F32 61, Q4_1 210`.
@@ -70,19 +77,10 @@ fn types(weights: &[WeightSize]) -> String {
 /// The scale codings of the layers, each once.
 fn codings(layers: &[LayerInfo]) -> String {
     let mut codings: Vec<String> =
-        layers.iter().map(|layer| coding(layer.layout.coding())).collect();
+        layers.iter().map(|layer| layer.layout.coding().to_string()).collect();
     codings.sort();
     codings.dedup();
     codings.join("; ")
-}
-
-fn coding(coding: ScaleCoding) -> String {
-    match coding {
-        ScaleCoding::Paper => "paper".to_owned(),
-        ScaleCoding::TwoLevel { sub_group, scale_bits } => {
-            format!("two-level, {scale_bits}-bit codes per {sub_group} columns")
-        }
-    }
 }
 
 /// The share of the weights of the blocks that have each width.
@@ -101,18 +99,16 @@ fn width_histogram(layers: &[LayerInfo]) -> String {
 }
 
 /// Where the file comes from, by its own account.
-fn provenance(contents: &Contents) -> String {
+pub fn provenance_facts(contents: &Contents) -> Vec<(&str, String)> {
     let prefixes = ["slim.source.", "slim.quantization.", "slim.calibration."];
     // For `--metadata`: they would fill the screen.
     let long = ["slim.source.bytes", "slim.source.sha256"];
-    let lines: Vec<(&str, String)> = contents
-        .metadata
-        .iter()
+    let entries = contents.metadata.iter();
+    entries
         .filter(|(key, _)| prefixes.iter().any(|prefix| key.starts_with(prefix)))
         .filter(|(key, _)| !long.contains(key))
-        .map(|(key, value)| (key, preview(&json::value(value))))
-        .collect();
-    if lines.is_empty() { String::new() } else { format!("\n{}", facts(&lines)) }
+        .map(|(key, value)| (key, preview(value)))
+        .collect()
 }
 
 pub fn tensors(contents: &Contents) -> String {
@@ -148,11 +144,11 @@ pub fn bit_widths(contents: &Contents) -> String {
 }
 
 /// `blk.0.ffn_up.0` for band `blk.0.ffn_up.weight.0`.
-fn short_name(layer: &LayerInfo) -> String {
+pub fn short_name(layer: &LayerInfo) -> String {
     one_line(&layer.name).replace(".weight", "")
 }
 
-fn mean_width(layer: &LayerInfo) -> f64 {
+pub fn mean_width(layer: &LayerInfo) -> f64 {
     let groups = layer.layout.groups().iter();
     let bits: usize =
         groups.map(|group| group.cols.len() * usize::from(group.bit_width.bits())).sum();
@@ -170,17 +166,19 @@ fn digits(layer: &LayerInfo) -> Vec<String> {
 
 pub fn metadata(contents: &Contents) -> String {
     let entries = contents.metadata.iter();
-    let line = |(key, value): (&str, &Value)| {
-        format!("{} = {}\n", one_line(key), preview(&json::value(value)))
-    };
+    let line = |(key, value): (&str, &Value)| format!("{} = {}\n", one_line(key), preview(value));
     entries.map(line).collect()
 }
 
 /// The start of a value that may be megabytes long.
-fn preview(value: &Json) -> String {
+pub fn preview(value: &Value) -> String {
+    preview_of(&json::value(value))
+}
+
+fn preview_of(value: &Json) -> String {
     match value {
         Json::Array(values) => {
-            let shown: Vec<String> = values.iter().take(SHOWN_ELEMENTS).map(preview).collect();
+            let shown: Vec<String> = values.iter().take(SHOWN_ELEMENTS).map(preview_of).collect();
             match values.len() > SHOWN_ELEMENTS {
                 true => {
                     format!("[{}, ...] ({} values)", shown.join(", "), count(values.len() as u64))
@@ -216,7 +214,7 @@ pub fn no_faults(contents: &Contents) -> String {
 
 #[cfg(test)]
 mod tests {
-    use slim_formats::slim::{BitWidth, LayerLayout};
+    use slim_formats::slim::{BitWidth, LayerLayout, ScaleCoding};
 
     use super::*;
 

@@ -147,8 +147,10 @@ fn convert(dir: &Dir, model: &Path, more: &[&str]) -> String {
 const QUICK: &[&str] = &["--samples", "4", "--context", "32", "--quiet", "--device", "cpu"];
 
 /// One of each method, coding and kind of group.
-const WAYS: [&[&str]; 7] = [
+const WAYS: [&[&str]; 9] = [
     &["--bits", "3"],
+    &["--bits", "2", "--scales", "trellis"],
+    &["--method", "slim+", "--steps", "2", "--scales", "trellis", "--group-size", "48"],
     &["--method", "slim+", "--steps", "2", "--bits", "2", "--group-size", "16"],
     &["--method", "gptq", "--bits", "4", "--sub-group", "16", "--scale-bits", "6"],
     &["--method", "gptq", "--bits", "2", "--sub-group", "64", "--group-size", "256"],
@@ -169,7 +171,12 @@ fn packed_models_of_any_columns_compute_with_their_own_weights() {
             let what = format!("{} and {} columns, {way:?}", sizes.hidden, sizes.ffn);
             let packed = SlimFile::open(Path::new(&file)).unwrap();
             assert!(packed.verify().is_empty(), "{what}: {:?}", packed.verify());
-            assert_eq!(packed.gguf().metadata().u64("slim.format.version"), Some(2), "{what}");
+            let version = if way.contains(&"trellis") { 3 } else { 2 };
+            assert_eq!(
+                packed.gguf().metadata().u64("slim.format.version"),
+                Some(version),
+                "{what}"
+            );
             for block in 0..packed.config().block_count {
                 let name = format!("blk.{block}.ffn_down.weight");
                 let down = packed.layer(&name).unwrap_or_else(|| panic!("{what}: `{name}`"));

@@ -30,6 +30,7 @@ const LOGITS_TOLERANCE: f32 = 1e-3;
 pub const ROUNDED_TOLERANCE: f64 = 0.05;
 
 const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+const TRELLIS: ScaleCoding = ScaleCoding::Trellis { sub_group: 32 };
 
 fn settings(bits: u8, coding: ScaleCoding, reference: bool) -> Settings {
     Settings {
@@ -179,9 +180,12 @@ fn packed_file_runs_like_its_own_dequantized_weights() {
     let dir = Dir::new();
     let file = dir.path("model.slim.gguf");
     let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 300).collect();
-    for (coding, reference) in
-        [(TWO_LEVEL, false), (ScaleCoding::Paper, false), (ScaleCoding::Paper, true)]
-    {
+    for (coding, reference) in [
+        (TWO_LEVEL, false),
+        (TRELLIS, false),
+        (ScaleCoding::Paper, false),
+        (ScaleCoding::Paper, true),
+    ] {
         for bits in [2, 3, 4] {
             for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
                 convert_to(&tiny_model(name), &settings(bits, coding, reference), &file);
@@ -379,7 +383,7 @@ fn slim_plus_changes_scales_and_norms_only_and_comes_nearer_to_the_source() {
     let (before, after) = (dir.path("before"), dir.path("after"));
     let six_bits = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 };
     let source = tiny_model("llama");
-    for coding in [TWO_LEVEL, six_bits] {
+    for coding in [TWO_LEVEL, six_bits, TRELLIS] {
         let settings = Settings { steps: 300, ..settings(2, coding, false) };
         convert_to(&source, &settings, &before);
         convert_to(&source, &Settings { method: Method::SlimPlus, ..settings }, &after);

@@ -69,6 +69,7 @@ fn gguf_of_every_coding_runs_like_the_slim_file() {
         (&["--bits", "4", "--scales", "paper", "--group-size", "32"], "Q4_1", 2e-3),
         (&["--bits", "4", "--sub-group", "64", "--scale-bits", "6"], "Q4_1", 2e-3),
         (&["--bits", "5"], "Q5_1", 2e-3),
+        (&["--bits", "2", "--scales", "trellis"], "Q8_0", 2e-2),
         (&["--bits", "6"], "Q8_0", 2e-2),
         // Blocks of 32 columns have two scales.
         (&["--bits", "3", "--sub-group", "16"], "Q8_0", 2e-2),
@@ -233,6 +234,7 @@ fn gptq_holds_the_weights_as_near_as_it_says() {
         (&["--bits", "3"], 8, 0.01),
         (&["--bits", "4"], 8, 0.01),
         (&["--bits", "6", "--scales", "paper"], 8, 1e-6),
+        (&["--bits", "2", "--scales", "trellis"], 8, 0.01),
     ]
     .into_iter()
     .enumerate()

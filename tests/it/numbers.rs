@@ -156,7 +156,7 @@ fn layer_of_any_size_is_neither_lost_nor_infinite() {
         });
         let out = &source.arg("out.gguf");
         let expected = source_values(&source, "blk.0.attn_v.weight");
-        for scales in ["two-level", "paper"] {
+        for scales in ["two-level", "trellis", "paper"] {
             for bits in ["4", "8"] {
                 convert(&source, out, &["--method", "rtn", "--scales", scales, "--bits", bits]);
                 let (_, values) = tensor(out, "blk.0.attn_v.weight");

@@ -1,12 +1,15 @@
-//! A linear layer whose two-level scales are trained.
+//! A linear layer whose scales are trained: scale codes, minimum codes where the coding has them, and
+//! the row scales of both.
 
 use half::f16;
 use rayon::prelude::*;
 use slim_formats::slim::{
-    CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TileMut, unpack_codes,
+    CodeColumn, Group, PackedLayer, PackedTensor, ScaleCoding, TILE_ROWS, TRELLIS_CENTER, TileMut,
+    value_step,
 };
 
 use super::parameters::Parameters;
+use crate::lanes::Lanes;
 
 /// How far a scale or minimum code moves in a step, as a share of the largest one.
 const SCALE_RATE: f32 = 0.001;
@@ -19,28 +22,29 @@ pub struct TrainedLayer {
     tiles: Vec<TrainedTile>,
 }
 
-/// The numbers of the 16 rows of a tile.
+/// The numbers of the 16 rows of a tile: two of each kind, or one in a trellis, which has no
+/// minimums.
 struct TrainedTile {
     /// Scale codes and minimum codes, `[runs, 16]`.
-    scales: [Parameters; 2],
+    scales: Vec<Parameters>,
     /// What the row scales `d` and `m` are multiplied with.
-    factors: [Parameters; 2],
+    factors: Vec<Parameters>,
     /// The row scales before the training.
-    row_scales: [[f32; TILE_ROWS]; 2],
+    row_scales: Vec<Lanes>,
 }
 
 /// Gradients of the numbers of a tile, in their order.
 struct TileGradients {
-    scales: [Vec<f32>; 2],
-    factors: [Vec<f32>; 2],
+    scales: Vec<Vec<f32>>,
+    factors: Vec<Vec<f32>>,
 }
 
 impl TrainedLayer {
-    /// Starts at the scales of `layer`; `None` unless its scales are two-level.
+    /// Starts at the scales of `layer`; `None` if it has no scale codes.
     pub fn new(layer: PackedTensor<'_>) -> Option<Self> {
-        let is_two_level = matches!(layer.layout().coding(), ScaleCoding::TwoLevel { .. });
+        layer.layout().coding().sub_groups()?;
         let tiles = 0..layer.layout().tiles();
-        is_two_level.then(|| Self {
+        Some(Self {
             tiles: tiles.into_par_iter().map(|tile| TrainedTile::new(layer, tile)).collect(),
         })
     }
@@ -76,57 +80,66 @@ impl TrainedLayer {
 impl TrainedTile {
     fn new(layer: PackedTensor<'_>, tile: usize) -> Self {
         let layout = layer.layout();
-        let (mut s, mut z) = (Vec::new(), Vec::new());
+        let kinds = if has_minimums(layout.coding()) { 2 } else { 1 };
+        let mut scales = vec![Vec::new(); kinds];
         for group in layout.groups() {
             for run in 0..group.runs(layout.coding()).len() {
-                let (scale, minus_z) = layer.scales(tile, group, run);
-                s.extend(scale);
-                z.extend(minus_z.map(|z| 0.0 - z));
+                let (factor, offset) = layer.scales(tile, group, run);
+                let codes =
+                    [factor.map(|s| s / unit(layout.coding(), group)), offset.map(|z| 0.0 - z)];
+                scales.iter_mut().zip(codes).for_each(|(scales, codes)| scales.extend(codes));
             }
         }
         let (d, m) = layer.row_scales(tile);
-        let ones = || Parameters::new(vec![1.0; TILE_ROWS]);
-        Self { scales: [s, z].map(Parameters::new), factors: [ones(), ones()], row_scales: [d, m] }
+        Self {
+            scales: scales.into_iter().map(Parameters::new).collect(),
+            factors: vec![Parameters::new(vec![1.0; TILE_ROWS]); kinds],
+            row_scales: [d, m][..kinds].to_vec(),
+        }
     }
 
-    /// From the gradient `dw` at the weights of the tile's rows. With `w = (d s) code - m z`, those
-    /// of the scales follow from two sums over each run: that of `dw code` and that of `dw`.
+    /// From the gradient `dw` at the weights of the tile's rows. With `w = (d s) v - m z` and codes
+    /// or values `v`, those of the scales follow from two sums over each run: that of `dw v` and
+    /// that of `dw`.
     fn gradients(&self, layer: PackedTensor<'_>, tile: usize, dw: &[f32]) -> TileGradients {
         let layout = layer.layout();
-        let (d, m) = layer.row_scales(tile);
+        let row_scales = layer.row_scales(tile);
+        let row_scales = [row_scales.0, row_scales.1];
         let zeros = |like: &Parameters| vec![0.0; like.values.len()];
         let mut gradients = TileGradients {
-            scales: self.scales.each_ref().map(zeros),
-            factors: self.factors.each_ref().map(zeros),
+            scales: self.scales.iter().map(zeros).collect(),
+            factors: self.factors.iter().map(zeros).collect(),
         };
-        let ([ds, dz], [dd, dm]) = (&mut gradients.scales, &mut gradients.factors);
-        let mut records = ds.chunks_exact_mut(TILE_ROWS).zip(dz.chunks_exact_mut(TILE_ROWS));
+        let mut record = 0..TILE_ROWS;
         for group in layout.groups() {
-            let columns = unpacked(layer, tile, group);
+            let columns = multiplied(layer, tile, group);
             for (run, cols) in group.runs(layout.coding()).enumerate() {
-                let (s, minus_z) = layer.scales(tile, group, run);
-                let (ds, dz) = records.next().expect("a record per run");
+                let (factor, offset) = layer.scales(tile, group, run);
+                let codes = [factor.map(|s| s / unit(layout.coding(), group)), offset];
                 let columns = &columns[cols.start - group.cols.start..];
                 for (lane, dw) in dw.chunks_exact(layout.cols()).enumerate() {
-                    let (mut with_codes, mut plain) = (0.0, 0.0);
+                    let (mut with_values, mut plain) = (0.0, 0.0);
                     for (dw, column) in dw[cols.clone()].iter().zip(columns) {
-                        with_codes += dw * f32::from(column[lane]);
+                        with_values += dw * column[lane];
                         plain += dw;
                     }
-                    ds[lane] = d[lane] * with_codes;
-                    dz[lane] = -m[lane] * plain;
-                    dd[lane] += self.row_scales[0][lane] * s[lane] * with_codes;
-                    dm[lane] += self.row_scales[1][lane] * minus_z[lane] * plain;
+                    let of_kinds = gradients.scales.iter_mut().zip(&mut gradients.factors);
+                    let sums = [(with_values, with_values), (-plain, plain)];
+                    for (kind, (scales, factors)) in of_kinds.enumerate() {
+                        let (of_code, of_factor) = sums[kind];
+                        scales[record.start + lane] = row_scales[kind][lane] * of_code;
+                        factors[lane] +=
+                            self.row_scales[kind][lane] * codes[kind][lane] * of_factor;
+                    }
                 }
+                record = record.end..record.end + TILE_ROWS;
             }
         }
         gradients
     }
 
     fn descend(&mut self, coding: ScaleCoding, gradients: &TileGradients, rate: f32, step: usize) {
-        let ScaleCoding::TwoLevel { scale_bits, .. } = coding else {
-            unreachable!("checked by `TrainedLayer::new`")
-        };
+        let (_, scale_bits) = coding.sub_groups().expect("checked by `TrainedLayer::new`");
         let max_scale = (1u8 << scale_bits) - 1;
         for (scales, gradient) in self.scales.iter_mut().zip(&gradients.scales) {
             scales.step(gradient, rate * SCALE_RATE * f32::from(max_scale), step);
@@ -139,31 +152,49 @@ impl TrainedTile {
 
     fn store(&self, slot: &mut TileMut<'_>) {
         let layout = slot.layout().clone();
-        let row_scales = [0, 1].map(|which| {
+        let row_scales = |kind: usize| {
             std::array::from_fn(|lane| {
-                let value = self.row_scales[which][lane] * self.factors[which].values[lane];
+                let value = self.row_scales[kind][lane] * self.factors[kind].values[lane];
                 f16::from_f32(value.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()))
             })
+        };
+        let codes = |kind: usize, record: usize| {
+            rounded(&self.scales[kind].values[record * TILE_ROWS..][..TILE_ROWS])
+        };
+        let runs = layout.groups().iter().enumerate().flat_map(|(index, group)| {
+            (0..group.runs(layout.coding()).len()).map(move |run| (index, run))
         });
-        slot.set_row_scales(&row_scales[0], &row_scales[1]);
-        let [s, z] = &self.scales;
-        let records = s.values.chunks_exact(TILE_ROWS).zip(z.values.chunks_exact(TILE_ROWS));
-        let mut records = records.map(|(s, z)| (rounded(s), rounded(z)));
-        for (index, group) in layout.groups().iter().enumerate() {
-            for run in 0..group.runs(layout.coding()).len() {
-                let (s, z) = records.next().expect("a record per run");
-                slot.set_two_level(index, run, &s, &z);
+        // A trellis takes the first of each.
+        let last = self.factors.len() - 1;
+        slot.set_row_scales(&row_scales(0), &row_scales(last));
+        for (record, (group, run)) in runs.enumerate() {
+            match has_minimums(layout.coding()) {
+                true => slot.set_two_level(group, run, &codes(0, record), &codes(1, record)),
+                false => slot.set_trellis_scales(group, run, &codes(0, record)),
             }
         }
     }
 }
 
-/// The codes of a group, one entry per column.
-fn unpacked(layer: PackedTensor<'_>, tile: usize, group: &Group) -> Vec<CodeColumn> {
+/// Whether a minimum is taken off each weight.
+fn has_minimums(coding: ScaleCoding) -> bool {
+    matches!(coding, ScaleCoding::TwoLevel { .. })
+}
+
+/// What the codes of a group are worth in what its scale codes multiply.
+fn unit(coding: ScaleCoding, group: &Group) -> f32 {
+    if has_minimums(coding) { 1.0 } else { value_step(group.bit_width) }
+}
+
+/// What the scale codes of a group multiply, one entry per column: codes, or values of a trellis.
+fn multiplied(layer: PackedTensor<'_>, tile: usize, group: &Group) -> Vec<Lanes> {
     let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
-    let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-    unpack_codes(bytes, group.bit_width, &mut columns);
-    columns
+    layer.codes(tile, group, &mut columns);
+    let coding = layer.layout().coding();
+    let unit = unit(coding, group);
+    let center = if has_minimums(coding) { 0.0 } else { f32::from(TRELLIS_CENTER) };
+    let column = |codes: CodeColumn| codes.map(|code| unit * f32::from(code) - center);
+    columns.into_iter().map(column).collect()
 }
 
 /// Keeps numbers where gradients can bring them back from.
@@ -197,10 +228,15 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    /// Groups of 2, 3 and 1 bits, the last one short; scale codes away from both ends.
-    fn layer(scale_bits: u8) -> PackedLayer {
-        let coding = ScaleCoding::TwoLevel { sub_group: 16, scale_bits };
-        let widths = [2, 3, 1].map(|bits| BitWidth::new(bits).unwrap());
+    const CODINGS: [ScaleCoding; 3] = [
+        ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 },
+        ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 },
+        ScaleCoding::Trellis { sub_group: 16 },
+    ];
+
+    /// Groups of 2, 3 and 8 bits, the last one short; scale codes away from both ends.
+    fn layer(coding: ScaleCoding) -> PackedLayer {
+        let widths = [2, 3, 8].map(|bits| BitWidth::new(bits).unwrap());
         let layout = LayerLayout::new(ROWS, COLS, 32, coding, &widths).unwrap();
         let mut packed = PackedLayer::zeroed(layout.clone());
         for mut tile in packed.tiles_mut() {
@@ -219,7 +255,11 @@ mod tests {
                 tile.set_codes(index, &columns);
                 for run in 0..group.runs(coding).len() {
                     let seed = (10 * index + run) as u32;
-                    tile.set_two_level(index, run, &scales(300 + seed), &scales(400 + seed));
+                    let (s, z) = (scales(300 + seed), scales(400 + seed));
+                    match coding {
+                        ScaleCoding::Trellis { .. } => tile.set_trellis_scales(index, run, &s),
+                        _ => tile.set_two_level(index, run, &s, &z),
+                    }
                 }
             }
         }
@@ -235,8 +275,8 @@ mod tests {
 
     #[test]
     fn untouched_numbers_are_stored_as_they_were() {
-        for scale_bits in [4, 6] {
-            let layer = layer(scale_bits);
+        for coding in CODINGS {
+            let layer = layer(coding);
             let trained = TrainedLayer::new(layer.view()).unwrap();
             assert_eq!(stored(&trained, &layer), layer);
         }
@@ -257,19 +297,21 @@ mod tests {
     fn gradients_are_finite_differences() {
         let dw: Vec<f32> =
             noise(ROWS * COLS, 9).iter().map(|&v| (v % 17) as f32 / 8.0 - 1.0).collect();
+        // Those that every coding has come first.
         let numbers: [Numbers; 4] = [
             (|t| &mut t.scales[0].values, |g| &g.scales[0]),
-            (|t| &mut t.scales[1].values, |g| &g.scales[1]),
             (|t| &mut t.factors[0].values, |g| &g.factors[0]),
+            (|t| &mut t.scales[1].values, |g| &g.scales[1]),
             (|t| &mut t.factors[1].values, |g| &g.factors[1]),
         ];
-        for scale_bits in [4, 6] {
-            let layer = layer(scale_bits);
+        for coding in CODINGS {
+            let layer = layer(coding);
             let mut trained = TrainedLayer::new(layer.view()).unwrap();
             let before = loss(&layer, &dw);
             for (tile, dw_tile) in dw.chunks(TILE_ROWS * COLS).enumerate() {
                 let gradients = trained.tiles[tile].gradients(layer.view(), tile, dw_tile);
-                for (kind, (values, gradient)) in numbers.iter().enumerate() {
+                let of_coding = 2 * trained.tiles[tile].scales.len();
+                for (kind, (values, gradient)) in numbers[..of_coding].iter().enumerate() {
                     for (at, gradient) in gradient(&gradients).iter().enumerate() {
                         let lane = at % TILE_ROWS;
                         if tile * TILE_ROWS + lane >= ROWS {
@@ -289,7 +331,7 @@ mod tests {
 
     #[test]
     fn descending_leaves_numbers_in_range() {
-        let layer = layer(4);
+        let layer = layer(CODINGS[0]);
         let mut trained = TrainedLayer::new(layer.view()).unwrap();
         for (index, tile) in trained.tiles.iter_mut().enumerate() {
             let dw = vec![0.0; TILE_ROWS * COLS];

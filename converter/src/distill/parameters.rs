@@ -3,6 +3,7 @@
 use slim_kernels::per_isa;
 
 /// Numbers being trained, with their running means.
+#[derive(Clone)]
 pub struct Parameters {
     /// As they are.
     pub values: Vec<f32>,

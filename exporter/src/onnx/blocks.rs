@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use slim_formats::slim::{
-    Bands, BitWidth, Group, LayerLayout, PackedTensor, TILE_ROWS, UNIT_COLS, unpack_codes,
+    Bands, BitWidth, Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS, UNIT_COLS,
 };
 
 /// Columns of the largest block that the operator takes.
@@ -79,10 +79,10 @@ impl Blocks {
     ) {
         let bits = usize::from(self.bits);
         let row_bytes = self.row_blocks * block_bytes(self.block, self.bits);
-        let shift = (1 << (bits - 1)) - half_range(group) as u8;
+        let coding = packed.layout().coding();
+        let shift = (1 << (bits - 1)) - half_range(group, coding) as u8;
         let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
-        let bytes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        unpack_codes(bytes, group.bit_width, &mut columns);
+        packed.codes(tile, group, &mut columns);
         let rows = tile_rows(packed.layout(), first_row, tile);
         let codes = &mut self.codes[rows.start * row_bytes..rows.end * row_bytes];
         for (lane, row) in codes.chunks_exact_mut(row_bytes).enumerate() {
@@ -102,7 +102,7 @@ impl Blocks {
         group: &Group,
     ) {
         let layout = packed.layout();
-        let half = f32::from(half_range(group));
+        let half = f32::from(half_range(group, layout.coding()));
         let rows = tile_rows(layout, first_row, tile);
         let (d, m) = packed.row_scales(tile);
         for (run, cols) in group.runs(layout.coding()).enumerate() {
@@ -120,13 +120,13 @@ impl Blocks {
 
 /// The rows of a tile in the matrix, of a band that begins with row `first_row`.
 fn tile_rows(layout: &LayerLayout, first_row: usize, tile: usize) -> Range<usize> {
-    let rows = tile * TILE_ROWS..layout.rows().min((tile + 1) * TILE_ROWS);
-    first_row + rows.start..first_row + rows.end
+    let [start, end] = [tile, tile + 1].map(|tile| layout.rows().min(tile * TILE_ROWS));
+    first_row + start..first_row + end
 }
 
 /// Half as many as a group has codes.
-fn half_range(group: &Group) -> u16 {
-    1 << (group.bit_width.bits() - 1)
+fn half_range(group: &Group, coding: ScaleCoding) -> u16 {
+    1 << (group.code_width(coding).bits() - 1)
 }
 
 /// Bytes of a block's codes.

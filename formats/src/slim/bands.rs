@@ -86,10 +86,13 @@ impl<'a> Bands<'a> {
         (rows, self.get(0).layout().cols())
     }
 
-    /// The largest bit-width of a group.
+    /// The most bits that a code of it has, as [`PackedTensor::codes`] gives it.
     pub fn widest(&self) -> BitWidth {
-        let groups = self.iter().flat_map(|(_, band)| band.layout().groups());
-        groups.map(|group| group.bit_width).max().expect("a layer has groups")
+        let widths = self.iter().flat_map(|(_, band)| {
+            let layout = band.layout();
+            layout.groups().iter().map(|group| group.code_width(layout.coding()))
+        });
+        widths.max().expect("a layer has groups")
     }
 }
 

@@ -11,8 +11,8 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{
     bands::{Bands, matrix_of, read_bands},
-    group::{BitWidth, LayerLayout, ScaleCoding},
-    layout::{PackedTensor, TILE_ROWS, UNIT_COLS, unpack_codes},
+    group::{BitWidth, Group, LayerLayout, ScaleCoding},
+    layout::{PackedTensor, TILE_ROWS, UNIT_COLS},
     verify,
 };
 use crate::{
@@ -24,9 +24,29 @@ use crate::{
 
 /// Versions of the format (F2): what is written to files that need no later one.
 pub(super) const FIRST_VERSION: u32 = 1;
-/// The first version whose layers may have padding columns (F21), and the last one that this
-/// program knows.
-pub(super) const PADDING_VERSION: u32 = 2;
+/// The first version whose layers may have padding columns (F21).
+const PADDING_VERSION: u32 = 2;
+/// The first version that has the trellis, and the last one that this program knows.
+const TRELLIS_VERSION: u32 = 3;
+
+/// The first version that has such a layer.
+pub(super) fn version_for(layout: &LayerLayout) -> u32 {
+    match layout.coding() {
+        ScaleCoding::Trellis { .. } => TRELLIS_VERSION,
+        _ if layout.has_padding_columns() => PADDING_VERSION,
+        _ => FIRST_VERSION,
+    }
+}
+
+/// The shape of the row scales of a layer (F6), if its coding has any.
+pub(super) fn row_scale_shape(layout: &LayerLayout) -> Option<Vec<u64>> {
+    let (tiles, rows) = (layout.tiles() as u64, TILE_ROWS as u64);
+    match layout.coding() {
+        ScaleCoding::Paper => None,
+        ScaleCoding::TwoLevel { .. } => Some(vec![tiles, 2, rows]),
+        ScaleCoding::Trellis { .. } => Some(vec![tiles, rows]),
+    }
+}
 
 /// `general.alignment` of a SliM file (F1): a cache line, and a multiple of every block of codes.
 pub(super) const ALIGNMENT: u32 = 64;
@@ -115,9 +135,9 @@ impl SlimFile {
             let place = format!("key `{}`", keys::VERSION);
             FormatError::malformed(path, place, "F2", "no number", "the version of the format")
         })?;
-        if !(u64::from(FIRST_VERSION)..=u64::from(PADDING_VERSION)).contains(&version) {
+        if !(u64::from(FIRST_VERSION)..=u64::from(TRELLIS_VERSION)).contains(&version) {
             let what = format!(
-                "SliM format version {version} (this program reads {FIRST_VERSION} to {PADDING_VERSION})"
+                "SliM format version {version} (this program reads {FIRST_VERSION} to {TRELLIS_VERSION})"
             );
             return Err(FormatError::unsupported(path, what, "update slimllm"));
         }
@@ -378,9 +398,11 @@ fn read_layers(gguf: &GgufFile) -> Result<Vec<LayerInfo>> {
                 (1, sub_group, scale_bits) => {
                     ScaleCoding::TwoLevel { sub_group: sub_group.into(), scale_bits }
                 }
-                (coding, _, _) => {
-                    let found = format!("coding {coding}");
-                    let expected = "0 with zero sub_group and scale_bits, or 1";
+                (2, sub_group, 4) => ScaleCoding::Trellis { sub_group: sub_group.into() },
+                (coding, _, bits) => {
+                    let found = format!("coding {coding} with {bits} scale bits");
+                    let expected =
+                        "0 with zero sub_group and scale_bits, 1, or 2 with 4 scale bits";
                     return Err(FormatError::malformed(path, place, "F5", found, expected));
                 }
             };
@@ -400,18 +422,20 @@ fn read_layers(gguf: &GgufFile) -> Result<Vec<LayerInfo>> {
         .collect()
 }
 
-/// F21: a reader of the first version would take padding columns for a fault.
+/// F21, F24: a reader of an earlier version would take such a layer for a fault.
 fn check_version(path: &Path, version: u64, layers: &[LayerInfo]) -> Result<()> {
-    let has_padding = |layer: &&LayerInfo| layer.layout.has_padding_columns();
-    match layers.iter().find(has_padding) {
-        Some(layer) if version < u64::from(PADDING_VERSION) => {
-            let place = format!("layer `{}`", layer.name);
-            let found = format!("{} columns", layer.layout.cols());
-            let expected = format!("a multiple of {UNIT_COLS} in version {version}");
-            Err(FormatError::malformed(path, place, "F21", found, expected))
+    let is_newer = |layer: &&LayerInfo| u64::from(version_for(&layer.layout)) > version;
+    let Some(LayerInfo { name, layout, .. }) = layers.iter().find(is_newer) else { return Ok(()) };
+    let place = format!("layer `{name}`");
+    let (rule, found, expected) = match version_for(layout) {
+        TRELLIS_VERSION => ("F24", "coding 2".to_owned(), "0 or 1".to_owned()),
+        _ => {
+            let (found, of) = (layout.cols(), UNIT_COLS);
+            ("F21", format!("{found} columns"), format!("a multiple of {of}"))
         }
-        _ => Ok(()),
-    }
+    };
+    let expected = format!("{expected} in version {version}");
+    Err(FormatError::malformed(path, place, rule, found, expected))
 }
 
 /// Refuses a layer with less than a bit per weight, before anything is made for each of its groups.
@@ -461,8 +485,8 @@ fn check_parts(gguf: &GgufFile, layer: &str, layout: &LayerLayout) -> Result<()>
         ("codes", DType::I8, vec![tiles, layout.tile_code_bytes() as u64]),
         ("scales", DType::I8, vec![tiles, layout.tile_scale_bytes() as u64]),
     ];
-    if layout.tile_row_scale_bytes() > 0 {
-        expected.push(("row_scales", DType::F16, vec![tiles, 2, TILE_ROWS as u64]));
+    if let Some(shape) = row_scale_shape(layout) {
+        expected.push(("row_scales", DType::F16, shape));
     } else if let Some(info) = gguf.tensor(&part_name(layer, "row_scales")) {
         let place = format!("tensor `{}`", info.name);
         let expected = "none beside the paper coding";
@@ -524,26 +548,25 @@ fn hash_fault(rule: &'static str, place: String, found: u64, stored: u64) -> Opt
     })
 }
 
-/// F8: every weight of a padding row is stored as zeros.
+/// F8: every weight of a padding row is stored as zeros, but for the codes of a trellis.
 fn padding_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
     let layout = layer.layout();
-    let used = layout.rows() % TILE_ROWS;
-    if used == 0 {
-        return None;
-    }
-    let tile = layout.tiles() - 1;
-    let dirty = layout.groups().iter().any(|group| {
+    let has_free_codes = matches!(layout.coding(), ScaleCoding::Trellis { .. });
+    let last_tiles = layout.rows() / TILE_ROWS..layout.tiles();
+    let is_dirty = |tile: usize, group: &Group| {
+        let used = layout.rows().saturating_sub(tile * TILE_ROWS);
         let mut columns = vec![[0; TILE_ROWS]; group.cols.len()];
-        let bytes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        unpack_codes(bytes, group.bit_width, &mut columns);
-        columns.iter().any(|column| column[used..].iter().any(|&code| code != 0))
+        layer.stored_codes(tile, group, &mut columns);
+        let has_codes = columns.iter().any(|column| column[used..].iter().any(|&code| code != 0));
+        (has_codes && !has_free_codes)
             || layer.zero_points(tile, group)[used..].iter().any(|&zero| zero != 0)
             || (0..group.runs(layout.coding()).len()).any(|run| {
                 let (factor, offset) = layer.scales(tile, group, run);
                 factor[used..].iter().chain(&offset[used..]).any(|&value| value != 0.0)
             })
-    });
-    dirty.then(|| Fault {
+    };
+    let mut tiles = last_tiles;
+    tiles.any(|tile| layout.groups().iter().any(|group| is_dirty(tile, group))).then(|| Fault {
         rule: "F8",
         place: format!("layer `{name}`, rows past {}", layout.rows()),
         found: "values other than zero".into(),
@@ -557,8 +580,7 @@ fn column_fault(name: &str, layer: PackedTensor<'_>) -> Option<Fault> {
     let last = layout.groups().last().filter(|_| layout.has_padding_columns())?;
     let mut columns = vec![[0; TILE_ROWS]; last.stored_cols()];
     let is_dirty = (0..layout.tiles()).any(|tile| {
-        let bytes = &layer.tile_codes(tile)[last.codes_offset..][..last.code_bytes()];
-        unpack_codes(bytes, last.bit_width, &mut columns);
+        layer.stored_codes(tile, last, &mut columns);
         columns[last.cols.len()..].iter().any(|column| *column != [0; TILE_ROWS])
     });
     is_dirty.then(|| Fault {

@@ -1,8 +1,11 @@
 //! Which columns form which group, and where each group's bytes start inside a tile.
 
-use std::ops::Range;
+use std::{fmt, ops::Range};
 
-use super::layout::{TILE_ROWS, UNIT_COLS};
+use super::{
+    layout::{TILE_ROWS, UNIT_COLS},
+    trellis::{self, STRIP_ROWS},
+};
 
 /// Bits per code of a group, 1 to 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,7 +28,7 @@ impl BitWidth {
     }
 }
 
-/// How scales are stored (sections 4 of `docs/format.md`).
+/// What codes stand for, and how scales are stored (sections 4 and 5 of `docs/format.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleCoding {
     /// An fp16 scale and an integer zero point per (row, group); fp16 scale and mean for 1-bit
@@ -38,18 +41,64 @@ pub enum ScaleCoding {
         /// Bits of a scale code and of a minimum code: 4 or 6.
         scale_bits: u8,
     },
+    /// Codes of 32 rows that stand for values together; scale codes of 4 bits per (row, sub-group)
+    /// that multiply an fp16 scale per row.
+    Trellis {
+        /// Columns per sub-group: 16, 32 or 64.
+        sub_group: usize,
+    },
 }
 
 impl ScaleCoding {
-    /// The columns of a group that share one scale record, in order: its sub-groups (two-level) or
-    /// all of them (paper).
+    /// The name in commands, metadata and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Paper => "paper",
+            Self::TwoLevel { .. } => "two-level",
+            Self::Trellis { .. } => "trellis",
+        }
+    }
+
+    /// Columns per sub-group and bits of a scale code; `None` for the paper coding, which has
+    /// neither.
+    pub fn sub_groups(self) -> Option<(usize, u8)> {
+        match self {
+            Self::Paper => None,
+            Self::TwoLevel { sub_group, scale_bits } => Some((sub_group, scale_bits)),
+            Self::Trellis { sub_group } => Some((sub_group, 4)),
+        }
+    }
+
+    /// The columns of a group that share one scale record, in order: its sub-groups, or all of them
+    /// (paper).
     pub fn runs(self, group: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
         let Range { start, end } = *group;
-        let run = match self {
-            Self::TwoLevel { sub_group, .. } => sub_group,
-            Self::Paper => group.len(),
-        };
+        let run = self.sub_groups().map_or(group.len(), |(sub_group, _)| sub_group);
         (start..end).step_by(run).map(move |first| first..end.min(first + run))
+    }
+
+    /// Rows whose codes belong together: a tile, or the strip of a trellis.
+    pub fn strip_rows(self) -> usize {
+        match self {
+            Self::Paper | Self::TwoLevel { .. } => TILE_ROWS,
+            Self::Trellis { .. } => STRIP_ROWS,
+        }
+    }
+
+    /// Tiles whose codes belong together.
+    pub fn strip_tiles(self) -> usize {
+        self.strip_rows() / TILE_ROWS
+    }
+}
+
+/// `two-level, 4-bit codes per 32 columns`.
+impl fmt::Display for ScaleCoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
+        match self.sub_groups() {
+            None => Ok(()),
+            Some((sub_group, bits)) => write!(f, ", {bits}-bit codes per {sub_group} columns"),
+        }
     }
 }
 
@@ -81,9 +130,17 @@ impl Group {
     /// F17).
     pub(super) fn float_scale_bytes(&self, coding: ScaleCoding) -> usize {
         match (coding, self.bit_width.bits()) {
-            (ScaleCoding::TwoLevel { .. }, _) => 0,
+            (ScaleCoding::TwoLevel { .. } | ScaleCoding::Trellis { .. }, _) => 0,
             (ScaleCoding::Paper, 1) => 4 * TILE_ROWS,
             (ScaleCoding::Paper, _) => 2 * TILE_ROWS,
+        }
+    }
+
+    /// The width of what [`PackedTensor::codes`](super::PackedTensor::codes) gives.
+    pub fn code_width(&self, coding: ScaleCoding) -> BitWidth {
+        match coding {
+            ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => self.bit_width,
+            ScaleCoding::Trellis { .. } => trellis::entry_width(self.bit_width),
         }
     }
 
@@ -133,7 +190,7 @@ impl LayerLayout {
                 "a multiple of 16, at least 16",
             ));
         }
-        if let ScaleCoding::TwoLevel { sub_group, scale_bits } = coding
+        if let Some((sub_group, scale_bits)) = coding.sub_groups()
             && !(matches!(sub_group, 16 | 32 | 64) && matches!(scale_bits, 4 | 6))
         {
             return Err((
@@ -208,14 +265,14 @@ impl LayerLayout {
             };
             return Some((describe(kind(below)), format!("{}, as above", describe(kind(self)))));
         }
-        let has_whole_tiles = self.rows.is_multiple_of(TILE_ROWS);
+        let strip = self.coding.strip_rows();
         let found = || format!("a band of {} rows above it", self.rows);
-        (!has_whole_tiles).then(|| (found(), format!("a multiple of {TILE_ROWS} rows")))
+        (!self.rows.is_multiple_of(strip)).then(|| (found(), format!("a multiple of {strip} rows")))
     }
 
-    /// Tiles of 16 rows, the last one padded.
+    /// Tiles of 16 rows, in whole strips; the last ones are padded.
     pub fn tiles(&self) -> usize {
-        self.rows.div_ceil(TILE_ROWS)
+        self.rows.div_ceil(self.coding.strip_rows()) * self.coding.strip_tiles()
     }
 
     /// Bytes of the codes of one tile.
@@ -233,6 +290,7 @@ impl LayerLayout {
         match self.coding {
             ScaleCoding::Paper => 0,
             ScaleCoding::TwoLevel { .. } => 2 * 2 * TILE_ROWS,
+            ScaleCoding::Trellis { .. } => 2 * TILE_ROWS,
         }
     }
 
@@ -255,10 +313,14 @@ fn scale_bytes(coding: ScaleCoding, group: &Group) -> usize {
         (ScaleCoding::TwoLevel { scale_bits, .. }, _) => {
             group.runs(coding).len() * two_level_record_bytes(scale_bits)
         }
+        (ScaleCoding::Trellis { .. }, _) => group.runs(coding).len() * TRELLIS_RECORD_BYTES,
         (ScaleCoding::Paper, 1) => 4 * TILE_ROWS,
         (ScaleCoding::Paper, bits) => (2 * TILE_ROWS) + 2 * usize::from(bits),
     }
 }
+
+/// Bytes of one record of a trellis layer: 4 bits for each row of a tile.
+pub(super) const TRELLIS_RECORD_BYTES: usize = TILE_ROWS / 2;
 
 /// Bytes of one two-level record: 16, and 8 more for the high bits of 6-bit codes.
 pub(super) fn two_level_record_bytes(scale_bits: u8) -> usize {

@@ -1,9 +1,14 @@
-//! The bytes of codes and scales. The only place that knows the order of bits (sections 3 and 4 of
+//! The bytes of codes and scales. The only place that knows the order of bits (sections 3 to 5 of
 //! `docs/format.md`); fast kernels read the same bytes their own way and are tested against it.
 
 use half::f16;
 
-use super::group::{BitWidth, Group, LayerLayout, ScaleCoding, two_level_record_bytes};
+use super::{
+    group::{
+        BitWidth, Group, LayerLayout, ScaleCoding, TRELLIS_RECORD_BYTES, two_level_record_bytes,
+    },
+    trellis::{self, TRELLIS_CENTER, WindowTable},
+};
 
 /// Rows per tile.
 pub const TILE_ROWS: usize = 16;
@@ -26,7 +31,8 @@ pub struct PackedTensor<'a> {
 
 impl<'a> PackedTensor<'a> {
     /// Joins a layout with its bytes: codes `[tiles, tile_code_bytes]`, scales
-    /// `[tiles, tile_scale_bytes]`, row scales f16 `[tiles, 2, 16]` (empty for the paper coding).
+    /// `[tiles, tile_scale_bytes]`, row scales f16 `[tiles, 2, 16]` (trellis: `[tiles, 16]`, paper:
+    /// empty).
     ///
     /// # Errors
     /// The name of the part whose length is wrong, with the bytes found and expected.
@@ -84,19 +90,48 @@ impl<'a> PackedTensor<'a> {
         chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes())
     }
 
-    /// The row scales `(d, m)` of the 16 rows of a tile; ones for the paper coding, which has none.
+    /// The row scales `(d, m)` of the 16 rows of a tile: `d` twice for a trellis, ones for the
+    /// paper coding, which has none.
     pub fn row_scales(&self, tile: usize) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
-        match self.tile_row_scales(tile).split_at_checked(32) {
-            Some((d, m)) => (f16_row(d), f16_row(m)),
-            None => ([1.0; TILE_ROWS], [1.0; TILE_ROWS]),
+        let bytes = self.tile_row_scales(tile);
+        match self.layout.coding() {
+            ScaleCoding::Paper => ([1.0; TILE_ROWS], [1.0; TILE_ROWS]),
+            ScaleCoding::TwoLevel { .. } => (f16_row(bytes), f16_row(&bytes[2 * TILE_ROWS..])),
+            ScaleCoding::Trellis { .. } => (f16_row(bytes), f16_row(bytes)),
         }
+    }
+
+    /// The codes of `group` in a tile, for a trellis the entries that they stand for: `columns` has
+    /// one for each of its columns, or for each stored one, and is overwritten.
+    ///
+    /// # Panics
+    /// If `columns` has another length.
+    pub fn codes(&self, tile: usize, group: &Group, columns: &mut [CodeColumn]) {
+        self.stored_codes(tile, group, columns);
+        if let ScaleCoding::Trellis { .. } = self.layout.coding() {
+            let mut others = vec![[0; TILE_ROWS]; columns.len()];
+            self.stored_codes(tile ^ 1, group, &mut others);
+            let table = WindowTable::of(group.bit_width).entries();
+            for (column, other) in columns.iter_mut().zip(&others) {
+                let half = tile % 2;
+                let tiles = if half == 0 { [&*column, other] } else { [other, &*column] };
+                *column = trellis::entries(tiles, group.bit_width, &table)[half];
+            }
+        }
+    }
+
+    /// The codes of `group` in a tile as they are stored.
+    pub(super) fn stored_codes(&self, tile: usize, group: &Group, columns: &mut [CodeColumn]) {
+        let bytes = &self.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+        unpack_codes(bytes, group.bit_width, columns);
     }
 
     /// Factor and offset of each row of `tile` for one run of columns, before the row scales: a
     /// weight is `(d * factor) * code + m * offset`, each product rounded to f32.
     ///
-    /// A run is sub-group `run` of the group (two-level; factor and offset are the integers `s` and
-    /// `-z`), or the whole group (paper; `run` = 0).
+    /// A run is sub-group `run` of the group (two-level: factor and offset are the integers `s` and
+    /// `-z`; trellis: `s`, or half of it for 8 bits, and `-64 s`), or the whole group (paper; `run`
+    /// is 0).
     #[inline]
     pub fn scales(
         &self,
@@ -110,6 +145,13 @@ impl<'a> PackedTensor<'a> {
                 let bytes = two_level_record_bytes(scale_bits);
                 let (s, z) = two_level_codes(&records[run * bytes..][..bytes]);
                 (s.map(f32::from), z.map(|z| -f32::from(z)))
+            }
+            ScaleCoding::Trellis { .. } => {
+                let record = &records[run * TRELLIS_RECORD_BYTES..][..TRELLIS_RECORD_BYTES];
+                let s: [f32; TILE_ROWS] =
+                    std::array::from_fn(|r| f32::from(record[r % 8] >> (4 * (r / 8)) & 15));
+                let step = trellis::value_step(group.bit_width);
+                (s.map(|s| step * s), s.map(|s| -f32::from(TRELLIS_CENTER) * s))
             }
             ScaleCoding::Paper => paper_scales(records, group.bit_width),
         }
@@ -199,14 +241,7 @@ fn place(bits: usize, stored: usize, col: usize) -> (usize, usize, usize) {
 }
 
 /// Unpacks the codes of one group of a tile, a column at a time.
-///
-/// # Shapes and layout
-/// `bytes`: `group.code_bytes()` bytes; `columns`: one entry per column of the group, or per stored
-/// column, overwritten.
-///
-/// # Panics
-/// If the lengths do not agree.
-pub fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
+fn unpack_codes(bytes: &[u8], width: BitWidth, columns: &mut [CodeColumn]) {
     let stored = columns.len().next_multiple_of(UNIT_COLS);
     columns.fill([0; TILE_ROWS]);
     let mut start = 0;
@@ -350,7 +385,16 @@ impl TileMut<'_> {
         }
     }
 
-    /// Stores `d` and `m` of the 16 rows (two-level coding).
+    /// Stores scale codes of sub-group `sub_group` of `group` (trellis).
+    pub fn set_trellis_scales(&mut self, group: usize, sub_group: usize, s: &CodeColumn) {
+        let offset = self.layout.groups()[group].scales_offset + sub_group * TRELLIS_RECORD_BYTES;
+        let record = &mut self.scales[offset..][..TRELLIS_RECORD_BYTES];
+        for (r, byte) in record.iter_mut().enumerate() {
+            *byte = s[r] & 15 | s[r + 8] << 4;
+        }
+    }
+
+    /// Stores `d` and `m` of the 16 rows (a trellis has no `m`).
     pub fn set_row_scales(&mut self, d: &[f16; TILE_ROWS], m: &[f16; TILE_ROWS]) {
         store_f16(d.iter().chain(m), self.row_scales);
     }

@@ -11,14 +11,14 @@ mod outline;
 mod refusals;
 #[cfg(test)]
 mod tests;
+mod trellis;
 mod verify;
 mod writer;
 
 pub use bands::{Bands, MAX_BANDS, band_name, matrix_of};
 pub use file::{Fault, LayerInfo, SlimFile};
 pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
-pub use layout::{
-    CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, UNIT_COLS, planes, unpack_codes,
-};
+pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, UNIT_COLS, planes};
 pub use outline::Outline;
+pub use trellis::{STRIP_ROWS, TRELLIS_CENTER, WindowTable, ring_place, value_step};
 pub use writer::{SlimWriter, WrittenFile};

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{
-    file::{ALIGNMENT, FIRST_VERSION, PADDING_VERSION, keys, part_name},
+    file::{ALIGNMENT, FIRST_VERSION, keys, part_name, row_scale_shape, version_for},
     group::{LayerLayout, ScaleCoding},
 };
 use crate::{
@@ -21,8 +21,8 @@ pub struct Outline {
 /// The columns of the layer table (F5).
 #[derive(Debug, Clone, Default)]
 struct LayerTable {
-    /// Whether a layer needs the version that has padding columns (F21).
-    has_padding_columns: bool,
+    /// The first version that has all of it (F2).
+    version: u32,
     name: Vec<String>,
     rows: Vec<u32>,
     cols: Vec<u32>,
@@ -51,8 +51,8 @@ impl Outline {
         part("bits", DType::I8, &[layout.groups().len() as u64]);
         part("codes", DType::I8, &[tiles, layout.tile_code_bytes() as u64]);
         part("scales", DType::I8, &[tiles, layout.tile_scale_bytes() as u64]);
-        if layout.tile_row_scale_bytes() > 0 {
-            part("row_scales", DType::F16, &[tiles, 2, 16]);
+        if let Some(shape) = row_scale_shape(layout) {
+            part("row_scales", DType::F16, &shape);
         }
     }
 
@@ -85,24 +85,25 @@ impl Outline {
 
 impl LayerTable {
     fn push(&mut self, name: &str, layout: &LayerLayout, error: Option<f32>) {
-        let (coding, sub_group, scale_bits) = match layout.coding() {
-            ScaleCoding::Paper => (0, 0, 0),
-            ScaleCoding::TwoLevel { sub_group, scale_bits } => (1, sub_group as u8, scale_bits),
+        let coding = match layout.coding() {
+            ScaleCoding::Paper => 0,
+            ScaleCoding::TwoLevel { .. } => 1,
+            ScaleCoding::Trellis { .. } => 2,
         };
-        self.has_padding_columns |= layout.has_padding_columns();
+        let (sub_group, scale_bits) = layout.coding().sub_groups().unwrap_or_default();
+        self.version = self.version.max(version_for(layout));
         self.name.push(name.to_owned());
         self.rows.push(layout.rows() as u32);
         self.cols.push(layout.cols() as u32);
         self.group_size.push(layout.group_size() as u32);
         self.coding.push(coding);
-        self.sub_group.push(sub_group);
+        self.sub_group.push(sub_group as u8);
         self.scale_bits.push(scale_bits);
         self.error.push(error.unwrap_or(-1.0));
     }
 
     fn describe(&self, metadata: &mut Metadata) -> Result<()> {
-        let version = if self.has_padding_columns { PADDING_VERSION } else { FIRST_VERSION };
-        metadata.insert(keys::VERSION, Value::U32(version))?;
+        metadata.insert(keys::VERSION, Value::U32(self.version.max(FIRST_VERSION)))?;
         for (column, array) in [
             ("name", Array::String(self.name.clone())),
             ("rows", Array::U32(self.rows.clone())),

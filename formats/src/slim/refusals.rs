@@ -69,7 +69,7 @@ fn layer(
     let mut layer = PackedLayer::zeroed(layout.clone());
     let mut noise = Noise(rows as u64);
     for mut tile in layer.tiles_mut() {
-        let used = TILE_ROWS.min(rows - TILE_ROWS * tile.index());
+        let used = TILE_ROWS.min(rows.saturating_sub(TILE_ROWS * tile.index()));
         tile.set_row_scales(&noise.halves(used), &noise.halves(used));
         for (index, group) in layout.groups().iter().enumerate() {
             let max = group.bit_width.max_code();
@@ -81,6 +81,11 @@ fn layer(
                     for run in 0..group.runs(coding).len() {
                         let (s, z) = (noise.row(used, max), noise.row(used, max));
                         tile.set_two_level(index, run, &s, &z);
+                    }
+                }
+                ScaleCoding::Trellis { .. } => {
+                    for run in 0..group.runs(coding).len() {
+                        tile.set_trellis_scales(index, run, &noise.row(used, 15));
                     }
                 }
                 ScaleCoding::Paper if max == 1 => {
@@ -341,7 +346,7 @@ fn open_bad_containers_are_refused() {
         ("no version", "F2", &|draft| draft.remove(keys::VERSION)),
         ("version of another type", "F2", &|draft| draft.set(keys::VERSION, "1")),
         ("version 0", "unsupported", &|draft| draft.set(keys::VERSION, 0u32)),
-        ("version 3", "unsupported", &|draft| draft.set(keys::VERSION, 3u32)),
+        ("version 4", "unsupported", &|draft| draft.set(keys::VERSION, 4u32)),
         ("version 2^32", "unsupported", &|draft| draft.set(keys::VERSION, 1u64 << 32)),
         ("no architecture", "malformed", &|draft| draft.remove("general.architecture")),
         ("no block count", "malformed", &|draft| draft.remove("llama.block_count")),
@@ -399,6 +404,17 @@ fn open_bad_layer_tables_are_refused() {
         ("scale codes of 0 bits", "F5", &|draft| draft.first("scale_bits", 0)),
         ("scale codes of 5 bits", "F5", &|draft| draft.first("scale_bits", 5)),
         ("scale codes of other bits", "F6", &|draft| draft.first("scale_bits", 4)),
+        ("a trellis in version 1", "F24", &|draft| {
+            draft.first("coding", 2);
+            draft.first("scale_bits", 4);
+            draft.retype_part(TWO_LEVEL, "scales", DType::I8, &[2, 3 * 8]);
+            draft.retype_part(TWO_LEVEL, "row_scales", DType::F16, &[2, 16]);
+        }),
+        ("a trellis with minimums", "F6", &|draft| {
+            draft.first("coding", 2);
+            draft.first("scale_bits", 4);
+            draft.retype_part(TWO_LEVEL, "scales", DType::I8, &[2, 3 * 8]);
+        }),
         ("everything large, few widths", "F6", &|draft| {
             draft.first("rows", 1 << 28);
             draft.first("cols", 1 << 28);
@@ -602,6 +618,12 @@ fn every_rule_of_the_specification_is_checked() {
         ("F18", "open_wrong_hashes_are_refused"),
         ("F19", "open_wrong_hashes_are_refused"),
         ("F20", "bands that do not belong together are refused"),
+        (
+            "F24",
+            "open_bad_layer_tables_are_refused, trellis_windows_and_sums_equal_the_specification",
+        ),
+        ("F25", "trellis_tables_equal_the_specification"),
+        ("F26", "trellis_scales_are_read_back"),
         ("F21", "open_bad_layer_tables_are_refused, verify_finds_bad_values_by_rule"),
         ("F22", "verify_finds_broken_rules, writer_numbers_that_are_not_finite_are_refused"),
         ("F23", "verify_finds_broken_rules"),
@@ -783,8 +805,7 @@ fn read_everything(file: &SlimFile) {
         for tile in 0..layout.tiles() {
             layer.row_scales(tile);
             for group in layout.groups() {
-                let codes = &layer.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-                unpack_codes(codes, group.bit_width, &mut vec![[0; TILE_ROWS]; group.cols.len()]);
+                layer.codes(tile, group, &mut vec![[0; TILE_ROWS]; group.cols.len()]);
                 for run in 0..group.runs(layout.coding()).len() {
                     layer.scales(tile, group, run);
                 }

@@ -137,7 +137,108 @@ fn paper_scales_are_read_back() {
     assert_eq!(view.row_scales(0), ([1.0; ROWS], [1.0; ROWS]));
 }
 
+const TRELLIS: ScaleCoding = ScaleCoding::Trellis { sub_group: 32 };
+
+/// The numbers in a block of the specification.
+fn block(fence: &str, radix: u32) -> Vec<u8> {
+    let specification = include_str!("../../../docs/format.md");
+    let block = specification.split(fence).nth(1).and_then(|rest| rest.split("```").next());
+    let numbers = block.unwrap().split_whitespace();
+    numbers.map(|number| u8::from_str_radix(number, radix).unwrap()).collect()
+}
+
+/// The windows of a column by row, bit by bit (F24).
+fn windows_by_row(codes: &[u8], bits: usize) -> Vec<u8> {
+    let row_at = |place: usize| (place as u8 % 32).reverse_bits() as usize >> 3;
+    let bit = |bit: usize| codes[row_at(bit / bits)] >> (bit % bits) & 1;
+    let window = |row: usize| (0..8).map(|i| bit(row_at(row) * bits + i) << i).sum();
+    (0..32).map(window).collect()
+}
+
+#[test]
+fn trellis_windows_and_sums_equal_the_specification() {
+    let codes: Vec<u8> = (0..32).map(|r| ((3 * r + r / 8) % 8) as u8).collect();
+    assert_eq!(block("```hex windows", 16), windows_by_row(&codes, 3));
+    let mut layer = PackedLayer::zeroed(layout(32, 1, 16, TRELLIS, &[3]));
+    for (mut tile, codes) in layer.tiles_mut().into_iter().zip(codes.as_chunks().0) {
+        tile.set_codes(0, &[*codes]);
+    }
+    let view = layer.view();
+    let sums = [0, 1].map(|tile| {
+        let mut columns = [[0; ROWS]];
+        view.codes(tile, &view.layout().groups()[0], &mut columns);
+        columns[0]
+    });
+    assert_eq!(block("```sums", 10), sums.as_flattened());
+}
+
+#[test]
+fn trellis_tables_equal_the_specification() {
+    let specification = include_str!("../../../docs/format.md");
+    let block = specification.split("```tables").nth(1).and_then(|rest| rest.split("```").next());
+    let mut lines = block.unwrap().split_terminator('\n').skip(1);
+    for bits in 1..=6 {
+        let WindowTable { low, high } = WindowTable::of(BitWidth::new(bits).unwrap());
+        for (name, table) in [("low", low), ("high", high)] {
+            let mut line = lines.next().unwrap().split_whitespace();
+            assert_eq!((line.next(), line.next()), (Some(&*bits.to_string()), Some(name)));
+            assert!(line.map(|number| number.parse::<u8>().unwrap()).eq(table.iter().copied()));
+        }
+    }
+    assert_eq!(lines.next(), None);
+    for bits in 7..=8 {
+        let entries = WindowTable::of(BitWidth::new(bits).unwrap()).entries();
+        assert!(
+            (0..=255).all(|window| entries[usize::from(window)] == window & u8::MAX >> (8 - bits))
+        );
+    }
+}
+
+#[test]
+fn trellis_scales_are_read_back() {
+    let mut layer = PackedLayer::zeroed(layout(40, 96, 48, TRELLIS, &[2, 8]));
+    assert_eq!((layer.layout().tiles(), layer.layout().tile_scale_bytes()), (4, 4 * 8));
+    let s: CodeColumn = std::array::from_fn(|r| (r * 7 % 16) as u8);
+    let d: [f16; ROWS] = std::array::from_fn(|r| f16::from_f32(0.5 + r as f32));
+    for (group, run) in [(0, 1), (1, 0)] {
+        let mut tiles = layer.tiles_mut();
+        tiles[2].set_trellis_scales(group, run, &s);
+        tiles[2].set_row_scales(&d, &d);
+    }
+    let view = layer.view();
+    let groups = view.layout().groups();
+    let offset = s.map(|s| -64.0 * f32::from(s));
+    assert_eq!(view.scales(2, &groups[0], 1), (s.map(f32::from), offset));
+    assert_eq!(view.scales(2, &groups[1], 0), (s.map(|s| f32::from(s) / 2.0), offset));
+    assert_eq!(view.scales(2, &groups[0], 0).0, [0.0; ROWS]);
+    assert_eq!(view.row_scales(2), (d.map(f16::to_f32), d.map(f16::to_f32)));
+}
+
 proptest! {
+    #[test]
+    fn trellis_codes_are_those_of_the_windows(
+        bits in 1u8..=8,
+        codes in proptest::collection::vec(any::<[u8; 32]>(), 1..40),
+    ) {
+        let width = BitWidth::new(bits).unwrap();
+        let group_size = codes.len().next_multiple_of(UNIT_COLS);
+        let mut layer = PackedLayer::zeroed(layout(20, codes.len(), group_size, TRELLIS, &[bits]));
+        let codes: Vec<_> = codes.iter().map(|column| column.map(|c| c & width.max_code())).collect();
+        for (half, tile) in layer.tiles_mut().iter_mut().enumerate() {
+            let of_tile = |column: &[u8; 32]| *column.as_chunks().0.get(half).unwrap();
+            tile.set_codes(0, &codes.iter().map(of_tile).collect::<Vec<_>>());
+        }
+        let (view, table) = (layer.view(), WindowTable::of(width).entries());
+        let mut tiles = [0, 1].map(|_| vec![[0; ROWS]; codes.len()]);
+        let group = &view.layout().groups()[0];
+        tiles.iter_mut().enumerate().for_each(|(tile, columns)| view.codes(tile, group, columns));
+        for (col, codes) in codes.iter().enumerate() {
+            let expected = windows_by_row(codes, bits.into()).into_iter().map(|w| table[usize::from(w)]);
+            let found = tiles[0][col].iter().chain(&tiles[1][col]);
+            prop_assert!(expected.eq(found.copied()), "column {}", col);
+        }
+    }
+
     #[test]
     fn codes_pack_and_unpack_to_themselves(
         bits in 1u8..=8,
@@ -153,12 +254,13 @@ proptest! {
             .collect();
         layer.tiles_mut()[0].set_codes(0, &codes);
         let mut unpacked = vec![[9; ROWS]; cols];
-        let width = BitWidth::new(bits).unwrap();
-        unpack_codes(layer.parts().0, width, &mut unpacked);
+        let view = layer.view();
+        let group = &view.layout().groups()[0];
+        view.codes(0, group, &mut unpacked);
         prop_assert_eq!(&unpacked, &codes);
         // Columns that are only stored are zero.
         unpacked.resize(group_size, [9; ROWS]);
-        unpack_codes(layer.parts().0, width, &mut unpacked);
+        view.codes(0, group, &mut unpacked);
         prop_assert_eq!(&unpacked[..cols], &codes);
         prop_assert!(unpacked[cols..].iter().flatten().all(|&code| code == 0));
     }

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use slim_formats::slim::{Bands, PackedTensor, TILE_ROWS};
+use slim_formats::slim::{Bands, Group, PackedTensor, TILE_ROWS};
 
-use super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
+use super::unpack::{Codes, Lanes, UNIT, for_width};
 
 /// Columns `[cols, tiles.len() * 16]` of a matrix: row `r` of the tiles is lane `r` of every
 /// column. Padding rows are zero.
@@ -33,7 +33,6 @@ per_isa! {
         let layout = packed.layout();
         let (d, m) = packed.row_scales(tile);
         for group in layout.groups() {
-            let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
             for (run, cols) in group.runs(layout.coding()).enumerate() {
                 let (mut factor, mut offset) = packed.scales(tile, group, run);
                 for r in 0..TILE_ROWS {
@@ -43,7 +42,10 @@ per_isa! {
                 let first = cols.start - group.cols.start;
                 let units = first / UNIT..(first + cols.len()).div_ceil(UNIT);
                 let out = &mut out[cols.start * stride..];
-                for_width!(group.bit_width, run_columns(codes, units, &factor, &offset, out, stride));
+                for_width!(
+                    group.bit_width,
+                    run_columns(packed, tile, group, units, [&factor, &offset], out, stride)
+                );
             }
         }
     }
@@ -51,24 +53,21 @@ per_isa! {
 
 #[inline(always)]
 fn run_columns<const WIDTH: usize>(
-    codes: &[u8],
+    packed: PackedTensor<'_>,
+    tile: usize,
+    group: &Group,
     units: Range<usize>,
-    factor: &Lanes,
-    offset: &Lanes,
+    [factor, offset]: [&Lanes; 2],
     out: &mut [f32],
     stride: usize,
 ) {
-    let planes = Planes::of::<WIDTH>(codes);
+    let codes = Codes::of::<WIDTH>(packed, tile, group);
     for (index, unit) in units.enumerate() {
-        let words = UnitWords::load::<WIDTH>(planes, unit);
-        for t in 0..4 {
-            for k in 0..4 {
-                let column = words.column::<WIDTH>(t, k);
-                let out = &mut out[(UNIT * index + 4 * t + k) * stride..][..TILE_ROWS];
-                for r in 0..TILE_ROWS {
-                    out[r] = factor[r] * column[r] as i32 as f32 + offset[r];
-                }
+        codes.for_columns::<WIDTH>(unit, |col, codes| {
+            let out = &mut out[(UNIT * index + col) * stride..][..TILE_ROWS];
+            for r in 0..TILE_ROWS {
+                out[r] = factor[r] * codes[r] as i32 as f32 + offset[r];
             }
-        }
+        });
     }
 }

@@ -3,7 +3,9 @@
 //! Loops over rows are written out rather than mapped: a closure that is not inlined loses the
 //! caller's instruction set.
 
-use slim_formats::slim::{TILE_ROWS, UNIT_COLS};
+use slim_formats::slim::{
+    Group, PackedTensor, ScaleCoding, TILE_ROWS, UNIT_COLS, WindowTable, ring_place,
+};
 
 /// One value for each row of a tile.
 pub type Lanes = [f32; TILE_ROWS];
@@ -31,8 +33,6 @@ pub(super) use for_width;
 /// The planes of a group in blocks (F11, F12); those that its width lacks are empty.
 #[derive(Clone, Copy)]
 pub struct Planes<'a> {
-    /// Units in the group.
-    pub units: usize,
     /// Four blocks for each unit.
     pub eight: &'a [[Block; 4]],
     /// Two blocks for each unit.
@@ -59,7 +59,6 @@ impl<'a> Planes<'a> {
         let (two, one) = rest.split_at(units * BIT_BYTES * (WIDTH & 2));
         let (one, short) = one.as_chunks();
         Self {
-            units,
             eight: eight.as_chunks().0.as_chunks().0,
             four: four.as_chunks().0.as_chunks().0,
             two: two.as_chunks().0,
@@ -130,6 +129,94 @@ impl UnitWords {
         }
         column
     }
+}
+
+/// The codes of a group in a tile, and what they stand for.
+#[derive(Clone, Copy)]
+pub struct Codes<'a> {
+    own: Planes<'a>,
+    /// Of a trellis: the other tile of the strip, whether it is the one above, and the table.
+    strip: Option<(Planes<'a>, bool, &'a WindowTable)>,
+}
+
+impl<'a> Codes<'a> {
+    /// Finds the codes of a group in a tile.
+    #[inline(always)]
+    pub fn of<const WIDTH: usize>(packed: PackedTensor<'a>, tile: usize, group: &Group) -> Self {
+        let planes = |tile| {
+            let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
+            Planes::of::<WIDTH>(codes)
+        };
+        let strip = match packed.layout().coding() {
+            ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => None,
+            ScaleCoding::Trellis { .. } => {
+                Some((planes(tile ^ 1), tile % 2 == 1, WindowTable::of(group.bit_width)))
+            }
+        };
+        Self { own: planes(tile), strip }
+    }
+
+    /// Calls `of_column` with the codes of each column of a unit, for a trellis with the entries
+    /// that they stand for.
+    #[inline(always)]
+    pub fn for_columns<const WIDTH: usize>(
+        self,
+        unit: usize,
+        mut of_column: impl FnMut(usize, [u32; TILE_ROWS]),
+    ) {
+        let own = UnitWords::load::<WIDTH>(self.own, unit);
+        match self.strip {
+            None => {
+                for col in 0..UNIT {
+                    of_column(col, own.column::<WIDTH>(col / 4, col % 4));
+                }
+            }
+            Some((other, is_below, table)) => {
+                let other = UnitWords::load::<WIDTH>(other, unit);
+                for col in 0..UNIT {
+                    let own = own.column::<WIDTH>(col / 4, col % 4);
+                    let other = other.column::<WIDTH>(col / 4, col % 4);
+                    of_column(col, entries::<WIDTH>(own, other, is_below, table));
+                }
+            }
+        }
+    }
+}
+
+/// The entries of a column's windows (F24, F25): behind a row of the tile above stands that of the
+/// tile below, behind this the next one of the tile above.
+#[inline(always)]
+fn entries<const WIDTH: usize>(
+    own: [u32; TILE_ROWS],
+    other: [u32; TILE_ROWS],
+    is_below: bool,
+    table: &WindowTable,
+) -> [u32; TILE_ROWS] {
+    let (mut code, mut behind) = (own, if is_below { next_rows(other) } else { other });
+    let mut windows = [0; TILE_ROWS];
+    for bit in (0..8).step_by(WIDTH) {
+        for r in 0..TILE_ROWS {
+            windows[r] |= code[r] << bit;
+        }
+        (code, behind) = (behind, next_rows(code));
+    }
+    let mut entries = [0; TILE_ROWS];
+    for r in 0..TILE_ROWS {
+        let window = windows[r] as usize % 256;
+        entries[r] = u32::from(table.low[window % 16] + table.high[window / 16]);
+    }
+    entries
+}
+
+/// The values of the rows that stand behind those of the same tile in the ring.
+#[inline(always)]
+fn next_rows(rows: [u32; TILE_ROWS]) -> [u32; TILE_ROWS] {
+    let mut next = [0; TILE_ROWS];
+    for r in 0..TILE_ROWS {
+        // Two places on; as a place is its row's bits in reverse, so is a row its place's.
+        next[r] = rows[ring_place((ring_place(r) + 2) % (2 * TILE_ROWS))];
+    }
+    next
 }
 
 /// Adds `bits` bits of each word, from bit `shift` on, to the codes at bit `low`; gives the next

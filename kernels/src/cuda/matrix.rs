@@ -107,7 +107,7 @@ impl Matrix {
         let (rows, cols) = shape(weight);
         check_limit("columns", cols, MAX_UNITS * UNIT_COLS)?;
         check_limit("rows", rows, 1 << 28)?;
-        let Some(layers) = weight.bands() else {
+        let Some(layers) = weight.bands().filter(|bands| !is_trellis(bands.get(0).layout())) else {
             let storage = Storage::Dense(Dense::upload(device, weight)?);
             let bands = vec![Band { first_row: 0, rows, cols, storage }];
             return Ok(Self { rows, cols, bands, bias: None });
@@ -160,6 +160,12 @@ impl Matrix {
     }
 }
 
+/// Whether the codes of rows stand for their weights together: on a device such a layer is dense so
+/// far.
+fn is_trellis(layout: &LayerLayout) -> bool {
+    matches!(layout.coding(), ScaleCoding::Trellis { .. })
+}
+
 impl Packed {
     fn upload(device: &Arc<Device>, w: PackedTensor<'_>) -> Result<Self> {
         let layout = w.layout();
@@ -168,6 +174,7 @@ impl Packed {
             ScaleCoding::TwoLevel { sub_group, scale_bits } => {
                 (if scale_bits == 6 { 2 } else { 1 }, sub_group.ilog2())
             }
+            ScaleCoding::Trellis { .. } => unreachable!("such a layer is dense"),
         };
         let max_width = layout.groups().iter().map(|group| group.bit_width.bits()).max();
         check_limit("bytes of a tile's scales", layout.tile_scale_bytes(), u32::MAX as usize)?;
@@ -203,6 +210,7 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
         ScaleCoding::Paper => (ITEM_COLS, 0),
         ScaleCoding::TwoLevel { sub_group, scale_bits: 6 } => (sub_group, 24),
         ScaleCoding::TwoLevel { sub_group, .. } => (sub_group, 16),
+        ScaleCoding::Trellis { .. } => unreachable!("such a layer is dense"),
     };
     (0..group.stored_cols()).step_by(ITEM_COLS).map(move |start| Item {
         codes: group.codes_offset as u32,
@@ -250,7 +258,7 @@ fn units(w: PackedTensor<'_>) -> Result<Vec<f32>> {
     let of_tile = |tile| -> [f32; TILE_ROWS] {
         let (factor, offset) = match w.layout().coding() {
             ScaleCoding::Paper => largest_of_groups(w, tile),
-            ScaleCoding::TwoLevel { .. } => w.row_scales(tile),
+            ScaleCoding::TwoLevel { .. } | ScaleCoding::Trellis { .. } => w.row_scales(tile),
         };
         std::array::from_fn(|r| unit(factor[r], offset[r]))
     };

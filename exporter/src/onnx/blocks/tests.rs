@@ -58,6 +58,7 @@ fn layer(rows: usize, cols: usize, group_size: usize, coding: ScaleCoding, bits:
                         };
                         (products(&d, s, 1.0), products(&m, z, -1.0))
                     }
+                    (ScaleCoding::Trellis { .. }, _) => unreachable!("no affine codes"),
                     (ScaleCoding::Paper, 2) => {
                         let scale = half_lane(&|row| noise(row + seed, 90), 1e-3);
                         let mean = half_lane(&|row| noise(row + seed + 50, 90), 1e-3);

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::{
     Kernels,
     blocks::BlockIsa,
-    kernel::{Isa, Kernel, block_kernels, instructions, tile_kernels},
+    kernel::{Isa, Kernel, block_kernels, instructions, next_lanes, tile_kernels},
 };
 
 /// The kernels, if the processor has their instructions.
@@ -47,6 +47,15 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
         shifted_left(words: __m256i, bits: usize) -> __m256i
             = _mm256_sllv_epi32(words, _mm256_set1_epi32(bits as i32));
         shifted_right(words: __m256i, bits: __m256i) -> __m256i = _mm256_srlv_epi32(words, bits);
+        repeated(bytes: &[u8; 16]) -> __m256i
+            = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
+        looked_up(table: __m256i, indices: __m256i) -> __m256i
+            = _mm256_shuffle_epi8(table, indices);
+        add(a: __m256i, b: __m256i) -> __m256i = _mm256_add_epi32(a, b);
+        next_lanes(words: __m256i) -> __m256i = {
+            const NEXT: [i32; 8] = next_lanes();
+            _mm256_permutevar8x32_epi32(words, _mm256_loadu_si256(NEXT.as_ptr().cast()))
+        };
         add_products<WIDTH>(sums: __m256i, codes: __m256i, input: __m256i) -> __m256i
             = match HAS_VNNI {
                 true => _mm256_dpbusd_avx_epi32(sums, codes, input),
@@ -74,8 +83,6 @@ impl<const HAS_VNNI: bool> Isa for Avx2<HAS_VNNI> {
 
 impl<const HAS_VNNI: bool> BlockIsa for Avx2<HAS_VNNI> {
     instructions! {
-        repeated(bytes: &[u8; 16]) -> __m256i
-            = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
         // The sign of a code goes to the input, which is never -128.
         add_signed_products(sums: __m256i, codes: __m256i, input: __m256i) -> __m256i
             = {

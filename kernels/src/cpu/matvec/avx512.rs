@@ -5,18 +5,20 @@ use std::arch::x86_64::*;
 
 use super::{
     Kernels, avx2,
-    kernel::{Isa, Kernel, instructions, tile_kernels},
+    kernel::{Isa, Kernel, instructions, next_lanes, tile_kernels},
 };
 
 /// The kernels, if the processor has their instructions.
 pub(super) fn detect() -> Option<Kernels> {
-    let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+    let has = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni");
     // Of a block 256 bits are multiplied at a time.
     let Kernels { blocks, .. } = avx2::detect_vnni().or_else(avx2::detect)?;
     has.then(|| Kernels { tiles: tiles(), blocks })
 }
 
-tile_kernels!(tiles, "avx512f,avx512vnni", Kernel::<_, 1>(Avx512(())));
+tile_kernels!(tiles, "avx512f,avx512bw,avx512vnni", Kernel::<_, 1>(Avx512(())));
 
 /// Made by functions that enable its instructions only.
 #[derive(Clone, Copy)]
@@ -36,6 +38,15 @@ impl Isa for Avx512 {
         shifted_left(words: __m512i, bits: usize) -> __m512i
             = _mm512_sllv_epi32(words, _mm512_set1_epi32(bits as i32));
         shifted_right(words: __m512i, bits: __m512i) -> __m512i = _mm512_srlv_epi32(words, bits);
+        repeated(bytes: &[u8; 16]) -> __m512i
+            = _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.as_ptr().cast()));
+        looked_up(table: __m512i, indices: __m512i) -> __m512i
+            = _mm512_shuffle_epi8(table, indices);
+        add(a: __m512i, b: __m512i) -> __m512i = _mm512_add_epi32(a, b);
+        next_lanes(words: __m512i) -> __m512i = {
+            const NEXT: [i32; 16] = next_lanes();
+            _mm512_permutexvar_epi32(_mm512_loadu_si512(NEXT.as_ptr().cast()), words)
+        };
         add_products<WIDTH>(sums: __m512i, codes: __m512i, input: __m512i) -> __m512i
             = _mm512_dpbusd_epi32(sums, codes, input);
         floats(value: f32) -> __m512 = _mm512_set1_ps(value);

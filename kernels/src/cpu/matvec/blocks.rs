@@ -28,8 +28,6 @@ pub(super) const ROWS: usize = 4;
 
 /// What blocks ask of an instruction set beyond the rest.
 pub(super) trait BlockIsa: Isa {
-    /// 16 bytes, over and over.
-    fn repeated(self, bytes: &[u8; 16]) -> Self::Words;
     /// Adds products as [`Isa::add_products`] does, of codes that are signed bytes.
     fn add_signed_products(
         self,

@@ -2,9 +2,12 @@
 
 use std::{hint::black_box, ops::Range};
 
-use slim_formats::slim::{PackedTensor, ScaleCoding, TILE_ROWS};
+use slim_formats::slim::{Group, PackedTensor, ScaleCoding, TILE_ROWS, TRELLIS_CENTER};
 
-use super::input::{FINE, Input, Step, Units};
+use super::{
+    codes::{Codes, ENTRY_BITS, Stored, Windows},
+    input::{FINE, Input, Step, Units},
+};
 use crate::cpu::unpack::{Lanes, Planes, UNIT, for_width, short_words, zero_points};
 
 /// How far ahead the kernel asks for codes: the processor by itself does so too late. It brought
@@ -33,6 +36,14 @@ pub(super) trait Isa: Copy {
     fn shifted_left(self, words: Self::Words, bits: usize) -> Self::Words;
     /// Each word by a number of bits of its own.
     fn shifted_right(self, words: Self::Words, bits: Self::Words) -> Self::Words;
+
+    /// 16 bytes, again and again.
+    fn repeated(self, bytes: &[u8; 16]) -> Self::Words;
+    /// For each byte of `indices`, which are below 16, that byte of a repeated table.
+    fn looked_up(self, table: Self::Words, indices: Self::Words) -> Self::Words;
+    fn add(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Each lane's next one, where lanes stand in the order of their bits in reverse.
+    fn next_lanes(self, words: Self::Words) -> Self::Words;
 
     /// Adds products of codes, four unsigned bytes a word of `WIDTH` bits each, and inputs, four
     /// signed ones between -127 and 127. What the sums of a step, of 8 calls at most, look like is
@@ -69,6 +80,25 @@ pub(super) trait Isa: Copy {
     fn prefetch(self, _: *const u8) {}
 }
 
+/// The lane behind each of `LANES`, a power of two, in the order of their bits in reverse.
+pub(super) const fn next_lanes<const LANES: usize>() -> [i32; LANES] {
+    let mut next = [0; LANES];
+    let mut place = 0;
+    while place < LANES {
+        next[reversed(place, LANES)] = reversed((place + 1) % LANES, LANES) as i32;
+        place += 1;
+    }
+    next
+}
+
+/// The bits of an index below `count`, a power of two, in reverse.
+const fn reversed(index: usize, count: usize) -> usize {
+    match count {
+        1 => 0,
+        _ => index.reverse_bits() >> (usize::BITS - count.ilog2()),
+    }
+}
+
 /// Writes a function that gives the entry points of a [`Kernel`] for tiles, each of which enables
 /// `$features`.
 macro_rules! tile_kernels {
@@ -86,8 +116,13 @@ macro_rules! tile_kernels {
             };
 
             #[target_feature(enable = $features)]
-            fn products(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
+            fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
                 $kernel.tile(packed, tile, input)
+            }
+
+            #[target_feature(enable = $features)]
+            fn strip(packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
+                $kernel.strip(packed, tile, input)
             }
 
             #[target_feature(enable = $features)]
@@ -102,7 +137,9 @@ macro_rules! tile_kernels {
 
             TileKernels {
                 // SAFETY: whoever calls `$name` has found the processor to have `$features`.
-                products: |packed, tile, input| unsafe { products(packed, tile, input) },
+                tile: |packed, index, input| unsafe { tile(packed, index, input) },
+                // SAFETY: as above.
+                strip: |packed, first, input| unsafe { strip(packed, first, input) },
                 // SAFETY: as above.
                 unpack: |packed, tile, chunk, panel| unsafe { unpack(packed, tile, chunk, panel) },
                 // SAFETY: as above.
@@ -170,9 +207,18 @@ pub(super) type Words<I, const N: usize> = [<I as Isa>::Words; N];
 pub(super) type Floats<I, const N: usize> = [<I as Isa>::Floats; N];
 
 /// Sums over the runs so far: factor times code times input, and minimum times input.
+#[derive(Clone, Copy)]
 struct Sums<I: Isa, const N: usize> {
     scaled: Floats<I, N>,
     shifted: Floats<I, N>,
+}
+
+impl<I: Isa, const N: usize> Sums<I, N> {
+    #[inline(always)]
+    fn none(isa: I) -> Self {
+        let zero = [isa.floats(0.0); N];
+        Self { scaled: zero, shifted: zero }
+    }
 }
 
 /// The kernel of an instruction set, of whose registers `N` hold 16 words.
@@ -185,19 +231,37 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     /// The products of the 16 rows of a tile with an input.
     #[inline(always)]
     pub fn tile(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-        let layout = packed.layout();
-        let (codes, records) = (packed.tile_codes(tile), packed.tile_scales(tile));
-        let zero = [self.0.floats(0.0); N];
-        let mut sums = Sums { scaled: zero, shifted: zero };
-        for group in layout.groups() {
-            let codes = &codes[group.codes_offset..][..group.code_bytes()];
-            let records = &records[group.scales_offset..];
+        let mut sums = [Sums::none(self.0)];
+        for group in packed.layout().groups() {
             let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
             for_width!(
                 group.bit_width,
-                Self::add_group(self, &mut sums, codes, layout.coding(), records, input)
+                Self::add_stored(self, &mut sums, packed, tile, group, input)
             );
         }
+        let [sums] = sums;
+        self.finished(packed, tile, sums)
+    }
+
+    /// The products of the 32 rows of a strip of a trellis, which begins with `tile`: the codes of
+    /// each tile are unpacked once for both.
+    #[inline(always)]
+    pub fn strip(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
+        let mut sums = [Sums::none(self.0), Sums::none(self.0)];
+        for group in packed.layout().groups() {
+            let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
+            for_width!(
+                group.bit_width,
+                Self::add_strip(self, &mut sums, packed, tile, group, input)
+            );
+        }
+        let [above, below] = sums;
+        [self.finished(packed, tile, above), self.finished(packed, tile + 1, below)]
+    }
+
+    /// The products of a tile from its sums.
+    #[inline(always)]
+    fn finished(self, packed: PackedTensor<'_>, tile: usize, sums: Sums<I, N>) -> Lanes {
         let (d, m) = self.row_scales(packed.tile_row_scales(tile));
         let mut lanes = [0.0; TILE_ROWS];
         for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
@@ -207,77 +271,132 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         lanes
     }
 
-    /// `d` and `m` of the rows of a tile.
+    /// `d` and `m` of the rows of a tile; a trellis has one for both.
     #[inline(always)]
     pub fn row_scales(self, bytes: &[u8]) -> (Floats<I, N>, Floats<I, N>) {
         match bytes.as_chunks::<32>().0 {
             [d, m] => (self.halves(d), self.halves(m)),
+            [d] => (self.halves(d), self.halves(d)),
             _ => ([self.0.floats(1.0); N], [self.0.floats(1.0); N]),
         }
     }
 
-    /// Adds the runs of a group: `codes` are its bytes, `records` starts with those of its scales.
+    /// Adds the runs of a group of a tile, whose codes are those of a grid.
     #[inline(always)]
-    fn add_group<const WIDTH: usize>(
+    fn add_stored<const WIDTH: usize>(
         self,
-        sums: &mut Sums<I, N>,
-        codes: &[u8],
-        coding: ScaleCoding,
-        mut records: &[u8],
+        sums: &mut [Sums<I, N>; 1],
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
+        input: Units<'_>,
+    ) {
+        let codes = Stored::<WIDTH>::of(packed, tile, group);
+        self.add_runs::<WIDTH, WIDTH, 1, _>(sums, codes, packed, tile, group, input);
+    }
+
+    /// Adds the runs of a group of a strip.
+    #[inline(always)]
+    fn add_strip<const WIDTH: usize>(
+        self,
+        sums: &mut [Sums<I, N>; 2],
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
+        input: Units<'_>,
+    ) {
+        if WIDTH < ENTRY_BITS {
+            let codes = Windows::<I, WIDTH>::of(self.0, packed, tile, group);
+            self.add_runs::<WIDTH, ENTRY_BITS, 2, _>(sums, codes, packed, tile, group, input);
+        } else {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let sums = std::array::from_mut(sums);
+                self.add_stored::<WIDTH>(sums, packed, tile + i, group, input);
+            }
+        }
+    }
+
+    /// Adds the runs of a group of `T` tiles, with codes of so many bits.
+    #[inline(always)]
+    fn add_runs<const WIDTH: usize, const BITS: usize, const T: usize, C: Codes<I, N, T>>(
+        self,
+        sums: &mut [Sums<I, N>; T],
+        codes: C,
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
         input: Units<'_>,
     ) {
         let isa = self.0;
-        let planes = Planes::of::<WIDTH>(codes);
-        let (units, mut unit) = (planes.units, 0);
+        let coding = packed.layout().coding();
+        let (mut records, mut ahead) = ([&[] as &[u8]; T], [std::ptr::null(); T]);
+        for i in 0..T {
+            records[i] = &packed.tile_scales(tile + i)[group.scales_offset..];
+            let bytes = &packed.tile_codes(tile + i)[group.codes_offset..];
+            ahead[i] = bytes.as_ptr().wrapping_add(AHEAD_BYTES);
+        }
+        let (units, mut unit) = (group.stored_cols() / UNIT, 0);
         assert_eq!(input.codes.len(), units, "inputs of the group");
-        let Sums { mut scaled, mut shifted } = *sums;
-        let mut ahead = codes.as_ptr().wrapping_add(AHEAD_BYTES);
+        let mut so_far = *sums;
         while unit < units {
-            let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
+            let mut scales = [([isa.floats(0.0); N], [isa.floats(0.0); N]); T];
+            for i in 0..T {
+                scales[i] = self.run_scales::<WIDTH>(coding, &mut records[i]);
+            }
             let end = units.min(unit + run_units(coding, units));
             while unit < end {
-                for _ in 0..WIDTH {
-                    isa.prefetch(ahead);
-                    ahead = ahead.wrapping_add(64);
+                for ahead in &mut ahead {
+                    for _ in 0..WIDTH {
+                        isa.prefetch(*ahead);
+                        *ahead = ahead.wrapping_add(64);
+                    }
                 }
                 let step = unit..end.min(unit + 2);
                 let Step { scale, sum, has_fine_codes } = input.steps[unit];
-                let mut dots = self.step_products::<WIDTH>(planes, step.clone(), input.codes);
+                let mut dots = self.step_products::<BITS, T, C>(codes, step.clone(), input.codes);
                 if has_fine_codes {
                     // Codes are unpacked anew: kept for this rare case, they would cost every step
                     // registers.
                     let step = black_box(step.clone());
-                    let rest = self.step_products::<WIDTH>(planes, step, input.fine_codes);
-                    for i in 0..N {
-                        dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
+                    let rest = self.step_products::<BITS, T, C>(codes, step, input.fine_codes);
+                    for (dots, rest) in dots.as_flattened_mut().iter_mut().zip(rest.as_flattened())
+                    {
+                        *dots = isa.mul_add(*rest, isa.floats(FINE), *dots);
                     }
                 }
-                for i in 0..N {
-                    let dots = isa.mul(dots[i], isa.floats(scale));
-                    scaled[i] = isa.mul_add(factor[i], dots, scaled[i]);
-                    shifted[i] = isa.mul_add(minimum[i], isa.floats(sum), shifted[i]);
+                for (t, Sums { scaled, shifted }) in so_far.iter_mut().enumerate() {
+                    let (factor, minimum) = &scales[t];
+                    for i in 0..N {
+                        let dots = isa.mul(dots[t][i], isa.floats(scale));
+                        scaled[i] = isa.mul_add(factor[i], dots, scaled[i]);
+                        shifted[i] = isa.mul_add(minimum[i], isa.floats(sum), shifted[i]);
+                    }
                 }
                 unit = step.end;
             }
         }
-        *sums = Sums { scaled, shifted };
+        *sums = so_far;
     }
 
     /// The products of a step of one unit or two.
     #[inline(always)]
-    fn step_products<const WIDTH: usize>(
+    fn step_products<const BITS: usize, const T: usize, C: Codes<I, N, T>>(
         self,
-        planes: Planes<'_>,
+        codes: C,
         units: Range<usize>,
         input: &[[i32; 4]],
-    ) -> Floats<I, N> {
+    ) -> [Floats<I, N>; T] {
         let (first, last) = (units.start, units.end - 1);
-        let mut sums = [self.0.words(0); N];
-        self.add_unit::<WIDTH>(&mut sums, planes, first, &input[first]);
+        let mut sums = [[self.0.words(0); N]; T];
+        self.add_unit::<BITS, T, C>(&mut sums, codes, first, &input[first]);
         if first < last {
-            self.add_unit::<WIDTH>(&mut sums, planes, last, &input[last]);
+            self.add_unit::<BITS, T, C>(&mut sums, codes, last, &input[last]);
         }
-        self.converted_totals::<WIDTH>(sums)
+        let mut products = [[self.0.floats(0.0); N]; T];
+        for i in 0..T {
+            products[i] = self.converted_totals::<BITS>(sums[i]);
+        }
+        products
     }
 
     /// The sums of a step as f32.
@@ -291,18 +410,18 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 
     /// Adds the products of 16 columns.
     #[inline(always)]
-    fn add_unit<const WIDTH: usize>(
+    fn add_unit<const BITS: usize, const T: usize, C: Codes<I, N, T>>(
         self,
-        sums: &mut Words<I, N>,
-        planes: Planes<'_>,
+        sums: &mut [Words<I, N>; T],
+        codes: C,
         unit: usize,
         input: &[i32; 4],
     ) {
-        let words = self.unit_words::<WIDTH>(planes, unit);
+        let loaded = codes.unit(self, unit);
         for (t, &input) in input.iter().enumerate() {
-            let codes = self.codes::<WIDTH>(planes, unit, words, t);
-            for i in 0..N {
-                sums[i] = self.0.add_products::<WIDTH>(sums[i], codes[i], self.0.words(input));
+            let codes = codes.words(self, unit, loaded, t);
+            for (sums, codes) in sums.as_flattened_mut().iter_mut().zip(codes.as_flattened()) {
+                *sums = self.0.add_products::<BITS>(*sums, *codes, self.0.words(input));
             }
         }
     }
@@ -328,9 +447,9 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         [two, one]
     }
 
-    /// The codes of columns `4 t ..` of a unit.
+    /// The stored codes of columns `4 t ..` of a unit.
     #[inline(always)]
-    pub fn codes<const WIDTH: usize>(
+    pub fn stored_codes<const WIDTH: usize>(
         self,
         planes: Planes<'_>,
         unit: usize,
@@ -363,8 +482,31 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         match coding {
             ScaleCoding::TwoLevel { scale_bits: 6, .. } => self.six_bit_scales(next(records)),
             ScaleCoding::TwoLevel { .. } => self.four_bit_scales(next(records)),
+            ScaleCoding::Trellis { .. } => self.trellis_scales::<WIDTH>(next(records)),
             ScaleCoding::Paper => self.paper_scales::<WIDTH>(records),
         }
+    }
+
+    /// Factors of a record of a trellis (F26), and the minima that take the center off its entries.
+    #[inline(always)]
+    fn trellis_scales<const WIDTH: usize>(self, record: &[u8; 8]) -> (Floats<I, N>, Floats<I, N>) {
+        let mut factor = self.converted(self.field::<4>(self.halves_apart(record), 0, 0));
+        let mut minimum = factor;
+        for i in 0..N {
+            minimum[i] = self.0.mul(factor[i], self.0.floats(TRELLIS_CENTER.into()));
+            if WIDTH == 8 {
+                factor[i] = self.0.mul(factor[i], self.0.floats(0.5));
+            }
+        }
+        (factor, minimum)
+    }
+
+    /// The bytes of 8 rows, and behind them the same 4 bits further down: what the last 8 rows of a
+    /// tile find in them.
+    #[inline(always)]
+    fn halves_apart(self, bytes: &[u8; 8]) -> Words<I, N> {
+        let low = u64::from_le_bytes(*bytes);
+        self.widened(&(u128::from(low) | u128::from(low >> 4) << 64).to_le_bytes())
     }
 
     /// Factors and minima of a record with 4-bit codes (F14).
@@ -379,9 +521,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     fn six_bit_scales(self, record: &[u8; 24]) -> (Floats<I, N>, Floats<I, N>) {
         let (low, high) = record.split_first_chunk().expect("24 bytes");
         let low = self.widened(low);
-        // The last 8 rows find their bits in the same bytes as the first 8, but 4 bits further up.
-        let high = u64::from_le_bytes(*high.first_chunk().expect("8 bytes"));
-        let high = self.widened(&(u128::from(high) | u128::from(high >> 4) << 64).to_le_bytes());
+        let high = self.halves_apart(high.first_chunk().expect("8 bytes"));
         let s = self.or(self.field::<4>(low, 0, 0), self.field::<2>(high, 0, 4));
         let z = self.or(self.field::<4>(low, 4, 0), self.field::<2>(high, 2, 4));
         (self.converted(s), self.converted(z))
@@ -414,7 +554,12 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 
     /// `BITS` bits of each byte, moved from bit `from` to bit `to`.
     #[inline(always)]
-    fn field<const BITS: usize>(self, words: Words<I, N>, from: usize, to: usize) -> Words<I, N> {
+    pub fn field<const BITS: usize>(
+        self,
+        words: Words<I, N>,
+        from: usize,
+        to: usize,
+    ) -> Words<I, N> {
         let mask = self.0.words(i32::from_ne_bytes([((1 << BITS) - 1) << to; 4]));
         let mut fields = self.shifted_right(words, from.saturating_sub(to));
         for field in &mut fields {
@@ -424,6 +569,39 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             *field = self.0.and(*field, mask);
         }
         fields
+    }
+
+    /// The words of the rows that stand behind those of the same tile in the ring (F24): of a
+    /// register those of another, as they are, and once in another order.
+    #[inline(always)]
+    pub fn next_rows(self, words: Words<I, N>) -> Words<I, N> {
+        let mut next = words;
+        for (i, next) in next.iter_mut().enumerate() {
+            // The registers stand in the order of their bits in reverse, too.
+            let place = reversed(i, N);
+            *next = match place + 1 == N {
+                false => words[reversed(place + 1, N)],
+                true => self.0.next_lanes(words[0]),
+            };
+        }
+        next
+    }
+
+    /// The sums of what two tables of bytes hold at indices below 16.
+    #[inline(always)]
+    pub fn sums_of_entries(
+        self,
+        low: I::Words,
+        low_index: Words<I, N>,
+        high: I::Words,
+        high_index: Words<I, N>,
+    ) -> Words<I, N> {
+        let mut sums = low_index;
+        for i in 0..N {
+            let entry = self.0.looked_up(low, low_index[i]);
+            sums[i] = self.0.add(entry, self.0.looked_up(high, high_index[i]));
+        }
+        sums
     }
 
     #[inline(always)]
@@ -506,9 +684,17 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 #[inline(always)]
 pub(super) fn run_units(coding: ScaleCoding, units: usize) -> usize {
     match coding {
-        ScaleCoding::TwoLevel { sub_group, .. } => sub_group / UNIT,
+        ScaleCoding::TwoLevel { sub_group, .. } | ScaleCoding::Trellis { sub_group } => {
+            sub_group / UNIT
+        }
         ScaleCoding::Paper => units,
     }
+}
+
+/// Whether the codes of groups of this width are windows, not those of a grid.
+#[inline(always)]
+pub(super) fn has_windows<const WIDTH: usize>(packed: PackedTensor<'_>) -> bool {
+    WIDTH < ENTRY_BITS && matches!(packed.layout().coding(), ScaleCoding::Trellis { .. })
 }
 
 /// Takes the next record off.

@@ -11,6 +11,7 @@ mod avx2;
 mod avx512;
 pub mod batch;
 mod blocks;
+mod codes;
 mod dense;
 mod input;
 mod kernel;
@@ -25,7 +26,7 @@ use std::{borrow::Cow, fmt, mem, sync::LazyLock};
 use rayon::prelude::*;
 use slim_formats::{
     DenseTensor, Layout,
-    slim::{Bands, PackedTensor, TILE_ROWS},
+    slim::{Bands, PackedTensor, ScaleCoding, TILE_ROWS},
 };
 
 use self::{
@@ -52,7 +53,9 @@ pub struct Kernels {
 #[derive(Clone, Copy)]
 struct TileKernels {
     /// the products of a tile with an input;
-    products: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
+    tile: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
+    /// those of a strip of a trellis, from its first tile on;
+    strip: fn(PackedTensor<'_>, usize, &Input) -> [Lanes; 2],
     /// a chunk of a tile, unpacked;
     unpack: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
     /// the products of what was unpacked with some tokens, which are added,
@@ -132,12 +135,20 @@ pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], ou
         Method::Integer(_, kernels) => {
             // Bands have the same columns in a sub-group or group.
             let input = Input::new(bands.get(0).layout(), x);
-            for_each_tile(bands, out, |band, tile| (kernels.tiles.products)(band, tile, &input));
+            let TileKernels { tile: of_tile, strip: of_strip, .. } = kernels.tiles;
+            match bands.get(0).layout().coding() {
+                ScaleCoding::Trellis { .. } => {
+                    for_tiles(bands, out, |band, first| of_strip(band, first, &input));
+                }
+                ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => {
+                    for_tiles(bands, out, |band, tile| [of_tile(band, tile, &input)]);
+                }
+            }
         }
         Method::Float => {
             let x = in_whole_units(x);
             let sums = portable::column_sums(&x);
-            for_each_tile(bands, out, |band, tile| portable::tile(band, tile, &x, &sums));
+            for_tiles(bands, out, |band, tile| [portable::tile(band, tile, &x, &sums)]);
         }
     }
 }
@@ -189,25 +200,27 @@ pub fn dense_by(
     }
 }
 
-/// Stores the 16 products that `product` gives for each tile of each band.
-fn for_each_tile(
+/// Stores the products that `products` gives for each `T` tiles of each band, which it is told the
+/// first of.
+fn for_tiles<const T: usize>(
     bands: Bands<'_>,
     mut out: &mut [f32],
-    product: impl Fn(PackedTensor<'_>, usize) -> Lanes + Sync,
+    products: impl Fn(PackedTensor<'_>, usize) -> [Lanes; T] + Sync,
 ) {
     let mut tasks = Vec::new();
     for (_, band) in bands.iter() {
         let layout = band.layout();
         let bytes = layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes());
-        let tiles = layout.tiles().div_ceil(bytes.div_ceil(TASK_BYTES));
+        let tiles = layout.tiles().div_ceil(bytes.div_ceil(TASK_BYTES)).next_multiple_of(T);
         let (mine, below) = mem::take(&mut out).split_at_mut(layout.rows());
         let chunks = mine.chunks_mut(tiles * TILE_ROWS).enumerate();
         tasks.extend(chunks.map(|(task, out)| (band, task * tiles, out)));
         out = below;
     }
     let multiply = |(band, first, out): &mut (PackedTensor<'_>, usize, &mut [f32])| {
-        for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-            out.copy_from_slice(&product(*band, *first + i)[..out.len()]);
+        for (i, out) in out.chunks_mut(T * TILE_ROWS).enumerate() {
+            let products = products(*band, *first + T * i);
+            out.copy_from_slice(&products.as_flattened()[..out.len()]);
         }
     };
     match tasks.len() {

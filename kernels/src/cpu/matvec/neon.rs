@@ -10,7 +10,7 @@ use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 use super::{
     Kernels,
     blocks::BlockIsa,
-    kernel::{Isa, Kernel, block_kernels, instructions, tile_kernels},
+    kernel::{Isa, Kernel, block_kernels, instructions, next_lanes, tile_kernels},
 };
 
 /// The kernels, if the processor has their instructions.
@@ -46,6 +46,19 @@ impl Isa for Neon {
             = vshlq_u32(words, vdupq_n_s32(bits as i32));
         shifted_right(words: uint32x4_t, bits: uint32x4_t) -> uint32x4_t
             = vshlq_u32(words, vnegq_s32(vreinterpretq_s32_u32(bits)));
+        repeated(bytes: &[u8; 16]) -> uint32x4_t = vreinterpretq_u32_u8(vld1q_u8(bytes.as_ptr()));
+        looked_up(table: uint32x4_t, indices: uint32x4_t) -> uint32x4_t = {
+            let (table, indices) = (vreinterpretq_u8_u32(table), vreinterpretq_u8_u32(indices));
+            vreinterpretq_u32_u8(vqtbl1q_u8(table, indices))
+        };
+        add(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t = vaddq_u32(a, b);
+        next_lanes(words: uint32x4_t) -> uint32x4_t = {
+            const NEXT: [i32; 4] = next_lanes();
+            // Four bytes of each lane.
+            let lanes = NEXT.map(|lane| 0x0302_0100 + 0x0404_0404 * lane);
+            let (words, lanes) = (vreinterpretq_u8_u32(words), vld1q_s32(lanes.as_ptr()));
+            vreinterpretq_u32_u8(vqtbl1q_u8(words, vreinterpretq_u8_s32(lanes)))
+        };
         add_products<WIDTH>(sums: uint32x4_t, codes: uint32x4_t, input: uint32x4_t) -> uint32x4_t
             = match WIDTH {
                 1..=7 => add_signed_products(sums, codes, input),
@@ -75,7 +88,6 @@ impl Isa for Neon {
 #[allow(unused_unsafe, reason = "most of these instructions are in every aarch64 target")]
 impl BlockIsa for Neon {
     instructions! {
-        repeated(bytes: &[u8; 16]) -> uint32x4_t = vreinterpretq_u32_u8(vld1q_u8(bytes.as_ptr()));
         add_signed_products(sums: uint32x4_t, codes: uint32x4_t, input: uint32x4_t) -> uint32x4_t
             = add_signed_products(sums, codes, input);
         half(bytes: [u8; 2]) -> float32x4_t

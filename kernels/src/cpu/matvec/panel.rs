@@ -5,17 +5,18 @@ use std::{array, iter::Zip, ops::Range, slice::IterMut};
 
 use slim_formats::{
     DenseTensor,
-    slim::{Group, LayerLayout, PackedTensor, ScaleCoding, TILE_ROWS},
+    slim::{Group, LayerLayout, PackedTensor, TILE_ROWS},
 };
 
 use super::{
     blocks::{BlockIsa, RowBlock, WORDS, blocks_of_row, for_each_step},
+    codes::{Codes, ENTRY_BITS, Stored, TileWindows},
     input::{FINE, STEP},
-    kernel::{AHEAD_BYTES, Floats, Isa, Kernel, run_units},
+    kernel::{AHEAD_BYTES, Floats, Isa, Kernel, has_windows, run_units},
     tokens::{Fine, TokenBlock},
 };
 use crate::{
-    cpu::unpack::{Lanes, Planes, UNIT, for_width},
+    cpu::unpack::{Lanes, UNIT, for_width},
     ggml::{Block, for_block, run_scales},
 };
 
@@ -98,18 +99,15 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     ) {
         panel.resize(chunk);
         let layout = packed.layout();
-        let (codes, records) = (packed.tile_codes(tile), packed.tile_scales(tile));
         let (d, m) = self.row_scales(packed.tile_row_scales(tile));
         self.store(d, &mut panel.d);
         self.store(m, &mut panel.m);
         let mut unpacked = &mut panel.codes[..];
         let mut steps = panel.steps.iter_mut().zip(&mut panel.minimums);
         for group in &layout.groups()[chunk.parts.clone()] {
-            let codes = &codes[group.codes_offset..][..group.code_bytes()];
-            let records = &records[group.scales_offset..];
             unpacked = for_width!(
                 group.bit_width,
-                Self::unpack_group(self, codes, layout.coding(), records, &mut steps, unpacked)
+                Self::unpack_group(self, packed, tile, group, &mut steps, unpacked)
             );
         }
     }
@@ -118,16 +116,39 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     #[inline(always)]
     fn unpack_group<'a, const WIDTH: usize>(
         self,
-        codes: &[u8],
-        coding: ScaleCoding,
-        mut records: &[u8],
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
         steps: &mut Zip<IterMut<'_, Step>, IterMut<'_, Lanes>>,
         unpacked: &'a mut [UnitCodes],
     ) -> &'a mut [UnitCodes] {
-        let planes = Planes::of::<WIDTH>(codes);
-        let (units, mut unit) = (planes.units, 0);
-        let (unpacked, others) = unpacked.split_at_mut(units);
-        let mut ahead = codes.as_ptr().wrapping_add(AHEAD_BYTES);
+        let (unpacked, others) = unpacked.split_at_mut(group.stored_cols() / UNIT);
+        if has_windows::<WIDTH>(packed) {
+            let codes = TileWindows::<I, WIDTH>::of(self.0, packed, tile, group);
+            self.unpack_runs::<WIDTH, ENTRY_BITS, _>(codes, packed, tile, group, steps, unpacked);
+        } else {
+            let codes = Stored::<WIDTH>::of(packed, tile, group);
+            self.unpack_runs::<WIDTH, WIDTH, _>(codes, packed, tile, group, steps, unpacked);
+        }
+        others
+    }
+
+    /// The same with codes of so many bits.
+    #[inline(always)]
+    fn unpack_runs<const WIDTH: usize, const BITS: usize, C: Codes<I, N, 1>>(
+        self,
+        codes: C,
+        packed: PackedTensor<'_>,
+        tile: usize,
+        group: &Group,
+        steps: &mut Zip<IterMut<'_, Step>, IterMut<'_, Lanes>>,
+        unpacked: &mut [UnitCodes],
+    ) {
+        let coding = packed.layout().coding();
+        let mut records = &packed.tile_scales(tile)[group.scales_offset..];
+        let (units, mut unit) = (unpacked.len(), 0);
+        let bytes = &packed.tile_codes(tile)[group.codes_offset..];
+        let mut ahead = bytes.as_ptr().wrapping_add(AHEAD_BYTES);
         while unit < units {
             let (factor, minimum) = self.run_scales::<WIDTH>(coding, &mut records);
             let end = units.min(unit + run_units(coding, units));
@@ -137,19 +158,19 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                     ahead = ahead.wrapping_add(64);
                 }
                 let (step, step_minimum) = steps.next().expect("the steps of the chunk");
-                (step.units, step.bits) = ((end - unit).min(2), WIDTH);
+                (step.units, step.bits) = ((end - unit).min(2), BITS);
                 self.store(factor, &mut step.factor);
                 self.store(minimum, step_minimum);
                 for unit in unit..unit + step.units {
-                    let words = self.unit_words::<WIDTH>(planes, unit);
+                    let loaded = codes.unit(self, unit);
                     for (t, unpacked) in unpacked[unit].iter_mut().enumerate() {
-                        self.store_words(self.codes::<WIDTH>(planes, unit, words, t), unpacked);
+                        let [words] = codes.words(self, unit, loaded, t);
+                        self.store_words(words, unpacked);
                     }
                 }
                 unit += step.units;
             }
         }
-        others
     }
 
     /// Adds the products of a chunk with a block of tokens to their sums.

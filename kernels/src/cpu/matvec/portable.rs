@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use slim_formats::slim::{PackedTensor, TILE_ROWS};
+use slim_formats::slim::{Group, PackedTensor, TILE_ROWS};
 
-use super::super::unpack::{Lanes, Planes, UNIT, UnitWords, for_width};
+use super::super::unpack::{Codes, Lanes, UNIT, for_width};
 
 /// The sums of `x`, in whole units, over each unit: what a minimum multiplies, shared by all rows.
 pub fn column_sums(x: &[f32]) -> Vec<f32> {
@@ -20,14 +20,13 @@ per_isa! {
         let layout = packed.layout();
         let (mut scaled, mut shifted) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
         for group in layout.groups() {
-            let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
             let first_unit = group.cols.start / UNIT;
             for (run, cols) in group.runs(layout.coding()).enumerate() {
                 let units = cols.start / UNIT..cols.end.div_ceil(UNIT);
                 let sum: f32 = sums[units.clone()].iter().sum();
                 let x = &x[units.start * UNIT..units.end * UNIT];
                 let units = units.start - first_unit..units.end - first_unit;
-                let dots = for_width!(group.bit_width, dots(codes, units, x));
+                let dots = for_width!(group.bit_width, dots(packed, tile, group, units, x));
                 let (factor, offset) = packed.scales(tile, group, run);
                 for r in 0..TILE_ROWS {
                     scaled[r] += factor[r] * dots[r];
@@ -42,19 +41,21 @@ per_isa! {
 
 /// The sums of code times input over some units of a group, for each row.
 #[inline(always)]
-fn dots<const WIDTH: usize>(codes: &[u8], units: Range<usize>, x: &[f32]) -> Lanes {
-    let planes = Planes::of::<WIDTH>(codes);
+fn dots<const WIDTH: usize>(
+    packed: PackedTensor<'_>,
+    tile: usize,
+    group: &Group,
+    units: Range<usize>,
+    x: &[f32],
+) -> Lanes {
+    let codes = Codes::of::<WIDTH>(packed, tile, group);
     let mut sums = [0.0; TILE_ROWS];
     for (unit, x) in units.zip(x.chunks_exact(UNIT)) {
-        let words = UnitWords::load::<WIDTH>(planes, unit);
-        for t in 0..4 {
-            for k in 0..4 {
-                let column = words.column::<WIDTH>(t, k);
-                for r in 0..TILE_ROWS {
-                    sums[r] += column[r] as i32 as f32 * x[4 * t + k];
-                }
+        codes.for_columns::<WIDTH>(unit, |col, codes| {
+            for r in 0..TILE_ROWS {
+                sums[r] += codes[r] as i32 as f32 * x[col];
             }
-        }
+        });
     }
     sums
 }
