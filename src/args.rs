@@ -42,6 +42,8 @@ pub enum Command {
     Run(RunArgs),
     /// Show what a model file holds, and check it
     Inspect(InspectArgs),
+    /// Show what differs between two models
+    Diff(DiffArgs),
     /// Measure perplexity on a text, and the divergence from another model
     Eval(EvalArgs),
     /// Write the logits of each position of a token sequence
@@ -276,6 +278,27 @@ pub struct InspectArgs {
     pub html: Option<PathBuf>,
 
     /// Replace the report if it exists
+    #[arg(long, requires = "html")]
+    pub force: bool,
+}
+
+#[derive(clap::Args)]
+pub struct DiffArgs {
+    /// A SliM, GGUF, ONNX or safetensors file, or a Hugging Face directory
+    pub a: PathBuf,
+
+    /// Another one, such as the source of the first
+    pub b: PathBuf,
+
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+
+    /// Also write a page that needs nothing else
+    #[arg(long, value_name = "REPORT")]
+    pub html: Option<PathBuf>,
+
+    /// Replace the page if it exists
     #[arg(long, requires = "html")]
     pub force: bool,
 }

@@ -12,7 +12,7 @@ use anyhow::Result;
 use serde_json::json;
 use slim_formats::{FormatError, slim::Fault};
 
-use self::contents::Contents;
+pub use self::{contents::Contents, json::value as metadata_json, text::preview};
 use crate::{
     Outcome,
     args::InspectArgs,

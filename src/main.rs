@@ -6,6 +6,7 @@ mod args;
 mod bench;
 mod compute;
 mod convert;
+mod diff;
 mod eval;
 mod export;
 mod failure;
@@ -34,7 +35,7 @@ use crate::{
 enum Outcome {
     /// It did what it was asked.
     Done,
-    /// The answer is no: `inspect --verify` found faults.
+    /// The answer is no: `inspect --verify` found faults, `diff` a difference.
     No,
 }
 
@@ -89,6 +90,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Convert(args) => convert::run(&args)?,
         Command::Run(args) => run::run(&args)?,
         Command::Inspect(args) => return inspect::run(&args),
+        Command::Diff(args) => return diff::run(&args),
         Command::Eval(args) => eval::run(&args)?,
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,

@@ -241,9 +241,9 @@ mod tests {
     #[test]
     fn preview_shows_the_start_and_the_length() {
         let numbers: Vec<u32> = (0..1000).collect();
-        assert_eq!(preview(&Json::from(numbers)), "[0, 1, 2, 3, 4, 5, ...] (1,000 values)");
-        assert_eq!(preview(&Json::from("short")), "\"short\"");
-        let long = preview(&Json::from("a".repeat(5000)));
+        assert_eq!(preview_of(&Json::from(numbers)), "[0, 1, 2, 3, 4, 5, ...] (1,000 values)");
+        assert_eq!(preview_of(&Json::from("short")), "\"short\"");
+        let long = preview_of(&Json::from("a".repeat(5000)));
         assert_eq!(long, format!("\"{}\"... (5,000 bytes)", "a".repeat(64)));
     }
 }

@@ -14,6 +14,7 @@ mod golden_models; // logits against the reference implementation
 mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod output_safety; // what is never overwritten, and what an early end leaves
+mod pages; // looking into a file, and at what differs
 mod real_model; // a real model, where there is one
 mod reports; // what commands say of their results
 mod resume; // conversions that ended early

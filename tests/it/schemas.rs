@@ -177,6 +177,8 @@ fn documents_of_all_commands_are_as_their_schemas_say() {
     let bench = ["bench", slim, "--prompt", "4", "--generate", "2", "--runs", "1", "--json"];
     document("bench", &bench);
     document("bench", &[&bench[..], &["--context", "3,5", "--batch", "2"]].concat());
+    document("diff", &["diff", slim, slim, "--json"]);
+    check("diff", &slimllm(&["diff", slim, llama, "--json"]).json());
     for layout in ["gguf", "safetensors", "gptq", "onnx"] {
         let out = &dir.arg(layout);
         document("export", &["export", slim, "--to", layout, "-o", out, "--json"]);

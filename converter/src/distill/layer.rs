@@ -1,5 +1,5 @@
-//! A linear layer whose scales are trained: scale codes, minimum codes where the coding has them, and
-//! the row scales of both.
+//! A linear layer whose scales are trained: scale codes, minimum codes where the coding has them,
+//! and the row scales of both.
 
 use half::f16;
 use rayon::prelude::*;

@@ -221,6 +221,7 @@ impl TileFiller {
                     let scales = self.factors(self.size / (f32::from(max) / 2.0));
                     tile.set_affine(index, &scales, &self.minima(max));
                 }
+                ScaleCoding::Trellis { .. } => unreachable!("on a device such a layer is dense"),
             }
         }
     }
