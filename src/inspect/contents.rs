@@ -1,6 +1,6 @@
 //! Any supported file, in the same terms.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use slim_formats::{
@@ -36,7 +36,7 @@ pub struct Contents {
 enum Opened {
     Slim(Box<SlimFile>),
     Gguf(GgufFile),
-    Safetensors(MappedFile),
+    Safetensors(Vec<MappedFile>),
     Model(Box<dyn ModelSource>),
 }
 
@@ -67,12 +67,13 @@ pub struct WeightSize {
 impl Contents {
     /// Reads a file or a directory; of SliM files the structure only, not the hashes.
     pub fn read(path: &Path) -> Result<Self> {
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
+        let lists = safetensors_files(path);
+        if !lists.is_empty() {
             // Without a `config.json` beside it, or of another architecture, it is still a list of
             // tensors.
             return match Self::of_model(path) {
-                Err(error) if !matches!(error, FormatError::Malformed { .. }) => {
-                    let contents = Self::of_safetensors(path)?;
+                Err(error) if is_of_no_known_model(&error, path) => {
+                    let contents = Self::of_safetensors(&lists)?;
                     note(format_args!("read as a list of tensors, not as a model: {error}"));
                     Ok(contents)
                 }
@@ -115,34 +116,36 @@ impl Contents {
         })
     }
 
-    fn of_safetensors(path: &Path) -> Result<Self> {
-        let file = MappedFile::open(path)?;
-        let (_, header) = SafeTensors::read_metadata(&file).map_err(|error| {
-            FormatError::malformed(path, "the header", "", error, "a safetensors header")
-        })?;
-        let mut tensors: Vec<Tensor> = header
-            .tensors()
-            .into_iter()
-            .map(|(name, info)| Tensor {
+    fn of_safetensors(paths: &[PathBuf]) -> Result<Self> {
+        let (mut files, mut tensors, mut metadata) = (Vec::new(), Vec::new(), Metadata::new());
+        for path in paths {
+            let file = MappedFile::open(path)?;
+            let (_, header) = SafeTensors::read_metadata(&file).map_err(|error| {
+                FormatError::malformed(path, "the header", "", error, "a safetensors header")
+            })?;
+            tensors.extend(header.tensors().into_iter().map(|(name, info)| Tensor {
                 name,
                 dtype: format!("{:?}", info.dtype),
                 shape: info.shape.iter().map(|&dim| dim as u64).collect(),
                 bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
-            })
-            .collect();
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut metadata = Metadata::new();
-        for (key, value) in header.metadata().iter().flatten() {
-            metadata.insert(key, value.as_str())?;
+            }));
+            for (key, value) in header.metadata().iter().flatten() {
+                // Parts of a model say the same.
+                if metadata.get(key).is_none() {
+                    metadata.insert(key, value.as_str())?;
+                }
+            }
+            files.push(file);
         }
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Self {
             format: "safetensors",
             architecture: None,
-            file_bytes: file.len() as u64,
+            file_bytes: files.iter().map(|file| file.len() as u64).sum(),
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata,
-            opened: Opened::Safetensors(file),
+            opened: Opened::Safetensors(files),
         })
     }
 
@@ -212,7 +215,11 @@ impl Contents {
         match &self.opened {
             Opened::Slim(file) => Ok(file.verify()),
             Opened::Gguf(file) => Ok(verify::gguf_faults(file)),
-            Opened::Safetensors(file) => verify::safetensors_faults(file),
+            Opened::Safetensors(files) => files
+                .iter()
+                .map(verify::safetensors_faults)
+                .collect::<Result<Vec<_>>>()
+                .map(|of| of.concat()),
             Opened::Model(source) => verify::model_faults(&**source),
         }
     }
@@ -235,6 +242,27 @@ impl Contents {
     pub fn weight(&self, name: &str) -> Option<&WeightSize> {
         self.weights.iter().find(|weight| weight.name == name)
     }
+}
+
+/// Whether what was found may be sound, but no model that this program knows.
+fn is_of_no_known_model(error: &FormatError, path: &Path) -> bool {
+    match error {
+        FormatError::Unsupported { .. } => true,
+        FormatError::Malformed { .. } => false,
+        _ => !path.is_dir(),
+    }
+}
+
+/// A safetensors file, or those of a folder, in the order of their names; empty of all others.
+fn safetensors_files(path: &Path) -> Vec<PathBuf> {
+    let is_list = |path: &PathBuf| path.extension().is_some_and(|name| name == "safetensors");
+    let mut files = match path.read_dir() {
+        Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
+        Err(_) => vec![path.to_owned()],
+    };
+    files.retain(is_list);
+    files.sort();
+    files
 }
 
 impl Tensor {

@@ -66,6 +66,19 @@ fn page_about_a_source_lists_what_is_there() {
     assert!(found.contains("blk.0.attn_q.weight") && !found.contains("<svg"));
 }
 
+#[test]
+fn folder_of_an_unknown_model_is_a_list_of_tensors() {
+    let dir = Dir::new();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(tiny_model("llama").join(file), dir.path(file)).unwrap();
+    }
+    let config = std::fs::read_to_string(dir.path("config.json")).unwrap();
+    dir.write("config.json", config.replace("\"llama\"", "\"novel\""));
+    let found = succeed(&["inspect", &arg(dir.root()), "--tensors", "--verify"]);
+    assert!(found.stderr.contains("model type `novel` is not supported"), "{}", found.stderr);
+    assert!(found.stdout.contains("model.layers.0.mlp.up_proj.weight"), "{}", found.stdout);
+}
+
 /// `file` with another width, and other codes, in group `group` of a layer.
 fn with_width(file: &str, name: &str, group: usize, copy: &str) {
     let file = SlimFile::open(Path::new(file)).unwrap();
