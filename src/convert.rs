@@ -27,7 +27,7 @@ use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
-    interrupt::stop_when_interrupted,
+    interrupt::{keep, stop_when_interrupted},
     open::{USUAL_CONTEXT, open, read_text, resolve_context, tokenizer},
     output::{facts, plural, print, print_json, size, warn},
     progress::{Planned, Progress, duration},
@@ -72,6 +72,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         false => Begin::New,
     };
     let work = WorkFolder::beside(target.path, begin, Arc::clone(&stop))?;
+    keep(work.path());
 
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;

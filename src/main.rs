@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             failure::report(&error);
-            interrupt::tell_removed();
+            interrupt::tell_leftovers();
             ExitCode::from(match failure::is_interruption(&error) {
                 true => interrupt::EXIT_INTERRUPTED,
                 false => 2,

@@ -50,4 +50,4 @@ pub use report::{LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};
 pub use work::Work;
-pub use work_folder::{Begin, WorkFolder};
+pub use work_folder::{Begin, WorkFolder, has_records};

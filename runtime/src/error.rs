@@ -84,6 +84,14 @@ impl RuntimeError {
         Self::Tokenizer { reason: reason.into(), source: None }
     }
 
+    /// A chat template that cannot do something, the rest of "cannot ...".
+    pub(crate) fn chat_template(
+        action: &'static str,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::ChatTemplate { action, source: source.into() }
+    }
+
     /// A caller's mistake.
     pub(crate) fn invalid_argument(
         what: impl Into<String>,

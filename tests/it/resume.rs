@@ -7,7 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::command::{Answer, Dir, arg, fail, succeed, tiny_model};
+use safetensors::{Dtype, SafeTensors};
+
+use crate::{
+    command::{Answer, Dir, arg, fail, succeed, tiny_model},
+    sources::copy_folder,
+};
 
 const OUT: &str = "out.gguf";
 const WORK: &str = "out.gguf.work";
@@ -85,7 +90,7 @@ fn interrupted(dir: &Dir, args: &[String]) {
     let output = child.wait_with_output().unwrap();
     let talk = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{talk}");
-    for fragment in ["Ctrl-C again", "interrupted; `out.gguf.work`", "`--resume`"] {
+    for fragment in ["Ctrl-C again", "interrupted", "`out.gguf.work` has what", "`--resume`"] {
         assert!(talk.contains(fragment), "`{fragment}` in\n{talk}");
     }
     assert!(!dir.path(OUT).exists());
@@ -101,6 +106,44 @@ fn interrupted_conversion_finishes_its_step_and_resumes_to_the_same_bytes() {
         assert!(fs::read(dir.path(OUT)).unwrap() == expected, "{args:?}");
         assert_eq!(dir.names(), [OUT]);
     }
+}
+
+/// Other ends than Ctrl-C tell the same: here a tensor that is damaged, in the second block.
+#[test]
+fn failed_conversion_says_what_stays_and_how_to_go_on() {
+    let dir = Dir::new();
+    let model = dir.path("model");
+    copy_folder(&tiny_model("llama"), &model);
+    let sound = fs::read(model.join("model.safetensors")).unwrap();
+    fs::write(
+        model.join("model.safetensors"),
+        with_nan(&sound, "model.layers.1.mlp.up_proj.weight"),
+    )
+    .unwrap();
+    let args = [&arg(&model), "--samples", "8", "--context", "64", "--method", "gptq"];
+    let mut command = convert(&dir, &args.map(str::to_owned));
+    let fragments =
+        ["blk.1.ffn_up.weight", "finite", "`out.gguf.work` has what is done", "`--resume` goes on"];
+    Answer::of(&mut command).fails(&fragments);
+    // The survey fails before anything is recorded: nothing stays, and nothing is said of it.
+    let dir = Dir::new();
+    let answer = Answer::of(&mut convert(&dir, &args[..5].map(str::to_owned)));
+    assert_eq!((answer.code, dir.names().len()), (2, 0), "{}", answer.stderr);
+    assert!(!answer.stderr.contains("what is done"), "{}", answer.stderr);
+}
+
+/// A safetensors file with a NaN at the beginning of one of its tensors.
+fn with_nan(file: &[u8], tensor: &str) -> Vec<u8> {
+    let (header_bytes, header) = SafeTensors::read_metadata(file).unwrap();
+    let info = header.info(tensor).unwrap();
+    let start = 8 + header_bytes + info.data_offsets.0;
+    let mut damaged = file.to_vec();
+    let nan: &[u8] = match info.dtype {
+        Dtype::F32 => &[0, 0, 0xc0, 0x7f],
+        _ => &[0, 0x7f],
+    };
+    damaged[start..start + nan.len()].copy_from_slice(nan);
+    damaged
 }
 
 #[test]
