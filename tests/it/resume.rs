@@ -3,16 +3,11 @@
 use std::{
     fs,
     os::unix::process::ExitStatusExt,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use safetensors::{Dtype, SafeTensors};
-
-use crate::{
-    command::{Answer, Dir, arg, fail, succeed, tiny_model},
-    sources::copy_folder,
-};
+use crate::command::{Answer, Dir, arg, fail, succeed, tiny_model};
 
 const OUT: &str = "out.gguf";
 const WORK: &str = "out.gguf.work";
@@ -76,8 +71,8 @@ fn killed_conversion_resumes_to_the_same_bytes() {
     }
 }
 
-/// A conversion that was interrupted once something was recorded.
-fn interrupted(dir: &Dir, args: &[String]) {
+/// A conversion that runs and has recorded something.
+fn begun(dir: &Dir, args: &[String]) -> Child {
     let mut child = convert(dir, args).stderr(Stdio::piped()).spawn().unwrap();
     let records = || fs::read_dir(dir.path(WORK)).map_or(0, Iterator::count);
     // One of them says what the others are of.
@@ -85,6 +80,12 @@ fn interrupted(dir: &Dir, args: &[String]) {
         assert!(child.try_wait().unwrap().is_none(), "it ended before anything was recorded");
         std::thread::sleep(Duration::from_millis(1));
     }
+    child
+}
+
+/// A conversion that was interrupted once something was recorded.
+fn interrupted(dir: &Dir, args: &[String]) {
+    let child = begun(dir, args);
     let status = Command::new("kill").args(["-s", "INT", &child.id().to_string()]).status();
     assert!(status.unwrap().success());
     let output = child.wait_with_output().unwrap();
@@ -108,42 +109,29 @@ fn interrupted_conversion_finishes_its_step_and_resumes_to_the_same_bytes() {
     }
 }
 
-/// Other ends than Ctrl-C tell the same: here a tensor that is damaged, in the second block.
+/// Other ends than Ctrl-C tell the same: here somebody takes the name of the output meanwhile.
 #[test]
 fn failed_conversion_says_what_stays_and_how_to_go_on() {
+    let args = &conversions()[1];
+    let (expected, _) = undisturbed(args);
     let dir = Dir::new();
-    let model = dir.path("model");
-    copy_folder(&tiny_model("llama"), &model);
-    let sound = fs::read(model.join("model.safetensors")).unwrap();
-    fs::write(
-        model.join("model.safetensors"),
-        with_nan(&sound, "model.layers.1.mlp.up_proj.weight"),
-    )
-    .unwrap();
-    let args = [&arg(&model), "--samples", "8", "--context", "64", "--method", "gptq"];
-    let mut command = convert(&dir, &args.map(str::to_owned));
-    let fragments =
-        ["blk.1.ffn_up.weight", "finite", "`out.gguf.work` has what is done", "`--resume` goes on"];
-    Answer::of(&mut command).fails(&fragments);
-    // The survey fails before anything is recorded: nothing stays, and nothing is said of it.
+    let child = begun(&dir, args);
+    dir.write(OUT, "mine");
+    let output = child.wait_with_output().unwrap();
+    let talk = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{talk}");
+    for fragment in ["`out.gguf`", "`out.gguf.work` has what is done", "`--resume` goes on"] {
+        assert!(talk.contains(fragment), "`{fragment}` in\n{talk}");
+    }
+    assert_eq!(fs::read(dir.path(OUT)).unwrap(), b"mine");
+    Answer::of(convert(&dir, args).args(["--resume", "--force"])).succeeds();
+    assert!(fs::read(dir.path(OUT)).unwrap() == expected);
+    // What fails before anything is recorded leaves nothing, and says nothing of it.
     let dir = Dir::new();
-    let answer = Answer::of(&mut convert(&dir, &args[..5].map(str::to_owned)));
-    assert_eq!((answer.code, dir.names().len()), (2, 0), "{}", answer.stderr);
+    let text = dir.write("text", "too short");
+    let answer = Answer::of(convert(&dir, args).args(["--calibration", &text]));
+    assert_eq!((answer.code, dir.names()), (2, vec!["text".to_owned()]), "{}", answer.stderr);
     assert!(!answer.stderr.contains("what is done"), "{}", answer.stderr);
-}
-
-/// A safetensors file with a NaN at the beginning of one of its tensors.
-fn with_nan(file: &[u8], tensor: &str) -> Vec<u8> {
-    let (header_bytes, header) = SafeTensors::read_metadata(file).unwrap();
-    let info = header.info(tensor).unwrap();
-    let start = 8 + header_bytes + info.data_offsets.0;
-    let mut damaged = file.to_vec();
-    let nan: &[u8] = match info.dtype {
-        Dtype::F32 => &[0, 0, 0xc0, 0x7f],
-        _ => &[0, 0x7f],
-    };
-    damaged[start..start + nan.len()].copy_from_slice(nan);
-    damaged
 }
 
 #[test]
