@@ -12,6 +12,7 @@ use serde_json::json;
 use slim_formats::{FormatError, slim::Fault};
 
 use self::contents::Contents;
+pub use self::json::metadata as metadata_json;
 use crate::{
     Outcome,
     args::InspectArgs,

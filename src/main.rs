@@ -16,6 +16,7 @@ mod logits;
 mod open;
 mod output;
 mod progress;
+mod reproduce;
 mod run;
 mod target;
 
@@ -33,7 +34,7 @@ use crate::{
 enum Outcome {
     /// It did what it was asked.
     Done,
-    /// The answer is no: `inspect --verify` found faults.
+    /// The answer is no: `inspect --verify` found faults, or `reproduce --run` other bytes.
     No,
 }
 
@@ -92,6 +93,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
+        Command::Reproduce(args) => return reproduce::run(&args),
         Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)
