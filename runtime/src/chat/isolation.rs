@@ -94,14 +94,17 @@ pub(super) fn render_elsewhere(
 }
 
 fn ask(program: &mut Command, request: &Json) -> Result<Vec<Result<String>>> {
-    let failed = RuntimeError::chat_template;
-    let answer = answer(program, request).map_err(|error| failed("be rendered", error))?;
+    let answer = answer(program, request)
+        .map_err(|error| RuntimeError::chat_template("be rendered", error))?;
     if let Some(error) = answer["error"].as_str() {
-        return Err(failed("be read", error));
+        return Err(RuntimeError::chat_template("be read", error));
     }
     let text = |text: &Json| match text["text"].as_str() {
         Some(text) => Ok(text.to_owned()),
-        None => Err(failed("be rendered", text["error"].as_str().unwrap_or_default())),
+        None => Err(RuntimeError::chat_template(
+            "be rendered",
+            text["error"].as_str().unwrap_or_default(),
+        )),
     };
     Ok(answer["texts"].as_array().into_iter().flatten().map(text).collect())
 }
