@@ -65,8 +65,8 @@ impl Domain {
 impl Quality {
     /// Whether the result is likely useless for such texts.
     pub fn is_useless(&self) -> bool {
-        // What is no number is no use.
-        !(self.divergence.kl_mean <= USELESS_KL)
+        let kl = self.divergence.kl_mean;
+        kl.is_nan() || kl > USELESS_KL
     }
 }
 

@@ -1,5 +1,5 @@
-//! Models in several files, as `llama-gguf-split` writes them: `NAME-00001-of-00003.gguf`, ..., each
-//! a GGUF file. The first has the metadata.
+//! Models in several files, as `llama-gguf-split` writes them: `NAME-00001-of-00003.gguf`, ...,
+//! each a GGUF file. The first has the metadata.
 
 use std::path::Path;
 
