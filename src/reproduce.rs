@@ -33,14 +33,17 @@ pub fn run(args: &ReproduceArgs) -> Result<Outcome> {
     let source = find_source(args, file.metadata())?;
     let calibration = calibration(args, file.metadata())?;
     let command = recipe.command(source.as_deref(), calibration.as_deref());
+    if args.run {
+        require_inputs(args, &recipe, source.as_deref(), calibration.as_deref())?;
+    }
     if !args.json {
         print(&format!("{}\n", shell_line(&command)))?;
         recipe.notes().iter().for_each(note);
     }
     recipe.obstacles().iter().for_each(|obstacle| warn(obstacle));
-    let found = match args.run {
-        true => Some(repeat(args, &file, &recipe, source, calibration)?),
-        false => None,
+    let found = match &source {
+        Some(source) if args.run => Some(repeat(args, &file, &recipe, source, calibration)?),
+        _ => None,
     };
     if args.json {
         print_json(document(&command, &recipe, found.as_deref()))?;
@@ -60,26 +63,36 @@ fn line(difference: &String) -> String {
     format!("- {difference}\n")
 }
 
+/// Checks that all is there that the command takes.
+fn require_inputs(
+    args: &ReproduceArgs,
+    recipe: &Recipe,
+    source: Option<&Path>,
+    calibration: Option<&Path>,
+) -> Result<()> {
+    let shown = args.file.display();
+    if source.is_none() {
+        let message = format!("`{shown}`: its source, {}, was not found", recipe.source_names());
+        return Err(advised(message, "say where it is with `--source PATH`"));
+    }
+    if calibration.is_none() && !recipe.has_built_in_calibration() {
+        let message = format!("`{shown}` was calibrated on a text of its own");
+        return Err(advised(message, "say where it is with `--calibration FILE`"));
+    }
+    Ok(())
+}
+
 /// Runs the command into a temporary folder; gives what differs.
 fn repeat(
     args: &ReproduceArgs,
     file: &GgufFile,
     recipe: &Recipe,
-    source: Option<PathBuf>,
+    source: &Path,
     calibration: Option<PathBuf>,
 ) -> Result<Vec<String>> {
-    let Some(source) = source else {
-        let names = source_files(file.metadata()).join("`, `");
-        let message = format!("`{}`: its source, `{names}`, was not found", args.file.display());
-        return Err(advised(message, "say where it is with `--source PATH`"));
-    };
-    if calibration.is_none() && !recipe.has_built_in_calibration() {
-        let message = format!("`{}` was calibrated on a text of its own", args.file.display());
-        return Err(advised(message, "say where it is with `--calibration FILE`"));
-    }
     let folder = TemporaryFolder::beside(&args.file)?;
     let output = folder.path().join("repeated.slim.gguf");
-    let mut command = recipe.command_to(Some(&source), calibration.as_deref(), &output);
+    let mut command = recipe.command_to(Some(source), calibration.as_deref(), &output);
     command.extend(["--quiet".into(), "--max-memory".into(), args.max_memory.to_string()]);
     let Command::Convert(convert_args) = Args::try_parse_from(&command)?.command else {
         bail!("`{}`: no conversion made it", args.file.display());

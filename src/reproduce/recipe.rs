@@ -113,6 +113,11 @@ impl Recipe {
             .is_none_or(|sha256_of_text| sha256_of_text == sha256(BUILT_IN_CALIBRATION.as_bytes()))
     }
 
+    /// The names of the source's files, for messages.
+    pub fn source_names(&self) -> String {
+        format!("`{}`", source_files(&self.metadata).join("`, `"))
+    }
+
     /// What stands for the source in a command.
     fn source_name(&self) -> String {
         let names = source_files(&self.metadata);

@@ -26,7 +26,6 @@ fn command_of_each_method_makes_the_same_bytes_again() {
     for (more, expected) in [
         (&["--target-bpw", "3.3"][..], "--method slim --target-bpw 3.3 --group-size 64"),
         (&["--target-size", "95kB", "--seed", "7"], "--seed 7"),
-        (&["--scales", "paper", "--bits", "4"], "--bits 4 --group-size 64 --scales paper"),
         (&["--method", "gptq", "--embed-bits", "8"], "--embed-bits 8"),
         (&["--method", "slim+", "--steps", "2"], "--steps 2"),
         (&["--reference", "--group-size", "32"], "--device cpu --reference"),
