@@ -52,6 +52,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Write a model's weights in the layout of another engine
     Export(ExportArgs),
+    /// Print the command that made a SliM file, and check that it makes the same bytes
+    Reproduce(ReproduceArgs),
     /// Render a chat template for the process that asks for it
     #[command(hide = true)]
     RenderTemplate,
@@ -405,6 +407,32 @@ pub struct ExportArgs {
     /// Print only warnings and errors
     #[arg(long)]
     pub quiet: bool,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(clap::Args)]
+pub struct ReproduceArgs {
+    /// A SliM file
+    pub file: PathBuf,
+
+    /// Run the command into a temporary file, and compare; exit code 1 if bytes differ
+    #[arg(long)]
+    pub run: bool,
+
+    /// The source [default: what has its name beside the file or in the current folder]
+    #[arg(long, value_name = "SOURCE")]
+    pub source: Option<PathBuf>,
+
+    /// The calibration text, if it is not the built-in one
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+
+    /// Memory to use, with --run
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
+    pub max_memory: u64,
 
     /// Print the result as JSON
     #[arg(long)]

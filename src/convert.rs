@@ -1,5 +1,6 @@
 //! `slimllm convert`: quantizes a model.
 
+mod check;
 mod plan;
 
 use std::{
@@ -10,8 +11,8 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Begin, Calibration, Engine, Job, LayerReport, Method, Progress as Step,
-    Report, Resources, Settings, Target, WorkFolder, convert, distill,
+    BUILT_IN_CALIBRATION, Begin, Calibration, Degenerate, Engine, Job, LayerReport, Method,
+    Progress as Step, Report, Resources, Settings, Target, WorkFolder, convert, distill,
 };
 use slim_formats::{
     ModelConfig, ModelSource,
@@ -22,14 +23,14 @@ use slim_kernels::{
     cuda::{CudaBackend, Device},
 };
 
-use self::plan::Plan;
+use self::{check::Check, plan::Plan};
 use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
-    interrupt::stop_when_interrupted,
+    interrupt::{keep, stop_when_interrupted},
     open::{USUAL_CONTEXT, open, read_text, resolve_context, tokenizer},
-    output::{facts, plural, print, print_json, size, warn},
+    output::{count, facts, plural, print, print_json, size, warn},
     progress::{Planned, Progress, duration},
     target::Kind,
 };
@@ -72,6 +73,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         false => Begin::New,
     };
     let work = WorkFolder::beside(target.path, begin, Arc::clone(&stop))?;
+    keep(work.path());
 
     let start = Instant::now();
     let calibration = calibration(&*source, &settings, args)?;
@@ -88,10 +90,11 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     };
     progress.finish();
     let (report, time) = (report?, start.elapsed());
+    let check = Check::of(target.path, &source, &settings, args.max_memory)?;
     if args.json {
-        print_json(report_json(&report, &device, args, time))?;
+        print_json(report_json(&report, &check, &device, args, time))?;
     } else if !args.quiet {
-        print(&describe(&report, &plan, device, args, time))?;
+        print(&describe(&report, &check, &plan, device, args, time))?;
     }
     Ok(())
 }
@@ -99,6 +102,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 /// The settings that the arguments resolve to.
 fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
     let sub_group = args.sub_group.unwrap_or(DEFAULT_SUB_GROUP);
+    let method = if args.reference { Method::Reference } else { args.method };
     let coding = match args.scales {
         _ if args.reference => ScaleCoding::Paper,
         Scales::Paper => {
@@ -117,13 +121,13 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
             scale_bits: args.scale_bits.unwrap_or(DEFAULT_SCALE_BITS) as u8,
         },
     };
-    let is_trained = args.method == Method::SlimPlus;
+    let is_trained = method == Method::SlimPlus;
     ensure!(args.steps.is_none() || is_trained, "`--steps` belongs to `--method slim+`");
     ensure!(args.draft.is_none() || is_trained, "`--draft` belongs to `--method slim+`");
-    let context = match args.method {
+    let context = match method {
         // Not used, whatever it is.
         Method::RoundToNearest => args.context.unwrap_or(USUAL_CONTEXT),
-        Method::Slim | Method::SlimPlus | Method::Gptq => resolve_context(config, args.context)?,
+        _ => resolve_context(config, args.context)?,
     };
     let target_bpw = args.target_bpw.map(Target::BitsPerWeight);
     let settings = Settings {
@@ -131,9 +135,8 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
         target: target_bpw.or(args.target_size.map(Target::FileBytes)),
         group_size: args.group_size,
         coding,
-        method: args.method,
-        reference: args.reference,
-        embed_bits: embed_bits(args),
+        method,
+        embed_bits: embed_bits(args, method),
         samples: args.samples,
         context,
         seed: args.seed,
@@ -144,9 +147,9 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
 }
 
 /// The resolved bits of embedding and output layer.
-fn embed_bits(args: &ConvertArgs) -> Option<u8> {
-    let default = match args.method {
-        _ if args.reference => Some(16),
+fn embed_bits(args: &ConvertArgs, method: Method) -> Option<u8> {
+    let default = match method {
+        Method::Reference => Some(16),
         Method::Gptq | Method::RoundToNearest => Some(6),
         Method::Slim | Method::SlimPlus if args.target_size.is_some() => None,
         Method::Slim | Method::SlimPlus => Some(4),
@@ -216,7 +219,7 @@ fn engine(settings: &Settings, choice: &Choice) -> Result<(Engine, String)> {
             _ => bail!("`--device`: found {} GPUs, `convert` computes on one", numbers.len()),
         },
         // The result of `--reference` does not depend on the machine.
-        Choice::Auto if settings.reference || !is_calibrated => Ok(on_cpu()),
+        Choice::Auto if settings.method == Method::Reference || !is_calibrated => Ok(on_cpu()),
         Choice::Auto => Ok(match Device::count() {
             // Without a GPU there is nothing to say.
             Ok(0) | Err(KernelError::NoDriver) => on_cpu(),
@@ -267,6 +270,7 @@ fn mean(errors: impl Iterator<Item = Option<f32>>) -> Option<f32> {
 
 fn describe(
     report: &Report,
+    check: &Check,
     plan: &Plan,
     device: String,
     args: &ConvertArgs,
@@ -287,6 +291,8 @@ fn describe(
     if let Some(error) = mean(report.layers.iter().map(|layer| layer.error)) {
         lines.push(("output error", format!("{error:.5} (relative, mean over layers)")));
     }
+    lines.extend(report.degenerate.map(degenerate).filter(|(_, found)| !found.is_empty()));
+    lines.extend(check.facts());
     let ratio = plan.source_bytes as f64 / report.file_bytes as f64;
     let (before, after) = (size(plan.source_bytes), size(report.file_bytes));
     lines.push(("size", format!("{after}, from {before}: {ratio:.2} times smaller")));
@@ -298,7 +304,26 @@ fn describe(
         + &format!("look in: slimllm inspect {output} --bits\n")
 }
 
-fn report_json(report: &Report, device: &str, args: &ConvertArgs, time: Duration) -> Json {
+/// What was degenerate; empty if nothing was.
+fn degenerate(found: Degenerate) -> (&'static str, String) {
+    let Degenerate { dead_inputs, rank_deficient, zero_groups } = found;
+    let lines = [
+        (dead_inputs, "columns whose inputs were 0 on every calibration token"),
+        (rank_deficient, "matrices with fewer calibration tokens than columns"),
+        (zero_groups, "groups of nothing but zeros"),
+    ];
+    let lines = lines.into_iter().filter(|(found, _)| *found > 0);
+    let lines = lines.map(|(found, what)| format!("{what}: {}", count(found as u64)));
+    ("degenerate", lines.collect::<Vec<_>>().join("\n"))
+}
+
+fn report_json(
+    report: &Report,
+    check: &Check,
+    device: &str,
+    args: &ConvertArgs,
+    time: Duration,
+) -> Json {
     let layer = |layer: &LayerReport| {
         json!({
             "name": layer.name,
@@ -315,6 +340,14 @@ fn report_json(report: &Report, device: &str, args: &ConvertArgs, time: Duration
         "bits_per_weight": report.bits_per_weight,
         "device": device,
         "seconds": time.as_secs_f64(),
+        "quality": check.to_json(),
+        "degenerate": report.degenerate.map(|found| {
+            json!({
+                "dead_inputs": found.dead_inputs,
+                "rank_deficient": found.rank_deficient,
+                "zero_groups": found.zero_groups,
+            })
+        }),
         "layers": report.layers.iter().map(layer).collect::<Json>(),
     })
 }

@@ -1,24 +1,16 @@
 //! `slimllm eval`: perplexity, and divergence from another model.
 
-use std::{
-    env::{
-        self,
-        consts::{DLL_PREFIX, DLL_SUFFIX},
-    },
-    path::Path,
-    time::Instant,
-};
+use std::{path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use sha2::{Digest, Sha256};
-use slim_runtime::{Evaluation, InBatches, NextTokens, OnnxGraph, OnnxRuntime, Protocol, evaluate};
+use slim_runtime::{Evaluation, InBatches, NextTokens, Protocol, evaluate};
 
 use crate::{
     args::EvalArgs,
     failure::advised,
     open::{check_context, is_onnx, open, read_text, resolve_context, tokenizer},
-    output::{count, facts, plural, print, print_json},
+    output::{count, facts, plural, print, print_json, sha256},
     progress::Progress,
 };
 
@@ -32,7 +24,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let other_model;
     let mut other: Option<Box<dyn NextTokens>> = match &args.against {
         None => None,
-        Some(path) if is_onnx(path) => Some(Box::new(open_graph(path)?)),
+        Some(path) if is_onnx(path) => Some(open_graph(path)?),
         Some(path) => {
             let other_source = open(path)?;
             check_context(other_source.config(), context)?;
@@ -57,8 +49,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         evaluation.perplexity
     );
 
-    let text_sha256: String =
-        Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+    let text_sha256 = sha256(text.as_bytes());
     let seconds = start.elapsed().as_secs_f64();
     match args.json {
         true => print_result_json(&evaluation, context, &text_sha256, seconds)?,
@@ -68,10 +59,24 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 }
 
 /// Opens a graph in ONNX Runtime: the library that ORT_DYLIB_PATH names, or the system's.
-fn open_graph(path: &Path) -> Result<OnnxGraph> {
+#[cfg(feature = "onnx-run")]
+fn open_graph(path: &Path) -> Result<Box<dyn NextTokens>> {
+    use std::env::{
+        self,
+        consts::{DLL_PREFIX, DLL_SUFFIX},
+    };
+
     let system = || format!("{DLL_PREFIX}onnxruntime{DLL_SUFFIX}").into();
     let library = env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty());
-    Ok(OnnxRuntime::load(library.unwrap_or_else(system).as_ref())?.open(path)?)
+    let runtime = slim_runtime::OnnxRuntime::load(library.unwrap_or_else(system).as_ref())?;
+    Ok(Box::new(runtime.open(path)?))
+}
+
+/// A build without ONNX Runtime has nothing to run a graph with.
+#[cfg(not(feature = "onnx-run"))]
+fn open_graph(path: &Path) -> Result<Box<dyn NextTokens>> {
+    let message = format!("`{}`: this build cannot run ONNX graphs", path.display());
+    Err(advised(message, "build slimllm with its default features"))
 }
 
 /// How many windows of `context` tokens to measure of a text of `tokens` tokens.

@@ -46,7 +46,7 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Whether the user asked the command to stop.
 pub fn is_interruption(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(ConvertError::Interrupted { .. }))
+    matches!(error.downcast_ref(), Some(ConvertError::Interrupted))
 }
 
 /// The advice of an error about a file. Of a SliM file with a broken rule, it is to look for more.
@@ -72,9 +72,6 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
             ConvertError::Format(error) => format_hint(error),
             ConvertError::Kernel(error) => error.hint(),
             ConvertError::Runtime(error) => error.hint(),
-            ConvertError::Interrupted { .. } => {
-                Some("the same command with `--resume` goes on there".to_owned())
-            }
             ConvertError::Numerical { .. } => Some(
                 "try more `--samples`, another text as `--calibration`, or `--method rtn`, which uses none"
                     .to_owned(),

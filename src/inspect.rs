@@ -12,7 +12,11 @@ use anyhow::Result;
 use serde_json::json;
 use slim_formats::{FormatError, slim::Fault};
 
-pub use self::{contents::Contents, json::value as metadata_json, text::preview};
+pub use self::{
+    contents::Contents,
+    json::{metadata as metadata_json, value as value_json},
+    text::preview,
+};
 use crate::{
     Outcome,
     args::InspectArgs,

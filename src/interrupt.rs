@@ -10,6 +10,10 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
 };
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 #[cfg(unix)]
 use signal_hook::{
@@ -18,11 +22,12 @@ use signal_hook::{
     iterator::Signals,
     low_level::{self, exit},
 };
+use slim_converter::has_records;
 #[cfg(unix)]
 use slim_formats::remove_temporaries;
 use slim_formats::{Removed, remove_leftovers, removed_unfinished};
 
-use crate::output::{note, size};
+use crate::output::{note, size, visible};
 
 /// The exit code of a process that Ctrl-C has ended, as a shell says it.
 pub const EXIT_INTERRUPTED: u8 = 130;
@@ -30,6 +35,29 @@ pub const EXIT_INTERRUPTED: u8 = 130;
 /// Exceeding the limit on the size of a file; of all Unix systems.
 #[cfg(unix)]
 const SIGXFSZ: i32 = 25;
+
+/// Where a command leaves what it has done, if it ends early.
+static KEPT: OnceLock<Kept> = OnceLock::new();
+
+struct Kept {
+    folder: PathBuf,
+    /// What is told where it is not known whether there is anything in it.
+    if_any: String,
+}
+
+/// How a conversion goes on that ended early.
+const GO_ON: &str = "the same command with `--resume` goes on there, as long as source and \
+                     settings are the same; with `--force` it begins anew";
+
+/// From here on, whatever ends the command before its end tells that `folder` has what is done, if
+/// it has any.
+pub fn keep(folder: &Path) {
+    let shown = folder.display().to_string();
+    let if_any =
+        format!("if there is a folder `{}`, it has what is done: {GO_ON}\n", visible(&shown));
+    // A command converts once.
+    let _ = KEPT.set(Kept { folder: folder.to_owned(), if_any });
+}
 
 /// From here on, a page of a mapped file that cannot be read ends the process with a sentence: the
 /// file was shortened, or its disk has failed. What it leaves, the next command removes.
@@ -41,10 +69,13 @@ pub fn explain_lost_pages() -> io::Result<()> {
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let end = move || {
         let _ = (&stderr).write(SENTENCE);
+        if let Some(kept) = KEPT.get() {
+            let _ = (&stderr).write(kept.if_any.as_bytes());
+        }
         exit(2)
     };
-    // SAFETY: `end` makes two system calls, `write` and `_exit`, which a handler may; it neither
-    // allocates nor locks.
+    // SAFETY: `end` reads a variable that is set once, and makes system calls, `write` and `_exit`,
+    // which a handler may; it neither allocates nor locks.
     unsafe { low_level::register(SIGBUS, end) }.map(drop)
 }
 
@@ -116,6 +147,7 @@ fn end(signal: i32) {
     below_the_bar();
     note("interrupted");
     cleared.removed.iter().for_each(|removed| note(told(removed)));
+    tell_kept();
     exit(128 + signal);
 }
 
@@ -127,15 +159,24 @@ fn below_the_bar() {
 }
 
 /// Removes what killed commands have left in the folder of an output, and tells it.
-pub fn clear_leftovers(folder: &std::path::Path) {
+pub fn clear_leftovers(folder: &Path) {
     for removed in remove_leftovers(folder) {
         note(format_args!("{}, which an earlier run had left", told(&removed)));
     }
 }
 
-/// Tells what a command that has failed has removed.
-pub fn tell_removed() {
+/// Tells what a command that has failed has removed, and what it leaves.
+pub fn tell_leftovers() {
     removed_unfinished().iter().for_each(|removed| note(told(removed)));
+    tell_kept();
+}
+
+fn tell_kept() {
+    if let Some(Kept { folder, .. }) = KEPT.get()
+        && has_records(folder)
+    {
+        note(format_args!("`{}` has what is done: {GO_ON}", folder.display()));
+    }
 }
 
 fn told(removed: &Removed) -> String {

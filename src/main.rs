@@ -18,6 +18,7 @@ mod logits;
 mod open;
 mod output;
 mod progress;
+mod reproduce;
 mod run;
 mod target;
 
@@ -35,7 +36,8 @@ use crate::{
 enum Outcome {
     /// It did what it was asked.
     Done,
-    /// The answer is no: `inspect --verify` found faults, `diff` a difference.
+    /// The answer is no: `inspect --verify` found faults, `diff` a difference, or `reproduce --run`
+    /// other bytes.
     No,
 }
 
@@ -55,7 +57,7 @@ fn main() -> ExitCode {
         Err(error) if failure::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             failure::report(&error);
-            interrupt::tell_removed();
+            interrupt::tell_leftovers();
             ExitCode::from(match failure::is_interruption(&error) {
                 true => interrupt::EXIT_INTERRUPTED,
                 false => 2,
@@ -95,6 +97,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
+        Command::Reproduce(args) => return reproduce::run(&args),
         Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)

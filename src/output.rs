@@ -9,6 +9,7 @@ use std::{
 };
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 /// Prints text as data.
 pub fn print(text: &str) -> io::Result<()> {
@@ -97,6 +98,11 @@ pub fn size(bytes: u64) -> String {
         0..1024 => format!("{bytes} bytes"),
         _ => format!("{scaled:.1} {}", units[unit]),
     }
+}
+
+/// SHA-256 in hex.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A count with its thousands apart: `134,515,008`.

@@ -82,7 +82,7 @@ pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u6
     if settings.follows_float() {
         widths.extend(stream.iter().chain([&hidden]));
     }
-    if settings.reference {
+    if settings.method == Method::Reference {
         widths.push(hidden);
     }
     let bytes = |width: usize| (settings.samples * settings.context * width) as u64 * 4;
@@ -141,9 +141,9 @@ impl<'a> Calibrator<'a> {
             Some(stream) => Some(FloatStream { stream, missing: activations(hidden)? }),
             None => None,
         };
-        let before = match settings.reference {
-            true => Some(activations(hidden)?),
-            false => None,
+        let before = match settings.method {
+            Method::Reference => Some(activations(hidden)?),
+            _ => None,
         };
         Ok(Self { engine, context, positions, stream: ours, float, before })
     }

@@ -11,8 +11,8 @@ use slim_kernels::{narrow, weight};
 use slim_runtime::Block;
 
 use crate::{
-    Calibration, ConvertError, Engine, LayerReport, Method, Progress, Report, Resources, Result,
-    Settings, Work, WorkFolder,
+    Calibration, ConvertError, Degenerate, Engine, LayerReport, Method, Progress, Report,
+    Resources, Result, Settings, Work, WorkFolder,
     activations::StageInputs,
     budget::{Budget, budget, try_fits},
     calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
@@ -26,6 +26,7 @@ use crate::{
     rows::{OutputHessian, Targets},
     work,
     work_folder::Record,
+    zeros::ZeroGroups,
 };
 
 /// What is converted, and where the steps of it are kept until all are done.
@@ -87,7 +88,7 @@ fn quantize_and_train(
     target.check_file()?;
     work.create()?;
     let draft = work.path().join("draft.slim.gguf");
-    let mut warnings = Vec::new();
+    let (mut warnings, mut degenerate) = (Vec::new(), None);
     if !draft.exists() {
         let training = work::step(source.decoder(), settings) * settings.steps as f64;
         let mut with_training = |step: Progress<'_>| match step {
@@ -95,10 +96,11 @@ fn quantize_and_train(
             step => progress(step),
         };
         let draft = (&draft).into();
-        warnings = quantize(first, metadata, resources, draft, &mut with_training)?.warnings;
+        let report = quantize(first, metadata, resources, draft, &mut with_training)?;
+        (warnings, degenerate) = (report.warnings, report.degenerate);
     }
     let report = train(job, &SlimFile::open(&draft)?, target, progress)?;
-    Ok(Report { warnings, ..report })
+    Ok(Report { warnings, degenerate, ..report })
 }
 
 /// All methods but the training; the file gets `metadata`.
@@ -130,6 +132,7 @@ fn quantize(
         budget: None,
         layers: Vec::new(),
         warnings: Vec::new(),
+        degenerate: Degenerate::default(),
         progress,
     };
     for warning in output.contents.warnings().to_vec() {
@@ -155,7 +158,7 @@ fn quantize(
     drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
-        Method::Slim | Method::SlimPlus | Method::Gptq => {
+        _ => {
             let (samples, engine) = (&calibration.samples, &resources.engine);
             let embedding = embedding.weight(source.require(&decoder.embedding().name)?);
             Some(Calibrator::new(source, embedding, samples, settings, engine, &mut memory_left)?)
@@ -213,6 +216,10 @@ struct Band {
     packed: PackedLayer,
     /// If it was measured.
     error: Option<f32>,
+    /// Columns of its matrix whose inputs were all 0, if it was calibrated.
+    dead_inputs: Option<u64>,
+    /// Groups whose weights were all 0.
+    zero_groups: u64,
 }
 
 impl Band {
@@ -227,7 +234,9 @@ impl Band {
         let (codes, scales, row_scales) = (bytes("codes")?, bytes("scales")?, bytes("row_scales")?);
         let packed = PackedTensor::new(&layout, &codes, &scales, &row_scales).ok()?.to_layer();
         let error = record.get(&format!("{index}.error"))?.first().copied();
-        Some(Self { packed, error })
+        let dead_inputs = record.get(&format!("{index}.dead_inputs"))?.first().copied();
+        let &zero_groups = record.get(&format!("{index}.zero_groups"))?.first()?;
+        Some(Self { packed, error, dead_inputs, zero_groups })
     }
 
     fn record(&self, record: &mut Record, index: usize) {
@@ -239,6 +248,8 @@ impl Band {
         put("scales", scales);
         put("row_scales", row_scales);
         record.put(format!("{index}.error"), self.error.as_slice());
+        record.put(format!("{index}.dead_inputs"), self.dead_inputs.as_slice());
+        record.put(format!("{index}.zero_groups"), &[self.zero_groups]);
     }
 }
 
@@ -254,6 +265,7 @@ struct Output<'a> {
     budget: Option<Budget>,
     layers: Vec<LayerReport>,
     warnings: Vec<String>,
+    degenerate: Degenerate,
     progress: &'a mut dyn FnMut(Progress<'_>),
 }
 
@@ -353,7 +365,15 @@ impl Output<'_> {
         inputs: &LayerInputs<'_>,
     ) -> Result<Vec<Band>> {
         let (rows, cols) = weight::shape(source);
-        let weights = inputs.corrected(finite_rows(name, source, 0..rows)?);
+        let weights = finite_rows(name, source, 0..rows)?;
+        let layers = self.contents.layers_of(name);
+        let zero_groups = layers.iter().map(|(_, rows)| {
+            let mut groups = ZeroGroups::new(cols, self.settings.group_size);
+            groups.see(&weights[rows.start * cols..rows.end * cols]);
+            groups.count()
+        });
+        let zero_groups: Vec<u64> = zero_groups.collect();
+        let weights = inputs.corrected(weights);
         let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
         let mut targets =
             Targets::new(weights, cols, outputs.as_ref(), self.settings.coding.strip_rows())
@@ -361,11 +381,13 @@ impl Output<'_> {
         let kind = if outputs.is_some() { Work::LinkedSweeps } else { Work::Sweeps };
         drop(outputs);
         let mut bands = Vec::new();
-        for (band, rows) in self.contents.layers_of(name) {
+        let dead_inputs = Some(inputs.dead() as u64);
+        for ((band, rows), zero_groups) in layers.into_iter().zip(zero_groups) {
             let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
             let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
             self.swept(&layer.packed, kind);
-            bands.push(Band { packed: layer.packed, error: Some(layer.error) });
+            let (packed, error) = (layer.packed, Some(layer.error));
+            bands.push(Band { packed, error, dead_inputs, zero_groups });
         }
         self.record(name, &bands)?;
         Ok(bands)
@@ -428,11 +450,16 @@ impl Output<'_> {
         let mut bands = Vec::new();
         for (band, rows) in self.contents.layers_of(name) {
             let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
+            let mut groups = ZeroGroups::new(cols, settings.group_size);
             let packed = stream_layer(rows.len(), cols, settings, hessian, widths, |slab| {
-                finite_rows(name, source, rows.start + slab.start..rows.start + slab.end)
+                let slab = rows.start + slab.start..rows.start + slab.end;
+                let weights = finite_rows(name, source, slab)?;
+                groups.see(&weights);
+                Ok(weights)
             })?;
             self.swept(&packed, Work::Sweeps);
-            bands.push(Band { packed, error: None });
+            let zero_groups = groups.count();
+            bands.push(Band { packed, error: None, dead_inputs: None, zero_groups });
         }
         self.record(name, &bands)?;
         Ok(bands)
@@ -440,7 +467,9 @@ impl Output<'_> {
 
     /// Writes the bands of a matrix; gives what runs in its place.
     fn write(&mut self, name: &str, bands: Vec<Band>) -> Result<Vec<PackedLayer>> {
-        for ((name, _), Band { packed, error }) in self.contents.layers_of(name).iter().zip(&bands)
+        self.count_degenerate(&bands);
+        for ((name, _), Band { packed, error, .. }) in
+            self.contents.layers_of(name).iter().zip(&bands)
         {
             self.writer.layer(name, packed, *error)?;
             let report = LayerReport::new(name, packed.layout(), *error);
@@ -448,6 +477,17 @@ impl Output<'_> {
             self.layers.push(report);
         }
         Ok(bands.into_iter().map(|band| band.packed).collect())
+    }
+
+    /// Counts what is degenerate in a matrix.
+    fn count_degenerate(&mut self, bands: &[Band]) {
+        let Degenerate { dead_inputs, rank_deficient, zero_groups } = &mut self.degenerate;
+        *zero_groups += bands.iter().map(|band| band.zero_groups as usize).sum::<usize>();
+        if let Some(Band { packed, dead_inputs: Some(dead), .. }) = bands.first() {
+            *dead_inputs += *dead as usize;
+            let tokens = self.settings.samples * self.settings.context;
+            *rank_deficient += usize::from(tokens < packed.layout().cols());
+        }
     }
 
     fn swept(&mut self, packed: &PackedLayer, kind: Work) {
@@ -526,6 +566,7 @@ impl Output<'_> {
 
     fn finish(self) -> Result<Report> {
         let written = self.writer.finish()?;
-        Ok(Report::new(self.layers, &[], written.bytes, self.warnings))
+        let report = Report::new(self.layers, &[], written.bytes, self.warnings);
+        Ok(Report { degenerate: Some(self.degenerate), ..report })
     }
 }

@@ -75,11 +75,8 @@ pub enum ConvertError {
         expected: String,
     },
     /// The conversion was asked to stop, and has, between two steps.
-    #[error("interrupted; `{}` has what is done", folder.display())]
-    Interrupted {
-        /// Where the finished steps are.
-        folder: PathBuf,
-    },
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl ConvertError {

@@ -29,6 +29,8 @@ pub struct LayerInputs<'a> {
     search_importance: Option<Vec<f32>>,
     /// What makes up for the difference to the inputs in the float model.
     correction: Option<Correction>,
+    /// Columns whose inputs are all 0.
+    dead: usize,
 }
 
 /// A Hessian as the sweep takes it.
@@ -53,13 +55,15 @@ impl<'a> LayerInputs<'a> {
     pub fn new(stage: StageInputs<'a>, settings: &Settings, engine: &Engine) -> Result<Self> {
         let activations = stage.activations;
         let mut hessian = Hessian::of(activations, engine, settings.precision())?;
+        let dead = hessian.diagonal().iter().filter(|&&square| square == 0.0).count();
         // The published code damps in place for its ranking, and again for the sweep.
-        let damping = if settings.reference { ABSOLUTE_DAMPING } else { 0.0 };
-        hessian = hessian.damped(damping);
-        let search_importance = match settings.reference {
-            true => Some(hessian.factor(0.0)?.0.importance()),
-            false => None,
-        };
+        let mut damping = 0.0;
+        let mut search_importance = None;
+        if settings.method == Method::Reference {
+            damping = ABSOLUTE_DAMPING;
+            hessian = hessian.damped(damping);
+            search_importance = Some(hessian.factor(0.0)?.0.importance());
+        }
         // The small steps of the factorization have one thread.
         let (factored, lack) = rayon::join(
             || FactoredHessian::new(hessian, settings),
@@ -68,12 +72,17 @@ impl<'a> LayerInputs<'a> {
         let mut factored = factored?;
         factored.damping += damping;
         let correction = lack.map(|lack| lack.correction(|m| factored.solve(m)));
-        Ok(Self { activations, factored, search_importance, correction })
+        Ok(Self { activations, factored, search_importance, correction, dead })
     }
 
     /// The Hessian of the inputs.
     pub fn hessian(&self) -> &FactoredHessian {
         &self.factored
+    }
+
+    /// Columns whose inputs are all 0.
+    pub fn dead(&self) -> usize {
+        self.dead
     }
 
     /// `weights: [rows, cols]` with what makes up for the difference to the inputs in the float
@@ -92,9 +101,9 @@ impl FactoredHessian {
     /// # Errors
     /// `Numerical` if the Hessian is not finite.
     pub fn new(hessian: Hessian, settings: &Settings) -> Result<Self> {
-        let order = match settings.reference {
-            true => (0..hessian.size()).collect(),
-            false => sweep_order(&hessian.diagonal(), settings),
+        let order = match settings.method {
+            Method::Reference => (0..hessian.size()).collect(),
+            _ => sweep_order(&hessian.diagonal(), settings),
         };
         let reordered = hessian.reordered(&order);
         let (factor, share) = reordered.factor(DAMPING)?;
@@ -124,12 +133,16 @@ impl FactoredHessian {
     }
 
     fn curvature(&self, settings: &Settings) -> Curvature<'_> {
-        let is_swept = settings.method != Method::RoundToNearest;
+        let (is_swept, is_refined) = match settings.method {
+            Method::RoundToNearest => (false, false),
+            Method::Reference => (true, false),
+            Method::Slim | Method::SlimPlus | Method::Gptq => (true, true),
+        };
         Curvature {
             factor: is_swept.then(|| self.factor.values()),
             importance: Cow::Borrowed(&self.importance),
             order: Cow::Borrowed(&self.order),
-            hessian: (is_swept && !settings.reference).then(|| self.damped.values()),
+            hessian: is_refined.then(|| self.damped.values()),
         }
     }
 }
@@ -197,7 +210,7 @@ pub fn stream_layer(
     settings: &Settings,
     hessian: Option<&FactoredHessian>,
     widths: Option<&Vec<BitWidth>>,
-    weights: impl Fn(Range<usize>) -> Result<Vec<f32>>,
+    mut weights: impl FnMut(Range<usize>) -> Result<Vec<f32>>,
 ) -> Result<PackedLayer> {
     let quantizer = Quantizer::streamed(rows, cols, settings, hessian, widths);
     let mut packed = PackedLayer::zeroed(quantizer.layout.clone());

@@ -55,8 +55,7 @@ fn with_hashes(
     if let Some(commit) = COMMIT {
         metadata.insert("slim.quantization.commit", commit)?;
     }
-    let method = if settings.reference { "reference" } else { settings.method.name() };
-    metadata.insert("slim.quantization.method", method)?;
+    metadata.insert("slim.quantization.method", settings.method.name())?;
     match settings.target {
         None => metadata.insert("slim.quantization.bits", u32::from(settings.bits))?,
         Some(Target::BitsPerWeight(bits)) => {
@@ -121,6 +120,16 @@ fn tokenizer(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
         metadata.insert("tokenizer.chat_template", template)?;
     }
     Ok(())
+}
+
+/// The part of [`metadata()`] that tells a source: its format, and its files with their hashes.
+///
+/// # Errors
+/// `Format` if a file cannot be read.
+pub fn source_metadata(source: &dyn ModelSource) -> Result<Metadata> {
+    let mut metadata = Metadata::new();
+    sources(source, sha256, &mut metadata)?;
+    Ok(metadata)
 }
 
 /// Names, sizes and hashes of the source files, in the order of their names.

@@ -64,6 +64,19 @@ pub struct LayerReport {
     pub error: Option<f32>,
 }
 
+/// What says less than usual of how a model is to be quantized, and is quantized all the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Degenerate {
+    /// Columns of calibrated matrices whose inputs were 0 on every calibration token: their weights
+    /// are rounded one by one, for nothing else is known of them.
+    pub dead_inputs: usize,
+    /// Calibrated matrices with fewer calibration tokens than columns: only the damping of their
+    /// Hessian lets it be factored.
+    pub rank_deficient: usize,
+    /// Groups of layers whose weights were all 0.
+    pub zero_groups: usize,
+}
+
 /// A finished conversion.
 #[derive(Debug, Clone)]
 pub struct Report {
@@ -75,6 +88,8 @@ pub struct Report {
     pub bits_per_weight: f64,
     /// What [`Progress::Warning`] told.
     pub warnings: Vec<String>,
+    /// `None` if the layers were quantized by an earlier command.
+    pub degenerate: Option<Degenerate>,
 }
 
 impl LayerReport {
@@ -105,7 +120,7 @@ impl Report {
             .chain(dense)
             .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w as u64));
         let bits_per_weight = bits as f64 / weights.max(1) as f64;
-        Self { layers, file_bytes, bits_per_weight, warnings }
+        Self { layers, file_bytes, bits_per_weight, warnings, degenerate: None }
     }
 
     /// How many matrices the layers are, those in bands counted once.

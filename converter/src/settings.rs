@@ -16,6 +16,8 @@ pub enum Method {
     Gptq,
     /// One bit-width, every weight rounded by itself; needs no calibration.
     RoundToNearest,
+    /// SliM-LLM as its published code computes it, to the letter; in the paper coding.
+    Reference,
 }
 
 impl Method {
@@ -26,6 +28,7 @@ impl Method {
             Self::SlimPlus => "slim+",
             Self::Gptq => "gptq",
             Self::RoundToNearest => "rtn",
+            Self::Reference => "reference",
         }
     }
 }
@@ -55,8 +58,6 @@ pub struct Settings {
     pub coding: ScaleCoding,
     /// How layers are quantized.
     pub method: Method,
-    /// The published algorithm to the letter (`slim` in the paper coding).
-    pub reference: bool,
     /// Mean bits per code of the embedding and the output layer, 1 to 8, or 16, which keeps f16;
     /// `None` for as many as are worth it within a target size of the file.
     pub embed_bits: Option<u8>,
@@ -117,9 +118,8 @@ impl Settings {
                 }
             }
             let fits = self.has_budget();
-            let method = if self.reference { "reference" } else { self.method.name() };
-            let expected = "`slim` or `slim+`";
-            check(fits, "method with a target", format!("`{method}`"), expected)?;
+            let method = format!("`{}`", self.method.name());
+            check(fits, "method with a target", method, "`slim` or `slim+`")?;
         }
         if self.method == Method::SlimPlus {
             let fits = self.coding != ScaleCoding::Paper;
@@ -127,16 +127,11 @@ impl Settings {
             let fits = (1..=1 << 20).contains(&self.steps);
             check(fits, "steps", self.steps.to_string(), "1 to 1048576")?;
         }
-        if self.reference {
-            let fits = self.method == Method::Slim && self.coding == ScaleCoding::Paper;
-            let expected = "method `slim` and scales `paper`";
-            check(fits, "the reference algorithm", "other settings".into(), expected)?;
-            check(
-                (2..=7).contains(&bits),
-                "bits of the reference algorithm",
-                bits.to_string(),
-                "2 to 7",
-            )?;
+        if self.method == Method::Reference {
+            let fits = self.coding == ScaleCoding::Paper;
+            check(fits, "scales of method `reference`", "`two-level`".into(), "`paper`")?;
+            let fits = (2..=7).contains(&bits);
+            check(fits, "bits of method `reference`", bits.to_string(), "2 to 7")?;
         }
         Ok(())
     }
@@ -158,7 +153,7 @@ impl Settings {
 
     /// Whether one budget of bits for the whole model decides the widths.
     pub fn has_budget(&self) -> bool {
-        matches!(self.method, Method::Slim | Method::SlimPlus) && !self.reference
+        matches!(self.method, Method::Slim | Method::SlimPlus)
     }
 
     /// Whether the float model runs along in the calibration, so that layers make up for what those
@@ -169,12 +164,18 @@ impl Settings {
 
     /// Of the calibration's products on the processor.
     pub(crate) fn precision(&self) -> Precision {
-        if self.reference { Precision::Fine } else { Precision::Coarse }
+        match self.method {
+            Method::Reference => Precision::Fine,
+            _ => Precision::Coarse,
+        }
     }
 
     /// The coder of the linear layers.
     pub(crate) fn coder(&self) -> Coder {
-        if self.reference { Coder::Published } else { Coder::Best(self.coding) }
+        match self.method {
+            Method::Reference => Coder::Published,
+            _ => Coder::Best(self.coding),
+        }
     }
 }
 

@@ -37,7 +37,6 @@ pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         group_size: 32,
         coding,
         method,
-        reference: false,
         embed_bits: Some(8),
         samples: 2,
         context: 96,

@@ -9,6 +9,7 @@
 use std::{
     cell::OnceCell,
     collections::BTreeMap,
+    ffi::OsString,
     fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
@@ -83,7 +84,7 @@ impl WorkFolder {
                 remove(path).map_err(|error| FormatError::io(path, "remove the folder", error))?;
                 folder.lock = OnceCell::new();
             }
-            Begin::New if folder.is_empty() => {}
+            Begin::New if !has_records(path) => {}
             Begin::New => {
                 let found = "what an unfinished conversion has left";
                 return Err(
@@ -178,7 +179,7 @@ impl WorkFolder {
     /// `Interrupted` if the caller wants it to stop.
     pub fn go_on(&self) -> Result<()> {
         match self.is_to_stop() {
-            true => Err(ConvertError::Interrupted { folder: self.path.clone() }),
+            true => Err(ConvertError::Interrupted),
             false => Ok(()),
         }
     }
@@ -210,12 +211,6 @@ impl WorkFolder {
         Ok(())
     }
 
-    /// Whether nothing has been recorded.
-    fn is_empty(&self) -> bool {
-        let mut entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        entries.all(|entry| entry.file_name() == IDENTITY)
-    }
-
     fn refused(&self, found: &str, expected: &str) -> ConvertError {
         ConvertError::WorkFolder {
             path: self.path.clone(),
@@ -228,7 +223,7 @@ impl WorkFolder {
 /// One that has failed before anything was recorded leaves nothing.
 impl Drop for WorkFolder {
     fn drop(&mut self) {
-        if self.lock.get().is_some() && self.is_empty() {
+        if self.lock.get().is_some() && !has_records(&self.path) {
             let _ = remove(&self.path);
         }
     }
@@ -249,11 +244,21 @@ fn remove(folder: &Path) -> std::io::Result<()> {
     fs::remove_dir(folder)
 }
 
+/// Whether the work folder of a conversion, at [`WorkFolder::path`], has something to go on with.
+pub fn has_records(folder: &Path) -> bool {
+    finished(folder).any(|name| name != IDENTITY)
+}
+
 /// Whether a folder is a conversion's: it says what it is of, or has nothing in it yet.
 fn is_work(folder: &Path) -> bool {
-    let mut names = fs::read_dir(folder).into_iter().flatten().flatten();
-    folder.join(IDENTITY).is_file()
-        || names.all(|entry| entry.file_name().to_string_lossy().starts_with(".slimllm-"))
+    folder.join(IDENTITY).is_file() || finished(folder).next().is_none()
+}
+
+/// What is in a folder, but for temporary files.
+fn finished(folder: &Path) -> impl Iterator<Item = OsString> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name());
+    names.filter(|name| !name.to_string_lossy().starts_with(".slimllm-"))
 }
 
 /// What a value of the metadata says.

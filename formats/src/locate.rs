@@ -70,7 +70,7 @@ pub(crate) fn weights_in(root: &Path) -> Result<Weights> {
         return Err(adapter(root));
     }
     let safetensors = of(&["safetensors"]);
-    if let Some(part) = safetensors.iter().find_map(|name| Part::of(name)) {
+    if let Some(part) = safetensors.iter().find_map(|name| NumberedFile::of(name)) {
         return Err(FormatError::missing(
             index,
             format!("it says which tensor is in which of the {} parts", part.count),
@@ -136,7 +136,7 @@ pub(crate) fn refuse_part(path: &Path) -> Result<()> {
     if name.starts_with("adapter_model.") && root.join("adapter_config.json").exists() {
         return Err(adapter(root));
     }
-    let Some(part) = Part::of(&name) else { return Ok(()) };
+    let Some(part) = NumberedFile::of(&name) else { return Ok(()) };
     let found = format!("part {} of {}", part.number, part.count);
     let missing = part.missing_sentence(root);
     let hint = match root.join(INDEX).exists() {
@@ -144,18 +144,6 @@ pub(crate) fn refuse_part(path: &Path) -> Result<()> {
         false => format!("download `{INDEX}` and give the folder{missing}"),
     };
     Err(FormatError::other_kind(path, found, "a whole model", hint))
-}
-
-/// The error for a split GGUF file; `count` is how many parts it says there are.
-pub(crate) fn split_gguf(path: &Path, count: u64) -> FormatError {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let part = Part::of(&name);
-    let missing = part.map(|part| part.missing_sentence(path.parent().unwrap_or(Path::new(""))));
-    let hint = format!(
-        "merge the parts with `llama-gguf-split --merge FIRST-PART OUT` and give the result{}",
-        missing.unwrap_or_default()
-    );
-    FormatError::other_kind(path, format!("one of {count} parts"), "a whole model", hint)
 }
 
 /// The error for an index that names files which are not there, if there are any.
@@ -184,15 +172,17 @@ fn adapter(root: &Path) -> FormatError {
 }
 
 /// A file of several that are numbered: `NAME-00001-of-00003.EXTENSION`.
-struct Part<'a> {
+pub(crate) struct NumberedFile<'a> {
     stem: &'a str,
     extension: &'a str,
-    number: usize,
-    count: usize,
+    /// From 1 to `count`.
+    pub(crate) number: usize,
+    pub(crate) count: usize,
 }
 
-impl<'a> Part<'a> {
-    fn of(name: &'a str) -> Option<Self> {
+impl<'a> NumberedFile<'a> {
+    /// By its name.
+    pub(crate) fn of(name: &'a str) -> Option<Self> {
         let (name, extension) = name.rsplit_once('.')?;
         let (rest, count) = name.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
@@ -200,15 +190,26 @@ impl<'a> Part<'a> {
         if !is_number(number) || !is_number(count) {
             return None;
         }
-        let (number, count) = (number.parse().ok()?, count.parse().ok()?);
-        (count > 1).then_some(Self { stem, extension, number, count })
+        let (number, count): (usize, usize) = (number.parse().ok()?, count.parse().ok()?);
+        let is_one = count > 1 && (1..=count).contains(&number);
+        is_one.then_some(Self { stem, extension, number, count })
     }
 
-    /// Which parts a folder lacks, as the end of a hint; nothing if it has them all.
-    fn missing_sentence(&self, root: &Path) -> String {
+    /// The name of file `number`.
+    pub(crate) fn name_of(&self, number: usize) -> String {
         let Self { stem, extension, count, .. } = self;
-        let names = (1..=*count).map(|part| format!("{stem}-{part:05}-of-{count:05}.{extension}"));
-        let missing: Vec<String> = names.filter(|name| !root.join(name).exists()).collect();
+        format!("{stem}-{number:05}-of-{count:05}.{extension}")
+    }
+
+    /// The names that a folder lacks.
+    pub(crate) fn missing_in(&self, folder: &Path) -> Vec<String> {
+        let names = (1..=self.count).map(|number| self.name_of(number));
+        names.filter(|name| !folder.join(name).exists()).collect()
+    }
+
+    /// Which files a folder lacks, as the end of a hint; nothing if it has them all.
+    fn missing_sentence(&self, root: &Path) -> String {
+        let missing = self.missing_in(root);
         match missing.is_empty() {
             true => String::new(),
             false => format!("; missing beside it: {}", list(&missing)),
@@ -260,7 +261,7 @@ fn files<T>(names: &[T], noun: &str) -> String {
 }
 
 /// The first names of a list, and how many there are besides.
-fn list(names: &[String]) -> String {
+pub(crate) fn list(names: &[String]) -> String {
     let shown = names.iter().take(SHOWN_NAMES).map(|name| format!("`{name}`"));
     let shown = shown.collect::<Vec<_>>().join(", ");
     match names.len().saturating_sub(SHOWN_NAMES) {
@@ -277,10 +278,10 @@ mod tests {
 
     #[test]
     fn parts_are_told_by_their_names() {
-        let part = Part::of("model-00002-of-00003.safetensors").unwrap();
+        let part = NumberedFile::of("model-00002-of-00003.safetensors").unwrap();
         assert_eq!((part.stem, part.number, part.count), ("model", 2, 3));
         for name in ["model.safetensors", "a-1-of-2.gguf", "model-00001-of-00001.gguf", "x"] {
-            assert!(Part::of(name).is_none(), "{name}");
+            assert!(NumberedFile::of(name).is_none(), "{name}");
         }
     }
 

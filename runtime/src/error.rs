@@ -34,6 +34,7 @@ pub enum RuntimeError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// There is no library ONNX Runtime, or none that this program can use.
+    #[cfg(feature = "onnx-run")]
     #[error("`{}`: cannot load ONNX Runtime: {reason}", library.display())]
     OnnxLibrary {
         /// The library's file, or its name.
@@ -42,6 +43,7 @@ pub enum RuntimeError {
         reason: String,
     },
     /// ONNX Runtime refused a graph, or failed at it.
+    #[cfg(feature = "onnx-run")]
     #[error("`{}`: ONNX Runtime cannot {action}", path.display())]
     OnnxGraph {
         /// The model's file.
@@ -69,6 +71,7 @@ impl RuntimeError {
         match self {
             Self::Format(error) => error.hint(),
             Self::Kernel(error) => error.hint(),
+            #[cfg(feature = "onnx-run")]
             Self::OnnxLibrary { .. } => Some(format!(
                 "run `pip install 'onnxruntime>=1.{}'` and set ORT_DYLIB_PATH to the file \
                  `onnxruntime/capi/libonnxruntime.so.VERSION` below the location that \
@@ -82,6 +85,14 @@ impl RuntimeError {
     /// A tokenizer that breaks a rule.
     pub(crate) fn tokenizer(reason: impl Into<String>) -> Self {
         Self::Tokenizer { reason: reason.into(), source: None }
+    }
+
+    /// A chat template that cannot do something, the rest of "cannot ...".
+    pub(crate) fn chat_template(
+        action: &'static str,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::ChatTemplate { action, source: source.into() }
     }
 
     /// A caller's mistake.

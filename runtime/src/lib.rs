@@ -22,6 +22,7 @@ mod error;
 mod generation;
 mod identity;
 mod model;
+#[cfg(feature = "onnx-run")]
 mod onnx;
 mod perplexity;
 mod placement;
@@ -42,6 +43,7 @@ pub use generation::{
     DEFAULT_CONTEXT, End, Event, Generation, Generator, Settings, Timing, Timings,
 };
 pub use model::Model;
+#[cfg(feature = "onnx-run")]
 pub use onnx::{OnnxGraph, OnnxRuntime};
 pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Protocol, evaluate};
 pub use placement::CudaSettings;

@@ -77,12 +77,14 @@ impl Plan {
             Storage::Dense(_) | Storage::Layer(_) => (tensor.rows as u64, tensor.cols as u64),
         };
         let is_linear = tensor.name.starts_with("blk.");
-        let weights = match is_linear && self.is_calibrated() {
-            true if self.settings.reference => (1 + SEARCH_COPIES) * rows * cols,
-            true if self.settings.follows_float() => (1 + CORRECTION_COPIES) * rows * cols,
-            true => rows * cols,
-            false => 0,
+        let copies = match self.settings.method {
+            _ if !is_linear => 0,
+            Method::RoundToNearest => 0,
+            Method::Reference => 1 + SEARCH_COPIES,
+            Method::Slim | Method::SlimPlus => 1 + CORRECTION_COPIES,
+            Method::Gptq => 1,
         };
+        let weights = copies * rows * cols;
         let is_swept = weights > 0 || !is_linear && self.settings.has_budget();
         let hessians = if is_swept { HESSIAN_COPIES * cols.pow(2) } else { 0 };
         let slab = SLAB_COPIES * rows.min(SLAB_ROWS as u64) * cols;
@@ -135,8 +137,7 @@ impl Plan {
 
     pub fn describe(&self, max_memory: u64) -> String {
         let Settings { bits, group_size, embed_bits, samples, context, seed, .. } = self.settings;
-        let method =
-            if self.settings.reference { "reference" } else { self.settings.method.name() };
+        let method = self.settings.method.name();
         let scales = self.settings.coding;
         let per_code = match self.settings.target {
             None => format!("{bits} per code"),
@@ -200,7 +201,7 @@ impl Plan {
         };
         json!({
             "method": self.settings.method.name(),
-            "reference": self.settings.reference,
+            "reference": self.settings.method == Method::Reference,
             "bits": target.is_none().then_some(bits),
             "target_bits_per_weight": target_bpw,
             "target_file_bytes": target_bytes,
@@ -234,9 +235,7 @@ fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
     let width = if settings.follows_float() { 2 * stream + config.hidden_size } else { stream };
     let activations = match settings.method {
         Method::RoundToNearest => 0,
-        Method::Slim | Method::SlimPlus | Method::Gptq => {
-            4 * (settings.samples * settings.context * width) as u64
-        }
+        _ => 4 * (settings.samples * settings.context * width) as u64,
     };
     let hessians = if settings.has_budget() { output_hessian_bytes(source.decoder()) } else { 0 };
     activations + hessians

@@ -6,7 +6,7 @@ use slim_formats::gguf::Value;
 use super::{Difference, Groups, LayerDifference, WeightDifference};
 use crate::{
     html::{self, Page},
-    inspect::{metadata_json, preview},
+    inspect::{preview, value_json},
     output::{one_line, plural, size, table},
 };
 
@@ -110,7 +110,7 @@ pub fn json(difference: &Difference) -> Json {
         .each_ref()
         .map(|file| json!({ "file": file.name, "format": file.format, "file_bytes": file.bytes }));
     let metadata = difference.metadata.iter().map(|(key, values)| {
-        let [a, b] = values.each_ref().map(|value| value.as_ref().map(metadata_json));
+        let [a, b] = values.each_ref().map(|value| value.as_ref().map(value_json));
         json!({ "key": key, "a": a, "b": b })
     });
     let weights = difference.weights.iter().map(|weight| {

@@ -14,7 +14,7 @@ use slim_kernels::weight;
 use super::{total_bytes, verify};
 use crate::{
     open::{is_slim, warn_of},
-    output::note,
+    output::{note, sha256},
 };
 
 /// What a file holds.
@@ -154,7 +154,7 @@ impl Contents {
         Self {
             format: "gguf",
             architecture: file.metadata().str("general.architecture").map(str::to_owned),
-            file_bytes: file.file_bytes().len() as u64,
+            file_bytes: file.total_bytes(),
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: file.metadata().clone(),
@@ -222,6 +222,16 @@ impl Contents {
                 .map(|of| of.concat()),
             Opened::Model(source) => verify::model_faults(&**source),
         }
+    }
+
+    /// SHA-256 of the chat template: it decides what a model is told, and files of one model that
+    /// differ in it behave differently.
+    pub fn template_sha256(&self) -> Option<String> {
+        let template = match &self.opened {
+            Opened::Model(source) => source.chat_template(),
+            _ => self.metadata.str("tokenizer.chat_template"),
+        };
+        template.map(|template| sha256(template.as_bytes()))
     }
 
     pub fn parameters(&self) -> u64 {

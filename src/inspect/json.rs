@@ -15,6 +15,7 @@ pub fn document(contents: &Contents, faults: Option<&[Fault]>, with_metadata: bo
         "file_bytes": contents.file_bytes,
         "parameters": contents.parameters(),
         "bits_per_weight": bits_per_weight(contents.quantized_layers()),
+        "chat_template_sha256": contents.template_sha256(),
         "linear_bits_per_weight": bits_per_weight(contents.linear_layers()),
         "tensors": contents.tensors.iter().map(tensor).collect::<Json>(),
     });
@@ -57,7 +58,8 @@ pub fn faults(faults: &[Fault]) -> Json {
     faults.iter().map(fault).collect()
 }
 
-fn metadata(metadata: &Metadata) -> Json {
+/// Keys and values.
+pub fn metadata(metadata: &Metadata) -> Json {
     let entries = metadata.iter().map(|(key, found)| (key.to_owned(), value(found)));
     Json::Object(entries.collect::<Map<_, _>>())
 }

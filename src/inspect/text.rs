@@ -55,6 +55,9 @@ pub fn summary_facts(contents: &Contents) -> Vec<(&'static str, String)> {
             lines.push((label, format!("{kind}, {bits:.2} bits per weight")));
         }
     }
+    if let Some(hash) = contents.template_sha256() {
+        lines.push(("chat template", format!("sha256 {hash}")));
+    }
     match contents.layers() {
         [] => lines.push(("types", types(&contents.weights))),
         layers => {

@@ -243,4 +243,5 @@ fn file_that_is_shortened_while_it_is_read_ends_in_a_sentence() {
     let talk = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{talk}");
     assert!(talk.contains("was shortened while it was read"), "{talk}");
+    assert!(talk.contains("if there is a folder `out.gguf.work`"), "{talk}");
 }

@@ -41,10 +41,11 @@ fn help_names_every_flag() {
         ("eval", "--text --context --windows --against --json --no-hash-check"),
         ("logits", "--tokens --output --force --no-hash-check"),
         ("bench", "--prompt --generate --context --batch --runs --kv-cache --json --no-hash-check"),
+        ("reproduce", "--run --source --calibration --max-memory --json"),
         ("export", "--to --output --force --quiet --json --no-hash-check"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
-        let computes = !["inspect", "export"].contains(&subcommand);
+        let computes = !["inspect", "export", "reproduce"].contains(&subcommand);
         let compute = if computes { compute } else { "" };
         for flag in flags.split_whitespace().chain(compute.split_whitespace()) {
             assert!(help.contains(flag), "`{flag}` in\n{help}");

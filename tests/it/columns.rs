@@ -52,6 +52,11 @@ fn noise(len: usize, seed: u32) -> impl Iterator<Item = f32> {
     (0..len).map(move |_| (0..4).map(|_| uniform()).sum())
 }
 
+/// A model of fewer columns than a group has.
+pub fn narrow_model(dir: &Dir) -> PathBuf {
+    model(dir, &NARROW)
+}
+
 /// The tiny model `llama` with other sizes and random weights.
 fn model(dir: &Dir, sizes: &Sizes) -> PathBuf {
     let (llama, folder) = (tiny_model("llama"), dir.path("model"));

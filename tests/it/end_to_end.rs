@@ -32,13 +32,12 @@ pub const ROUNDED_TOLERANCE: f64 = 0.05;
 const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
 const TRELLIS: ScaleCoding = ScaleCoding::Trellis { sub_group: 32 };
 
-fn settings(bits: u8, coding: ScaleCoding, reference: bool) -> Settings {
+fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
     Settings {
         bits,
         group_size: 32,
         coding,
-        method: Method::Slim,
-        reference,
+        method,
         embed_bits: Some(8),
         samples: 4,
         context: 64,
@@ -180,15 +179,15 @@ fn packed_file_runs_like_its_own_dequantized_weights() {
     let dir = Dir::new();
     let file = dir.path("model.slim.gguf");
     let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 300).collect();
-    for (coding, reference) in [
-        (TWO_LEVEL, false),
-        (TRELLIS, false),
-        (ScaleCoding::Paper, false),
-        (ScaleCoding::Paper, true),
+    for (coding, method) in [
+        (TWO_LEVEL, Method::Slim),
+        (TRELLIS, Method::Slim),
+        (ScaleCoding::Paper, Method::Slim),
+        (ScaleCoding::Paper, Method::Reference),
     ] {
         for bits in [2, 3, 4] {
             for name in ["llama", "llama-tied-rope3", "mistral-swa"] {
-                convert_to(&tiny_model(name), &settings(bits, coding, reference), &file);
+                convert_to(&tiny_model(name), &settings(bits, coding, method), &file);
                 let expected = logits(Arc::new(Dequantized::open(&file)), &Scalar, &tokens);
                 let what = format!("{name}, {bits} bits, {coding:?}");
                 assert_runs_like(&what, &file, &tokens, &expected);
@@ -208,7 +207,7 @@ fn packed_file_of_every_family_runs_like_its_own_dequantized_weights() {
     // Of a model each, since conversions take the time of this test: even ones at 3, odd ones at 4.
     for (index, model) in golden_models().into_iter().enumerate() {
         let bits = 3 + (index % 2) as u8;
-        convert_to(&model, &settings(bits, TWO_LEVEL, false), &file);
+        convert_to(&model, &settings(bits, TWO_LEVEL, Method::Slim), &file);
         let expected = logits(Arc::new(Dequantized::open(&file)), &Scalar, &tokens);
         let what = format!("{}, {bits} bits", model.display());
         assert_runs_like(&what, &file, &tokens, &expected);
@@ -219,7 +218,7 @@ fn packed_file_of_every_family_runs_like_its_own_dequantized_weights() {
 fn onnx_model_is_converted_like_the_directory_it_was_exported_from() {
     let dir = Dir::new();
     let [expected, found] = ["safetensors", "onnx"].map(|name| dir.path(name));
-    let settings = settings(3, TWO_LEVEL, false);
+    let settings = settings(3, TWO_LEVEL, Method::Slim);
     convert_to(&tiny_model("llama"), &settings, &expected);
     let expected = SlimFile::open(&expected).unwrap();
     for exporter in ["script", "dynamo"] {
@@ -244,7 +243,7 @@ fn packed_real_model_runs_like_its_own_dequantized_weights() {
     let Some(model) = real_model() else { return };
     let dir = Dir::new();
     let file = dir.path("model.slim.gguf");
-    convert_to(&model, &Settings { group_size: 64, ..settings(3, TWO_LEVEL, false) }, &file);
+    convert_to(&model, &Settings { group_size: 64, ..settings(3, TWO_LEVEL, Method::Slim) }, &file);
     let tokens: Vec<u32> = (0..32).map(|i| 1000 + 37 * i).collect();
     let expected = logits(Arc::new(Dequantized::open(&file)), &Cpu, &tokens);
     assert_runs_like("SmolLM2", &file, &tokens, &expected);
@@ -258,7 +257,7 @@ fn more_bits_come_closer_to_the_source() {
     let source = open_model(&tiny_model("llama")).unwrap();
     let expected = logits(source.into(), &Cpu, &tokens).concat();
     let mean_error = |bits| {
-        convert_to(&tiny_model("llama"), &settings(bits, TWO_LEVEL, false), &file);
+        convert_to(&tiny_model("llama"), &settings(bits, TWO_LEVEL, Method::Slim), &file);
         let found = logits(open_model(&file).unwrap().into(), &Cpu, &tokens).concat();
         let squares = found.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2));
         squares.sum::<f64>()
@@ -384,7 +383,7 @@ fn slim_plus_changes_scales_and_norms_only_and_comes_nearer_to_the_source() {
     let six_bits = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 };
     let source = tiny_model("llama");
     for coding in [TWO_LEVEL, six_bits, TRELLIS] {
-        let settings = Settings { steps: 300, ..settings(2, coding, false) };
+        let settings = Settings { steps: 300, ..settings(2, coding, Method::Slim) };
         convert_to(&source, &settings, &before);
         convert_to(&source, &Settings { method: Method::SlimPlus, ..settings }, &after);
         assert_eq!(std::fs::read_dir(before.parent().unwrap()).unwrap().count(), 2);
@@ -415,7 +414,8 @@ fn slim_plus_changes_scales_and_norms_only_and_comes_nearer_to_the_source() {
 fn slim_plus_gives_the_same_bytes_for_any_number_of_threads() {
     let dir = Dir::new();
     let model = tiny_model("mistral-swa");
-    let settings = Settings { method: Method::SlimPlus, steps: 3, ..settings(2, TWO_LEVEL, false) };
+    let settings =
+        Settings { method: Method::SlimPlus, steps: 3, ..settings(2, TWO_LEVEL, Method::Slim) };
     let bytes = |name: &str, threads| {
         let file = dir.path(name);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -462,7 +462,7 @@ fn slim_plus_refuses_the_paper_coding() {
 fn another_seed_gives_another_file() {
     let dir = Dir::new();
     let (first, second) = (dir.path("first"), dir.path("second"));
-    let settings = settings(2, TWO_LEVEL, false);
+    let settings = settings(2, TWO_LEVEL, Method::Slim);
     convert_to(&tiny_model("llama"), &settings, &first);
     convert_to(&tiny_model("llama"), &Settings { seed: 1, ..settings }, &second);
     let layer = |path: &Path| {

@@ -27,7 +27,6 @@ fn settings(method: Method, target: Option<Target>) -> Settings {
         group_size: 32,
         coding: TWO_LEVEL,
         method,
-        reference: false,
         embed_bits: Some(8),
         samples: 2,
         context: 32,

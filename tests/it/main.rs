@@ -15,10 +15,13 @@ mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod output_safety; // what is never overwritten, and what an early end leaves
 mod pages; // looking into a file, and at what differs
+mod quality; // what a conversion says of its result
 mod real_model; // a real model, where there is one
 mod reports; // what commands say of their results
+mod reproduce; // files that are made again
 mod resume; // conversions that ended early
 mod schemas; // every JSON document against its schema
 mod sources; // what is read of a source, refused, or warned of
 mod special_tokens; // start, stop and chat tokens, the same from every container
+mod split; // GGUF models in several files
 mod terminal; // texts from files are made visible

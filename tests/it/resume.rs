@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::process::ExitStatusExt,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -71,8 +71,8 @@ fn killed_conversion_resumes_to_the_same_bytes() {
     }
 }
 
-/// A conversion that was interrupted once something was recorded.
-fn interrupted(dir: &Dir, args: &[String]) {
+/// A conversion that runs and has recorded something.
+fn begun(dir: &Dir, args: &[String]) -> Child {
     let mut child = convert(dir, args).stderr(Stdio::piped()).spawn().unwrap();
     let records = || fs::read_dir(dir.path(WORK)).map_or(0, Iterator::count);
     // One of them says what the others are of.
@@ -80,12 +80,18 @@ fn interrupted(dir: &Dir, args: &[String]) {
         assert!(child.try_wait().unwrap().is_none(), "it ended before anything was recorded");
         std::thread::sleep(Duration::from_millis(1));
     }
+    child
+}
+
+/// A conversion that was interrupted once something was recorded.
+fn interrupted(dir: &Dir, args: &[String]) {
+    let child = begun(dir, args);
     let status = Command::new("kill").args(["-s", "INT", &child.id().to_string()]).status();
     assert!(status.unwrap().success());
     let output = child.wait_with_output().unwrap();
     let talk = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{talk}");
-    for fragment in ["Ctrl-C again", "interrupted; `out.gguf.work`", "`--resume`"] {
+    for fragment in ["Ctrl-C again", "interrupted", "`out.gguf.work` has what", "`--resume`"] {
         assert!(talk.contains(fragment), "`{fragment}` in\n{talk}");
     }
     assert!(!dir.path(OUT).exists());
@@ -101,6 +107,31 @@ fn interrupted_conversion_finishes_its_step_and_resumes_to_the_same_bytes() {
         assert!(fs::read(dir.path(OUT)).unwrap() == expected, "{args:?}");
         assert_eq!(dir.names(), [OUT]);
     }
+}
+
+/// Other ends than Ctrl-C tell the same: here somebody takes the name of the output meanwhile.
+#[test]
+fn failed_conversion_says_what_stays_and_how_to_go_on() {
+    let args = &conversions()[1];
+    let (expected, _) = undisturbed(args);
+    let dir = Dir::new();
+    let child = begun(&dir, args);
+    dir.write(OUT, "mine");
+    let output = child.wait_with_output().unwrap();
+    let talk = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{talk}");
+    for fragment in ["`out.gguf`", "`out.gguf.work` has what is done", "`--resume` goes on"] {
+        assert!(talk.contains(fragment), "`{fragment}` in\n{talk}");
+    }
+    assert_eq!(fs::read(dir.path(OUT)).unwrap(), b"mine");
+    Answer::of(convert(&dir, args).args(["--resume", "--force"])).succeeds();
+    assert!(fs::read(dir.path(OUT)).unwrap() == expected);
+    // What fails before anything is recorded leaves nothing, and says nothing of it.
+    let dir = Dir::new();
+    let text = dir.write("text", "too short");
+    let answer = Answer::of(convert(&dir, args).args(["--calibration", &text]));
+    assert_eq!((answer.code, dir.names()), (2, vec!["text".to_owned()]), "{}", answer.stderr);
+    assert!(!answer.stderr.contains("what is done"), "{}", answer.stderr);
 }
 
 #[test]

@@ -159,6 +159,8 @@ fn documents_of_all_commands_are_as_their_schemas_say() {
         std::fs::remove_file(slim).unwrap();
     }
     succeed(&[&["convert", llama, "-o", slim][..], &quick].concat());
+    document("reproduce", &["reproduce", slim, "--json"]);
+    document("reproduce", &["reproduce", slim, "--json", "--run", "--source", llama]);
     for target in [["--target-bpw", "3"], ["--target-size", "90kB"]] {
         let planned = ["convert", llama, "-o", out, "--json", "--dry-run"];
         document("convert-dry-run", &[&planned[..], &target].concat());

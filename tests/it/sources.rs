@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use half::f16;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
@@ -37,6 +38,23 @@ fn change(path: &Path, changes: Value) {
     let mut json: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
     fs::write(path, json.to_string()).unwrap();
+}
+
+/// Changes the values of an F16 tensor of a safetensors file.
+pub fn change_tensor(file: &Path, name: &str, change: impl FnOnce(&mut [f16])) {
+    let mut bytes = fs::read(file).unwrap();
+    let (header_bytes, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let info = header.info(name).unwrap();
+    assert_eq!(info.dtype, Dtype::F16, "{name}");
+    let start = 8 + header_bytes;
+    let bytes_of = &mut bytes[start + info.data_offsets.0..start + info.data_offsets.1];
+    let values = bytes_of.chunks_exact(2).map(|value| f16::from_le_bytes([value[0], value[1]]));
+    let mut values: Vec<f16> = values.collect();
+    change(&mut values);
+    for (bytes, value) in bytes_of.chunks_exact_mut(2).zip(values) {
+        bytes.copy_from_slice(&value.to_le_bytes());
+    }
+    fs::write(file, bytes).unwrap();
 }
 
 /// What `run` says when it refuses a model, with the folder of the test as `DIR`.

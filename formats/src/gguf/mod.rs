@@ -9,6 +9,7 @@
 
 mod model;
 mod reader;
+mod split;
 #[cfg(test)]
 mod tests;
 mod value;

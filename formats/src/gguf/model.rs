@@ -7,7 +7,6 @@ use crate::{
     DType, Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
     arch::ROPE_TENSORS,
     folder::tokenizer_warnings,
-    locate,
     places::{self, Fixed},
     shapes::{self, Spelling},
 };
@@ -30,16 +29,13 @@ impl GgufModel {
     /// Opens a model.
     ///
     /// # Errors
-    /// `OtherKind` for one file of several, and for what is no language model; `Unsupported` for
+    /// `OtherKind` for what is no language model; `Unsupported` for
     /// another architecture, or a tensor that it does not use; `Malformed` if a tensor is missing
     /// or contradicts the metadata; otherwise those of [`GgufFile::open`] and
     /// [`ModelConfig::from_gguf`].
     pub fn open(path: &Path) -> Result<Self> {
         let file = GgufFile::open(path)?;
         let metadata = file.metadata();
-        if let Some(count) = metadata.u64("split.count").filter(|&count| count > 1) {
-            return Err(locate::split_gguf(path, count));
-        }
         refuse_other_kinds(path, metadata)?;
         let mut config = ModelConfig::from_gguf(path, metadata, file.facts()?)?;
         config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
@@ -146,7 +142,7 @@ impl ModelSource for GgufModel {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        vec![self.path().to_owned()]
+        self.file.files()
     }
 
     fn warnings(&self) -> &[String] {

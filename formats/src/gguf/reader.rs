@@ -2,12 +2,14 @@
 
 use std::{
     ops::{Deref, Range},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::{
     ALIGNMENT_KEY, ALIGNMENT_RULE, Array, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, Metadata,
-    Value, dtype_from_id, element_count, is_alignment, tensor_bytes,
+    Value, dtype_from_id, element_count, is_alignment,
+    split::{self, part_count},
+    tensor_bytes,
     value::{MAX_KEY_BYTES, type_id},
 };
 use crate::{
@@ -30,6 +32,8 @@ pub struct TensorInfo {
     pub dtype: DType,
     /// Its dimensions, outermost first (GGUF stores the fastest first): a matrix is `[rows, cols]`.
     pub shape: Vec<u64>,
+    /// The file that it lies in, of a model that is split into several: counted from 0.
+    pub part: usize,
     /// Where its bytes start, counted from the start of the file.
     pub offset: u64,
     /// How many bytes it has; for an unknown type, all that lie before the next tensor or the end
@@ -93,7 +97,7 @@ impl GgufHeader {
         for index in 0..tensor_count {
             tensors.push(read_tensor_info(&mut cursor, index, alignment)?);
         }
-        let by_name = sort_by_name(&cursor, &tensors)?;
+        let by_name = sort_by_name(path, &tensors)?;
 
         let header_bytes = cursor.position;
         // Cannot overflow: a slice is at most isize::MAX bytes long, and the alignment fits 32
@@ -152,10 +156,13 @@ impl GgufHeader {
     }
 }
 
-/// An opened GGUF file: its header (by dereference) and its bytes.
+/// An opened GGUF file: its header (by dereference) and its bytes. A model that is split into
+/// several files has the header of the first one, with the tensors of all.
 #[derive(Debug)]
 pub struct GgufFile {
-    map: MappedFile,
+    path: PathBuf,
+    /// All files of the model.
+    maps: Vec<MappedFile>,
     header: GgufHeader,
 }
 
@@ -163,24 +170,51 @@ impl GgufFile {
     /// Opens and validates a file under the default limits.
     ///
     /// # Errors
-    /// `Io`, and those of [`GgufHeader::parse`].
+    /// As [`Self::open_with`].
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_with(path, &Limits::default())
     }
 
-    /// Opens and validates a file.
+    /// Opens and validates a file; of a split model any of its files, and the others with it.
     ///
     /// # Errors
-    /// `Io`, and those of [`GgufHeader::parse`].
+    /// `Io`, and those of [`GgufHeader::parse`]; for files of a split model that are missing, or
+    /// belong to another one, `Missing`, `OtherKind` or `Malformed`.
     pub fn open_with(path: &Path, limits: &Limits) -> Result<Self> {
-        let map = MappedFile::open(path)?;
-        let header = GgufHeader::parse(path, &map, map.len() as u64, limits)?;
-        Ok(Self { map, header })
+        let (map, header) = open_part(path, limits)?;
+        if part_count(&header) == 1 {
+            return Ok(Self { path: path.to_owned(), maps: vec![map], header });
+        }
+        let mut parts = split::parts(path, (map, header), limits)?.into_iter();
+        let (first, mut header) = parts.next().expect("a split model has files");
+        let mut maps = vec![first];
+        for (map, other) in parts {
+            let part = maps.len();
+            header
+                .tensors
+                .extend(other.tensors.into_iter().map(|info| TensorInfo { part, ..info }));
+            maps.push(map);
+        }
+        let count = header.tensors.len() as u64;
+        limits::check(path, "the number of tensors", count, limits.tensor_count)?;
+        header.by_name = sort_by_name(path, &header.tensors)?;
+        split::check_tensor_count(path, &header)?;
+        Ok(Self { path: path.to_owned(), maps, header })
     }
 
     /// The path that was opened.
     pub fn path(&self) -> &Path {
-        self.map.path()
+        &self.path
+    }
+
+    /// The files of the model, in order.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.maps.iter().map(|map| map.path().to_owned()).collect()
+    }
+
+    /// The bytes of each file.
+    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        self.maps.iter().map(|map| &map[..])
     }
 
     /// The bytes of a tensor of this file.
@@ -188,29 +222,35 @@ impl GgufFile {
     /// # Panics
     /// If `tensor` was taken from another file and does not fit this one.
     pub fn bytes_of(&self, tensor: &TensorInfo) -> &[u8] {
-        &self.map[self.range_of(tensor)]
+        &self.maps[tensor.part][self.range_of(tensor)]
     }
 
-    /// Where they lie in [`Self::file_bytes`].
+    /// Where they lie in their file.
     pub(crate) fn range_of(&self, tensor: &TensorInfo) -> Range<usize> {
         // `place_tensors` has checked that the range lies in the file.
         let first = tensor.offset as usize;
         first..first + tensor.bytes as usize
     }
 
-    /// The bytes from the start of the file to the end of the tensor entries, without padding.
+    /// The bytes from the start of the (first) file to the end of its tensor entries, without
+    /// padding.
     pub fn header_bytes(&self) -> &[u8] {
-        &self.map[..self.header.header_bytes]
+        &self.file_bytes()[..self.header.header_bytes]
     }
 
-    /// The whole file.
+    /// The whole (first) file.
     pub fn file_bytes(&self) -> &[u8] {
-        &self.map
+        &self.maps[0]
+    }
+
+    /// Size of all files.
+    pub fn total_bytes(&self) -> u64 {
+        self.maps.iter().map(|map| map.len() as u64).sum()
     }
 
     /// As [`MappedFile::release_pages`].
     pub fn release_pages(&self) {
-        self.map.release_pages();
+        self.maps.iter().for_each(MappedFile::release_pages);
     }
 
     /// What the tensors say about the configuration.
@@ -251,6 +291,13 @@ impl Deref for GgufFile {
     fn deref(&self) -> &GgufHeader {
         &self.header
     }
+}
+
+/// Maps a file and reads its header.
+pub(super) fn open_part(path: &Path, limits: &Limits) -> Result<(MappedFile, GgufHeader)> {
+    let map = MappedFile::open(path)?;
+    let header = GgufHeader::parse(path, &map, map.len() as u64, limits)?;
+    Ok((map, header))
 }
 
 fn read_version(cursor: &mut Cursor<'_>) -> Result<u32> {
@@ -382,7 +429,7 @@ fn read_tensor_info(cursor: &mut Cursor<'_>, index: usize, alignment: u64) -> Re
             format!("a multiple of {alignment}"),
         ));
     }
-    Ok(TensorInfo { name, dtype, shape, offset, bytes })
+    Ok(TensorInfo { name, dtype, shape, part: 0, offset, bytes })
 }
 
 /// The dimensions, outermost first.
@@ -402,14 +449,14 @@ fn read_shape(cursor: &mut Cursor<'_>, place: &str) -> Result<Vec<u64>> {
 }
 
 /// The tensors' positions sorted by name, if no two names are equal.
-fn sort_by_name(cursor: &Cursor<'_>, tensors: &[TensorInfo]) -> Result<Vec<usize>> {
+fn sort_by_name(path: &Path, tensors: &[TensorInfo]) -> Result<Vec<usize>> {
     let mut by_name: Vec<usize> = (0..tensors.len()).collect();
     by_name.sort_unstable_by_key(|&index| &tensors[index].name);
     let twice = by_name.windows(2).find(|pair| tensors[pair[0]].name == tensors[pair[1]].name);
     match twice {
         Some(pair) => {
             let place = format!("tensor `{}`", tensors[pair[0]].name);
-            Err(cursor.malformed(place, "a second tensor of this name", "one"))
+            Err(FormatError::malformed(path, place, "", "a second tensor of this name", "one"))
         }
         None => Ok(by_name),
     }

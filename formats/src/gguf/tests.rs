@@ -566,7 +566,12 @@ fn model_that_cannot_be_run_is_refused() {
             None,
             "architecture `bert` is not supported",
         ),
-        (Some(("split.count", 2u32.into())), None, "is one of 2 parts, not a whole model"),
+        (
+            Some(("split.count", 2u32.into())),
+            None,
+            "is one of 2 parts under a name of its own, not names that end with \
+             `-00001-of-00002.gguf` and so on",
+        ),
         (Some(("general.type", "adapter".into())), None, "is a LoRA adapter, not a language model"),
         (
             Some(("llama.expert_count", 8u32.into())),

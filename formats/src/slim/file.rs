@@ -141,6 +141,10 @@ impl SlimFile {
             );
             return Err(FormatError::unsupported(path, what, "update slimllm"));
         }
+        if gguf.parts().count() > 1 {
+            let hint = "merge the parts with `llama-gguf-split --merge FIRST-PART OUT`";
+            return Err(FormatError::unsupported(path, "a SliM file in several parts", hint));
+        }
         if gguf.version() != GGUF_VERSION {
             let (found, expected) = (gguf.version(), GGUF_VERSION.to_string());
             return Err(FormatError::malformed(path, "the GGUF version", "F1", found, expected));

@@ -71,7 +71,7 @@ fn text_or_error(text: &Result<String>) -> Json {
 }
 
 /// What the engine says.
-fn reason(error: &RuntimeError) -> String {
+pub(super) fn reason(error: &RuntimeError) -> String {
     let source = std::error::Error::source(error);
     let chain = std::iter::successors(source, |&error| error.source());
     chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
@@ -94,13 +94,17 @@ pub(super) fn render_elsewhere(
 }
 
 fn ask(program: &mut Command, request: &Json) -> Result<Vec<Result<String>>> {
-    let answer = answer(program, request).map_err(|error| failed("be rendered", error))?;
+    let answer = answer(program, request)
+        .map_err(|error| RuntimeError::chat_template("be rendered", error))?;
     if let Some(error) = answer["error"].as_str() {
-        return Err(failed("be read", error));
+        return Err(RuntimeError::chat_template("be read", error));
     }
     let text = |text: &Json| match text["text"].as_str() {
         Some(text) => Ok(text.to_owned()),
-        None => Err(failed("be rendered", text["error"].as_str().unwrap_or_default())),
+        None => Err(RuntimeError::chat_template(
+            "be rendered",
+            text["error"].as_str().unwrap_or_default(),
+        )),
     };
     Ok(answer["texts"].as_array().into_iter().flatten().map(text).collect())
 }
@@ -151,11 +155,4 @@ fn set_limits() -> io::Result<()> {
 #[cfg(not(unix))]
 fn set_limits() -> io::Result<()> {
     Ok(())
-}
-
-fn failed(
-    action: &'static str,
-    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-) -> RuntimeError {
-    RuntimeError::ChatTemplate { action, source: source.into() }
 }

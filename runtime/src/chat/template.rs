@@ -99,7 +99,9 @@ impl ChatTemplate {
     pub(super) fn render_here(&self, chats: &[Chat<'_>]) -> Result<Vec<Result<String>>> {
         let environment = environment();
         let source = without_generation_blocks(&self.source);
-        let template = environment.template_from_str(&source).map_err(failed("be read"))?;
+        let template = environment
+            .template_from_str(&source)
+            .map_err(|error| RuntimeError::chat_template("be read", error))?;
         Ok(chats.iter().map(|chat| self.render_with(&template, chat)).collect())
     }
 
@@ -115,13 +117,11 @@ impl ChatTemplate {
             documents => (),
         };
         let mut output = LimitedOutput(Vec::new());
-        template.render_captured_to(inputs, &mut output).map_err(failed("be rendered"))?;
+        template
+            .render_captured_to(inputs, &mut output)
+            .map_err(|error| RuntimeError::chat_template("be rendered", error))?;
         Ok(String::from_utf8(output.0).expect("minijinja writes whole strings"))
     }
-}
-
-fn failed(action: &'static str) -> impl Fn(Error) -> RuntimeError {
-    move |error| RuntimeError::ChatTemplate { action, source: Box::new(error) }
 }
 
 /// Jinja as `transformers` sets it up in `utils/chat_template_utils.py`.
@@ -163,6 +163,7 @@ impl io::Write for LimitedOutput {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isolation::reason;
     use super::*;
     use std::error::Error as _;
 
@@ -205,8 +206,7 @@ mod tests {
     fn refusal(source: &str) -> String {
         let error = render(source, &[("user", "hi")]).unwrap_err();
         assert!(matches!(error, RuntimeError::ChatTemplate { .. }));
-        let chain = std::iter::successors(error.source(), |&error| error.source());
-        chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+        reason(&error)
     }
 
     #[test]
