@@ -3,7 +3,7 @@
 //! The loss minds some heads, some neurons and some tokens far more than others. So `attn_q` comes
 //! in bands of heads, `ffn_gate` and `ffn_up`, whose neurons are sorted by what the loss minds
 //! about them (`neurons.rs`), in bands of neurons, and the embedding and the output layer in bands
-//! of tokens (`docs/accuracy.md` has the effect).
+//! of tokens (`docs/notes/accuracy.md` has the effect).
 
 use slim_formats::{
     Decoder,

@@ -2,8 +2,8 @@
 //!
 //! Neuron `i` is row `i` of `ffn_gate` and of `ffn_up` and column `i` of `ffn_down`: the network
 //! gives the same in whatever order they stand, with their biases. Sorted, neurons of like worth
-//! share the groups of `ffn_down` and the bands of `ffn_gate` and `ffn_up` (`docs/accuracy.md` has
-//! the effect).
+//! share the groups of `ffn_down` and the bands of `ffn_gate` and `ffn_up`
+//! (`docs/notes/accuracy.md` has the effect).
 
 use rayon::prelude::*;
 use slim_formats::{Decoder, Part, PartMap, arch::Rows};

@@ -139,7 +139,7 @@ impl Settings {
     /// The settings of the embedding and the output layer; of the least bits if a target decides.
     ///
     /// Two-level scales of many bits get 6-bit codes: a 4-bit minimum code would shift a grid of
-    /// 256 steps by up to 8 of them (`docs/accuracy.md` has the effect).
+    /// 256 steps by up to 8 of them (`docs/notes/accuracy.md` has the effect).
     pub fn for_embedding(&self) -> Self {
         let bits = self.embed_bits.unwrap_or(1);
         let coding = match self.coding {

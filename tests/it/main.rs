@@ -6,6 +6,7 @@ mod cli; // help, errors, exit codes, output of every subcommand
 mod columns; // any number of them
 mod command; // running the command
 mod cuda; // the command on a CUDA device
+mod docs; // what pages for users say of the command
 mod end_to_end; // from a model to its packed file to its logits
 mod export; // other engines' layouts, read back
 mod families; // by engine

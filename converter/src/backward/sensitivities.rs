@@ -123,8 +123,8 @@ impl Sensitivity {
 /// runs of tokens. `on_batch` is called with the tokens of each batch that is done.
 ///
 /// The negative log-likelihood of what the text has behind each token would do, too, but the model
-/// errs in some places by far, and these would outweigh all others (`docs/accuracy.md` has the
-/// effect).
+/// errs in some places by far, and these would outweigh all others (`docs/notes/accuracy.md` has
+/// the effect).
 ///
 /// # Errors
 /// As [`Backward::load`] and [`Backward::run`]; `InvalidSetting` if there are no tokens;
