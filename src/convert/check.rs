@@ -127,12 +127,8 @@ impl Check {
 /// The most likely tokens behind [`PROMPT`], on one line.
 fn continuation(model: &Model) -> Result<String> {
     let sampler = SamplerSettings { temperature: 0.0, ..SamplerSettings::default() };
-    let settings = Generation {
-        sampler: Some(sampler),
-        limit: Some(TOKENS),
-        context: Some(64),
-        ..Generation::default()
-    };
+    let (context, limit, sampler) = (Some(64), Some(TOKENS), Some(sampler));
+    let settings = Generation { context, limit, sampler };
     let mut text = String::new();
     for event in model.generate(PROMPT, settings)? {
         match event? {
