@@ -24,7 +24,7 @@ use targets::{Folder, TARGETS, Target};
 static ALLOCATED: PeakAlloc = PeakAlloc;
 
 /// Mutations for each function, unless the environment says otherwise.
-const MUTATIONS: u64 = 500;
+const MUTATIONS: u64 = 1000;
 
 /// What a function may allocate besides the bytes of its input.
 const ALLOWED_BYTES: usize = 64 << 20;

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use slim_formats::gguf::{GgufFile, HeaderWriter, Metadata, NewTensor, TensorInfo};
+use slim_formats::gguf::{GgufFile, HeaderWriter, Metadata, NewTensor, TensorInfo, Value};
 
 use crate::command::{Dir, fail, succeed, test_data};
 
@@ -16,22 +16,22 @@ fn name(part: usize) -> String {
 fn split(file: &Path, dir: &Dir) {
     let whole = GgufFile::open(file).unwrap();
     let tensors = whole.tensors();
-    for (part, tensors) in tensors.chunks(tensors.len().div_ceil(PARTS)).enumerate() {
+    for (part, chunk) in tensors.chunks(tensors.len().div_ceil(PARTS)).enumerate() {
         let mut metadata = if part == 0 { whole.metadata().clone() } else { Metadata::new() };
-        metadata.insert("split.no", part as u16).unwrap();
-        metadata.insert("split.count", PARTS as u16).unwrap();
-        metadata.insert("split.tensors.count", whole.tensors().len() as i32).unwrap();
+        metadata.insert("split.no", Value::U16(part as u16)).unwrap();
+        metadata.insert("split.count", Value::U16(PARTS as u16)).unwrap();
+        metadata.insert("split.tensors.count", Value::I32(tensors.len() as i32)).unwrap();
         let new = |info: &TensorInfo| NewTensor {
             name: info.name.clone(),
             dtype: info.dtype,
             shape: info.shape.clone(),
         };
         let path = dir.path(&name(part + 1));
-        let infos: Vec<_> = tensors.iter().map(new).collect();
+        let infos: Vec<_> = chunk.iter().map(new).collect();
         let header = HeaderWriter::new(&path, &metadata, &infos, 32).unwrap();
         let mut bytes = header.bytes().to_vec();
         bytes.resize(header.file_bytes() as usize, 0);
-        for (info, &offset) in tensors.iter().zip(header.tensor_offsets()) {
+        for (info, &offset) in chunk.iter().zip(header.tensor_offsets()) {
             let data = whole.bytes_of(info);
             bytes[offset as usize..][..data.len()].copy_from_slice(data);
         }
@@ -84,7 +84,9 @@ fn missing_doubled_and_foreign_parts_are_named() {
     };
     let part = |dir: &Dir, number| dir.path(&name(number));
     refused(&|dir| fs::remove_file(part(dir, 2)).unwrap(), &[&name(2), "is in 3 files"]);
-    let doubled = |dir: &Dir| drop(fs::copy(part(dir, 2), part(dir, 3)).unwrap());
+    let doubled = |dir: &Dir| {
+        fs::copy(part(dir, 2), part(dir, 3)).unwrap();
+    };
     refused(&doubled, &[&name(3), "key `split.no`: found 1, expected 2"]);
     let foreign = |dir: &Dir| {
         let other = Dir::new();
@@ -92,7 +94,9 @@ fn missing_doubled_and_foreign_parts_are_named() {
         fs::copy(part(&other, 2), part(dir, 2)).unwrap();
     };
     refused(&foreign, &["tensor"]);
-    let whole = |dir: &Dir| drop(fs::copy(test_data("gguf/qwen2.gguf"), part(dir, 2)).unwrap());
+    let whole = |dir: &Dir| {
+        fs::copy(test_data("gguf/qwen2.gguf"), part(dir, 2)).unwrap();
+    };
     refused(&whole, &[&name(2), "key `split.no`: found none, expected 1"]);
 
     let dir = model();
