@@ -69,7 +69,7 @@ fn commands_of_the_guide_run() {
         let mut args = words(line);
         let name = args.remove(0);
         let mut command = dir.slimllm(&name);
-        let mut answer = command.args(&args).stdin(std::process::Stdio::null());
+        let answer = command.args(&args).stdin(std::process::Stdio::null());
         let answer = answer.output().unwrap();
         // `diff` of two files that differ ends with 1, as it should.
         let code = answer.status.code();
@@ -114,8 +114,8 @@ fn troubleshooting_quotes_what_the_program_says() {
     let dir = Dir::new();
     dir.write("config.json", "{ \"model_type\": \"novel\" }");
     for (args, quoted) in [
-        (["run", "org/name"], "downloading from a hub is not supported yet"),
-        (["run", &dir.arg("")], "model type"),
+        (["bench", "org/name"], "downloading from a hub is not supported yet"),
+        (["bench", &dir.arg("")], "model type"),
     ] {
         let answer = slimllm(&args);
         assert!(answer.stderr.contains(quoted), "{}", answer.stderr);
