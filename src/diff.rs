@@ -68,7 +68,7 @@ struct LayerDifference {
 }
 
 enum Groups {
-    /// Shapes, group sizes or codings, which leave no groups to compare.
+    /// Shapes or group sizes, which leave no groups to compare.
     Layouts([String; 2]),
     /// Groups, first and last column, and widths.
     Widths(Vec<(usize, [usize; 2], [u8; 2])>),
@@ -161,8 +161,7 @@ fn differing_layers(ours: &[LayerInfo], theirs: &[LayerInfo]) -> Vec<LayerDiffer
 fn differing_groups(ours: &LayerInfo, theirs: &LayerInfo) -> Option<Groups> {
     let layouts = [ours, theirs].map(|layer| {
         let layout = &layer.layout;
-        let (rows, cols) = (layout.rows(), layout.cols());
-        format!("{rows} x {cols}, groups of {}, {}", layout.group_size(), layout.coding())
+        format!("{} x {}, groups of {}", layout.rows(), layout.cols(), layout.group_size())
     });
     if layouts[0] != layouts[1] {
         return Some(Groups::Layouts(layouts));
