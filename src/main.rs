@@ -17,6 +17,7 @@ mod open;
 mod output;
 mod progress;
 mod run;
+mod serve;
 mod target;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -92,6 +93,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Logits(args) => logits::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
+        Command::Serve(args) => serve::run(&args)?,
         Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)

@@ -18,6 +18,7 @@ mod real_model; // a real model, where there is one
 mod reports; // what commands say of their results
 mod resume; // conversions that ended early
 mod schemas; // every JSON document against its schema
+mod serve; // the server, its API and its errors
 mod sources; // what is read of a source, refused, or warned of
 mod special_tokens; // start, stop and chat tokens, the same from every container
 mod terminal; // texts from files are made visible
