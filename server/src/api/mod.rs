@@ -122,7 +122,8 @@ fn job(
     };
     let (limit, stops) = (parameters.limit, parameters.stops.clone());
     let arrived = std::time::Instant::now();
-    Ok(Job { prompt, limit, draw, stops, choice, client, arrived })
+    let is_repeatable = parameters.are_repeatable;
+    Ok(Job { prompt, limit, draw, is_repeatable, stops, choice, client, arrived })
 }
 
 fn check_prompt(prompt: &[u32], served: &Served, limits: &Limits) -> Result<(), ApiError> {

@@ -47,6 +47,8 @@ pub struct Parameters {
     pub form_name: &'static str,
     /// As in [`crate::engine::Draw`].
     pub likely: Option<usize>,
+    /// Whether the texts are to be the same each time: the request has a seed.
+    pub are_repeatable: bool,
     settings: SamplerSettings,
 }
 
@@ -77,6 +79,7 @@ impl Parameters {
             Some(text) => (Some(Form::Lark(text)), "grammar"),
             None => (None, "response_format"),
         };
+        let seed = fields.take::<i64>("seed")?.map(|seed| seed as u64);
         let limit = fields.take_in("max_tokens", 0..=limits.context)?;
         Ok(Self {
             n: fields.take_in("n", 1..=limits.parallel)?.unwrap_or(1),
@@ -88,7 +91,8 @@ impl Parameters {
             form,
             form_name,
             likely: None,
-            settings: settings(fields, served)?,
+            are_repeatable: seed.is_some(),
+            settings: settings(fields, seed, served)?,
         })
     }
 
@@ -138,10 +142,13 @@ impl Parameters {
     }
 }
 
-fn settings(fields: &mut Fields, served: &Served) -> Result<SamplerSettings, ApiError> {
+fn settings(
+    fields: &mut Fields,
+    seed: Option<u64>,
+    served: &Served,
+) -> Result<SamplerSettings, ApiError> {
     let temperature = fields.take_in("temperature", 0.0..=2.0)?;
     let base = SamplerSettings::at(temperature, &served.model().config().generation);
-    let seed = fields.take::<i64>("seed")?.map(|seed| seed as u64);
     Ok(SamplerSettings {
         top_p: fields.take_in("top_p", 0.0..=1.0)?.unwrap_or(base.top_p),
         top_k: fields.take("top_k")?.unwrap_or(base.top_k),

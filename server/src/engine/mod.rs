@@ -20,7 +20,8 @@ pub use text::{End, Event, Sent};
 use text::{State, Text};
 
 /// Tokens of a prompt that go through the model with the next tokens of other texts: they wait for
-/// it.
+/// it. Texts that are to be repeatable are read in such pieces alone, too, from the beginning of a
+/// text on: attention rounds otherwise with another number of queries.
 const PIECE_TOKENS: usize = 64;
 
 /// Tokens of a prompt that go through the model while no other text waits for it.
@@ -33,14 +34,47 @@ const LOOK: Duration = Duration::from_millis(10);
 struct Slot<'a> {
     sequence: Sequence,
     text: Option<Text<'a>>,
+    /// Tokens at the beginning of the sequence that were read in the pieces of a repeatable text.
+    exact: usize,
     /// The round in which a text last took or left it.
     used: u64,
 }
 
-impl Slot<'_> {
+impl<'a> Slot<'a> {
     /// Whether its text goes on by a token.
     fn writes(&self) -> bool {
         self.text.as_ref().is_some_and(|text| text.is_ready() && text.is_writing())
+    }
+
+    /// Tokens that the sequence holds of a text already. The last token of a prompt goes through the
+    /// model in any case: what follows it is asked for.
+    fn reusable(&self, job: &Job) -> usize {
+        let shared = shared(self.sequence.tokens(), &job.prompt).min(job.prompt.len() - 1);
+        match job.is_repeatable {
+            true => shared.min(self.exact) / PIECE_TOKENS * PIECE_TOKENS,
+            false => shared,
+        }
+    }
+
+    /// Begins a text.
+    fn begin(&mut self, served: &'a Served, job: Job, reused: usize) {
+        self.sequence.truncate(reused);
+        self.exact = self.exact.min(reused);
+        self.text = Some(Text::new(served, job, reused));
+    }
+
+    /// How many tokens of a prompt go through the model next, if `most` may.
+    fn next_piece(&self, most: usize) -> usize {
+        let is_repeatable = self.text.as_ref().is_some_and(Text::is_repeatable);
+        self.unread().min(if is_repeatable { PIECE_TOKENS } else { most })
+    }
+
+    /// So many tokens of a prompt are about to go through the model.
+    fn read(&mut self, tokens: usize) {
+        let start = self.sequence.tokens().len();
+        if start == self.exact && start.is_multiple_of(PIECE_TOKENS) && tokens <= PIECE_TOKENS {
+            self.exact += tokens;
+        }
     }
 
     /// Tokens of its text's prompt that have not gone through the model.
@@ -77,7 +111,8 @@ impl<'a> Engine<'a> {
     ) -> slim_runtime::Result<Self> {
         let workspace = served.model().workspace()?;
         let sequences = served.model().sequences(parallel, context)?;
-        let slots = sequences.into_iter().map(|sequence| Slot { sequence, text: None, used: 0 });
+        let slots =
+            sequences.into_iter().map(|sequence| Slot { sequence, text: None, exact: 0, used: 0 });
         let slots = slots.collect();
         Ok(Self { served, queue, metrics, workspace, slots, round: 0, reader: 0 })
     }
@@ -125,16 +160,13 @@ impl<'a> Engine<'a> {
         while self.slots.iter().any(|slot| slot.text.is_none()) {
             let Some(job) = self.queue.take() else { return };
             let free = self.slots.iter_mut().filter(|slot| slot.text.is_none());
-            let shares = |slot: &Slot<'_>| shared(slot.sequence.tokens(), &job.prompt);
             // Of equals the one that was left alone for longest.
-            let best = free.max_by_key(|slot| (shares(slot), std::cmp::Reverse(slot.used)));
+            let best = free.max_by_key(|slot| (slot.reusable(&job), std::cmp::Reverse(slot.used)));
             let slot = best.expect("a free slot");
-            // The last token goes through the model in any case: what follows it is asked for.
-            let reused = shares(slot).min(job.prompt.len() - 1);
-            slot.sequence.truncate(reused);
-            slot.used = self.round;
+            let reused = slot.reusable(&job);
             self.metrics.count_prompt(job.prompt.len(), reused);
-            slot.text = Some(Text::new(self.served, job, reused));
+            slot.used = self.round;
+            slot.begin(self.served, job, reused);
         }
     }
 
@@ -149,7 +181,8 @@ impl<'a> Engine<'a> {
         let count = self.slots.len();
         let next = (1..=count).map(|step| (self.reader + step) % count);
         if let Some(reader) = { next }.find(|&index| self.slots[index].unread() > 0) {
-            plan[reader] = self.slots[reader].unread().min(most);
+            plan[reader] = self.slots[reader].next_piece(most);
+            self.slots[reader].read(plan[reader]);
             self.reader = reader;
         }
         plan
@@ -195,7 +228,7 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// Tokens that two texts begin with.
+/// Tokens that both texts begin with.
 fn shared(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }

@@ -18,6 +18,8 @@ pub struct Job {
     pub limit: Option<usize>,
     /// How tokens are drawn.
     pub draw: Draw,
+    /// Whether it is to be the same whatever else was and is written.
+    pub is_repeatable: bool,
     /// Texts that end it, none of them empty.
     pub stops: Vec<String>,
     /// Its place among the texts of its request.

@@ -118,6 +118,10 @@ impl<'a> Text<'a> {
         self.news.is_none()
     }
 
+    pub fn is_repeatable(&self) -> bool {
+        self.job.is_repeatable
+    }
+
     /// Whether its prompt was read.
     pub fn is_writing(&self) -> bool {
         self.written > 0

@@ -20,7 +20,7 @@ fn with(body: Value, more: Value) -> Value {
 }
 
 fn greedy(prompt: &str, tokens: usize) -> Value {
-    json!({"prompt": prompt, "max_tokens": tokens, "temperature": 0})
+    json!({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 0})
 }
 
 fn hello() -> Value {
@@ -369,14 +369,27 @@ fn short_text_is_not_kept_waiting_by_a_long_one() {
 fn beginning_of_a_text_is_computed_once() {
     let server = Server::start(&["--parallel", "2", "--context", "2000"]);
     let reused = |prompt: &str| {
-        let json = server.post(COMPLETION, &greedy(prompt, 4)).json();
+        let asked = with(greedy(prompt, 4), json!({"seed": null}));
+        let json = server.post(COMPLETION, &asked).json();
         json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
     };
     let first = "the fox and the dog ".repeat(20);
     assert_eq!(reused(&first), 0);
     assert_eq!(reused("zebra"), 0);
     // The other text did not take its place.
-    assert!(reused(&format!("{first} were friends")) > 100);
+    let more = format!("{first} were friends");
+    assert!(reused(&more) > 100);
+    // With a seed, whole pieces of such texts only.
+    let repeatable = || {
+        let json = server.post(COMPLETION, &greedy(&more, 4)).json();
+        let usage = &json["usage"];
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+        (cached, json["choices"][0]["text"].clone())
+    };
+    let (first, second) = (repeatable(), repeatable());
+    assert_eq!((first.0, second.0 % 64), (0, 0));
+    assert!(second.0 > 0);
+    assert_eq!(first.1, second.1);
 }
 
 #[test]
