@@ -42,6 +42,7 @@ fn help_names_every_flag() {
         ("logits", "--tokens --output --force --no-hash-check"),
         ("bench", "--prompt --generate --context --batch --runs --kv-cache --json --no-hash-check"),
         ("export", "--to --output --force --quiet --json --no-hash-check"),
+        ("serve", "--host --port --api-key --parallel --context --queue --kv-cache"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
         let computes = !["inspect", "export"].contains(&subcommand);

@@ -119,6 +119,7 @@ fn job(
         penalties: parameters.penalties.clone(),
         grammar,
         likely: parameters.likely,
+        known: served.tokenizer().vocab_size(),
     };
     let (limit, stops) = (parameters.limit, parameters.stops.clone());
     let arrived = std::time::Instant::now();

@@ -15,6 +15,8 @@ pub struct Draw {
     /// How many of the most likely tokens are told with each; `None` if none are, nor its own
     /// probability.
     pub likely: Option<usize>,
+    /// Tokens from this one on have no text, and are never drawn.
+    pub known: usize,
 }
 
 /// What changes the logits before a draw.
@@ -64,8 +66,9 @@ impl Draw {
         recent: &[u32],
         written: &HashMap<u32, u32>,
     ) -> Result<Option<Drawn>, String> {
-        let plain = self.likely.map(|count| (most_likely(logits, count), log_of_sum(logits)));
-        let raw = self.likely.map(|_| logits.to_vec());
+        let known = &logits[..self.known.min(logits.len())];
+        let plain = self.likely.map(|count| (most_likely(known, count), log_of_sum(known)));
+        let raw = self.likely.map(|_| known.to_vec());
         self.penalties.apply(logits, written);
         if let Some(grammar) = &mut self.grammar
             && !grammar.mask(logits)?

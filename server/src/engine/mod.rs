@@ -128,8 +128,8 @@ impl<'a> Engine<'a> {
             }
             match self.plan() {
                 plan if plan.iter().all(|&tokens| tokens == 0) => match self.running() {
-                    0 => self.queue.wait(None),
-                    _ => self.queue.wait(Some(LOOK)),
+                    0 => self.queue.wait(),
+                    _ => self.queue.wait_for(LOOK),
                 },
                 plan => self.step(&plan),
             }

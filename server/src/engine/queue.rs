@@ -92,15 +92,18 @@ impl Queue {
         self.state().running -= 1;
     }
 
-    /// Waits for a change, or so long.
-    pub fn wait(&self, most: Option<Duration>) {
+    /// Waits for a text.
+    pub fn wait(&self) {
         let state = self.state();
-        if !state.waiting.is_empty() || state.has_ended {
-            return;
-        }
-        match most {
-            Some(most) => drop(self.changed.wait_timeout(state, most)),
-            None => drop(self.changed.wait(state)),
+        let nothing = |state: &mut State| state.waiting.is_empty() && !state.has_ended;
+        drop(self.changed.wait_while(state, nothing));
+    }
+
+    /// Waits for a change, but no longer than so.
+    pub fn wait_for(&self, most: Duration) {
+        let state = self.state();
+        if !state.has_ended {
+            drop(self.changed.wait_timeout(state, most));
         }
     }
 

@@ -104,7 +104,7 @@ impl Server {
     /// Begins a text of so many tokens; it has begun.
     pub fn begin_text(&self, tokens: usize) -> TcpStream {
         let body = json!({"prompt": "the", "max_tokens": tokens, "stream": true, "temperature": 0,
-                          "logit_bias": {"268": -100}});
+                          "logit_bias": {"268": -100, "270": -100}});
         let json = [("Content-Type", "application/json")];
         let mut stream = self.open("POST", "/v1/completions", &json, &body.to_string());
         stream.read_exact(&mut [0; 400]).unwrap();
