@@ -206,7 +206,7 @@ impl Reply {
 
     fn whole_choice(&mut self, index: usize) -> Json {
         let tokens = std::mem::take(&mut self.choices[index].tokens);
-        let logprobs = self.tells_logprobs.then(|| self.logprobs(tokens)).unwrap_or_default();
+        let logprobs = self.tells_logprobs.then(|| self.logprobs(tokens));
         let Choice { text, calls, end, .. } = &self.choices[index];
         let reason = end.map(|end| self.reason(index, end));
         if self.kind == Kind::Completion {

@@ -47,7 +47,7 @@ pub struct Server {
 impl Server {
     pub fn start(flags: &[&str]) -> Self {
         let mut serve = command(&["serve", &model(), "--port", "0", "--device", "cpu"]);
-        serve.args(["--threads", "2"]).args(flags).env_remove("SLIMLLM_API_KEY");
+        serve.args(["--threads", "1"]).args(flags).env_remove("SLIMLLM_API_KEY");
         let mut child = serve.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let talk = lines.by_ref().map(Result::unwrap).find(|line| line.starts_with("serving"));
