@@ -46,8 +46,8 @@ impl<'a> Slot<'a> {
         self.text.as_ref().is_some_and(|text| text.is_ready() && text.is_writing())
     }
 
-    /// Tokens that the sequence holds of a text already. The last token of a prompt goes through the
-    /// model in any case: what follows it is asked for.
+    /// Tokens of a text that the sequence holds already. The last token of a prompt goes through
+    /// the model in any case: what follows it is asked for.
     fn reusable(&self, job: &Job) -> usize {
         let shared = shared(self.sequence.tokens(), &job.prompt).min(job.prompt.len() - 1);
         match job.is_repeatable {
