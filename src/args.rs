@@ -4,7 +4,9 @@ use std::{ops::RangeBounds, path::PathBuf, str::FromStr, sync::LazyLock};
 
 use clap::{
     Parser, Subcommand, ValueEnum,
-    builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser},
+    builder::{
+        NonEmptyStringValueParser, PossibleValuesParser, RangedU64ValueParser, TypedValueParser,
+    },
 };
 use slim_converter::{COMMIT, Method};
 use slim_kernels::instruction_path;
@@ -54,6 +56,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Print the command that made a SliM file, and check that it makes the same bytes
     Reproduce(ReproduceArgs),
+    /// Serve a model over HTTP, as OpenAI's API does
+    Serve(ServeArgs),
     /// Render a chat template for the process that asks for it
     #[command(hide = true)]
     RenderTemplate,
@@ -451,6 +455,39 @@ pub enum Layout {
     Onnx,
     /// A Hugging Face folder in fp16
     Safetensors,
+}
+
+#[derive(clap::Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Name or address to listen at
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+
+    /// Port to listen at; 0 for a free one, which is told
+    #[arg(long, default_value_t = 8080)]
+    pub port: u16,
+
+    /// Key that clients must send; SLIMLLM_API_KEY keeps it from other users of the machine
+    #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new())]
+    pub api_key: Option<String>,
+
+    /// Texts to write at a time
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = range(1..=1024))]
+    pub parallel: usize,
+
+    /// Tokens of each text, prompt included [default: as the model was made for, 4096 at most]
+    #[arg(short, long, alias = "ctx-size", value_name = "TOKENS", value_parser = range(2..))]
+    pub context: Option<usize>,
+
+    /// Texts that may wait
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = range(0..=1 << 16))]
+    pub queue: usize,
+
+    #[command(flatten)]
+    pub execution: Execution,
 }
 
 /// Takes whole numbers of a range.

@@ -7,6 +7,7 @@ use slim_exporter::ExportError;
 use slim_formats::FormatError;
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
+use slim_server::ServerError;
 
 use crate::output::{note, one_line};
 
@@ -63,6 +64,9 @@ fn format_hint(error: &FormatError) -> Option<String> {
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(advised) = cause.downcast_ref::<Advised>() {
         return Some(advised.hint.clone());
+    }
+    if let Some(error) = cause.downcast_ref::<ServerError>() {
+        return error.hint();
     }
     if let Some(error) = cause.downcast_ref::<ExportError>() {
         return error.hint();

@@ -109,6 +109,19 @@ pub fn stop_when_interrupted() -> io::Result<Arc<AtomicBool>> {
     Ok(given)
 }
 
+/// The first Ctrl-C, or what else asks a command to end, calls `wish`; the second one ends at once.
+#[cfg(unix)]
+pub fn on_wish_to_end(wish: impl Fn() + Send + 'static) -> io::Result<()> {
+    let was_told = AtomicBool::new(false);
+    watch(move |signal| match was_told.swap(true, Ordering::Relaxed) {
+        false => {
+            below_the_bar();
+            wish();
+        }
+        true => exit(128 + signal),
+    })
+}
+
 #[cfg(unix)]
 fn watch(on_signal: impl Fn(i32) + Send + 'static) -> io::Result<()> {
     let ignored = ignored_signals();
@@ -129,6 +142,12 @@ pub fn clean_up_when_interrupted() -> std::io::Result<()> {
 #[cfg(not(unix))]
 pub fn stop_when_interrupted() -> std::io::Result<std::sync::Arc<std::sync::atomic::AtomicBool>> {
     Ok(std::sync::Arc::default())
+}
+
+/// Elsewhere the system ends the process.
+#[cfg(not(unix))]
+pub fn on_wish_to_end(_wish: impl Fn() + Send + 'static) -> std::io::Result<()> {
+    Ok(())
 }
 
 /// The signals that the command is to ignore, a bit each from the lowest: of `nohup`, it is SIGHUP.

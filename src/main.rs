@@ -20,6 +20,7 @@ mod output;
 mod progress;
 mod reproduce;
 mod run;
+mod serve;
 mod target;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -98,6 +99,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Bench(args) => bench::run(&args)?,
         Command::Export(args) => export::run(&args)?,
         Command::Reproduce(args) => return reproduce::run(&args),
+        Command::Serve(args) => serve::run(&args)?,
         Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)

@@ -101,7 +101,7 @@ fn chat_tokens(model: &Model) -> Result<Vec<u32>> {
     let messages = chat();
     let rendered = model.source().chat_template().and_then(|template| {
         let (format, _) = ChatFormat::new(template, config, tokenizer).ok()?;
-        format.tokens(&messages).ok()
+        format.tokens(&messages, &[]).ok()
     });
     if let Some(tokens) = rendered {
         return Ok(tokens);

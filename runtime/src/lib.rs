@@ -48,7 +48,7 @@ pub use onnx::{OnnxGraph, OnnxRuntime};
 pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Protocol, evaluate};
 pub use placement::CudaSettings;
 pub use positions::Positions;
-pub use random::SplitMix64;
+pub use random::{SplitMix64, random_seed};
 pub use sampler::{Sampler, SamplerSettings};
 pub use sequence::Sequence;
 pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};

@@ -180,6 +180,20 @@ impl Model {
     /// `InvalidArgument` if the machine has no memory for it, `Kernel` if a device has none.
     pub fn sequence(&self, capacity: usize) -> Result<Sequence> {
         self.check_room(capacity)?;
+        self.empty_sequence(capacity)
+    }
+
+    /// As many empty texts of up to `capacity` tokens each.
+    ///
+    /// # Errors
+    /// As [`Self::sequence`], if the machine has no memory for all of them.
+    pub fn sequences(&self, count: usize, capacity: usize) -> Result<Vec<Sequence>> {
+        // Their memory is taken as they fill, so each one alone would find room.
+        self.check_room(capacity.saturating_mul(count))?;
+        (0..count).map(|_| self.empty_sequence(capacity)).collect()
+    }
+
+    fn empty_sequence(&self, capacity: usize) -> Result<Sequence> {
         let new_kv = |block: &Block<'_>| {
             let Attention { kv_heads, head_dim, .. } = block.spec.attention;
             match self.kv_type {
@@ -234,9 +248,9 @@ impl Model {
     /// other.
     ///
     /// # Accuracy
-    /// The logits of a turn do not depend on what the others say. On the CPU they depend a little
-    /// on how many tokens come along: one alone is multiplied as 8-bit integers where the weights
-    /// are packed, more are in f32.
+    /// The logits of a turn do not depend on what the others say. With packed weights they do not
+    /// depend on how many tokens come along either; where weights are floats or ggml's blocks, sums
+    /// are added up in another order.
     ///
     /// # Errors
     /// `InvalidArgument`, before anything is computed, for a turn without tokens, a token outside

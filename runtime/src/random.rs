@@ -1,5 +1,7 @@
 //! Random numbers that are the same on every machine.
 
+use std::hash::{BuildHasher, RandomState};
+
 /// The generator of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
 #[derive(Debug, Clone)]
 pub struct SplitMix64(u64);
@@ -28,6 +30,12 @@ impl SplitMix64 {
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
+}
+
+/// A seed that a user can type again, another one each time.
+pub fn random_seed() -> u64 {
+    // Its keys come from the system's random numbers.
+    RandomState::new().hash_one(0) % 1_000_000_000
 }
 
 #[cfg(test)]

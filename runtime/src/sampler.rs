@@ -63,6 +63,17 @@ impl SamplerSettings {
         }
     }
 
+    /// What goes with a temperature that a user asks for: what the makers of a model recommend, or
+    /// [`Self::greedy`] for 0 if they say nothing. Without luck there is nothing to be cautious
+    /// about.
+    pub fn at(temperature: Option<f32>, model: &Generation) -> Self {
+        let base = match temperature {
+            Some(0.0) if model.is_empty() => Self::greedy(),
+            _ => Self::recommended(model),
+        };
+        Self { temperature: temperature.unwrap_or(base.temperature), ..base }
+    }
+
     /// Always the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }

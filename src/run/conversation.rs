@@ -42,7 +42,7 @@ impl<'a> Conversation<'a> {
     pub fn set_system(&mut self, text: &str) -> Result<()> {
         let with = |system: &str| {
             let messages = [Message::new("system", system), Message::new("user", "a")];
-            self.format.tokens(&messages).context("the model takes no system prompt")
+            self.format.tokens(&messages, &[]).context("the model takes no system prompt")
         };
         let tokens = with(text)?;
         // Some templates skip what they do not know.
@@ -106,7 +106,7 @@ impl<'a> Conversation<'a> {
     fn tokens_from(&self, first: usize) -> Result<Vec<u32>> {
         let system = self.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<_> = system.chain(self.messages[first..].iter().cloned()).collect();
-        Ok(self.format.tokens(&messages)?)
+        Ok(self.format.tokens(&messages, &[])?)
     }
 
     /// Checks that a chat of nothing but `what` leaves room for an answer.
@@ -128,7 +128,7 @@ impl<'a> Conversation<'a> {
         let system = self.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<_> = system
             .chain(self.messages.iter().cloned())
-            .map(|Message { role, content }| json!({"role": role, "content": content}))
+            .map(|Message { role, content, .. }| json!({"role": role, "content": content}))
             .collect();
         let document = json!({"model": model.to_string_lossy(), "messages": messages});
         let cannot = || format!("`{}`: cannot save the conversation", path.display());

@@ -1,12 +1,9 @@
 //! The sampling settings of a run: flags win over the model's own, which win over ours.
 
-use std::{
-    fmt,
-    hash::{BuildHasher, RandomState},
-};
+use std::fmt;
 
 use slim_formats::Generation;
-use slim_runtime::SamplerSettings;
+use slim_runtime::{SamplerSettings, random_seed};
 
 use crate::args::SamplingArgs;
 
@@ -18,11 +15,7 @@ pub struct Sampling {
 
 impl Sampling {
     pub fn new(flags: &SamplingArgs, model: &Generation) -> Self {
-        let base = match flags.temperature {
-            // Without luck there is nothing to be cautious about.
-            Some(0.0) if model.is_empty() => SamplerSettings::greedy(),
-            _ => SamplerSettings::recommended(model),
-        };
+        let base = SamplerSettings::at(flags.temperature, model);
         let mut choice = Choice::default();
         let settings = SamplerSettings {
             temperature: choice.of(
@@ -70,10 +63,4 @@ impl Choice {
         self.0.push(format!("{name} {value}{origin}"));
         value
     }
-}
-
-/// A seed that a user can type again.
-fn random_seed() -> u64 {
-    // Its keys come from the system's random numbers.
-    RandomState::new().hash_one(0) % 1_000_000_000
 }

@@ -43,6 +43,7 @@ fn help_names_every_flag() {
         ("bench", "--prompt --generate --context --batch --runs --kv-cache --json --no-hash-check"),
         ("reproduce", "--run --source --calibration --max-memory --json"),
         ("export", "--to --output --force --quiet --json --no-hash-check"),
+        ("serve", "--host --port --api-key --parallel --context --queue --kv-cache"),
     ] {
         let help = succeed(&[subcommand, "--help"]).stdout;
         let computes = !["inspect", "export", "reproduce"].contains(&subcommand);

@@ -22,6 +22,7 @@ mod reports; // what commands say of their results
 mod reproduce; // files that are made again
 mod resume; // conversions that ended early
 mod schemas; // every JSON document against its schema
+mod serve; // the server, its API and its errors
 mod sources; // what is read of a source, refused, or warned of
 mod special_tokens; // start, stop and chat tokens, the same from every container
 mod split; // GGUF models in several files

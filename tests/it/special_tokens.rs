@@ -48,7 +48,7 @@ fn behaviour(model: &str) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
     let prompt = document_tokens(&tokenizer, source.config(), "the cat").unwrap();
     let template = source.chat_template().unwrap();
     let (format, _) = ChatFormat::new(template, source.config(), &tokenizer).unwrap();
-    let chat = format.tokens(&[Message::new("user", "the cat")]).unwrap();
+    let chat = format.tokens(&[Message::new("user", "the cat")], &[]).unwrap();
     (prompt, chat, end_tokens(source, &tokenizer))
 }
 

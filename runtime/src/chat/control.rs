@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::Value as Json;
+
 use crate::{Result, Tokenizer};
 
 /// No control text is longer.
@@ -52,6 +54,20 @@ impl MendedTexts {
         self.0
             .iter()
             .fold(content.to_owned(), |content, (text, _)| content.replace(text, &marked(text)))
+    }
+
+    /// The same in all texts of a document.
+    pub fn broken_json(&self, json: &Json) -> Json {
+        match json {
+            Json::String(text) => self.broken(text).into(),
+            Json::Array(items) => items.iter().map(|item| self.broken_json(item)).collect(),
+            Json::Object(fields) => {
+                let broken =
+                    |(key, field): (&String, &Json)| (key.clone(), self.broken_json(field));
+                Json::Object(fields.iter().map(broken).collect())
+            }
+            other => other.clone(),
+        }
     }
 
     /// The tokens of what a template made of broken contents.

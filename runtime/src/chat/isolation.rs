@@ -46,16 +46,17 @@ pub fn render_for_parent() -> io::Result<()> {
     let text = |value: &Json| value.as_str().unwrap_or_default().to_owned();
     let template = &request["template"];
     let [source, bos, eos] = ["source", "bos", "eos"].map(|key| text(&template[key]));
-    let message = |message: &Json| Message::new(text(&message["role"]), text(&message["content"]));
+    let list = |json: &Json| json.as_array().cloned().unwrap_or_default();
     let messages =
-        |chat: &Json| chat["messages"].as_array().into_iter().flatten().map(message).collect();
-    let chats: Vec<(Vec<Message>, bool)> = request["chats"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|chat| (messages(chat), chat["add_generation_prompt"] == true))
-        .collect();
-    let chats: Vec<_> = chats.iter().map(|(messages, opens)| Chat::new(messages, *opens)).collect();
+        |chat: &Json| list(&chat["messages"]).iter().map(Message::from_json).collect::<Vec<_>>();
+    let asked = list(&request["chats"]);
+    let held: Vec<_> = asked.iter().map(|chat| (messages(chat), list(&chat["tools"]))).collect();
+    let chats = asked.iter().zip(&held).map(|(chat, (messages, tools))| Chat {
+        messages,
+        tools,
+        add_generation_prompt: chat["add_generation_prompt"] == true,
+    });
+    let chats: Vec<_> = chats.collect();
     let answer = match ChatTemplate::new(&source, &bos, &eos).render_here(&chats) {
         Ok(texts) => json!({ "texts": texts.iter().map(text_or_error).collect::<Vec<_>>() }),
         Err(error) => json!({ "error": reason(&error) }),
@@ -83,10 +84,13 @@ pub(super) fn render_elsewhere(
     chats: &[Chat<'_>],
 ) -> Option<Result<Vec<Result<String>>>> {
     let program = PROGRAM.get()?;
-    let message = |message: &Message| json!({ "role": message.role, "content": message.content });
     let chat = |chat: &Chat<'_>| {
-        let messages: Vec<_> = chat.messages.iter().map(message).collect();
-        json!({ "messages": messages, "add_generation_prompt": chat.add_generation_prompt })
+        let messages: Vec<_> = chat.messages.iter().map(Message::to_json).collect();
+        json!({
+            "messages": messages,
+            "tools": chat.tools,
+            "add_generation_prompt": chat.add_generation_prompt,
+        })
     };
     let chats: Vec<_> = chats.iter().map(chat).collect();
     let request = json!({ "template": template, "chats": chats });

@@ -9,6 +9,7 @@ mod template;
 mod tests;
 mod to_json;
 
+use serde_json::Value as Json;
 use slim_formats::{ModelConfig, ModelSource};
 
 use crate::{Result, Tokenizer, tokenizer::with_one_bos};
@@ -60,17 +61,26 @@ impl<'a> ChatFormat<'a> {
     }
 
     /// The tokens of a chat up to where the assistant answers, with one beginning-of-text token at
-    /// most.
+    /// most. `tools` are functions that it may call, for templates that have a place for them.
     ///
     /// # Errors
     /// `ChatTemplate` if the template refuses the messages, `Tokenizer` if its text cannot be
     /// encoded.
-    pub fn tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
+    pub fn tokens(&self, messages: &[Message], tools: &[Json]) -> Result<Vec<u32>> {
         let broken = |message: &Message| {
-            Message::new(message.role.as_str(), self.mended.broken(&message.content))
+            let more = message.more.iter();
+            Message {
+                role: message.role.clone(),
+                content: self.mended.broken(&message.content),
+                more: more
+                    .map(|(key, json)| (key.clone(), self.mended.broken_json(json)))
+                    .collect(),
+            }
         };
         let messages: Vec<_> = messages.iter().map(broken).collect();
-        let text = self.template.render(&messages, true)?;
+        let tools: Vec<_> = tools.iter().map(|tool| self.mended.broken_json(tool)).collect();
+        let chat = Chat { tools: &tools, ..Chat::new(&messages, true) };
+        let text = self.template.render(chat)?;
         with_one_bos(self.tokenizer, self.config, self.mended.encode(&text, self.tokenizer)?)
     }
 

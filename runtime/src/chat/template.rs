@@ -3,9 +3,10 @@
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Template, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
-use serde_json::json;
+use serde_json::{Map, Value as Json, json};
 
 use super::generation::without_generation_blocks;
 use super::isolation::render_elsewhere;
@@ -30,12 +31,32 @@ pub struct Message {
     pub role: String,
     /// The text.
     pub content: String,
+    /// What else a template may read of it, such as `tool_calls`.
+    pub more: Map<String, Json>,
 }
 
 impl Message {
-    /// A message.
+    /// A message of a text and nothing else.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        Self { role: role.into(), content: content.into(), more: Map::new() }
+    }
+
+    /// What a template sees: an object with `role`, `content` and what else there is.
+    pub(super) fn to_json(&self) -> Json {
+        let own = [("role", &self.role), ("content", &self.content)];
+        let own = own.map(|(key, text)| (key.to_owned(), text.as_str().into()));
+        let more = self.more.iter().map(|(key, value)| (key.clone(), value.clone()));
+        Json::Object(own.into_iter().chain(more).collect())
+    }
+
+    /// The message that such an object describes.
+    pub(super) fn from_json(json: &Json) -> Self {
+        let text = |key: &str| json[key].as_str().unwrap_or_default();
+        let mut message = Self::new(text("role"), text("content"));
+        let others = json.as_object().into_iter().flatten();
+        let others = others.filter(|(key, _)| !["role", "content"].contains(&key.as_str()));
+        message.more.extend(others.map(|(key, value)| (key.clone(), value.clone())));
+        message
     }
 }
 
@@ -44,14 +65,16 @@ impl Message {
 pub struct Chat<'c> {
     /// What was said.
     pub messages: &'c [Message],
+    /// Functions that the assistant may call, as OpenAI's API describes them.
+    pub tools: &'c [Json],
     /// Whether to open the assistant's next message.
     pub add_generation_prompt: bool,
 }
 
 impl<'c> Chat<'c> {
-    /// A chat.
+    /// A chat without tools.
     pub fn new(messages: &'c [Message], add_generation_prompt: bool) -> Self {
-        Self { messages, add_generation_prompt }
+        Self { messages, tools: &[], add_generation_prompt }
     }
 }
 
@@ -90,8 +113,8 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`Self::render_all`].
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let mut texts = self.render_all(&[Chat::new(messages, add_generation_prompt)])?;
+    pub fn render(&self, chat: Chat<'_>) -> Result<String> {
+        let mut texts = self.render_all(&[chat])?;
         texts.pop().expect("a text for a chat")
     }
 
@@ -106,14 +129,15 @@ impl ChatTemplate {
     }
 
     fn render_with(&self, template: &Template<'_, '_>, chat: &Chat<'_>) -> Result<String> {
-        let message = |Message { role, content }: &Message| context! { role => role.as_str(), content => content.as_str() };
+        // Templates ask for `tools is not none`, which an absent name would pass.
+        let tools = (!chat.tools.is_empty()).then(|| Value::from(Serde(chat.tools)));
+        let messages = chat.messages.iter().map(|message| Value::from(Serde(message.to_json())));
         let inputs = context! {
-            messages => chat.messages.iter().map(message).collect::<Vec<_>>(),
+            messages => messages.collect::<Vec<_>>(),
             add_generation_prompt => chat.add_generation_prompt,
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
-            // Templates ask for `tools is not none`, which an absent name would pass.
-            tools => (),
+            tools => tools,
             documents => (),
         };
         let mut output = LimitedOutput(Vec::new());
@@ -199,7 +223,7 @@ mod tests {
 
     fn render(source: &str, chat: &[(&str, &str)]) -> Result<String> {
         let messages: Vec<_> = chat.iter().map(|(role, text)| Message::new(*role, *text)).collect();
-        ChatTemplate::new(source, "<s>", "</s>").render(&messages, true)
+        ChatTemplate::new(source, "<s>", "</s>").render(Chat::new(&messages, true))
     }
 
     /// The engine's sentence for a template that must fail.
@@ -221,7 +245,7 @@ mod tests {
     #[test]
     fn generation_prompt_is_the_callers_choice() {
         let template = ChatTemplate::new(CHAT_ML, "", "");
-        let text = template.render(&[Message::new("user", "hi")], false).unwrap();
+        let text = template.render(Chat::new(&[Message::new("user", "hi")], false)).unwrap();
         assert_eq!(text, "<|im_start|>user\nhi<|im_end|>\n");
     }
 
@@ -269,6 +293,19 @@ mod tests {
         let scoped =
             "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}";
         assert_eq!(render(scoped, &[]).unwrap(), "21");
+    }
+
+    #[test]
+    fn tools_and_what_else_a_message_has_are_read() {
+        let source = "{% for t in tools %}{{ t.function.name }};{% endfor %}\
+                      {% for m in messages %}{{ m.name }}{{ m.tool_calls | tojson }}{% endfor %}";
+        let mut message = Message::new("assistant", "");
+        message.more.insert("tool_calls".to_owned(), json!([{"id": 1}]));
+        assert_eq!(Message::from_json(&message.to_json()), message);
+        let tools = [json!({"type": "function", "function": {"name": "now"}})];
+        let chat = Chat { tools: &tools, ..Chat::new(std::slice::from_ref(&message), true) };
+        let text = ChatTemplate::new(source, "", "").render(chat).unwrap();
+        assert_eq!(text, "now;[{\"id\": 1}]");
     }
 
     #[test]

@@ -41,7 +41,7 @@ fn user(content: &str) -> Vec<Message> {
 fn chat(tokenizer: &Tokenizer, template: &str, content: &str) -> (Vec<u32>, Vec<String>) {
     let config = config();
     let (format, warnings) = ChatFormat::new(template, &config, tokenizer).unwrap();
-    (format.tokens(&user(content)).unwrap(), warnings)
+    (format.tokens(&user(content), &[]).unwrap(), warnings)
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn texts_have_one_bos_whoever_writes_it() {
         {
             let template = format!("{start}{CHAT_ML}");
             let (format, _) = ChatFormat::new(&template, &config, tokenizer).unwrap();
-            let tokens = format.tokens(&user("hi")).unwrap();
+            let tokens = format.tokens(&user("hi"), &[]).unwrap();
             assert_eq!(count(&tokens), usize::from(is_added || is_written), "{template}");
             assert_eq!(tokens[0] == BOS, is_added || is_written);
         }

@@ -1,5 +1,6 @@
 //! Text to tokens and back, exactly as the model's own tokenizer does it.
 
+mod bytes;
 mod components;
 mod document;
 mod ggml;
@@ -129,12 +130,19 @@ impl Tokenizer {
         self.inner.id_to_token(token)
     }
 
+    /// The bytes that a token adds to a text, which may be a part of a character. Those of an added
+    /// token are its text.
+    pub fn token_bytes(&self, token: u32) -> Vec<u8> {
+        bytes::of_token(&self.inner, token)
+    }
+
     /// Whether a token is found in a text before anything else happens to the text around it.
     pub(crate) fn is_added(&self, token: u32) -> bool {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&token)
     }
 
-    fn is_special(&self, token: u32) -> bool {
+    /// Whether a token steers a model and leaves no text.
+    pub fn is_special(&self, token: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&token).is_some_and(|token| token.special)
     }
