@@ -113,6 +113,8 @@ fn links_of_all_pages_lead_somewhere() {
 fn troubleshooting_quotes_what_the_program_says() {
     let dir = Dir::new();
     dir.write("config.json", "{ \"model_type\": \"novel\" }");
+    std::fs::copy(tiny_model("llama").join("model.safetensors"), dir.path("model.safetensors"))
+        .unwrap();
     for (args, quoted) in [
         (["bench", "org/name"], "downloading from a hub is not supported yet"),
         (["bench", &dir.arg("")], "model type"),

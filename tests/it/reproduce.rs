@@ -28,7 +28,7 @@ fn command_of_each_method_makes_the_same_bytes_again() {
         (&["--target-size", "95kB", "--seed", "7"], "--seed 7"),
         (&["--method", "gptq", "--embed-bits", "8"], "--embed-bits 8"),
         (&["--method", "slim+", "--steps", "2"], "--steps 2"),
-        (&["--scales", "trellis"], "--scales trellis --sub-group 32 --samples"),
+        (&["--scales", "trellis"], "--scales trellis --sub-group 32 --embed-bits"),
         (&["--reference", "--group-size", "32"], "--device cpu --reference"),
         (&["--calibration", text], "--calibration TEXT"),
     ] {
