@@ -58,6 +58,8 @@ pub enum Command {
     Reproduce(ReproduceArgs),
     /// Serve a model over HTTP, as OpenAI's API does
     Serve(ServeArgs),
+    /// Print the completions of a shell
+    Completions(CompletionsArgs),
     /// Render a chat template for the process that asks for it
     #[command(hide = true)]
     RenderTemplate,
@@ -307,6 +309,12 @@ pub struct DiffArgs {
     /// Replace the page if it exists
     #[arg(long, requires = "html")]
     pub force: bool,
+}
+
+#[derive(clap::Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: clap_complete::Shell,
 }
 
 #[derive(clap::Args)]
