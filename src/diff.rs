@@ -13,7 +13,7 @@ use crate::{
     args::DiffArgs,
     inspect::Contents,
     open::open,
-    output::{note, print, print_json},
+    output::{note, one_line, print, print_json},
     progress::Progress,
     target::{Kind, TargetArgs},
 };
@@ -86,7 +86,8 @@ impl Difference {
         let (weights, same_weights) = match sources {
             [Ok(a), Ok(b)] => differing_weights([&*a, &*b])?,
             [Err(error), _] | [_, Err(error)] => {
-                note(format_args!("the weights are not compared: {error}"));
+                let why = error.to_string();
+                note(format_args!("the weights are not compared: {}", one_line(&why)));
                 (Vec::new(), 0)
             }
         };
