@@ -13,7 +13,7 @@ use crate::{
     args::DiffArgs,
     inspect::Contents,
     open::open,
-    output::{note, one_line, print, print_json},
+    output::{print, print_json},
     progress::Progress,
     target::{Kind, TargetArgs},
 };
@@ -76,24 +76,18 @@ enum Groups {
 
 impl Difference {
     fn between(a: &Path, b: &Path) -> Result<Self> {
+        // What cannot be opened has weights that nobody has compared: no answer, not "the same".
+        let sources = [open(a)?, open(b)?];
+        let (weights, same_weights) = differing_weights([&*sources[0], &*sources[1]])?;
         let contents = [Contents::read(a)?, Contents::read(b)?];
-        let [a, b] = [(a, &contents[0]), (b, &contents[1])].map(|(path, contents)| File {
+        let files = [(a, &contents[0]), (b, &contents[1])].map(|(path, contents)| File {
             name: path.display().to_string(),
             format: contents.format,
             bytes: contents.file_bytes,
         });
-        let sources = [open(Path::new(&a.name)), open(Path::new(&b.name))];
-        let (weights, same_weights) = match sources {
-            [Ok(a), Ok(b)] => differing_weights([&*a, &*b])?,
-            [Err(error), _] | [_, Err(error)] => {
-                let why = error.to_string();
-                note(format_args!("the weights are not compared: {}", one_line(&why)));
-                (Vec::new(), 0)
-            }
-        };
         let [ours, theirs] = &contents;
         Ok(Self {
-            files: [a, b],
+            files,
             metadata: differing_metadata(&contents),
             weights,
             same_weights,
