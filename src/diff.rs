@@ -15,16 +15,11 @@ use crate::{
     open::open,
     output::{print, print_json},
     progress::Progress,
-    target::{Kind, TargetArgs},
 };
 
 pub fn run(args: &DiffArgs) -> Result<Outcome> {
     let difference = Difference::between(&args.a, &args.b)?;
-    if let Some(report) = &args.html {
-        let target = TargetArgs { output: report.to_owned(), force: args.force };
-        let inputs = [args.a.clone(), args.b.clone()];
-        target.write(Kind::File("html"), &inputs, describe::html(&difference).as_bytes())?;
-    }
+    args.page.write(&[args.a.clone(), args.b.clone()], || describe::html(&difference))?;
     match args.json {
         true => print_json(describe::json(&difference))?,
         false => print(&describe::text(&difference))?,
