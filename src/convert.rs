@@ -307,11 +307,12 @@ fn describe(
 
 /// What was degenerate; empty if nothing was.
 fn degenerate(found: Degenerate) -> (&'static str, String) {
-    let Degenerate { dead_inputs, rank_deficient, zero_groups } = found;
+    let Degenerate { dead_inputs, rank_deficient, zero_groups, seldom_experts } = found;
     let lines = [
         (dead_inputs, "columns whose inputs were 0 on every calibration token"),
         (rank_deficient, "matrices with fewer calibration tokens than columns"),
         (zero_groups, "groups of nothing but zeros"),
+        (seldom_experts, "experts that few calibration tokens went through"),
     ];
     let lines = lines.into_iter().filter(|(found, _)| *found > 0);
     let lines = lines.map(|(found, what)| format!("{what}: {}", count(found as u64)));
@@ -347,6 +348,7 @@ fn report_json(
                 "dead_inputs": found.dead_inputs,
                 "rank_deficient": found.rank_deficient,
                 "zero_groups": found.zero_groups,
+                "seldom_experts": found.seldom_experts,
             })
         }),
         "layers": report.layers.iter().map(layer).collect::<Json>(),

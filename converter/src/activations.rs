@@ -50,6 +50,20 @@ impl Activations {
         Ok(Self { values, samples, context, width })
     }
 
+    /// Makes room for as many tokens with `width` channels, at most as many as it was made for; what
+    /// it held is gone.
+    pub fn set_width(&mut self, width: usize) {
+        assert!(self.samples * self.context * width <= self.values.len(), "{width} channels");
+        self.width = width;
+    }
+
+    /// Rows `[tokens, width]`, as samples of one token each, in memory.
+    pub fn of_tokens(rows: &[f32], width: usize) -> Self {
+        let mut values = Floats::zeros(rows.len(), &mut { u64::MAX }).expect("memory, no file");
+        values.copy_from_slice(rows);
+        Self { values, samples: rows.len() / width, context: 1, width }
+    }
+
     /// Calibration samples.
     pub fn samples(&self) -> usize {
         self.samples

@@ -25,7 +25,7 @@ pub fn bands(tensor: &Tensor, decoder: &Decoder, strip: usize) -> Option<Vec<usi
         }
         (Rows::Neurons, _) => of_neurons(rows, strip),
         (Rows::Tokens, _) => of_tokens(rows, strip),
-        (Rows::Heads | Rows::Channels, _) => return None,
+        (Rows::Heads | Rows::Channels | Rows::OfExpert, _) => return None,
     };
     (bands.len() > 1).then_some(bands)
 }

@@ -42,7 +42,7 @@ const MOST_BITS: usize = 8;
 pub struct Budget {
     /// The widths of the groups of every quantized layer of the blocks, by name.
     pub widths: HashMap<String, Vec<BitWidth>>,
-    /// The order of the neurons of every block; none if they are not sorted.
+    /// The order of the neurons of every block; empty where they are not sorted.
     pub neurons: Vec<Vec<usize>>,
     /// By the names of the matrices whose rows are to make up for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
@@ -159,21 +159,27 @@ pub fn budget(
     for index in 0..decoder.blocks.len() {
         let block = Block::load(source, index)?;
         let ffn = match contents.has_bands() {
-            true => {
-                let ffn = Ffn::load(&block, decoder, index)?;
+            true => Ffn::load(&block, decoder, index)?,
+            false => None,
+        };
+        let ffn = match ffn {
+            Some(ffn) => {
                 let order = ffn.order(&sensitivities.blocks[index]);
                 ffn.sort_sensitivities(&mut sensitivities.blocks[index], &order);
                 let sorted = ffn.sorted(&order);
                 neurons.push(order);
                 Some(sorted)
             }
-            false => None,
+            None => {
+                neurons.push(Vec::new());
+                None
+            }
         };
         let block = match &ffn {
             Some(ffn) => ffn.within(&block),
             None => block,
         };
-        for (part, &found) in block.layers.iter() {
+        for (part, &found) in block.layers.iter().filter(|(part, _)| !part.stays_precise()) {
             let name = &decoder.tensor(index, part).name;
             let sensitivity = &sensitivities.blocks[index][part];
             layers.extend(matrix_costs(name, found, sensitivity, contents, settings)?);
@@ -216,7 +222,7 @@ fn vocabulary_costs(
     let settings = settings.for_embedding();
     let mut layers = Vec::new();
     for (part, vocabulary) in sensitivities.vocabulary.iter() {
-        let name = part.gguf_name();
+        let name = &*part.gguf_name();
         let (found, sensitivity) = (source.require(name)?, &vocabulary.sensitivity);
         layers.extend(matrix_costs(name, found, sensitivity, contents, &settings)?);
         progress(Progress::Worked(Work::Fits, work::weights(weight::shape(found))));

@@ -1,5 +1,9 @@
 //! Calibration: all samples on their way through the blocks, stage by stage.
 
+mod experts;
+
+pub use experts::ENOUGH_TOKENS;
+
 use slim_formats::{
     Decoder, ModelSource, PartMap, Weight,
     arch::{self, BlockSpec, Stage, Tensor},
@@ -24,6 +28,9 @@ pub trait Visitor {
         inputs: StageInputs<'_>,
         engine: &Engine,
     ) -> Result<Vec<Layer>>;
+
+    /// Expert `index` of a block is next: so many tokens of the samples go through it.
+    fn expert(&mut self, block: usize, index: u16, tokens: usize);
 }
 
 /// What became of a layer.
@@ -162,7 +169,8 @@ impl<'a> Calibrator<'a> {
             before.fill(engine, |batch| Ok(stream.residual.batch(batch).to_vec()))?;
         }
         let mut layers = PartMap::new();
-        for stage in block.spec.stages() {
+        let is_of_all = |stage: &Stage| !matches!(stage, Stage::Expert(_) | Stage::ExpertOutput(_));
+        for stage in block.spec.stages().filter(is_of_all) {
             // What the samples go through: the layers so far, unless they must not feel them yet.
             let so_far = with_layers(block, &layers);
             let running = if before.is_none() { &so_far } else { block };
@@ -192,6 +200,9 @@ impl<'a> Calibrator<'a> {
                 }
             }
         }
+        self.pass_experts(index, block, &mut layers, visitor)?;
+        let Self { engine, context, positions, stream, before, .. } = self;
+        let walk = Walk { engine, context: *context, positions };
         match before {
             None => Ok(()),
             Some(before) => stream.repeat_block(walk, &with_layers(block, &layers), before),
@@ -238,7 +249,7 @@ struct Walk<'w> {
 impl Walk<'_> {
     /// Keeps the layers of a stage on the device that computes.
     fn hold<'b>(&self, stage: Stage, block: &Block<'b>) -> Result<Vec<Held<'b>>> {
-        let layers = block.spec.layers_of(stage).iter().map(|&part| block.layers[part]);
+        let layers = block.spec.layers_of(stage).into_iter().map(|part| block.layers[part]);
         self.engine.hold(&layers.collect::<Vec<_>>())
     }
 
@@ -271,9 +282,9 @@ struct Stream {
 impl Stream {
     /// The channels of its activations, in the order of the fields.
     fn widths(decoder: &Decoder) -> [usize; 4] {
-        let BlockSpec { attention, ffn, .. } = decoder.blocks[0];
+        let attended = |block: &BlockSpec| block.attention.heads * block.attention.head_dim;
         let hidden = decoder.hidden_size;
-        [hidden, hidden, attention.heads * attention.head_dim, ffn.width]
+        [hidden, hidden, attended(&decoder.blocks[0]), decoder.widest_ffn()]
     }
 
     /// The inputs of a stage's layers, once it has been entered.
@@ -282,16 +293,21 @@ impl Stream {
             Stage::Attention | Stage::Ffn => &self.normed,
             Stage::AttentionOutput => &self.attended,
             Stage::FfnOutput => &self.activated,
+            Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         }
     }
 
     /// Makes the inputs of a stage's layers.
     fn enter(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { residual, normed, attended, activated } = self;
+        if let (Stage::FfnOutput, Some(ffn)) = (stage, block.spec.ffn) {
+            activated.set_width(ffn.width);
+        }
         let (from, inputs, running) = match stage {
             Stage::Attention | Stage::Ffn => (&*residual, normed, None),
             Stage::AttentionOutput => (&*normed, attended, Some(Stage::Attention)),
             Stage::FfnOutput => (&*normed, activated, Some(Stage::Ffn)),
+            Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         };
         let _held = match running {
             Some(before) => Some(walk.hold(before, block)?),

@@ -34,6 +34,8 @@ pub struct Contents {
     /// Of the source, for messages.
     path: PathBuf,
     tensors: Vec<PlannedTensor>,
+    /// Where in `tensors` each tensor of the source is, or its bands.
+    by_source: HashMap<String, Range<usize>>,
     /// As large as that of the file.
     metadata: Metadata,
     has_bands: bool,
@@ -121,6 +123,7 @@ impl Contents {
         let mut contents = Self {
             path: source.path().to_owned(),
             tensors: Vec::new(),
+            by_source: HashMap::new(),
             metadata: provenance::unhashed_metadata(source, &linear, instructions)?,
             has_bands,
             warnings: Vec::new(),
@@ -135,7 +138,10 @@ impl Contents {
                 decoder.tensors_of(block).iter().partition(|tensor| tensor.is_matrix());
             vectors.into_iter().for_each(|tensor| contents.vector(&tensor.name, tensor.dims[0]));
             for tensor in matrices {
-                contents.matrix(tensor, source, &linear, extents)?;
+                match tensor.part.stays_precise() {
+                    true => contents.kept(tensor, source.require(&tensor.name)?, extents),
+                    false => contents.matrix(tensor, source, &linear, extents)?,
+                }
             }
         }
         for part in VECTORS_BEHIND {
@@ -205,17 +211,27 @@ impl Contents {
 
     /// Names and layouts of the quantized layers that the tensor `source` becomes.
     pub(crate) fn layouts_of(&self, source: &str) -> impl Iterator<Item = (&str, &LayerLayout)> {
-        let tensors = self.tensors.iter().filter(move |tensor| tensor.source == source);
-        tensors.filter_map(|tensor| match &tensor.storage {
+        self.of_source(source).iter().filter_map(|tensor| match &tensor.storage {
             Storage::Layer(layout) => Some((tensor.name.as_str(), layout)),
             Storage::Dense(_) | Storage::F32 => None,
         })
     }
 
+    /// What the tensor `source` becomes.
+    fn of_source(&self, source: &str) -> &[PlannedTensor] {
+        self.by_source.get(source).map_or(&[], |places| &self.tensors[places.clone()])
+    }
+
+    /// Plans a tensor behind the others; bands of one follow each other.
+    fn push(&mut self, tensor: PlannedTensor) {
+        let place = self.tensors.len();
+        self.by_source.entry(tensor.source.clone()).or_insert(place..place).end = place + 1;
+        self.tensors.push(tensor);
+    }
+
     /// The type in which the matrix `name` is kept; `None` if it is not.
     pub(crate) fn kept_type(&self, name: &str) -> Option<DType> {
-        let tensor = self.tensors.iter().find(|tensor| tensor.source == name)?;
-        match tensor.storage {
+        match self.of_source(name).first()?.storage {
             Storage::Dense(dtype) => Some(dtype),
             Storage::Layer(_) | Storage::F32 => None,
         }
@@ -296,7 +312,7 @@ impl Contents {
 
     fn vector(&mut self, name: &str, cols: usize) {
         let (name, source) = (name.to_owned(), name.to_owned());
-        self.tensors.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
+        self.push(PlannedTensor { name, source, rows: 1, cols, storage: Storage::F32 });
     }
 
     /// A matrix that is not quantized.
@@ -304,7 +320,7 @@ impl Contents {
         let (name, source) = (tensor.name.clone(), tensor.name.clone());
         let (rows, cols) = weight::shape(found);
         let storage = Storage::Dense(extents[name.as_str()].type_for(found));
-        self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
+        self.push(PlannedTensor { name, source, rows, cols, storage });
     }
 
     /// A matrix, in bands if it is quantized and there are to be any.
@@ -357,7 +373,7 @@ impl Contents {
             FormatError::malformed(&self.path, format!("tensor `{name}`"), rule, found, expected)
         })?;
         let (source, storage) = (of.to_owned(), Storage::Layer(layout));
-        self.tensors.push(PlannedTensor { name, source, rows, cols, storage });
+        self.push(PlannedTensor { name, source, rows, cols, storage });
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use crate::{
     Resources, Result, Settings, Work, WorkFolder,
     activations::StageInputs,
     budget::{Budget, budget, try_fits},
-    calibrator::{Calibrator, Layer, Visitor, scratch_bytes},
+    calibrator::{Calibrator, ENOUGH_TOKENS, Layer, Visitor, scratch_bytes},
     contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEHIND},
     distill::train,
     finite::finite_rows,
@@ -133,6 +133,7 @@ fn quantize(
         layers: Vec::new(),
         warnings: Vec::new(),
         degenerate: Degenerate::default(),
+        seldom_experts: Vec::new(),
         progress,
     };
     for warning in output.contents.warnings().to_vec() {
@@ -169,8 +170,9 @@ fn quantize(
     for index in 0..blocks {
         let block = Block::load(source, index)?;
         let order = output.budget.as_ref().and_then(|budget| budget.neurons.get(index));
+        let order = order.filter(|order| !order.is_empty());
         let ffn = match order {
-            Some(order) => Some(Ffn::load(&block, decoder, index)?.sorted(order)),
+            Some(order) => Ffn::load(&block, decoder, index)?.map(|ffn| ffn.sorted(order)),
             None => None,
         };
         let block = match &ffn {
@@ -190,6 +192,7 @@ fn quantize(
         source.release_pages();
         (output.progress)(Progress::Block { done: index + 1, of: blocks });
     }
+    output.warn_of_seldom_experts();
     output.behind_blocks()?;
     output.finish()
 }
@@ -216,10 +219,18 @@ struct Band {
     packed: PackedLayer,
     /// If it was measured.
     error: Option<f32>,
-    /// Columns of its matrix whose inputs were all 0, if it was calibrated.
-    dead_inputs: Option<u64>,
+    /// The inputs of its matrix, if it was calibrated.
+    inputs: Option<Inputs>,
     /// Groups whose weights were all 0.
     zero_groups: u64,
+}
+
+/// What a matrix was calibrated on.
+#[derive(Debug, Clone, Copy)]
+struct Inputs {
+    tokens: u64,
+    /// Columns that were all 0.
+    dead: u64,
 }
 
 impl Band {
@@ -234,9 +245,12 @@ impl Band {
         let (codes, scales, row_scales) = (bytes("codes")?, bytes("scales")?, bytes("row_scales")?);
         let packed = PackedTensor::new(&layout, &codes, &scales, &row_scales).ok()?.to_layer();
         let error = record.get(&format!("{index}.error"))?.first().copied();
-        let dead_inputs = record.get(&format!("{index}.dead_inputs"))?.first().copied();
+        let inputs = match record.get::<u64>(&format!("{index}.inputs"))?[..] {
+            [tokens, dead] => Some(Inputs { tokens, dead }),
+            _ => None,
+        };
         let &zero_groups = record.get(&format!("{index}.zero_groups"))?.first()?;
-        Some(Self { packed, error, dead_inputs, zero_groups })
+        Some(Self { packed, error, inputs, zero_groups })
     }
 
     fn record(&self, record: &mut Record, index: usize) {
@@ -248,7 +262,8 @@ impl Band {
         put("scales", scales);
         put("row_scales", row_scales);
         record.put(format!("{index}.error"), self.error.as_slice());
-        record.put(format!("{index}.dead_inputs"), self.dead_inputs.as_slice());
+        let inputs = self.inputs.map(|Inputs { tokens, dead }| [tokens, dead]);
+        record.put(format!("{index}.inputs"), inputs.as_ref().map_or(&[], |inputs| &inputs[..]));
         record.put(format!("{index}.zero_groups"), &[self.zero_groups]);
     }
 }
@@ -266,6 +281,8 @@ struct Output<'a> {
     layers: Vec<LayerReport>,
     warnings: Vec<String>,
     degenerate: Degenerate,
+    /// Block, number and calibration tokens of experts that few go through.
+    seldom_experts: Vec<(usize, u16, usize)>,
     progress: &'a mut dyn FnMut(Progress<'_>),
 }
 
@@ -302,9 +319,39 @@ impl Visitor for Output<'_> {
         }
         Ok(of_stage)
     }
+
+    fn expert(&mut self, block: usize, index: u16, tokens: usize) {
+        if tokens < ENOUGH_TOKENS {
+            self.seldom_experts.push((block, index, tokens));
+        }
+    }
 }
 
+/// Experts that a warning names.
+const NAMED_EXPERTS: usize = 8;
+
 impl Output<'_> {
+    /// Names the experts that the calibration text says little of.
+    fn warn_of_seldom_experts(&mut self) {
+        let seldom = std::mem::take(&mut self.seldom_experts);
+        self.degenerate.seldom_experts = seldom.len();
+        if seldom.is_empty() {
+            return;
+        }
+        let name = |&(block, index, tokens): &(usize, u16, usize)| {
+            format!("expert {index} of block {block} ({tokens})")
+        };
+        let mut names: Vec<String> = seldom.iter().take(NAMED_EXPERTS).map(name).collect();
+        if let Some(more) = seldom.len().checked_sub(NAMED_EXPERTS).filter(|&more| more > 0) {
+            names.push(format!("{more} more"));
+        }
+        let names = names.join(", ");
+        self.warn(format!(
+            "fewer than {ENOUGH_TOKENS} calibration tokens go through {names}: calibrated on all \
+             tokens of their blocks; more samples, or a text like those to come, would do better"
+        ));
+    }
+
     /// Does a little of what comes late, so that it is known early how long that takes on this
     /// machine.
     fn try_out(&mut self) -> Result<()> {
@@ -352,7 +399,7 @@ impl Output<'_> {
         let name = &first.name;
         let inputs = LayerInputs::new(inputs, self.settings, engine)
             .map_err(|error| error.of_layer(name))?;
-        self.worked(Work::Hessians, work::hessian(first, self.settings));
+        self.worked(Work::Hessians, work::hessian(first, self.source.decoder(), self.settings));
         self.warn_of_damping(name, inputs.hessian());
         Ok(inputs)
     }
@@ -381,13 +428,13 @@ impl Output<'_> {
         let kind = if outputs.is_some() { Work::LinkedSweeps } else { Work::Sweeps };
         drop(outputs);
         let mut bands = Vec::new();
-        let dead_inputs = Some(inputs.dead() as u64);
+        let seen = Inputs { tokens: inputs.tokens() as u64, dead: inputs.dead() as u64 };
         for ((band, rows), zero_groups) in layers.into_iter().zip(zero_groups) {
             let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
             let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
             self.swept(&layer.packed, kind);
             let (packed, error) = (layer.packed, Some(layer.error));
-            bands.push(Band { packed, error, dead_inputs, zero_groups });
+            bands.push(Band { packed, error, inputs: Some(seen), zero_groups });
         }
         self.record(name, &bands)?;
         Ok(bands)
@@ -459,7 +506,7 @@ impl Output<'_> {
             })?;
             self.swept(&packed, Work::Sweeps);
             let zero_groups = groups.count();
-            bands.push(Band { packed, error: None, dead_inputs: None, zero_groups });
+            bands.push(Band { packed, error: None, inputs: None, zero_groups });
         }
         self.record(name, &bands)?;
         Ok(bands)
@@ -481,12 +528,11 @@ impl Output<'_> {
 
     /// Counts what is degenerate in a matrix.
     fn count_degenerate(&mut self, bands: &[Band]) {
-        let Degenerate { dead_inputs, rank_deficient, zero_groups } = &mut self.degenerate;
+        let Degenerate { dead_inputs, rank_deficient, zero_groups, .. } = &mut self.degenerate;
         *zero_groups += bands.iter().map(|band| band.zero_groups as usize).sum::<usize>();
-        if let Some(Band { packed, dead_inputs: Some(dead), .. }) = bands.first() {
-            *dead_inputs += *dead as usize;
-            let tokens = self.settings.samples * self.settings.context;
-            *rank_deficient += usize::from(tokens < packed.layout().cols());
+        if let Some(Band { packed, inputs: Some(inputs), .. }) = bands.first() {
+            *dead_inputs += inputs.dead as usize;
+            *rank_deficient += usize::from(inputs.tokens < packed.layout().cols() as u64);
         }
     }
 

@@ -80,6 +80,11 @@ impl<'a> LayerInputs<'a> {
         &self.factored
     }
 
+    /// Calibration tokens.
+    pub fn tokens(&self) -> usize {
+        self.activations.batch(0..self.activations.samples()).len() / self.activations.width()
+    }
+
     /// Columns whose inputs are all 0.
     pub fn dead(&self) -> usize {
         self.dead

@@ -28,22 +28,23 @@ pub struct Ffn {
 }
 
 impl Ffn {
-    /// Those of `block`, number `index` of its model.
+    /// That of all tokens in `block`, number `index` of its model, if it has one.
     ///
     /// # Errors
     /// `NotFinite` for a weight that is no number.
-    pub fn load(block: &Block<'_>, decoder: &Decoder, index: usize) -> Result<Self> {
+    pub fn load(block: &Block<'_>, decoder: &Decoder, index: usize) -> Result<Option<Self>> {
+        let Some(network) = block.spec.ffn else { return Ok(None) };
         let of_block = |part: Part| {
             let (name, found) = (&decoder.tensor(index, part).name, block.layers[part]);
             Ok((part, finite_rows(name, found, 0..weight::shape(found).0)?))
         };
         let into = block.spec.layers().filter(|part| part.rows() == Rows::Neurons);
         let (into, out) = (into.map(of_block), [Part::FfnDown].into_iter().map(of_block));
-        let neurons = block.spec.ffn.width;
+        let neurons = network.width;
         let biases = block.vectors.iter().filter(|(part, _)| part.rows() == Rows::Neurons);
         let biases = biases.map(|(part, bias)| (part, bias.clone())).collect();
         let (into, out) = (into.collect::<Result<_>>()?, out.collect::<Result<_>>()?);
-        Ok(Self { neurons, into, out, biases })
+        Ok(Some(Self { neurons, into, out, biases }))
     }
 
     fn hidden(&self) -> usize {

@@ -75,6 +75,9 @@ pub struct Degenerate {
     pub rank_deficient: usize,
     /// Groups of layers whose weights were all 0.
     pub zero_groups: usize,
+    /// Experts that few calibration tokens went through: they are calibrated on all tokens of their
+    /// block.
+    pub seldom_experts: usize,
 }
 
 /// A finished conversion.

@@ -37,7 +37,7 @@ const REACH: usize = 1024;
 /// Whether the rows of a matrix make up for each other's errors. Of neurons, which outputs hang
 /// together depends on the inputs, and a product of two matrices cannot say so.
 pub fn hang_together(tensor: &Tensor) -> bool {
-    tensor.is_linear() && tensor.part.rows() != Rows::Neurons
+    tensor.is_linear() && ![Rows::Neurons, Rows::OfExpert].contains(&tensor.part.rows())
 }
 
 /// `S` of a layer, for rows within reach of each other.

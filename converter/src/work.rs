@@ -1,6 +1,6 @@
 //! How much a conversion has to compute, in units that are alike for layers of all shapes.
 
-use slim_formats::{Decoder, arch::Tensor};
+use slim_formats::{Decoder, Part, arch::Tensor};
 
 use crate::{
     Contents, Method, PlannedTensor, Settings, Storage, WorkFolder, backward::sensitivity_samples,
@@ -95,7 +95,7 @@ impl Work {
             Self::Hessians if is_calibrated => {
                 let is_left = |tensor: &&Tensor| !work.has(&tensor.name);
                 let stages = stages(decoder).filter(|stage| stage.iter().any(is_left));
-                stages.map(|stage| hessian(stage[0], settings)).sum()
+                stages.map(|stage| hessian(stage[0], decoder, settings)).sum()
             }
             Self::Sweeps => sweeps(false),
             Self::LinkedSweeps => sweeps(true),
@@ -120,8 +120,10 @@ fn is_linked(layer: &PlannedTensor, decoder: &Decoder, settings: &Settings) -> b
 /// The layers of each stage of each block.
 fn stages(decoder: &Decoder) -> impl Iterator<Item = Vec<&Tensor>> {
     decoder.blocks.iter().enumerate().flat_map(move |(index, spec)| {
+        let is_quantized = |part: &Part| !part.stays_precise();
         let layers = spec.stages().map(move |stage| spec.layers_of(stage));
-        layers.map(move |parts| parts.iter().map(|&part| decoder.tensor(index, part)).collect())
+        let layers = layers.map(move |parts| parts.into_iter().filter(is_quantized));
+        layers.map(move |parts| parts.map(|part| decoder.tensor(index, part)).collect())
     })
 }
 
@@ -144,10 +146,11 @@ pub fn forward(decoder: &Decoder, block: usize, settings: &Settings) -> f64 {
 }
 
 /// The inputs of `layer`, and of those that share them.
-pub fn hessian(layer: &Tensor, settings: &Settings) -> f64 {
+pub fn hessian(layer: &Tensor, decoder: &Decoder, settings: &Settings) -> f64 {
     let cols = layer.shape().1 as f64;
     let products = if settings.follows_float() { 2.0 } else { 0.5 };
-    cols * cols * (products * tokens(settings) + FACTORING as f64 * cols)
+    let tokens = tokens(settings) * share(layer, decoder);
+    cols * cols * (products * tokens + FACTORING as f64 * cols)
 }
 
 /// A matrix or a part of one.
@@ -168,5 +171,14 @@ fn tokens(settings: &Settings) -> f64 {
 
 fn block_weights(decoder: &Decoder, block: usize) -> f64 {
     let layers = decoder.tensors_of(block).iter().filter(|tensor| tensor.is_matrix());
-    layers.map(|tensor| weights(tensor.shape())).sum()
+    layers.map(|tensor| weights(tensor.shape()) * share(tensor, decoder)).sum()
+}
+
+/// The part of all tokens that goes through a layer, if experts get as many each.
+fn share(layer: &Tensor, decoder: &Decoder) -> f64 {
+    let experts = layer.block.and_then(|block| decoder.blocks[block].experts);
+    match (layer.part, experts) {
+        (Part::Expert(..), Some(experts)) => f64::from(experts.used) / f64::from(experts.count),
+        _ => 1.0,
+    }
 }

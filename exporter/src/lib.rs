@@ -38,7 +38,8 @@ impl Target {
         match self {
             Self::Gguf => gguf::lacks(model),
             Self::Onnx => onnx::lacks(model.decoder()),
-            Self::Gptq | Self::Safetensors => None,
+            Self::Gptq => gptq::lacks(model.decoder()),
+            Self::Safetensors => None,
         }
     }
 

@@ -56,12 +56,13 @@ pub fn stored_tensors<'m>(
 }
 
 impl StoredTensor<'_> {
-    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix.
+    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix; with a dimension for
+    /// experts before these.
     pub fn dims(&self) -> Vec<usize> {
         let (tensor, place) = self.parts[0];
         let mut dims = tensor.dims.clone();
-        dims[0] = place.total_rows;
-        dims
+        dims[0] = place.total_rows / place.experts.unwrap_or(1);
+        place.experts.into_iter().chain(dims).collect()
     }
 
     /// Its bytes in a ggml type, and what its matrices lose. `on_tensor` is told each part.
@@ -71,10 +72,11 @@ impl StoredTensor<'_> {
         dtype: DType,
         on_tensor: &mut dyn FnMut(&str),
     ) -> Result<(Vec<u8>, Vec<LayerLoss>)> {
-        let dims = self.dims();
-        let cols = dims.get(1).copied().unwrap_or(1) as u64;
-        let row_bytes = dtype.size_in_bytes(cols).expect("the type was chosen for it") as usize;
-        let mut stored = vec![0; dims[0] * row_bytes];
+        let (tensor, place) = self.parts[0];
+        let cols = if tensor.is_matrix() { tensor.shape().1 } else { 1 };
+        let row_bytes = dtype.size_in_bytes(cols as u64).expect("the type was chosen for it");
+        let row_bytes = row_bytes as usize;
+        let mut stored = vec![0; place.total_rows * row_bytes];
         let mut losses = Vec::new();
         for &(tensor, place) in &self.parts {
             on_tensor(&tensor.name);

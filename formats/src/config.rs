@@ -19,7 +19,7 @@ pub use rope::{LongRope, Rope, Scaling, Yarn};
 
 use crate::{
     FormatError, Generation, Result,
-    arch::{Family, QueryScaling},
+    arch::{Experts, Family, QueryScaling},
 };
 
 /// Hyperparameters of a transformer.
@@ -92,6 +92,17 @@ pub struct Features {
     pub has_output_bias: bool,
     /// Whether the feed-forward network has biases.
     pub has_ffn_bias: bool,
+    /// Whether queries and keys of each head are normed, of families whose models differ in it.
+    pub has_qk_norm: bool,
+    /// The experts of blocks that have some.
+    pub experts: Option<Experts>,
+    /// Which blocks have them, if the model has any; all if it is empty.
+    pub sparse: Vec<bool>,
+    /// Neurons of the network beside experts, if there is one.
+    pub shared_ffn_size: Option<usize>,
+    /// Blocks behind the last that guess further tokens: files may hold them, nothing here uses
+    /// them.
+    pub guessing_blocks: usize,
     /// The rotary embedding of blocks with a window, if it is another than that of the others.
     pub local_rope: Option<Rope>,
     /// Whether norms stand on the residual stream itself, behind attention and network; none stands
@@ -117,6 +128,11 @@ impl Default for Features {
             has_attention_bias: false,
             has_output_bias: false,
             has_ffn_bias: false,
+            has_qk_norm: false,
+            experts: None,
+            sparse: Vec::new(),
+            shared_ffn_size: None,
+            guessing_blocks: 0,
             local_rope: None,
             norms_sums: false,
             windowed: Vec::new(),
@@ -136,6 +152,11 @@ impl Features {
         self.windowed.get(index).copied().unwrap_or(true)
     }
 
+    /// Whether block `index` has the model's experts, if it has any.
+    pub fn has_experts(&self, index: usize) -> bool {
+        self.sparse.get(index).copied().unwrap_or(true)
+    }
+
     /// Whether block `index` turns queries and keys.
     pub fn is_rotated(&self, index: usize) -> bool {
         self.rotated.get(index).copied().unwrap_or(true)
@@ -143,6 +164,10 @@ impl Features {
 }
 
 const MAX_HEAD_DIM: usize = 1 << 14;
+
+const MAX_BLOCKS: usize = 1 << 12;
+
+const MAX_EXPERTS: usize = 1 << 12;
 
 /// Pairs of channels of a head; of a head that [`ModelConfig::validated`] will refuse, no more than
 /// memory can hold.
@@ -160,7 +185,8 @@ impl ModelConfig {
             | Scaling::Dynamic { context, .. } => *context,
         };
         for (what, found, limit) in [
-            ("block count", self.block_count, 1 << 12),
+            ("block count", self.block_count, MAX_BLOCKS),
+            ("number of guessing blocks", self.features.guessing_blocks + 1, MAX_BLOCKS),
             ("hidden size", self.hidden_size, 1 << 20),
             ("embedding size", self.features.embedding_size.unwrap_or(1), 1 << 20),
             ("feed-forward size", self.ffn_size, 1 << 22),
@@ -169,6 +195,7 @@ impl ModelConfig {
             ("head size", self.head_dim, MAX_HEAD_DIM),
             ("vocabulary size", self.vocab_size, 1 << 26),
             ("context length", self.context_length, 1 << 30),
+            ("feed-forward size beside experts", self.features.shared_ffn_size.unwrap_or(1), 1 << 22),
             ("sliding window", self.sliding_window.unwrap_or(1), 1 << 30),
             ("context before RoPE scaling", stretched_from, 1 << 30),
         ] {
@@ -179,6 +206,9 @@ impl ModelConfig {
         if !self.head_count.is_multiple_of(self.kv_head_count) {
             let expected = format!("a divisor of the {} query heads", self.head_count);
             return Err(invalid(path, "key/value head count", self.kv_head_count, &expected));
+        }
+        if let Some(experts) = &self.features.experts {
+            validate_experts(path, experts)?;
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(invalid(path, "head size", self.head_dim, "an even number"));
@@ -216,6 +246,35 @@ impl ModelConfig {
             }
         }
         Ok(self)
+    }
+}
+
+/// Refuses experts whose numbers do not fit each other.
+fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
+    let Experts { count, used, ffn, routing, .. } = *experts;
+    let used_groups = routing.groups.map_or(1, |groups| groups.used);
+    let groups = routing.groups.map_or(1, |groups| groups.count);
+    for (what, found, limit) in [
+        ("number of experts", usize::from(count), MAX_EXPERTS),
+        ("number of experts of a token", used.into(), count.into()),
+        ("feed-forward size of experts", ffn.width, 1 << 22),
+        ("number of expert groups", groups.into(), (count / 2).max(1).into()),
+        ("number of expert groups of a token", used_groups.into(), groups.into()),
+    ] {
+        if !(1..=limit).contains(&found) {
+            return Err(invalid(path, what, found, &format!("1 to {limit}")));
+        }
+    }
+    if !count.is_multiple_of(groups) || used > count / groups * used_groups {
+        let expected = format!("groups that share {count} experts and hold {used} of a token");
+        return Err(invalid(path, "number of expert groups", groups, &expected));
+    }
+    match routing.scale.is_finite() && routing.scale > 0.0 {
+        true => Ok(()),
+        false => {
+            let expected = "a finite number above 0";
+            Err(invalid(path, "scale of experts", routing.scale, expected))
+        }
     }
 }
 

@@ -74,6 +74,11 @@ fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
     };
     let vocab = ("vocab_size", "vocab_size", config.vocab_size);
     let ffn = (config.family.hf_key("intermediate_size"), "feed_forward_length", config.ffn_size);
+    let found = config.features.experts;
+    let count = found.map_or(0, |experts| experts.count.into());
+    let experts = ("the number of experts", "expert_count", count);
+    let width = found.map_or(0, |experts| experts.ffn.width);
+    let of_expert = ("moe_intermediate_size", "expert_feed_forward_length", width);
     let heads = ("num_attention_heads", "attention.head_count", config.head_count);
     let kv_heads = ("num_key_value_heads", "attention.head_count_kv", config.kv_head_count);
     let head_dim = ("head_dim", "attention.key_length", config.head_dim);
@@ -91,6 +96,8 @@ fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
         Part::AttnQBias | Part::AttnQNorm => &[heads, head_dim],
         Part::AttnKBias | Part::AttnKNorm | Part::AttnVBias => &[kv_heads, head_dim],
         Part::FfnGateBias | Part::FfnUpBias => &[ffn],
+        Part::Router | Part::RouterBias | Part::RouterCorrection => &[experts, hidden],
+        Part::Expert(..) => &[experts, of_expert, hidden],
         _ => &[hidden],
     };
     let in_words = sizes.iter().map(|&(hf, gguf, size)| match spelling {

@@ -3,11 +3,14 @@
 
 use slim_formats::{
     Decoder, FormatError, ModelSource, Part, PartMap, Weight,
-    arch::{Attention, BlockSpec, Norm, Stage, Tensor},
+    arch::{Attention, BlockSpec, ExpertPart, Ffn, Norm, Stage, Tensor},
 };
 use slim_kernels::{AttentionCall, AttentionShape, Backend, KvCache, weight};
 
-use crate::{Positions, Result};
+use crate::{
+    Positions, Result,
+    router::{Route, routes, sigmoid},
+};
 
 /// What every stage needs.
 #[derive(Clone, Copy)]
@@ -54,6 +57,20 @@ impl<'a> Block<'a> {
         Ok(Self { spec: decoder.blocks[index], layers, vectors })
     }
 
+    /// Bytes of weights that one token reads.
+    pub(crate) fn bytes_per_token(&self) -> u64 {
+        let bytes = |is_of_expert: bool| -> u64 {
+            let layers = self.layers.iter();
+            let alike =
+                layers.filter(|(part, _)| matches!(part, Part::Expert(..)) == is_of_expert);
+            alike.map(|(_, &layer)| weight::stored_bytes(layer)).sum()
+        };
+        let of_experts = self.spec.experts.map_or(0, |experts| {
+            bytes(true) * u64::from(experts.used) / u64::from(experts.count)
+        });
+        bytes(false) + of_experts
+    }
+
     /// The whole block: `x: [m, hidden]`, the tokens of all `passages`, is updated in place.
     ///
     /// # Errors
@@ -64,12 +81,19 @@ impl<'a> Block<'a> {
         x: &mut [f32],
         passages: &mut [Passage<'_>],
     ) -> Result<()> {
-        let mut input = Vec::new();
-        for stage in self.spec.stages() {
-            let from = if stage.reads_residual() { &*x } else { &input };
-            input = self.input(stage, context, from, passages)?;
-            if stage.adds_to_residual() {
-                self.add(stage, context, &input, x)?;
+        let normed = self.input(Stage::Attention, context, x, passages)?;
+        let attended = self.input(Stage::AttentionOutput, context, &normed, passages)?;
+        self.add(Stage::AttentionOutput, context, &attended, x)?;
+        let normed = self.input(Stage::Ffn, context, x, passages)?;
+        if self.spec.ffn.is_some() {
+            let neurons = self.input(Stage::FfnOutput, context, &normed, passages)?;
+            self.add(Stage::FfnOutput, context, &neurons, x)?;
+        }
+        for (index, route) in (0..).zip(self.routes(context, &normed)?) {
+            if !route.tokens.is_empty() {
+                let input = route.gather(&normed, context.decoder.hidden_size);
+                let neurons = self.expert_neurons(index, context, &input, &route.weights)?;
+                self.add_expert(index, context, &neurons, &route, x)?;
             }
         }
         Ok(())
@@ -82,6 +106,9 @@ impl<'a> Block<'a> {
     ///
     /// # Errors
     /// A kernel refuses its arguments.
+    ///
+    /// # Panics
+    /// For a stage of an expert: [`Self::routes`] tells its tokens.
     pub fn input(
         &self,
         stage: Stage,
@@ -91,12 +118,72 @@ impl<'a> Block<'a> {
     ) -> Result<Vec<f32>> {
         match stage {
             Stage::AttentionOutput => self.attend(context, from, passages),
-            Stage::FfnOutput => self.activate(context, from),
+            Stage::FfnOutput => self.neurons(context, from),
             Stage::Attention | Stage::Ffn => match stage.norm() {
                 Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
                 _ => Ok(from.to_vec()),
             },
+            Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         }
+    }
+
+    /// Which tokens of `normed: [m, hidden]`, the input of [`Stage::Ffn`], go through which expert:
+    /// a route for each expert, none in a block without experts.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    pub fn routes(&self, context: Context<'_>, normed: &[f32]) -> Result<Vec<Route>> {
+        let Some(experts) = self.spec.experts else { return Ok(Vec::new()) };
+        let mut outputs = self.linear(Part::Router, context, normed)?;
+        let correction = self.vectors.get(Part::RouterCorrection).map(Vec::as_slice);
+        Ok(routes(&experts, &mut outputs, correction))
+    }
+
+    /// The activations of an expert's neurons for the `input: [n, hidden]` of its tokens, times
+    /// their `weights`: `[n, neurons]`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    ///
+    /// # Panics
+    /// If the block has no experts.
+    pub fn expert_neurons(
+        &self,
+        index: u16,
+        context: Context<'_>,
+        input: &[f32],
+        weights: &[f32],
+    ) -> Result<Vec<f32>> {
+        let ffn = self.spec.experts.expect("a block with experts").ffn;
+        let [gate, up] = [ExpertPart::Gate, ExpertPart::Up].map(|part| Part::Expert(index, part));
+        let mut neurons = self.activate(&ffn, gate, up, context, input)?;
+        let tokens = neurons.chunks_exact_mut(ffn.width).zip(weights);
+        tokens.for_each(|(neurons, &weight)| scale(neurons, weight));
+        Ok(neurons)
+    }
+
+    /// Adds what an expert makes of the weighted `neurons: [n, neurons]` of its tokens to their
+    /// rows of the residual stream `x`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    pub fn add_expert(
+        &self,
+        index: u16,
+        context: Context<'_>,
+        neurons: &[f32],
+        route: &Route,
+        x: &mut [f32],
+    ) -> Result<()> {
+        let part = Part::Expert(index, ExpertPart::Down);
+        let mut added = linear(context, self.layers[part], neurons)?;
+        if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
+            for (added, weight) in added.chunks_exact_mut(bias.len()).zip(&route.weights) {
+                added.iter_mut().zip(bias).for_each(|(added, bias)| *added += weight * bias);
+            }
+        }
+        route.scatter(&added, self.spec.residual_scale, x);
+        Ok(())
     }
 
     /// Adds what the layer of a stage makes of its `input` to the residual stream `x`.
@@ -105,7 +192,7 @@ impl<'a> Block<'a> {
     /// A kernel refuses its arguments.
     ///
     /// # Panics
-    /// If the stage does not add to it.
+    /// If the stage does not add to it, or is an expert's.
     pub fn add(
         &self,
         stage: Stage,
@@ -113,9 +200,12 @@ impl<'a> Block<'a> {
         input: &[f32],
         x: &mut [f32],
     ) -> Result<()> {
-        assert!(stage.adds_to_residual(), "{stage:?}");
-        let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
-        let mut added = self.linear(*part, context, input)?;
+        let part = match stage {
+            Stage::AttentionOutput => Part::AttnOutput,
+            Stage::FfnOutput => Part::FfnDown,
+            _ => panic!("{stage:?} adds nothing"),
+        };
+        let mut added = self.linear(part, context, input)?;
         if let Some(norm) = self.spec.branch_norm(stage) {
             added = self.normed(norm, context, &added);
         }
@@ -196,16 +286,34 @@ impl<'a> Block<'a> {
         Ok(out)
     }
 
-    /// The activations of neurons.
-    fn activate(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<f32>> {
-        let activation = self.spec.ffn.activation;
-        let mut up = self.linear(Part::FfnUp, context, input)?;
-        if !self.spec.ffn.is_gated {
-            context.backend.activate(activation, &mut up);
+    /// The activations of neurons; of a network that shares its tokens with experts, times its
+    /// share of each.
+    fn neurons(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<f32>> {
+        let ffn = self.spec.ffn.expect("a block with such a network");
+        let mut neurons = self.activate(&ffn, Part::FfnGate, Part::FfnUp, context, input)?;
+        if let Some(share) = self.vectors.get(Part::FfnShare) {
+            let tokens = input.chunks_exact(share.len()).zip(neurons.chunks_exact_mut(ffn.width));
+            tokens.for_each(|(input, neurons)| scale(neurons, sigmoid(dot(share, input))));
+        }
+        Ok(neurons)
+    }
+
+    /// The activations of the neurons of a network.
+    fn activate(
+        &self,
+        ffn: &Ffn,
+        gate: Part,
+        up: Part,
+        context: Context<'_>,
+        input: &[f32],
+    ) -> Result<Vec<f32>> {
+        let mut up = self.linear(up, context, input)?;
+        if !ffn.is_gated {
+            context.backend.activate(ffn.activation, &mut up);
             return Ok(up);
         }
-        let mut gate = self.linear(Part::FfnGate, context, input)?;
-        context.backend.gated(activation, &mut gate, &up);
+        let mut gate = self.linear(gate, context, input)?;
+        context.backend.gated(ffn.activation, &mut gate, &up);
         Ok(gate)
     }
 }
@@ -246,6 +354,10 @@ fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
     }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 pub(crate) fn scale(x: &mut [f32], factor: f32) {

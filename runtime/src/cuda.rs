@@ -257,8 +257,8 @@ impl BlockOnDevice {
         [x, scratch]: [&mut ViewMut<'_, f32>; 2],
         next: Option<Next<'_>>,
     ) -> Result<()> {
-        let [part] = self.spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
-        let (layer, scale) = (&self.layers[*part], self.spec.residual_scale);
+        let part = self.spec.output_layer(stage).expect("a stage that adds");
+        let (layer, scale) = (&self.layers[part], self.spec.residual_scale);
         if let Some(norm) = self.spec.branch_norm(stage) {
             let norm = self.norms[norm].view();
             device.matmul(&[layer], input, m, &mut [scratch.reborrow()])?;
@@ -275,7 +275,7 @@ impl BlockOnDevice {
     /// The neurons of its network.
     fn neurons(&self) -> Neurons<'_> {
         let (gate, up) = (self.layers.get(Part::FfnGate), &self.layers[Part::FfnUp]);
-        Neurons { gate, up, activation: self.spec.ffn.activation }
+        Neurons { gate, up, activation: self.spec.activation() }
     }
 
     /// What its queries see.
@@ -378,7 +378,7 @@ impl Segment {
         let Self { device, decoder, blocks, .. } = self;
         let (hidden_size, spec) = (decoder.hidden_size, &blocks[0].spec);
         let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
-        let ffn = spec.ffn.width;
+        let ffn = spec.ffn.map_or(0, |ffn| ffn.width);
         let floats = |width: usize| Buffer::zeros(device, batch * width);
         let operands = |width: usize| Operands::zeros(device, batch, width);
         let has_output = self.output.is_some();

@@ -28,6 +28,7 @@ mod perplexity;
 mod placement;
 mod positions;
 mod random;
+mod router;
 mod sampler;
 mod sequence;
 mod tokenizer;
@@ -49,6 +50,7 @@ pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Prot
 pub use placement::CudaSettings;
 pub use positions::Positions;
 pub use random::{SplitMix64, random_seed};
+pub use router::{Route, routes, sigmoid};
 pub use sampler::{Sampler, SamplerSettings};
 pub use sequence::Sequence;
 pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};

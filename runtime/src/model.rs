@@ -357,13 +357,14 @@ impl Model {
         }
     }
 
-    /// Bytes of weights that decoding one token reads: every layer, and one row of the embedding.
+    /// Bytes of weights that decoding one token reads: every layer, of experts as many as a token
+    /// goes through, and one row of the embedding.
     pub fn bytes_per_token(&self) -> u64 {
         let Layers { blocks, ends } = self.layers();
-        let on_cpu = blocks.iter().flat_map(|block| block.layers.values().copied());
+        let of_blocks: u64 = blocks.iter().map(Block::bytes_per_token).sum();
         let on_devices: u64 = self.segments.iter().map(|segment| segment.bytes_per_token()).sum();
         let output = if self.segments.is_empty() { Some(ends.output) } else { None };
-        on_cpu.chain(output).map(weight::stored_bytes).sum::<u64>() + on_devices
+        of_blocks + output.map_or(0, weight::stored_bytes) + on_devices
     }
 
     fn layers(&self) -> &Layers<'_> {

@@ -70,8 +70,8 @@ impl Plan {
         plan.working_bytes = working_bytes.max().unwrap_or(0);
         if plan.contents.has_bands() {
             // In f32 while their block is quantized.
-            let config = source.config();
-            plan.working_bytes += 4 * 3 * (config.ffn_size * config.hidden_size) as u64;
+            let decoder = source.decoder();
+            plan.working_bytes += 4 * 3 * (decoder.widest_ffn() * decoder.hidden_size) as u64;
         }
         Ok(plan)
     }
@@ -253,8 +253,8 @@ fn source_bytes(source: &dyn ModelSource) -> Result<u64> {
 /// samples, in f32; where the float model runs along, all of it again and the difference of the
 /// residual streams. And the output Hessians.
 fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
-    let config = source.config();
-    let stream = 2 * config.hidden_size + config.head_count * config.head_dim + config.ffn_size;
+    let (config, ffn) = (source.config(), source.decoder().widest_ffn());
+    let stream = 2 * config.hidden_size + config.head_count * config.head_dim + ffn;
     let width = if settings.follows_float() { 2 * stream + config.hidden_size } else { stream };
     let activations = match settings.method {
         Method::RoundToNearest => 0,

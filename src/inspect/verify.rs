@@ -39,7 +39,7 @@ pub fn gguf_faults(file: &GgufFile) -> Vec<Fault> {
     });
     // An embedding that lists no rows asks nothing of the vocabulary.
     let rows = file
-        .tensor(Part::Embedding.gguf_name())
+        .tensor(&Part::Embedding.gguf_name())
         .and_then(|embedding| embedding.shape.first().copied());
     let rows = rows.and_then(|rows| usize::try_from(rows).ok()).unwrap_or(usize::MAX);
     let tokenizer = TokenizerSource::from_gguf(file.metadata());

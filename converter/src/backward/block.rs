@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 use slim_formats::{
     Decoder, Part,
-    arch::{Activation, Norm, Norms, Stage},
+    arch::{Norm, Norms, Stage},
 };
 use slim_kernels::{Backend, Cpu, RopeAngles, linalg::Precision};
 use slim_runtime::{Block, Positions};
@@ -13,7 +13,9 @@ use slim_runtime::{Block, Positions};
 use super::{
     Gradient, Visitor,
     attention::{Attention, Gradients},
-    elementwise, product,
+    elementwise,
+    network::{Mixture, Neurons},
+    product,
 };
 use crate::Result;
 
@@ -45,14 +47,10 @@ struct Activations {
     attention: Branch,
     /// `[m, hidden]`: the residual stream between attention and feed-forward network.
     middle: Vec<f32>,
-    /// `[m, hidden]`: input of `ffn_gate`, `ffn_up`.
+    /// `[m, hidden]`: input of the feed-forward networks.
     ffn_input: Vec<f32>,
-    /// `[m, ffn]`, of networks with a gate.
-    gate: Option<Vec<f32>>,
-    /// `[m, ffn]`.
-    up: Vec<f32>,
-    /// `[m, ffn]`: input of `ffn_down`.
-    activation: Vec<f32>,
+    network: Option<Neurons>,
+    mixture: Option<Mixture>,
 }
 
 /// What norms need on the way back where something is added to the residual stream, `[m, hidden]`.
@@ -75,8 +73,14 @@ struct Turned {
 impl Walk<'_> {
     /// The output of the block for its input `x`; both `[m, hidden]`.
     pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let Activations { mut middle, activation, .. } = self.activations(x, self.angles())?;
-        self.add_branch(Stage::FfnOutput, &activation, &mut middle)?;
+        let Activations { mut middle, network, mixture, .. } =
+            self.activations(x, self.angles())?;
+        if let Some(neurons) = network {
+            self.add_branch(Stage::FfnOutput, neurons.output(), &mut middle)?;
+        }
+        if let Some(mixture) = mixture {
+            self.add_mixture(&mixture, &mut middle)?;
+        }
         Ok(middle)
     }
 
@@ -95,33 +99,25 @@ impl Walk<'_> {
             attention: added,
             middle,
             ffn_input,
-            gate,
-            up,
-            activation,
+            network,
+            mixture,
         } = self.activations(x, self.angles())?;
 
-        let network = match spec.norms {
-            Norms::Before => Branch::default(),
-            _ => self.add_branch(Stage::FfnOutput, &activation, &mut middle.clone())?,
+        let branch = match (spec.norms, &network) {
+            (Norms::Before, _) | (_, None) => Branch::default(),
+            (_, Some(neurons)) => {
+                self.add_branch(Stage::FfnOutput, neurons.output(), &mut middle.clone())?
+            }
         };
-        let d_output = self.reverse_branch(Stage::FfnOutput, network, dx, visit)?;
-        visit(self.linear(Part::FfnDown, &activation, &d_output))?;
-        let mut d_activation = activation;
-        d_activation.fill(0.0);
-        self.add_product(&mut d_activation, &d_output, Part::FfnDown)?;
-        drop(d_output);
-        let (d_gate, d_up) = reverse_activation(spec.ffn.activation, gate, up, d_activation);
-
+        let d_output = self.reverse_branch(Stage::FfnOutput, branch, dx, visit)?;
         let mut d_ffn_input = vec![0.0; x.len()];
-        let of_layers = [(Part::FfnGate, d_gate.as_deref()), (Part::FfnUp, Some(&d_up[..]))];
-        let of_layers = of_layers.map(|(part, dy)| dy.map(|dy| (part, dy)));
-        for (part, dy) in of_layers.into_iter().flatten() {
-            visit(self.linear(part, &ffn_input, dy))?;
+        if let Some(neurons) = network {
+            self.reverse_network(neurons, &ffn_input, &d_output, &mut d_ffn_input, visit)?;
         }
-        for (part, dy) in of_layers.into_iter().flatten() {
-            self.add_product(&mut d_ffn_input, dy, part)?;
+        if let Some(mixture) = mixture {
+            self.reverse_mixture(mixture, &d_output, &mut d_ffn_input, visit)?;
         }
-        drop((d_gate, d_up));
+        drop(d_output);
         self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
 
         let d_output = self.reverse_branch(Stage::AttentionOutput, added, dx, visit)?;
@@ -165,9 +161,9 @@ impl Walk<'_> {
     /// Adds what a stage's layer gives for its input `x` to the residual stream, with all norms.
     fn add_branch(&self, stage: Stage, x: &[f32], residual: &mut Vec<f32>) -> Result<Branch> {
         let spec = &self.block.spec;
-        let [part] = spec.layers_of(stage) else { panic!("{stage:?} has one layer") };
+        let part = spec.output_layer(stage).expect("a stage that adds");
         let mut branch = Branch::default();
-        let mut output = self.product(*part, x)?;
+        let mut output = self.product(part, x)?;
         if let Some(norm) = spec.branch_norm(stage) {
             let normed = self.normed(norm, &output);
             branch.output = Some(std::mem::replace(&mut output, normed));
@@ -278,10 +274,20 @@ impl Walk<'_> {
         Some(positions.angles.swap_remove(rope))
     }
 
+    /// A layer without its bias, `[m, cols]` to `[m, rows]`.
+    pub(super) fn product_without_bias(&self, part: Part, x: &[f32]) -> Result<Vec<f32>> {
+        product::linear(self.precision, self.block.layers[part], x)
+    }
+
+    /// The bias of a layer, if it has one.
+    pub(super) fn bias(&self, part: Part) -> Option<&[f32]> {
+        Some(self.block.vectors.get(part.bias()?)?)
+    }
+
     /// A layer with its bias, `[m, cols]` to `[m, rows]`.
-    fn product(&self, part: Part, x: &[f32]) -> Result<Vec<f32>> {
-        let mut y = product::linear(self.precision, self.block.layers[part], x)?;
-        if let Some(bias) = part.bias().and_then(|bias| self.block.vectors.get(bias)) {
+    pub(super) fn product(&self, part: Part, x: &[f32]) -> Result<Vec<f32>> {
+        let mut y = self.product_without_bias(part, x)?;
+        if let Some(bias) = self.bias(part) {
             for y in y.chunks_exact_mut(bias.len()) {
                 y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
             }
@@ -290,11 +296,11 @@ impl Walk<'_> {
     }
 
     /// Adds to the gradient `dx` at the inputs of a layer what `dy` at its outputs makes of it.
-    fn add_product(&self, dx: &mut [f32], dy: &[f32], part: Part) -> Result<()> {
+    pub(super) fn add_product(&self, dx: &mut [f32], dy: &[f32], part: Part) -> Result<()> {
         product::add(self.precision, dx, dy, self.block.layers[part])
     }
 
-    fn linear<'g>(&self, part: Part, x: &'g [f32], dy: &'g [f32]) -> Gradient<'g> {
+    pub(super) fn linear<'g>(&self, part: Part, x: &'g [f32], dy: &'g [f32]) -> Gradient<'g> {
         Gradient::Linear { block: self.index, part, x, dy }
     }
 
@@ -319,7 +325,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The stages of [`Block::forward`], but the last product.
+    /// The stages of [`Block::forward`], but the last products.
     fn activations(&self, x: &[f32], angles: Option<RopeAngles>) -> Result<Activations> {
         let Self { precision, block, context, .. } = *self;
         let spec = &block.spec;
@@ -332,31 +338,8 @@ impl Walk<'_> {
         let mut middle = x.to_vec();
         let attention = self.add_branch(Stage::AttentionOutput, &attended, &mut middle)?;
         let ffn_input = self.normed(Part::FfnNorm, &middle);
-        let up = self.product(Part::FfnUp, &ffn_input)?;
-        let (gate, mut activation) = match spec.ffn.is_gated {
-            true => {
-                let gate = self.product(Part::FfnGate, &ffn_input)?;
-                (Some(gate.clone()), gate)
-            }
-            false => (None, up.clone()),
-        };
-        match spec.ffn.is_gated {
-            true => Cpu.gated(spec.ffn.activation, &mut activation, &up),
-            false => Cpu.activate(spec.ffn.activation, &mut activation),
-        }
-        Ok(Activations {
-            normed,
-            q,
-            k,
-            v,
-            attended,
-            attention,
-            middle,
-            ffn_input,
-            gate,
-            up,
-            activation,
-        })
+        let (network, mixture) = (self.network(&ffn_input)?, self.mixture(&ffn_input)?);
+        Ok(Activations { normed, q, k, v, attended, attention, middle, ffn_input, network, mixture })
     }
 }
 
@@ -366,25 +349,6 @@ fn rotate(x: &mut [f32], heads: usize, angles: &RopeAngles) {
     for sequence in x.chunks_exact_mut(context * heads * angles.head_dim) {
         Cpu.rope(sequence, heads, angles);
     }
-}
-
-/// The gradients at `gate`, if there is one, and `up`, for the gradient `dy` at the activations;
-/// all of one length.
-fn reverse_activation(
-    activation: Activation,
-    gate: Option<Vec<f32>>,
-    mut up: Vec<f32>,
-    mut dy: Vec<f32>,
-) -> (Option<Vec<f32>>, Vec<f32>) {
-    const PIECE: usize = 1 << 12;
-    let Some(mut gate) = gate else {
-        let pieces = dy.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE));
-        pieces.for_each(|(dy, up)| elementwise::reverse_activation(activation, up, dy));
-        return (None, dy);
-    };
-    let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(dy.par_chunks(PIECE));
-    pieces.for_each(|((gate, up), dy)| elementwise::reverse_gated(activation, gate, up, dy));
-    (Some(gate), up)
 }
 
 /// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output, all

@@ -7,6 +7,7 @@
 mod attention;
 mod block;
 mod elementwise;
+mod network;
 mod product;
 mod sensitivities;
 #[cfg(test)]

@@ -3,12 +3,13 @@
 use std::{collections::HashMap, ops::Range};
 
 use rayon::prelude::*;
-use slim_formats::{ModelSource, Part, PartMap};
+use slim_formats::{ModelSource, Part, PartMap, arch::ExpertPart};
 use slim_kernels::linalg::Precision;
 
 use super::{Backward, Gradient, Loss, Vocabulary, block::add_up};
 use crate::{
     ConvertError, Result,
+    calibrator::ENOUGH_TOKENS,
     rows::{OutputHessian, hang_together},
 };
 
@@ -73,6 +74,18 @@ impl Sensitivity {
         let inputs = self.inputs.iter().zip(&other.inputs);
         let inputs = inputs.map(|(a, b)| (totals[0] * a + totals[1] * b) / total);
         Self { inputs: inputs.collect(), outputs }
+    }
+
+    /// The mean of layers of one shape, if there are any.
+    fn mean(layers: &[&Self]) -> Option<Self> {
+        let first = layers.first()?;
+        let mean = |of: fn(&Self) -> &[f64], len: usize| {
+            let at = |index: usize| layers.iter().map(|layer| of(layer)[index]).sum::<f64>();
+            (0..len).map(|index| at(index) / layers.len() as f64).collect()
+        };
+        let inputs = mean(|layer| &layer.inputs, first.inputs.len());
+        let outputs = mean(|layer| &layer.outputs, first.outputs.len());
+        Some(Self { inputs, outputs })
     }
 
     /// Zeros for a layer `[rows, cols]`.
@@ -157,6 +170,7 @@ pub fn sensitivities(
     }
     let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.embedding_size);
     let (mut embedding, mut output) = (rows(), rows());
+    let mut seen = vec![PartMap::<usize>::new(); decoder.blocks.len()];
     let mut seed = 0;
     for batch in sensitivity_batches(samples) {
         let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
@@ -164,6 +178,9 @@ pub fn sensitivities(
             match gradient {
                 Gradient::Linear { block, part, x, dy } => {
                     blocks[block][part].add(x, dy);
+                    let tokens = dy.len() / blocks[block][part].outputs.len();
+                    let before = seen[block].get(part).copied().unwrap_or(0);
+                    seen[block].insert(part, before + tokens);
                     if let Some(hessian) = outputs.get_mut(&decoder.tensor(block, part).name) {
                         hessian.add(dy);
                     }
@@ -190,6 +207,7 @@ pub fn sensitivities(
             let name = &decoder.tensor(block, part).name;
             sensitivity.check().map_err(|error| error.of_layer(name))?;
         }
+        fill_in_experts(layers, &seen[block]);
     }
     embedding.divide();
     output.divide();
@@ -198,6 +216,21 @@ pub fn sensitivities(
         false => PartMap::from_iter([(Part::Embedding, embedding), (Part::Output, output)]),
     };
     Ok(Sensitivities { blocks, outputs, vocabulary })
+}
+
+/// Takes experts that have `seen` too few tokens for experts like the others of the block: nothing
+/// tells that other texts do not need them.
+fn fill_in_experts(layers: &mut PartMap<Sensitivity>, seen: &PartMap<usize>) {
+    for kind in [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down] {
+        let is_of_kind = |part: Part| matches!(part, Part::Expert(_, found) if found == kind);
+        let is_known = |part: Part| seen.get(part).is_some_and(|&seen| seen >= ENOUGH_TOKENS);
+        let of_kind = || layers.iter().filter(|&(part, _)| is_of_kind(part));
+        let known: Vec<&Sensitivity> =
+            of_kind().filter(|&(part, _)| is_known(part)).map(|(_, found)| found).collect();
+        let Some(mean) = Sensitivity::mean(&known) else { continue };
+        let unknown = layers.iter_mut().filter(|&(part, _)| is_of_kind(part) && !is_known(part));
+        unknown.for_each(|(_, sensitivity)| *sensitivity = mean.clone());
+    }
 }
 
 /// Adds the squares of `values: [tokens, sum.len()]`, times the weights of their tokens.

@@ -23,6 +23,9 @@ pub(crate) fn lacks(model: &dyn ModelSource) -> Option<String> {
             let turns = if own.rope.is_some() { "has" } else { "lacks" };
             return Some(format!("block {index}, which {turns} a rotary embedding,"));
         }
+        if block.experts != computed.experts {
+            return Some(format!("block {index}, whose experts have other weights,"));
+        }
         let mut biases = block.vectors().filter(|&part| !computed.has(part));
         biases.next().map(|part| format!("a model with `{}`", part.gguf_name()))
     })

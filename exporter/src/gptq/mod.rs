@@ -10,7 +10,9 @@ mod fit;
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use slim_formats::{DType, ModelSource, OutputPath, arch::Tensor, slim::ScaleCoding};
+use slim_formats::{
+    DType, Decoder, ModelSource, OutputPath, arch::Tensor, slim::ScaleCoding,
+};
 
 use self::fit::{Fitted, GROUP, fit};
 use crate::{
@@ -19,6 +21,13 @@ use crate::{
     safetensors::plan_f16,
     tensor::{Loss, StoredTensor, check_values, for_each_panel, stored_tensors, tensors},
 };
+
+/// What the layout has no place for: it holds linear layers, each by itself.
+pub(crate) fn lacks(decoder: &Decoder) -> Option<String> {
+    let is_stacked = |tensor: &&Tensor| tensor.is_linear() && tensor.hf.experts.is_some();
+    let found = decoder.tensors().iter().find(is_stacked)?;
+    Some(format!("experts in one tensor, `{}`,", found.hf.name))
+}
 
 pub(crate) fn write(
     model: &dyn ModelSource,

@@ -41,6 +41,9 @@ const EMBEDDING_BITS: u8 = 8;
 
 /// What a model computes that ONNX Runtime's operators do not.
 pub fn lacks(decoder: &Decoder) -> Option<String> {
+    if decoder.blocks.iter().any(|block| block.experts.is_some()) {
+        return Some("a model with experts".into());
+    }
     let mut head_dims = decoder.blocks.iter().map(|block| block.attention.head_dim);
     let found = head_dims.find(|head_dim| !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE))?;
     Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))
@@ -318,7 +321,7 @@ impl<'a> Builder<'a> {
 
     /// The feed-forward network of block `block`.
     fn add_ffn(&mut self, block: usize, input: &str) -> Result<String> {
-        let ffn = self.decoder.blocks[block].ffn;
+        let ffn = self.decoder.blocks[block].ffn.expect("`lacks` refuses other blocks");
         let first = if ffn.is_gated { Part::FfnGate } else { Part::FfnUp };
         let neurons = self.add_linear(block, first, input)?;
         let up = match ffn.is_gated {

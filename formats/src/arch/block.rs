@@ -1,13 +1,13 @@
 //! What a transformer block computes.
 
-use super::Part;
+use super::{ExpertPart, Experts, Part};
 
 /// What one block computes; blocks of a model may differ.
 ///
 /// With `x` the residual stream:
 /// `x = sum(x + residual_scale * post(attention(pre(x))))`, then
-/// `x = sum(x + residual_scale * post(ffn(pre(x))))`.
-/// [`Norms`] tells which of the norms `pre`, `post` and `sum` there are.
+/// `x = sum(x + residual_scale * post(ffn(pre(x)) + experts(pre(x))))`.
+/// [`Norms`] tells which of the norms `pre`, `post` and `sum` there are; with experts, only `pre`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BlockSpec {
     /// How norms of the residual stream are computed.
@@ -16,8 +16,11 @@ pub struct BlockSpec {
     pub norms: Norms,
     /// How tokens look at each other.
     pub attention: Attention,
-    /// The network that each token goes through by itself.
-    pub ffn: Ffn,
+    /// The network that each token goes through by itself; with experts, the one beside them, if
+    /// there is one.
+    pub ffn: Option<Ffn>,
+    /// Networks of which each token goes through some.
+    pub experts: Option<Experts>,
     /// What attention and network are multiplied by before they are added to the residual stream.
     pub residual_scale: f32,
 }
@@ -145,6 +148,10 @@ pub enum Stage {
     Ffn,
     /// The activations of neurons.
     FfnOutput,
+    /// The input of [`Self::Ffn`] for the tokens that go through an expert.
+    Expert(u16),
+    /// The activations of an expert's neurons, times the weights of its tokens.
+    ExpertOutput(u16),
 }
 
 impl Stage {
@@ -155,7 +162,7 @@ impl Stage {
 
     /// Whether what its layers give is added to the residual stream.
     pub fn adds_to_residual(self) -> bool {
-        matches!(self, Self::AttentionOutput | Self::FfnOutput)
+        matches!(self, Self::AttentionOutput | Self::FfnOutput | Self::ExpertOutput(_))
     }
 
     /// The norm that makes its input, if norms stand before.
@@ -163,7 +170,9 @@ impl Stage {
         match self {
             Self::Attention => Some(Part::AttnNorm),
             Self::Ffn => Some(Part::FfnNorm),
-            Self::AttentionOutput | Self::FfnOutput => None,
+            Self::AttentionOutput | Self::FfnOutput | Self::Expert(_) | Self::ExpertOutput(_) => {
+                None
+            }
         }
     }
 
@@ -172,15 +181,31 @@ impl Stage {
         match self {
             Self::AttentionOutput => Some(Part::AttnPostNorm),
             Self::FfnOutput => Some(Part::FfnPostNorm),
-            Self::Attention | Self::Ffn => None,
+            Self::Attention | Self::Ffn | Self::Expert(_) | Self::ExpertOutput(_) => None,
         }
     }
 }
 
 impl BlockSpec {
+    /// What makes the networks of the block nonlinear.
+    pub fn activation(&self) -> Activation {
+        let ffn = self.ffn.or(self.experts.map(|experts| experts.ffn));
+        ffn.map_or(Activation::Silu, |ffn| ffn.activation)
+    }
+
+    /// Gives its network another activation, with a gate or without.
+    pub(super) fn activates_by(&mut self, activation: Activation, is_gated: bool) {
+        self.ffn = self.ffn.map(|ffn| Ffn { activation, is_gated, ..ffn });
+    }
+
     /// The stages, in the order in which data flows through them.
-    pub fn stages(&self) -> [Stage; 4] {
-        [Stage::Attention, Stage::AttentionOutput, Stage::Ffn, Stage::FfnOutput]
+    pub fn stages(&self) -> impl Iterator<Item = Stage> + use<> {
+        let ffn_output = self.ffn.map(|_| Stage::FfnOutput);
+        let experts = self.experts.map_or(0, |experts| experts.count);
+        [Stage::Attention, Stage::AttentionOutput, Stage::Ffn]
+            .into_iter()
+            .chain(ffn_output)
+            .chain((0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]))
     }
 
     /// The norm of what the layer of a stage gives, if one stands there.
@@ -194,19 +219,39 @@ impl BlockSpec {
     }
 
     /// The linear layers that take a stage in.
-    pub fn layers_of(&self, stage: Stage) -> &'static [Part] {
+    pub fn layers_of(&self, stage: Stage) -> Vec<Part> {
         match stage {
-            Stage::Attention => &[Part::AttnQ, Part::AttnK, Part::AttnV],
-            Stage::AttentionOutput => &[Part::AttnOutput],
-            Stage::Ffn if self.ffn.is_gated => &[Part::FfnGate, Part::FfnUp],
-            Stage::Ffn => &[Part::FfnUp],
-            Stage::FfnOutput => &[Part::FfnDown],
+            Stage::Attention => vec![Part::AttnQ, Part::AttnK, Part::AttnV],
+            Stage::Ffn => {
+                let router = self.experts.map(|_| Part::Router);
+                let gate = self.ffn.filter(|ffn| ffn.is_gated).map(|_| Part::FfnGate);
+                let up = self.ffn.map(|_| Part::FfnUp);
+                router.into_iter().chain(gate).chain(up).collect()
+            }
+            Stage::Expert(index) => {
+                let is_gated = self.experts.is_some_and(|experts| experts.ffn.is_gated);
+                let gate = is_gated.then_some(Part::Expert(index, ExpertPart::Gate));
+                gate.into_iter().chain([Part::Expert(index, ExpertPart::Up)]).collect()
+            }
+            Stage::AttentionOutput | Stage::FfnOutput | Stage::ExpertOutput(_) => {
+                self.output_layer(stage).into_iter().collect()
+            }
+        }
+    }
+
+    /// The linear layer through which a stage adds to the residual stream.
+    pub fn output_layer(&self, stage: Stage) -> Option<Part> {
+        match stage {
+            Stage::AttentionOutput => Some(Part::AttnOutput),
+            Stage::FfnOutput => Some(Part::FfnDown),
+            Stage::ExpertOutput(index) => Some(Part::Expert(index, ExpertPart::Down)),
+            Stage::Attention | Stage::Ffn | Stage::Expert(_) => None,
         }
     }
 
     /// All linear layers, stage by stage.
     pub fn layers(&self) -> impl Iterator<Item = Part> {
-        self.stages().into_iter().flat_map(|stage| self.layers_of(stage)).copied()
+        self.stages().flat_map(|stage| self.layers_of(stage))
     }
 
     /// The vectors: norms and biases.
@@ -224,7 +269,10 @@ impl BlockSpec {
         let qk_norms = [Part::AttnQNorm, Part::AttnKNorm];
         let qk_norms = qk_norms.into_iter().filter(|_| self.attention.qk_norm.is_some());
         let biases = self.layers().filter(|&part| self.has_bias(part)).filter_map(Part::bias);
-        norms.chain(norm_biases).chain(qk_norms).chain(biases)
+        let correction = self.experts.filter(|experts| experts.routing.is_corrected);
+        let correction = correction.map(|_| Part::RouterCorrection);
+        let share = self.experts.filter(|experts| experts.shares).map(|_| Part::FfnShare);
+        norms.chain(norm_biases).chain(qk_norms).chain(biases).chain(correction).chain(share)
     }
 
     /// Whether a linear layer has a bias.
@@ -232,7 +280,9 @@ impl BlockSpec {
         match layer {
             Part::AttnQ | Part::AttnK | Part::AttnV => self.attention.has_bias,
             Part::AttnOutput => self.attention.has_output_bias,
-            Part::FfnGate | Part::FfnUp | Part::FfnDown => self.ffn.has_bias,
+            Part::FfnGate | Part::FfnUp | Part::FfnDown => self.ffn.is_some_and(|ffn| ffn.has_bias),
+            Part::Router => self.experts.is_some_and(|experts| experts.routing.has_bias),
+            Part::Expert(..) => self.experts.is_some_and(|experts| experts.ffn.has_bias),
             _ => false,
         }
     }
@@ -248,17 +298,28 @@ impl BlockSpec {
     /// # Panics
     /// For a part outside of blocks.
     pub(super) fn dims(&self, part: Part, hidden_size: usize) -> Vec<usize> {
-        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn, .. } = self;
+        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn, experts, .. } = self;
         let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
+        let neurons = ffn.map_or(0, |ffn| ffn.width);
+        let (experts, of_expert) =
+            experts.map_or((0, 0), |experts| (usize::from(experts.count), experts.ffn.width));
         match part {
             Part::AttnQ => vec![queries, hidden_size],
             Part::AttnK | Part::AttnV => vec![keys, hidden_size],
             Part::AttnOutput => vec![hidden_size, queries],
-            Part::FfnGate | Part::FfnUp => vec![ffn.width, hidden_size],
-            Part::FfnDown => vec![hidden_size, ffn.width],
+            Part::FfnGate | Part::FfnUp => vec![neurons, hidden_size],
+            Part::FfnDown => vec![hidden_size, neurons],
+            Part::Router => vec![experts, hidden_size],
+            Part::RouterBias | Part::RouterCorrection => vec![experts],
+            Part::Expert(_, part) => match part {
+                ExpertPart::Gate | ExpertPart::Up => vec![of_expert, hidden_size],
+                ExpertPart::Down => vec![hidden_size, of_expert],
+                ExpertPart::GateBias | ExpertPart::UpBias => vec![of_expert],
+                ExpertPart::DownBias => vec![hidden_size],
+            },
             Part::AttnQBias => vec![queries],
             Part::AttnKBias | Part::AttnVBias => vec![keys],
-            Part::FfnGateBias | Part::FfnUpBias => vec![ffn.width],
+            Part::FfnGateBias | Part::FfnUpBias => vec![neurons],
             Part::AttnQNorm | Part::AttnKNorm => match (self.attention.qk_norm, part) {
                 (Some(QkNorm::Whole), Part::AttnQNorm) => vec![queries],
                 (Some(QkNorm::Whole), _) => vec![keys],
@@ -272,6 +333,7 @@ impl BlockSpec {
             | Part::FfnNorm
             | Part::FfnNormBias
             | Part::FfnDownBias
+            | Part::FfnShare
             | Part::FfnPostNorm
             | Part::FfnPostNormBias => vec![hidden_size],
             Part::Embedding

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use super::{BlockSpec, Family, Norm, Part};
+use super::{BlockSpec, ExpertPart, Family, Norm, Part};
 use crate::{Layout, ModelConfig, Rope};
 
 /// What a model computes, and the tensors that it needs for it.
@@ -35,6 +35,8 @@ pub struct Decoder {
     pub ropes: Vec<Rope>,
     /// First to last.
     pub blocks: Vec<BlockSpec>,
+    /// Blocks behind them that guess further tokens, which files may hold and nothing uses.
+    guessing_blocks: usize,
     /// In the order of use.
     tensors: Vec<Tensor>,
     by_name: HashMap<String, usize>,
@@ -68,6 +70,8 @@ pub struct Place {
     pub first_row: usize,
     /// All rows of the stored tensor.
     pub total_rows: usize,
+    /// How many experts it holds the rows of, of a stored tensor with a dimension for them.
+    pub experts: Option<usize>,
     /// The order of rows; of a vector, of values.
     pub layout: Layout,
     /// What is missing from the stored values: 1 of norms that are stored as `weight - 1`.
@@ -95,9 +99,9 @@ impl Tensor {
         self.dims.len() == 2
     }
 
-    /// Whether it is a matrix of a block.
+    /// Whether it is a linear layer of a block that may be quantized.
     pub fn is_linear(&self) -> bool {
-        self.block.is_some() && self.is_matrix()
+        self.block.is_some() && self.is_matrix() && !self.part.stays_precise()
     }
 }
 
@@ -122,6 +126,7 @@ impl Decoder {
             logit_softcap: features.logit_softcap,
             ropes: std::iter::once(&config.rope).chain(&features.local_rope).cloned().collect(),
             blocks: Vec::new(),
+            guessing_blocks: features.guessing_blocks,
             tensors: Vec::new(),
             by_name: HashMap::new(),
             of_blocks: Vec::new(),
@@ -163,24 +168,27 @@ impl Decoder {
             None => name.to_owned(),
             Some((index, _)) => format!("{prefix}{index}.{name}"),
         };
-        let name = in_block("blk.", part.gguf_name());
+        let name = in_block("blk.", &part.gguf_name());
         let place = |prefix: &str, own: &str, stored: Stored| {
-            let (name, first_row, total_rows) = match stored.fused {
-                None => (own, 0, dims[0]),
-                Some((name, parts)) => {
-                    let rows = |part: &Part| {
-                        block.map_or(0, |(_, spec)| spec.dims(*part, self.hidden_size)[0])
-                    };
-                    let before = parts.iter().take_while(|&&other| other != part);
-                    (name, before.map(rows).sum(), parts.iter().map(rows).sum())
+            let fused = stored.fused.zip(block);
+            let (name, first_row, total_rows) = match fused {
+                Some((fused, (_, spec))) => {
+                    let (first_row, total_rows) = fused.rows(part, spec, self.hidden_size);
+                    (fused.name(), first_row, total_rows)
                 }
+                None => (own, 0, dims[0]),
             };
+            let experts = fused.and_then(|(fused, (_, spec))| match fused {
+                Fused::Experts(..) => spec.experts.map(|experts| usize::from(experts.count)),
+                Fused::Parts(..) => None,
+            });
             let name = in_block(prefix, name);
-            Place { name, first_row, total_rows, layout: stored.layout, offset: stored.offset }
+            let Stored { layout, offset, .. } = stored;
+            Place { name, first_row, total_rows, experts, layout, offset }
         };
         let spec = block.map(|(_, spec)| spec);
-        let hf = place(family.hf_blocks(), family.hf_name(part), family.in_hf(part, spec));
-        let gguf = place("blk.", part.gguf_name(), family.in_gguf(part, spec));
+        let hf = place(family.hf_blocks(), &family.hf_name(part), family.in_hf(part, spec));
+        let gguf = place("blk.", &part.gguf_name(), family.in_gguf(part, spec));
         let block = block.map(|(index, _)| index);
         self.by_name.insert(name.clone(), self.tensors.len());
         self.tensors.push(Tensor { part, block, name, dims, hf, gguf });
@@ -206,13 +214,31 @@ impl Decoder {
     /// # Panics
     /// If the block has no such part.
     pub fn tensor(&self, block: usize, part: Part) -> &Tensor {
-        let found = self.tensors_of(block).iter().find(|tensor| tensor.part == part);
-        found.unwrap_or_else(|| panic!("no {part:?} in block {block}"))
+        let tensors = self.tensors_of(block);
+        match tensors.binary_search_by_key(&part, |tensor| tensor.part) {
+            Ok(index) => &tensors[index],
+            Err(_) => panic!("no {part:?} in block {block}"),
+        }
+    }
+
+    /// Whether a tensor of a file, whose blocks follow `prefix`, is of a block behind the last, of
+    /// those that guess further tokens.
+    pub(crate) fn is_of_guessing(&self, prefix: &str, name: &str) -> bool {
+        let number = name.strip_prefix(prefix).and_then(|rest| rest.split_once('.'));
+        let index = number.and_then(|(index, _)| index.parse::<usize>().ok());
+        let blocks = self.blocks.len();
+        index.is_some_and(|index| (blocks..blocks + self.guessing_blocks).contains(&index))
     }
 
     /// A tensor outside of blocks; `None` if the model has no such part.
     pub fn outside(&self, part: Part) -> Option<&Tensor> {
-        self.find(part.gguf_name())
+        self.find(&part.gguf_name())
+    }
+
+    /// Neurons of the widest network of all tokens; 0 if no block has one.
+    pub fn widest_ffn(&self) -> usize {
+        let width = |block: &BlockSpec| block.ffn.map_or(0, |ffn| ffn.width);
+        self.blocks.iter().map(width).max().unwrap_or(0)
     }
 
     /// The embedding.
@@ -239,8 +265,8 @@ impl Decoder {
 /// How files of a kind store a part.
 #[derive(Debug, Clone, Copy)]
 pub struct Stored {
-    /// The tensor that it is fused into, and all parts of it, in the order of its rows.
-    pub fused: Option<(&'static str, &'static [Part])>,
+    /// The tensor that it is fused into.
+    pub fused: Option<Fused>,
     /// The order of rows; of a vector, of values.
     pub layout: Layout,
     /// What is missing from the stored values.
@@ -258,6 +284,55 @@ impl Stored {
 
     /// As rows of a fused tensor of these parts.
     pub const fn fused(name: &'static str, parts: &'static [Part]) -> Self {
-        Self { fused: Some((name, parts)), ..Self::PLAIN }
+        Self { fused: Some(Fused::Parts(name, parts)), ..Self::PLAIN }
+    }
+
+    /// As rows of a tensor of these parts of all experts of a block.
+    pub const fn of_experts(name: &'static str, parts: &'static [ExpertPart]) -> Self {
+        Self { fused: Some(Fused::Experts(name, parts)), ..Self::PLAIN }
+    }
+
+    /// By itself, under another name than its own.
+    pub const fn named(name: &'static str, part: &'static [Part; 1]) -> Self {
+        Self::fused(name, part)
+    }
+}
+
+/// A tensor of a file that several of a model are rows of: its name, and what it holds, in order.
+#[derive(Debug, Clone, Copy)]
+pub enum Fused {
+    /// Parts of a block.
+    Parts(&'static str, &'static [Part]),
+    /// Parts of the first expert of a block, then of the second, and so on.
+    Experts(&'static str, &'static [ExpertPart]),
+}
+
+impl Fused {
+    /// The name of the tensor.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Parts(name, _) | Self::Experts(name, _) => name,
+        }
+    }
+
+    /// The first row of a part of it, and how many rows there are in all.
+    fn rows(self, part: Part, spec: &BlockSpec, hidden_size: usize) -> (usize, usize) {
+        let rows = |part: Part| spec.dims(part, hidden_size)[0];
+        match (self, part) {
+            (Self::Experts(_, parts), Part::Expert(index, part)) => {
+                let of_part = |&part: &ExpertPart| rows(Part::Expert(index, part));
+                let of_expert: usize = parts.iter().map(of_part).sum();
+                let before = parts.iter().take_while(|&&other| other != part);
+                let first = usize::from(index) * of_expert + before.map(of_part).sum::<usize>();
+                let experts = spec.experts.map_or(0, |experts| usize::from(experts.count));
+                (first, experts * of_expert)
+            }
+            (Self::Parts(_, parts), _) => {
+                let before = parts.iter().take_while(|&&other| other != part);
+                let first = before.copied().map(rows).sum();
+                (first, parts.iter().copied().map(rows).sum())
+            }
+            (Self::Experts(..), _) => panic!("{part:?} is of no expert"),
+        }
     }
 }

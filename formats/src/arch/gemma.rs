@@ -1,6 +1,8 @@
 //! Gemma 2 and 3: norms before and behind, whose weights Hugging Face stores as `weight - 1`; GELU;
 //! scaled embeddings. Gemma 2 caps scores and logits; Gemma 3 norms queries and keys.
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 
 use super::{
@@ -96,7 +98,7 @@ impl Family for Gemma {
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
         spec.norms = Norms::Both;
-        spec.ffn.activation = Activation::GeluTanh;
+        spec.activates_by(Activation::GeluTanh, true);
         spec.attention.qk_norm = (*self == Self::Three).then_some(QkNorm::Heads);
         spec
     }
@@ -107,9 +109,9 @@ impl Family for Gemma {
         Some(computed)
     }
 
-    fn hf_name(&self, part: Part) -> &'static str {
+    fn hf_name(&self, part: Part) -> Cow<'static, str> {
         match part {
-            Part::FfnNorm => "pre_feedforward_layernorm.weight",
+            Part::FfnNorm => "pre_feedforward_layernorm.weight".into(),
             _ => llama::hf_name(part),
         }
     }

@@ -1,6 +1,8 @@
 //! GLM-4: norms before and behind, half of each head turned, neighbours together; gate and up
 //! fused.
 
+use std::borrow::Cow;
+
 use super::{BlockSpec, Family, HfType, Norms, Part, Stored, llama};
 use crate::{Layout, ModelConfig, Result, config::Keys};
 
@@ -42,10 +44,10 @@ impl Family for Glm4 {
         spec
     }
 
-    fn hf_name(&self, part: Part) -> &'static str {
+    fn hf_name(&self, part: Part) -> Cow<'static, str> {
         match part {
-            Part::AttnPostNorm => "post_self_attn_layernorm.weight",
-            Part::FfnPostNorm => "post_mlp_layernorm.weight",
+            Part::AttnPostNorm => "post_self_attn_layernorm.weight".into(),
+            Part::FfnPostNorm => "post_mlp_layernorm.weight".into(),
             _ => llama::hf_name(part),
         }
     }

@@ -1,7 +1,10 @@
-//! Llama, and Mistral, which differs by its window.
+//! Llama; Mistral, which differs by its window; Mixtral, which has experts.
+
+use std::borrow::Cow;
 
 use super::{
-    Activation, Attention, BlockSpec, Family, Ffn, HfType, Norms, Part, Stored,
+    Activation, Attention, BlockSpec, ExpertPart, Family, Ffn, HfType, Norms, Part, Routing,
+    Stored, experts,
     llama_cpp::{self, Ability},
 };
 use crate::{
@@ -9,11 +12,12 @@ use crate::{
     config::{Keys, every},
 };
 
-/// `llama` and `mistral`.
+/// `llama`, `mistral` and `mixtral`.
 #[derive(Debug)]
 pub struct Llama;
 
 const LLAMA: HfType = HfType { model_type: "llama", class: "LlamaForCausalLM" };
+const MIXTRAL: HfType = HfType { model_type: "mixtral", class: "MixtralForCausalLM" };
 const MISTRAL: HfType = HfType { model_type: "mistral", class: "MistralForCausalLM" };
 
 impl Family for Llama {
@@ -22,20 +26,27 @@ impl Family for Llama {
     }
 
     fn hf_types(&self) -> &'static [HfType] {
-        &[LLAMA, MISTRAL]
+        &[LLAMA, MISTRAL, MIXTRAL]
     }
 
     fn hf_type(&self, config: &ModelConfig) -> HfType {
-        if config.sliding_window.is_some() { MISTRAL } else { LLAMA }
+        match (config.features.experts, config.sliding_window) {
+            (Some(_), _) => MIXTRAL,
+            (None, Some(_)) => MISTRAL,
+            (None, None) => LLAMA,
+        }
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         if keys.model_type() != Some(LLAMA.model_type) {
             config.sliding_window = keys.count("sliding_window")?;
         }
-        if keys.model_type() != Some(MISTRAL.model_type) {
+        if ![Some(MISTRAL.model_type), Some(MIXTRAL.model_type)].contains(&keys.model_type()) {
             read_attention_bias(keys, config)?;
             config.features.has_ffn_bias = keys.flag("mlp_bias")?;
+        }
+        if [None, Some(MIXTRAL.model_type)].contains(&keys.model_type()) {
+            experts::read(keys, config, Routing::SOFTMAX)?;
         }
         Ok(())
     }
@@ -44,6 +55,7 @@ impl Family for Llama {
         if let Some(window) = config.sliding_window {
             json["sliding_window"] = window.into();
         }
+        experts::write(config, json, "num_local_experts", None);
     }
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
@@ -54,8 +66,16 @@ impl Family for Llama {
         Some(llama_cpp::computed(config, &[Ability::Factors, Ability::Biases]))
     }
 
+    fn hf_name(&self, part: Part) -> Cow<'static, str> {
+        mixtral_name(part).unwrap_or_else(|| hf_name(part))
+    }
+
+    fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
+        experts::in_hf(part, spec).unwrap_or(Stored::PLAIN)
+    }
+
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        interleaved(part, spec)
+        experts::in_gguf(part, spec).unwrap_or_else(|| interleaved(part, spec))
     }
 }
 
@@ -80,20 +100,28 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         has_output_bias: features.has_output_bias,
         query_scaling: features.query_scaling,
     };
-    let ffn = Ffn {
-        width: config.ffn_size,
+    let experts = features.experts.filter(|_| features.has_experts(index));
+    let width = match experts {
+        None => Some(config.ffn_size),
+        Some(_) => features.shared_ffn_size,
+    };
+    let ffn = width.map(|width| Ffn {
+        width,
         activation: Activation::Silu,
         is_gated: true,
         has_bias: features.has_ffn_bias,
-    };
+    });
     let norm = config.family.norm();
     let (norms, residual_scale) = (Norms::Before, features.residual_scale);
-    BlockSpec { norm, norms, attention, ffn, residual_scale }
+    BlockSpec { norm, norms, attention, ffn, experts, residual_scale }
 }
 
 /// The names of `transformers` that most families have.
-pub(super) fn hf_name(part: Part) -> &'static str {
-    match part {
+pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
+    let name = match part {
+        Part::Expert(index, part) => {
+            return format!("mlp.experts.{index}.{}", hf_expert_name(part)).into();
+        }
         Part::Embedding => "model.embed_tokens.weight",
         Part::EmbeddingUp => "model.project_in.weight",
         Part::Positions => "model.embed_positions.weight",
@@ -124,6 +152,41 @@ pub(super) fn hf_name(part: Part) -> &'static str {
         Part::OutputNormBias => "model.norm.bias",
         Part::EmbeddingDown => "model.project_out.weight",
         Part::Output => "lm_head.weight",
+        Part::Router => "mlp.gate.weight",
+        Part::RouterBias => "mlp.gate.bias",
+        Part::RouterCorrection => "mlp.gate.e_score_correction_bias",
+        Part::FfnShare => "mlp.shared_expert_gate.weight",
+    };
+    name.into()
+}
+
+/// Mixtral's names for parts of experts; `None` for other parts.
+pub(super) fn mixtral_name(part: Part) -> Option<Cow<'static, str>> {
+    let Part::Expert(index, part) = part else {
+        return match part {
+            Part::Router => Some("block_sparse_moe.gate.weight".into()),
+            Part::RouterCorrection => Some("block_sparse_moe.e_score_correction_bias".into()),
+            _ => None,
+        };
+    };
+    let matrix = match part {
+        ExpertPart::Gate => "w1",
+        ExpertPart::Up => "w3",
+        ExpertPart::Down => "w2",
+        ExpertPart::GateBias | ExpertPart::UpBias | ExpertPart::DownBias => return None,
+    };
+    Some(format!("block_sparse_moe.experts.{index}.{matrix}.weight").into())
+}
+
+/// What follows the number of an expert.
+fn hf_expert_name(part: ExpertPart) -> &'static str {
+    match part {
+        ExpertPart::Gate => "gate_proj.weight",
+        ExpertPart::GateBias => "gate_proj.bias",
+        ExpertPart::Up => "up_proj.weight",
+        ExpertPart::UpBias => "up_proj.bias",
+        ExpertPart::Down => "down_proj.weight",
+        ExpertPart::DownBias => "down_proj.bias",
     }
 }
 

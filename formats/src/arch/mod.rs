@@ -5,28 +5,33 @@
 
 mod block;
 mod decoder;
+mod experts;
 mod gemma;
 mod glm;
+mod glm_moe;
 mod granite;
 mod llama;
 mod llama_cpp;
+mod minimax;
 mod ministral;
 mod olmo;
 mod opt;
 mod part;
 mod phi;
 mod qwen;
+mod qwen_moe;
 mod smollm;
 mod starcoder2;
 
-use std::fmt::Debug;
+use std::{borrow::Cow, fmt::Debug};
 
 pub use block::{Activation, Attention, BlockSpec, Ffn, Norm, Norms, QkNorm, QueryScaling, Stage};
 pub use decoder::{Decoder, Place, Stored, Tensor};
+pub use experts::{ExpertGroups, Experts, Routing, Scores};
 pub use llama::Llama;
 pub(crate) use llama::leave_out;
 pub use opt::FIRST_POSITION;
-pub use part::{Part, PartMap, Rows};
+pub use part::{ExpertPart, Part, PartMap, Rows};
 
 use crate::{ModelConfig, Result, config::Keys};
 
@@ -125,7 +130,7 @@ pub trait Family: Debug + Sync {
     }
 
     /// Hugging Face's name of a part; for one of a block, what follows its number.
-    fn hf_name(&self, part: Part) -> &'static str {
+    fn hf_name(&self, part: Part) -> Cow<'static, str> {
         llama::hf_name(part)
     }
 
@@ -147,18 +152,23 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 13] = [
+pub const FAMILIES: [&dyn Family; 18] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
+    &qwen_moe::QwenMoe::Two,
+    &qwen_moe::QwenMoe::Three,
     &gemma::Gemma::Two,
     &gemma::Gemma::Three,
     &phi::Phi3,
     &ministral::Ministral3,
     &smollm::SmolLm3,
     &olmo::Olmo,
-    &granite::Granite,
+    &granite::Granite::Dense,
+    &granite::Granite::Moe,
     &glm::Glm4,
+    &glm_moe::Glm4Moe,
+    &minimax::MiniMaxM2,
     &opt::Opt,
     &starcoder2::StarCoder2,
 ];

@@ -1,6 +1,8 @@
 //! OPT: LayerNorm, learned positions, ReLU without a gate, biases everywhere. The paper's models.
 //! The one of 350M has its norms on the residual stream, and embeddings of fewer channels.
 
+use std::borrow::Cow;
+
 use super::{Activation, BlockSpec, Family, HfType, Norm, Norms, Part, llama};
 use crate::{ModelConfig, Result, config::Keys};
 
@@ -91,8 +93,7 @@ impl Family for Opt {
         let mut spec = llama::block(config, index);
         spec.norms = if config.features.norms_sums { Norms::OnSum } else { Norms::Before };
         spec.attention.rope = None;
-        spec.ffn.activation = Activation::Relu;
-        spec.ffn.is_gated = false;
+        spec.activates_by(Activation::Relu, false);
         spec
     }
 
@@ -100,24 +101,24 @@ impl Family for Opt {
         "model.decoder.layers."
     }
 
-    fn hf_name(&self, part: Part) -> &'static str {
+    fn hf_name(&self, part: Part) -> Cow<'static, str> {
         match part {
-            Part::Embedding => "model.decoder.embed_tokens.weight",
-            Part::EmbeddingUp => "model.decoder.project_in.weight",
-            Part::Positions => "model.decoder.embed_positions.weight",
-            Part::AttnNorm | Part::AttnPostNorm => "self_attn_layer_norm.weight",
-            Part::AttnNormBias | Part::AttnPostNormBias => "self_attn_layer_norm.bias",
-            Part::AttnOutput => "self_attn.out_proj.weight",
-            Part::AttnOutputBias => "self_attn.out_proj.bias",
-            Part::FfnNorm | Part::FfnPostNorm => "final_layer_norm.weight",
-            Part::FfnNormBias | Part::FfnPostNormBias => "final_layer_norm.bias",
-            Part::FfnUp => "fc1.weight",
-            Part::FfnUpBias => "fc1.bias",
-            Part::FfnDown => "fc2.weight",
-            Part::FfnDownBias => "fc2.bias",
-            Part::OutputNorm => "model.decoder.final_layer_norm.weight",
-            Part::OutputNormBias => "model.decoder.final_layer_norm.bias",
-            Part::EmbeddingDown => "model.decoder.project_out.weight",
+            Part::Embedding => "model.decoder.embed_tokens.weight".into(),
+            Part::EmbeddingUp => "model.decoder.project_in.weight".into(),
+            Part::Positions => "model.decoder.embed_positions.weight".into(),
+            Part::AttnNorm | Part::AttnPostNorm => "self_attn_layer_norm.weight".into(),
+            Part::AttnNormBias | Part::AttnPostNormBias => "self_attn_layer_norm.bias".into(),
+            Part::AttnOutput => "self_attn.out_proj.weight".into(),
+            Part::AttnOutputBias => "self_attn.out_proj.bias".into(),
+            Part::FfnNorm | Part::FfnPostNorm => "final_layer_norm.weight".into(),
+            Part::FfnNormBias | Part::FfnPostNormBias => "final_layer_norm.bias".into(),
+            Part::FfnUp => "fc1.weight".into(),
+            Part::FfnUpBias => "fc1.bias".into(),
+            Part::FfnDown => "fc2.weight".into(),
+            Part::FfnDownBias => "fc2.bias".into(),
+            Part::OutputNorm => "model.decoder.final_layer_norm.weight".into(),
+            Part::OutputNormBias => "model.decoder.final_layer_norm.bias".into(),
+            Part::EmbeddingDown => "model.decoder.project_out.weight".into(),
             _ => llama::hf_name(part),
         }
     }

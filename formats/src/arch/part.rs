@@ -1,6 +1,7 @@
 //! What a tensor is for, whatever a file calls it.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     ops::{Index, IndexMut},
 };
@@ -47,6 +48,12 @@ pub enum Part {
     FfnNorm,
     /// The bias of this norm, `[hidden]`.
     FfnNormBias,
+    /// What scores the experts of a block, `[experts, hidden]`.
+    Router,
+    /// Its bias, `[experts]`.
+    RouterBias,
+    /// What is added to scores where experts are chosen, not where they are weighted, `[experts]`.
+    RouterCorrection,
     /// What neurons are gated by, `[neurons, hidden]`.
     FfnGate,
     /// Its bias, `[neurons]`.
@@ -59,6 +66,10 @@ pub enum Part {
     FfnDown,
     /// Its bias, `[hidden]`.
     FfnDownBias,
+    /// What the network beside experts is gated by as a whole, `[hidden]`.
+    FfnShare,
+    /// A tensor of an expert, which is counted from 0.
+    Expert(u16, ExpertPart),
     /// The norm behind the feed-forward network, `[hidden]`.
     FfnPostNorm,
     /// The bias of this norm, `[hidden]`.
@@ -73,10 +84,46 @@ pub enum Part {
     Output,
 }
 
+/// What a tensor of an expert is for, in the order of use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ExpertPart {
+    /// What its neurons are gated by, `[neurons, hidden]`.
+    Gate,
+    /// Its bias, `[neurons]`.
+    GateBias,
+    /// The inputs of its neurons, `[neurons, hidden]`.
+    Up,
+    /// Its bias, `[neurons]`.
+    UpBias,
+    /// What brings its neurons back to the residual stream, `[hidden, neurons]`.
+    Down,
+    /// Its bias, `[hidden]`.
+    DownBias,
+}
+
+impl ExpertPart {
+    /// GGUF's name of the tensor that holds those of all experts, in two pieces: llama.cpp's older
+    /// files, and ours, have the number of an expert between them.
+    const fn gguf_name(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Gate => ("ffn_gate", "weight"),
+            Self::GateBias => ("ffn_gate", "bias"),
+            Self::Up => ("ffn_up", "weight"),
+            Self::UpBias => ("ffn_up", "bias"),
+            Self::Down => ("ffn_down", "weight"),
+            Self::DownBias => ("ffn_down", "bias"),
+        }
+    }
+}
+
 impl Part {
     /// GGUF's name, which follows `blk.N.` for a tensor of a block.
-    pub const fn gguf_name(self) -> &'static str {
-        match self {
+    pub fn gguf_name(self) -> Cow<'static, str> {
+        let name = match self {
+            Self::Expert(index, part) => {
+                let (name, kind) = part.gguf_name();
+                return format!("{name}.{index}.{kind}").into();
+            }
             Self::Embedding => "token_embd.weight",
             Self::EmbeddingUp => "token_embd_up.weight",
             Self::Positions => "position_embd.weight",
@@ -102,13 +149,18 @@ impl Part {
             Self::FfnUpBias => "ffn_up.bias",
             Self::FfnDown => "ffn_down.weight",
             Self::FfnDownBias => "ffn_down.bias",
+            Self::Router => "ffn_gate_inp.weight",
+            Self::RouterBias => "ffn_gate_inp.bias",
+            Self::RouterCorrection => "exp_probs_b.bias",
+            Self::FfnShare => "ffn_gate_inp_shexp.weight",
             Self::FfnPostNorm => "post_ffw_norm.weight",
             Self::FfnPostNormBias => "post_ffw_norm.bias",
             Self::OutputNorm => "output_norm.weight",
             Self::OutputNormBias => "output_norm.bias",
             Self::EmbeddingDown => "token_embd_down.weight",
             Self::Output => "output.weight",
-        }
+        };
+        name.into()
     }
 
     /// The bias that belongs to a linear layer or a norm; `None` of what has none.
@@ -124,6 +176,10 @@ impl Part {
             Self::FfnGate => Some(Self::FfnGateBias),
             Self::FfnUp => Some(Self::FfnUpBias),
             Self::FfnDown => Some(Self::FfnDownBias),
+            Self::Router => Some(Self::RouterBias),
+            Self::Expert(index, ExpertPart::Gate) => Some(Self::Expert(index, ExpertPart::GateBias)),
+            Self::Expert(index, ExpertPart::Up) => Some(Self::Expert(index, ExpertPart::UpBias)),
+            Self::Expert(index, ExpertPart::Down) => Some(Self::Expert(index, ExpertPart::DownBias)),
             Self::FfnPostNorm => Some(Self::FfnPostNormBias),
             Self::OutputNorm => Some(Self::OutputNormBias),
             _ => None,
@@ -136,8 +192,14 @@ impl Part {
             Self::Embedding | Self::Output => Rows::Tokens,
             Self::AttnQ | Self::AttnQBias => Rows::Heads,
             Self::FfnGate | Self::FfnGateBias | Self::FfnUp | Self::FfnUpBias => Rows::Neurons,
+            Self::Expert(..) => Rows::OfExpert,
             _ => Rows::Channels,
         }
+    }
+
+    /// Whether it is a linear layer that is small and decides much: it is never quantized.
+    pub const fn stays_precise(self) -> bool {
+        matches!(self, Self::Router)
     }
 }
 
@@ -150,6 +212,8 @@ pub enum Rows {
     Heads,
     /// One per neuron of a feed-forward network, which stand in any order.
     Neurons,
+    /// Those of an expert: there are hundreds of such matrices, each of which is small.
+    OfExpert,
     /// Others: they stay together.
     Channels,
 }

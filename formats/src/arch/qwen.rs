@@ -71,7 +71,7 @@ impl Family for Qwen3 {
 }
 
 /// The window counts only where `use_sliding_window` says so, from `max_window_layers` on.
-fn read_window(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+pub(super) fn read_window(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     let (window, windowed) = (keys.count("sliding_window")?, keys.windowed(config.block_count)?);
     let first = keys.number("max_window_layers")?.map_or(0, |first| first as usize);
     if keys.is_gguf() || keys.flag("use_sliding_window")? {
@@ -83,11 +83,11 @@ fn read_window(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     Ok(())
 }
 
-fn is_about_windows(key: &str) -> bool {
+pub(super) fn is_about_windows(key: &str) -> bool {
     ["max_window_layers", "sliding_window", "layer_types"].contains(&key)
 }
 
-fn write_window(config: &ModelConfig, json: &mut serde_json::Value) {
+pub(super) fn write_window(config: &ModelConfig, json: &mut serde_json::Value) {
     if config.sliding_window.is_some() {
         json["use_sliding_window"] = true.into();
         llama::write_windows(config, json);

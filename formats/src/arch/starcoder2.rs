@@ -1,5 +1,7 @@
 //! StarCoder2: LayerNorm, biases everywhere, GELU without a gate.
 
+use std::borrow::Cow;
+
 use super::{
     Activation, BlockSpec, Family, HfType, Norm, Part, llama,
     llama_cpp::{Ability, computed},
@@ -58,17 +60,16 @@ impl Family for StarCoder2 {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.ffn.activation = Activation::GeluTanh;
-        spec.ffn.is_gated = false;
+        spec.activates_by(Activation::GeluTanh, false);
         spec
     }
 
-    fn hf_name(&self, part: Part) -> &'static str {
+    fn hf_name(&self, part: Part) -> Cow<'static, str> {
         match part {
-            Part::FfnUp => "mlp.c_fc.weight",
-            Part::FfnUpBias => "mlp.c_fc.bias",
-            Part::FfnDown => "mlp.c_proj.weight",
-            Part::FfnDownBias => "mlp.c_proj.bias",
+            Part::FfnUp => "mlp.c_fc.weight".into(),
+            Part::FfnUpBias => "mlp.c_fc.bias".into(),
+            Part::FfnDown => "mlp.c_proj.weight".into(),
+            Part::FfnDownBias => "mlp.c_proj.bias".into(),
             _ => llama::hf_name(part),
         }
     }

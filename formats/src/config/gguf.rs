@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     FormatError, Generation, Result,
-    arch::{self, Family, Norm},
+    arch::{self, ExpertGroups, Experts, Family, Norm},
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -69,6 +69,8 @@ impl ModelConfig {
                     .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
             }
         }
+        // llama.cpp counts them among the blocks.
+        let guessing_blocks = keys.optional_size("nextn_predict_layers")?.unwrap_or(0);
         let vocab_size = read_vocab_size(&keys, facts.embedding_rows)?;
         let context_length = keys.size("context_length")?;
         let (rope, local_rope) =
@@ -81,7 +83,7 @@ impl ModelConfig {
         let mut config = Self {
             family,
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
-            block_count: keys.size("block_count")?,
+            block_count: keys.size("block_count")?.saturating_sub(guessing_blocks),
             hidden_size,
             ffn_size: keys.size("feed_forward_length")?,
             head_count,
@@ -92,7 +94,7 @@ impl ModelConfig {
             norm_epsilon: keys.require(&keys.own(epsilon), "a float", Value::as_f64)? as f32,
             rope,
             sliding_window: None,
-            features: Features { local_rope, ..Features::default() },
+            features: Features { local_rope, guessing_blocks, ..Features::default() },
             tied_embeddings: false,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -108,12 +110,23 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Finds by their presence the biases that GGUF does not mention; `has` tells of a tensor.
-    pub fn find_biases(&mut self, has: impl Fn(&str) -> bool) {
-        let has = |layer: &str| has(&format!("blk.0.{layer}.bias"));
+    /// Finds by their presence the biases and norms that GGUF does not mention; `has_tensor` tells
+    /// of a tensor.
+    pub fn find_biases(&mut self, has_tensor: impl Fn(&str) -> bool) {
+        let has = |layer: &str| has_tensor(&format!("blk.0.{layer}.bias"));
         self.features.has_attention_bias |= has("attn_q") || has("attn_qkv");
         self.features.has_output_bias |= has("attn_output");
         self.features.has_ffn_bias |= has("ffn_down");
+        self.features.has_qk_norm |= has_tensor("blk.0.attn_q_norm.weight");
+    }
+
+    /// Finds out whether gates and inputs of experts are one tensor, as of some converters; `has`
+    /// tells of a tensor.
+    pub(crate) fn find_fused_experts(&mut self, has: impl Fn(&str) -> bool) {
+        let is_fused = |block| has(&format!("blk.{block}.ffn_gate_up_exps.weight"));
+        if let Some(experts) = &mut self.features.experts {
+            experts.are_fused = (0..self.block_count).any(is_fused);
+        }
     }
 
     /// The standard keys that [`from_gguf`](Self::from_gguf) reads back.
@@ -255,7 +268,44 @@ impl ModelConfig {
         ]
         .into_iter()
         .flatten()
+        .chain(self.expert_entries())
         .collect()
+    }
+
+    /// The keys of experts, without the architecture.
+    fn expert_entries(&self) -> Vec<(&'static str, Value)> {
+        let features = &self.features;
+        let Some(Experts { count, used, ffn, routing, .. }) = features.experts else {
+            return Vec::new();
+        };
+        let size = |key, size: usize| (key, Value::U32(size as u32));
+        let mut entries = vec![
+            size("expert_count", count.into()),
+            size("expert_used_count", used.into()),
+            size("expert_feed_forward_length", ffn.width),
+            ("expert_gating_func", routing.scores.gguf_number().into()),
+            ("expert_weights_norm", routing.normalizes.into()),
+            ("expert_weights_scale", routing.scale.into()),
+        ];
+        if let Some(ExpertGroups { count, used }) = routing.groups {
+            entries.push(size("expert_group_count", count.into()));
+            entries.push(size("expert_group_used_count", used.into()));
+        }
+        if let Some(shared) = features.shared_ffn_size {
+            entries.push(size("expert_shared_feed_forward_length", shared));
+            if shared.is_multiple_of(ffn.width) {
+                entries.push(size("expert_shared_count", shared / ffn.width));
+            }
+        }
+        let dense = features.sparse.iter().take_while(|&&is_sparse| !is_sparse).count();
+        if dense > 0 {
+            entries.push(size("leading_dense_block_count", dense));
+        }
+        if features.sparse.iter().skip(dense).any(|&is_sparse| !is_sparse) {
+            let pattern = Array::Bool(features.sparse.clone());
+            entries.push(("expert_pattern", Value::Array(pattern)));
+        }
+        entries
     }
 }
 
@@ -482,10 +532,26 @@ impl Keys for GgufKeys<'_> {
     }
 
     fn flag(&self, key: &str) -> Result<bool> {
-        let Some(name) = gguf_name(key) else { return Ok(false) };
-        let found = self.optional(&self.own(name), "true or false", Value::as_bool)?;
+        let found = self.said(key)?;
         let family = arch::by_architecture(self.architecture);
-        Ok(found.unwrap_or_else(|| family.and_then(|family| family.default(key)) == Some(1.0)))
+        let is_known = gguf_name(key).is_some();
+        let default = || is_known && family.and_then(|family| family.default(key)) == Some(1.0);
+        Ok(found.unwrap_or_else(default))
+    }
+
+    fn unsupported(&self, what: String) -> FormatError {
+        FormatError::unsupported(self.path, what, "")
+    }
+
+    fn said(&self, key: &str) -> Result<Option<bool>> {
+        match gguf_name(key) {
+            Some(name) => self.optional(&self.own(name), "true or false", Value::as_bool),
+            None => Ok(None),
+        }
+    }
+
+    fn numbers(&self, _key: &str) -> Result<Vec<usize>> {
+        Ok(Vec::new())
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

@@ -66,6 +66,7 @@ impl ModelConfig {
         let context_length = json.size("max_position_embeddings")?;
         let pairs = rotated_pairs(&json, head_dim)?;
         let (rope, local_rope) = Ropes { json: &json, family, pairs, context_length }.read()?;
+        let guessing_blocks = json.optional_size("num_nextn_predict_layers")?.unwrap_or(0);
         let mut config = Self {
             family,
             name: None,
@@ -80,7 +81,7 @@ impl ModelConfig {
             norm_epsilon: json.require_number(family.hf_key("rms_norm_eps"))? as f32,
             rope,
             sliding_window: None,
-            features: Features { local_rope, ..Features::default() },
+            features: Features { local_rope, guessing_blocks, ..Features::default() },
             tied_embeddings: json.flag("tie_word_embeddings")?,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -105,7 +106,7 @@ impl ModelConfig {
     /// `Unsupported` for RoPE factors that are none of Hugging Face's kinds of scaling.
     pub fn to_hugging_face(&self, path: &Path) -> Result<(Value, Value)> {
         let (kind, key) = (self.family.hf_type(self), |key| self.family.hf_key(key));
-        let activation = self.family.block(self, 0).ffn.activation;
+        let activation = self.family.block(self, 0).activation();
         let token_ids = json!({
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {
@@ -243,7 +244,9 @@ fn refuse_other_classes(json: &Json<'_>, class: &str) -> Result<()> {
 fn rotated_pairs(json: &Json<'_>, head_dim: usize) -> Result<usize> {
     let pairs = rope_pairs(head_dim);
     let Some(default) = json.default("partial_rotary_factor") else { return Ok(pairs) };
-    let factor = json.number("partial_rotary_factor")?.unwrap_or(default);
+    let turned = json.optional_size("rotary_dim")?.map(|turned| turned as f64 / head_dim as f64);
+    let stated = json.stated("partial_rotary_factor")?;
+    let factor = stated.or(turned).unwrap_or(default);
     if !(factor > 0.0 && factor <= 1.0) {
         return Err(json.malformed("partial_rotary_factor", factor, "a part of 1"));
     }
@@ -591,12 +594,28 @@ impl Keys for Json<'_> {
     }
 
     fn flag(&self, key: &str) -> Result<bool> {
+        Ok(self.said(key)?.unwrap_or(false))
+    }
+
+    fn unsupported(&self, what: String) -> FormatError {
+        FormatError::unsupported(self.path, what, "")
+    }
+
+    fn said(&self, key: &str) -> Result<Option<bool>> {
         let found = self.optional(key, "true or false", Value::as_bool)?;
-        Ok(found.unwrap_or_else(|| self.default(key).is_some_and(|default| default != 0.0)))
+        Ok(found.or_else(|| self.default(key).map(|default| default != 0.0)))
     }
 
     fn count(&self, key: &str) -> Result<Option<usize>> {
         self.optional_size(key)
+    }
+
+    fn numbers(&self, key: &str) -> Result<Vec<usize>> {
+        let kind = "a list of whole numbers";
+        let list = self.optional(key, kind, |value| {
+            value.as_array()?.iter().map(as_size).collect::<Option<Vec<usize>>>()
+        })?;
+        Ok(list.unwrap_or_default())
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

@@ -1,6 +1,6 @@
 //! What a family asks of a model's description, whichever file it is in.
 
-use crate::Result;
+use crate::{FormatError, Result};
 
 /// The keys of `config.json`, or what GGUF has in their place.
 pub trait Keys {
@@ -26,6 +26,18 @@ pub trait Keys {
     /// `Malformed` if it is neither true nor false.
     fn flag(&self, key: &str) -> Result<bool>;
 
+    /// Whether a key is true, if it is said or the family's class takes it for something.
+    ///
+    /// # Errors
+    /// `Malformed` if it is neither true nor false.
+    fn said(&self, key: &str) -> Result<Option<bool>>;
+
+    /// Whole numbers; none if nothing is said. GGUF has no such key.
+    ///
+    /// # Errors
+    /// `Malformed` if it is no list of them.
+    fn numbers(&self, key: &str) -> Result<Vec<usize>>;
+
     /// A flag for each block, as 0 and 1 or false and true.
     ///
     /// # Errors
@@ -37,6 +49,9 @@ pub trait Keys {
     /// # Errors
     /// `Malformed` if it is not said of each block; `Unsupported` for another kind of block.
     fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>>;
+
+    /// The error that the model needs what this program does not compute.
+    fn unsupported(&self, what: String) -> FormatError;
 
     /// Whether the file is in GGUF, whose numbers and defaults are those of llama.cpp.
     fn is_gguf(&self) -> bool {
@@ -58,6 +73,22 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("sliding_window", "attention.sliding_window"),
         ("do_layer_norm_before", "norm_before"),
         ("word_embed_proj_dim", "token_embedding_length"),
+        ("num_local_experts", "expert_count"),
+        ("num_experts", "expert_count"),
+        ("n_routed_experts", "expert_count"),
+        ("num_experts_per_tok", "expert_used_count"),
+        ("moe_intermediate_size", "expert_feed_forward_length"),
+        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+        ("shared_intermediate_size", "expert_shared_feed_forward_length"),
+        ("n_shared_experts", "expert_shared_count"),
+        ("first_k_dense_replace", "leading_dense_block_count"),
+        ("norm_topk_prob", "expert_weights_norm"),
+        ("routed_scaling_factor", "expert_weights_scale"),
+        ("n_group", "expert_group_count"),
+        ("topk_group", "expert_group_used_count"),
+        ("num_nextn_predict_layers", "nextn_predict_layers"),
+        ("expert_pattern", "expert_pattern"),
+        ("expert_gating_func", "expert_gating_func"),
     ];
     names.into_iter().find_map(|(hf, gguf)| (hf == key).then_some(gguf))
 }

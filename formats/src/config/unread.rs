@@ -6,7 +6,7 @@
 use serde_json::Value as Json;
 
 use super::ModelConfig;
-use crate::gguf::Value;
+use crate::{arch::Scores, gguf::Value};
 
 /// Keys of `config.json` that say nothing about what is computed, by group.
 #[rustfmt::skip]
@@ -32,6 +32,7 @@ const HARMLESS: [&[&str]; 5] = [
         "_attn_implementation_autoset", "_flash_attn_2_enabled", "use_flash_attn",
         "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
         "use_return_dict", "torchscript", "use_bfloat16", "pruned_heads", "tf_legacy_loss",
+        "router_jitter_noise",
         "chunk_size_feed_forward", "cross_attention_hidden_size", "router_aux_loss_coef",
     ],
     // Generation, of old configurations.
@@ -69,7 +70,7 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         key if HARMLESS.iter().any(|group| group.contains(&key)) => true,
         key if model.family.ignores(key, model) => true,
         "hidden_act" | "hidden_activation" | "activation_function" | "mlp_hidden_act" => {
-            let names = model.family.block(model, 0).ffn.activation.hf_names();
+            let names = model.family.block(model, 0).activation().hf_names();
             names.iter().any(|&name| value == name)
         }
         "attention_bias"
@@ -125,6 +126,13 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         | "n_routed_experts"
         | "num_nextn_predict_layers" => is(0.0),
         "num_experts_per_tok" | "kv_lora_rank" | "q_lora_rank" => is(0.0),
+        "scoring_func" => model.features.experts.is_some_and(|experts| match experts.routing.scores {
+            Scores::Softmax => value == "softmax",
+            Scores::Sigmoid => value == "sigmoid",
+        }),
+        "topk_method" => model.features.experts.is_some_and(|experts| {
+            value == if experts.routing.is_corrected { "noaux_tc" } else { "greedy" }
+        }),
         "layer_types" => match model.sliding_window {
             None => all("full_attention"),
             Some(_) => all("sliding_attention"),

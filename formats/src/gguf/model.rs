@@ -38,8 +38,9 @@ impl GgufModel {
         let metadata = file.metadata();
         refuse_other_kinds(path, metadata)?;
         let mut config = ModelConfig::from_gguf(path, metadata, file.facts()?)?;
-        config.tied_embeddings = file.tensor(Part::Output.gguf_name()).is_none();
+        config.tied_embeddings = file.tensor(&Part::Output.gguf_name()).is_none();
         config.find_biases(|name| file.tensor(name).is_some());
+        config.find_fused_experts(|name| file.tensor(name).is_some());
         let decoder = Decoder::new(&config);
         let names = names_in(&file, &decoder)?;
         shapes::check(path, &config, &decoder, Spelling::Gguf, |place| {
@@ -86,6 +87,7 @@ fn names_in(file: &GgufFile, decoder: &Decoder) -> Result<Vec<String>> {
         match known.get(name) {
             Some(parts) => names.extend(parts.iter().map(|part| part.name.clone())),
             None if ROPE_TENSORS.contains(&name) => {}
+            None if decoder.is_of_guessing("blk.", name) => {}
             None => {
                 return unsupported(format!(
                     "tensor `{name}` of a {} model with {} blocks",

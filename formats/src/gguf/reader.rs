@@ -45,13 +45,15 @@ impl TensorInfo {
     /// The dimensions of a matrix; a vector has one row. `path` is for messages.
     ///
     /// # Errors
-    /// `Unsupported` for more than two dimensions.
+    /// `Unsupported` for more than three dimensions.
     pub fn rows_and_cols(&self, path: &Path) -> Result<(usize, usize)> {
         // `place_tensors` has checked that the elements lie in the file, so their number fits
         // `usize`.
         match self.shape[..] {
             [cols] => Ok((1, cols as usize)),
             [rows, cols] => Ok((rows as usize, cols as usize)),
+            // Matrices of experts, one above the other.
+            [experts, rows, cols] => Ok((experts as usize * rows as usize, cols as usize)),
             _ => {
                 let what = format!("tensor `{}`: shape {:?}", self.name, self.shape);
                 Err(FormatError::unsupported(path, what, ""))
@@ -259,7 +261,7 @@ impl GgufFile {
     /// As [`Self::f32_vector`].
     pub fn facts(&self) -> Result<TensorFacts> {
         let [factors, short, long] = ROPE_TENSORS.map(|name| self.f32_vector(name));
-        let embedding = self.tensor(Part::Embedding.gguf_name());
+        let embedding = self.tensor(&Part::Embedding.gguf_name());
         let embedding_rows = embedding.and_then(|info| usize::try_from(*info.shape.first()?).ok());
         Ok(TensorFacts { embedding_rows, factors: factors?, short: short?, long: long? })
     }

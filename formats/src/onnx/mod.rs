@@ -127,9 +127,9 @@ impl OnnxModel {
     /// Leaves out an output projection that is the embedding, perhaps transposed, and says where
     /// `tie_word_embeddings` is wrong about it.
     fn settle_output(&mut self, is_said_tied: bool, config_path: &Path) {
-        let output = self.by_name.get(Part::Output.gguf_name()).copied();
+        let output = self.by_name.get(&*Part::Output.gguf_name()).copied();
         let is_embedding = |&output: &usize| {
-            let embedding = self.by_name.get(Part::Embedding.gguf_name());
+            let embedding = self.by_name.get(&*Part::Embedding.gguf_name());
             embedding.is_some_and(|&embedding| {
                 has_same_values(&self.dense(embedding), &self.dense(output))
             })
@@ -138,7 +138,7 @@ impl OnnxModel {
             self.tensors.remove(output);
             self.by_name = self.tensors.iter().map(|(name, _)| name.clone()).zip(0..).collect();
         }
-        self.config.tied_embeddings = !self.by_name.contains_key(Part::Output.gguf_name());
+        self.config.tied_embeddings = !self.by_name.contains_key(&*Part::Output.gguf_name());
         self.decoder = Decoder::new(&self.config);
         let found = match (is_said_tied, self.config.tied_embeddings) {
             (true, false) => "true, but the graph has another matrix for the output, which is used",

@@ -205,11 +205,15 @@ impl Shards {
                 [cols] if cols > 0 => (1, cols),
                 [] if fp8::is_scale(&name) => (1, 1),
                 [rows, cols] if rows > 0 && cols > 0 => (rows, cols),
+                // Matrices of experts, one above the other. Their product is that of the bytes.
+                [experts, rows, cols] if experts > 0 && rows > 0 && cols > 0 => {
+                    (experts * rows, cols)
+                }
                 _ => {
                     return Err(malformed(
                         place,
                         format!("shape {:?}", info.shape),
-                        "one or two dimensions, not 0",
+                        "one to three dimensions, not 0",
                     ));
                 }
             };

@@ -90,7 +90,10 @@ impl HfDirectory {
         }
         warnings.extend(settle_output(&shards, &mut stored, &mut config, folder.config_path()));
         check_derived(path, &shards, &mut stored, &config)?;
+        find_fused_experts(&stored, &mut config);
         let decoder = Decoder::new(&config);
+        let blocks = config.family.hf_blocks();
+        stored.retain(|name, _| !decoder.is_of_guessing(blocks, name));
         refuse_unknown(path, &stored, &decoder)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
@@ -187,9 +190,9 @@ fn settle_output(
     let [output_name, embedding_name] =
         [Part::Output, Part::Embedding].map(|part| config.family.hf_name(part));
     let is_said_tied = config.tied_embeddings;
-    let output = stored.get(output_name);
+    let output = stored.get(&*output_name);
     let is_embedding = |output: &StoredTensor| {
-        stored.get(embedding_name).is_some_and(|embedding| {
+        stored.get(&*embedding_name).is_some_and(|embedding| {
             (output.dtype, output.rows) == (embedding.dtype, embedding.rows)
                 && shards.bytes_of(output) == shards.bytes_of(embedding)
         })
@@ -206,12 +209,20 @@ fn settle_output(
             format!("false, but no `{output_name}` is stored: the embedding is used for it")
         }
         (true, true) => {
-            stored.remove(output_name);
+            stored.remove(&*output_name);
             return None;
         }
         (false, false) => return None,
     };
     Some(format!("`{}`: `tie_word_embeddings` is {found}", config_path.display()))
+}
+
+/// Finds out whether the matrices of experts are in one tensor for all, as newer releases of
+/// transformers write them.
+fn find_fused_experts(stored: &Table, config: &mut ModelConfig) {
+    if let Some(experts) = &mut config.features.experts {
+        experts.are_fused = stored.keys().any(|name| name.ends_with("mlp.experts.gate_up_proj"));
+    }
 }
 
 /// Takes out what follows from the configuration, RoPE frequencies in old checkpoints, once it

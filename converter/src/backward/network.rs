@@ -1,0 +1,322 @@
+//! Feed-forward networks on their way forward and back: the one of all tokens, and the experts of
+//! which each token goes through some.
+
+use rayon::prelude::*;
+use slim_formats::{
+    Part,
+    arch::{Activation, ExpertPart, Experts, Ffn, Scores},
+};
+use slim_kernels::{Backend, Cpu};
+use slim_runtime::{Route, sigmoid};
+
+use super::{
+    Visitor,
+    block::Walk,
+    elementwise,
+};
+use crate::Result;
+
+/// The layers of a network.
+#[derive(Clone, Copy)]
+pub struct Layers {
+    gate: Part,
+    up: Part,
+    down: Part,
+}
+
+impl Layers {
+    /// Of the network of all tokens.
+    pub const OF_ALL: Self = Self { gate: Part::FfnGate, up: Part::FfnUp, down: Part::FfnDown };
+
+    fn of_expert(index: u16) -> Self {
+        let [gate, up, down] = [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down]
+            .map(|part| Part::Expert(index, part));
+        Self { gate, up, down }
+    }
+}
+
+/// The activations of a network's `n` tokens.
+pub struct Neurons {
+    /// `[n, neurons]`, of networks with a gate.
+    gate: Option<Vec<f32>>,
+    /// `[n, neurons]`.
+    up: Vec<f32>,
+    /// `[n, neurons]`, times the weights of their tokens: input of the last layer.
+    weighted: Vec<f32>,
+    /// `[n]`, of networks whose tokens have weights.
+    weights: Option<Vec<f32>>,
+}
+
+impl Neurons {
+    /// The input of the last layer, `[n, neurons]`.
+    pub fn output(&self) -> &[f32] {
+        &self.weighted
+    }
+}
+
+/// The experts of a block, for all `m` tokens.
+pub struct Mixture {
+    /// `[m, experts]`.
+    scores: Vec<f32>,
+    routes: Vec<Route>,
+    /// Of each expert that has tokens: its input, and its neurons.
+    networks: Vec<Option<(Vec<f32>, Neurons)>>,
+}
+
+impl Walk<'_> {
+    /// The network of all tokens, for its `input: [m, hidden]`, if the block has one.
+    pub fn network(&self, input: &[f32]) -> Result<Option<Neurons>> {
+        let Some(ffn) = self.block.spec.ffn else { return Ok(None) };
+        let share = self.block.vectors.get(Part::FfnShare);
+        let weights = share.map(|share| {
+            let product = |x: &[f32]| share.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
+            input.chunks_exact(share.len()).map(|x| sigmoid(product(x))).collect()
+        });
+        Ok(Some(self.neurons(&ffn, Layers::OF_ALL, input, weights)?))
+    }
+
+    /// Adds the gradient at the `input` of the network of all tokens to `d_input`, for the gradient
+    /// `dy` at its output; all `[m, hidden]`.
+    pub fn reverse_network(
+        &self,
+        neurons: Neurons,
+        input: &[f32],
+        dy: &[f32],
+        d_input: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<()> {
+        let ffn = self.block.spec.ffn.expect("a block with such a network");
+        let shares = neurons.weights.clone();
+        let d_shares =
+            self.reverse_neurons(&ffn, Layers::OF_ALL, neurons, input, dy, d_input, visit)?;
+        let Some(vector) = self.block.vectors.get(Part::FfnShare) else { return Ok(()) };
+        for ((dx, share), d_share) in
+            d_input.chunks_exact_mut(vector.len()).zip(shares.into_iter().flatten()).zip(d_shares)
+        {
+            let slope = d_share * share * (1.0 - share);
+            dx.iter_mut().zip(vector).for_each(|(dx, w)| *dx += slope * w);
+        }
+        Ok(())
+    }
+
+    /// The experts for the `input: [m, hidden]` of the block's networks, if it has some.
+    pub fn mixture(&self, input: &[f32]) -> Result<Option<Mixture>> {
+        let Some(experts) = self.block.spec.experts else { return Ok(None) };
+        let mut scores = self.product(Part::Router, input)?;
+        let correction = self.block.vectors.get(Part::RouterCorrection).map(Vec::as_slice);
+        let routes = slim_runtime::routes(&experts, &mut scores, correction);
+        let networks = (0..).zip(&routes).map(|(index, route)| -> Result<_> {
+            if route.tokens.is_empty() {
+                return Ok(None);
+            }
+            let input = route.gather(input, self.decoder.hidden_size);
+            let (layers, weights) = (Layers::of_expert(index), Some(route.weights.clone()));
+            let neurons = self.neurons(&experts.ffn, layers, &input, weights)?;
+            Ok(Some((input, neurons)))
+        });
+        let networks = networks.collect::<Result<_>>()?;
+        Ok(Some(Mixture { scores, routes, networks }))
+    }
+
+    /// Adds what the experts give to the residual stream `x: [m, hidden]`.
+    pub fn add_mixture(&self, mixture: &Mixture, x: &mut [f32]) -> Result<()> {
+        let networks = (0..).zip(mixture.networks.iter().zip(&mixture.routes));
+        for (index, (network, route)) in networks {
+            let Some((_, neurons)) = network else { continue };
+            let down = Layers::of_expert(index).down;
+            let mut output = self.product_without_bias(down, &neurons.weighted)?;
+            if let Some(bias) = self.bias(down) {
+                for (output, weight) in output.chunks_exact_mut(bias.len()).zip(&route.weights) {
+                    output.iter_mut().zip(bias).for_each(|(y, bias)| *y += weight * bias);
+                }
+            }
+            route.scatter(&output, self.block.spec.residual_scale, x);
+        }
+        Ok(())
+    }
+
+    /// Adds the gradient at the input of the experts and their router to `d_input`, for the
+    /// gradient `dy` at what they give; both `[m, hidden]`.
+    pub fn reverse_mixture(
+        &self,
+        mixture: Mixture,
+        dy: &[f32],
+        d_input: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<()> {
+        let experts = self.block.spec.experts.expect("a block with experts");
+        let hidden = self.decoder.hidden_size;
+        let Mixture { mut scores, routes, networks } = mixture;
+        // At the weights of chosen experts, [m, experts].
+        let mut d_weights = vec![0.0; scores.len()];
+        for (index, (network, route)) in (0..).zip(networks.into_iter().zip(&routes)) {
+            let Some((input, neurons)) = network else { continue };
+            let (layers, dy) = (Layers::of_expert(index), route.gather(dy, hidden));
+            let mut dx = vec![0.0; input.len()];
+            let of_tokens = self
+                .reverse_neurons(&experts.ffn, layers, neurons, &input, &dy, &mut dx, visit)?;
+            route.scatter(&dx, 1.0, d_input);
+            for (&token, d_weight) in route.tokens.iter().zip(of_tokens) {
+                d_weights[token * routes.len() + usize::from(index)] = d_weight;
+            }
+        }
+        let chosen = chosen_of_tokens(&routes, scores.len() / routes.len());
+        let tokens = scores.chunks_exact_mut(routes.len()).zip(d_weights.chunks_exact(routes.len()));
+        for ((scores, d_weights), chosen) in tokens.zip(chosen) {
+            reverse_weights(&experts, scores, d_weights, &chosen);
+        }
+        self.add_product(d_input, &scores, Part::Router)
+    }
+
+    /// The neurons of a network for its `input: [n, hidden]`, times the `weights` of its tokens.
+    fn neurons(
+        &self,
+        ffn: &Ffn,
+        layers: Layers,
+        input: &[f32],
+        weights: Option<Vec<f32>>,
+    ) -> Result<Neurons> {
+        let up = self.product(layers.up, input)?;
+        let gate = match ffn.is_gated {
+            true => Some(self.product(layers.gate, input)?),
+            false => None,
+        };
+        let mut weighted = activated(ffn.activation, gate.as_deref(), &up);
+        if let Some(weights) = &weights {
+            multiply(&mut weighted, weights);
+        }
+        Ok(Neurons { gate, up, weighted, weights })
+    }
+
+    /// Adds the gradient at the `input` of a network to `d_input`, for the gradient `dy` at what
+    /// its last layer gives; gives the gradient at the weights of its tokens, if they have any.
+    #[expect(clippy::too_many_arguments, reason = "a network, what went through it, and back")]
+    fn reverse_neurons(
+        &self,
+        ffn: &Ffn,
+        layers: Layers,
+        neurons: Neurons,
+        input: &[f32],
+        dy: &[f32],
+        d_input: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<f32>> {
+        let Neurons { gate, up, weighted, weights } = neurons;
+        visit(self.linear(layers.down, &weighted, dy))?;
+        let mut d_neurons = weighted;
+        d_neurons.fill(0.0);
+        self.add_product(&mut d_neurons, dy, layers.down)?;
+        let d_weights = match weights {
+            None => Vec::new(),
+            Some(weights) => {
+                let plain = activated(ffn.activation, gate.as_deref(), &up);
+                let mut d_weights = products(&plain, &d_neurons, ffn.width);
+                if let Some(bias) = self.bias(layers.down) {
+                    let of_bias = dy.chunks_exact(bias.len()).map(|dy| products(bias, dy, bias.len()));
+                    d_weights.iter_mut().zip(of_bias.flatten()).for_each(|(d, bias)| *d += bias);
+                }
+                multiply(&mut d_neurons, &weights);
+                d_weights
+            }
+        };
+        let (d_gate, d_up) = reverse_activation(ffn.activation, gate, up, d_neurons);
+        let of_layers = [(layers.gate, d_gate.as_deref()), (layers.up, Some(&d_up[..]))];
+        let of_layers = of_layers.map(|(part, dy)| dy.map(|dy| (part, dy)));
+        for (part, dy) in of_layers.into_iter().flatten() {
+            visit(self.linear(part, input, dy))?;
+        }
+        for (part, dy) in of_layers.into_iter().flatten() {
+            self.add_product(d_input, dy, part)?;
+        }
+        Ok(d_weights)
+    }
+}
+
+/// The activations of neurons.
+fn activated(activation: Activation, gate: Option<&[f32]>, up: &[f32]) -> Vec<f32> {
+    match gate {
+        Some(gate) => {
+            let mut neurons = gate.to_vec();
+            Cpu.gated(activation, &mut neurons, up);
+            neurons
+        }
+        None => {
+            let mut neurons = up.to_vec();
+            Cpu.activate(activation, &mut neurons);
+            neurons
+        }
+    }
+}
+
+/// Multiplies each row of `rows` by its weight.
+fn multiply(rows: &mut [f32], weights: &[f32]) {
+    let width = rows.len() / weights.len().max(1);
+    for (row, weight) in rows.chunks_exact_mut(width.max(1)).zip(weights) {
+        row.iter_mut().for_each(|value| *value *= weight);
+    }
+}
+
+/// The product of each row of `a` with that of `b`, both `[n, width]`.
+fn products(a: &[f32], b: &[f32], width: usize) -> Vec<f32> {
+    let rows = a.chunks_exact(width).zip(b.chunks_exact(width));
+    rows.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect()
+}
+
+/// The experts of each of `count` tokens.
+fn chosen_of_tokens(routes: &[Route], count: usize) -> Vec<Vec<usize>> {
+    let mut chosen = vec![Vec::new(); count];
+    for (expert, route) in routes.iter().enumerate() {
+        route.tokens.iter().for_each(|&token| chosen[token].push(expert));
+    }
+    chosen
+}
+
+/// Turns the `scores` of a token into the gradient at the outputs of its router, for the gradient
+/// at the weights of its `chosen` experts.
+///
+/// Which experts are chosen has no gradient.
+fn reverse_weights(experts: &Experts, scores: &mut [f32], d_weights: &[f32], chosen: &[usize]) {
+    let routing = &experts.routing;
+    let mut d_scores = vec![0.0; scores.len()];
+    let (sum, mean) = match routing.normalizes {
+        true => {
+            let sum: f32 = chosen.iter().map(|&expert| scores[expert]).sum();
+            let along = chosen.iter().map(|&expert| d_weights[expert] * scores[expert]).sum::<f32>();
+            (sum, along / sum)
+        }
+        false => (1.0, 0.0),
+    };
+    for &expert in chosen {
+        d_scores[expert] = routing.scale * (d_weights[expert] - mean) / sum;
+    }
+    match routing.scores {
+        Scores::Sigmoid => {
+            let pairs = scores.iter_mut().zip(&d_scores);
+            pairs.for_each(|(score, d_score)| *score *= (1.0 - *score) * d_score);
+        }
+        Scores::Softmax => {
+            let mean: f32 = scores.iter().zip(&d_scores).map(|(score, d)| score * d).sum();
+            let pairs = scores.iter_mut().zip(&d_scores);
+            pairs.for_each(|(score, d_score)| *score *= d_score - mean);
+        }
+    }
+}
+
+/// The gradients at `gate`, if there is one, and `up`, for the gradient `dy` at the activations;
+/// all of one length.
+fn reverse_activation(
+    activation: Activation,
+    gate: Option<Vec<f32>>,
+    mut up: Vec<f32>,
+    mut dy: Vec<f32>,
+) -> (Option<Vec<f32>>, Vec<f32>) {
+    const PIECE: usize = 1 << 12;
+    let Some(mut gate) = gate else {
+        let pieces = dy.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE));
+        pieces.for_each(|(dy, up)| elementwise::reverse_activation(activation, up, dy));
+        return (None, dy);
+    };
+    let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(dy.par_chunks(PIECE));
+    pieces.for_each(|((gate, up), dy)| elementwise::reverse_gated(activation, gate, up, dy));
+    (Some(gate), up)
+}

@@ -1,0 +1,73 @@
+//! GLM-4.5 and 4.6: experts scored one by one, beside a network for all; the first blocks have
+//! none; half of each head turned.
+
+use super::{BlockSpec, Family, HfType, Part, QkNorm, Routing, Stored, experts, llama};
+use crate::{ModelConfig, Result, config::Keys};
+
+/// `glm4_moe`.
+#[derive(Debug)]
+pub struct Glm4Moe;
+
+impl Family for Glm4Moe {
+    fn architecture(&self) -> &'static str {
+        "glm4moe"
+    }
+
+    fn hf_types(&self) -> &'static [HfType] {
+        &[HfType { model_type: "glm4_moe", class: "Glm4MoeForCausalLM" }]
+    }
+
+    fn default(&self, key: &str) -> Option<f64> {
+        match key {
+            "partial_rotary_factor" => Some(0.5),
+            "first_k_dense_replace" => Some(1.0),
+            _ => None,
+        }
+    }
+
+    fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+        config.features.has_attention_bias = keys.flag("attention_bias")?;
+        config.features.has_qk_norm = keys.flag("use_qk_norm")?;
+        experts::read(keys, config, Routing::SIGMOID)?;
+        let dense = keys.count("first_k_dense_replace")?.unwrap_or(0);
+        experts::read_blocks(keys, config, |index| index >= dense)
+    }
+
+    fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
+        experts::write(config, json, "n_routed_experts", Some("moe_intermediate_size"));
+        experts::write_groups(config, json);
+        llama::write_partial_rotation(config, json);
+        json["use_qk_norm"] = config.features.has_qk_norm.into();
+        llama::leave_out(json, &["mlp_bias"]);
+    }
+
+    fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
+        let mut spec = llama::block(config, index);
+        spec.attention.qk_norm = config.features.has_qk_norm.then_some(QkNorm::Heads);
+        spec
+    }
+
+    fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
+        if spec.is_none_or(|spec| spec.experts.is_none()) {
+            return Stored::PLAIN;
+        }
+        match part {
+            Part::FfnGate => {
+                Stored::named("mlp.shared_experts.gate_proj.weight", &[Part::FfnGate])
+            }
+            Part::FfnUp => Stored::named("mlp.shared_experts.up_proj.weight", &[Part::FfnUp]),
+            Part::FfnDown => {
+                Stored::named("mlp.shared_experts.down_proj.weight", &[Part::FfnDown])
+            }
+            _ => experts::in_hf(part, spec).unwrap_or(Stored::PLAIN),
+        }
+    }
+
+    /// The norm before the network has the name that others give the one behind attention.
+    fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
+        match part {
+            Part::FfnNorm => Stored::named("post_attention_norm.weight", &[Part::FfnNorm]),
+            _ => experts::in_gguf(part, spec).unwrap_or(Stored::PLAIN),
+        }
+    }
+}
