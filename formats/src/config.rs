@@ -195,7 +195,11 @@ impl ModelConfig {
             ("head size", self.head_dim, MAX_HEAD_DIM),
             ("vocabulary size", self.vocab_size, 1 << 26),
             ("context length", self.context_length, 1 << 30),
-            ("feed-forward size beside experts", self.features.shared_ffn_size.unwrap_or(1), 1 << 22),
+            (
+                "feed-forward size beside experts",
+                self.features.shared_ffn_size.unwrap_or(1),
+                1 << 22,
+            ),
             ("sliding window", self.sliding_window.unwrap_or(1), 1 << 30),
             ("context before RoPE scaling", stretched_from, 1 << 30),
         ] {

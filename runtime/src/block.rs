@@ -61,13 +61,13 @@ impl<'a> Block<'a> {
     pub(crate) fn bytes_per_token(&self) -> u64 {
         let bytes = |is_of_expert: bool| -> u64 {
             let layers = self.layers.iter();
-            let alike =
-                layers.filter(|(part, _)| matches!(part, Part::Expert(..)) == is_of_expert);
+            let alike = layers.filter(|(part, _)| matches!(part, Part::Expert(..)) == is_of_expert);
             alike.map(|(_, &layer)| weight::stored_bytes(layer)).sum()
         };
-        let of_experts = self.spec.experts.map_or(0, |experts| {
-            bytes(true) * u64::from(experts.used) / u64::from(experts.count)
-        });
+        let of_experts = self
+            .spec
+            .experts
+            .map_or(0, |experts| bytes(true) * u64::from(experts.used) / u64::from(experts.count));
         bytes(false) + of_experts
     }
 

@@ -33,12 +33,18 @@ pub struct CudaSettings {
 }
 
 impl CudaSettings {
+    /// What a model has that devices do not compute.
+    pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
+        let has_experts = decoder.blocks.iter().any(|block| block.experts.is_some());
+        has_experts.then_some("one with experts")
+    }
+
     /// Whether every block, the embedding and the output layer fit on the devices.
     ///
     /// # Errors
     /// As [`crate::Model::load`]; `Kernel` if a device does not tell its memory.
     pub fn holds_all(&self, source: &dyn ModelSource) -> Result<bool> {
-        if lacks(source.decoder()).is_some() {
+        if Self::lacks(source.decoder()).is_some() {
             return Ok(false);
         }
         let all = Self { blocks: None, ..self.clone() };
@@ -51,7 +57,7 @@ impl CudaSettings {
     /// # Errors
     /// `InvalidArgument` if not as many blocks fit as were asked for.
     pub(crate) fn place(&self, source: &dyn ModelSource) -> Result<Vec<Range<usize>>> {
-        if let Some(lack) = lacks(source.decoder()) {
+        if let Some(lack) = Self::lacks(source.decoder()) {
             let expected = "one without, on a CUDA device; the CPU runs it";
             return Err(RuntimeError::invalid_argument("model", lack, expected));
         }
@@ -85,12 +91,6 @@ impl CudaSettings {
         }
         Ok(ranges(sizes.blocks, &counts))
     }
-}
-
-/// What a model has that CUDA devices do not compute.
-fn lacks(decoder: &Decoder) -> Option<&'static str> {
-    let has_experts = decoder.blocks.iter().any(|block| block.experts.is_some());
-    has_experts.then_some("one with experts")
 }
 
 /// What a model takes on a device, in bytes.
@@ -170,7 +170,8 @@ impl Sizes {
 /// Activations of a batch of tokens, angles and logits, in bytes.
 fn working_bytes(decoder: &Decoder, context: usize) -> u64 {
     let BlockSpec { attention: Attention { heads, head_dim, .. }, ffn, .. } = decoder.blocks[0];
-    let widths = 12 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.map_or(0, |ffn| ffn.width);
+    let widths =
+        12 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.map_or(0, |ffn| ffn.width);
     let batch = PREFILL_BATCH.min(context) * widths;
     let angles: usize = decoder.ropes.iter().map(|rope| 8 * context * rope.factors.len()).sum();
     (batch + angles + 4 * decoder.vocab_size) as u64

@@ -8,6 +8,7 @@ use slim_formats::{
     arch::{FAMILIES, Family},
     open_model,
 };
+use slim_runtime::CudaSettings;
 
 use crate::command::golden_models;
 
@@ -15,7 +16,8 @@ use crate::command::golden_models;
 fn families_by_layout() {
     let models: Vec<_> = golden_models().iter().map(|path| open_model(path).unwrap()).collect();
     let mut table =
-        "| GGUF's name | Hugging Face's types | `export --to` |\n|---|---|---|\n".to_owned();
+        "| GGUF's name | Hugging Face's types | `--device cuda` | `export --to` |\n|---|---|---|---|\n"
+            .to_owned();
     for family in FAMILIES {
         let of_family: Vec<&dyn ModelSource> =
             models.iter().map(|model| &**model).filter(|m| m.config().family == family).collect();
@@ -38,10 +40,12 @@ fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
     ];
     let has = |target: Target| models.iter().all(|model| target.lacks(*model).is_none());
     let layouts = layouts.into_iter().filter(|&(_, target)| has(target)).map(|(name, _)| name);
+    let runs = models.iter().all(|model| CudaSettings::lacks(model.decoder()).is_none());
     format!(
-        "| `{}` | {} | {} |\n",
+        "| `{}` | {} | {} | {} |\n",
         family.architecture(),
         types.join(", "),
+        if runs { "yes" } else { "no" },
         layouts.collect::<Vec<_>>().join(", ")
     )
 }

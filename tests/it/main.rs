@@ -8,6 +8,7 @@ mod command; // running the command
 mod cuda; // the command on a CUDA device
 mod docs; // what pages for users say of the command
 mod end_to_end; // from a model to its packed file to its logits
+mod experts; // mixtures of them: layouts of files, those that see few tokens
 mod export; // other engines' layouts, read back
 mod families; // by engine
 mod file_size; // foretold, and met from below

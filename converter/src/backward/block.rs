@@ -339,7 +339,18 @@ impl Walk<'_> {
         let attention = self.add_branch(Stage::AttentionOutput, &attended, &mut middle)?;
         let ffn_input = self.normed(Part::FfnNorm, &middle);
         let (network, mixture) = (self.network(&ffn_input)?, self.mixture(&ffn_input)?);
-        Ok(Activations { normed, q, k, v, attended, attention, middle, ffn_input, network, mixture })
+        Ok(Activations {
+            normed,
+            q,
+            k,
+            v,
+            attended,
+            attention,
+            middle,
+            ffn_input,
+            network,
+            mixture,
+        })
     }
 }
 

@@ -9,11 +9,7 @@ use slim_formats::{
 use slim_kernels::{Backend, Cpu};
 use slim_runtime::{Route, sigmoid};
 
-use super::{
-    Visitor,
-    block::Walk,
-    elementwise,
-};
+use super::{Visitor, block::Walk, elementwise};
 use crate::Result;
 
 /// The layers of a network.
@@ -153,15 +149,16 @@ impl Walk<'_> {
             let Some((input, neurons)) = network else { continue };
             let (layers, dy) = (Layers::of_expert(index), route.gather(dy, hidden));
             let mut dx = vec![0.0; input.len()];
-            let of_tokens = self
-                .reverse_neurons(&experts.ffn, layers, neurons, &input, &dy, &mut dx, visit)?;
+            let of_tokens =
+                self.reverse_neurons(&experts.ffn, layers, neurons, &input, &dy, &mut dx, visit)?;
             route.scatter(&dx, 1.0, d_input);
             for (&token, d_weight) in route.tokens.iter().zip(of_tokens) {
                 d_weights[token * routes.len() + usize::from(index)] = d_weight;
             }
         }
         let chosen = chosen_of_tokens(&routes, scores.len() / routes.len());
-        let tokens = scores.chunks_exact_mut(routes.len()).zip(d_weights.chunks_exact(routes.len()));
+        let tokens =
+            scores.chunks_exact_mut(routes.len()).zip(d_weights.chunks_exact(routes.len()));
         for ((scores, d_weights), chosen) in tokens.zip(chosen) {
             reverse_weights(&experts, scores, d_weights, &chosen);
         }
@@ -212,7 +209,8 @@ impl Walk<'_> {
                 let plain = activated(ffn.activation, gate.as_deref(), &up);
                 let mut d_weights = products(&plain, &d_neurons, ffn.width);
                 if let Some(bias) = self.bias(layers.down) {
-                    let of_bias = dy.chunks_exact(bias.len()).map(|dy| products(bias, dy, bias.len()));
+                    let of_bias =
+                        dy.chunks_exact(bias.len()).map(|dy| products(bias, dy, bias.len()));
                     d_weights.iter_mut().zip(of_bias.flatten()).for_each(|(d, bias)| *d += bias);
                 }
                 multiply(&mut d_neurons, &weights);
@@ -281,7 +279,8 @@ fn reverse_weights(experts: &Experts, scores: &mut [f32], d_weights: &[f32], cho
     let (sum, mean) = match routing.normalizes {
         true => {
             let sum: f32 = chosen.iter().map(|&expert| scores[expert]).sum();
-            let along = chosen.iter().map(|&expert| d_weights[expert] * scores[expert]).sum::<f32>();
+            let along =
+                chosen.iter().map(|&expert| d_weights[expert] * scores[expert]).sum::<f32>();
             (sum, along / sum)
         }
         false => (1.0, 0.0),

@@ -376,8 +376,11 @@ fn gradients_of_every_family_are_finite_differences() {
         let is_trained = |tensor: &&Tensor| found.contains_key(&tensor.name);
         let kept = || MATRICES_BEFORE.into_iter().chain(MATRICES_BEHIND);
         let is_kept = |tensor: &Tensor| kept().any(|part| part == tensor.part);
+        // No token may have gone through an expert, and routers are not trained.
+        let is_of_all = |tensor: &Tensor| !matches!(tensor.part, Part::Expert(..) | Part::Router);
         let expected = decoder.tensors().iter().filter(|tensor| {
-            tensor.is_matrix() && !is_kept(tensor) || tensor.name.contains("norm.weight")
+            tensor.is_matrix() && !is_kept(tensor) && is_of_all(tensor)
+                || tensor.name.contains("norm.weight")
         });
         assert!(expected.clone().all(|tensor| is_trained(&tensor)), "{name}");
         let last = decoder.blocks.len() - 1;

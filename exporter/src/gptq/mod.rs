@@ -10,9 +10,7 @@ mod fit;
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use slim_formats::{
-    DType, Decoder, ModelSource, OutputPath, arch::Tensor, slim::ScaleCoding,
-};
+use slim_formats::{DType, Decoder, ModelSource, OutputPath, arch::Tensor, slim::ScaleCoding};
 
 use self::fit::{Fitted, GROUP, fit};
 use crate::{

@@ -77,6 +77,9 @@ fn write_gives_a_whole_folder_and_tells_each_tensor_once() {
     let archs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs");
     for entry in std::fs::read_dir(archs).unwrap() {
         let model = Changed::new(entry.unwrap().file_name().to_str().unwrap());
+        if lacks(model.decoder()).is_some() {
+            continue;
+        }
         let mut told = Vec::new();
         let report =
             write(&model, (&folder).into(), &mut |tensor| told.push(tensor.to_owned())).unwrap();

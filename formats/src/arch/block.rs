@@ -202,10 +202,9 @@ impl BlockSpec {
     pub fn stages(&self) -> impl Iterator<Item = Stage> + use<> {
         let ffn_output = self.ffn.map(|_| Stage::FfnOutput);
         let experts = self.experts.map_or(0, |experts| experts.count);
-        [Stage::Attention, Stage::AttentionOutput, Stage::Ffn]
-            .into_iter()
-            .chain(ffn_output)
-            .chain((0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]))
+        [Stage::Attention, Stage::AttentionOutput, Stage::Ffn].into_iter().chain(ffn_output).chain(
+            (0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]),
+        )
     }
 
     /// The norm of what the layer of a stage gives, if one stands there.
@@ -298,7 +297,8 @@ impl BlockSpec {
     /// # Panics
     /// For a part outside of blocks.
     pub(super) fn dims(&self, part: Part, hidden_size: usize) -> Vec<usize> {
-        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn, experts, .. } = self;
+        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn, experts, .. } =
+            self;
         let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
         let neurons = ffn.map_or(0, |ffn| ffn.width);
         let (experts, of_expert) =

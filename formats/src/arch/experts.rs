@@ -92,11 +92,7 @@ impl Scores {
 
 /// Reads the experts of a model, if it has any: gated by SiLU, with weights as `routing` says, and
 /// as wide as the network of a block without them if nothing is said.
-pub(super) fn read(
-    keys: &dyn Keys,
-    config: &mut ModelConfig,
-    routing: Routing,
-) -> Result<()> {
+pub(super) fn read(keys: &dyn Keys, config: &mut ModelConfig, routing: Routing) -> Result<()> {
     let mut count = None;
     for key in ["num_local_experts", "num_experts", "n_routed_experts"] {
         count = keys.count(key)?.or(count);
@@ -115,7 +111,8 @@ pub(super) fn read(
         }
         _ => (routing.scores, false),
     };
-    let normalizes = keys.said("norm_topk_prob")?.unwrap_or(routing.normalizes) || is_softmax_of_chosen;
+    let normalizes =
+        keys.said("norm_topk_prob")?.unwrap_or(routing.normalizes) || is_softmax_of_chosen;
     let scale = keys.number("routed_scaling_factor")?.map_or(routing.scale, |scale| scale as f32);
     let groups = (keys.count("n_group")?, keys.count("topk_group")?);
     let groups = match groups {

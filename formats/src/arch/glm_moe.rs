@@ -21,6 +21,7 @@ impl Family for Glm4Moe {
         match key {
             "partial_rotary_factor" => Some(0.5),
             "first_k_dense_replace" => Some(1.0),
+            "use_qk_norm" => Some(0.0),
             _ => None,
         }
     }
@@ -52,13 +53,9 @@ impl Family for Glm4Moe {
             return Stored::PLAIN;
         }
         match part {
-            Part::FfnGate => {
-                Stored::named("mlp.shared_experts.gate_proj.weight", &[Part::FfnGate])
-            }
+            Part::FfnGate => Stored::named("mlp.shared_experts.gate_proj.weight", &[Part::FfnGate]),
             Part::FfnUp => Stored::named("mlp.shared_experts.up_proj.weight", &[Part::FfnUp]),
-            Part::FfnDown => {
-                Stored::named("mlp.shared_experts.down_proj.weight", &[Part::FfnDown])
-            }
+            Part::FfnDown => Stored::named("mlp.shared_experts.down_proj.weight", &[Part::FfnDown]),
             _ => experts::in_hf(part, spec).unwrap_or(Stored::PLAIN),
         }
     }

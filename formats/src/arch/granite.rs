@@ -107,17 +107,13 @@ impl Family for Granite {
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
         let has_experts = spec.is_some_and(|spec| spec.experts.is_some());
         match part {
-            Part::Expert(_, ExpertPart::Down) => Stored::of_experts(
-                "block_sparse_moe.output_linear.weight",
-                &[ExpertPart::Down],
-            ),
-            Part::Expert(..) => {
-                Stored::of_experts("block_sparse_moe.input_linear.weight", GATE_UP)
+            Part::Expert(_, ExpertPart::Down) => {
+                Stored::of_experts("block_sparse_moe.output_linear.weight", &[ExpertPart::Down])
             }
-            Part::FfnGate | Part::FfnUp if has_experts => Stored::fused(
-                "shared_mlp.input_linear.weight",
-                &[Part::FfnGate, Part::FfnUp],
-            ),
+            Part::Expert(..) => Stored::of_experts("block_sparse_moe.input_linear.weight", GATE_UP),
+            Part::FfnGate | Part::FfnUp if has_experts => {
+                Stored::fused("shared_mlp.input_linear.weight", &[Part::FfnGate, Part::FfnUp])
+            }
             Part::FfnDown if has_experts => {
                 Stored::named("shared_mlp.output_linear.weight", &[Part::FfnDown])
             }

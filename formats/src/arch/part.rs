@@ -177,9 +177,13 @@ impl Part {
             Self::FfnUp => Some(Self::FfnUpBias),
             Self::FfnDown => Some(Self::FfnDownBias),
             Self::Router => Some(Self::RouterBias),
-            Self::Expert(index, ExpertPart::Gate) => Some(Self::Expert(index, ExpertPart::GateBias)),
+            Self::Expert(index, ExpertPart::Gate) => {
+                Some(Self::Expert(index, ExpertPart::GateBias))
+            }
             Self::Expert(index, ExpertPart::Up) => Some(Self::Expert(index, ExpertPart::UpBias)),
-            Self::Expert(index, ExpertPart::Down) => Some(Self::Expert(index, ExpertPart::DownBias)),
+            Self::Expert(index, ExpertPart::Down) => {
+                Some(Self::Expert(index, ExpertPart::DownBias))
+            }
             Self::FfnPostNorm => Some(Self::FfnPostNormBias),
             Self::OutputNorm => Some(Self::OutputNormBias),
             _ => None,

@@ -92,13 +92,9 @@ impl Family for QwenMoe {
             return Stored::PLAIN;
         }
         match part {
-            Part::FfnGate => {
-                Stored::named("mlp.shared_expert.gate_proj.weight", &[Part::FfnGate])
-            }
+            Part::FfnGate => Stored::named("mlp.shared_expert.gate_proj.weight", &[Part::FfnGate]),
             Part::FfnUp => Stored::named("mlp.shared_expert.up_proj.weight", &[Part::FfnUp]),
-            Part::FfnDown => {
-                Stored::named("mlp.shared_expert.down_proj.weight", &[Part::FfnDown])
-            }
+            Part::FfnDown => Stored::named("mlp.shared_expert.down_proj.weight", &[Part::FfnDown]),
             _ => experts::in_hf(part, spec).unwrap_or(Stored::PLAIN),
         }
     }

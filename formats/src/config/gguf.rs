@@ -117,7 +117,9 @@ impl ModelConfig {
         self.features.has_attention_bias |= has("attn_q") || has("attn_qkv");
         self.features.has_output_bias |= has("attn_output");
         self.features.has_ffn_bias |= has("ffn_down");
-        self.features.has_qk_norm |= has_tensor("blk.0.attn_q_norm.weight");
+        if self.family.default("use_qk_norm").is_some() {
+            self.features.has_qk_norm |= has_tensor("blk.0.attn_q_norm.weight");
+        }
     }
 
     /// Finds out whether gates and inputs of experts are one tensor, as of some converters; `has`

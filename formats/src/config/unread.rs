@@ -126,10 +126,12 @@ pub(super) fn unread(key: &str, value: &Json, model: &ModelConfig) -> Unread {
         | "n_routed_experts"
         | "num_nextn_predict_layers" => is(0.0),
         "num_experts_per_tok" | "kv_lora_rank" | "q_lora_rank" => is(0.0),
-        "scoring_func" => model.features.experts.is_some_and(|experts| match experts.routing.scores {
-            Scores::Softmax => value == "softmax",
-            Scores::Sigmoid => value == "sigmoid",
-        }),
+        "scoring_func" => {
+            model.features.experts.is_some_and(|experts| match experts.routing.scores {
+                Scores::Softmax => value == "softmax",
+                Scores::Sigmoid => value == "sigmoid",
+            })
+        }
         "topk_method" => model.features.experts.is_some_and(|experts| {
             value == if experts.routing.is_corrected { "noaux_tc" } else { "greedy" }
         }),

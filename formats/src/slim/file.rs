@@ -169,8 +169,7 @@ impl SlimFile {
         let mut config = ModelConfig::from_gguf(path, metadata, gguf.facts()?)?;
         config.find_biases(|name| gguf.tensor(name).is_some());
         let output = Part::Output.gguf_name();
-        config.tied_embeddings = 
-            !places.contains_key(&*output) && gguf.tensor(&output).is_none();
+        config.tied_embeddings = !places.contains_key(&*output) && gguf.tensor(&output).is_none();
         let decoder = Decoder::new(&config);
         let tokenizer = TokenizerSource::from_gguf(metadata);
         Ok(Self { config, decoder, tokenizer, layers, places, stored, parts, gguf })
