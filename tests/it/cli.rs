@@ -4,7 +4,9 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::command::{Dir, arg, command, fail, onnx_model, slimllm, succeed, tiny_model};
+use crate::command::{
+    Dir, arg, command, fail, onnx_model, short_text, slimllm, succeed, tiny_model,
+};
 
 /// A tiny model of the repository, as an argument.
 fn tiny(name: &str) -> String {
@@ -15,7 +17,7 @@ fn tiny(name: &str) -> String {
 fn convert_tiny(target: &str, more: &[&str]) {
     let source = tiny("llama");
     let fixed = ["convert", &source, "-o", target, "--samples", "2", "--context", "32"];
-    succeed(&[&fixed, more].concat());
+    succeed(&[&fixed, short_text(more), more].concat());
 }
 
 /// A text of some hundred tokens.

@@ -15,7 +15,7 @@ use slim_formats::{
 use slim_kernels::{FloatCpu, Scalar, linalg::Precision, weight};
 
 use crate::{
-    command::{Answer, Dir, arg, command, fail, onnx_runtime, succeed, tiny_model},
+    command::{Answer, Dir, arg, command, fail, onnx_runtime, short_text, succeed, tiny_model},
     end_to_end::{Dequantized, ROUNDED_TOLERANCE, assert_runs_like, logits},
 };
 
@@ -145,7 +145,8 @@ fn hf_name(name: &str) -> String {
 /// Converts on little text; gives the file.
 fn convert(dir: &Dir, model: &Path, more: &[&str]) -> String {
     let (model, file) = (&arg(model), dir.arg("a.slim.gguf"));
-    succeed(&[&["convert", model, "-o", &file, "--force"][..], QUICK, more].concat());
+    let fixed = ["convert", model, "-o", &file, "--force"];
+    succeed(&[&fixed[..], QUICK, short_text(more), more].concat());
     file
 }
 
@@ -228,7 +229,7 @@ fn dry_run_foretells_what_comes_out() {
             let model = &arg(&source);
             let file = dir.arg("a.slim.gguf");
             let dry = &["convert", model, "-o", &file, "--force", "--dry-run", "--json"];
-            let plan = succeed(&[dry, QUICK, way].concat()).json();
+            let plan = succeed(&[&dry[..], QUICK, short_text(way), way].concat()).json();
             convert(&dir, &source, way);
             let found = succeed(&["inspect", &file, "--json"]).json();
             let what = format!("{} and {} columns, {way:?}", sizes.hidden, sizes.ffn);
@@ -272,7 +273,7 @@ fn targets_are_met_or_refused_with_what_is_possible() {
     for sizes in ALL {
         let source = model(&dir, sizes);
         let (model, file) = (&arg(&source), dir.arg("b.slim.gguf"));
-        let start = [&["convert", model, "-o", &file][..], QUICK].concat();
+        let start = [&["convert", model, "-o", &file][..], QUICK, short_text(&[])].concat();
         for (flag, low) in [("--target-bpw", "1.2"), ("--target-size", "1KiB")] {
             let refused = crate::command::slimllm(&[&start[..], &[flag, low]].concat());
             refused.fails(&["expected at least "]);

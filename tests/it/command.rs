@@ -74,6 +74,16 @@ pub fn files_in(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
+/// A text to calibrate on, where it does not matter which. The built-in one is 18 times as long,
+/// and takes longer to tokenize than a tiny model takes to convert.
+pub const SHORT_TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/converter/data/alice.txt");
+
+/// The options that calibrate on [`SHORT_TEXT`], unless rounding to nearest, which takes no text,
+/// is among the others.
+pub fn short_text(others: &[&str]) -> &'static [&'static str] {
+    if others.contains(&"rtn") { &[] } else { &["--calibration", SHORT_TEXT] }
+}
+
 /// A folder of test data.
 pub fn test_data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)

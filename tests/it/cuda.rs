@@ -11,7 +11,7 @@ use slim_kernels::{FloatCpu, KvType, Scalar, cuda::Device, linalg::Precision};
 use slim_runtime::{CudaSettings, Model, Turn};
 
 use crate::{
-    command::{Dir, arg, fail, golden_models, tiny_model},
+    command::{Dir, SHORT_TEXT, arg, fail, golden_models, tiny_model},
     end_to_end,
 };
 
@@ -47,6 +47,8 @@ fn packed(dir: &Dir, name: &str) -> String {
         "4",
         "--context",
         "64",
+        "--calibration",
+        SHORT_TEXT,
         "--device",
         "cpu",
     ]));

@@ -20,7 +20,9 @@ use slim_kernels::{
 };
 use slim_runtime::{InBatches, Model, Protocol, Tokenizer, Turn, evaluate};
 
-use crate::command::{Dir, arg, fail, golden_models, onnx_model, real_model, succeed, tiny_model};
+use crate::command::{
+    Dir, SHORT_TEXT, arg, fail, golden_models, onnx_model, real_model, succeed, tiny_model,
+};
 
 /// What the issue allows between a packed file and the quantizer's own weights.
 const LOGITS_TOLERANCE: f32 = 1e-3;
@@ -282,7 +284,8 @@ fn more_bits_come_closer_to_the_source() {
 }
 
 /// The options of a quick conversion of a tiny model.
-const QUICK: [&str; 6] = ["--group-size", "32", "--samples", "4", "--context", "64"];
+const QUICK: [&str; 8] =
+    ["--group-size", "32", "--samples", "4", "--context", "64", "--calibration", SHORT_TEXT];
 
 #[test]
 fn conversion_gives_the_same_bytes_again_with_any_threads_and_memory() {
@@ -448,7 +451,7 @@ fn slim_plus_from_a_draft_gives_what_it_gives_by_itself() {
     let source = &arg(&tiny_model("llama"));
     let convert = |output: &str, options: &[&str]| {
         let args = ["convert", source, "-o", output, "--samples", "2", "--context", "64"];
-        succeed(&[&args, options].concat());
+        succeed(&[&args, &["--calibration", SHORT_TEXT][..], options].concat());
         std::fs::read(output).unwrap()
     };
     let (draft, by_itself, trained) = (&dir.arg("draft"), &dir.arg("one"), &dir.arg("two"));

@@ -9,7 +9,7 @@ use slim_formats::{ModelSource, Weight, open_model, slim::SlimFile};
 use slim_kernels::{FloatCpu, linalg::Precision, weight};
 
 use crate::{
-    command::{Dir, arg, fail, succeed, tiny_model},
+    command::{Dir, SHORT_TEXT, arg, fail, succeed, tiny_model},
     end_to_end,
 };
 
@@ -168,7 +168,8 @@ fn matrices_in_bands_are_joined() {
         let source = arg(&tiny_model(name));
         let fixed =
             ["convert", &source, "-o", slim, "--force", "--embed-bits", "16", "--bits", "2"];
-        succeed(&[&fixed[..], &["--samples", "2", "--context", "32"]].concat());
+        let quick = ["--samples", "2", "--context", "32", "--calibration", SHORT_TEXT];
+        succeed(&[&fixed[..], &quick].concat());
         let file = SlimFile::open(slim.as_ref()).unwrap();
         assert!(matches!(file.tensor("blk.1.ffn_up.weight"), Ok(Some(Weight::Bands(_)))));
         let expected = logits(slim);

@@ -7,7 +7,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use slim_formats::{DType, ModelSource, Weight, open_model, slim::SlimFile};
 use slim_kernels::weight::dequantize_rows;
 
-use crate::command::{Dir, arg, fail, slimllm, succeed, tiny_model};
+use crate::command::{Dir, SHORT_TEXT, arg, fail, short_text, slimllm, succeed, tiny_model};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const VALUES: &str = "model.layers.0.self_attn.v_proj.weight";
@@ -51,7 +51,7 @@ fn convert(source: &Dir, target: &str, more: &[&str]) -> (String, Vec<String>) {
     let source = arg(source.root());
     let quick = ["--samples", "2", "--context", "32", "--json"];
     let fixed = [&["convert", &source, "-o", target, "--force"][..], &quick].concat();
-    let answer = succeed(&[&fixed[..], more].concat());
+    let answer = succeed(&[&fixed[..], short_text(more), more].concat());
     let warnings = answer.json()["warnings"].as_array().unwrap().clone();
     let warnings = warnings.iter().map(|warning| warning.as_str().unwrap().to_owned());
     (answer.stderr.clone(), warnings.collect())
@@ -228,6 +228,7 @@ fn activations_out_of_range_are_named_with_what_to_try() {
     });
     let (model, out) = (&arg(source.root()), &source.arg("out"));
     let convert = ["convert", model, "-o", out, "--force", "--samples", "2", "--context", "32"];
+    let convert = [&convert[..], &["--calibration", SHORT_TEXT]].concat();
     for (method, place) in [("slim", "`blk.0`: found"), ("gptq", "`blk.0.ffn_gate.weight`: found")]
     {
         let fragments =
@@ -252,7 +253,7 @@ fn file_names_the_instruction_path_that_decided_its_bytes() {
     for (method, recorded) in [("slim", true), ("gptq", true), ("slim+", true), ("rtn", false)] {
         let more = ["--method", method, "--device", "cpu", "--quiet"];
         let steps: &[&str] = if method == "slim+" { &["--steps", "2"] } else { &[] };
-        succeed(&[&convert[..], &more, steps].concat());
+        succeed(&[&convert[..], &more, short_text(&more), steps].concat());
         let metadata = &succeed(&["inspect", out, "--json", "--metadata"]).json()["metadata"];
         let found = metadata.get("slim.quantization.instructions");
         assert_eq!(found.and_then(|found| found.as_str()), recorded.then_some(path.as_str()));

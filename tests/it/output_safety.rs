@@ -14,7 +14,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use crate::command::{Answer, Dir, arg, command, fail, slimllm, succeed, tiny_model};
+use crate::command::{Answer, Dir, SHORT_TEXT, arg, command, fail, slimllm, succeed, tiny_model};
 
 /// Arguments of every command that writes, but for the output, with the extension of what it
 /// writes; folders have none.
@@ -266,7 +266,7 @@ fn long_conversion(dir: &Dir) -> std::process::Child {
     let mut child = dir
         .slimllm("convert")
         .args([&arg(&tiny_model("llama")), "-o", "out.gguf", "--samples", "4096"])
-        .args(["--context", "512"])
+        .args(["--context", "512", "--calibration", SHORT_TEXT])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -334,7 +334,7 @@ fn command_that_is_told_to_survive_its_terminal_does() {
     let mut child = Command::new("nohup")
         .arg(program)
         .args(["convert", &arg(&tiny_model("llama")), "-o", &dir.arg("out.gguf")])
-        .args(["--samples", "256", "--context", "64", "--quiet"])
+        .args(["--samples", "256", "--context", "64", "--quiet", "--calibration", SHORT_TEXT])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -8,12 +8,13 @@ use slim_formats::{
     slim::{BitWidth, LayerLayout, Outline, PackedLayer, SlimFile, SlimWriter},
 };
 
-use crate::command::{Dir, arg, fail, slimllm, succeed, tiny_model};
+use crate::command::{Dir, arg, fail, short_text, slimllm, succeed, tiny_model};
 
 const QUICK: &[&str] = &["--samples", "4", "--context", "32", "--quiet", "--device", "cpu"];
 
 fn convert(model: &str, file: &str, more: &[&str]) {
-    succeed(&[&["convert", &arg(&tiny_model(model)), "-o", file][..], QUICK, more].concat());
+    let fixed = ["convert", &arg(&tiny_model(model)), "-o", file];
+    succeed(&[&fixed[..], QUICK, short_text(more), more].concat());
 }
 
 /// Checks that a page is whole, and fetches nothing.

@@ -1,6 +1,6 @@
 //! What commands say of their results: warnings in both places, contexts, figures over everything.
 
-use crate::command::{Dir, arg, fail, succeed, tiny_model};
+use crate::command::{Dir, SHORT_TEXT, arg, fail, succeed, tiny_model};
 
 fn llama() -> String {
     arg(&tiny_model("llama"))
@@ -11,6 +11,7 @@ fn every_warning_that_is_printed_is_in_the_document() {
     let dir = Dir::new();
     let (llama, slim, out) = (&llama(), &dir.arg("a.slim.gguf"), &dir.arg("b.slim.gguf"));
     let quick = ["--samples", "2", "--context", "32", "--bits", "4", "--json"];
+    let quick = [&quick[..], &["--calibration", SHORT_TEXT]].concat();
     succeed(&[&["convert", llama, "-o", slim][..], &quick].concat());
     for more in [&["--dry-run"][..], &[], &["--quiet"]] {
         let answer = succeed(&[&["convert", slim, "-o", out][..], &quick, more].concat());
