@@ -8,6 +8,7 @@ mod cuda;
 mod dense;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use slim_formats::{
     DType, DenseTensor, Layout, Weight,
     arch::Activation,
@@ -332,8 +333,10 @@ fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec
 fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x: &[f32]) {
     let m = x.len() / cols;
     let mut out = vec![f32::NAN; weights.len() / cols * m];
+    // Of the backend in hand; it is dear, and wanted again for the last one, `cpu`.
+    let mut expected = Vec::new();
     for (name, backend) in backends() {
-        let expected = product(&as_input_of(name, weight, x, cols), weights, cols);
+        expected = product(&as_input_of(name, weight, x, cols), weights, cols);
         out.fill(f32::NAN);
         backend.matmul(weight, x, m, &mut out).unwrap();
         // One token, and codes in integers, are multiplied without the general product.
@@ -345,7 +348,6 @@ fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x:
     }
     if m > 1 {
         let mut in_integers: Option<Vec<f32>> = None;
-        let expected = product(&as_input_of("cpu", weight, x, cols), weights, cols);
         for method in matvec::Method::all() {
             out.fill(f32::NAN);
             if multiply_by(method, weight, x, m, &mut out).is_some() {
@@ -374,22 +376,27 @@ fn check_matmul(what: &str, weight: Weight<'_>, weights: &[f64], cols: usize, x:
 #[test]
 fn matmul_packed_layers_of_every_kind_agree() {
     let mut noise = Noise(1);
-    for coding in codings() {
-        for bits in 0..=8 {
-            for cols in [16_usize, 48, 80, 160, 576] {
-                for group_size in [16, 48, 64, 128] {
-                    let rows = noise.pick(&[1, 15, 16, 17, 33, 65, 129, 270]);
-                    let widths = bit_widths(&mut noise, bits, cols.div_ceil(group_size));
-                    let shape = [rows, cols, group_size];
-                    let layer = Layer::new(&mut noise, Fill::Random, shape, coding, &widths);
-                    for m in [1, noise.pick(&[2, 7, 130])] {
-                        let x = noise.vector(m * cols, 1.0);
-                        let what = format!("{coding:?}, {shape:?}, bits {widths:?}, m {m}");
-                        check_matmul(&what, layer.weight(), &layer.weights, cols, &x);
-                    }
-                }
+    for (coding, bits) in codings().flat_map(|coding| (0..=8).map(move |bits| (coding, bits))) {
+        let mut cases = Vec::new();
+        for cols in [16_usize, 48, 80, 160, 576] {
+            for group_size in [16, 48, 64, 128] {
+                let rows = noise.pick(&[1, 15, 16, 17, 33, 65, 129, 270]);
+                let widths = bit_widths(&mut noise, bits, cols.div_ceil(group_size));
+                let shape = [rows, cols, group_size];
+                let layer = Layer::new(&mut noise, Fill::Random, shape, coding, &widths);
+                let tokens = [1, noise.pick(&[2, 7, 130])];
+                cases.push((shape, widths, layer, tokens.map(|m| noise.vector(m * cols, 1.0))));
             }
         }
+        // Drawn one by one, checked on all cores: under an emulator it takes minutes.
+        cases.into_par_iter().for_each(|(shape, widths, layer, inputs)| {
+            let cols = shape[1];
+            for x in &inputs {
+                let m = x.len() / cols;
+                let what = format!("{coding:?}, {shape:?}, bits {widths:?}, m {m}");
+                check_matmul(&what, layer.weight(), &layer.weights, cols, x);
+            }
+        });
     }
 }
 

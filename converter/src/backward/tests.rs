@@ -365,7 +365,7 @@ fn divergence_gradients_are_finite_differences() {
 /// Along the gradient itself, and along a random direction, the loss changes as the gradient says.
 #[test]
 fn gradients_of_every_family_are_finite_differences() {
-    for name in every_model() {
+    every_model().into_par_iter().for_each(|name| {
         let source = open(&name);
         let tensors = perturbed(&*source);
         let (a, b) = (tokens(24, 5), tokens(24, 6));
@@ -404,17 +404,17 @@ fn gradients_of_every_family_are_finite_differences() {
                 };
                 let squares = tensors[tensor].iter().map(|&value| f64::from(value * value));
                 let size = squares.sum::<f64>().sqrt();
-                // One of them is small enough for the curvature and large enough for f32.
-                let errors = [3e-3, 3e-4, 3e-5].map(|share| {
+                let error = |share: f64| {
                     let step = share * size;
                     let found = (loss(step) - loss(-step)) / (2.0 * step);
                     (found - dot(gradient, direction) / unit).abs() / length
-                });
-                let error = errors.into_iter().fold(f64::INFINITY, f64::min);
-                assert!(error < 0.03, "{name}, {tensor}: {error:.1e}");
+                };
+                // One of them is small enough for the curvature and large enough for f32.
+                let is_near = [3e-4, 3e-3, 3e-5].into_iter().any(|share| error(share) < 0.03);
+                assert!(is_near, "{name}, {tensor}: {:.1e}", error(3e-4));
             }
         }
-    }
+    });
 }
 
 /// Longer than the pieces of queries, of products and of logits.
