@@ -30,6 +30,9 @@ RELEASE  := $(or $(CARGO_TARGET_DIR),target)/release
 SLIMLLM  := $(RELEASE)/slimllm
 DEBUG    := $(or $(CARGO_TARGET_DIR),target)/debug
 EMULATOR := $(CURDIR)/target/cuda-emulator
+# A text to calibrate tiny models on: the built-in one, 18 times as long, takes longer to tokenize
+# than they take to convert.
+TEXT     := converter/data/alice.txt
 
 .PHONY: demo test test-product test-cuda test-peers test-onnx test-real test-engines gpu-check ci
 .NOTPARALLEL:
@@ -47,14 +50,18 @@ test-product: $(smollm2) $(VENV)/ready $(VENV)/onnx
 	SLIMLLM_TEST_MODEL="$(CURDIR)/$(smollm2)" SLIMLLM_PYTHON="$(CURDIR)/$(PYTHON)" \
 	    SLIMLLM_TEST_ONNXRUNTIME="$$(echo "$(CURDIR)"/$(VENV)/lib/python3*/$(ORT_IN_VENV))" cargo test
 
+# What else runs is built with the features that the dependencies of tests have: `--test it` turns
+# them on. Without it, and for a package by itself, `cargo` would compile nearly all once more.
+BUILD    := cargo build --quiet --test it
+
 # The CUDA kernels and all that calls them, on an emulated driver: no GPU is needed.
 test-cuda: export LD_LIBRARY_PATH := $(EMULATOR)
 test-cuda: export SLIMLLM_TEST_CUDA := 1
 test-cuda:
 	scripts/cuda-emulator
-	cargo test --package slim-kernels cuda
-	cargo test --test it -- cuda on_a_device
-	cargo run --quiet --package slim-gpu-check -- --smoke
+	cargo test --lib --test it -- cuda on_a_device
+	$(BUILD) --workspace --exclude slim-peers --bin gpu-check
+	$(DEBUG)/gpu-check --smoke
 
 # One program that tests and measures the CUDA kernels on a machine with a GPU, which needs nothing
 # but the driver.
@@ -66,9 +73,10 @@ gpu-check:
 # Two GGUF readers that are not ours must find in a SliM file what `inspect` says.
 test-peers: $(VENV)/ready
 	mkdir -p $(dir $(PEER))
-	cargo run --quiet -- convert tests/data/archs/llama -o $(PEER) --force \
-	    --bits 3 --group-size 32 --samples 4 --context 64
-	cargo run --quiet -- inspect $(PEER) --json --metadata > $(PEER).json
+	$(BUILD) --bin slimllm
+	$(DEBUG)/slimllm convert tests/data/archs/llama -o $(PEER) --force \
+	    --bits 3 --group-size 32 --samples 4 --context 64 --calibration $(TEXT)
+	$(DEBUG)/slimllm inspect $(PEER) --json --metadata > $(PEER).json
 	$(PYTHON) tests/peers/read_with_gguf.py $(PEER) $(PEER).json
 	SLIMLLM_PEER_FILE="$(CURDIR)/$(PEER)" SLIMLLM_PEER_JSON="$(CURDIR)/$(PEER).json" \
 	    cargo test --package slim-peers
@@ -77,11 +85,11 @@ test-peers: $(VENV)/ready
 test-onnx: $(VENV)/onnx
 	mkdir -p target/onnx
 	seq 0 255 > target/onnx/tokens
-	cargo build --quiet
+	$(BUILD) --bin slimllm
 	for name in $(ONNX_MODELS); do \
 	    rm -rf target/onnx/$$name && \
 	    $(DEBUG)/slimllm convert tests/data/archs/$$name -o target/onnx/$$name.slim.gguf --force \
-	        --bits 3 --group-size 32 --samples 4 --context 64 --quiet && \
+	        --bits 3 --group-size 32 --samples 4 --context 64 --calibration $(TEXT) --quiet && \
 	    $(DEBUG)/slimllm export target/onnx/$$name.slim.gguf --to onnx -o target/onnx/$$name --quiet && \
 	    $(PYTHON) scripts/check-onnx-export target/onnx/$$name target/onnx/$$name.slim.gguf \
 	        --tokens target/onnx/tokens --context 128 --tolerance 0.02 --slimllm $(DEBUG)/slimllm || exit 1; \
