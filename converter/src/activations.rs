@@ -50,8 +50,8 @@ impl Activations {
         Ok(Self { values, samples, context, width })
     }
 
-    /// Makes room for as many tokens with `width` channels, at most as many as it was made for; what
-    /// it held is gone.
+    /// Makes room for as many tokens with `width` channels, at most as many as it was made for;
+    /// what it held is gone.
     pub fn set_width(&mut self, width: usize) {
         assert!(self.samples * self.context * width <= self.values.len(), "{width} channels");
         self.width = width;

@@ -19,19 +19,45 @@ fn families_by_layout() {
         "| GGUF's name | Hugging Face's types | `--device cuda` | `export --to` |\n|---|---|---|---|\n"
             .to_owned();
     for family in FAMILIES {
-        let of_family: Vec<&dyn ModelSource> =
-            models.iter().map(|model| &**model).filter(|m| m.config().family == family).collect();
-        assert!(!of_family.is_empty(), "no golden of {}", family.architecture());
-        table += &row(family, &of_family);
+        for (kinds, engines) in rows(family, &models) {
+            let kinds: Vec<_> = kinds.iter().map(|kind| format!("`{kind}`")).collect();
+            let name = family.architecture();
+            table += &format!("| `{name}` | {} | {engines} |\n", kinds.join(", "));
+        }
     }
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/models.md");
     let text = std::fs::read_to_string(&page).unwrap();
     assert!(text.contains(&table), "{} should have\n\n{table}", page.display());
 }
 
-fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
-    let types: Vec<_> =
-        family.hf_types().iter().map(|kind| format!("`{}`", kind.model_type)).collect();
+/// Hugging Face's types of a family, those together that the same engines have. One without a
+/// golden is like the one before it.
+fn rows(
+    family: &'static dyn Family,
+    models: &[Box<dyn ModelSource>],
+) -> Vec<(Vec<&'static str>, String)> {
+    let mut rows: Vec<(Vec<&str>, String)> = Vec::new();
+    for kind in family.hf_types() {
+        let is_of_kind = |model: &&Box<dyn ModelSource>| {
+            let config = model.config();
+            config.family == family && family.hf_type(config) == *kind
+        };
+        let of_kind: Vec<_> = models.iter().filter(is_of_kind).map(|model| &**model).collect();
+        match rows.last_mut() {
+            Some((kinds, found)) if of_kind.is_empty() || *found == engines(&of_kind) => {
+                kinds.push(kind.model_type);
+            }
+            _ => {
+                assert!(!of_kind.is_empty(), "no golden of {}", kind.model_type);
+                rows.push((vec![kind.model_type], engines(&of_kind)));
+            }
+        }
+    }
+    rows
+}
+
+/// What all of some models run on, and may be exported to, as the cells of a row.
+fn engines(models: &[&dyn ModelSource]) -> String {
     let layouts = [
         ("safetensors", Target::Safetensors),
         ("gguf", Target::Gguf),
@@ -41,11 +67,5 @@ fn row(family: &dyn Family, models: &[&dyn ModelSource]) -> String {
     let has = |target: Target| models.iter().all(|model| target.lacks(*model).is_none());
     let layouts = layouts.into_iter().filter(|&(_, target)| has(target)).map(|(name, _)| name);
     let runs = models.iter().all(|model| CudaSettings::lacks(model.decoder()).is_none());
-    format!(
-        "| `{}` | {} | {} | {} |\n",
-        family.architecture(),
-        types.join(", "),
-        if runs { "yes" } else { "no" },
-        layouts.collect::<Vec<_>>().join(", ")
-    )
+    format!("{} | {}", if runs { "yes" } else { "no" }, layouts.collect::<Vec<_>>().join(", "))
 }
