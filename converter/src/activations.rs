@@ -69,6 +69,11 @@ impl Activations {
         self.samples
     }
 
+    /// Tokens of all samples.
+    pub fn tokens(&self) -> usize {
+        self.samples * self.context
+    }
+
     /// Channels.
     pub fn width(&self) -> usize {
         self.width

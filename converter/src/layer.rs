@@ -82,7 +82,7 @@ impl<'a> LayerInputs<'a> {
 
     /// Calibration tokens.
     pub fn tokens(&self) -> usize {
-        self.activations.batch(0..self.activations.samples()).len() / self.activations.width()
+        self.activations.tokens()
     }
 
     /// Columns whose inputs are all 0.

@@ -74,7 +74,7 @@ impl Calibrator<'_> {
 
 /// A route for all tokens of `normed`, all of which count the same.
 fn all_tokens(normed: &Activations) -> Route {
-    let count = normed.batch(0..normed.samples()).len() / normed.width();
+    let count = normed.tokens();
     Route { tokens: (0..count).collect(), weights: vec![1.0; count] }
 }
 

@@ -31,6 +31,21 @@ impl Family for MiniMaxM2 {
         experts::read(keys, config, Routing::SIGMOID)
     }
 
+    /// That they are there is the model, and others say it too; or they are about what guesses
+    /// further tokens.
+    fn ignores(&self, key: &str, _config: &ModelConfig) -> bool {
+        const IGNORED: [&str; 7] = [
+            "use_qk_norm",
+            "qk_norm_type",
+            "use_routing_bias",
+            "attn_type_list",
+            "use_mtp",
+            "num_mtp_modules",
+            "mtp_transformer_layers",
+        ];
+        IGNORED.contains(&key)
+    }
+
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
         experts::write(config, json, "num_local_experts", None);
         llama::write_partial_rotation(config, json);
