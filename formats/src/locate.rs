@@ -172,17 +172,18 @@ fn adapter(root: &Path) -> FormatError {
 }
 
 /// A file of several that are numbered: `NAME-00001-of-00003.EXTENSION`.
-pub(crate) struct NumberedFile<'a> {
+pub struct NumberedFile<'a> {
     stem: &'a str,
     extension: &'a str,
     /// From 1 to `count`.
-    pub(crate) number: usize,
-    pub(crate) count: usize,
+    pub number: usize,
+    /// How many there are.
+    pub count: usize,
 }
 
 impl<'a> NumberedFile<'a> {
     /// By its name.
-    pub(crate) fn of(name: &'a str) -> Option<Self> {
+    pub fn of(name: &'a str) -> Option<Self> {
         let (name, extension) = name.rsplit_once('.')?;
         let (rest, count) = name.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
@@ -195,8 +196,13 @@ impl<'a> NumberedFile<'a> {
         is_one.then_some(Self { stem, extension, number, count })
     }
 
+    /// What the names of all files begin with.
+    pub fn stem(&self) -> &'a str {
+        self.stem
+    }
+
     /// The name of file `number`.
-    pub(crate) fn name_of(&self, number: usize) -> String {
+    pub fn name_of(&self, number: usize) -> String {
         let Self { stem, extension, count, .. } = self;
         format!("{stem}-{number:05}-of-{count:05}.{extension}")
     }
