@@ -65,7 +65,8 @@ pub enum Command {
 
 #[derive(clap::Args)]
 pub struct ConvertArgs {
-    /// A Hugging Face directory, an ONNX file with its `config.json` beside it, or a GGUF file
+    /// A Hugging Face directory, an ONNX file with its `config.json` beside it, a GGUF file, or a
+    /// hub id: org/name[@revision], with :Q4_K_M for a GGUF of a repository
     pub source: PathBuf,
 
     #[command(flatten)]
@@ -256,7 +257,7 @@ pub struct SamplingArgs {
 
 #[derive(clap::Args)]
 pub struct InspectArgs {
-    /// A SliM, GGUF, ONNX or safetensors file, or a Hugging Face directory
+    /// A SliM, GGUF, ONNX or safetensors file, a Hugging Face directory, or a hub id
     pub file: PathBuf,
 
     /// List the tensors
@@ -290,7 +291,7 @@ pub struct InspectArgs {
 
 #[derive(clap::Args)]
 pub struct DiffArgs {
-    /// A SliM, GGUF, ONNX or safetensors file, or a Hugging Face directory
+    /// A SliM, GGUF, ONNX or safetensors file, a Hugging Face directory, or a hub id
     pub a: PathBuf,
 
     /// Another one, such as the source of the first

@@ -11,6 +11,7 @@ use slim_formats::{ModelSource, gguf::Value, slim::LayerInfo};
 use crate::{
     Outcome,
     args::DiffArgs,
+    fetch::locate,
     inspect::Contents,
     open::open,
     output::{note, print, print_json},
@@ -76,7 +77,7 @@ enum Groups {
 
 impl Difference {
     fn between(a: &Path, b: &Path) -> Result<Self> {
-        let contents = [Contents::read(a)?, Contents::read(b)?];
+        let contents = [Contents::read(&locate(a, false)?)?, Contents::read(&locate(b, false)?)?];
         let [a, b] = [(a, &contents[0]), (b, &contents[1])].map(|(path, contents)| File {
             name: path.display().to_string(),
             format: contents.format,

@@ -49,6 +49,32 @@ pub(crate) fn snapshot(path: &Path) -> Result<Option<PathBuf>> {
     Err(FormatError::unsupported(path, what, hint))
 }
 
+/// Which commit of which model of a hub a folder is.
+pub struct HubCommit {
+    /// `ORG/NAME`.
+    pub repository: String,
+    /// As Git spells it.
+    pub commit: String,
+}
+
+impl HubCommit {
+    /// That of a model which lies in a hub's cache, `models--ORG--NAME/snapshots/COMMIT`.
+    pub fn of(path: &Path) -> Option<Self> {
+        // Its files are links out of the snapshot: the folder counts.
+        let folder = if path.is_dir() { path } else { path.parent()? };
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let folder = here.canonicalize().ok()?;
+        let is_snapshot =
+            |folder: &&Path| folder.parent().is_some_and(|p| p.ends_with("snapshots"));
+        let snapshot = folder.ancestors().find(is_snapshot)?;
+        let commit = snapshot.file_name()?.to_str()?.to_owned();
+        let root = snapshot.ancestors().nth(2)?.file_name()?.to_str()?;
+        let repository = root.strip_prefix("models--")?.replacen("--", "/", 1);
+        let is_commit = commit.len() == 40 && commit.bytes().all(|b| b.is_ascii_hexdigit());
+        is_commit.then_some(Self { repository, commit })
+    }
+}
+
 /// The weights in a folder.
 ///
 /// # Errors

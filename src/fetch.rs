@@ -1,0 +1,89 @@
+//! Models that are named by their id on a hub.
+
+use std::{borrow::Cow, path::Path, time::Duration};
+
+use anyhow::Result;
+use slim_hub::{Hub, HubError, HubId, Settings, Watch};
+
+use crate::{
+    output::{note, one_line, size, warn},
+    progress::Progress,
+};
+
+/// What progress is counted in.
+const MIB: u64 = 1 << 20;
+
+/// Where a model lies that the user names: the path itself, or, if nothing is there and it can be
+/// an id of a hub, where the hub's cache has it. It is fetched if it is not there yet; quietly, if
+/// only warnings are wanted.
+pub fn locate(path: &Path, is_quiet: bool) -> Result<Cow<'_, Path>> {
+    let id = path.to_str().and_then(|text| text.parse::<HubId>().ok());
+    match id.filter(|_| path.symlink_metadata().is_err()) {
+        None => Ok(path.into()),
+        Some(id) => {
+            let hub = Hub::new(Settings::from_environment()?);
+            let mut talk = Talk { is_quiet, progress: None, done: 0, total: 0, shown: 0 };
+            Ok(hub.locate(&id, &mut talk)?.into())
+        }
+    }
+}
+
+/// Tells how far a download is.
+struct Talk {
+    /// Whether nothing is told but warnings.
+    is_quiet: bool,
+    progress: Option<Progress>,
+    /// Bytes of the files that are there, and of all.
+    done: u64,
+    total: u64,
+    /// The step that was told last.
+    shown: u64,
+}
+
+impl Watch for Talk {
+    fn begin(&mut self, bytes: u64) {
+        let is_told = bytes > 0 && !self.is_quiet;
+        (self.done, self.total, self.shown) = (0, bytes, 0);
+        self.progress = is_told.then(|| Progress::new("MiB", bytes.div_ceil(MIB) as usize));
+    }
+
+    fn received(&mut self, file: &str, bytes: u64) {
+        let reached = self.done + bytes;
+        // The last step may be shorter than the others.
+        let step = if reached == self.total { reached.div_ceil(MIB) } else { reached / MIB };
+        if let Some(progress) = &mut self.progress
+            && step > self.shown
+        {
+            progress.step(step as usize, file);
+            self.shown = step;
+        }
+    }
+
+    fn received_whole(&mut self, file: &str, bytes: u64) {
+        self.received(file, bytes);
+        self.done += bytes;
+    }
+
+    fn pauses(&mut self, error: &HubError, pause: Duration) {
+        let when = match pause.is_zero() {
+            true => "it is fetched anew".to_owned(),
+            false => format!("next try in {:.1} s", pause.as_secs_f64()),
+        };
+        let line = format!("{}; {when}", one_line(&error.to_string()));
+        match &self.progress {
+            Some(progress) => progress.warn(&line),
+            None => warn(&line),
+        }
+    }
+
+    fn waits_for_another(&mut self, file: &str) {
+        note(format_args!("another process is fetching `{}`; waiting for it", one_line(file)));
+    }
+
+    fn end(&mut self, id: &HubId, commit: &str) {
+        if let Some(progress) = self.progress.take() {
+            progress.finish();
+            note(format_args!("fetched {} of `{id}`, commit {commit}", size(self.total)));
+        }
+    }
+}
