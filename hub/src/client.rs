@@ -101,7 +101,7 @@ impl<'a> Client<'a> {
             match response.status().as_u16() {
                 200 | 206 | 416 => return Ok(response),
                 301 | 302 | 303 | 307 | 308 => address = address.redirected(&response)?,
-                status => return Err(self.failure(status, &response, &address, &hub)),
+                status => return Err(self.failure(path, status, &response, &address, &hub)),
             }
         }
         Err(HubError::Answer {
@@ -111,9 +111,10 @@ impl<'a> Client<'a> {
         })
     }
 
-    /// The error for a status that is no success.
+    /// The error for a status that is no success, of what lies at a path of the hub.
     fn failure(
         &self,
+        path: &str,
         status: u16,
         response: &Response<Body>,
         address: &Address,
@@ -134,7 +135,7 @@ impl<'a> Client<'a> {
             (401, _) => Refusal::WhoAsks,
             (403, _) => Refusal::NotAllowed,
             (404, Some("RevisionNotFound")) => Refusal::NoRevision,
-            (404, _) if address.url.contains("/resolve/") => Refusal::NoFile,
+            (404, _) if path.contains("/resolve/") => Refusal::NoFile,
             (404, _) => Refusal::NoRepository,
             _ => Refusal::Other(status),
         };

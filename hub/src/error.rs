@@ -211,7 +211,7 @@ impl HubError {
             } => {
                 format!("check the spelling; the hub shows what it has at {endpoint}/{}", id_of(id))
             }
-            Self::Busy { status: 429, pause: Some(pause), .. } => {
+            Self::Busy { status: 429, pause: Some(pause), .. } if !pause.is_zero() => {
                 format!(
                     "try again in {} s; a token (`HF_TOKEN`) may raise the limit",
                     pause.as_secs()
