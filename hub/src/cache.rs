@@ -63,10 +63,7 @@ impl Repository {
 
     /// The files of a commit.
     pub fn snapshot(&self, commit: &str) -> Snapshot {
-        Snapshot {
-            folder: self.folder.join("snapshots").join(commit),
-            blobs: self.folder.join("blobs"),
-        }
+        Snapshot { folder: self.folder.join("snapshots").join(commit) }
     }
 
     /// Where the bytes of a file are.
@@ -123,7 +120,6 @@ impl Repository {
 /// What the cache has of a commit.
 pub struct Snapshot {
     folder: PathBuf,
-    blobs: PathBuf,
 }
 
 impl Snapshot {
@@ -166,7 +162,7 @@ impl Snapshot {
         if link.symlink_metadata().is_ok() {
             fs::remove_file(&link).map_err(io)?;
         }
-        match self.link_to(&link, file) {
+        match self.create_link(&link, file) {
             // Another process was faster, and links to the same.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             linked => linked.map_err(io),
@@ -175,16 +171,15 @@ impl Snapshot {
 
     /// The link is relative: the cache may be moved.
     #[cfg(unix)]
-    fn link_to(&self, link: &Path, file: &RemoteFile) -> std::io::Result<()> {
+    fn create_link(&self, link: &Path, file: &RemoteFile) -> std::io::Result<()> {
         let up = "../".repeat(2 + file.name.matches('/').count());
-        debug_assert!(self.blobs.ends_with("blobs"));
         std::os::unix::fs::symlink(format!("{up}blobs/{}", file.hash.hex()), link)
     }
 
     /// Elsewhere not every user may create symbolic links.
     #[cfg(not(unix))]
-    fn link_to(&self, link: &Path, file: &RemoteFile) -> std::io::Result<()> {
-        fs::hard_link(self.blobs.join(file.hash.hex()), link)
+    fn create_link(&self, link: &Path, file: &RemoteFile) -> std::io::Result<()> {
+        fs::hard_link(self.folder.join("../../blobs").join(file.hash.hex()), link)
     }
 }
 

@@ -151,26 +151,33 @@ impl<'a> Client<'a> {
 /// An absolute URL.
 struct Address {
     url: String,
-    /// Scheme, host and port.
+    /// What stands before the path.
+    base: String,
+    /// Scheme, host and port, each always said and in one spelling.
     origin: String,
 }
 
 impl Address {
     fn parse(url: &str) -> Result<Self> {
-        let uri = url.parse::<Uri>().ok();
-        let origin = uri.and_then(|uri| {
-            let scheme = uri.scheme_str().filter(|scheme| ["http", "https"].contains(scheme))?;
-            let port = uri.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
-            Some(format!("{scheme}://{}:{port}", uri.host()?.to_ascii_lowercase()))
-        });
-        match origin {
-            Some(origin) => Ok(Self { url: url.to_owned(), origin }),
-            None => Err(HubError::Answer {
-                of: url.chars().take(80).collect(),
-                found: "no address of a server".to_owned(),
-                expected: "one that begins with `https://`",
-            }),
-        }
+        let no_address = || HubError::Answer {
+            of: url.chars().take(80).collect(),
+            found: "no address of a server".to_owned(),
+            expected: "one that begins with `https://`",
+        };
+        let uri: Uri = url.parse().map_err(|_| no_address())?;
+        let (scheme, usual_port) = match uri.scheme_str() {
+            Some("https") => ("https", 443),
+            Some("http") => ("http", 80),
+            _ => return Err(no_address()),
+        };
+        let authority = uri.authority().ok_or_else(no_address)?;
+        let host = authority.host().to_ascii_lowercase();
+        let port = authority.port_u16().unwrap_or(usual_port);
+        Ok(Self {
+            url: url.to_owned(),
+            base: format!("{scheme}://{authority}"),
+            origin: format!("{scheme}://{host}:{port}"),
+        })
     }
 
     /// Where an answer from here says that the file is.
@@ -179,7 +186,7 @@ impl Address {
         let location = location.and_then(|value| value.to_str().ok()).unwrap_or_default();
         let target = match location {
             path if path.starts_with('/') && !path.starts_with("//") => {
-                Self::parse(&format!("{}{path}", self.origin))?
+                Self::parse(&format!("{}{path}", self.base))?
             }
             url => Self::parse(url)?,
         };
@@ -219,7 +226,7 @@ mod tests {
     #[test]
     fn redirects_lead_to_servers_and_never_from_https_to_http() {
         let hub = "https://Hub.example/a/b";
-        assert_eq!(redirect(hub, "/c?d=e").unwrap(), "https://hub.example:443/c?d=e");
+        assert_eq!(redirect(hub, "/c?d=e").unwrap(), "https://Hub.example/c?d=e");
         assert_eq!(redirect(hub, "https://store/x").unwrap(), "https://store/x");
         for location in ["http://hub.example/x", "//store/x", "x", "", "file:///etc/passwd"] {
             assert!(redirect(hub, location).is_err(), "{location}");

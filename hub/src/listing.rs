@@ -1,6 +1,6 @@
 //! What a repository has at a revision, as the hub lists it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
@@ -12,7 +12,8 @@ const MAX_BYTES: u64 = 32 << 20;
 /// The files of a repository at a commit.
 pub struct Listing {
     commit: String,
-    files: Vec<RemoteFile>,
+    /// By their names.
+    files: BTreeMap<String, RemoteFile>,
     /// What was asked for, for messages.
     of: String,
 }
@@ -88,19 +89,16 @@ impl Listing {
         if !is_hex(&answer.sha, &[40, 64]) {
             return Err(wrong(format!("the commit `{}`", cut(&answer.sha)), "a hash in hex"));
         }
-        let mut files = Vec::new();
+        let mut files = BTreeMap::new();
         for sibling in answer.siblings {
             let name = sibling.rfilename.clone();
             if !is_inside(&name) {
                 return Err(wrong(format!("a file called `{}`", cut(&name)), INSIDE));
             }
             let path = path(&answer.sha, &name);
-            files.extend(sibling.hashed().map(|(size, hash)| RemoteFile {
-                name,
-                path,
-                size,
-                hash,
-            }));
+            if let Some((size, hash)) = sibling.hashed() {
+                files.insert(name.clone(), RemoteFile { name, path, size, hash });
+            }
         }
         Ok(Self { commit: answer.sha, files, of })
     }
@@ -112,7 +110,7 @@ impl Listing {
 
     /// The names of all files.
     pub fn names(&self) -> BTreeSet<&str> {
-        self.files.iter().map(|file| file.name.as_str()).collect()
+        self.files.keys().map(String::as_str).collect()
     }
 
     /// A file by its name.
@@ -120,7 +118,7 @@ impl Listing {
     /// # Errors
     /// `Answer` if the list does not have it.
     pub fn file(&self, name: &str) -> Result<&RemoteFile> {
-        self.files.iter().find(|file| file.name == name).ok_or_else(|| HubError::Answer {
+        self.files.get(name).ok_or_else(|| HubError::Answer {
             of: self.of.clone(),
             found: format!("no `{}` with its size and hash", cut(name)),
             expected: "all files of the model",
