@@ -34,9 +34,9 @@ use self::{
     listing::{Listing, RemoteFile},
 };
 pub use self::{
-    error::{HubError, Result},
-    id::HubId,
-    settings::Settings,
+    error::{HubError, Refusal, Result},
+    id::{HubId, NoHubId},
+    settings::{Settings, Token},
     watch::{Unwatched, Watch},
 };
 
