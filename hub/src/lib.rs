@@ -18,6 +18,7 @@ mod choice;
 mod client;
 mod download;
 mod error;
+mod fetch;
 mod id;
 mod listing;
 mod patience;
@@ -26,13 +27,7 @@ mod watch;
 
 use std::path::PathBuf;
 
-use self::{
-    cache::Repository,
-    choice::{Weights, companions, shards},
-    client::Client,
-    download::download,
-    listing::{Listing, RemoteFile},
-};
+use self::{cache::Repository, fetch::Fetch};
 pub use self::{
     error::{HubError, Refusal, Result},
     id::{HubId, NoHubId},
@@ -58,51 +53,15 @@ impl Hub {
     /// for the next time.
     pub fn locate(&self, id: &HubId, watch: &mut dyn Watch) -> Result<PathBuf> {
         let repository = Repository::of(&self.settings.cache, id);
-        let cached = repository.commit(id.revision()).and_then(|commit| {
-            let snapshot = repository.snapshot(&commit);
-            snapshot.model(id.gguf())
-        });
+        let commit = repository.commit(id.revision());
+        let cached = commit.and_then(|commit| repository.snapshot(&commit).model(id.gguf()));
         match cached {
             Some(path) => Ok(path),
             None if self.settings.is_offline => Err(HubError::Offline {
                 id: id.to_string(),
                 folder: repository.folder().to_owned(),
             }),
-            None => self.fetch(id, &repository, watch),
+            None => Fetch::begin(&self.settings, id, &repository, watch)?.model(watch),
         }
-    }
-
-    /// Fetches what the cache lacks of a model.
-    fn fetch(&self, id: &HubId, repository: &Repository, watch: &mut dyn Watch) -> Result<PathBuf> {
-        let client = Client::new(&self.settings, id);
-        let listing = Listing::request(&client, watch)?;
-        let weights = Weights::among(&listing.names(), id)?;
-        let snapshot = repository.snapshot(listing.commit());
-        let fetch = |files: &[&RemoteFile], watch: &mut dyn Watch| {
-            let missing: Vec<_> =
-                files.iter().copied().filter(|file| !repository.has_blob(file)).collect();
-            repository.require_room(&missing)?;
-            watch.begin(missing.iter().map(|file| file.size).sum());
-            missing.iter().try_for_each(|file| download(&client, repository, file, watch))?;
-            files.iter().try_for_each(|file| snapshot.link(file))
-        };
-        let needed = match &weights {
-            Weights::Gguf(names) => names.clone(),
-            Weights::Single(name) => [companions(&listing.names()), vec![name.clone()]].concat(),
-            Weights::Index(name) => {
-                // It says which other files there are.
-                fetch(&[listing.file(name)?], watch)?;
-                let shards = shards(&snapshot.path(name))?;
-                [companions(&listing.names()), shards].concat()
-            }
-        };
-        let files: Result<Vec<_>> = needed.iter().map(|name| listing.file(name)).collect();
-        fetch(&files?, watch)?;
-        repository.write_ref(id.revision(), listing.commit())?;
-        watch.end(id, listing.commit());
-        Ok(match &weights {
-            Weights::Gguf(names) => snapshot.path(&names[0]),
-            Weights::Single(_) | Weights::Index(_) => snapshot.folder().to_owned(),
-        })
     }
 }
