@@ -26,8 +26,11 @@ pub fn source_files(metadata: &Metadata) -> &[String] {
     metadata.strings("slim.source.files").unwrap_or_default()
 }
 
-/// The id of the source on a hub, if it is from one.
+/// The id of the source on a hub, if it is from one. ONNX graphs are not fetched.
 pub fn hub_source(metadata: &Metadata) -> Option<String> {
+    if metadata.str("slim.source.format") == Some("onnx") {
+        return None;
+    }
     let repository = metadata.str("slim.source.repository")?;
     let commit = metadata.str("slim.source.revision")?;
     let gguf = source_files(metadata).iter().find(|name| name.ends_with(".gguf"));
