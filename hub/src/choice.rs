@@ -144,7 +144,7 @@ pub fn companions(names: &BTreeSet<&str>) -> Vec<String> {
 /// # Errors
 /// `Answer` if it is no index; `Io`.
 pub fn shards(index: &Path) -> Result<Vec<String>> {
-    let limit = Limits::default().string_bytes as u64;
+    let limit = Limits::default().string_bytes;
     let no_index = |found: String| HubError::Answer {
         of: index.display().to_string(),
         found,
