@@ -222,7 +222,7 @@ fn twenty_faults_end_in_the_right_file_or_a_sentence() {
     type Fault = Box<dyn Fn(&Request, usize) -> Option<Reply> + Send + Sync>;
     let bytes = || repository().files[WEIGHTS].clone();
     let wrong = || bytes().iter().map(|byte| byte ^ 1).collect::<Vec<_>>();
-    let of_weights = |fault: Box<dyn Fn(&Request, usize) -> Option<Reply> + Send + Sync>| -> Fault {
+    let of_weights = |fault: Fault| -> Fault {
         Box::new(move |request, before| is_of_weights(request).then(|| fault(request, before))?)
     };
     // Cut after so many bytes, so many times.
@@ -338,7 +338,7 @@ fn two_processes_fetch_a_file_once() {
     );
     std::thread::scope(|scope| {
         let both = [(); 2].map(|()| scope.spawn(|| inspect(&hub, &home, "org/name")));
-        both.map(|one| is_whole(one.join().unwrap(), &home));
+        both.into_iter().for_each(|one| is_whole(one.join().unwrap(), &home));
     });
     assert_eq!(hub.count(&format!("/store/{WEIGHTS}")), 1);
 }
