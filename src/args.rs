@@ -15,7 +15,7 @@ use crate::{
     compute::{Compute, Execution},
     open::ModelArgs,
     run::PromptArgs,
-    target::TargetArgs,
+    target::{Kind, TargetArgs},
 };
 
 /// The command line.
@@ -58,6 +58,8 @@ pub enum Command {
     Reproduce(ReproduceArgs),
     /// Serve a model over HTTP, as OpenAI's API does
     Serve(ServeArgs),
+    /// Print the completions of a shell
+    Completions(CompletionsArgs),
     /// Render a chat template for the process that asks for it
     #[command(hide = true)]
     RenderTemplate,
@@ -280,13 +282,8 @@ pub struct InspectArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Also verify the file, and write a page about it that needs nothing else
-    #[arg(long, value_name = "REPORT")]
-    pub html: Option<PathBuf>,
-
-    /// Replace the report if it exists
-    #[arg(long, requires = "html")]
-    pub force: bool,
+    #[command(flatten)]
+    pub page: PageArgs,
 }
 
 #[derive(clap::Args)]
@@ -301,13 +298,35 @@ pub struct DiffArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Also write a page that needs nothing else
+    #[command(flatten)]
+    pub page: PageArgs,
+}
+
+/// The page that a command also writes.
+#[derive(clap::Args)]
+pub struct PageArgs {
+    /// Also write a page that needs nothing else; of `inspect` with what `--verify` finds
     #[arg(long, value_name = "REPORT")]
     pub html: Option<PathBuf>,
 
     /// Replace the page if it exists
     #[arg(long, requires = "html")]
     pub force: bool,
+}
+
+impl PageArgs {
+    /// Writes the page about `inputs`, if the user asks for one.
+    pub fn write(&self, inputs: &[PathBuf], page: impl FnOnce() -> String) -> anyhow::Result<()> {
+        let Some(output) = self.html.clone() else { return Ok(()) };
+        let target = TargetArgs { output, force: self.force };
+        target.write(Kind::File("html"), inputs, page().as_bytes())
+    }
+}
+
+#[derive(clap::Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: clap_complete::Shell,
 }
 
 #[derive(clap::Args)]

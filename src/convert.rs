@@ -294,6 +294,7 @@ fn describe(
             format!("{:.3} in the blocks, everything counted", report.bits_per_weight),
         ),
     ];
+    lines.push(("scales", plan.scales(report.bits_per_weight)));
     if let Some(error) = mean(report.layers.iter().map(|layer| layer.error)) {
         lines.push(("output error", format!("{error:.5} (relative, mean over layers)")));
     }

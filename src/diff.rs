@@ -14,18 +14,13 @@ use crate::{
     fetch::locate,
     inspect::Contents,
     open::open,
-    output::{note, print, print_json},
+    output::{print, print_json},
     progress::Progress,
-    target::{Kind, TargetArgs},
 };
 
 pub fn run(args: &DiffArgs) -> Result<Outcome> {
     let difference = Difference::between(&args.a, &args.b)?;
-    if let Some(report) = &args.html {
-        let target = TargetArgs { output: report.to_owned(), force: args.force };
-        let inputs = [args.a.clone(), args.b.clone()];
-        target.write(Kind::File("html"), &inputs, describe::html(&difference).as_bytes())?;
-    }
+    args.page.write(&[args.a.clone(), args.b.clone()], || describe::html(&difference))?;
     match args.json {
         true => print_json(describe::json(&difference))?,
         false => print(&describe::text(&difference))?,
@@ -77,23 +72,19 @@ enum Groups {
 
 impl Difference {
     fn between(a: &Path, b: &Path) -> Result<Self> {
-        let contents = [Contents::read(&locate(a, false)?)?, Contents::read(&locate(b, false)?)?];
-        let [a, b] = [(a, &contents[0]), (b, &contents[1])].map(|(path, contents)| File {
+        let paths = [locate(a, false)?, locate(b, false)?];
+        // What cannot be opened has weights that nobody has compared: no answer, not "the same".
+        let sources = [open(&paths[0])?, open(&paths[1])?];
+        let (weights, same_weights) = differing_weights([&*sources[0], &*sources[1]])?;
+        let contents = [Contents::read(&paths[0])?, Contents::read(&paths[1])?];
+        let files = [(a, &contents[0]), (b, &contents[1])].map(|(path, contents)| File {
             name: path.display().to_string(),
             format: contents.format,
             bytes: contents.file_bytes,
         });
-        let sources = [open(Path::new(&a.name)), open(Path::new(&b.name))];
-        let (weights, same_weights) = match sources {
-            [Ok(a), Ok(b)] => differing_weights([&*a, &*b])?,
-            [Err(error), _] | [_, Err(error)] => {
-                note(format_args!("the weights are not compared: {error}"));
-                (Vec::new(), 0)
-            }
-        };
         let [ours, theirs] = &contents;
         Ok(Self {
-            files: [a, b],
+            files,
             metadata: differing_metadata(&contents),
             weights,
             same_weights,

@@ -22,7 +22,6 @@ use crate::{
     args::InspectArgs,
     fetch::locate,
     output::{print, print_json},
-    target::{Kind, TargetArgs},
 };
 
 pub fn run(args: &InspectArgs) -> Result<Outcome> {
@@ -33,32 +32,17 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
         }
         contents => contents?,
     };
-    let is_verified = args.verify || args.html.is_some();
+    let is_verified = args.verify || args.page.html.is_some();
     let faults = is_verified.then(|| contents.verify()).transpose()?;
-    if let Some(report) = &args.html {
-        write_report(report, &contents, faults.as_deref().unwrap_or_default(), args)?;
-    }
+    args.page.write(slice::from_ref(&args.file), || {
+        let name = args.file.file_name().unwrap_or(args.file.as_os_str()).to_string_lossy();
+        html::report(&contents, &name, faults.as_deref().unwrap_or_default())
+    })?;
     match args.json {
         true => print_json(json::document(&contents, faults.as_deref(), args.metadata))?,
         false => print(&describe(&contents, faults.as_deref(), args))?,
     }
     Ok(outcome(&faults.unwrap_or_default()))
-}
-
-/// Writes the page about a file.
-fn write_report(
-    report: &Path,
-    contents: &Contents,
-    faults: &[Fault],
-    args: &InspectArgs,
-) -> Result<()> {
-    let name = args.file.file_name().unwrap_or(args.file.as_os_str()).to_string_lossy();
-    let target = TargetArgs { output: report.to_owned(), force: args.force };
-    target.write(
-        Kind::File("html"),
-        slice::from_ref(&args.file),
-        html::report(contents, &name, faults).as_bytes(),
-    )
 }
 
 /// The answer of `--verify` for a file that cannot even be opened.

@@ -128,7 +128,7 @@ fn tokenizer(source: &dyn ModelSource, metadata: &mut Metadata) -> Result<()> {
     Ok(())
 }
 
-/// The part of [`metadata()`] that tells a source: its format, and its files with their hashes.
+/// The part of the metadata that tells a source: its format, and its files with their hashes.
 ///
 /// # Errors
 /// `Format` if a file cannot be read.

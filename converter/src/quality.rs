@@ -75,7 +75,7 @@ pub fn quality_bytes(config: &ModelConfig) -> u64 {
     4 * LOGITS * config.vocab_size as u64
 }
 
-/// Compares `result` with the `source` that it was made of, on a text of each kind: [`TOKENS`]
+/// Compares `result` with the `source` that it was made of, on a text of each kind: 256
 /// tokens through both.
 ///
 /// # Errors

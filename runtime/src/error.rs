@@ -1,7 +1,5 @@
 //! The one error type of this crate, sorted by culprit.
 
-use std::path::PathBuf;
-
 use slim_formats::FormatError;
 
 /// Shorthand for results of this crate.
@@ -38,7 +36,7 @@ pub enum RuntimeError {
     #[error("`{}`: cannot load ONNX Runtime: {reason}", library.display())]
     OnnxLibrary {
         /// The library's file, or its name.
-        library: PathBuf,
+        library: std::path::PathBuf,
         /// Why, as a clause.
         reason: String,
     },
@@ -47,7 +45,7 @@ pub enum RuntimeError {
     #[error("`{}`: ONNX Runtime cannot {action}", path.display())]
     OnnxGraph {
         /// The model's file.
-        path: PathBuf,
+        path: std::path::PathBuf,
         /// What was tried, as the rest of "cannot ...".
         action: &'static str,
         /// ONNX Runtime's answer.

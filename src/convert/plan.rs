@@ -7,7 +7,10 @@ use serde_json::{Value as Json, json};
 use slim_converter::{
     Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
 };
-use slim_formats::{ModelSource, Weight, slim::LayerLayout};
+use slim_formats::{
+    ModelSource, Weight,
+    slim::{LayerLayout, ScaleCoding},
+};
 use slim_kernels::weight;
 
 use crate::output::{facts, plural, size};
@@ -21,6 +24,10 @@ const CORRECTION_COPIES: u64 = 2;
 /// Copies in f32 of the rows that are quantized at a time: quantized weights, the gradient of what
 /// their errors cost, and how both move with either row scale.
 const SLAB_COPIES: u64 = 6;
+
+/// Bits per weight below which a trellis is worth its price: from 4 bits on its errors are no
+/// smaller (`docs/accuracy.md`).
+const TRELLIS_PAYS_BELOW: f64 = 3.6;
 /// Matrices of a Hessian's size in f32 that the converter holds at a time: the Hessian, its factor,
 /// and what the inputs lack to those in the float model.
 const HESSIAN_COPIES: u64 = 3;
@@ -133,6 +140,22 @@ impl Plan {
             "the source's weights are already rounded ({kind}, {bits:.1} bits per weight): the result cannot be \
              better than they are; convert the fp16 original if you can"
         ))
+    }
+
+    /// The coding, and at so many bits per weight what the other one would be better at.
+    pub fn scales(&self, bits_per_weight: f64) -> String {
+        let coding = self.settings.coding;
+        match coding {
+            ScaleCoding::TwoLevel { .. } if bits_per_weight < TRELLIS_PAYS_BELOW => {
+                format!("{coding}; `--scales trellis` has smaller errors, and decodes more slowly")
+            }
+            ScaleCoding::Trellis { .. } => {
+                format!(
+                    "{coding}; `--scales two-level` decodes faster, and in less memory on a GPU"
+                )
+            }
+            ScaleCoding::TwoLevel { .. } | ScaleCoding::Paper => coding.to_string(),
+        }
     }
 
     pub fn describe(&self, max_memory: u64) -> String {

@@ -14,7 +14,7 @@ use slim_kernels::weight;
 use super::{total_bytes, verify};
 use crate::{
     open::{is_slim, warn_of},
-    output::{note, sha256},
+    output::{note, one_line, sha256},
 };
 
 /// What a file holds.
@@ -74,7 +74,11 @@ impl Contents {
             return match Self::of_model(path) {
                 Err(error) if is_of_no_known_model(&error, path) => {
                     let contents = Self::of_safetensors(&lists)?;
-                    note(format_args!("read as a list of tensors, not as a model: {error}"));
+                    let why = error.to_string();
+                    note(format_args!(
+                        "read as a list of tensors, not as a model: {}",
+                        one_line(&why)
+                    ));
                     Ok(contents)
                 }
                 contents => contents,

@@ -24,7 +24,7 @@ fn conversions() -> Vec<Vec<String>> {
     };
     vec![
         words("--samples 64 --context 128 --target-bpw 3.5"),
-        words("--samples 32 --context 64 --method gptq"),
+        words("--samples 32 --context 64 --method gptq --scales trellis"),
         words("--samples 8 --context 64 --method slim+ --steps 60"),
     ]
 }

@@ -111,12 +111,20 @@ fn texts_of_a_configuration_are_made_visible() {
     let config = serde_json::json!({ "model_type": HOSTILE, "architectures": [HOSTILE] });
     dir.write("config.json", config.to_string());
     dir.write("model.safetensors", [8u64.to_le_bytes().as_slice(), b"{}      "].concat());
-    let refused = slimllm(&["inspect", &crate::command::arg(dir.root())]);
+    let folder = &crate::command::arg(dir.root());
+    let refused = slimllm(&["eval", folder, "--text", folder]);
     assert_tame(&refused);
     assert_eq!(refused.code, 2);
-    let refused = slimllm(&["inspect", &crate::command::arg(dir.root()), "--json", "--verify"]);
-    assert_tame(&refused);
-    if !refused.stdout.is_empty() {
-        assert!(matches!(refused.json(), Value::Object(_)));
-    }
+    // A model of an unknown family is a list of tensors, and the talk says why.
+    let listed = slimllm(&["inspect", folder]);
+    assert_tame(&listed);
+    assert_eq!(listed.code, 0);
+    assert!(listed.stderr.contains("a\\u{1b}[31m"), "{}", listed.stderr);
+    let listed = slimllm(&["inspect", folder, "--json", "--verify"]);
+    assert_tame(&listed);
+    assert!(matches!(listed.json(), Value::Object(_)));
+    // Its weights cannot be compared, which is not to say that they are the same.
+    let compared = slimllm(&["diff", folder, folder]);
+    assert_tame(&compared);
+    assert_eq!(compared.code, 2);
 }

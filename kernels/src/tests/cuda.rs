@@ -229,6 +229,11 @@ fn matmul_packed_extreme_codes_agree() {
     let mut noise = Noise(102);
     for coding in codings() {
         for fill in [Fill::Highest, Fill::Lowest, Fill::OutlierRow] {
+            // A trellis is fp16 on a device, which does not hold such a row.
+            let is_trellis = matches!(coding, ScaleCoding::Trellis { .. });
+            if is_trellis && matches!(fill, Fill::OutlierRow) {
+                continue;
+            }
             let layer = Layer::new(&mut noise, fill, [17, 144, 64], coding, &[8, 1, 3]);
             let matrix = Matrix::upload(&device, layer.weight()).unwrap();
             let x = noise.vector(2 * 144, 1.0);
