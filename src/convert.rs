@@ -46,8 +46,8 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         // Before a download that takes long.
         args.target.check(kind, &[])?;
     }
-    let path = locate(&args.source, args.quiet)?;
     let stop = stop_when_interrupted()?;
+    let path = locate(&args.source, args.quiet)?;
     args.compute.start()?;
     let source = open(&path)?;
     let settings = settings(args, source.config())?;

@@ -6,6 +6,8 @@ use anyhow::Result;
 use slim_hub::{Hub, HubError, HubId, Settings, Watch};
 
 use crate::{
+    failure::advised,
+    interrupt::Fetching,
     output::{note, one_line, size, warn},
     progress::Progress,
 };
@@ -17,15 +19,23 @@ const MIB: u64 = 1 << 20;
 /// an id of a hub, where the hub's cache has it. It is fetched if it is not there yet; quietly, if
 /// only warnings are wanted.
 pub fn locate(path: &Path, is_quiet: bool) -> Result<Cow<'_, Path>> {
-    let id = path.to_str().and_then(|text| text.parse::<HubId>().ok());
-    match id.filter(|_| path.symlink_metadata().is_err()) {
-        None => Ok(path.into()),
-        Some(id) => {
-            let hub = Hub::new(Settings::from_environment()?);
-            let mut talk = Talk { is_quiet, progress: None, done: 0, total: 0, shown: 0 };
-            Ok(hub.locate(&id, &mut talk)?.into())
-        }
+    if path.symlink_metadata().is_ok() {
+        return Ok(path.into());
     }
+    let text = path.to_str().unwrap_or_default();
+    if let Some(id) = HubId::of_address(text) {
+        let message = format!("`{text}`: an address, and a model of the hub is named by its id");
+        return Err(advised(message, format!("give `{id}`")));
+    }
+    if format!("org/{text}").parse::<HubId>().is_ok() {
+        let hint = "check the spelling; a model of the hub is named by its id, `org/name`";
+        return Err(advised(format!("`{text}`: there is no such file"), hint));
+    }
+    let Ok(id) = text.parse::<HubId>() else { return Ok(path.into()) };
+    let hub = Hub::new(Settings::from_environment()?);
+    let _fetching = Fetching::begin(id.to_string())?;
+    let mut talk = Talk { is_quiet, progress: None, done: 0, total: 0, shown: 0 };
+    Ok(hub.locate(&id, &mut talk)?.into())
 }
 
 /// Tells how far a download is.
@@ -51,12 +61,12 @@ impl Watch for Talk {
         let reached = self.done + bytes;
         // The last step may be shorter than the others.
         let step = if reached == self.total { reached.div_ceil(MIB) } else { reached / MIB };
-        if let Some(progress) = &mut self.progress
-            && step > self.shown
-        {
-            progress.step(step as usize, file);
-            self.shown = step;
+        let Some(progress) = &mut self.progress else { return };
+        match step > self.shown {
+            true => progress.step(step as usize, file),
+            false => progress.detail(file),
         }
+        self.shown = self.shown.max(step);
     }
 
     fn received_whole(&mut self, file: &str, bytes: u64) {

@@ -32,7 +32,10 @@ const GGUF: &str = ".gguf";
 const MARKS: [char; 4] = ['-', '.', '_', '/'];
 
 /// Names that a sentence lists.
-const SHOWN: usize = 12;
+const SHOWN: usize = 32;
+
+/// What most people take.
+const USUAL: &str = "Q4_K_M";
 
 /// The files that hold the weights of a model.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,23 +66,25 @@ impl Weights {
         match (models.len(), id.gguf()) {
             (1, _) => Ok(Self::Gguf(models.remove(0))),
             (0, Some(ending)) => {
-                let all = gguf_models(names, None);
-                let hint = match all.is_empty() {
-                    true => "leave out what stands behind the `:`".to_owned(),
-                    false => format!("it has {}", list(&all)),
+                let hint = match endings(names, None) {
+                    all if all.is_empty() => "leave out what stands behind the `:`".to_owned(),
+                    all => format!("it has {}", list(&all)),
                 };
                 no_model(format!("no GGUF model whose name ends with `{ending}`"), hint)
             }
-            (0, None) => no_model(format!("no safetensors and no GGUF, {}", instead(names)), {
-                "take a repository that has the model as safetensors or GGUF".to_owned()
-            }),
-            (count, None) => no_model(
-                format!("{count} GGUF models"),
-                format!("say which, as in `{id}:Q4_K_M`: {}", list(&models)),
-            ),
+            (0, None) => {
+                let (instead, hint) = instead(names);
+                no_model(format!("no safetensors and no GGUF, {instead}"), hint.to_owned())
+            }
+            (count, None) => {
+                let all = endings(names, None);
+                let usual = all.iter().find(|ending| *ending == USUAL).unwrap_or(&all[0]);
+                let hint = format!("say which, as in `{id}:{usual}`; it has {}", list(&all));
+                no_model(format!("{count} GGUF models"), hint)
+            }
             (count, Some(ending)) => no_model(
                 format!("{count} GGUF models whose names end with `{ending}`"),
-                format!("give more of the name: {}", list(&models)),
+                format!("give more of the name: {}", list(&endings(names, Some(ending)))),
             ),
         }
     }
@@ -117,6 +122,18 @@ fn stem(name: &str) -> Option<String> {
     };
     let is_addition = ["mmproj", "imatrix"].iter().any(|kind| stem.contains(kind));
     (!is_addition).then(|| folder.to_owned() + &stem)
+}
+
+/// What tells each GGUF model whose name has an ending from all others: as much of its end as it
+/// takes.
+fn endings(names: &BTreeSet<&str>, ending: Option<&str>) -> Vec<String> {
+    let shortest = |parts: &Vec<String>| {
+        let name = stem(&parts[0]).expect("it is the name of a model");
+        let marks = name.rmatch_indices(['-', '.', '/']).map(|(mark, _)| &name[mark + 1..]);
+        let tells = |ending: &&str| gguf_models(names, Some(ending)).len() == 1;
+        marks.chain([name.as_str()]).find(tells).unwrap_or(&name).to_owned()
+    };
+    gguf_models(names, ending).iter().map(shortest).collect()
 }
 
 /// The names of all parts of the model to whose first part `name` belongs.
@@ -162,24 +179,36 @@ pub fn shards(index: &Path) -> Result<Vec<String>> {
     Ok(files.into_iter().chain([INDEX]).map(str::to_owned).collect())
 }
 
-/// What a repository has in place of weights that are read.
-fn instead(names: &BTreeSet<&str>) -> &'static str {
+/// What a repository has in place of weights that are read, and what to do.
+fn instead(names: &BTreeSet<&str>) -> (&'static str, &'static str) {
+    const ELSEWHERE: &str = "take a repository that has the model as safetensors or GGUF";
     let has = |extensions: &[&str]| {
         names.iter().any(|name| extensions.iter().any(|extension| name.ends_with(extension)))
     };
     match () {
-        () if has(&["adapter_config.json"]) => "but a LoRA adapter",
-        () if has(&[".safetensors"]) => "but safetensors under other names",
-        () if has(&[".onnx"]) => "but ONNX graphs",
-        () if has(&[".bin", ".pt", ".pth", ".ckpt"]) => "but PyTorch pickles, which are not read",
-        () => "and no other weights",
+        () if has(&["adapter_config.json"]) => (
+            "but a LoRA adapter",
+            "merge it into its base model with PEFT: `merge_and_unload()`, then \
+             `save_pretrained(...)`",
+        ),
+        () if has(&[".safetensors"]) => ("but safetensors under other names", ELSEWHERE),
+        () if has(&[".onnx"]) => (
+            "but ONNX graphs, which are not fetched",
+            "download it with `hf download`, and give the `.onnx` file",
+        ),
+        () if has(&[".bin", ".pt", ".pth", ".ckpt"]) => (
+            "but PyTorch pickles, which are not read",
+            "take a repository that has the model as safetensors or GGUF, or load it with \
+             transformers and save it with `save_pretrained`, which writes safetensors",
+        ),
+        () => ("and no other weights", ELSEWHERE),
     }
 }
 
-/// The first names of a list of models, and how many there are besides.
-fn list(models: &[Vec<String>]) -> String {
-    let shown: Vec<_> = models.iter().take(SHOWN).map(|parts| format!("`{}`", parts[0])).collect();
-    match models.len().saturating_sub(SHOWN) {
+/// The first of a list, and how many there are besides.
+fn list(endings: &[String]) -> String {
+    let shown: Vec<_> = endings.iter().take(SHOWN).map(|ending| format!("`{ending}`")).collect();
+    match endings.len().saturating_sub(SHOWN) {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),
     }
@@ -230,6 +259,14 @@ mod tests {
             assert!(error.contains(found), "{error}");
         }
         assert_eq!(chosen(&names[2..4], "o/n").unwrap(), gguf(&["m.Q8_0.gguf"]));
+        for (id, hint) in [
+            ("o/n:Q4_K_M", "give more of the name: `UD-Q4_K_M`, `m-Q4_K_M`"),
+            ("o/n", "say which, as in `o/n:BF16`; it has `BF16`, `m-Q4_K_M`, `UD-Q4_K_M`, `Q8_0`"),
+        ] {
+            assert_eq!(chosen(&names, id).unwrap_err().hint().unwrap(), hint);
+        }
+        let hint = chosen(&["m-Q2_K.gguf", "m-Q4_K_M.gguf"], "o/n").unwrap_err().hint().unwrap();
+        assert_eq!(hint, "say which, as in `o/n:Q4_K_M`; it has `Q2_K`, `Q4_K_M`");
     }
 
     #[test]

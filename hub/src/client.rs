@@ -3,7 +3,7 @@
 use std::{io::Read, sync::Arc, time::Duration};
 
 use ureq::{
-    Agent, Body,
+    Agent, Body, Error, Timeout,
     http::{Response, Uri, header},
     tls::{RootCerts, TlsConfig},
 };
@@ -60,6 +60,11 @@ impl<'a> Client<'a> {
         format!("/{}/resolve/{commit}/{}", self.id.repository(), encoded(name, "/"))
     }
 
+    /// What the model is called.
+    pub fn id(&self) -> &HubId {
+        self.id
+    }
+
     /// A text of so many bytes at most.
     pub fn text(&self, path: &str, max_bytes: u64) -> Result<Vec<u8>> {
         let response = self.get(path, 0)?;
@@ -94,9 +99,12 @@ impl<'a> Client<'a> {
             {
                 request = request.header(header::AUTHORIZATION, token.header());
             }
-            let response = request.call().map_err(|error| HubError::Connection {
-                host: address.origin.clone(),
-                reason: error.to_string(),
+            let response = request.call().map_err(|error| {
+                let (host, reason) = (address.origin.clone(), error.to_string());
+                match is_before_connection(&error) {
+                    true => HubError::Unreached { host, reason },
+                    false => HubError::Connection { host, reason },
+                }
             })?;
             match response.status().as_u16() {
                 200 | 206 | 416 => return Ok(response),
@@ -145,6 +153,33 @@ impl<'a> Client<'a> {
             endpoint: self.settings.endpoint.clone(),
             token: self.settings.token.as_ref().map(|token| token.origin().to_owned()),
         }
+    }
+}
+
+/// Whether a request failed before there was a connection.
+fn is_before_connection(error: &Error) -> bool {
+    use std::io::ErrorKind::{
+        BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock,
+    };
+    match error {
+        // A name without an address has no kind of its own, and a certificate is invalid data.
+        Error::Io(error) => !matches!(
+            error.kind(),
+            BrokenPipe
+                | ConnectionAborted
+                | ConnectionReset
+                | TimedOut
+                | UnexpectedEof
+                | WouldBlock
+        ),
+        Error::HostNotFound
+        | Error::ConnectionFailed
+        | Error::InvalidProxyUrl
+        | Error::ConnectProxyFailed(_)
+        | Error::Tls(_)
+        | Error::Rustls(_)
+        | Error::Timeout(Timeout::Resolve | Timeout::Connect) => true,
+        _ => false,
     }
 }
 

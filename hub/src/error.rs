@@ -87,7 +87,25 @@ pub enum HubError {
         /// How long it wants to be left alone.
         pause: Option<Duration>,
     },
-    /// A server is not reached, or it is silent.
+    /// Nobody answers who could list a model's files, so what was named may be a path as well.
+    #[error("`{id}`: there is no such file, and the hub at {host} is not reached ({reason})")]
+    NoHub {
+        /// The id.
+        id: String,
+        /// The server.
+        host: String,
+        /// What happened.
+        reason: String,
+    },
+    /// There is no connection to a server.
+    #[error("{host}: the server is not reached ({reason})")]
+    Unreached {
+        /// The server.
+        host: String,
+        /// What happened.
+        reason: String,
+    },
+    /// A connection failed, or it is silent.
     #[error("{host}: the connection failed ({reason})")]
     Connection {
         /// The server.
@@ -171,7 +189,10 @@ impl HubError {
 
     /// Whether the next try may succeed.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Busy { .. } | Self::Connection { .. } | Self::Cut { .. })
+        matches!(
+            self,
+            Self::Busy { .. } | Self::Unreached { .. } | Self::Connection { .. } | Self::Cut { .. }
+        )
     }
 
     /// One sentence of advice, where one helps.
@@ -220,9 +241,13 @@ impl HubError {
             Self::Busy { status: 429, .. } => {
                 "try again later; a token (`HF_TOKEN`) may raise the limit".to_owned()
             }
-            Self::Connection { .. } | Self::Cut { .. } | Self::Busy { .. } => {
-                "the same command goes on where this one stopped".to_owned()
-            }
+            Self::NoHub { .. } => "check the spelling, if it is a path; if it is a hub id, the \
+                                   network, and behind a proxy `HTTPS_PROXY`"
+                .to_owned(),
+            Self::Unreached { .. }
+            | Self::Connection { .. }
+            | Self::Cut { .. }
+            | Self::Busy { .. } => "the same command goes on where this one stopped".to_owned(),
             Self::Mismatch { .. } => {
                 "it was removed; try again later: what the server sends is not \
                                       what the hub lists"

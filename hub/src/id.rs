@@ -5,6 +5,9 @@ use std::{fmt, str::FromStr};
 /// The revision of those who name none.
 const MAIN: &str = "main";
 
+/// Hosts of the hub in addresses that users copy.
+const HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
+
 /// `org/name`, `org/name@revision`, `org/name:Q4_K_M` or `org/name@revision:Q4_K_M`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HubId {
@@ -14,6 +17,24 @@ pub struct HubId {
 }
 
 impl HubId {
+    /// That of the model whose page on the hub has an address, as
+    /// `https://huggingface.co/org/name/tree/v1`, or one that other programs take, as
+    /// `hf.co/org/name:Q4_K_M`.
+    pub fn of_address(text: &str) -> Option<Self> {
+        let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+        let path = match scheme {
+            "hf" => rest,
+            _ => HOSTS.iter().find_map(|host| rest.strip_prefix(host)?.strip_prefix('/'))?,
+        };
+        let mut parts = path.split('/');
+        let repository = format!("{}/{}", parts.next()?, parts.next()?);
+        let revision = match (parts.next(), parts.next()) {
+            (Some("tree" | "blob" | "resolve"), Some(revision)) => format!("@{revision}"),
+            _ => String::new(),
+        };
+        format!("{repository}{}", revision.trim_end_matches("@main")).parse().ok()
+    }
+
     /// `org/name`.
     pub fn repository(&self) -> &str {
         &self.repository
@@ -98,6 +119,25 @@ mod tests {
             let id: HubId = text.parse().unwrap();
             assert_eq!((id.repository(), id.revision(), id.gguf()), (repository, revision, gguf));
             assert_eq!(id.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn ids_are_found_in_addresses() {
+        for (address, id) in [
+            ("https://huggingface.co/org/name", Some("org/name")),
+            ("https://huggingface.co/org/name/", Some("org/name")),
+            ("https://huggingface.co/org/name/tree/main", Some("org/name")),
+            ("https://huggingface.co/org/name/blob/v1/config.json", Some("org/name@v1")),
+            ("hf.co/org/name:Q4_K_M", Some("org/name:Q4_K_M")),
+            ("hf://org/name", Some("org/name")),
+            ("https://huggingface.co/org", None),
+            ("https://huggingface.company/org/name", None),
+            ("hf.co/../name", None),
+            ("org/name", None),
+        ] {
+            let found = HubId::of_address(address).map(|id| id.to_string());
+            assert_eq!(found.as_deref(), id, "{address}");
         }
     }
 

@@ -73,11 +73,18 @@ impl Listing {
     /// Asks the hub.
     ///
     /// # Errors
-    /// `Refused`, `Busy`, `Connection`; `Answer` if it is no list, or a name in it is none of a
-    /// file within the repository.
+    /// `Refused`, `Busy`, `NoHub`, `Connection`; `Answer` if it is no list, or a name in it is none
+    /// of a file within the repository.
     pub fn request(client: &Client, watch: &mut dyn Watch) -> Result<Self> {
         let path = client.listing_path();
-        let text = Patience::with(watch, || client.text(&path, MAX_BYTES))?;
+        let text = Patience::with(watch, || {
+            client.text(&path, MAX_BYTES).map_err(|error| match error {
+                HubError::Unreached { host, reason } => {
+                    HubError::NoHub { id: client.id().to_string(), host, reason }
+                }
+                error => error,
+            })
+        })?;
         let of = format!("{}{path}", client.endpoint());
         Self::parse(&text, of, |commit, name| client.file_path(commit, name))
     }

@@ -10,6 +10,11 @@ use std::{
     time::Duration,
 };
 
+use rexpect::{
+    process::WaitStatus,
+    session::{Options, spawn_with_options},
+};
+
 use self::stand_in::{COMMIT, Reply, Repository, Request, StandIn, git_hash, sha256};
 use crate::command::{Answer, Dir, arg, command, fail, succeed, test_data, tiny_model};
 
@@ -149,7 +154,13 @@ fn cache_opens_where_no_hub_is_reached() {
     is_whole(inspect(&hub, &home, "org/name"), &home);
     hub.address = "http://127.0.0.1:9".to_owned();
     is_whole(inspect(&hub, &home, "org/name"), &home);
-    inspect(&hub, &home, "org/other").fails(&["http://127.0.0.1:9: the connection failed"]);
+    let answer = inspect(&hub, &home, "org/other");
+    answer.fails(&[
+        "`org/other`: there is no such file, and the hub at http://127.0.0.1:9 is not reached",
+        "hint: check the spelling, if it is a path; if it is a hub id, the network",
+    ]);
+    // Nothing is waited for.
+    assert!(!answer.stderr.contains("next try"), "{}", answer.stderr);
 }
 
 #[test]
@@ -328,6 +339,30 @@ fn killed_download_goes_on_where_it_was() {
 }
 
 #[test]
+fn interrupted_download_says_that_it_goes_on() {
+    let bytes = repository().files[WEIGHTS].clone();
+    let hub = hub(move |request, before| {
+        (is_of_weights(request) && before == 0)
+            .then(|| Reply::new(200, bytes.clone()).cut(150_000).stalled())
+    });
+    let home = Dir::new();
+    let out = &home.arg("a.slim.gguf");
+    let options = Options::new().timeout_ms(Some(60_000)).strip_ansi_escape_codes(true);
+    let convert = with_hub(&hub, &home, &["convert", "org/name", "-o", out, "--method", "rtn"]);
+    let mut session = spawn_with_options(convert, options).unwrap();
+    session.exp_string("MiB 0 of 1").unwrap();
+    while incomplete(&home).metadata().map_or(0, |found| found.len()) < 150_000 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    session.send_control('c').unwrap();
+    session.exp_string("interrupted").unwrap();
+    session.exp_string("what is there of `org/name` stays; the same command goes on").unwrap();
+    assert!(matches!(session.process().wait(), Ok(WaitStatus::Exited(_, 130))));
+    is_whole(inspect(&hub, &home, "org/name"), &home);
+    assert_eq!(hub.requests().last().unwrap().from, 150_000);
+}
+
+#[test]
 fn two_processes_fetch_a_file_once() {
     let (hub, home) = (
         hub(|request, _| {
@@ -418,19 +453,30 @@ fn gguf_models_are_named_by_their_endings() {
     assert_eq!(hub.requests().len(), asked);
     inspect(&hub, &home, "org/name:BF16").fails(&["m-BF16-00001-of-00002.gguf"]);
     assert_eq!(names_in(&snapshot(&home).join("BF16")).len(), 2);
-    inspect(&hub, &home, "org/name").fails(&["has 3 GGUF models", "say which, as in `org/name:Q4"]);
+    inspect(&hub, &home, "org/name")
+        .fails(&["has 3 GGUF models", "say which, as in `org/name:Q4_K_M`"]);
     inspect(&hub, &home, "org/name:Q2_K")
-        .fails(&["no GGUF model whose name ends", "m-Q4_K_M.gguf"]);
+        .fails(&["no GGUF model whose name ends", "hint: it has `BF16`, `Q4_K_M`, `Q8_0`"]);
 }
 
 #[test]
 fn what_is_no_model_is_named() {
-    for (name, fragment) in [("pytorch_model.bin", "pickles"), ("README.md", "no other weights")] {
+    for (name, fragments) in [
+        ("pytorch_model.bin", ["pickles", "or load it with transformers"]),
+        ("onnx/model.onnx", ["ONNX graphs", "hint: download it with `hf download`"]),
+        ("adapter_config.json", ["a LoRA adapter", "hint: merge it"]),
+        ("README.md", ["no other weights", "hint: take a repository"]),
+    ] {
         let mut repository = Repository::default();
         repository.add(name, "x");
         let hub = StandIn::start(move |request, _| repository.answer(request));
-        inspect(&hub, &Dir::new(), "org/name").fails(&[fragment, "hint: take a repository"]);
+        inspect(&hub, &Dir::new(), "org/name").fails(&fragments);
     }
+    let (hub, home) = (hub(|_, _| None), Dir::new());
+    inspect(&hub, &home, "https://huggingface.co/org/name/tree/v1")
+        .fails(&["an address", "hint: give `org/name@v1`"]);
+    inspect(&hub, &home, "name").fails(&["`name`: there is no such file", "id, `org/name`"]);
+    assert!(hub.requests().is_empty());
 }
 
 #[test]
