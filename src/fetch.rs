@@ -58,7 +58,8 @@ impl Watch for Talk {
     }
 
     fn received(&mut self, file: &str, bytes: u64) {
-        let reached = self.done + bytes;
+        // What is fetched anew may be more than was told.
+        let reached = (self.done + bytes).min(self.total);
         // The last step may be shorter than the others.
         let step = if reached == self.total { reached.div_ceil(MIB) } else { reached / MIB };
         let Some(progress) = &mut self.progress else { return };

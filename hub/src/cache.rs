@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File, TryLockError},
-    io::{ErrorKind, Read},
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -81,16 +81,17 @@ impl Repository {
         self.blob(file).with_added_extension("incomplete")
     }
 
-    /// Checks that the disk has room for files, of which beginnings may be there.
+    /// Bytes of a file that are not there yet.
+    pub fn missing_bytes(&self, file: &RemoteFile) -> u64 {
+        let there = self.incomplete(file).metadata().map_or(0, |found| found.len());
+        file.size.saturating_sub(there)
+    }
+
+    /// Checks that the disk has room for what is missing of files.
     ///
     /// # Errors
     /// `NoRoom`; `Io` if the cache cannot be created.
-    pub fn require_room(&self, files: &[&RemoteFile]) -> Result<()> {
-        let lacks = |file: &&RemoteFile| {
-            let there = self.incomplete(file).metadata().map_or(0, |found| found.len());
-            file.size.saturating_sub(there)
-        };
-        let needed = files.iter().map(lacks).fold(0, u64::saturating_add);
+    pub fn require_room(&self, needed: u64) -> Result<()> {
         let folder = self.folder.join("blobs");
         fs::create_dir_all(&folder).map_err(|source| HubError::io(&folder, "create", source))?;
         match free_bytes(&folder) {
@@ -158,15 +159,12 @@ impl Snapshot {
     pub fn link(&self, file: &RemoteFile) -> Result<()> {
         let link = self.path(&file.name);
         create_parent(&link)?;
-        let io = |source| HubError::io(&link, "create", source);
-        if link.symlink_metadata().is_ok() {
-            fs::remove_file(&link).map_err(io)?;
-        }
-        match self.create_link(&link, file) {
-            // Another process was faster, and links to the same.
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-            linked => linked.map_err(io),
-        }
+        // Another process may be reading what is there: it stays until it is replaced.
+        let unfinished = link.with_added_extension(format!("{}.tmp", std::process::id()));
+        let _ = fs::remove_file(&unfinished);
+        self.create_link(&unfinished, file)
+            .and_then(|()| fs::rename(&unfinished, &link))
+            .map_err(|source| HubError::io(&link, "create", source))
     }
 
     /// The link is relative: the cache may be moved.

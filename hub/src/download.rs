@@ -35,6 +35,7 @@ pub fn download(
     file: &RemoteFile,
     watch: &mut dyn Watch,
 ) -> Result<()> {
+    let missing = repository.missing_bytes(file);
     let _lock = repository.lock(file, watch)?;
     // It may be there since the lock was free.
     if !repository.has_blob(file) {
@@ -48,7 +49,7 @@ pub fn download(
         }
         partial.finish(repository.blob(file))?;
     }
-    watch.received_whole(&file.name, file.size);
+    watch.received_whole(&file.name, missing);
     Ok(())
 }
 
@@ -57,6 +58,8 @@ struct Partial {
     path: PathBuf,
     file: File,
     bytes: u64,
+    /// Bytes that were there before.
+    found: u64,
 }
 
 impl Partial {
@@ -67,7 +70,7 @@ impl Partial {
         let options = options.read(true).write(true).create(true).truncate(false);
         let file = options.open(&path).map_err(io)?;
         let bytes = file.metadata().map_err(io)?.len();
-        Ok(Self { path, file, bytes })
+        Ok(Self { path, file, bytes, found: bytes })
     }
 
     /// Receives what is missing, over as many connections as it takes.
@@ -124,7 +127,7 @@ impl Partial {
             let written = written.and_then(|_| self.file.write_all(&buffer[..received]));
             written.map_err(|source| HubError::io(&self.path, "write", source))?;
             self.bytes += received as u64;
-            watch.received(&file.name, self.bytes);
+            watch.received(&file.name, self.bytes.saturating_sub(self.found));
         }
         match self.bytes < file.size {
             false => Ok(()),

@@ -65,8 +65,10 @@ impl<'a> Fetch<'a> {
         let files = files?;
         let is_missing = |file: &&RemoteFile| !self.repository.has_blob(file);
         let missing: Vec<_> = files.iter().copied().filter(is_missing).collect();
-        self.repository.require_room(&missing)?;
-        watch.begin(missing.iter().map(|file| file.size).fold(0, u64::saturating_add));
+        let sizes = missing.iter().map(|file| self.repository.missing_bytes(file));
+        let bytes = sizes.fold(0, u64::saturating_add);
+        self.repository.require_room(bytes)?;
+        watch.begin(bytes);
         for file in missing {
             download(&self.client, self.repository, file, watch)?;
         }

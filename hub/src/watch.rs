@@ -6,13 +6,13 @@ use crate::{HubError, HubId};
 
 /// Is told what happens while a model is fetched.
 pub trait Watch {
-    /// So many bytes are to be fetched now, none of which are there yet.
+    /// So many bytes are to be fetched now. What earlier downloads have left is not among them.
     fn begin(&mut self, _bytes: u64) {}
 
-    /// So many of the bytes of `file` are there.
+    /// So many of them that belong to `file` are there; fewer than before if it begins anew.
     fn received(&mut self, _file: &str, _bytes: u64) {}
 
-    /// All bytes of `file` are there and are what they should be.
+    /// The file is there, and is what it should be; so many of the bytes were its own.
     fn received_whole(&mut self, _file: &str, _bytes: u64) {}
 
     /// Something went wrong that may pass; the next try is after a pause.
