@@ -67,7 +67,8 @@ pub enum Command {
 
 #[derive(clap::Args)]
 pub struct ConvertArgs {
-    /// A Hugging Face directory, an ONNX file with its `config.json` beside it, or a GGUF file
+    /// A Hugging Face directory, an ONNX file with its `config.json` beside it, a GGUF file, or a
+    /// hub id: org/name[@revision], with :Q4_K_M for a GGUF of a repository
     pub source: PathBuf,
 
     #[command(flatten)]
@@ -258,7 +259,7 @@ pub struct SamplingArgs {
 
 #[derive(clap::Args)]
 pub struct InspectArgs {
-    /// A SliM, GGUF, ONNX or safetensors file, or a Hugging Face directory
+    /// A SliM, GGUF, ONNX or safetensors file, a Hugging Face directory, or a hub id
     pub file: PathBuf,
 
     /// List the tensors
@@ -287,7 +288,7 @@ pub struct InspectArgs {
 
 #[derive(clap::Args)]
 pub struct DiffArgs {
-    /// A SliM, GGUF, ONNX or safetensors file, or a Hugging Face directory
+    /// A SliM, GGUF, ONNX or safetensors file, a Hugging Face directory, or a hub id
     pub a: PathBuf,
 
     /// Another one, such as the source of the first

@@ -28,6 +28,7 @@ use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
+    fetch::locate,
     interrupt::{keep, stop_when_interrupted},
     open::{USUAL_CONTEXT, open, read_text, resolve_context, tokenizer},
     output::{count, facts, plural, print, print_json, size, warn},
@@ -40,13 +41,18 @@ const DEFAULT_SCALE_BITS: usize = 4;
 const DEFAULT_STEPS: usize = 300;
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
+    let kind = Kind::File("gguf");
+    if !args.source.exists() && !args.dry_run {
+        // Before a download that takes long.
+        args.target.check(kind, &[])?;
+    }
     let stop = stop_when_interrupted()?;
+    let path = locate(&args.source, args.quiet)?;
     args.compute.start()?;
-    let source = open(&args.source)?;
+    let source = open(&path)?;
     let settings = settings(args, source.config())?;
     let mut inputs = source.files();
     inputs.extend(args.draft.iter().chain(&args.calibration).cloned());
-    let kind = Kind::File("gguf");
     if args.dry_run {
         // What stands in the way of the output is worth a word, not the plan.
         if let Err(error) = args.target.check(kind, &inputs) {

@@ -11,6 +11,7 @@ use slim_formats::{ModelSource, gguf::Value, slim::LayerInfo};
 use crate::{
     Outcome,
     args::DiffArgs,
+    fetch::locate,
     inspect::Contents,
     open::open,
     output::{print, print_json},
@@ -71,10 +72,11 @@ enum Groups {
 
 impl Difference {
     fn between(a: &Path, b: &Path) -> Result<Self> {
+        let paths = [locate(a, false)?, locate(b, false)?];
         // What cannot be opened has weights that nobody has compared: no answer, not "the same".
-        let sources = [open(a)?, open(b)?];
+        let sources = [open(&paths[0])?, open(&paths[1])?];
         let (weights, same_weights) = differing_weights([&*sources[0], &*sources[1]])?;
-        let contents = [Contents::read(a)?, Contents::read(b)?];
+        let contents = [Contents::read(&paths[0])?, Contents::read(&paths[1])?];
         let files = [(a, &contents[0]), (b, &contents[1])].map(|(path, contents)| File {
             name: path.display().to_string(),
             format: contents.format,

@@ -17,7 +17,10 @@ use crate::{
 pub fn run(args: &ExportArgs) -> Result<()> {
     clean_up_when_interrupted()?;
     let start = Instant::now();
-    let source = args.model.open()?;
+    let source = match args.quiet {
+        true => args.model.open_quietly(),
+        false => args.model.open(),
+    }?;
     let target = match args.to {
         Layout::Gguf => Target::Gguf,
         Layout::Gptq => Target::Gptq,

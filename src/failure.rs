@@ -5,6 +5,7 @@ use std::{error::Error, fmt, io};
 use slim_converter::ConvertError;
 use slim_exporter::ExportError;
 use slim_formats::FormatError;
+use slim_hub::HubError;
 use slim_kernels::KernelError;
 use slim_runtime::RuntimeError;
 use slim_server::ServerError;
@@ -66,6 +67,9 @@ fn hint(cause: &(dyn Error + 'static)) -> Option<String> {
         return Some(advised.hint.clone());
     }
     if let Some(error) = cause.downcast_ref::<ServerError>() {
+        return error.hint();
+    }
+    if let Some(error) = cause.downcast_ref::<HubError>() {
         return error.hint();
     }
     if let Some(error) = cause.downcast_ref::<ExportError>() {

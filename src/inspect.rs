@@ -20,11 +20,13 @@ pub use self::{
 use crate::{
     Outcome,
     args::InspectArgs,
+    fetch::locate,
     output::{print, print_json},
 };
 
 pub fn run(args: &InspectArgs) -> Result<Outcome> {
-    let contents = match Contents::read(&args.file) {
+    let path = locate(&args.file, false)?;
+    let contents = match Contents::read(&path) {
         Err(FormatError::Malformed { place, rule, found, expected, .. }) if args.verify => {
             return report_unreadable(Fault { rule, place, found, expected }, args);
         }

@@ -12,7 +12,7 @@ use std::{
 };
 use std::{
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 #[cfg(unix)]
@@ -48,6 +48,37 @@ struct Kept {
 /// How a conversion goes on that ended early.
 const GO_ON: &str = "the same command with `--resume` goes on there, as long as source and \
                      settings are the same; with `--force` it begins anew";
+
+/// The id of what is being fetched, whose beginning stays in the hub's cache.
+static FETCHED: Mutex<Option<String>> = Mutex::new(None);
+
+/// Whether the command handles signals itself, downloads aside.
+#[cfg(unix)]
+static IS_HANDLED: AtomicBool = AtomicBool::new(false);
+
+/// While this value lives, a signal ends the command at once, and it tells that the download can go
+/// on.
+pub struct Fetching(());
+
+impl Fetching {
+    /// The model with this id is fetched from here on, if it is not there yet.
+    pub fn begin(id: String) -> std::io::Result<Self> {
+        *fetched() = Some(id);
+        let fetching = Self(());
+        tell_interrupted_downloads()?;
+        Ok(fetching)
+    }
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        *fetched() = None;
+    }
+}
+
+fn fetched() -> MutexGuard<'static, Option<String>> {
+    FETCHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// From here on, whatever ends the command before its end tells that `folder` has what is done, if
 /// it has any.
@@ -100,7 +131,7 @@ pub fn stop_when_interrupted() -> io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let given = Arc::clone(&stop);
     watch(move |signal| {
-        if signal != SIGINT || stop.swap(true, Ordering::Relaxed) {
+        if signal != SIGINT || fetched().is_some() || stop.swap(true, Ordering::Relaxed) {
             end(signal);
         }
         below_the_bar();
@@ -122,13 +153,45 @@ pub fn on_wish_to_end(wish: impl Fn() + Send + 'static) -> io::Result<()> {
     })
 }
 
+/// From here on, a download that is interrupted is told. Signals that come at other times do what
+/// they would without this, until the command handles them itself.
+#[cfg(unix)]
+fn tell_interrupted_downloads() -> io::Result<()> {
+    static IS_DONE: AtomicBool = AtomicBool::new(false);
+    if IS_HANDLED.load(Ordering::Relaxed) || IS_DONE.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
+    listen(|signal| {
+        if fetched().is_some() {
+            end(signal);
+        }
+        if !IS_HANDLED.load(Ordering::Relaxed) {
+            // It fails for signals that it does not know, which these are not.
+            let _ = low_level::emulate_default_handler(signal);
+        }
+    })
+}
+
+/// The command handles signals itself.
+#[cfg(unix)]
+pub fn are_handled() {
+    IS_HANDLED.store(true, Ordering::Relaxed);
+}
+
 #[cfg(unix)]
 fn watch(on_signal: impl Fn(i32) + Send + 'static) -> io::Result<()> {
+    are_handled();
+    listen(on_signal)?;
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
+    Ok(())
+}
+
+#[cfg(unix)]
+fn listen(on_signal: impl Fn(i32) + Send + 'static) -> io::Result<()> {
     let ignored = ignored_signals();
     let heeded = |signal: &i32| ignored & (1 << (signal - 1)) == 0;
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP].into_iter().filter(heeded))?;
     std::thread::spawn(move || signals.forever().for_each(on_signal));
-    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
     Ok(())
 }
 
@@ -137,6 +200,16 @@ fn watch(on_signal: impl Fn(i32) + Send + 'static) -> io::Result<()> {
 pub fn clean_up_when_interrupted() -> std::io::Result<()> {
     Ok(())
 }
+
+/// Elsewhere nothing is told.
+#[cfg(not(unix))]
+fn tell_interrupted_downloads() -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Elsewhere nothing else handles them.
+#[cfg(not(unix))]
+pub fn are_handled() {}
 
 /// As [`clean_up_when_interrupted`].
 #[cfg(not(unix))]
@@ -167,6 +240,9 @@ fn end(signal: i32) {
     note("interrupted");
     cleared.removed.iter().for_each(|removed| note(told(removed)));
     tell_kept();
+    if let Some(id) = &*fetched() {
+        note(format_args!("what is there of `{id}` stays; the same command goes on from there"));
+    }
     exit(128 + signal);
 }
 

@@ -10,6 +10,7 @@ mod diff;
 mod eval;
 mod export;
 mod failure;
+mod fetch;
 mod habits;
 mod html;
 mod inspect;

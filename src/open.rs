@@ -10,14 +10,15 @@ use slim_formats::{ModelConfig, ModelSource, gguf::GgufFile, open_model, slim::S
 use slim_runtime::{RuntimeError, Tokenizer};
 
 use crate::{
-    failure::advised,
+    fetch::locate,
     output::{note, warn},
 };
 
 /// The model that a command runs.
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// A SliM file, another GGUF file, an ONNX file, or a Hugging Face directory
+    /// A SliM file, another GGUF file, an ONNX file, a Hugging Face directory, or a hub id:
+    /// org/name[@revision], with :Q4_K_M for a GGUF of a repository
     model: PathBuf,
 
     /// Open a SliM file without checking its hashes
@@ -28,25 +29,25 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Opens the model.
     pub fn open(&self) -> Result<Arc<dyn ModelSource>> {
-        match self.no_hash_check && is_slim(&self.model) {
-            true => Ok(Arc::new(SlimFile::open_without_hashes(&self.model)?)),
-            false => open(&self.model),
+        self.open_located(&locate(&self.model, false)?)
+    }
+
+    /// Opens the model, and does not tell how far a download is.
+    pub fn open_quietly(&self) -> Result<Arc<dyn ModelSource>> {
+        self.open_located(&locate(&self.model, true)?)
+    }
+
+    fn open_located(&self, path: &Path) -> Result<Arc<dyn ModelSource>> {
+        match self.no_hash_check && is_slim(path) {
+            true => Ok(Arc::new(SlimFile::open_without_hashes(path)?)),
+            false => open(path),
         }
     }
 }
 
-/// Opens a model of any supported kind, and says what is odd about it.
+/// Opens a model of any supported kind, of a hub, too, and says what is odd about it.
 pub fn open(path: &Path) -> Result<Arc<dyn ModelSource>> {
-    if !path.exists() && is_hub_id(path) {
-        let id = path.display();
-        return Err(advised(
-            format!(
-                "`{id}`: there is no such file, and downloading from a hub is not supported yet"
-            ),
-            format!("if it is a hub id, run `hf download {id} --local-dir DIR` and use DIR"),
-        ));
-    }
-    let source = open_model(path)?;
+    let source = open_model(&locate(path, false)?)?;
     warn_of(&*source);
     Ok(source.into())
 }
@@ -104,41 +105,8 @@ pub fn is_slim(path: &Path) -> bool {
         && GgufFile::open(path).is_ok_and(|file| SlimFile::is_described_by(file.metadata()))
 }
 
-/// Whether a path could be `org/name[@revision]` of a model hub.
-fn is_hub_id(path: &Path) -> bool {
-    let is_name = |name: &str| {
-        let is_word = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(is_word)
-    };
-    let is_file_name = |name: &str| {
-        [".gguf", ".safetensors", ".onnx", ".json"]
-            .iter()
-            .any(|extension| name.ends_with(extension))
-    };
-    let Some((organization, name)) = path.to_str().and_then(|text| text.split_once('/')) else {
-        return false;
-    };
-    let name = name.split_once('@').map_or(name, |(name, _revision)| name);
-    is_name(organization) && is_name(name) && !is_file_name(name)
-}
-
 /// Reads a text file whole.
 pub fn read_text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path)
         .with_context(|| format!("`{}`: cannot read the text", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hub_ids_are_told_from_paths() {
-        for id in ["meta-llama/Llama-3.2-1B", "org/name@main", "org/name.v2@refs/pr/1"] {
-            assert!(is_hub_id(Path::new(id)), "{id}");
-        }
-        for path in ["name", "./org/name", "/org/name", "a/b/c", "models/x.gguf", "../x", "org/"] {
-            assert!(!is_hub_id(Path::new(path)), "{path}");
-        }
-    }
 }

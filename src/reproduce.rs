@@ -16,7 +16,7 @@ use slim_formats::{
 
 use self::{
     compare::differences,
-    recipe::{Recipe, calibration_sha256, source_files},
+    recipe::{Recipe, calibration_sha256, hub_source, source_files},
 };
 use crate::{
     Outcome,
@@ -101,13 +101,20 @@ fn repeat(
     differences(file, &GgufFile::open(&output)?)
 }
 
-/// Where the source is: where the user says, or beside the file, or in the current folder. It must
-/// be the one that the file names.
+/// Where the source is: where the user says, on the hub that it is from, beside the file, or in the
+/// current folder. It must be the one that the file names, for which a hub is asked to run it only.
 fn find_source(args: &ReproduceArgs, metadata: &Metadata) -> Result<Option<PathBuf>> {
     if let Some(path) = &args.source {
         return match other_source(path, metadata)? {
             None => Ok(Some(path.clone())),
             Some(difference) => bail!("`{}` is another source: {difference}", path.display()),
+        };
+    }
+    if let Some(id) = hub_source(metadata).map(PathBuf::from) {
+        let difference = if args.run { other_source(&id, metadata)? } else { None };
+        return match difference {
+            None => Ok(Some(id)),
+            Some(difference) => bail!("`{}` is another source: {difference}", id.display()),
         };
     }
     let beside = args.file.parent().unwrap_or(Path::new(""));

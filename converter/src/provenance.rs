@@ -3,7 +3,9 @@
 use std::{fs::File, io::Read, path::Path};
 
 use sha2::{Digest, Sha256};
-use slim_formats::{FormatError, ModelConfig, ModelSource, TokenizerSource, gguf::Metadata};
+use slim_formats::{
+    FormatError, HubCommit, ModelConfig, ModelSource, TokenizerSource, gguf::Metadata,
+};
 use slim_runtime::{Tokenizer, end_tokens};
 
 use crate::{Calibration, Method, Result, Settings, Target, calibration::hex};
@@ -51,6 +53,10 @@ fn with_hashes(
     let mut metadata = with_all_ends(source).to_gguf();
     tokenizer(source, &mut metadata)?;
     sources(source, hash, &mut metadata)?;
+    if let Some(HubCommit { repository, commit }) = HubCommit::of(source.path()) {
+        metadata.insert("slim.source.repository", repository)?;
+        metadata.insert("slim.source.revision", commit)?;
+    }
     metadata.insert("slim.quantization.tool", concat!("slimllm ", env!("CARGO_PKG_VERSION")))?;
     if let Some(commit) = COMMIT {
         metadata.insert("slim.quantization.commit", commit)?;

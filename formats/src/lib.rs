@@ -39,6 +39,7 @@ pub use error::{FormatError, Result};
 pub use folder::missing_tokenizer;
 pub use generation::Generation;
 pub use limits::Limits;
+pub use locate::{HubCommit, NumberedFile};
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{
     BlockScales, DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model,

@@ -49,6 +49,32 @@ pub(crate) fn snapshot(path: &Path) -> Result<Option<PathBuf>> {
     Err(FormatError::unsupported(path, what, hint))
 }
 
+/// Which commit of which model of a hub a folder is.
+pub struct HubCommit {
+    /// `ORG/NAME`.
+    pub repository: String,
+    /// As Git spells it.
+    pub commit: String,
+}
+
+impl HubCommit {
+    /// That of a model which lies in a hub's cache, `models--ORG--NAME/snapshots/COMMIT`.
+    pub fn of(path: &Path) -> Option<Self> {
+        // Its files are links out of the snapshot: the folder counts.
+        let folder = if path.is_dir() { path } else { path.parent()? };
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let folder = here.canonicalize().ok()?;
+        let is_snapshot =
+            |folder: &&Path| folder.parent().is_some_and(|p| p.ends_with("snapshots"));
+        let snapshot = folder.ancestors().find(is_snapshot)?;
+        let commit = snapshot.file_name()?.to_str()?.to_owned();
+        let root = snapshot.ancestors().nth(2)?.file_name()?.to_str()?;
+        let repository = root.strip_prefix("models--")?.replacen("--", "/", 1);
+        let is_commit = commit.len() == 40 && commit.bytes().all(|b| b.is_ascii_hexdigit());
+        is_commit.then_some(Self { repository, commit })
+    }
+}
+
 /// The weights in a folder.
 ///
 /// # Errors
@@ -172,17 +198,18 @@ fn adapter(root: &Path) -> FormatError {
 }
 
 /// A file of several that are numbered: `NAME-00001-of-00003.EXTENSION`.
-pub(crate) struct NumberedFile<'a> {
+pub struct NumberedFile<'a> {
     stem: &'a str,
     extension: &'a str,
     /// From 1 to `count`.
-    pub(crate) number: usize,
-    pub(crate) count: usize,
+    pub number: usize,
+    /// How many there are.
+    pub count: usize,
 }
 
 impl<'a> NumberedFile<'a> {
     /// By its name.
-    pub(crate) fn of(name: &'a str) -> Option<Self> {
+    pub fn of(name: &'a str) -> Option<Self> {
         let (name, extension) = name.rsplit_once('.')?;
         let (rest, count) = name.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
@@ -195,8 +222,13 @@ impl<'a> NumberedFile<'a> {
         is_one.then_some(Self { stem, extension, number, count })
     }
 
+    /// What the names of all files begin with.
+    pub fn stem(&self) -> &'a str {
+        self.stem
+    }
+
     /// The name of file `number`.
-    pub(crate) fn name_of(&self, number: usize) -> String {
+    pub fn name_of(&self, number: usize) -> String {
         let Self { stem, extension, count, .. } = self;
         format!("{stem}-{number:05}-of-{count:05}.{extension}")
     }

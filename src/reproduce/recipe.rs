@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::Value as Json;
 use slim_converter::{BUILT_IN_CALIBRATION, COMMIT};
-use slim_formats::gguf::{Metadata, Value};
+use slim_formats::{
+    NumberedFile,
+    gguf::{Metadata, Value},
+};
 use slim_kernels::instruction_path;
 
 use crate::{failure::advised, inspect::metadata_json, output::sha256};
@@ -21,6 +24,21 @@ pub struct Recipe {
 /// Names of the source's files.
 pub fn source_files(metadata: &Metadata) -> &[String] {
     metadata.strings("slim.source.files").unwrap_or_default()
+}
+
+/// The id of the source on a hub, if it is from one. ONNX graphs are not fetched.
+pub fn hub_source(metadata: &Metadata) -> Option<String> {
+    if metadata.str("slim.source.format") == Some("onnx") {
+        return None;
+    }
+    let repository = metadata.str("slim.source.repository")?;
+    let commit = metadata.str("slim.source.revision")?;
+    let gguf = source_files(metadata).iter().find(|name| name.ends_with(".gguf"));
+    let gguf = gguf.map(|name| match NumberedFile::of(name) {
+        Some(part) => format!(":{}", part.stem()),
+        None => format!(":{name}"),
+    });
+    Some(format!("{repository}@{commit}{}", gguf.unwrap_or_default()))
 }
 
 /// SHA-256 of the calibration text, of methods that use one.

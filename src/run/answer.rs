@@ -14,7 +14,7 @@ use signal_hook::{consts::SIGINT, flag};
 use slim_runtime::{End, Event, Generation, Generator, Timings};
 
 use crate::{
-    interrupt::EXIT_INTERRUPTED,
+    interrupt::{self, EXIT_INTERRUPTED},
     output::{note, plural, print},
 };
 
@@ -31,6 +31,7 @@ impl Interrupt {
         flag::register_conditional_shutdown(SIGINT, EXIT_INTERRUPTED.into(), raised())
             .and_then(|_| flag::register(SIGINT, raised()))
             .context("cannot catch Ctrl-C")?;
+        interrupt::are_handled();
         Ok(interrupt)
     }
 

@@ -146,7 +146,7 @@ fn unusable_files_are_refused_with_a_sentence() {
         fail(&["eval", llama, "--text", llama, "--against", file], &["cannot read the text"]);
         fail(&["convert", file, "-o", &dir.arg("out")], &fragments);
     }
-    let hub_id = ["downloading from a hub is not supported yet", "hint: if it is a hub id"];
+    let hub_id = ["nor a whole model in the hub's cache", "hint: unset `HF_HUB_OFFLINE`"];
     fail(&["convert", "org/name@main", "-o", &dir.arg("out")], &hub_id);
     assert!(!dir.names().contains(&"out".to_owned()));
 }

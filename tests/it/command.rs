@@ -170,10 +170,10 @@ impl Answer {
     }
 }
 
-/// The command, to be started by the caller.
+/// The command, to be started by the caller. It asks no hub.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_slimllm"));
-    command.args(args);
+    command.args(args).env("HF_HUB_OFFLINE", "1");
     command
 }
 

@@ -116,7 +116,10 @@ fn troubleshooting_quotes_what_the_program_says() {
     std::fs::copy(tiny_model("llama").join("model.safetensors"), dir.path("model.safetensors"))
         .unwrap();
     for (args, quoted) in [
-        (["bench", "org/name"], "downloading from a hub is not supported yet"),
+        (
+            ["bench", "org/name"],
+            "found neither a file of this name nor a whole model in the hub's cache",
+        ),
         (["bench", &dir.arg("")], "model type"),
     ] {
         let answer = slimllm(&args);
