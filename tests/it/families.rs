@@ -38,11 +38,11 @@ fn rows(
 ) -> Vec<(Vec<&'static str>, String)> {
     let mut rows: Vec<(Vec<&str>, String)> = Vec::new();
     for kind in family.hf_types() {
-        let is_of_kind = |model: &&Box<dyn ModelSource>| {
+        let is_of_kind = |model: &&dyn ModelSource| {
             let config = model.config();
             config.family == family && family.hf_type(config) == *kind
         };
-        let of_kind: Vec<_> = models.iter().filter(is_of_kind).map(|model| &**model).collect();
+        let of_kind: Vec<_> = models.iter().map(|model| &**model).filter(is_of_kind).collect();
         match rows.last_mut() {
             Some((kinds, found)) if of_kind.is_empty() || *found == engines(&of_kind) => {
                 kinds.push(kind.model_type);
