@@ -68,7 +68,7 @@ pub enum Command {
 #[derive(clap::Args)]
 pub struct ConvertArgs {
     /// A Hugging Face directory, an ONNX file with its `config.json` beside it, a GGUF file, or a
-    /// hub id: org/name[@revision], with :Q4_K_M for a GGUF of a repository
+    /// hub id: org/name or org/name@revision, with :Q4_K_M for a GGUF of a repository
     pub source: PathBuf,
 
     #[command(flatten)]

@@ -18,7 +18,7 @@ use crate::{
 #[derive(clap::Args)]
 pub struct ModelArgs {
     /// A SliM file, another GGUF file, an ONNX file, a Hugging Face directory, or a hub id:
-    /// org/name[@revision], with :Q4_K_M for a GGUF of a repository
+    /// org/name or org/name@revision, with :Q4_K_M for a GGUF of a repository
     model: PathBuf,
 
     /// Open a SliM file without checking its hashes

@@ -104,8 +104,9 @@ fn expert_that_never_fires_is_named_and_calibrated_on_all_tokens() {
     let report = answer.json();
     assert!(report["degenerate"]["seldom_experts"].as_u64().unwrap() >= 4, "{report}");
     let layers = report["layers"].as_array().unwrap();
-    let of_expert =
-        |layer: &&serde_json::Value| layer["name"].as_str().unwrap().contains("ffn_down.5.weight");
+    let of_expert = |layer: &&serde_json::Value| {
+        layer["name"].as_str().unwrap().contains("ffn_down_exps.5.weight")
+    };
     let errors: Vec<f64> =
         layers.iter().filter(of_expert).map(|layer| layer["error"].as_f64().unwrap()).collect();
     assert_eq!(errors.len(), 4);

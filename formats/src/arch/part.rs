@@ -102,16 +102,16 @@ pub enum ExpertPart {
 }
 
 impl ExpertPart {
-    /// GGUF's name of the tensor that holds those of all experts, in two pieces: llama.cpp's older
-    /// files, and ours, have the number of an expert between them.
+    /// GGUF's name of the tensor that holds those of all experts, in two pieces, between which the
+    /// number of one stands (F3).
     const fn gguf_name(self) -> (&'static str, &'static str) {
         match self {
-            Self::Gate => ("ffn_gate", "weight"),
-            Self::GateBias => ("ffn_gate", "bias"),
-            Self::Up => ("ffn_up", "weight"),
-            Self::UpBias => ("ffn_up", "bias"),
-            Self::Down => ("ffn_down", "weight"),
-            Self::DownBias => ("ffn_down", "bias"),
+            Self::Gate => ("ffn_gate_exps", "weight"),
+            Self::GateBias => ("ffn_gate_exps", "bias"),
+            Self::Up => ("ffn_up_exps", "weight"),
+            Self::UpBias => ("ffn_up_exps", "bias"),
+            Self::Down => ("ffn_down_exps", "weight"),
+            Self::DownBias => ("ffn_down_exps", "bias"),
         }
     }
 }
