@@ -260,7 +260,7 @@ mod tests {
         }
         assert_eq!(chosen(&names[2..4], "o/n").unwrap(), gguf(&["m.Q8_0.gguf"]));
         for (id, hint) in [
-            ("o/n:Q4_K_M", "give more of the name: `UD-Q4_K_M`, `m-Q4_K_M`"),
+            ("o/n:Q4_K_M", "give more of the name: `m-Q4_K_M`, `UD-Q4_K_M`"),
             ("o/n", "say which, as in `o/n:BF16`; it has `BF16`, `m-Q4_K_M`, `UD-Q4_K_M`, `Q8_0`"),
         ] {
             assert_eq!(chosen(&names, id).unwrap_err().hint().unwrap(), hint);
