@@ -58,7 +58,7 @@ pub enum Command {
     Reproduce(ReproduceArgs),
     /// Serve a model over HTTP, as OpenAI's API does
     Serve(ServeArgs),
-    /// Print the completions of a shell
+    /// Print the completions of a shell, or write the manual pages
     Completions(CompletionsArgs),
     /// Render a chat template for the process that asks for it
     #[command(hide = true)]
@@ -153,6 +153,10 @@ pub struct ConvertArgs {
     #[arg(long)]
     pub dry_run: bool,
 
+    /// Also write a model card for a hub, such as README.md: what was measured, and the command
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    pub card: Option<PathBuf>,
+
     /// Print only warnings and errors
     #[arg(long)]
     pub quiet: bool,
@@ -163,6 +167,14 @@ pub struct ConvertArgs {
 
     #[command(flatten)]
     pub compute: Compute,
+}
+
+impl ConvertArgs {
+    /// Where the model card goes, if one is asked for.
+    pub fn card(&self) -> Option<TargetArgs> {
+        let output = self.card.clone()?;
+        Some(TargetArgs { output, force: self.target.force })
+    }
 }
 
 /// How scales are stored.
@@ -326,7 +338,12 @@ impl PageArgs {
 #[derive(clap::Args)]
 pub struct CompletionsArgs {
     /// The shell
-    pub shell: clap_complete::Shell,
+    #[arg(required_unless_present = "man")]
+    pub shell: Option<clap_complete::Shell>,
+
+    /// Write the manual pages into this new folder instead
+    #[arg(long, value_name = "DIR", conflicts_with = "shell")]
+    pub man: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]

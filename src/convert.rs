@@ -1,5 +1,6 @@
 //! `slimllm convert`: quantizes a model.
 
+mod card;
 mod check;
 mod plan;
 
@@ -23,7 +24,7 @@ use slim_kernels::{
     cuda::{CudaBackend, Device},
 };
 
-use self::{check::Check, plan::Plan};
+use self::{card::card, check::Check, plan::Plan};
 use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
@@ -39,6 +40,9 @@ use crate::{
 const DEFAULT_SUB_GROUP: usize = 32;
 const DEFAULT_SCALE_BITS: usize = 4;
 const DEFAULT_STEPS: usize = 300;
+
+/// A model card.
+const CARD: Kind = Kind::File("md");
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
     let kind = Kind::File("gguf");
@@ -72,6 +76,9 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         }
         return Ok(());
     }
+    if let Some(target) = args.card() {
+        target.check(CARD, &inputs)?;
+    }
     let target = args.target.prepare(kind, &inputs)?;
     let begin = match args.target.force {
         _ if args.resume => Begin::Resume,
@@ -97,6 +104,10 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     progress.finish();
     let (report, time) = (report?, start.elapsed());
     let check = Check::of(target.path, &source, &settings, args.max_memory)?;
+    if let Some(page) = args.card() {
+        let text = card(target.path, &*source, plan.source_bytes, &report, &check)?;
+        page.write(CARD, &inputs, text.as_bytes())?;
+    }
     if args.json {
         print_json(report_json(&report, &check, &device, args, time))?;
     } else if !args.quiet {

@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod completions;
 mod compute;
 mod convert;
 mod diff;
@@ -24,13 +25,9 @@ mod run;
 mod serve;
 mod target;
 
-use std::{
-    io::{self, Write as _},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 use slim_runtime::{isolate_chat_templates, render_for_parent};
 
 use crate::{
@@ -105,11 +102,7 @@ fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Export(args) => export::run(&args)?,
         Command::Reproduce(args) => return reproduce::run(&args),
         Command::Serve(args) => serve::run(&args)?,
-        Command::Completions(args) => {
-            let mut script = Vec::new();
-            clap_complete::generate(args.shell, &mut Args::command(), "slimllm", &mut script);
-            io::stdout().write_all(&script)?;
-        }
+        Command::Completions(args) => completions::run(&args)?,
         Command::RenderTemplate => render_for_parent()?,
     }
     Ok(Outcome::Done)

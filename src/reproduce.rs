@@ -59,6 +59,11 @@ pub fn run(args: &ReproduceArgs) -> Result<Outcome> {
     })
 }
 
+/// The command that the `metadata` of a file stands for, as a shell takes it.
+pub fn command_of(file: &Path, metadata: &Metadata) -> Result<String> {
+    Ok(shell_line(&Recipe::of(file, metadata)?.command(None, None)))
+}
+
 fn line(difference: &String) -> String {
     format!("- {difference}\n")
 }

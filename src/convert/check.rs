@@ -81,6 +81,11 @@ impl Check {
         Ok(check)
     }
 
+    /// How far the file is from its source, by kind of text, if that was measured.
+    pub fn quality(&self) -> Option<&[Quality]> {
+        self.quality.as_deref()
+    }
+
     fn worst(&self) -> Option<&Quality> {
         let kl = |quality: &Quality| quality.divergence.kl_mean;
         self.quality.iter().flatten().max_by(|a, b| kl(a).total_cmp(&kl(b)))

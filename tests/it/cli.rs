@@ -5,7 +5,7 @@ use std::process::Stdio;
 use serde_json::Value;
 
 use crate::command::{
-    Dir, arg, command, fail, onnx_model, short_text, slimllm, succeed, tiny_model,
+    Dir, arg, command, fail, files_in, onnx_model, short_text, slimllm, succeed, tiny_model,
 };
 
 /// A tiny model of the repository, as an argument.
@@ -509,4 +509,21 @@ fn bench_table_has_a_row_for_each_workload() {
     let table: Vec<&str> = text.lines().skip_while(|line| !line.contains("first token")).collect();
     assert_eq!(table.len(), 5, "{text}");
     assert!(table[4].starts_with("     40      3"), "{text}");
+}
+
+#[test]
+fn manual_has_a_page_for_each_command_and_replaces_nothing() {
+    let dir = Dir::new();
+    let folder = dir.arg("man");
+    succeed(&["completions", "--man", &folder]);
+    let mut pages: Vec<String> = files_in(&dir.path("man"))
+        .iter()
+        .map(|page| page.file_name().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    pages.retain(|page| page != "slimllm.1");
+    assert!(pages.contains(&"slimllm-convert.1".to_owned()), "{pages:?}");
+    assert!(!pages.iter().any(|page| page.contains("render-template")), "{pages:?}");
+    let page = std::fs::read_to_string(dir.path("man/slimllm-convert.1")).unwrap();
+    assert!(page.contains("target\\-bpw"), "{page}");
+    fail(&["completions", "--man", &folder], &["cannot write the manual pages"]);
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::{
     columns::narrow_model,
-    command::{Dir, arg, real_model, succeed, tiny_model},
+    command::{Dir, arg, fail, real_model, succeed, tiny_model},
     sources::{change_tensor, copy_folder},
 };
 
@@ -94,4 +94,29 @@ fn result_that_is_likely_useless_earns_a_warning_with_a_better_setting() {
     for fragment in ["the result is likely useless for", "try `--method slim`"] {
         assert!(answer.stderr.contains(fragment), "{fragment}: {}", answer.stderr);
     }
+}
+
+#[test]
+fn card_says_what_was_measured_and_the_command() {
+    let dir = Dir::new();
+    let (llama, out, card) =
+        (&arg(&tiny_model("llama")), &dir.arg("a.slim.gguf"), &dir.arg("README.md"));
+    let convert = ["convert", llama, "-o", out, "--card", card, "--json"];
+    let args = [&convert[..], &["--samples", "2", "--context", "32"]].concat();
+    let report = succeed(&args).json();
+    let text = std::fs::read_to_string(card).unwrap();
+    assert!(text.starts_with("---\nlibrary_name: slimllm\n"), "{text}");
+    for domain in report["quality"].as_array().unwrap() {
+        let (name, kl) = (domain["domain"].as_str().unwrap(), domain["kl_mean"].as_f64().unwrap());
+        let row = format!("| {name} | {} | {kl:.4} |", domain["tokens"]);
+        assert!(text.contains(&row), "no `{row}` in\n{text}");
+    }
+    let command = succeed(&["reproduce", out]).stdout;
+    let made_from = command.lines().next().unwrap().split_once(" -o ").unwrap().1;
+    assert!(text.contains(made_from), "no `{made_from}` in\n{text}");
+    // Nothing is converted if the card cannot be written.
+    let other = &dir.arg("b.slim.gguf");
+    let args = ["convert", llama, "-o", other, "--card", card];
+    fail(&args, &["README.md` exists already", "`--force`"]);
+    assert!(!dir.path("b.slim.gguf").exists());
 }

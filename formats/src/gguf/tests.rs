@@ -576,7 +576,7 @@ fn model_that_cannot_be_run_is_refused() {
         (
             Some(("llama.expert_count", 8u32.into())),
             None,
-            "key `llama.expert_count` of 8 is not supported",
+            "the model's number of experts of a token: found 0, expected 1 to 8",
         ),
         (
             None,

@@ -166,9 +166,10 @@ fn index_bad_entries_are_refused() {
 
 #[test]
 fn bad_tensors_are_refused() {
-    let cases: [(Tensor<'_>, &str); 9] = [
+    let cases: [(Tensor<'_>, &str); 10] = [
         (("model.norm.weight", Dtype::I32, &[4]), "element type I32"),
-        (("model.norm.weight", Dtype::F16, &[1, 2, 2]), "shape [1, 2, 2]"),
+        (("model.norm.weight", Dtype::F16, &[1, 1, 2, 2]), "shape [1, 1, 2, 2]"),
+        (("model.norm.weight", Dtype::F16, &[1, 2, 2]), "found [2, 2], expected [4]"),
         (("model.norm.weight", Dtype::F16, &[0]), "shape [0]"),
         (
             ("model.layers.0.self_attn.q_proj.bias", Dtype::F16, &[4]),
