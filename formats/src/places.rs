@@ -19,6 +19,21 @@ pub(crate) fn by_stored_name<'d>(
     by_name
 }
 
+/// A sentence about the tensors `names` of the model at `path` that only its blocks for guessing
+/// further tokens have, if there are any; the names of a file's blocks follow `prefix`.
+pub(crate) fn guessing_left_out<'n>(
+    path: &Path,
+    decoder: &Decoder,
+    prefix: &str,
+    names: impl Iterator<Item = &'n str>,
+) -> Option<String> {
+    let count = names.filter(|name| decoder.is_of_guessing(prefix, name)).count();
+    let path = path.display();
+    (count > 0).then(|| {
+        format!("`{path}`: blocks that guess further tokens are left out ({count} tensors)")
+    })
+}
+
 /// A tensor that is some rows of a stored one with `cols` columns, or all of it.
 pub(crate) fn rows_of<'a>(
     tensor: &Tensor,

@@ -9,7 +9,7 @@ use slim_kernels::{AttentionCall, AttentionShape, Backend, KvCache, weight};
 
 use crate::{
     Positions, Result,
-    router::{Route, routes, sigmoid},
+    router::{Route, routes, shares, weigh},
 };
 
 /// What every stage needs.
@@ -157,8 +157,7 @@ impl<'a> Block<'a> {
         let ffn = self.spec.experts.expect("a block with experts").ffn;
         let [gate, up] = [ExpertPart::Gate, ExpertPart::Up].map(|part| Part::Expert(index, part));
         let mut neurons = self.activate(&ffn, gate, up, context, input)?;
-        let tokens = neurons.chunks_exact_mut(ffn.width).zip(weights);
-        tokens.for_each(|(neurons, &weight)| scale(neurons, weight));
+        weigh(&mut neurons, weights);
         Ok(neurons)
     }
 
@@ -178,9 +177,7 @@ impl<'a> Block<'a> {
         let part = Part::Expert(index, ExpertPart::Down);
         let mut added = linear(context, self.layers[part], neurons)?;
         if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
-            for (added, weight) in added.chunks_exact_mut(bias.len()).zip(&route.weights) {
-                added.iter_mut().zip(bias).for_each(|(added, bias)| *added += weight * bias);
-            }
+            route.add_bias(bias, &mut added);
         }
         route.scatter(&added, self.spec.residual_scale, x);
         Ok(())
@@ -292,8 +289,7 @@ impl<'a> Block<'a> {
         let ffn = self.spec.ffn.expect("a block with such a network");
         let mut neurons = self.activate(&ffn, Part::FfnGate, Part::FfnUp, context, input)?;
         if let Some(share) = self.vectors.get(Part::FfnShare) {
-            let tokens = input.chunks_exact(share.len()).zip(neurons.chunks_exact_mut(ffn.width));
-            tokens.for_each(|(input, neurons)| scale(neurons, sigmoid(dot(share, input))));
+            weigh(&mut neurons, &shares(share, input));
         }
         Ok(neurons)
     }
@@ -354,10 +350,6 @@ fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 pub(crate) fn scale(x: &mut [f32], factor: f32) {

@@ -50,7 +50,7 @@ pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Prot
 pub use placement::CudaSettings;
 pub use positions::Positions;
 pub use random::{SplitMix64, random_seed};
-pub use router::{Route, routes, sigmoid};
+pub use router::{Route, routes, shares, weigh};
 pub use sampler::{Sampler, SamplerSettings};
 pub use sequence::Sequence;
 pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};

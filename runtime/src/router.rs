@@ -20,6 +20,14 @@ impl Route {
         self.tokens.iter().flat_map(|&token| &x[token * width..][..width]).copied().collect()
     }
 
+    /// Adds `bias` to `rows: [tokens, width]` of what an expert makes of weighted neurons, as often
+    /// as its tokens weigh.
+    pub fn add_bias(&self, bias: &[f32], rows: &mut [f32]) {
+        for (row, weight) in rows.chunks_exact_mut(bias.len()).zip(&self.weights) {
+            row.iter_mut().zip(bias).for_each(|(y, bias)| *y += weight * bias);
+        }
+    }
+
     /// Adds `factor` times `rows: [tokens, width]` to the rows of its tokens in `x: [.., width]`.
     pub fn scatter(&self, rows: &[f32], factor: f32, x: &mut [f32]) {
         let width = rows.len() / self.tokens.len().max(1);
@@ -96,8 +104,23 @@ fn weights(routing: &Routing, scores: &[f32], chosen: &[usize]) -> Vec<f32> {
 }
 
 /// `1 / (1 + e^-x)`.
-pub fn sigmoid(x: f32) -> f32 {
+fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
+}
+
+/// What the network beside experts has of each token of `x: [tokens, hidden]`,
+/// `sigmoid(share . x)`.
+pub fn shares(share: &[f32], x: &[f32]) -> Vec<f32> {
+    let product = |x: &[f32]| share.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
+    x.chunks_exact(share.len()).map(|x| sigmoid(product(x))).collect()
+}
+
+/// Multiplies each of `rows: [weights.len(), width]` by its weight.
+pub fn weigh(rows: &mut [f32], weights: &[f32]) {
+    let width = rows.len() / weights.len().max(1);
+    for (row, &weight) in rows.chunks_exact_mut(width.max(1)).zip(weights) {
+        row.iter_mut().for_each(|value| *value *= weight);
+    }
 }
 
 #[cfg(test)]

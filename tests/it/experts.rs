@@ -8,18 +8,17 @@ use slim_formats::{Part, open_model};
 use slim_kernels::weight;
 use slim_runtime::Model;
 
-use crate::command::{Dir, arg, fail, succeed, tiny_model};
+use crate::{
+    command::{Dir, arg, fail, succeed, tiny_model},
+    sources::copy_folder,
+};
 
 /// A tensor of a copy: its shape, and f16 values.
 type Tensor = (Vec<usize>, Vec<u8>);
 
 /// Copies a tiny model with other tensors.
 fn with_tensors(name: &str, folder: &Path, change: impl Fn(&mut HashMap<String, Tensor>)) {
-    std::fs::create_dir(folder).unwrap();
-    for entry in std::fs::read_dir(tiny_model(name)).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
-    }
+    copy_folder(&tiny_model(name), folder);
     let file = folder.join("model.safetensors");
     let bytes = std::fs::read(&file).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
@@ -67,6 +66,22 @@ fn experts_in_one_tensor_are_those_in_one_each() {
         }
     });
     assert!(logits(&arg(&folder)) == logits(&arg(&tiny_model("qwen3-moe"))));
+}
+
+/// As GLM-4.5 has one.
+#[test]
+fn blocks_that_guess_further_tokens_are_left_out_and_named() {
+    let dir = Dir::new();
+    let folder = dir.path("model");
+    with_tensors("glm4-moe", &folder, |tensors| {
+        let norm = tensors["model.norm.weight"].clone();
+        tensors.insert("model.layers.4.enorm.weight".into(), norm);
+    });
+    let model = &arg(&folder);
+    assert!(logits(model) == logits(&arg(&tiny_model("glm4-moe"))));
+    let answer = succeed(&["inspect", model]);
+    let warning = "blocks that guess further tokens are left out (1 tensors)";
+    assert!(answer.stderr.contains(warning), "{}", answer.stderr);
 }
 
 #[test]

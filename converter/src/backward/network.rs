@@ -7,7 +7,7 @@ use slim_formats::{
     arch::{Activation, ExpertPart, Experts, Ffn, Scores},
 };
 use slim_kernels::{Backend, Cpu};
-use slim_runtime::{Route, sigmoid};
+use slim_runtime::{Route, routes, shares, weigh};
 
 use super::{Visitor, block::Walk, elementwise};
 use crate::Result;
@@ -64,10 +64,7 @@ impl Walk<'_> {
     pub fn network(&self, input: &[f32]) -> Result<Option<Neurons>> {
         let Some(ffn) = self.block.spec.ffn else { return Ok(None) };
         let share = self.block.vectors.get(Part::FfnShare);
-        let weights = share.map(|share| {
-            let product = |x: &[f32]| share.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
-            input.chunks_exact(share.len()).map(|x| sigmoid(product(x))).collect()
-        });
+        let weights = share.map(|share| shares(share, input));
         Ok(Some(self.neurons(&ffn, Layers::OF_ALL, input, weights)?))
     }
 
@@ -100,7 +97,7 @@ impl Walk<'_> {
         let Some(experts) = self.block.spec.experts else { return Ok(None) };
         let mut scores = self.product(Part::Router, input)?;
         let correction = self.block.vectors.get(Part::RouterCorrection).map(Vec::as_slice);
-        let routes = slim_runtime::routes(&experts, &mut scores, correction);
+        let routes = routes(&experts, &mut scores, correction);
         let networks = (0..).zip(&routes).map(|(index, route)| -> Result<_> {
             if route.tokens.is_empty() {
                 return Ok(None);
@@ -122,9 +119,7 @@ impl Walk<'_> {
             let down = Layers::of_expert(index).down;
             let mut output = self.product_without_bias(down, &neurons.weighted)?;
             if let Some(bias) = self.bias(down) {
-                for (output, weight) in output.chunks_exact_mut(bias.len()).zip(&route.weights) {
-                    output.iter_mut().zip(bias).for_each(|(y, bias)| *y += weight * bias);
-                }
+                route.add_bias(bias, &mut output);
             }
             route.scatter(&output, self.block.spec.residual_scale, x);
         }
@@ -180,7 +175,7 @@ impl Walk<'_> {
         };
         let mut weighted = activated(ffn.activation, gate.as_deref(), &up);
         if let Some(weights) = &weights {
-            multiply(&mut weighted, weights);
+            weigh(&mut weighted, weights);
         }
         Ok(Neurons { gate, up, weighted, weights })
     }
@@ -213,7 +208,7 @@ impl Walk<'_> {
                         dy.chunks_exact(bias.len()).map(|dy| products(bias, dy, bias.len()));
                     d_weights.iter_mut().zip(of_bias.flatten()).for_each(|(d, bias)| *d += bias);
                 }
-                multiply(&mut d_neurons, &weights);
+                weigh(&mut d_neurons, &weights);
                 d_weights
             }
         };
@@ -243,14 +238,6 @@ fn activated(activation: Activation, gate: Option<&[f32]>, up: &[f32]) -> Vec<f3
             Cpu.activate(activation, &mut neurons);
             neurons
         }
-    }
-}
-
-/// Multiplies each row of `rows` by its weight.
-fn multiply(rows: &mut [f32], weights: &[f32]) {
-    let width = rows.len() / weights.len().max(1);
-    for (row, weight) in rows.chunks_exact_mut(width.max(1)).zip(weights) {
-        row.iter_mut().for_each(|value| *value *= weight);
     }
 }
 

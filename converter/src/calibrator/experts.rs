@@ -38,10 +38,8 @@ impl Calibrator<'_> {
         };
         for (expert, route) in (0..).zip(&routes) {
             visitor.expert(index, expert, route.tokens.len());
-            let seen = match route.tokens.len() < ENOUGH_TOKENS {
-                true => all_tokens(&stream.normed),
-                false => route.clone(),
-            };
+            let is_seldom = route.tokens.len() < ENOUGH_TOKENS;
+            let seen = if is_seldom { all_tokens(&stream.normed) } else { route.clone() };
             let mut inputs = gathered(&stream.normed, &seen);
             let mut of_float = float.as_ref().map(|float| gathered(&float.stream.normed, &seen));
             for stage in [Stage::Expert(expert), Stage::ExpertOutput(expert)] {
@@ -63,9 +61,12 @@ impl Calibrator<'_> {
             }
             let so_far = with_layers(block, layers);
             let running = if follows { &so_far } else { block };
-            stream.add_expert(expert, walk, running, route)?;
+            // What calibrated its last layer, if that was of its own tokens.
+            let neurons = if is_seldom { None } else { Some(inputs) };
+            stream.add_expert(expert, walk, running, route, neurons)?;
             if let Some(float) = float {
-                float.stream.add_expert(expert, walk, block, &float_routes[usize::from(expert)])?;
+                let route = &float_routes[usize::from(expert)];
+                float.stream.add_expert(expert, walk, block, route, None)?;
             }
         }
         Ok(())
@@ -120,18 +121,23 @@ impl Stream {
         Ok(routes)
     }
 
-    /// Adds what an expert gives for the tokens of its `route` to the residual stream.
+    /// Adds what an expert gives for the tokens of its `route` to the residual stream; `known` are
+    /// their neurons, where they have been computed.
     fn add_expert(
         &mut self,
         expert: u16,
         walk: Walk<'_>,
         block: &Block<'_>,
         route: &Route,
+        known: Option<Activations>,
     ) -> Result<()> {
         if route.tokens.is_empty() {
             return Ok(());
         }
-        let neurons = neurons(expert, walk, block, &gathered(&self.normed, route), route)?;
+        let neurons = match known {
+            Some(known) => known,
+            None => neurons(expert, walk, block, &gathered(&self.normed, route), route)?,
+        };
         let _held = walk.hold(Stage::ExpertOutput(expert), block)?;
         let samples = self.residual.samples();
         let neurons = neurons.batch(0..neurons.samples());

@@ -180,7 +180,7 @@ impl Decoder {
             };
             let experts = fused.and_then(|(fused, (_, spec))| match fused {
                 Fused::Experts(..) => spec.experts.map(|experts| usize::from(experts.count)),
-                Fused::Parts(..) => None,
+                Fused::Alone(_) | Fused::Parts(..) => None,
             });
             let name = in_block(prefix, name);
             let Stored { layout, offset, .. } = stored;
@@ -265,7 +265,7 @@ impl Decoder {
 /// How files of a kind store a part.
 #[derive(Debug, Clone, Copy)]
 pub struct Stored {
-    /// The tensor that it is fused into.
+    /// The tensor that it is in, if that is not one of its own name.
     pub fused: Option<Fused>,
     /// The order of rows; of a vector, of values.
     pub layout: Layout,
@@ -293,14 +293,17 @@ impl Stored {
     }
 
     /// By itself, under another name than its own.
-    pub const fn named(name: &'static str, part: &'static [Part; 1]) -> Self {
-        Self::fused(name, part)
+    pub const fn named(name: &'static str) -> Self {
+        Self { fused: Some(Fused::Alone(name)), ..Self::PLAIN }
     }
 }
 
-/// A tensor of a file that several of a model are rows of: its name, and what it holds, in order.
+/// A tensor of a file that one or several of a model are rows of: its name, and what it holds, in
+/// order.
 #[derive(Debug, Clone, Copy)]
 pub enum Fused {
+    /// The part itself.
+    Alone(&'static str),
     /// Parts of a block.
     Parts(&'static str, &'static [Part]),
     /// Parts of the first expert of a block, then of the second, and so on.
@@ -311,7 +314,7 @@ impl Fused {
     /// The name of the tensor.
     fn name(self) -> &'static str {
         match self {
-            Self::Parts(name, _) | Self::Experts(name, _) => name,
+            Self::Alone(name) | Self::Parts(name, _) | Self::Experts(name, _) => name,
         }
     }
 
@@ -319,6 +322,7 @@ impl Fused {
     fn rows(self, part: Part, spec: &BlockSpec, hidden_size: usize) -> (usize, usize) {
         let rows = |part: Part| spec.dims(part, hidden_size)[0];
         match (self, part) {
+            (Self::Alone(_), _) => (0, rows(part)),
             (Self::Experts(_, parts), Part::Expert(index, part)) => {
                 let of_part = |&part: &ExpertPart| rows(Part::Expert(index, part));
                 let of_expert: usize = parts.iter().map(of_part).sum();

@@ -188,14 +188,32 @@ pub(super) fn write_groups(config: &ModelConfig, json: &mut Value) {
     json["first_k_dense_replace"] = dense.into();
 }
 
+/// llama.cpp's names of the network beside experts: of its gate, its inputs, and what leads back.
+const BESIDE_IN_GGUF: [&str; 3] =
+    ["ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"];
+
+/// How files store the network beside experts: under `names` of its own, of its gate, its inputs,
+/// and what leads back. `None` for other parts, and in a block without experts.
+pub(super) fn beside(
+    part: Part,
+    spec: Option<&BlockSpec>,
+    [gate, up, down]: [&'static str; 3],
+) -> Option<Stored> {
+    spec?.experts?;
+    match part {
+        Part::FfnGate => Some(Stored::named(gate)),
+        Part::FfnUp => Some(Stored::named(up)),
+        Part::FfnDown => Some(Stored::named(down)),
+        _ => None,
+    }
+}
+
 /// How llama.cpp's files store a part of a mixture of experts: those of all experts in one tensor,
 /// the network beside them under names of its own. `None` for other parts.
 pub(super) fn in_gguf(part: Part, spec: Option<&BlockSpec>) -> Option<Stored> {
     let experts = spec?.experts?;
     Some(match part {
-        Part::FfnGate => Stored::named("ffn_gate_shexp.weight", &[Part::FfnGate]),
-        Part::FfnUp => Stored::named("ffn_up_shexp.weight", &[Part::FfnUp]),
-        Part::FfnDown => Stored::named("ffn_down_shexp.weight", &[Part::FfnDown]),
+        Part::FfnGate | Part::FfnUp | Part::FfnDown => return beside(part, spec, BESIDE_IN_GGUF),
         Part::Expert(_, ExpertPart::Gate | ExpertPart::Up) if experts.are_fused => {
             Stored::of_experts("ffn_gate_up_exps.weight", &[ExpertPart::Gate, ExpertPart::Up])
         }

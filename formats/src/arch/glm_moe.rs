@@ -8,6 +8,13 @@ use crate::{ModelConfig, Result, config::Keys};
 #[derive(Debug)]
 pub struct Glm4Moe;
 
+/// Hugging Face's names of the network beside experts.
+const BESIDE: [&str; 3] = [
+    "mlp.shared_experts.gate_proj.weight",
+    "mlp.shared_experts.up_proj.weight",
+    "mlp.shared_experts.down_proj.weight",
+];
+
 impl Family for Glm4Moe {
     fn architecture(&self) -> &'static str {
         "glm4moe"
@@ -49,21 +56,15 @@ impl Family for Glm4Moe {
     }
 
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        if spec.is_none_or(|spec| spec.experts.is_none()) {
-            return Stored::PLAIN;
-        }
-        match part {
-            Part::FfnGate => Stored::named("mlp.shared_experts.gate_proj.weight", &[Part::FfnGate]),
-            Part::FfnUp => Stored::named("mlp.shared_experts.up_proj.weight", &[Part::FfnUp]),
-            Part::FfnDown => Stored::named("mlp.shared_experts.down_proj.weight", &[Part::FfnDown]),
-            _ => experts::in_hf(part, spec).unwrap_or(Stored::PLAIN),
-        }
+        experts::beside(part, spec, BESIDE)
+            .or_else(|| experts::in_hf(part, spec))
+            .unwrap_or(Stored::PLAIN)
     }
 
     /// The norm before the network has the name that others give the one behind attention.
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
         match part {
-            Part::FfnNorm => Stored::named("post_attention_norm.weight", &[Part::FfnNorm]),
+            Part::FfnNorm => Stored::named("post_attention_norm.weight"),
             _ => experts::in_gguf(part, spec).unwrap_or(Stored::PLAIN),
         }
     }

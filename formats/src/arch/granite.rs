@@ -114,9 +114,7 @@ impl Family for Granite {
             Part::FfnGate | Part::FfnUp if has_experts => {
                 Stored::fused("shared_mlp.input_linear.weight", &[Part::FfnGate, Part::FfnUp])
             }
-            Part::FfnDown if has_experts => {
-                Stored::named("shared_mlp.output_linear.weight", &[Part::FfnDown])
-            }
+            Part::FfnDown if has_experts => Stored::named("shared_mlp.output_linear.weight"),
             _ => Stored::PLAIN,
         }
     }

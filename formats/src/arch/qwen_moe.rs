@@ -17,6 +17,13 @@ pub enum QwenMoe {
     Three,
 }
 
+/// Hugging Face's names of the network beside experts.
+const BESIDE: [&str; 3] = [
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert.down_proj.weight",
+];
+
 impl Family for QwenMoe {
     fn architecture(&self) -> &'static str {
         match self {
@@ -88,15 +95,9 @@ impl Family for QwenMoe {
     }
 
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        if spec.is_none_or(|spec| spec.experts.is_none()) {
-            return Stored::PLAIN;
-        }
-        match part {
-            Part::FfnGate => Stored::named("mlp.shared_expert.gate_proj.weight", &[Part::FfnGate]),
-            Part::FfnUp => Stored::named("mlp.shared_expert.up_proj.weight", &[Part::FfnUp]),
-            Part::FfnDown => Stored::named("mlp.shared_expert.down_proj.weight", &[Part::FfnDown]),
-            _ => experts::in_hf(part, spec).unwrap_or(Stored::PLAIN),
-        }
+        experts::beside(part, spec, BESIDE)
+            .or_else(|| experts::in_hf(part, spec))
+            .unwrap_or(Stored::PLAIN)
     }
 
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {

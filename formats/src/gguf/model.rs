@@ -53,7 +53,10 @@ impl GgufModel {
             |place| file.tensor(&place.name).map(|tensor| (tensor.dtype, file.bytes_of(tensor))),
         )?;
         let tokenizer = TokenizerSource::from_gguf(metadata);
-        let warnings = tokenizer_warnings(path, &tokenizer, config.vocab_size).collect();
+        let tensors = file.tensors().iter().map(|tensor| tensor.name.as_str());
+        let left_out = places::guessing_left_out(path, &decoder, "blk.", tensors);
+        let warnings = tokenizer_warnings(path, &tokenizer, config.vocab_size);
+        let warnings = warnings.chain(left_out).collect();
         Ok(Self { file, config, decoder, names, fixed, tokenizer, warnings })
     }
 

@@ -93,6 +93,8 @@ impl HfDirectory {
         find_fused_experts(&stored, &mut config);
         let decoder = Decoder::new(&config);
         let blocks = config.family.hf_blocks();
+        let names = stored.keys().map(String::as_str);
+        warnings.extend(places::guessing_left_out(path, &decoder, blocks, names));
         stored.retain(|name, _| !decoder.is_of_guessing(blocks, name));
         refuse_unknown(path, &stored, &decoder)?;
         let mut files = folder.into_read();
