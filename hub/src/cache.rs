@@ -63,7 +63,8 @@ impl Repository {
 
     /// The files of a commit.
     pub fn snapshot(&self, commit: &str) -> Snapshot {
-        Snapshot { folder: self.folder.join("snapshots").join(commit) }
+        let folder = self.folder.join("snapshots").join(commit);
+        Snapshot { folder, unfinished: self.locks.clone() }
     }
 
     /// Where the bytes of a file are.
@@ -121,6 +122,8 @@ impl Repository {
 /// What the cache has of a commit.
 pub struct Snapshot {
     folder: PathBuf,
+    /// Where links are made: among the files of the commit others would take them for some of it.
+    unfinished: PathBuf,
 }
 
 impl Snapshot {
@@ -160,14 +163,16 @@ impl Snapshot {
         let link = self.path(&file.name);
         create_parent(&link)?;
         // Another process may be reading what is there: it stays until it is replaced.
-        let unfinished = link.with_added_extension(format!("{}.tmp", std::process::id()));
+        let name = format!("{}.{}.tmp", file.hash.hex(), std::process::id());
+        let unfinished = self.unfinished.join(name);
+        create_parent(&unfinished)?;
         let _ = fs::remove_file(&unfinished);
         self.create_link(&unfinished, file)
             .and_then(|()| fs::rename(&unfinished, &link))
             .map_err(|source| HubError::io(&link, "create", source))
     }
 
-    /// The link is relative: the cache may be moved.
+    /// The link is relative to its place in the snapshot: the cache may be moved.
     #[cfg(unix)]
     fn create_link(&self, link: &Path, file: &RemoteFile) -> std::io::Result<()> {
         let up = "../".repeat(2 + file.name.matches('/').count());
