@@ -86,7 +86,7 @@ pub fn encode(
         (Weight::Dense(dense), _)
             if dense.dtype == dtype && dense.layout.stored_row(first).is_some() =>
         {
-            let row_bytes = dense.bytes.len() / dense.rows;
+            let row_bytes = dense.row_bytes();
             let stored = (first..).map_while(|row| dense.layout.stored_row(row));
             for (stored, bytes) in stored.zip(bytes.chunks_exact_mut(row_bytes)) {
                 bytes.copy_from_slice(&dense.bytes[stored * row_bytes..][..row_bytes]);

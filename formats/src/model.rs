@@ -88,8 +88,7 @@ pub struct DenseTensor<'a> {
     /// Input channels.
     pub cols: usize,
     /// From the tensor's first value to its last. Exactly `dtype.size_in_bytes(rows * cols)` bytes,
-    /// `cols` filling whole blocks, unless the layout is [`Layout::Transposed`], which tells how
-    /// many.
+    /// `cols` filling whole blocks, unless the layout is one that tells how many.
     pub bytes: &'a [u8],
     /// Where in `bytes` the values are.
     pub layout: Layout,
@@ -121,13 +120,13 @@ impl BlockScales<'_> {
 impl DenseTensor<'_> {
     /// Bytes that the tensor's own values take.
     pub fn stored_bytes(&self) -> u64 {
-        match self.layout {
-            Layout::AsStored | Layout::Interleaved { .. } => self.bytes.len() as u64,
-            Layout::Transposed { .. } => {
-                let values = self.rows as u64 * self.cols as u64;
-                self.dtype.size_in_bytes(values).unwrap_or_default()
-            }
-        }
+        let values = self.rows as u64 * self.cols as u64;
+        self.dtype.size_in_bytes(values).unwrap_or_default()
+    }
+
+    /// Bytes of a row, of a tensor whose rows are stored one after the other.
+    pub fn row_bytes(&self) -> usize {
+        self.dtype.size_in_bytes(self.cols as u64).unwrap_or_default() as usize
     }
 }
 
@@ -146,6 +145,14 @@ pub enum Layout {
         head_dim: usize,
         /// Rotated ones among them, the first.
         rotated: usize,
+    },
+    /// Row by row, in turns with the rows of others, as in files that fuse tensors so: row `r` is
+    /// stored row `r / piece * stride + r % piece`. `bytes` end behind the last row.
+    Strided {
+        /// Rows that follow one another.
+        piece: usize,
+        /// Stored rows from the first of a piece to the first of the next.
+        stride: usize,
     },
     /// Column by column, as in the right factor of an ONNX `MatMul`. The values are of a plain
     /// type; `bytes` holds `(cols - 1) * stride + rows` of them.
@@ -169,6 +176,7 @@ impl Layout {
                 };
                 Some(row - channel + stored)
             }
+            Self::Strided { piece, stride } => Some(row / piece * stride + row % piece),
             Self::Transposed { .. } => None,
         }
     }
@@ -254,5 +262,12 @@ mod tests {
         let order = Layout::Interleaved { head_dim: 6, rotated: 4 };
         let stored: Vec<usize> = (0..6).filter_map(|row| order.stored_row(row)).collect();
         assert_eq!(stored, [0, 2, 1, 3, 4, 5]);
+    }
+
+    #[test]
+    fn strided_rows_are_stored_in_pieces() {
+        let order = Layout::Strided { piece: 2, stride: 5 };
+        let stored: Vec<usize> = (0..5).filter_map(|row| order.stored_row(row)).collect();
+        assert_eq!(stored, [0, 1, 5, 6, 10]);
     }
 }

@@ -46,7 +46,8 @@ pub(crate) fn rows_of<'a>(
     let (rows, _) = tensor.shape();
     let row_bytes = bytes.len() / if tensor.is_matrix() { place.total_rows } else { 1 };
     let first = place.first_row * if tensor.is_matrix() { row_bytes } else { 0 };
-    let bytes = &bytes[first..][..rows * row_bytes];
+    let stored_rows = place.layout.stored_row(rows - 1).map_or(rows, |last| rows.max(last + 1));
+    let bytes = &bytes[first..][..stored_rows * row_bytes];
     let scales = scales.map(|scales| BlockScales { first_row: place.first_row, ..scales });
     Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: place.layout, scales })
 }

@@ -63,7 +63,7 @@ pub fn dequantize_rows(
             transposed_rows(tensor, stride, rows, out)
         });
     }
-    let row_bytes = tensor.bytes.len() / tensor.rows.max(1);
+    let row_bytes = tensor.row_bytes();
     for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
         let stored = tensor.layout.stored_row(row).expect("rows are stored one after the other");
         dequantize(tensor.dtype, &tensor.bytes[stored * row_bytes..][..row_bytes], values)?;

@@ -170,21 +170,15 @@ impl Decoder {
         };
         let name = in_block("blk.", &part.gguf_name());
         let place = |prefix: &str, own: &str, stored: Stored| {
-            let fused = stored.fused.zip(block);
-            let (name, first_row, total_rows) = match fused {
-                Some((fused, (_, spec))) => {
-                    let (first_row, total_rows) = fused.rows(part, spec, self.hidden_size);
-                    (fused.name(), first_row, total_rows)
-                }
-                None => (own, 0, dims[0]),
-            };
-            let experts = fused.and_then(|(fused, (_, spec))| match fused {
-                Fused::Experts(..) => spec.experts.map(|experts| usize::from(experts.count)),
-                Fused::Alone(_) | Fused::Parts(..) => None,
-            });
-            let name = in_block(prefix, name);
             let Stored { layout, offset, .. } = stored;
-            Place { name, first_row, total_rows, experts, layout, offset }
+            let (first_row, total_rows, experts) = (0, dims[0], None);
+            let alone =
+                Place { name: String::new(), first_row, total_rows, experts, layout, offset };
+            let place = match stored.fused.zip(block) {
+                Some((fused, (_, spec))) => fused.place(part, spec, self.hidden_size, alone),
+                None => Place { name: own.to_owned(), ..alone },
+            };
+            Place { name: in_block(prefix, &place.name), ..place }
         };
         let spec = block.map(|(_, spec)| spec);
         let hf = place(family.hf_blocks(), &family.hf_name(part), family.in_hf(part, spec));
@@ -284,7 +278,13 @@ impl Stored {
 
     /// As rows of a fused tensor of these parts.
     pub const fn fused(name: &'static str, parts: &'static [Part]) -> Self {
-        Self { fused: Some(Fused::Parts(name, parts)), ..Self::PLAIN }
+        Self::in_turns(name, parts, 1)
+    }
+
+    /// As rows of a fused tensor that has an equal number of rows of each of these parts in turn,
+    /// `turns` times.
+    pub const fn in_turns(name: &'static str, parts: &'static [Part], turns: usize) -> Self {
+        Self { fused: Some(Fused::Parts(name, parts, turns)), ..Self::PLAIN }
     }
 
     /// As rows of a tensor of these parts of all experts of a block.
@@ -304,37 +304,36 @@ impl Stored {
 pub enum Fused {
     /// The part itself.
     Alone(&'static str),
-    /// Parts of a block.
-    Parts(&'static str, &'static [Part]),
+    /// Parts of a block: some rows of each in turn, so many times.
+    Parts(&'static str, &'static [Part], usize),
     /// Parts of the first expert of a block, then of the second, and so on.
     Experts(&'static str, &'static [ExpertPart]),
 }
 
 impl Fused {
-    /// The name of the tensor.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Alone(name) | Self::Parts(name, _) | Self::Experts(name, _) => name,
-        }
-    }
-
-    /// The first row of a part of it, and how many rows there are in all.
-    fn rows(self, part: Part, spec: &BlockSpec, hidden_size: usize) -> (usize, usize) {
+    /// Where a part is that would be at `alone` by itself.
+    fn place(self, part: Part, spec: &BlockSpec, hidden_size: usize, alone: Place) -> Place {
         let rows = |part: Part| spec.dims(part, hidden_size)[0];
         match (self, part) {
-            (Self::Alone(_), _) => (0, rows(part)),
-            (Self::Experts(_, parts), Part::Expert(index, part)) => {
+            (Self::Alone(name), _) => Place { name: name.to_owned(), ..alone },
+            (Self::Experts(name, parts), Part::Expert(index, part)) => {
                 let of_part = |&part: &ExpertPart| rows(Part::Expert(index, part));
                 let of_expert: usize = parts.iter().map(of_part).sum();
                 let before = parts.iter().take_while(|&&other| other != part);
-                let first = usize::from(index) * of_expert + before.map(of_part).sum::<usize>();
+                let first_row = usize::from(index) * of_expert + before.map(of_part).sum::<usize>();
                 let experts = spec.experts.map_or(0, |experts| usize::from(experts.count));
-                (first, experts * of_expert)
+                let (name, total_rows) = (name.to_owned(), experts * of_expert);
+                Place { name, first_row, total_rows, experts: Some(experts), ..alone }
             }
-            (Self::Parts(_, parts), _) => {
+            (Self::Parts(name, parts, turns), _) => {
                 let before = parts.iter().take_while(|&&other| other != part);
-                let first = before.copied().map(rows).sum();
-                (first, parts.iter().copied().map(rows).sum())
+                let first_row = before.map(|&part| rows(part) / turns).sum();
+                let total_rows: usize = parts.iter().copied().map(rows).sum();
+                let layout = match turns {
+                    1 => alone.layout,
+                    _ => Layout::Strided { piece: rows(part) / turns, stride: total_rows / turns },
+                };
+                Place { name: name.to_owned(), first_row, total_rows, layout, ..alone }
             }
             (Self::Experts(..), _) => panic!("{part:?} is of no expert"),
         }

@@ -166,7 +166,7 @@ fn has_same_values(a: &DenseTensor<'_>, b: &DenseTensor<'_>) -> bool {
     let value = |tensor: &DenseTensor<'_>, row: usize, col: usize| {
         let index = match tensor.layout {
             Layout::Transposed { stride } => col * stride + row,
-            Layout::AsStored | Layout::Interleaved { .. } => row * tensor.cols + col,
+            _ => row * tensor.cols + col,
         };
         index * value_bytes..(index + 1) * value_bytes
     };

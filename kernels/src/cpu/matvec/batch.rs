@@ -75,7 +75,7 @@ impl Band<'_> {
             Self::Packed(layer) => {
                 layer.layout().tile_code_bytes() + layer.layout().tile_scale_bytes()
             }
-            Self::Blocks(tensor) => TILE_ROWS * tensor.bytes.len() / tensor.rows,
+            Self::Blocks(tensor) => TILE_ROWS * tensor.row_bytes(),
         }
     }
 }

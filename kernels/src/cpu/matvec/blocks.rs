@@ -64,7 +64,7 @@ pub(super) fn blocks_of_row<'a, const BYTES: usize>(
 ) -> &'a [[u8; BYTES]] {
     let stored = tensor.layout.stored_row(row.min(tensor.rows - 1));
     let stored = stored.expect("rows one after the other");
-    let count = tensor.bytes.len() / tensor.rows / BYTES;
+    let count = tensor.row_bytes() / BYTES;
     &tensor.bytes.as_chunks().0[stored * count..][..count]
 }
 

@@ -54,7 +54,7 @@ per_isa! {
         }
         for (row, out) in rows.zip(out) {
             let stored = tensor.layout.stored_row(row).expect("rows one after the other");
-            let row_bytes = tensor.bytes.len() / tensor.rows;
+            let row_bytes = tensor.row_bytes();
             let bytes = &tensor.bytes[stored * row_bytes..][..row_bytes];
             for (piece, x) in x.chunks(PIECE).enumerate() {
                 let values = &mut values[..x.len()];
