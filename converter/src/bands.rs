@@ -20,7 +20,7 @@ pub fn bands(tensor: &Tensor, decoder: &Decoder, strip: usize) -> Option<Vec<usi
     let (rows, _) = tensor.shape();
     let bands = match (tensor.part.rows(), tensor.block) {
         (Rows::Heads, Some(block)) => {
-            let head_dim = decoder.blocks[block].attention.head_dim;
+            let head_dim = decoder.blocks[block].mixer.query_head_dim()?;
             of_heads(rows / head_dim, head_dim, strip)
         }
         (Rows::Neurons, _) => of_neurons(rows, strip),

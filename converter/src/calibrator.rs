@@ -6,11 +6,11 @@ pub use experts::ENOUGH_TOKENS;
 
 use slim_formats::{
     Decoder, ModelSource, PartMap, Weight,
-    arch::{self, BlockSpec, Stage, Tensor},
+    arch::{BlockSpec, Stage, Tensor},
     slim::{Bands, PackedLayer},
 };
-use slim_kernels::{KvCache, cuda::Held};
-use slim_runtime::{Block, Context, Ends, Passage, Positions};
+use slim_kernels::cuda::Held;
+use slim_runtime::{Block, Context, Ends, Passage, Positions, State};
 
 use crate::{
     Activations, Engine, Method, Result, Settings,
@@ -120,11 +120,11 @@ impl<'a> Calibrator<'a> {
         let mut activations = |width| Activations::new(count, tokens, width, memory_left);
         let hidden = decoder.hidden_size;
         let mut stream = || -> Result<Stream> {
-            let [residual, normed, attended, activated] = Stream::widths(decoder);
+            let [residual, normed, mixed, activated] = Stream::widths(decoder);
             Ok(Stream {
                 residual: activations(residual)?,
                 normed: activations(normed)?,
-                attended: activations(attended)?,
+                mixed: activations(mixed)?,
                 activated: activations(activated)?,
             })
         };
@@ -253,16 +253,16 @@ impl Walk<'_> {
         self.engine.hold(&layers.collect::<Vec<_>>())
     }
 
-    /// Empty keys and values for each of so many samples, exact as in the reverse pass.
-    fn new_kv(&self, block: &Block<'_>, samples: usize) -> Vec<KvCache> {
-        let arch::Attention { kv_heads, head_dim, .. } = block.spec.attention;
-        let new = || KvCache::exact(kv_heads, self.positions.count, head_dim);
+    /// Empty states for each of so many samples, exact as in the reverse pass.
+    fn new_states(&self, block: &Block<'_>, samples: usize) -> Vec<State> {
+        let (hidden, tokens) = (self.context.decoder.hidden_size, self.positions.count);
+        let new = || State::new(&block.spec, hidden, tokens, None);
         std::iter::repeat_with(new).take(samples).collect()
     }
 
-    /// The samples with these keys and values, as a block takes them.
-    fn passages<'p>(&'p self, kv: &'p mut [KvCache]) -> Vec<Passage<'p>> {
-        kv.iter_mut().map(|kv| Passage { positions: self.positions, kv }).collect()
+    /// The samples with these states, as a block takes them.
+    fn passages<'p>(&'p self, states: &'p mut [State]) -> Vec<Passage<'p>> {
+        states.iter_mut().map(|state| Passage { positions: self.positions, state }).collect()
     }
 }
 
@@ -272,8 +272,8 @@ struct Stream {
     residual: Activations,
     /// The normed residual, `[samples, tokens, hidden]`.
     normed: Activations,
-    /// What attention gives, `[samples, tokens, heads * head_dim]`.
-    attended: Activations,
+    /// What the mixer gives, `[samples, tokens, channels]`.
+    mixed: Activations,
     /// The activations of neurons, `[samples, tokens, neurons]`.
     activated: Activations,
 }
@@ -282,16 +282,17 @@ struct Stream {
 impl Stream {
     /// The channels of its activations, in the order of the fields.
     fn widths(decoder: &Decoder) -> [usize; 4] {
-        let attended = |block: &BlockSpec| block.attention.heads * block.attention.head_dim;
         let hidden = decoder.hidden_size;
-        [hidden, hidden, attended(&decoder.blocks[0]), decoder.widest_ffn()]
+        let mixed = |block: &BlockSpec| block.mixer.output_width(hidden);
+        let widest = decoder.blocks.iter().map(mixed).max().unwrap_or(0);
+        [hidden, hidden, widest, decoder.widest_ffn()]
     }
 
     /// The inputs of a stage's layers, once it has been entered.
     fn inputs_of(&self, stage: Stage) -> &Activations {
         match stage {
             Stage::Attention | Stage::Ffn => &self.normed,
-            Stage::AttentionOutput => &self.attended,
+            Stage::AttentionOutput => &self.mixed,
             Stage::FfnOutput => &self.activated,
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         }
@@ -299,13 +300,17 @@ impl Stream {
 
     /// Makes the inputs of a stage's layers.
     fn enter(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
-        let Self { residual, normed, attended, activated } = self;
-        if let (Stage::FfnOutput, Some(ffn)) = (stage, block.spec.ffn) {
-            activated.set_width(ffn.width);
+        let Self { residual, normed, mixed, activated } = self;
+        match (stage, block.spec.ffn) {
+            (Stage::AttentionOutput, _) => {
+                mixed.set_width(block.spec.mixer.output_width(walk.context.decoder.hidden_size));
+            }
+            (Stage::FfnOutput, Some(ffn)) => activated.set_width(ffn.width),
+            _ => {}
         }
         let (from, inputs, running) = match stage {
             Stage::Attention | Stage::Ffn => (&*residual, normed, None),
-            Stage::AttentionOutput => (&*normed, attended, Some(Stage::Attention)),
+            Stage::AttentionOutput => (&*normed, mixed, Some(Stage::Attention)),
             Stage::FfnOutput => (&*normed, activated, Some(Stage::Ffn)),
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         };
@@ -314,8 +319,8 @@ impl Stream {
             None => None,
         };
         inputs.fill(walk.engine, |batch| {
-            let kv = &mut walk.new_kv(block, batch.len());
-            let passages = &mut walk.passages(kv);
+            let states = &mut walk.new_states(block, batch.len());
+            let passages = &mut walk.passages(states);
             Ok(block.input(stage, walk.context, from.batch(batch), passages)?)
         })
     }
@@ -323,8 +328,8 @@ impl Stream {
     /// Adds what a stage's layer gives to the residual stream.
     fn add(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let _held = walk.hold(stage, block)?;
-        let Self { residual, attended, activated, .. } = self;
-        let inputs = if stage == Stage::AttentionOutput { attended } else { activated };
+        let Self { residual, mixed, activated, .. } = self;
+        let inputs = if stage == Stage::AttentionOutput { mixed } else { activated };
         residual.update(walk.engine, |batch, residual| {
             Ok(block.add(stage, walk.context, inputs.batch(batch), residual)?)
         })
@@ -341,8 +346,8 @@ impl Stream {
         let _held = walk.engine.hold(&layers)?;
         self.residual.update(walk.engine, |batch, residual| {
             residual.copy_from_slice(before.batch(batch.clone()));
-            let kv = &mut walk.new_kv(block, batch.len());
-            Ok(block.forward(walk.context, residual, &mut walk.passages(kv))?)
+            let states = &mut walk.new_states(block, batch.len());
+            Ok(block.forward(walk.context, residual, &mut walk.passages(states))?)
         })
     }
 }

@@ -180,7 +180,12 @@ fn quantize(
             None => block,
         };
         for (part, values) in block.vectors.iter() {
-            output.vector(&decoder.tensor(index, part).name, values)?;
+            let name = &decoder.tensor(index, part).name;
+            match output.contents.kept_type(name) {
+                // The taps of a convolution, which a block has in another order.
+                Some(dtype) => output.keep(name, source.require(name)?, dtype)?,
+                None => output.vector(name, values)?,
+            }
         }
         match &mut calibrator {
             Some(calibrator) => {
@@ -357,7 +362,10 @@ impl Output<'_> {
     fn try_out(&mut self) -> Result<()> {
         const ROWS: usize = 256;
         const COLS: usize = 512;
-        let name = &self.source.decoder().tensor(0, Part::AttnQ).name;
+        let tensors = self.source.decoder().tensors();
+        let Some(Tensor { name, .. }) = tensors.iter().find(|tensor| tensor.is_linear()) else {
+            return Ok(());
+        };
         let found = self.source.require(name)?;
         let (rows, cols) = weight::shape(found);
         let (rows, cols_tried) = (rows.min(ROWS), cols.min(COLS) / 16 * 16);

@@ -39,7 +39,7 @@ impl Target {
             Self::Gguf => gguf::lacks(model),
             Self::Onnx => onnx::lacks(model.decoder()),
             Self::Gptq => gptq::lacks(model.decoder()),
-            Self::Safetensors => None,
+            Self::Safetensors => safetensors::lacks(model.decoder()),
         }
     }
 
@@ -97,7 +97,10 @@ pub fn export<'p>(
         on_tensor(name);
     };
     if let Some(what) = target.lacks(model) {
-        let hint = "use `--to safetensors`";
+        let hint = match target {
+            Target::Safetensors => "use `--to gguf`",
+            _ => "use `--to safetensors`",
+        };
         return Err(ExportError::unsupported(model.path(), target.engine(), what, hint));
     }
     match target {

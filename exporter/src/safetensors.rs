@@ -1,13 +1,23 @@
 //! `--to safetensors`: a Hugging Face folder in fp16.
 
 use serde_json::json;
-use slim_formats::{DType, ModelSource, OutputPath};
+use slim_formats::{
+    DType, Decoder, ModelSource, OutputPath,
+    arch::{BlockSpec, Mixer},
+};
 
 use crate::{
     Report, Result,
     folder::{Element, Folder, PlannedTensor},
     tensor::{StoredTensor, check_values, stored_tensors, tensors},
 };
+
+/// What transformers has in another order.
+pub(crate) fn lacks(decoder: &Decoder) -> Option<String> {
+    let is_tiled = |block: &BlockSpec| matches!(block.mixer, Mixer::DeltaNet(net) if net.is_tiled);
+    let found = decoder.blocks.iter().position(is_tiled)?;
+    Some(format!("block {found}, whose value heads are in the order of llama.cpp,"))
+}
 
 pub(crate) fn write(
     model: &dyn ModelSource,

@@ -56,13 +56,13 @@ pub fn stored_tensors<'m>(
 }
 
 impl StoredTensor<'_> {
-    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix; with a dimension for
-    /// experts before these.
+    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix; with a third dimension
+    /// before these, if it has one.
     pub fn dims(&self) -> Vec<usize> {
         let (tensor, place) = self.parts[0];
         let mut dims = tensor.dims.clone();
-        dims[0] = place.total_rows / place.experts.unwrap_or(1);
-        place.experts.into_iter().chain(dims).collect()
+        dims[0] = place.total_rows / place.outer.unwrap_or(1);
+        place.outer.into_iter().chain(dims).collect()
     }
 
     /// Its bytes in a ggml type, and what its matrices lose. `on_tensor` is told each part.
@@ -135,7 +135,7 @@ fn encode_vector(
 ) -> Result<Vec<u8>> {
     let mut values = vec![0.0; tensor.dims[0]];
     weight::dequantize_rows(weight, 0..1, &mut values)?;
-    values.iter_mut().for_each(|value| *value -= place.offset);
+    values.iter_mut().for_each(|value| *value = place.form.stored(*value));
     to_bytes(&tensor.name, dtype, 0, values.len(), &values)
 }
 

@@ -19,7 +19,7 @@ pub use rope::{LongRope, Rope, Scaling, Yarn};
 
 use crate::{
     FormatError, Generation, Result,
-    arch::{Experts, Family, QueryScaling},
+    arch::{Experts, Family, Mixer, QueryScaling},
 };
 
 /// Hyperparameters of a transformer.
@@ -74,7 +74,7 @@ pub struct Features {
     pub embedding_size: Option<usize>,
     /// What embeddings are multiplied by.
     pub embedding_scale: f32,
-    /// What attention and network are multiplied by before they are added to the residual stream.
+    /// What mixer and network are multiplied by before they are added to the residual stream.
     pub residual_scale: f32,
     /// What logits are multiplied by.
     pub logit_scale: f32,
@@ -103,6 +103,10 @@ pub struct Features {
     /// Blocks behind the last that guess further tokens: files may hold them, nothing here uses
     /// them.
     pub guessing_blocks: usize,
+    /// What mixes tokens in blocks that have a state in place of keys and values.
+    pub recurrence: Option<Mixer>,
+    /// Which blocks those are; none if it is empty.
+    pub recurrent: Vec<bool>,
     /// The rotary embedding of blocks with a window, if it is another than that of the others.
     pub local_rope: Option<Rope>,
     /// Whether norms stand on the residual stream itself, behind attention and network; none stands
@@ -133,6 +137,8 @@ impl Default for Features {
             sparse: Vec::new(),
             shared_ffn_size: None,
             guessing_blocks: 0,
+            recurrence: None,
+            recurrent: Vec::new(),
             local_rope: None,
             norms_sums: false,
             windowed: Vec::new(),
@@ -157,6 +163,11 @@ impl Features {
         self.sparse.get(index).copied().unwrap_or(true)
     }
 
+    /// Whether block `index` has a state in place of keys and values.
+    pub fn is_recurrent(&self, index: usize) -> bool {
+        self.recurrent.get(index).copied().unwrap_or(false)
+    }
+
     /// Whether block `index` turns queries and keys.
     pub fn is_rotated(&self, index: usize) -> bool {
         self.rotated.get(index).copied().unwrap_or(true)
@@ -168,6 +179,9 @@ const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_BLOCKS: usize = 1 << 12;
 
 const MAX_EXPERTS: usize = 1 << 12;
+
+/// Tokens that a convolution sees.
+const MAX_TAPS: usize = 1 << 10;
 
 /// Pairs of channels of a head; of a head that [`ModelConfig::validated`] will refuse, no more than
 /// memory can hold.
@@ -213,6 +227,9 @@ impl ModelConfig {
         }
         if let Some(experts) = &self.features.experts {
             validate_experts(path, experts)?;
+        }
+        if let Some(mixer) = &self.features.recurrence {
+            validate_recurrence(path, mixer)?;
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(invalid(path, "head size", self.head_dim, "an even number"));
@@ -279,6 +296,31 @@ fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
             let expected = "a finite number above 0";
             Err(invalid(path, "scale of experts", routing.scale, expected))
         }
+    }
+}
+
+/// Refuses a mixer with a state whose numbers do not fit each other.
+fn validate_recurrence(path: &Path, mixer: &Mixer) -> Result<()> {
+    let mut sizes = vec![("number of a convolution's taps", mixer.taps(), MAX_TAPS)];
+    if let Mixer::DeltaNet(net) = mixer {
+        sizes.extend([
+            ("number of delta net's key heads", net.key_heads, 1 << 14),
+            ("number of delta net's value heads", net.value_heads, 1 << 14),
+            ("size of delta net's keys", net.key_dim, MAX_HEAD_DIM),
+            ("size of delta net's values", net.value_dim, MAX_HEAD_DIM),
+        ]);
+    }
+    for (what, found, limit) in sizes {
+        if !(1..=limit).contains(&found) {
+            return Err(invalid(path, what, found, &format!("1 to {limit}")));
+        }
+    }
+    match mixer {
+        Mixer::DeltaNet(net) if !net.value_heads.is_multiple_of(net.key_heads) => {
+            let expected = format!("a multiple of the {} key heads", net.key_heads);
+            Err(invalid(path, "number of delta net's value heads", net.value_heads, &expected))
+        }
+        _ => Ok(()),
     }
 }
 

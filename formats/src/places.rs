@@ -4,7 +4,7 @@ use std::{collections::HashMap, path::Path};
 
 use crate::{
     BlockScales, DType, Decoder, DenseTensor, FormatError, Layout, Result, Weight,
-    arch::{Place, Tensor},
+    arch::{Form, Place, Tensor},
 };
 
 /// The tensors of a model by the names of what files of a kind store them in.
@@ -86,7 +86,7 @@ pub(crate) fn fixed<'a>(
     let mut fixed = HashMap::new();
     for tensor in decoder.tensors().iter().filter(|tensor| !tensor.is_matrix()) {
         let place = place(tensor);
-        let is_as_used = place.layout == Layout::AsStored && place.offset == 0.0;
+        let is_as_used = place.layout == Layout::AsStored && place.form == Form::AsUsed;
         if is_as_used && !place.is_fused(tensor) {
             continue;
         }
@@ -97,7 +97,7 @@ pub(crate) fn fixed<'a>(
         };
         let value = |row: usize| {
             let at = place.first_row + place.layout.stored_row(row).unwrap_or(row);
-            (values[at] + place.offset).to_le_bytes()
+            place.form.used(values[at]).to_le_bytes()
         };
         fixed.insert(tensor.name.clone(), (0..tensor.dims[0]).flat_map(value).collect());
     }

@@ -3,12 +3,12 @@
 
 use slim_formats::{
     Decoder, FormatError, ModelSource, Part, PartMap, Weight,
-    arch::{Attention, BlockSpec, ExpertPart, Ffn, Norm, Stage, Tensor},
+    arch::{BlockSpec, ExpertPart, Ffn, Norm, Stage, Tensor},
 };
-use slim_kernels::{AttentionCall, AttentionShape, Backend, KvCache, weight};
+use slim_kernels::{Backend, weight};
 
 use crate::{
-    Positions, Result,
+    Positions, Result, State,
     router::{Route, routes, shares, weigh},
 };
 
@@ -25,8 +25,8 @@ pub struct Context<'a> {
 pub struct Passage<'a> {
     /// Where they stand in the text.
     pub positions: &'a Positions,
-    /// The text's keys and values, which hold every position before.
-    pub kv: &'a mut KvCache,
+    /// What the block keeps of every position before.
+    pub state: &'a mut State,
 }
 
 /// A block: what it computes, and its weights.
@@ -36,7 +36,7 @@ pub struct Block<'a> {
     pub spec: BlockSpec,
     /// The linear layers, `[rows, cols]`.
     pub layers: PartMap<Weight<'a>>,
-    /// Norms and biases.
+    /// Norms and biases; the taps of a convolution, `[taps, channels]`.
     pub vectors: PartMap<Vec<f32>>,
 }
 
@@ -49,9 +49,10 @@ impl<'a> Block<'a> {
         let decoder = source.decoder();
         let (mut layers, mut vectors) = (PartMap::new(), PartMap::new());
         for tensor in decoder.tensors_of(index) {
-            match tensor.is_matrix() {
-                true => layers.insert(tensor.part, find_weight(source, tensor)?),
-                false => vectors.insert(tensor.part, find_vector(source, tensor)?),
+            match tensor.part {
+                Part::Convolution => vectors.insert(tensor.part, find_taps(source, tensor)?),
+                part if tensor.is_matrix() => layers.insert(part, find_weight(source, tensor)?),
+                part => vectors.insert(part, find_vector(source, tensor)?),
             }
         }
         Ok(Self { spec: decoder.blocks[index], layers, vectors })
@@ -101,8 +102,8 @@ impl<'a> Block<'a> {
 
     /// The input of a stage's layers, `[m, cols]`, made `from` the residual stream or from the
     /// input of the stage before, whichever the stage reads. Its tokens are those of all
-    /// `passages`, one behind the other, and go through each layer together. Only attention tells
-    /// passages apart: their keys and values go to where each keeps its own.
+    /// `passages`, one behind the other, and go through each layer together. Only the mixer tells
+    /// passages apart: each has a state of its own.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
@@ -117,7 +118,7 @@ impl<'a> Block<'a> {
         passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
         match stage {
-            Stage::AttentionOutput => self.attend(context, from, passages),
+            Stage::AttentionOutput => self.mix(context, from, passages),
             Stage::FfnOutput => self.neurons(context, from),
             Stage::Attention | Stage::Ffn => match stage.norm() {
                 Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
@@ -215,7 +216,7 @@ impl<'a> Block<'a> {
     }
 
     /// A linear layer with its bias, `[m, cols]` to `[m, rows]`.
-    fn linear(&self, part: Part, context: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
+    pub(crate) fn linear(&self, part: Part, context: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
         let mut y = linear(context, self.layers[part], x)?;
         if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
             y.chunks_exact_mut(bias.len()).for_each(|y| add(y, bias));
@@ -226,61 +227,6 @@ impl<'a> Block<'a> {
     fn normed(&self, part: Part, context: Context<'_>, x: &[f32]) -> Vec<f32> {
         let bias = part.bias().and_then(|bias| self.vectors.get(bias));
         norm(context, self.spec.norm, x, &self.vectors[part], bias.map(Vec::as_slice))
-    }
-
-    /// Queries or keys, normed if the block does that, `[m, heads * head_dim]`.
-    fn queries_or_keys(
-        &self,
-        part: Part,
-        norm_part: Part,
-        context: Context<'_>,
-        input: &[f32],
-    ) -> Result<Vec<f32>> {
-        let x = self.linear(part, context, input)?;
-        Ok(match self.vectors.get(norm_part) {
-            Some(weight) => norm(context, Norm::Rms, &x, weight, None),
-            None => x,
-        })
-    }
-
-    /// Attention of queries, keys and values made of `input`.
-    fn attend(
-        &self,
-        context: Context<'_>,
-        input: &[f32],
-        passages: &mut [Passage<'_>],
-    ) -> Result<Vec<f32>> {
-        let Attention { heads, kv_heads, rope, query_scaling, .. } = self.spec.attention;
-        let mut q = self.queries_or_keys(Part::AttnQ, Part::AttnQNorm, context, input)?;
-        let mut k = self.queries_or_keys(Part::AttnK, Part::AttnKNorm, context, input)?;
-        let v = self.linear(Part::AttnV, context, input)?;
-        let mut out = vec![0.0; q.len()];
-        let mut calls = Vec::with_capacity(passages.len());
-        let (mut q, mut k, mut v, mut rest) = (&mut q[..], &mut k[..], &v[..], &mut out[..]);
-        for Passage { positions, kv } in passages {
-            let shape = attention_shape(&self.spec, positions.start, positions.count);
-            let of_queries = shape.m * shape.query_stride();
-            let of_keys = shape.m * shape.kv_stride();
-            let my_q = q.split_off_mut(..of_queries).expect("queries of every passage");
-            let my_k = k.split_off_mut(..of_keys).expect("keys of every passage");
-            let my_v = v.split_off(..of_keys).expect("values of every passage");
-            let out = rest.split_off_mut(..of_queries).expect("as long as the queries");
-            if let Some(rope) = rope {
-                let angles = &positions.angles[rope];
-                context.backend.rope(my_q, heads, angles);
-                context.backend.rope(my_k, kv_heads, angles);
-            }
-            if let Some(scaling) = query_scaling {
-                for (t, q) in my_q.chunks_exact_mut(shape.query_stride()).enumerate() {
-                    scale(q, scaling.at(shape.start + t));
-                }
-            }
-            kv.store(my_k, my_v, shape.start);
-            calls.push(AttentionCall { shape, q: my_q, kv, out });
-        }
-        context.backend.attention(&mut calls)?;
-        drop(calls);
-        Ok(out)
     }
 
     /// The activations of neurons; of a network that shares its tokens with experts, times its
@@ -312,12 +258,6 @@ impl<'a> Block<'a> {
         context.backend.gated(ffn.activation, &mut gate, &up);
         Ok(gate)
     }
-}
-
-/// The attention of `m` queries in a block, the first of which stands at `start`.
-pub fn attention_shape(spec: &BlockSpec, start: usize, m: usize) -> AttentionShape {
-    let Attention { heads, kv_heads, head_dim, window, scale, softcap, .. } = spec.attention;
-    AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap }
 }
 
 /// `[m, cols]` to `[m, rows]`.
@@ -386,4 +326,15 @@ pub fn find_vector(source: &dyn ModelSource, tensor: &Tensor) -> Result<Vec<f32>
     let mut values = vec![0.0; tensor.dims[0]];
     weight::dequantize_rows(found, 0..1, &mut values)?;
     Ok(values)
+}
+
+/// The taps of a convolution as f32, `[taps, channels]`.
+fn find_taps(source: &dyn ModelSource, tensor: &Tensor) -> Result<Vec<f32>> {
+    let found = find_weight(source, tensor)?;
+    let (channels, taps) = tensor.shape();
+    let mut values = vec![0.0; channels * taps];
+    weight::dequantize_rows(found, 0..channels, &mut values)?;
+    let value = |tap: usize, channel: usize| values[channel * taps + tap];
+    let rows = (0..taps).map(|tap| (0..channels).map(move |channel| (tap, channel)));
+    Ok(rows.flatten().map(|(tap, channel)| value(tap, channel)).collect())
 }

@@ -229,7 +229,7 @@ impl BlockOnDevice {
         k: &mut ViewMut<'_, f32>,
         m: usize,
     ) -> Result<()> {
-        if self.spec.attention.qk_norm == Some(QkNorm::Whole) {
+        if attention_of(&self.spec).qk_norm == Some(QkNorm::Whole) {
             device.norm_in_place(q, self.norms[Part::AttnQNorm].view(), m)?;
             device.norm_in_place(k, self.norms[Part::AttnKNorm].view(), m)?;
         }
@@ -238,7 +238,7 @@ impl BlockOnDevice {
 
     /// What its queries and keys go through, head by head.
     fn rotation<'a>(&'a self, tables: &'a [RopeTables]) -> Rotation<'a> {
-        let arch::Attention { qk_norm, rope, query_scaling, .. } = self.spec.attention;
+        let arch::Attention { qk_norm, rope, query_scaling, .. } = *attention_of(&self.spec);
         let norms = (qk_norm == Some(QkNorm::Heads)).then(|| {
             let [q, k] = [Part::AttnQNorm, Part::AttnKNorm].map(|part| &self.norms[part]);
             HeadNorms { weights: [q.weight.view(), k.weight.view()], epsilon: q.epsilon }
@@ -280,9 +280,17 @@ impl BlockOnDevice {
 
     /// What its queries see.
     fn scores(&self) -> Scores {
-        let arch::Attention { window, scale, softcap, .. } = self.spec.attention;
+        let arch::Attention { window, scale, softcap, .. } = *attention_of(&self.spec);
         Scores { window, scale, softcap }
     }
+}
+
+/// The attention of a block.
+///
+/// # Panics
+/// If it has another mixer, which [`crate::CudaSettings::lacks`] refuses.
+pub(crate) fn attention_of(spec: &BlockSpec) -> &arch::Attention {
+    spec.attention().expect("a block with attention")
 }
 
 /// What a segment gets in.
@@ -358,7 +366,7 @@ impl Segment {
     pub fn sequence(&self, capacity: usize, kv_type: KvType) -> Result<SequenceOnDevice> {
         let Self { device, decoder, blocks, .. } = self;
         let new_kv = |block: &BlockOnDevice| {
-            let arch::Attention { kv_heads, head_dim, .. } = block.spec.attention;
+            let arch::Attention { kv_heads, head_dim, .. } = *attention_of(&block.spec);
             KvOfBlock::new(device, kv_type, kv_heads, capacity, head_dim)
         };
         let kv: Vec<_> = blocks.iter().map(new_kv).collect::<slim_kernels::Result<_>>()?;
@@ -367,7 +375,7 @@ impl Segment {
         Ok(SequenceOnDevice {
             position: Position::new(device, capacity)?,
             tables: tables.collect::<slim_kernels::Result<_>>()?,
-            attention: Attention::new(device, blocks[0].spec.attention.heads, &kv[0])?,
+            attention: Attention::new(device, attention_of(&blocks[0].spec).heads, &kv[0])?,
             kv,
             step: None,
         })
@@ -377,7 +385,7 @@ impl Segment {
     pub fn workspace(&self, batch: usize) -> Result<WorkspaceOnDevice> {
         let Self { device, decoder, blocks, .. } = self;
         let (hidden_size, spec) = (decoder.hidden_size, &blocks[0].spec);
-        let arch::Attention { heads, kv_heads, head_dim, .. } = spec.attention;
+        let arch::Attention { heads, kv_heads, head_dim, .. } = *attention_of(spec);
         let ffn = spec.ffn.map_or(0, |ffn| ffn.width);
         let floats = |width: usize| Buffer::zeros(device, batch * width);
         let operands = |width: usize| Operands::zeros(device, batch, width);

@@ -168,6 +168,7 @@ impl<'a, G: BorrowMut<Generator<'a>>> Generation<'a, G> {
         // The last token goes through the model in any case: what follows it is asked for.
         let shared = shared.min(prompt.len() - 1);
         sequence.truncate(shared);
+        let shared = sequence.tokens().len();
         let (fresh, stream) = (prompt[shared..].to_vec(), TextStream::new(tokenizer, prompt));
         let (state, timings) = (State::Running, Timings::default());
         Ok(Self { generator, total: fresh.len(), fresh, left: limit, stream, state, timings })

@@ -21,6 +21,7 @@ mod ends;
 mod error;
 mod generation;
 mod identity;
+mod mixer;
 mod model;
 #[cfg(feature = "onnx-run")]
 mod onnx;
@@ -31,10 +32,11 @@ mod random;
 mod router;
 mod sampler;
 mod sequence;
+mod state;
 mod tokenizer;
 mod turn;
 
-pub use block::{Block, Context, Passage, attention_shape, find_vector, find_weight};
+pub use block::{Block, Context, Passage, find_vector, find_weight};
 pub use chat::{
     Chat, ChatFormat, ChatTemplate, Message, end_tokens, isolate_chat_templates, render_for_parent,
 };
@@ -43,6 +45,7 @@ pub use error::{Result, RuntimeError};
 pub use generation::{
     DEFAULT_CONTEXT, End, Event, Generation, Generator, Settings, Timing, Timings,
 };
+pub use mixer::{attention_shape, decays, multiply, side_by_side};
 pub use model::Model;
 #[cfg(feature = "onnx-run")]
 pub use onnx::{OnnxGraph, OnnxRuntime};
@@ -53,5 +56,6 @@ pub use random::{SplitMix64, random_seed};
 pub use router::{Route, routes, shares, weigh};
 pub use sampler::{Sampler, SamplerSettings};
 pub use sequence::Sequence;
+pub use state::{Recurrent, State};
 pub use tokenizer::{TextStream, Tokenizer, document_tokens, ggml_keys};
 pub use turn::{Turn, Workspace};

@@ -10,11 +10,12 @@ use std::{
 };
 
 use self_cell::self_cell;
-use slim_formats::{Decoder, ModelConfig, ModelSource, arch::Attention, open_model};
-use slim_kernels::{Backend, Cpu, KvCache, KvType, cuda::Device, weight};
+use slim_formats::{Decoder, ModelConfig, ModelSource, open_model};
+use slim_kernels::{Backend, Cpu, KvType, cuda::Device, weight};
 
 use crate::{
-    CudaSettings, Positions, Result, RuntimeError, Sampler, Sequence, Tokenizer, Turn, Workspace,
+    CudaSettings, Positions, Result, RuntimeError, Sampler, Sequence, State, Tokenizer, Turn,
+    Workspace,
     block::{Block, Context, Passage},
     cuda::{Input, Segment, WorkspaceOnDevice},
     ends::Ends,
@@ -179,7 +180,7 @@ impl Model {
     /// # Errors
     /// `InvalidArgument` if the machine has no memory for it, `Kernel` if a device has none.
     pub fn sequence(&self, capacity: usize) -> Result<Sequence> {
-        self.check_room(capacity)?;
+        self.check_room(1, capacity)?;
         self.empty_sequence(capacity)
     }
 
@@ -189,44 +190,41 @@ impl Model {
     /// As [`Self::sequence`], if the machine has no memory for all of them.
     pub fn sequences(&self, count: usize, capacity: usize) -> Result<Vec<Sequence>> {
         // Their memory is taken as they fill, so each one alone would find room.
-        self.check_room(capacity.saturating_mul(count))?;
+        self.check_room(count, capacity)?;
         (0..count).map(|_| self.empty_sequence(capacity)).collect()
     }
 
     fn empty_sequence(&self, capacity: usize) -> Result<Sequence> {
-        let new_kv = |block: &Block<'_>| {
-            let Attention { kv_heads, head_dim, .. } = block.spec.attention;
-            match self.kv_type {
-                Some(kv_type) => KvCache::new(kv_type, kv_heads, capacity, head_dim),
-                None => KvCache::exact(kv_heads, capacity, head_dim),
-            }
-        };
-        let blocks = self.layers().blocks.iter().map(new_kv).collect();
+        let hidden = self.decoder().hidden_size;
+        let blocks = self.layers().blocks.iter();
+        let blocks =
+            blocks.map(|block| State::new(&block.spec, hidden, capacity, self.kv_type)).collect();
         let on_devices = self.kv_type.unwrap_or(KvType::F16);
         let segments = self.segments.iter().map(|segment| segment.sequence(capacity, on_devices));
         let (segments, model) = (segments.collect::<Result<_>>()?, self.identity.clone());
-        Ok(Sequence { model, tokens: Vec::new(), capacity, blocks, segments })
+        Ok(Sequence { model, tokens: Vec::new(), capacity, blocks, kept: None, segments })
     }
 
-    /// Refuses a text whose keys and values would take more memory than is free, where the system
-    /// tells that: an allocation that fails ends the process.
-    fn check_room(&self, capacity: usize) -> Result<()> {
-        let of_token = |block: &Block<'_>| {
-            let Attention { kv_heads, head_dim, .. } = block.spec.attention;
-            let of_head = match self.kv_type {
-                Some(kv_type) => kv_type.row_bytes(head_dim),
-                None => 2 * size_of::<f32>() * head_dim,
-            };
-            (kv_heads * of_head) as u64
-        };
-        let of_token: u64 = self.layers().blocks.iter().map(of_token).sum();
-        let needed = of_token.saturating_mul(capacity as u64);
+    /// Refuses texts that would take more memory than is free, where the system tells that: an
+    /// allocation that fails ends the process.
+    fn check_room(&self, texts: usize, capacity: usize) -> Result<()> {
+        let hidden = self.decoder().hidden_size;
+        let blocks = self.layers().blocks.iter();
+        let bytes = blocks.map(|block| State::bytes(&block.spec, hidden, self.kv_type));
+        let (of_token, of_text) = bytes.fold((0u64, 0u64), |sum, block| {
+            (sum.0.saturating_add(block.0), sum.1.saturating_add(block.1))
+        });
+        // Of a state there is a copy, too.
+        let of_texts = of_text.saturating_mul(2).saturating_mul(texts as u64);
+        let tokens = capacity.saturating_mul(texts);
+        let needed = of_token.saturating_mul(tokens as u64).saturating_add(of_texts);
         match free_memory_bytes() {
-            Some(free) if needed > free => Err(RuntimeError::invalid_argument(
-                "context",
-                format!("{capacity} tokens, whose keys and values take {needed} bytes"),
-                format!("at most {} tokens: {free} bytes of memory are free", free / of_token),
-            )),
+            Some(free) if needed > free => {
+                let found = format!("{tokens} tokens, which take {needed} bytes");
+                let fit = free.saturating_sub(of_texts).checked_div(of_token).unwrap_or(0);
+                let expected = format!("at most {fit}: {free} bytes of memory are free");
+                Err(RuntimeError::invalid_argument("context", found, expected))
+            }
             _ => Ok(()),
         }
     }
@@ -255,7 +253,8 @@ impl Model {
     /// # Errors
     /// `InvalidArgument`, before anything is computed, for a turn without tokens, a token outside
     /// the vocabulary, more tokens than fit, and a sequence or workspace of another model; `Kernel`
-    /// if a device refuses. Either way every sequence holds what it held before.
+    /// if a device refuses. Either way every sequence holds what it held before, but for a model
+    /// with states, whose sequences hold nothing once it has begun to compute.
     pub fn step(&self, turns: &mut [Turn<'_>], workspace: &mut Workspace) -> Result<Vec<f32>> {
         self.check_step(turns, workspace)?;
         // Of turns on the CPU, [turns, hidden]; of those on devices, [turns, vocab].
@@ -464,12 +463,19 @@ impl Model {
             x.extend(ends.embed(self.context(), &tokens[range.clone()], start)?);
             positions.push(Positions::new(decoder, start, range.len(), sequence.capacity));
         }
+        for (Turn { sequence, .. }, range) in turns.iter_mut().zip(tokens) {
+            sequence.keep(range);
+        }
         for (index, block) in blocks.iter().enumerate() {
             let passages = turns.iter_mut().zip(&positions).map(|(turn, positions)| Passage {
                 positions,
-                kv: &mut turn.sequence.blocks[index],
+                state: &mut turn.sequence.blocks[index],
             });
-            block.forward(self.context(), &mut x, &mut passages.collect::<Vec<_>>())?;
+            let done = block.forward(self.context(), &mut x, &mut passages.collect::<Vec<_>>());
+            if let Err(error) = done {
+                turns.iter_mut().for_each(|turn| turn.sequence.give_up());
+                return Err(error);
+            }
         }
         Ok(x)
     }

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part,
-    arch::{Attention, BlockSpec, Tensor},
+    arch::{Attention, Tensor},
 };
 use slim_kernels::{
     KvType,
@@ -12,7 +12,10 @@ use slim_kernels::{
 };
 
 use crate::{
-    Block, Result, RuntimeError, block::find_weight, cuda::bytes_on_device, model::PREFILL_BATCH,
+    Block, Result, RuntimeError,
+    block::find_weight,
+    cuda::{attention_of, bytes_on_device},
+    model::PREFILL_BATCH,
 };
 
 /// What stays free on a device for the driver, its code, and what else needs a little.
@@ -35,8 +38,11 @@ pub struct CudaSettings {
 impl CudaSettings {
     /// What a model has that devices do not compute.
     pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
-        let has_experts = decoder.blocks.iter().any(|block| block.experts.is_some());
-        has_experts.then_some("one with experts")
+        if decoder.blocks.iter().any(|block| block.experts.is_some()) {
+            return Some("one with experts");
+        }
+        let has_states = decoder.blocks.iter().any(|block| block.attention().is_none());
+        has_states.then_some("one whose blocks have a state in place of keys and values")
     }
 
     /// Whether every block, the embedding and the output layer fit on the devices.
@@ -61,7 +67,7 @@ impl CudaSettings {
             let expected = "one without, on a CUDA device; the CPU runs it";
             return Err(RuntimeError::invalid_argument("model", lack, expected));
         }
-        let head_dim = source.decoder().blocks[0].attention.head_dim;
+        let head_dim = attention_of(&source.decoder().blocks[0]).head_dim;
         if !KvCache::takes_head_dim(head_dim) {
             let expected = "a multiple of 8, up to 256, on a CUDA device";
             return Err(RuntimeError::invalid_argument("head size", head_dim, expected));
@@ -118,7 +124,7 @@ impl Sizes {
         for index in 0..decoder.blocks.len() {
             let Block { spec, layers, .. } = Block::load(source, index)?;
             let weights: u64 = layers.values().copied().map(bytes_on_device).sum();
-            let Attention { kv_heads, head_dim, .. } = spec.attention;
+            let Attention { kv_heads, head_dim, .. } = *attention_of(&spec);
             let kv = settings.kv_type.row_bytes(head_dim) * kv_heads * settings.context;
             block = block.max(weights + kv as u64);
         }
@@ -169,7 +175,8 @@ impl Sizes {
 
 /// Activations of a batch of tokens, angles and logits, in bytes.
 fn working_bytes(decoder: &Decoder, context: usize) -> u64 {
-    let BlockSpec { attention: Attention { heads, head_dim, .. }, ffn, .. } = decoder.blocks[0];
+    let spec = &decoder.blocks[0];
+    let (Attention { heads, head_dim, .. }, ffn) = (*attention_of(spec), spec.ffn);
     let widths =
         12 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.map_or(0, |ffn| ffn.width);
     let batch = PREFILL_BATCH.min(context) * widths;

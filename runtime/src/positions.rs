@@ -17,7 +17,8 @@ pub struct Positions {
 impl Positions {
     /// The positions `start .. start + count` of a text of up to `context` tokens.
     pub fn new(decoder: &Decoder, start: usize, count: usize, context: usize) -> Self {
-        let head_dim = decoder.blocks.first().map_or(0, |block| block.attention.head_dim);
+        let attention = decoder.blocks.iter().find_map(|block| block.attention());
+        let head_dim = attention.map_or(0, |attention| attention.head_dim);
         let angles = decoder.ropes.iter().map(|rope| {
             let factors = rope.factors_for(context);
             RopeAngles::new(head_dim, rope.theta, &factors, start, count).scaled(rope.amplitude)

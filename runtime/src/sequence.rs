@@ -1,8 +1,8 @@
-//! A text that a model has read: its tokens, and the keys and values of each block.
+//! A text that a model has read: its tokens, and what each block keeps of them.
 
-use slim_kernels::KvCache;
+use std::ops::Range;
 
-use crate::{cuda::SequenceOnDevice, identity::Identity};
+use crate::{State, cuda::SequenceOnDevice, identity::Identity, state::Recurrent};
 
 /// Memory that the system can give, where it says so: Linux.
 pub(crate) fn free_memory_bytes() -> Option<u64> {
@@ -17,13 +17,22 @@ pub(crate) fn free_memory_bytes() -> Option<u64> {
 /// Any number of sequences share a model and a [`crate::Workspace`].
 pub struct Sequence {
     pub(crate) model: Identity,
-    /// Those whose keys and values are held.
+    /// Those that are held.
     pub(crate) tokens: Vec<u32>,
     pub(crate) capacity: usize,
     /// Of the blocks on the CPU.
-    pub(crate) blocks: Vec<KvCache>,
+    pub(crate) blocks: Vec<State>,
+    /// The states of blocks that have some, at an earlier length.
+    pub(crate) kept: Option<Kept>,
     /// Of the blocks on each CUDA device.
     pub(crate) segments: Vec<SequenceOnDevice>,
+}
+
+/// A copy of all states of a text, which cannot be rolled back.
+pub(crate) struct Kept {
+    /// Tokens that they have seen.
+    tokens: usize,
+    states: Vec<Recurrent>,
 }
 
 impl Sequence {
@@ -37,8 +46,59 @@ impl Sequence {
         self.capacity
     }
 
-    /// Forgets all tokens but the first `tokens`.
+    /// Forgets all tokens but the first [`reusable`](Self::reusable)`(tokens)`.
     pub fn truncate(&mut self, tokens: usize) {
-        self.tokens.truncate(tokens);
+        let left = self.reusable(tokens);
+        if left < self.tokens.len() {
+            let kept = self.kept.as_ref().filter(|kept| kept.tokens == left);
+            let mut states = kept.into_iter().flat_map(|kept| &kept.states);
+            for state in recurrent(&mut self.blocks) {
+                match states.next() {
+                    Some(kept) => state.clone_from(kept),
+                    None => state.clear(),
+                }
+            }
+        }
+        self.tokens.truncate(left);
     }
+
+    /// How many of its first `tokens` tokens it can go on from: all, but for a model with states,
+    /// which has a copy of these from the beginning of the last step of several tokens at best.
+    pub fn reusable(&self, tokens: usize) -> usize {
+        let held = self.tokens.len();
+        let has_states = self.blocks.iter().any(|state| matches!(state, State::Recurrent(_)));
+        if tokens >= held || !has_states {
+            return tokens.min(held);
+        }
+        let kept = self.kept.as_ref().map(|kept| kept.tokens);
+        kept.filter(|&kept| kept <= tokens).unwrap_or(0)
+    }
+
+    /// Copies the states, if there are some, before several tokens change them: the `range` of
+    /// those that are new.
+    pub(crate) fn keep(&mut self, range: &Range<usize>) {
+        let tokens = self.tokens.len() + range.start;
+        if range.len() > 1 && tokens > 0 {
+            let states: Vec<_> = recurrent(&mut self.blocks).map(|state| state.clone()).collect();
+            self.kept = (!states.is_empty()).then_some(Kept { tokens, states });
+        }
+    }
+
+    /// Forgets all tokens of a model with states, which a step has left somewhere on its way.
+    pub(crate) fn give_up(&mut self) {
+        let mut states = recurrent(&mut self.blocks).peekable();
+        if states.peek().is_some() {
+            states.for_each(Recurrent::clear);
+            self.tokens.clear();
+            self.kept = None;
+        }
+    }
+}
+
+/// The states among what blocks keep.
+fn recurrent(blocks: &mut [State]) -> impl Iterator<Item = &mut Recurrent> {
+    blocks.iter_mut().filter_map(|state| match state {
+        State::Recurrent(state) => Some(state),
+        State::Cache(_) => None,
+    })
 }

@@ -14,6 +14,7 @@ mod families; // by engine
 mod file_size; // foretold, and met from below
 mod golden_models; // logits against the reference implementation
 mod hub; // models from a hub, whatever its server does
+mod hybrids; // blocks with a state in place of keys and values
 mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod output_safety; // what is never overwritten, and what an early end leaves

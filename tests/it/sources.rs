@@ -1,6 +1,7 @@
 //! What is read of a source, what is refused, what is warned of: by whole sentences.
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -31,6 +32,32 @@ pub fn copy_folder(from: &Path, to: &Path) {
             fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
         }
     }
+}
+
+/// A tensor of a copy: its shape, its values, and their type.
+pub type StoredTensor = (Vec<usize>, Vec<u8>, Dtype);
+
+/// Copies a tiny model with other tensors.
+pub fn copy_with_tensors(
+    name: &str,
+    folder: &Path,
+    change: impl Fn(&mut HashMap<String, StoredTensor>),
+) {
+    copy_folder(&tiny_model(name), folder);
+    let file = folder.join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let copied = |(name, view): (String, TensorView<'_>)| {
+        (name, (view.shape().to_vec(), view.data().to_vec(), view.dtype()))
+    };
+    let mut tensors: HashMap<String, StoredTensor> =
+        tensors.tensors().into_iter().map(copied).collect();
+    change(&mut tensors);
+    let views = tensors.iter().map(|(name, (shape, bytes, dtype))| {
+        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    fs::remove_file(&file).unwrap();
+    safetensors::serialize_to_file(views, None, &file).unwrap();
 }
 
 /// Changes keys of a JSON file.

@@ -2,7 +2,7 @@
 //! of queries of one head at a time.
 
 use rayon::prelude::*;
-use slim_formats::arch::BlockSpec;
+use slim_formats::arch;
 use slim_kernels::{
     AttentionCall, AttentionShape, KvCache, attention, cap,
     linalg::{self, Mat, Precision, Store},
@@ -40,13 +40,13 @@ impl<'s> Attention<'s> {
     /// Of sequences of `context` tokens; shapes as above.
     pub fn new(
         precision: Precision,
-        spec: &BlockSpec,
+        attention: &arch::Attention,
         context: usize,
         q: &'s [f32],
         k: &'s [f32],
         v: &'s [f32],
     ) -> Self {
-        Self { precision, shape: attention_shape(spec, 0, context), q, k, v }
+        Self { precision, shape: attention_shape(attention, 0, context), q, k, v }
     }
 
     /// The outputs, `[m, heads * head_dim]`.

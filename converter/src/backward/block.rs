@@ -7,13 +7,12 @@ use slim_formats::{
     Decoder, Part,
     arch::{Norm, Norms, Stage},
 };
-use slim_kernels::{Backend, Cpu, RopeAngles, linalg::Precision};
-use slim_runtime::{Block, Positions};
+use slim_kernels::{Backend, Cpu, linalg::Precision};
+use slim_runtime::Block;
 
 use super::{
-    Gradient, Visitor,
-    attention::{Attention, Gradients},
-    elementwise,
+    Gradient, Visitor, elementwise,
+    mixer::Mixed,
     network::{Mixture, Neurons},
     product,
 };
@@ -35,17 +34,12 @@ pub struct Walk<'b> {
 
 /// The activations of a block; `m` is the number of tokens of all sequences.
 struct Activations {
-    /// `[m, hidden]`: input of `attn_q`, `attn_k`, `attn_v`.
+    /// `[m, hidden]`: input of the mixer.
     normed: Vec<f32>,
-    q: Turned,
-    k: Turned,
-    /// `[m, kv_heads * head_dim]`.
-    v: Vec<f32>,
-    /// `[m, heads * head_dim]`: input of `attn_output`.
-    attended: Vec<f32>,
-    /// What attention adds to the residual stream.
-    attention: Branch,
-    /// `[m, hidden]`: the residual stream between attention and feed-forward network.
+    mixed: Mixed,
+    /// What the mixer adds to the residual stream.
+    added: Branch,
+    /// `[m, hidden]`: the residual stream between mixer and feed-forward network.
     middle: Vec<f32>,
     /// `[m, hidden]`: input of the feed-forward networks.
     ffn_input: Vec<f32>,
@@ -62,19 +56,10 @@ struct Branch {
     sum: Option<Vec<f32>>,
 }
 
-/// Queries or keys, `[m, heads * head_dim]`.
-struct Turned {
-    /// As their layer gives them, if they are normed.
-    raw: Option<Vec<f32>>,
-    /// As attention takes them.
-    turned: Vec<f32>,
-}
-
 impl Walk<'_> {
     /// The output of the block for its input `x`; both `[m, hidden]`.
     pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let Activations { mut middle, network, mixture, .. } =
-            self.activations(x, self.angles())?;
+        let Activations { mut middle, network, mixture, .. } = self.activations(x)?;
         if let Some(neurons) = network {
             self.add_branch(Stage::FfnOutput, neurons.output(), &mut middle)?;
         }
@@ -87,23 +72,10 @@ impl Walk<'_> {
     /// Turns the gradient `dx` at the block's output into that at its input `x`; both
     /// `[m, hidden]`.
     pub fn reverse(&self, x: &[f32], dx: &mut [f32], visit: &mut Visitor<'_>) -> Result<()> {
-        let Self { precision, block, context, .. } = *self;
-        let spec = &block.spec;
-        let angles = self.angles();
-        let Activations {
-            normed,
-            q,
-            k,
-            v,
-            attended,
-            attention: added,
-            middle,
-            ffn_input,
-            network,
-            mixture,
-        } = self.activations(x, self.angles())?;
+        let Activations { normed, mixed, added, middle, ffn_input, network, mixture } =
+            self.activations(x)?;
 
-        let branch = match (spec.norms, &network) {
+        let branch = match (self.block.spec.norms, &network) {
             (Norms::Before, _) | (_, None) => Branch::default(),
             (_, Some(neurons)) => {
                 self.add_branch(Stage::FfnOutput, neurons.output(), &mut middle.clone())?
@@ -121,22 +93,12 @@ impl Walk<'_> {
         self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
 
         let d_output = self.reverse_branch(Stage::AttentionOutput, added, dx, visit)?;
-        visit(self.linear(Part::AttnOutput, &attended, &d_output))?;
-        let mut d_attended = vec![0.0; attended.len()];
-        self.add_product(&mut d_attended, &d_output, Part::AttnOutput)?;
+        visit(self.linear(Part::AttnOutput, mixed.output(), &d_output))?;
+        let mut d_mixed = vec![0.0; mixed.output().len()];
+        self.add_product(&mut d_mixed, &d_output, Part::AttnOutput)?;
         drop(d_output);
-        let attention = Attention::new(precision, spec, context, &q.turned, &k.turned, &v);
-        let Gradients { q: d_q, k: d_k, v: d_v } = attention.reverse(&attended, &d_attended);
-        let d_q = self.reverse_turned(Part::AttnQNorm, q, d_q, angles.as_ref(), visit)?;
-        let d_k = self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
-
-        visit(self.linear(Part::AttnQ, &normed, &d_q))?;
-        visit(self.linear(Part::AttnK, &normed, &d_k))?;
-        visit(self.linear(Part::AttnV, &normed, &d_v))?;
         let mut d_normed = vec![0.0; x.len()];
-        self.add_product(&mut d_normed, &d_q, Part::AttnQ)?;
-        self.add_product(&mut d_normed, &d_k, Part::AttnK)?;
-        self.add_product(&mut d_normed, &d_v, Part::AttnV)?;
+        self.reverse_mixer(mixed, &normed, d_mixed, &mut d_normed, visit)?;
         self.reverse_norm(Part::AttnNorm, x, &d_normed, dx, visit)
     }
 
@@ -206,74 +168,6 @@ impl Walk<'_> {
         Ok(dy)
     }
 
-    /// Queries or keys as attention takes them.
-    fn turned(&self, raw: Vec<f32>, norm: Part, angles: Option<&RopeAngles>) -> Turned {
-        let (raw, mut turned) = match self.block.vectors.get(norm) {
-            Some(weight) => {
-                let normed = self.rms_normed(weight, &raw);
-                (Some(raw), normed)
-            }
-            None => (None, raw),
-        };
-        self.turn(&mut turned, norm, angles);
-        if norm == Part::AttnQNorm {
-            self.scale_queries(&mut turned);
-        }
-        Turned { raw, turned }
-    }
-
-    /// The gradient at what the layer of queries or keys gives, for the gradient `dy` at what
-    /// attention takes.
-    fn reverse_turned(
-        &self,
-        norm: Part,
-        of: Turned,
-        mut dy: Vec<f32>,
-        angles: Option<&RopeAngles>,
-        visit: &mut Visitor<'_>,
-    ) -> Result<Vec<f32>> {
-        if norm == Part::AttnQNorm {
-            self.scale_queries(&mut dy);
-        }
-        let back = angles.map(|angles| {
-            let sin = angles.sin.iter().map(|sin| -sin).collect();
-            RopeAngles { sin, ..angles.clone() }
-        });
-        self.turn(&mut dy, norm, back.as_ref());
-        let (Some(raw), Some(weight)) = (of.raw, self.block.vectors.get(norm)) else {
-            return Ok(dy);
-        };
-        let mut dx = vec![0.0; raw.len()];
-        let epsilon = self.decoder.norm_epsilon;
-        let dw = reverse_norm(Norm::Rms, &raw, weight, epsilon, &dy, &mut dx);
-        visit(Gradient::Norm { block: Some(self.index), part: norm, dw: &dw })?;
-        Ok(dx)
-    }
-
-    /// Turns the heads of queries or keys by the angles of one sequence.
-    fn turn(&self, x: &mut [f32], norm: Part, angles: Option<&RopeAngles>) {
-        let Some(angles) = angles else { return };
-        let attention = &self.block.spec.attention;
-        let heads = if norm == Part::AttnQNorm { attention.heads } else { attention.kv_heads };
-        rotate(x, heads, angles);
-    }
-
-    fn scale_queries(&self, q: &mut [f32]) {
-        let attention = &self.block.spec.attention;
-        let Some(scaling) = attention.query_scaling else { return };
-        for (t, q) in q.chunks_exact_mut(attention.heads * attention.head_dim).enumerate() {
-            let scale = scaling.at(t % self.context);
-            q.iter_mut().for_each(|q| *q *= scale);
-        }
-    }
-
-    /// The rotation angles of one sequence, if the block turns anything.
-    fn angles(&self) -> Option<RopeAngles> {
-        let rope = self.block.spec.attention.rope?;
-        let mut positions = Positions::new(self.decoder, 0, self.context, self.context);
-        Some(positions.angles.swap_remove(rope))
-    }
-
     /// A layer without its bias, `[m, cols]` to `[m, rows]`.
     pub(super) fn product_without_bias(&self, part: Part, x: &[f32]) -> Result<Vec<f32>> {
         product::linear(self.precision, self.block.layers[part], x)
@@ -304,7 +198,7 @@ impl Walk<'_> {
         Gradient::Linear { block: self.index, part, x, dy }
     }
 
-    fn rms_normed(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
+    pub(super) fn rms_normed(&self, weight: &[f32], x: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; x.len()];
         Cpu.rms_norm(x, weight, self.decoder.norm_epsilon, &mut out);
         out
@@ -326,39 +220,14 @@ impl Walk<'_> {
     }
 
     /// The stages of [`Block::forward`], but the last products.
-    fn activations(&self, x: &[f32], angles: Option<RopeAngles>) -> Result<Activations> {
-        let Self { precision, block, context, .. } = *self;
-        let spec = &block.spec;
+    fn activations(&self, x: &[f32]) -> Result<Activations> {
         let normed = self.normed(Part::AttnNorm, x);
-        let angles = angles.as_ref();
-        let q = self.turned(self.product(Part::AttnQ, &normed)?, Part::AttnQNorm, angles);
-        let k = self.turned(self.product(Part::AttnK, &normed)?, Part::AttnKNorm, angles);
-        let v = self.product(Part::AttnV, &normed)?;
-        let attended = Attention::new(precision, spec, context, &q.turned, &k.turned, &v).forward();
+        let mixed = self.mixed(&normed)?;
         let mut middle = x.to_vec();
-        let attention = self.add_branch(Stage::AttentionOutput, &attended, &mut middle)?;
+        let added = self.add_branch(Stage::AttentionOutput, mixed.output(), &mut middle)?;
         let ffn_input = self.normed(Part::FfnNorm, &middle);
         let (network, mixture) = (self.network(&ffn_input)?, self.mixture(&ffn_input)?);
-        Ok(Activations {
-            normed,
-            q,
-            k,
-            v,
-            attended,
-            attention,
-            middle,
-            ffn_input,
-            network,
-            mixture,
-        })
-    }
-}
-
-/// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.
-fn rotate(x: &mut [f32], heads: usize, angles: &RopeAngles) {
-    let context = angles.cos.len() / angles.pairs;
-    for sequence in x.chunks_exact_mut(context * heads * angles.head_dim) {
-        Cpu.rope(sequence, heads, angles);
+        Ok(Activations { normed, mixed, added, middle, ffn_input, network, mixture })
     }
 }
 

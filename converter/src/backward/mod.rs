@@ -6,7 +6,9 @@
 
 mod attention;
 mod block;
+mod delta_net;
 mod elementwise;
+mod mixer;
 mod network;
 mod product;
 mod sensitivities;

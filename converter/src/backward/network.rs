@@ -306,3 +306,59 @@ fn reverse_activation(
     pieces.for_each(|((gate, up), dy)| elementwise::reverse_gated(activation, gate, up, dy));
     (Some(gate), up)
 }
+
+#[cfg(test)]
+mod tests {
+    use slim_formats::arch::Routing;
+
+    use super::*;
+
+    /// The weights of chosen experts among the outputs of a router, as the formulas read.
+    fn weights(routing: &Routing, outputs: &[f64], chosen: &[usize]) -> Vec<f64> {
+        let sum: f64 = outputs.iter().map(|x| x.exp()).sum();
+        let score = |x: f64| match routing.scores {
+            Scores::Softmax => x.exp() / sum,
+            Scores::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        };
+        let of_chosen: f64 = chosen.iter().map(|&expert| score(outputs[expert])).sum();
+        let divisor = if routing.normalizes { of_chosen } else { 1.0 };
+        let scale = f64::from(routing.scale);
+        chosen.iter().map(|&expert| scale * score(outputs[expert]) / divisor).collect()
+    }
+
+    #[test]
+    fn gradients_of_weights_are_finite_differences() {
+        const STEP: f64 = 1e-5;
+        let outputs = [0.3, -1.2, 0.8, 0.1, 2.0];
+        let (chosen, d_weights) = ([1, 2, 4], [0.0, 0.7, -0.4, 0.0, 1.1]);
+        let ffn = Ffn { width: 8, activation: Activation::Silu, is_gated: true, has_bias: false };
+        for scores in [Scores::Softmax, Scores::Sigmoid] {
+            for normalizes in [false, true] {
+                let (has_bias, is_corrected, groups, scale) = (false, false, None, 1.5);
+                let routing = Routing { scores, has_bias, is_corrected, groups, normalizes, scale };
+                let (count, used, shares, are_fused) = (5, 3, false, false);
+                let experts = Experts { count, used, ffn, routing, shares, are_fused };
+                let sum: f64 = outputs.iter().map(|x: &f64| x.exp()).sum();
+                let mut found: Vec<f32> = outputs
+                    .iter()
+                    .map(|x| match scores {
+                        Scores::Softmax => (x.exp() / sum) as f32,
+                        Scores::Sigmoid => (1.0 / (1.0 + (-x).exp())) as f32,
+                    })
+                    .collect();
+                reverse_weights(&experts, &mut found, &d_weights, &chosen);
+                for (index, found) in found.iter().enumerate() {
+                    let moved = |by: f64| -> f64 {
+                        let mut outputs = outputs;
+                        outputs[index] += by;
+                        let weights = weights(&routing, &outputs, &chosen);
+                        let along = |(&expert, w): (&usize, f64)| f64::from(d_weights[expert]) * w;
+                        chosen.iter().zip(weights).map(along).sum()
+                    };
+                    let expected = (moved(STEP) - moved(-STEP)) / (2.0 * STEP);
+                    assert!((f64::from(*found) - expected).abs() < 1e-5, "{routing:?}, {index}");
+                }
+            }
+        }
+    }
+}

@@ -15,7 +15,11 @@ pub(crate) fn lacks(model: &dyn ModelSource) -> Option<String> {
     let computed = Decoder::new(&computed);
     let mut blocks = decoder.blocks.iter().zip(&computed.blocks).enumerate();
     blocks.find_map(|(index, (block, computed))| {
-        let (own, theirs) = (&block.attention, &computed.attention);
+        let (Some(own), Some(theirs)) = (block.attention(), computed.attention()) else {
+            let reordered = "value heads in another order than in files for llama.cpp";
+            return (block.mixer != computed.mixer)
+                .then(|| format!("block {index}, which has {reordered},"));
+        };
         if (own.scale - theirs.scale).abs() > 1e-5 * own.scale {
             return Some(format!("attention scaled by {} instead of {}", own.scale, theirs.scale));
         }

@@ -22,7 +22,10 @@ use crate::{
 
 /// What the layout has no place for: it holds linear layers, each by itself.
 pub(crate) fn lacks(decoder: &Decoder) -> Option<String> {
-    let is_stacked = |tensor: &&Tensor| tensor.is_linear() && tensor.hf.experts.is_some();
+    let is_stacked = |tensor: &&Tensor| tensor.is_linear() && tensor.hf.outer.is_some();
+    if decoder.blocks.iter().any(|block| block.attention().is_none()) {
+        return Some("a model with blocks that have a state in place of keys and values".into());
+    }
     let found = decoder.tensors().iter().find(is_stacked)?;
     Some(format!("experts in one tensor, `{}`,", found.hf.name))
 }

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 
 use slim_formats::{
     Decoder, ModelConfig, ModelSource, Part, Scaling,
-    arch::{Activation, FIRST_POSITION, Norm, Stage, Tensor},
+    arch::{Activation, BlockSpec, FIRST_POSITION, Norm, Stage, Tensor},
 };
 use slim_kernels::RopeAngles;
 use slim_runtime::find_vector;
@@ -44,7 +44,11 @@ pub fn lacks(decoder: &Decoder) -> Option<String> {
     if decoder.blocks.iter().any(|block| block.experts.is_some()) {
         return Some("a model with experts".into());
     }
-    let mut head_dims = decoder.blocks.iter().map(|block| block.attention.head_dim);
+    if decoder.blocks.iter().any(|block| block.attention().is_none()) {
+        return Some("a model whose blocks have a state in place of keys and values".into());
+    }
+    let attentions = decoder.blocks.iter().filter_map(|block| block.attention());
+    let mut head_dims = attentions.map(|attention| attention.head_dim);
     let found = head_dims.find(|head_dim| !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE))?;
     Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))
 }
@@ -184,7 +188,8 @@ impl<'a> Builder<'a> {
         let decoder = self.decoder;
         let positions = context_length(self.config);
         for (index, rope) in decoder.ropes.iter().enumerate() {
-            if !decoder.blocks.iter().any(|block| block.attention.rope == Some(index)) {
+            let turns = |block: &BlockSpec| block.attention().and_then(|found| found.rope);
+            if !decoder.blocks.iter().any(|block| turns(block) == Some(index)) {
                 continue;
             }
             let factors = rope.factors_for(positions);

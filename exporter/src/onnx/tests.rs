@@ -1,7 +1,8 @@
 use std::path::{Path, PathBuf};
 
 use slim_formats::{
-    Decoder, FormatError, ModelConfig, Result as FormatResult, TokenizerSource, Weight, open_model,
+    Decoder, FormatError, ModelConfig, Result as FormatResult, TokenizerSource, Weight,
+    arch::Mixer, open_model,
 };
 
 use super::*;
@@ -143,7 +144,8 @@ fn write_over_a_folder_is_refused() {
 fn write_of_what_the_engine_cannot_run_is_refused() {
     let parent = tempfile::tempdir().unwrap();
     let mut model = Changed::new("llama");
-    model.decoder.blocks[1].attention.head_dim = 20;
+    let Mixer::Attention(attention) = &mut model.decoder.blocks[1].mixer else { panic!() };
+    attention.head_dim = 20;
     let folder = parent.path().join("out");
     let error = export(&model, Target::Onnx, &folder, &mut |_| {}).unwrap_err();
     assert!(matches!(error, ExportError::Unsupported { .. }), "{error}");

@@ -1,11 +1,11 @@
 //! What a transformer block computes.
 
-use super::{ExpertPart, Experts, Part};
+use super::{Attention, ExpertPart, Experts, Mixer, Part, QkNorm};
 
 /// What one block computes; blocks of a model may differ.
 ///
 /// With `x` the residual stream:
-/// `x = sum(x + residual_scale * post(attention(pre(x))))`, then
+/// `x = sum(x + residual_scale * post(mixer(pre(x))))`, then
 /// `x = sum(x + residual_scale * post(ffn(pre(x)) + experts(pre(x))))`.
 /// [`Norms`] tells which of the norms `pre`, `post` and `sum` there are; with experts, only `pre`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,14 +14,14 @@ pub struct BlockSpec {
     pub norm: Norm,
     /// Where they stand.
     pub norms: Norms,
-    /// How tokens look at each other.
-    pub attention: Attention,
+    /// How tokens learn of those before them.
+    pub mixer: Mixer,
     /// The network that each token goes through by itself; with experts, the one beside them, if
     /// there is one.
     pub ffn: Option<Ffn>,
     /// Networks of which each token goes through some.
     pub experts: Option<Experts>,
-    /// What attention and network are multiplied by before they are added to the residual stream.
+    /// What mixer and network are multiplied by before they are added to the residual stream.
     pub residual_scale: f32,
 }
 
@@ -37,7 +37,7 @@ pub enum Norm {
 /// Where the norms of a block stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Norms {
-    /// `pre`: before attention and before the network.
+    /// `pre`: before the mixer and before the network.
     Before,
     /// `post`: behind each.
     Behind,
@@ -45,53 +45,6 @@ pub enum Norms {
     Both,
     /// `sum`: on the residual stream itself, when each has been added to it.
     OnSum,
-}
-
-/// Causal attention: `softmax(cap(scale * q k^T)) v`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Attention {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads, a divisor of `heads`: each serves `heads / kv_heads` query heads.
-    pub kv_heads: usize,
-    /// Channels per head, even.
-    pub head_dim: usize,
-    /// How many tokens back (itself included) a token attends; `None` for all.
-    pub window: Option<usize>,
-    /// Which of [`Decoder::ropes`](super::Decoder) turns queries and keys; `None` for none.
-    pub rope: Option<usize>,
-    /// How many channels of a head it turns, the first.
-    pub rotated: usize,
-    /// What scores are multiplied by.
-    pub scale: f32,
-    /// `c * tanh(score / c)` in place of a score.
-    pub softcap: Option<f32>,
-    /// What normalizes queries and keys, before they are turned.
-    pub qk_norm: Option<QkNorm>,
-    /// Whether queries, keys and values have biases.
-    pub has_bias: bool,
-    /// Whether what brings attention back to the residual stream has one.
-    pub has_output_bias: bool,
-    /// What turned queries are multiplied by.
-    pub query_scaling: Option<QueryScaling>,
-}
-
-/// RMS norms of queries and keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum QkNorm {
-    /// Each head by itself, with one weight `[head_dim]` for all.
-    Heads,
-    /// All heads together, with a weight `[heads * head_dim]`.
-    Whole,
-}
-
-/// `1 + beta * ln(1 + floor(position / context))` (Ministral 3).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct QueryScaling {
-    /// How much queries grow.
-    pub beta: f32,
-    /// Tokens that a query scaled by 1 sees.
-    pub context: usize,
 }
 
 impl Activation {
@@ -102,13 +55,6 @@ impl Activation {
             Self::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
             Self::Relu => &["relu"],
         }
-    }
-}
-
-impl QueryScaling {
-    /// What the query at a position is multiplied by.
-    pub fn at(self, position: usize) -> f32 {
-        1.0 + self.beta * ((position / self.context) as f32).ln_1p()
     }
 }
 
@@ -140,9 +86,9 @@ pub enum Activation {
 /// calibrated between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// The residual stream, normed if norms stand before, for queries, keys and values.
+    /// The residual stream, normed if norms stand before, for the mixer.
     Attention,
-    /// What attention gives.
+    /// What the mixer gives.
     AttentionOutput,
     /// The residual stream, normed if norms stand before, for the feed-forward network.
     Ffn,
@@ -187,6 +133,21 @@ impl Stage {
 }
 
 impl BlockSpec {
+    /// The attention of the block, if that is its mixer.
+    pub fn attention(&self) -> Option<&Attention> {
+        match &self.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            Mixer::DeltaNet(_) | Mixer::Convolution(_) => None,
+        }
+    }
+
+    /// Changes its attention, if it has one.
+    pub(super) fn attends(&mut self, change: impl FnOnce(&mut Attention)) {
+        if let Mixer::Attention(attention) = &mut self.mixer {
+            change(attention);
+        }
+    }
+
     /// What makes the networks of the block nonlinear.
     pub fn activation(&self) -> Activation {
         let ffn = self.ffn.or(self.experts.map(|experts| experts.ffn));
@@ -220,7 +181,7 @@ impl BlockSpec {
     /// The linear layers that take a stage in.
     pub fn layers_of(&self, stage: Stage) -> Vec<Part> {
         match stage {
-            Stage::Attention => vec![Part::AttnQ, Part::AttnK, Part::AttnV],
+            Stage::Attention => self.mixer.layers(),
             Stage::Ffn => {
                 let router = self.experts.map(|_| Part::Router);
                 let gate = self.ffn.filter(|ffn| ffn.is_gated).map(|_| Part::FfnGate);
@@ -265,20 +226,26 @@ impl BlockSpec {
         ];
         let norms = norms.into_iter().filter_map(|(is_there, part)| is_there.then_some(part));
         let norm_biases = norms.clone().filter_map(Part::bias).filter(|_| self.norm == Norm::Layer);
-        let qk_norms = [Part::AttnQNorm, Part::AttnKNorm];
-        let qk_norms = qk_norms.into_iter().filter(|_| self.attention.qk_norm.is_some());
         let biases = self.layers().filter(|&part| self.has_bias(part)).filter_map(Part::bias);
         let correction = self.experts.filter(|experts| experts.routing.is_corrected);
         let correction = correction.map(|_| Part::RouterCorrection);
         let share = self.experts.filter(|experts| experts.shares).map(|_| Part::FfnShare);
-        norms.chain(norm_biases).chain(qk_norms).chain(biases).chain(correction).chain(share)
+        norms
+            .chain(norm_biases)
+            .chain(self.mixer.vectors())
+            .chain(biases)
+            .chain(correction)
+            .chain(share)
     }
 
     /// Whether a linear layer has a bias.
     pub fn has_bias(&self, layer: Part) -> bool {
         match layer {
-            Part::AttnQ | Part::AttnK | Part::AttnV => self.attention.has_bias,
-            Part::AttnOutput => self.attention.has_output_bias,
+            Part::AttnQ | Part::AttnK | Part::AttnV => {
+                self.attention().is_some_and(|attention| attention.has_bias)
+            }
+            Part::AttnOutput => self.attention().is_some_and(|attention| attention.has_output_bias),
+            Part::DeltaDecay => true,
             Part::FfnGate | Part::FfnUp | Part::FfnDown => self.ffn.is_some_and(|ffn| ffn.has_bias),
             Part::Router => self.experts.is_some_and(|experts| experts.routing.has_bias),
             Part::Expert(..) => self.experts.is_some_and(|experts| experts.ffn.has_bias),
@@ -286,9 +253,15 @@ impl BlockSpec {
         }
     }
 
+    /// All parts: vectors, linear layers, and the taps of a convolution.
+    pub fn parts(&self) -> impl Iterator<Item = Part> {
+        let taps = self.mixer.convolved_channels(0).map(|_| Part::Convolution);
+        self.vectors().chain(self.layers()).chain(taps)
+    }
+
     /// Whether a part is in the block.
     pub fn has(&self, part: Part) -> bool {
-        self.vectors().chain(self.layers()).any(|found| found == part)
+        self.parts().any(|found| found == part)
     }
 
     /// The dimensions of a part, outermost first: `[length]` of a vector, `[rows, cols]` of a
@@ -297,16 +270,28 @@ impl BlockSpec {
     /// # Panics
     /// For a part outside of blocks.
     pub(super) fn dims(&self, part: Part, hidden_size: usize) -> Vec<usize> {
-        let Self { attention: Attention { heads, kv_heads, head_dim, .. }, ffn, experts, .. } =
-            self;
-        let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
+        let Self { mixer, ffn, experts, .. } = self;
+        let [queries, keys, values, output] = mixer.widths(hidden_size);
+        let norm_dims = |all: usize| match mixer {
+            Mixer::Attention(Attention { qk_norm: Some(QkNorm::Heads), head_dim, .. }) => *head_dim,
+            _ => all,
+        };
         let neurons = ffn.map_or(0, |ffn| ffn.width);
         let (experts, of_expert) =
             experts.map_or((0, 0), |experts| (usize::from(experts.count), experts.ffn.width));
         match part {
             Part::AttnQ => vec![queries, hidden_size],
-            Part::AttnK | Part::AttnV => vec![keys, hidden_size],
-            Part::AttnOutput => vec![hidden_size, queries],
+            Part::AttnK => vec![keys, hidden_size],
+            Part::AttnV => vec![values, hidden_size],
+            Part::AttnGate => vec![output, hidden_size],
+            Part::AttnOutput => vec![hidden_size, output],
+            Part::ConvolutionInput => vec![3 * hidden_size, hidden_size],
+            Part::Convolution => {
+                vec![mixer.convolved_channels(hidden_size).unwrap_or(0), mixer.taps()]
+            }
+            Part::DeltaBeta | Part::DeltaDecay => vec![mixer.delta_heads(), hidden_size],
+            Part::DeltaDecayBias | Part::DeltaDecayRate => vec![mixer.delta_heads()],
+            Part::DeltaNorm => vec![mixer.delta_head_dim()],
             Part::FfnGate | Part::FfnUp => vec![neurons, hidden_size],
             Part::FfnDown => vec![hidden_size, neurons],
             Part::Router => vec![experts, hidden_size],
@@ -318,13 +303,11 @@ impl BlockSpec {
                 ExpertPart::DownBias => vec![hidden_size],
             },
             Part::AttnQBias => vec![queries],
-            Part::AttnKBias | Part::AttnVBias => vec![keys],
+            Part::AttnKBias => vec![keys],
+            Part::AttnVBias => vec![values],
             Part::FfnGateBias | Part::FfnUpBias => vec![neurons],
-            Part::AttnQNorm | Part::AttnKNorm => match (self.attention.qk_norm, part) {
-                (Some(QkNorm::Whole), Part::AttnQNorm) => vec![queries],
-                (Some(QkNorm::Whole), _) => vec![keys],
-                _ => vec![*head_dim],
-            },
+            Part::AttnQNorm => vec![norm_dims(queries)],
+            Part::AttnKNorm => vec![norm_dims(keys)],
             Part::AttnNorm
             | Part::AttnNormBias
             | Part::AttnOutputBias

@@ -5,6 +5,9 @@ use std::{collections::HashMap, ops::Range};
 use super::{BlockSpec, ExpertPart, Family, Norm, Part};
 use crate::{Layout, ModelConfig, Rope};
 
+/// What precedes the names of tensors for guessing further tokens, in files of some families.
+const GUESSING: &str = "mtp.";
+
 /// What a model computes, and the tensors that it needs for it.
 ///
 /// `logits = cap(logit_scale * output(down(norm(blocks(x)))))`, with
@@ -70,12 +73,44 @@ pub struct Place {
     pub first_row: usize,
     /// All rows of the stored tensor.
     pub total_rows: usize,
-    /// How many experts it holds the rows of, of a stored tensor with a dimension for them.
-    pub experts: Option<usize>,
+    /// The outermost dimension, of a stored tensor with three: how many experts it holds the rows
+    /// of, or the channels of a convolution.
+    pub outer: Option<usize>,
     /// The order of rows; of a vector, of values.
     pub layout: Layout,
-    /// What is missing from the stored values: 1 of norms that are stored as `weight - 1`.
-    pub offset: f32,
+    /// What the stored values are.
+    pub form: Form,
+}
+
+/// What the values of a vector are in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// The values that are used.
+    AsUsed,
+    /// `value - 1`, of norms.
+    LessOne,
+    /// `ln(-value)`, of rates below 0.
+    LogOfNegative,
+}
+
+impl Form {
+    /// What is used for a stored value.
+    pub fn used(self, stored: f32) -> f32 {
+        match self {
+            Self::AsUsed => stored,
+            Self::LessOne => stored + 1.0,
+            Self::LogOfNegative => -stored.exp(),
+        }
+    }
+
+    /// What is stored for a value that is used.
+    pub fn stored(self, used: f32) -> f32 {
+        match self {
+            Self::AsUsed => used,
+            Self::LessOne => used - 1.0,
+            Self::LogOfNegative => (-used).ln(),
+        }
+    }
 }
 
 impl Place {
@@ -140,7 +175,7 @@ impl Decoder {
         }
         for (index, spec) in blocks.iter().enumerate() {
             let first = decoder.tensors.len();
-            let mut parts: Vec<Part> = spec.vectors().chain(spec.layers()).collect();
+            let mut parts: Vec<Part> = spec.parts().collect();
             parts.sort_unstable();
             for part in parts {
                 decoder.add(part, Some((index, spec)), spec.dims(part, hidden_size));
@@ -170,13 +205,14 @@ impl Decoder {
         };
         let name = in_block("blk.", &part.gguf_name());
         let place = |prefix: &str, own: &str, stored: Stored| {
-            let Stored { layout, offset, .. } = stored;
-            let (first_row, total_rows, experts) = (0, dims[0], None);
-            let alone =
-                Place { name: String::new(), first_row, total_rows, experts, layout, offset };
-            let place = match stored.fused.zip(block) {
-                Some((fused, (_, spec))) => fused.place(part, spec, self.hidden_size, alone),
-                None => Place { name: own.to_owned(), ..alone },
+            let Stored { layout, form, has_outer, .. } = stored;
+            let (first_row, total_rows) = (0, dims[0]);
+            let outer = has_outer.then_some(total_rows);
+            let alone = Place { name: String::new(), first_row, total_rows, outer, layout, form };
+            let place = match (stored.fused, block) {
+                (Some(Fused::Alone(name)), _) => Place { name: name.to_owned(), ..alone },
+                (Some(fused), Some((_, spec))) => fused.place(part, spec, self.hidden_size, alone),
+                _ => Place { name: own.to_owned(), ..alone },
             };
             Place { name: in_block(prefix, &place.name), ..place }
         };
@@ -215,9 +251,12 @@ impl Decoder {
         }
     }
 
-    /// Whether a tensor of a file, whose blocks follow `prefix`, is of a block behind the last, of
-    /// those that guess further tokens.
+    /// Whether a tensor of a file, whose blocks follow `prefix`, is of those that guess further
+    /// tokens: of a block behind the last, or by its name.
     pub(crate) fn is_of_guessing(&self, prefix: &str, name: &str) -> bool {
+        if name.starts_with(GUESSING) {
+            return true;
+        }
         let number = name.strip_prefix(prefix).and_then(|rest| rest.split_once('.'));
         let index = number.and_then(|(index, _)| index.parse::<usize>().ok());
         let blocks = self.blocks.len();
@@ -263,13 +302,21 @@ pub struct Stored {
     pub fused: Option<Fused>,
     /// The order of rows; of a vector, of values.
     pub layout: Layout,
-    /// What is missing from the stored values.
-    pub offset: f32,
+    /// What the stored values are.
+    pub form: Form,
+    /// Whether each row has a dimension of its own around it.
+    pub has_outer: bool,
 }
 
 impl Stored {
     /// By itself, its rows in order, as it is used.
-    pub const PLAIN: Self = Self { fused: None, layout: Layout::AsStored, offset: 0.0 };
+    pub const PLAIN: Self =
+        Self { fused: None, layout: Layout::AsStored, form: Form::AsUsed, has_outer: false };
+
+    /// By itself, in this form.
+    pub const fn in_form(form: Form) -> Self {
+        Self { form, ..Self::PLAIN }
+    }
 
     /// In this order of rows.
     pub const fn ordered(layout: Layout) -> Self {
@@ -315,7 +362,6 @@ impl Fused {
     fn place(self, part: Part, spec: &BlockSpec, hidden_size: usize, alone: Place) -> Place {
         let rows = |part: Part| spec.dims(part, hidden_size)[0];
         match (self, part) {
-            (Self::Alone(name), _) => Place { name: name.to_owned(), ..alone },
             (Self::Experts(name, parts), Part::Expert(index, part)) => {
                 let of_part = |&part: &ExpertPart| rows(Part::Expert(index, part));
                 let of_expert: usize = parts.iter().map(of_part).sum();
@@ -323,7 +369,7 @@ impl Fused {
                 let first_row = usize::from(index) * of_expert + before.map(of_part).sum::<usize>();
                 let experts = spec.experts.map_or(0, |experts| usize::from(experts.count));
                 let (name, total_rows) = (name.to_owned(), experts * of_expert);
-                Place { name, first_row, total_rows, experts: Some(experts), ..alone }
+                Place { name, first_row, total_rows, outer: Some(experts), ..alone }
             }
             (Self::Parts(name, parts, turns), _) => {
                 let before = parts.iter().take_while(|&&other| other != part);
@@ -335,7 +381,7 @@ impl Fused {
                 };
                 Place { name: name.to_owned(), first_row, total_rows, layout, ..alone }
             }
-            (Self::Experts(..), _) => panic!("{part:?} is of no expert"),
+            (Self::Alone(_) | Self::Experts(..), _) => panic!("{part:?} is in no fused tensor"),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use serde_json::Value;
 
 use super::{
-    Activation, BlockSpec, Family, HfType, Norms, Part, QkNorm, Stored, llama,
+    Activation, BlockSpec, Family, Form, HfType, Norms, Part, QkNorm, Stored, llama,
     llama_cpp::{self, Ability},
 };
 use crate::{
@@ -99,7 +99,8 @@ impl Family for Gemma {
         let mut spec = llama::block(config, index);
         spec.norms = Norms::Both;
         spec.activates_by(Activation::GeluTanh, true);
-        spec.attention.qk_norm = (*self == Self::Three).then_some(QkNorm::Heads);
+        let qk_norm = (*self == Self::Three).then_some(QkNorm::Heads);
+        spec.attends(|attention| attention.qk_norm = qk_norm);
         spec
     }
 
@@ -124,7 +125,7 @@ impl Family for Gemma {
             | Part::AttnKNorm
             | Part::FfnNorm
             | Part::FfnPostNorm
-            | Part::OutputNorm => Stored { offset: 1.0, ..Stored::PLAIN },
+            | Part::OutputNorm => Stored::in_form(Form::LessOne),
             _ => Stored::PLAIN,
         }
     }

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use super::{BlockSpec, Family, HfType, Norms, Part, Stored, llama};
+use super::{Attention, BlockSpec, Family, HfType, Norms, Part, Stored, llama};
 use crate::{Layout, ModelConfig, Result, config::Keys};
 
 /// `glm4`.
@@ -69,9 +69,9 @@ impl Family for Glm4 {
 
 /// The order of those who turn neighbours, of the turned part of each head.
 fn neighbours(part: Part, spec: Option<&BlockSpec>) -> Stored {
-    match (part, spec) {
-        (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(spec)) => {
-            let (head_dim, rotated) = (spec.attention.head_dim, spec.attention.rotated);
+    match (part, spec.and_then(BlockSpec::attention)) {
+        (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(attention)) => {
+            let &Attention { head_dim, rotated, .. } = attention;
             Stored::ordered(Layout::Interleaved { head_dim, rotated })
         }
         _ => Stored::PLAIN,

@@ -51,7 +51,8 @@ impl Family for Glm4Moe {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.attention.qk_norm = config.features.has_qk_norm.then_some(QkNorm::Heads);
+        let qk_norm = config.features.has_qk_norm.then_some(QkNorm::Heads);
+        spec.attends(|attention| attention.qk_norm = qk_norm);
         spec
     }
 

@@ -75,7 +75,8 @@ impl Family for Granite {
 
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
         let features = &config.features;
-        let scale = config.family.block(config, 0).attention.scale;
+        let scale =
+            config.family.block(config, 0).attention().map_or(1.0, |attention| attention.scale);
         json["embedding_multiplier"] = shortest(features.embedding_scale).into();
         json["residual_multiplier"] = shortest(features.residual_scale).into();
         json[LOGITS_SCALING] = shortest(1.0 / features.logit_scale).into();

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::{
-    Activation, Attention, BlockSpec, ExpertPart, Family, Ffn, HfType, Norms, Part, Routing,
+    Activation, Attention, BlockSpec, ExpertPart, Family, Ffn, HfType, Mixer, Norms, Part, Routing,
     Stored, experts,
     llama_cpp::{self, Ability},
 };
@@ -96,10 +96,13 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         scale: features.attention_scale.unwrap_or(1.0 / (config.head_dim as f32).sqrt()),
         softcap: features.attention_softcap,
         qk_norm: None,
+        is_gated: false,
         has_bias: features.has_attention_bias,
         has_output_bias: features.has_output_bias,
         query_scaling: features.query_scaling,
     };
+    let recurrence = features.recurrence.filter(|_| features.is_recurrent(index));
+    let mixer = recurrence.unwrap_or(Mixer::Attention(attention));
     let experts = features.experts.filter(|_| features.has_experts(index));
     let width = match experts {
         None => Some(config.ffn_size),
@@ -113,7 +116,7 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
     });
     let norm = config.family.norm();
     let (norms, residual_scale) = (Norms::Before, features.residual_scale);
-    BlockSpec { norm, norms, attention, ffn, experts, residual_scale }
+    BlockSpec { norm, norms, mixer, ffn, experts, residual_scale }
 }
 
 /// The names of `transformers` that most families have.
@@ -135,6 +138,14 @@ pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
         Part::AttnKNorm => "self_attn.k_norm.weight",
         Part::AttnV => "self_attn.v_proj.weight",
         Part::AttnVBias => "self_attn.v_proj.bias",
+        Part::AttnGate => "linear_attn.in_proj_z.weight",
+        Part::DeltaBeta => "linear_attn.in_proj_b.weight",
+        Part::DeltaDecay => "linear_attn.in_proj_a.weight",
+        Part::DeltaDecayBias => "linear_attn.dt_bias",
+        Part::DeltaDecayRate => "linear_attn.A_log",
+        Part::ConvolutionInput => "conv.in_proj.weight",
+        Part::Convolution => "linear_attn.conv1d.weight",
+        Part::DeltaNorm => "linear_attn.norm.weight",
         Part::AttnOutput => "self_attn.o_proj.weight",
         Part::AttnOutputBias => "self_attn.o_proj.bias",
         // Llama's norm before the network has the name that others give the one behind attention.
@@ -192,9 +203,9 @@ fn hf_expert_name(part: ExpertPart) -> &'static str {
 
 /// llama.cpp's order of rows for models whose halves it turns as neighbours.
 pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
-    match (part, spec) {
-        (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(spec)) => {
-            let head_dim = spec.attention.head_dim;
+    match (part, spec.and_then(BlockSpec::attention)) {
+        (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(attention)) => {
+            let head_dim = attention.head_dim;
             Stored::ordered(Layout::Interleaved { head_dim, rotated: head_dim })
         }
         _ => Stored::PLAIN,
@@ -241,9 +252,9 @@ pub(super) fn settle_windows(config: &mut ModelConfig) {
 
 /// The keys of windows in `config.json`.
 pub(super) fn write_windows(config: &ModelConfig, json: &mut serde_json::Value) {
-    let kind = |index: usize| match config.family.block(config, index).attention.window {
-        Some(_) => "sliding_attention",
-        None => "full_attention",
+    let kind = |index: usize| match config.features.is_windowed(index) {
+        true if config.sliding_window.is_some() => "sliding_attention",
+        _ => "full_attention",
     };
     json["sliding_window"] = config.sliding_window.into();
     json["layer_types"] = (0..config.block_count).map(kind).collect::<Vec<_>>().into();

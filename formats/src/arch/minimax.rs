@@ -55,7 +55,7 @@ impl Family for MiniMaxM2 {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.attention.qk_norm = Some(QkNorm::Whole);
+        spec.attends(|attention| attention.qk_norm = Some(QkNorm::Whole));
         spec
     }
 

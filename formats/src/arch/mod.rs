@@ -10,26 +10,30 @@ mod gemma;
 mod glm;
 mod glm_moe;
 mod granite;
+mod lfm2;
 mod llama;
 mod llama_cpp;
 mod minimax;
 mod ministral;
+mod mixer;
 mod olmo;
 mod opt;
 mod part;
 mod phi;
 mod qwen;
 mod qwen_moe;
+mod qwen_next;
 mod smollm;
 mod starcoder2;
 
 use std::{borrow::Cow, fmt::Debug};
 
-pub use block::{Activation, Attention, BlockSpec, Ffn, Norm, Norms, QkNorm, QueryScaling, Stage};
-pub use decoder::{Decoder, Place, Stored, Tensor};
+pub use block::{Activation, BlockSpec, Ffn, Norm, Norms, Stage};
+pub use decoder::{Decoder, Form, Place, Stored, Tensor};
 pub use experts::{ExpertGroups, Experts, Routing, Scores};
 pub use llama::Llama;
 pub(crate) use llama::leave_out;
+pub use mixer::{Attention, Convolution, DeltaNet, Mixer, QkNorm, QueryScaling};
 pub use opt::FIRST_POSITION;
 pub use part::{ExpertPart, Part, PartMap, Rows};
 
@@ -152,12 +156,15 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 18] = [
+pub const FAMILIES: [&dyn Family; 22] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
     &qwen_moe::QwenMoe::Two,
     &qwen_moe::QwenMoe::Three,
+    &qwen_next::QwenNext::Next,
+    &qwen_next::QwenNext::Dense,
+    &qwen_next::QwenNext::Moe,
     &gemma::Gemma::Two,
     &gemma::Gemma::Three,
     &phi::Phi3,
@@ -169,6 +176,7 @@ pub const FAMILIES: [&dyn Family; 18] = [
     &glm::Glm4,
     &glm_moe::Glm4Moe,
     &minimax::MiniMaxM2,
+    &lfm2::Lfm2,
     &opt::Opt,
     &starcoder2::StarCoder2,
 ];

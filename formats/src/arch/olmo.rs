@@ -52,7 +52,7 @@ impl Family for Olmo {
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
         spec.norms = Norms::Behind;
-        spec.attention.qk_norm = Some(QkNorm::Whole);
+        spec.attends(|attention| attention.qk_norm = Some(QkNorm::Whole));
         spec
     }
 }

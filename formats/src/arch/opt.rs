@@ -92,7 +92,7 @@ impl Family for Opt {
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
         spec.norms = if config.features.norms_sums { Norms::OnSum } else { Norms::Before };
-        spec.attention.rope = None;
+        spec.attends(|attention| attention.rope = None);
         spec.activates_by(Activation::Relu, false);
         spec
     }

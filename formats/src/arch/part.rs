@@ -36,7 +36,23 @@ pub enum Part {
     AttnV,
     /// The bias of values, `[kv_heads * head_dim]`.
     AttnVBias,
-    /// What brings attention back to the residual stream, `[hidden, heads * head_dim]`.
+    /// What the mixer's output is gated by, of as many channels, `[.., hidden]`.
+    AttnGate,
+    /// How strongly a token corrects the state of a delta net, `[value_heads, hidden]`.
+    DeltaBeta,
+    /// How much of the state a token leaves, `[value_heads, hidden]`.
+    DeltaDecay,
+    /// Its bias, `[value_heads]`.
+    DeltaDecayBias,
+    /// What its softplus is multiplied by, below 0, `[value_heads]`.
+    DeltaDecayRate,
+    /// What goes into a convolution and gates it, `[3 * hidden, hidden]`.
+    ConvolutionInput,
+    /// The weights of a causal convolution, `[channels, taps]`, the last of the token itself.
+    Convolution,
+    /// The norm of what a delta net gives, `[value_dim]`.
+    DeltaNorm,
+    /// What brings the mixer's output back to the residual stream, `[hidden, heads * head_dim]`.
     AttnOutput,
     /// Its bias, `[hidden]`.
     AttnOutputBias,
@@ -137,6 +153,14 @@ impl Part {
             Self::AttnKNorm => "attn_k_norm.weight",
             Self::AttnV => "attn_v.weight",
             Self::AttnVBias => "attn_v.bias",
+            Self::AttnGate => "attn_gate.weight",
+            Self::DeltaBeta => "ssm_beta.weight",
+            Self::DeltaDecay => "ssm_alpha.weight",
+            Self::DeltaDecayBias => "ssm_dt.bias",
+            Self::DeltaDecayRate => "ssm_a",
+            Self::ConvolutionInput => "shortconv.in_proj.weight",
+            Self::Convolution => "ssm_conv1d.weight",
+            Self::DeltaNorm => "ssm_norm.weight",
             Self::AttnOutput => "attn_output.weight",
             Self::AttnOutputBias => "attn_output.bias",
             Self::AttnPostNorm => "post_attention_norm.weight",
@@ -170,6 +194,7 @@ impl Part {
             Self::AttnQ => Some(Self::AttnQBias),
             Self::AttnK => Some(Self::AttnKBias),
             Self::AttnV => Some(Self::AttnVBias),
+            Self::DeltaDecay => Some(Self::DeltaDecayBias),
             Self::AttnOutput => Some(Self::AttnOutputBias),
             Self::AttnPostNorm => Some(Self::AttnPostNormBias),
             Self::FfnNorm => Some(Self::FfnNormBias),
@@ -201,9 +226,9 @@ impl Part {
         }
     }
 
-    /// Whether it is a linear layer that is small and decides much: it is never quantized.
+    /// Whether it is a matrix that is small and decides much: it is never quantized.
     pub const fn stays_precise(self) -> bool {
-        matches!(self, Self::Router)
+        matches!(self, Self::Router | Self::DeltaBeta | Self::DeltaDecay | Self::Convolution)
     }
 }
 

@@ -65,7 +65,7 @@ impl Family for Qwen3 {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.attention.qk_norm = Some(QkNorm::Heads);
+        spec.attends(|attention| attention.qk_norm = Some(QkNorm::Heads));
         spec
     }
 }

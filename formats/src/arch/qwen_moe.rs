@@ -18,7 +18,7 @@ pub enum QwenMoe {
 }
 
 /// Hugging Face's names of the network beside experts.
-const BESIDE: [&str; 3] = [
+pub(super) const BESIDE: [&str; 3] = [
     "mlp.shared_expert.gate_proj.weight",
     "mlp.shared_expert.up_proj.weight",
     "mlp.shared_expert.down_proj.weight",
@@ -43,12 +43,7 @@ impl Family for QwenMoe {
         // llama.cpp has it in the code.
         let normalizes = *self == Self::Three && keys.is_gguf();
         experts::read(keys, config, Routing { normalizes, ..Routing::SOFTMAX })?;
-        let dense = keys.numbers("mlp_only_layers")?;
-        let step = keys.count("decoder_sparse_step")?.unwrap_or(1).max(1);
-        let leading = keys.count("first_k_dense_replace")?.unwrap_or(0);
-        experts::read_blocks(keys, config, |index| {
-            index >= leading && (index + 1).is_multiple_of(step) && !dense.contains(&index)
-        })?;
+        read_sparse_blocks(keys, config)?;
         let features = &mut config.features;
         let shares = features.shared_ffn_size.is_some();
         features.experts = features.experts.map(|experts| Experts { shares, ..experts });
@@ -66,11 +61,7 @@ impl Family for QwenMoe {
     fn write(&self, config: &ModelConfig, json: &mut Value) {
         let features = &config.features;
         experts::write(config, json, "num_experts", Some("moe_intermediate_size"));
-        json["norm_topk_prob"] =
-            features.experts.is_some_and(|experts| experts.routing.normalizes).into();
-        json["decoder_sparse_step"] = 1.into();
-        let dense = (0..config.block_count).filter(|&index| !features.has_experts(index));
-        json["mlp_only_layers"] = dense.collect::<Vec<_>>().into();
+        write_sparse_blocks(config, json);
         if *self == Self::Two {
             json["shared_expert_intermediate_size"] = features.shared_ffn_size.unwrap_or(0).into();
             json["qkv_bias"] = features.has_attention_bias.into();
@@ -81,7 +72,8 @@ impl Family for QwenMoe {
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
         let mut spec = llama::block(config, index);
-        spec.attention.qk_norm = (*self == Self::Three).then_some(QkNorm::Heads);
+        let qk_norm = (*self == Self::Three).then_some(QkNorm::Heads);
+        spec.attends(|attention| attention.qk_norm = qk_norm);
         spec
     }
 
@@ -103,4 +95,24 @@ impl Family for QwenMoe {
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
         experts::in_gguf(part, spec).unwrap_or(Stored::PLAIN)
     }
+}
+
+/// Reads which blocks have experts: each `decoder_sparse_step`-th, but for some.
+pub(super) fn read_sparse_blocks(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+    let dense = keys.numbers("mlp_only_layers")?;
+    let step = keys.count("decoder_sparse_step")?.unwrap_or(1).max(1);
+    let leading = keys.count("first_k_dense_replace")?.unwrap_or(0);
+    experts::read_blocks(keys, config, |index| {
+        index >= leading && (index + 1).is_multiple_of(step) && !dense.contains(&index)
+    })
+}
+
+/// The keys of which blocks have experts, and of how these are weighted.
+pub(super) fn write_sparse_blocks(config: &ModelConfig, json: &mut Value) {
+    let features = &config.features;
+    json["norm_topk_prob"] =
+        features.experts.is_some_and(|experts| experts.routing.normalizes).into();
+    json["decoder_sparse_step"] = 1.into();
+    let dense = (0..config.block_count).filter(|&index| !features.has_experts(index));
+    json["mlp_only_layers"] = dense.collect::<Vec<_>>().into();
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     FormatError, Generation, Result,
-    arch::{self, ExpertGroups, Experts, Family, Norm},
+    arch::{self, Convolution, ExpertGroups, Experts, Family, Mixer, Norm},
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -87,7 +87,7 @@ impl ModelConfig {
             hidden_size,
             ffn_size: keys.size("feed_forward_length")?,
             head_count,
-            kv_head_count: keys.optional_size("attention.head_count_kv")?.unwrap_or(head_count),
+            kv_head_count: keys.kv_heads()?.unwrap_or(head_count),
             head_dim,
             vocab_size,
             context_length,
@@ -104,6 +104,7 @@ impl ModelConfig {
         // What a family reads is as long as the model has blocks.
         config = config.validated(path)?;
         family.read(&keys, &mut config)?;
+        keys.refuse_blocks_without_heads(&config)?;
         SpecialTokens::from_gguf(path, metadata, vocab_size)?.describe(&mut config);
         let config = config.validated(path)?;
         keys.refuse_unread(&config)?;
@@ -155,7 +156,7 @@ impl ModelConfig {
             (own("block_count"), size(self.block_count)),
             (own("feed_forward_length"), size(self.ffn_size)),
             (own("attention.head_count"), size(self.head_count)),
-            (own("attention.head_count_kv"), size(self.kv_head_count)),
+            (own("attention.head_count_kv"), self.kv_heads_entry()),
             (own("attention.key_length"), size(self.head_dim)),
             (own("attention.value_length"), size(self.head_dim)),
             (own(epsilon), self.norm_epsilon.into()),
@@ -271,7 +272,46 @@ impl ModelConfig {
         .into_iter()
         .flatten()
         .chain(self.expert_entries())
+        .chain(self.recurrence_entries())
         .collect()
+    }
+
+    /// The heads of keys and values: of blocks with another mixer than attention llama.cpp tells
+    /// short convolutions by none.
+    fn kv_heads_entry(&self) -> Value {
+        let heads = |is_recurrent| if is_recurrent { 0 } else { self.kv_head_count as u32 };
+        match self.features.recurrence {
+            Some(Mixer::Convolution(_)) => {
+                let recurrent = self.features.recurrent.iter();
+                Value::Array(Array::U32(
+                    recurrent.map(|&is_recurrent| heads(is_recurrent)).collect(),
+                ))
+            }
+            _ => Value::U32(heads(false)),
+        }
+    }
+
+    /// The keys of blocks with a state, without the architecture.
+    fn recurrence_entries(&self) -> Vec<(&'static str, Value)> {
+        let size = |key, size: usize| (key, Value::U32(size as u32));
+        match self.features.recurrence {
+            None | Some(Mixer::Attention(_)) => Vec::new(),
+            Some(Mixer::Convolution(Convolution { taps })) => {
+                vec![size("shortconv.l_cache", taps)]
+            }
+            Some(Mixer::DeltaNet(net)) => vec![
+                size("ssm.group_count", net.key_heads),
+                size("ssm.time_step_rank", net.value_heads),
+                size("ssm.state_size", net.key_dim),
+                size("ssm.inner_size", net.values()),
+                size("ssm.conv_kernel", net.taps),
+                ("ssm.tiled_value_heads", net.is_tiled.into()),
+                (
+                    "attention.recurrent_layers",
+                    Value::Array(Array::Bool(self.features.recurrent.clone())),
+                ),
+            ],
+        }
     }
 
     /// The keys of experts, without the architecture.
@@ -507,6 +547,31 @@ impl<'a> GgufKeys<'a> {
         self.optional(&self.own(key), "a whole number, the same for all blocks", as_size)
     }
 
+    /// The heads of keys and values of blocks that have some.
+    fn kv_heads(&self) -> Result<Option<usize>> {
+        let kind = "a whole number, the same for all blocks, or 0";
+        self.optional(&self.own(KV_HEADS), kind, |value| match kv_heads_of_blocks(value) {
+            None => as_size(value),
+            Some(mut heads) => {
+                heads.retain(|&heads| heads > 0);
+                all_equal(&Array::U64(heads))?.try_into().ok()
+            }
+        })
+    }
+
+    /// Refuses keys and values of no heads in blocks that need some.
+    fn refuse_blocks_without_heads(&self, config: &ModelConfig) -> Result<()> {
+        let heads = self.metadata.get(&self.own(KV_HEADS)).and_then(kv_heads_of_blocks);
+        let has_none =
+            |&(index, &heads): &(usize, &u64)| heads == 0 && !config.features.is_recurrent(index);
+        match heads.iter().flatten().enumerate().find(has_none) {
+            Some((index, _)) => {
+                self.unsupported(format!("block {index} without heads of keys and values"))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn size(&self, key: &str) -> Result<usize> {
         let found = self.optional_size(key)?;
         found.ok_or_else(|| self.malformed(&self.own(key), "none", "a whole number"))
@@ -566,6 +631,20 @@ impl Keys for GgufKeys<'_> {
         })
     }
 
+    /// One flag per block; of blocks with short convolutions, no heads of keys and values.
+    fn recurrent(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
+        if let Some(flags) = self.flags("recurrent_layers", blocks)? {
+            return Ok(Some(flags));
+        }
+        let heads = self.metadata.get(&self.own(KV_HEADS)).and_then(kv_heads_of_blocks);
+        match heads {
+            Some(heads) if heads.len() == blocks && heads.contains(&0) => {
+                Ok(Some(heads.iter().map(|&heads| heads == 0).collect()))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// One flag per block, or the blocks from one without a window to the next.
     fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
         let kind = format!("a number, or {blocks} flags, one per block");
@@ -578,6 +657,14 @@ impl Keys for GgufKeys<'_> {
             }
         })
     }
+}
+
+/// The key of how many heads of keys and values there are.
+const KV_HEADS: &str = "attention.head_count_kv";
+
+/// How many each block has, where that is said block by block.
+fn kv_heads_of_blocks(value: &Value) -> Option<Vec<u64>> {
+    value.as_array()?.to_u64s()
 }
 
 /// A whole number, or an array with one per block if they are equal.

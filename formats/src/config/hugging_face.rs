@@ -21,6 +21,10 @@ use crate::{
 /// The kinds of blocks that a configuration may have, and whether they have a window.
 const LAYER_TYPES: [(&str, bool); 2] = [("full_attention", false), ("sliding_attention", true)];
 
+/// The kinds of blocks of models some of which have a state, and whether they have one.
+const RECURRENT_TYPES: [(&str, bool); 3] =
+    [("full_attention", false), ("linear_attention", true), ("conv", true)];
+
 /// Characters of an unread value that a message shows.
 const SHOWN_CHARACTERS: usize = 60;
 
@@ -631,10 +635,9 @@ impl Keys for Json<'_> {
     }
 
     fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
-        const KEY: &str = "layer_types";
         let intervals = ["sliding_window_pattern", "_sliding_window_pattern"]
             .map(|key| self.optional(key, "a whole number", as_size));
-        let Some(list) = self.optional(KEY, "a list of kinds", Value::as_array)? else {
+        let Some(windowed) = self.layer_types(blocks, &LAYER_TYPES)? else {
             for interval in intervals {
                 if let Some(interval) = interval?.filter(|&interval| interval > 0) {
                     return Ok(Some(every(interval, blocks)));
@@ -642,18 +645,30 @@ impl Keys for Json<'_> {
             }
             return Ok(None);
         };
+        Ok(Some(windowed))
+    }
+
+    fn recurrent(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
+        self.layer_types(blocks, &RECURRENT_TYPES)
+    }
+}
+
+impl Json<'_> {
+    /// What `kinds` say of each block by its name in `layer_types`.
+    fn layer_types(&self, blocks: usize, kinds: &[(&str, bool)]) -> Result<Option<Vec<bool>>> {
+        const KEY: &str = "layer_types";
+        let Some(list) = self.optional(KEY, "a list of kinds", Value::as_array)? else {
+            return Ok(None);
+        };
         if list.len() != blocks {
             let expected = format!("{blocks} kinds, one per block");
             return Err(self.malformed(KEY, format!("{} entries", list.len()), expected));
         }
-        let windowed = list.iter().map(|found| {
-            let kind = LAYER_TYPES.iter().find(|(kind, _)| found == kind);
-            match kind {
-                Some(&(_, is_windowed)) => Ok(is_windowed),
-                None => self.unsupported(format!("key `{KEY}` with {found}"), ""),
-            }
+        let flags = list.iter().map(|found| match kinds.iter().find(|(kind, _)| found == kind) {
+            Some(&(_, flag)) => Ok(flag),
+            None => self.unsupported(format!("key `{KEY}` with {found}"), ""),
         });
-        windowed.collect::<Result<_>>().map(Some)
+        flags.collect::<Result<_>>().map(Some)
     }
 }
 

@@ -50,6 +50,12 @@ pub trait Keys {
     /// `Malformed` if it is not said of each block; `Unsupported` for another kind of block.
     fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>>;
 
+    /// Which blocks have a state in place of keys and values, if it is said.
+    ///
+    /// # Errors
+    /// As [`Self::windowed`].
+    fn recurrent(&self, blocks: usize) -> Result<Option<Vec<bool>>>;
+
     /// The error that the model needs what this program does not compute.
     fn unsupported(&self, what: String) -> FormatError;
 
@@ -89,6 +95,15 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("num_nextn_predict_layers", "nextn_predict_layers"),
         ("expert_pattern", "expert_pattern"),
         ("expert_gating_func", "expert_gating_func"),
+        ("full_attention_interval", "full_attention_interval"),
+        ("recurrent_layers", "attention.recurrent_layers"),
+        ("linear_num_key_heads", "ssm.group_count"),
+        ("linear_num_value_heads", "ssm.time_step_rank"),
+        ("linear_key_head_dim", "ssm.state_size"),
+        ("linear_inner_size", "ssm.inner_size"),
+        ("linear_conv_kernel_dim", "ssm.conv_kernel"),
+        ("tiled_value_heads", "ssm.tiled_value_heads"),
+        ("conv_L_cache", "shortconv.l_cache"),
     ];
     names.into_iter().find_map(|(hf, gguf)| (hf == key).then_some(gguf))
 }

@@ -158,6 +158,8 @@ pub(super) fn is_harmless_in_gguf(key: &str, value: &Value, model: &ModelConfig)
     match own {
         // Of the context that the model was stretched from, which linear scaling does not ask.
         "rope.scaling.original_context_length" | "rope.scaling.finetuned" => true,
+        // Which channels turn by which of three positions, which are one for text.
+        "rope.dimension_sections" => true,
         // How old converters called the order of rows that every `llama` file has.
         "tensor_data_layout" => value.as_str() == Some("Meta AI original pth"),
         "use_parallel_residual" => value.as_bool() == Some(false),

@@ -94,6 +94,10 @@ impl OnnxModel {
                 folder.config_path().display()
             ));
         }
+        if config.features.recurrence.is_some() {
+            let what = format!("an ONNX file of a `{}` model", config.family.architecture());
+            return Err(FormatError::unsupported(path, what, "use its Hugging Face directory"));
+        }
         let is_said_tied = config.tied_embeddings;
         let mut external = ExternalFiles::new(path, folder.root())?;
         let modules = Modules::new(&config);

@@ -12,7 +12,10 @@ use super::{
     graph::{Graph, Initializer, Node},
     modules::{Module, Modules},
 };
-use crate::{FormatError, ModelConfig, Part, Result, arch::Tensor};
+use crate::{
+    FormatError, ModelConfig, Part, Result,
+    arch::{Form, Tensor},
+};
 
 /// Where a slot's values are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -300,10 +303,9 @@ impl<'a, 'g> Finder<'a, 'g> {
             if slots.iter().any(|&slot| is_found[slot]) {
                 continue;
             }
-            let offset = self.modules.slots[slots[0]].hf.offset;
-            if offset != 0.0 {
+            if self.modules.slots[slots[0]].hf.form != Form::AsUsed {
                 let what = described(initializer);
-                let what = format!("{what}, of which no node tells whether {offset} is added,");
+                let what = format!("{what}, of which no node tells whether 1 is added,");
                 let hint = "export the model with its constants folded, or use its Hugging Face \
                             directory";
                 return Err(FormatError::unsupported(self.path, what, hint));

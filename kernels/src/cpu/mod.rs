@@ -5,10 +5,12 @@ mod attention;
 mod dequantize;
 mod elementwise;
 pub mod matvec;
+mod recurrent;
 mod unpack;
 
 pub use attention::attention;
 pub use elementwise::{cap, exp, kl_divergence, log_softmax, with_slope};
+pub use recurrent::{DeltaCall, convolve, delta_net, delta_step, sigmoid, softplus, split, unit};
 
 use std::ops::Range;
 

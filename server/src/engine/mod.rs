@@ -51,8 +51,12 @@ impl<'a> Slot<'a> {
     fn reusable(&self, job: &Job) -> usize {
         let shared = shared(self.sequence.tokens(), &job.prompt).min(job.prompt.len() - 1);
         match job.is_repeatable {
-            true => shared.min(self.exact) / PIECE_TOKENS * PIECE_TOKENS,
-            false => shared,
+            true => {
+                let exact = shared.min(self.exact) / PIECE_TOKENS * PIECE_TOKENS;
+                let reusable = self.sequence.reusable(exact);
+                if reusable.is_multiple_of(PIECE_TOKENS) { reusable } else { 0 }
+            }
+            false => self.sequence.reusable(shared),
         }
     }
 

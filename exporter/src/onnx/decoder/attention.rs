@@ -22,7 +22,8 @@ const TURNED_MULTIPLE: usize = 16;
 impl Builder<'_> {
     /// Attention of block `block`, its output projection included.
     pub fn add_attention(&mut self, block: usize, input: &str) -> Result<String> {
-        let attention = self.decoder.blocks[block].attention;
+        let attention = self.decoder.blocks[block].attention();
+        let attention = *attention.expect("`lacks` refuses other mixers");
         let Attention { heads, kv_heads, head_dim, window, rope, rotated, scale, .. } = attention;
         let mut q = self.add_linear(block, Part::AttnQ, input)?;
         let mut k = self.add_linear(block, Part::AttnK, input)?;

@@ -1,0 +1,387 @@
+//! Mixers on their way forward and back.
+
+use slim_formats::{
+    Part,
+    arch::{self, Activation, Mixer, Norm},
+};
+use slim_kernels::{Backend, Cpu, RopeAngles, convolve, sigmoid};
+use slim_runtime::{Positions, decays, multiply, side_by_side};
+
+use super::{
+    Gradient, Visitor,
+    attention::{Attention, Gradients},
+    block::{Walk, reverse_norm},
+    delta_net::{DeltaNet, DeltaTokens},
+    elementwise,
+};
+use crate::Result;
+
+/// The activations of a mixer's `m` tokens.
+pub enum Mixed {
+    /// Of attention.
+    Attention(Attended),
+    /// Of a gated delta net.
+    DeltaNet(Asked),
+    /// Of a short convolution.
+    Convolution(Convolved),
+}
+
+/// Of attention.
+pub struct Attended {
+    q: Turned,
+    k: Turned,
+    /// `[m, kv_heads * head_dim]`.
+    v: Vec<f32>,
+    /// What attention gives and what it is gated by, where it is, `[m, heads * head_dim]`.
+    gated: Option<[Vec<f32>; 2]>,
+    /// `[m, heads * head_dim]`.
+    output: Vec<f32>,
+}
+
+/// Of a gated delta net.
+pub struct Asked {
+    /// Behind the convolution, before its SiLU, `[m, 2 * keys + values]`.
+    convolved: Vec<f32>,
+    tokens: DeltaTokens,
+    /// What the decay layer gives, `[m, value_heads]`.
+    raw_decay: Vec<f32>,
+    /// What the net gives, before the norm, `[m, values]`.
+    asked: Vec<f32>,
+    /// Behind the norm, `[m, values]`.
+    normed: Vec<f32>,
+    /// What the gate's layer gives, `[m, values]`.
+    gate: Vec<f32>,
+    /// `[m, values]`.
+    output: Vec<f32>,
+}
+
+/// Of a short convolution.
+pub struct Convolved {
+    /// What the input layer gives, `[m, 3 * hidden]`.
+    bcu: Vec<f32>,
+    /// What the convolution gives, `[m, hidden]`.
+    convolved: Vec<f32>,
+    /// `[m, hidden]`.
+    output: Vec<f32>,
+}
+
+impl Mixed {
+    /// What the mixer gives.
+    pub fn output(&self) -> &[f32] {
+        match self {
+            Self::Attention(Attended { output, .. })
+            | Self::DeltaNet(Asked { output, .. })
+            | Self::Convolution(Convolved { output, .. }) => output,
+        }
+    }
+}
+
+/// Queries or keys, `[m, heads * head_dim]`.
+struct Turned {
+    /// As their layer gives them, if they are normed.
+    raw: Option<Vec<f32>>,
+    /// As attention takes them.
+    turned: Vec<f32>,
+}
+
+impl Walk<'_> {
+    /// What the mixer makes of its `input: [m, hidden]`.
+    pub fn mixed(&self, input: &[f32]) -> Result<Mixed> {
+        Ok(match self.block.spec.mixer {
+            Mixer::Attention(_) => Mixed::Attention(self.attended(input)?),
+            Mixer::DeltaNet(net) => Mixed::DeltaNet(self.asked(net, input)?),
+            Mixer::Convolution(_) => Mixed::Convolution(self.convolved_input(input)?),
+        })
+    }
+
+    /// Adds the gradient at the mixer's `input` to `d_input`, for the gradient `dy` at what it
+    /// gives.
+    pub fn reverse_mixer(
+        &self,
+        mixed: Mixed,
+        input: &[f32],
+        dy: Vec<f32>,
+        d_input: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<()> {
+        let of_layers = match mixed {
+            Mixed::Attention(attended) => self.reverse_attended(attended, dy, visit)?,
+            Mixed::DeltaNet(asked) => self.reverse_asked(asked, dy, visit)?,
+            Mixed::Convolution(convolved) => self.reverse_convolved(&convolved, &dy),
+        };
+        for (part, dy) in &of_layers {
+            if !part.stays_precise() {
+                visit(self.linear(*part, input, dy))?;
+            }
+        }
+        for (part, dy) in &of_layers {
+            self.add_product(d_input, dy, *part)?;
+        }
+        Ok(())
+    }
+
+    /// # Panics
+    /// If the block has another mixer.
+    fn attention(&self) -> &arch::Attention {
+        self.block.spec.attention().expect("a block with attention")
+    }
+
+    fn attended(&self, input: &[f32]) -> Result<Attended> {
+        let angles = self.angles();
+        let angles = angles.as_ref();
+        let q = self.turned(self.product(Part::AttnQ, input)?, Part::AttnQNorm, angles);
+        let k = self.turned(self.product(Part::AttnK, input)?, Part::AttnKNorm, angles);
+        let v = self.product(Part::AttnV, input)?;
+        let mut output = self.core(&q, &k, &v).forward();
+        let gated = match self.attention().is_gated {
+            false => None,
+            true => {
+                let mut gate = self.product(Part::AttnGate, input)?;
+                sigmoid(&mut gate);
+                let plain = output.clone();
+                multiply(&mut output, &gate);
+                Some([plain, gate])
+            }
+        };
+        Ok(Attended { q, k, v, gated, output })
+    }
+
+    fn core<'a>(&self, q: &'a Turned, k: &'a Turned, v: &'a [f32]) -> Attention<'a> {
+        Attention::new(self.precision, self.attention(), self.context, &q.turned, &k.turned, v)
+    }
+
+    /// The gradients at the outputs of the mixer's layers.
+    fn reverse_attended(
+        &self,
+        attended: Attended,
+        mut dy: Vec<f32>,
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<(Part, Vec<f32>)>> {
+        let Attended { q, k, v, gated, output } = attended;
+        let angles = self.angles();
+        let (output, d_gate) = match gated {
+            None => (output, None),
+            Some([plain, gate]) => {
+                // y = plain * gate, and the slope of a sigmoid is gate * (1 - gate).
+                let pairs = output.iter().zip(&gate).zip(&dy);
+                let d_gate = pairs.map(|((y, gate), dy)| dy * y * (1.0 - gate)).collect();
+                multiply(&mut dy, &gate);
+                (plain, Some((Part::AttnGate, d_gate)))
+            }
+        };
+        let Gradients { q: d_q, k: d_k, v: d_v } = self.core(&q, &k, &v).reverse(&output, &dy);
+        let d_q = self.reverse_turned(Part::AttnQNorm, q, d_q, angles.as_ref(), visit)?;
+        let d_k = self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
+        let of_qkv = [(Part::AttnQ, d_q), (Part::AttnK, d_k), (Part::AttnV, d_v)];
+        Ok(of_qkv.into_iter().chain(d_gate).collect())
+    }
+
+    fn asked(&self, net: arch::DeltaNet, input: &[f32]) -> Result<Asked> {
+        let vectors = &self.block.vectors;
+        let (q, k) = (self.product(Part::AttnQ, input)?, self.product(Part::AttnK, input)?);
+        let v = self.product(Part::AttnV, input)?;
+        let qkv = side_by_side([(&q, net.keys()), (&k, net.keys()), (&v, net.values())]);
+        let convolved = self.convolution(&qkv);
+        let mut qkv = convolved.clone();
+        Cpu.activate(Activation::Silu, &mut qkv);
+        let mut beta = self.product(Part::DeltaBeta, input)?;
+        sigmoid(&mut beta);
+        let raw_decay = self.product(Part::DeltaDecay, input)?;
+        let mut decay = raw_decay.clone();
+        decays(&vectors[Part::DeltaDecayRate], &mut decay);
+        let tokens = DeltaTokens { qkv, decay, beta };
+        let asked = DeltaNet { net, context: self.context }.forward(&tokens);
+        let normed = self.rms_normed(&vectors[Part::DeltaNorm], &asked);
+        let gate = self.product(Part::AttnGate, input)?;
+        let mut output = gate.clone();
+        Cpu.gated(Activation::Silu, &mut output, &normed);
+        Ok(Asked { convolved, tokens, raw_decay, asked, normed, gate, output })
+    }
+
+    fn reverse_asked(
+        &self,
+        asked: Asked,
+        dy: Vec<f32>,
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<(Part, Vec<f32>)>> {
+        let Asked { convolved, tokens, raw_decay, asked, mut normed, mut gate, .. } = asked;
+        let Mixer::DeltaNet(net) = self.block.spec.mixer else { panic!("a delta net") };
+        elementwise::reverse_gated(Activation::Silu, &mut gate, &mut normed, &dy);
+        let (d_gate, d_normed, mut d_asked) = (gate, normed, dy);
+        d_asked.fill(0.0);
+        let (part, epsilon) = (Part::DeltaNorm, self.decoder.norm_epsilon);
+        let weight = &self.block.vectors[part];
+        let dw = reverse_norm(Norm::Rms, &asked, weight, epsilon, &d_normed, &mut d_asked);
+        visit(Gradient::Norm { block: Some(self.index), part, dw: &dw })?;
+
+        let mut of_tokens = DeltaNet { net, context: self.context }.reverse(&tokens, &d_asked);
+        for (d_beta, beta) in of_tokens.beta.iter_mut().zip(&tokens.beta) {
+            *d_beta *= beta * (1.0 - beta);
+        }
+        // decay = exp(rate * softplus(x)), and the slope of a softplus is the sigmoid.
+        let mut slopes = raw_decay;
+        sigmoid(&mut slopes);
+        let rates = self.block.vectors[Part::DeltaDecayRate].iter().cycle();
+        let factors = slopes.iter().zip(rates).zip(&tokens.decay);
+        for (d_decay, ((slope, rate), decay)) in of_tokens.decay.iter_mut().zip(factors) {
+            *d_decay *= slope * rate * decay;
+        }
+        elementwise::reverse_activation(Activation::Silu, &convolved, &mut of_tokens.qkv);
+        let d_qkv = self.reverse_convolution(&of_tokens.qkv);
+        let columns = |first: usize, width: usize| -> Vec<f32> {
+            let tokens = d_qkv.chunks_exact(2 * net.keys() + net.values());
+            tokens.flat_map(|token| &token[first..][..width]).copied().collect()
+        };
+        Ok(vec![
+            (Part::AttnQ, columns(0, net.keys())),
+            (Part::AttnK, columns(net.keys(), net.keys())),
+            (Part::AttnV, columns(2 * net.keys(), net.values())),
+            (Part::AttnGate, d_gate),
+            (Part::DeltaBeta, of_tokens.beta),
+            (Part::DeltaDecay, of_tokens.decay),
+        ])
+    }
+
+    fn convolved_input(&self, input: &[f32]) -> Result<Convolved> {
+        let bcu = self.product(Part::ConvolutionInput, input)?;
+        let mut gated = self.third(&bcu, 0);
+        multiply(&mut gated, &self.third(&bcu, 2));
+        let convolved = self.convolution(&gated);
+        let mut output = convolved.clone();
+        multiply(&mut output, &self.third(&bcu, 1));
+        Ok(Convolved { bcu, convolved, output })
+    }
+
+    fn reverse_convolved(&self, of: &Convolved, dy: &[f32]) -> Vec<(Part, Vec<f32>)> {
+        let hidden = self.decoder.hidden_size;
+        let [b, c, u] = [0, 1, 2].map(|index| self.third(&of.bcu, index));
+        let mut d_c = of.convolved.clone();
+        multiply(&mut d_c, dy);
+        let mut d_convolved = c;
+        multiply(&mut d_convolved, dy);
+        let d_gated = self.reverse_convolution(&d_convolved);
+        let (mut d_b, mut d_u) = (u, b);
+        multiply(&mut d_b, &d_gated);
+        multiply(&mut d_u, &d_gated);
+        let d_bcu = side_by_side([(&d_b, hidden), (&d_c, hidden), (&d_u, hidden)]);
+        vec![(Part::ConvolutionInput, d_bcu)]
+    }
+
+    /// A third of the channels of what the input layer of a short convolution gives.
+    fn third(&self, bcu: &[f32], index: usize) -> Vec<f32> {
+        let hidden = self.decoder.hidden_size;
+        let tokens = bcu.chunks_exact(3 * hidden);
+        tokens.flat_map(|token| &token[index * hidden..][..hidden]).copied().collect()
+    }
+
+    /// The convolution of all sequences.
+    fn convolution(&self, x: &[f32]) -> Vec<f32> {
+        let (taps, channels) = self.taps();
+        let mut out = vec![0.0; x.len()];
+        let len = self.context * channels;
+        for (x, out) in x.chunks_exact(len).zip(out.chunks_exact_mut(len)) {
+            convolve(taps, channels, &mut vec![0.0; taps.len() - channels], x, out);
+        }
+        out
+    }
+
+    /// The gradient at the inputs of the convolution: each output has `taps[i]` of the input
+    /// `taps - 1 - i` tokens before.
+    fn reverse_convolution(&self, dy: &[f32]) -> Vec<f32> {
+        let (taps, channels) = self.taps();
+        let mut dx = vec![0.0; dy.len()];
+        let len = self.context * channels;
+        for (dx, dy) in dx.chunks_exact_mut(len).zip(dy.chunks_exact(len)) {
+            for (back, taps) in taps.chunks_exact(channels).rev().enumerate() {
+                for (dx, dy) in
+                    dx.chunks_exact_mut(channels).zip(dy.chunks_exact(channels).skip(back))
+                {
+                    dx.iter_mut().zip(taps).zip(dy).for_each(|((dx, tap), dy)| *dx += tap * dy);
+                }
+            }
+        }
+        dx
+    }
+
+    /// `[taps, channels]`, and how many channels there are.
+    fn taps(&self) -> (&[f32], usize) {
+        let taps = &self.block.vectors[Part::Convolution];
+        (taps, taps.len() / self.block.spec.mixer.taps())
+    }
+
+    /// Queries or keys as attention takes them.
+    fn turned(&self, raw: Vec<f32>, norm: Part, angles: Option<&RopeAngles>) -> Turned {
+        let (raw, mut turned) = match self.block.vectors.get(norm) {
+            Some(weight) => {
+                let normed = self.rms_normed(weight, &raw);
+                (Some(raw), normed)
+            }
+            None => (None, raw),
+        };
+        self.turn(&mut turned, norm, angles);
+        if norm == Part::AttnQNorm {
+            self.scale_queries(&mut turned);
+        }
+        Turned { raw, turned }
+    }
+
+    /// The gradient at what the layer of queries or keys gives, for the gradient `dy` at what
+    /// attention takes.
+    fn reverse_turned(
+        &self,
+        norm: Part,
+        of: Turned,
+        mut dy: Vec<f32>,
+        angles: Option<&RopeAngles>,
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<f32>> {
+        if norm == Part::AttnQNorm {
+            self.scale_queries(&mut dy);
+        }
+        let back = angles.map(|angles| {
+            let sin = angles.sin.iter().map(|sin| -sin).collect();
+            RopeAngles { sin, ..angles.clone() }
+        });
+        self.turn(&mut dy, norm, back.as_ref());
+        let (Some(raw), Some(weight)) = (of.raw, self.block.vectors.get(norm)) else {
+            return Ok(dy);
+        };
+        let mut dx = vec![0.0; raw.len()];
+        let epsilon = self.decoder.norm_epsilon;
+        let dw = reverse_norm(Norm::Rms, &raw, weight, epsilon, &dy, &mut dx);
+        visit(Gradient::Norm { block: Some(self.index), part: norm, dw: &dw })?;
+        Ok(dx)
+    }
+
+    /// Turns the heads of queries or keys by the angles of one sequence.
+    fn turn(&self, x: &mut [f32], norm: Part, angles: Option<&RopeAngles>) {
+        let Some(angles) = angles else { return };
+        let attention = self.attention();
+        let heads = if norm == Part::AttnQNorm { attention.heads } else { attention.kv_heads };
+        rotate(x, heads, angles);
+    }
+
+    fn scale_queries(&self, q: &mut [f32]) {
+        let attention = self.attention();
+        let Some(scaling) = attention.query_scaling else { return };
+        for (t, q) in q.chunks_exact_mut(attention.heads * attention.head_dim).enumerate() {
+            let scale = scaling.at(t % self.context);
+            q.iter_mut().for_each(|q| *q *= scale);
+        }
+    }
+
+    /// The rotation angles of one sequence, if the block turns anything.
+    fn angles(&self) -> Option<RopeAngles> {
+        let rope = self.attention().rope?;
+        let mut positions = Positions::new(self.decoder, 0, self.context, self.context);
+        Some(positions.angles.swap_remove(rope))
+    }
+}
+
+/// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.
+fn rotate(x: &mut [f32], heads: usize, angles: &RopeAngles) {
+    let context = angles.cos.len() / angles.pairs;
+    for sequence in x.chunks_exact_mut(context * heads * angles.head_dim) {
+        Cpu.rope(sequence, heads, angles);
+    }
+}
