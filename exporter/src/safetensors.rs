@@ -1,7 +1,7 @@
 //! `--to safetensors`: a Hugging Face folder in fp16.
 
 use serde_json::json;
-use slim_formats::{DType, ModelSource, OutputPath};
+use slim_formats::{DType, Decoder, ModelSource, OutputPath};
 
 use crate::{
     Report, Result,
@@ -14,8 +14,9 @@ pub(crate) fn write(
     output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let tensors = tensors(model)?;
-    let stored = stored_tensors(tensors, |tensor| &tensor.hf);
+    let count = tensors(model)?.len();
+    let decoder = plain(model);
+    let stored = stored_tensors(decoder.tensors(), |tensor| &tensor.hf);
     let planned: Vec<PlannedTensor> = stored.iter().map(plan_f16).collect();
     let warnings = check_values(model, |_| true)?;
     let folder = Folder::create(output)?;
@@ -27,7 +28,16 @@ pub(crate) fn write(
         Ok(bytes)
     });
     folder.tensors(&planned, encoded)?;
-    Ok(Report { tensors: tensors.len(), file_bytes: folder.finish()?, layers, warnings })
+    Ok(Report { tensors: count, file_bytes: folder.finish()?, layers, warnings })
+}
+
+/// The model with its tensors where files of plain values have them.
+fn plain(model: &dyn ModelSource) -> Decoder {
+    let mut config = model.config().clone();
+    if let Some(experts) = &mut config.features.experts {
+        experts.are_mxfp4 = false;
+    }
+    Decoder::new(&config)
 }
 
 /// A tensor as F16.

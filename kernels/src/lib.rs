@@ -37,7 +37,10 @@ pub use multiversion;
 pub use backend::{AttentionCall, AttentionShape, Backend, RopeAngles};
 #[doc(hidden)]
 pub use cpu::matvec;
-pub use cpu::{Cpu, FloatCpu, attention, cap, exp, kl_divergence, log_softmax, matmul, with_slope};
+pub use cpu::{
+    Cpu, FloatCpu, attention, cap, exp, input_with_slope, kl_divergence, log_softmax, matmul,
+    with_slope,
+};
 pub use error::{KernelError, Result};
 pub use instructions::instruction_path;
 pub use kv::{KvCache, KvRows, KvType};

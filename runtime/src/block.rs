@@ -36,7 +36,7 @@ pub struct Block<'a> {
     pub spec: BlockSpec,
     /// The linear layers, `[rows, cols]`.
     pub layers: PartMap<Weight<'a>>,
-    /// Norms and biases.
+    /// Norms, biases and what else has no columns.
     pub vectors: PartMap<Vec<f32>>,
 }
 
@@ -276,7 +276,8 @@ impl<'a> Block<'a> {
                 }
             }
             kv.store(my_k, my_v, shape.start);
-            calls.push(AttentionCall { shape, q: my_q, kv, out });
+            let sinks = self.vectors.get(Part::AttnSinks).map(Vec::as_slice);
+            calls.push(AttentionCall { shape, q: my_q, kv, sinks, out });
         }
         context.backend.attention(&mut calls)?;
         drop(calls);

@@ -35,8 +35,11 @@ pub struct CudaSettings {
 impl CudaSettings {
     /// What a model has that devices do not compute.
     pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
-        let has_experts = decoder.blocks.iter().any(|block| block.experts.is_some());
-        has_experts.then_some("one with experts")
+        if decoder.blocks.iter().any(|block| block.experts.is_some()) {
+            return Some("one with experts");
+        }
+        let has_sinks = decoder.blocks.iter().any(|block| block.attention.has_sinks);
+        has_sinks.then_some("one with attention sinks")
     }
 
     /// Whether every block, the embedding and the output layer fit on the devices.

@@ -125,7 +125,7 @@ impl Walk<'_> {
         let mut d_attended = vec![0.0; attended.len()];
         self.add_product(&mut d_attended, &d_output, Part::AttnOutput)?;
         drop(d_output);
-        let attention = Attention::new(precision, spec, context, &q.turned, &k.turned, &v);
+        let attention = Attention::new(precision, block, context, &q.turned, &k.turned, &v);
         let Gradients { q: d_q, k: d_k, v: d_v } = attention.reverse(&attended, &d_attended);
         let d_q = self.reverse_turned(Part::AttnQNorm, q, d_q, angles.as_ref(), visit)?;
         let d_k = self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
@@ -328,13 +328,13 @@ impl Walk<'_> {
     /// The stages of [`Block::forward`], but the last products.
     fn activations(&self, x: &[f32], angles: Option<RopeAngles>) -> Result<Activations> {
         let Self { precision, block, context, .. } = *self;
-        let spec = &block.spec;
         let normed = self.normed(Part::AttnNorm, x);
         let angles = angles.as_ref();
         let q = self.turned(self.product(Part::AttnQ, &normed)?, Part::AttnQNorm, angles);
         let k = self.turned(self.product(Part::AttnK, &normed)?, Part::AttnKNorm, angles);
         let v = self.product(Part::AttnV, &normed)?;
-        let attended = Attention::new(precision, spec, context, &q.turned, &k.turned, &v).forward();
+        let attended =
+            Attention::new(precision, block, context, &q.turned, &k.turned, &v).forward();
         let mut middle = x.to_vec();
         let attention = self.add_branch(Stage::AttentionOutput, &attended, &mut middle)?;
         let ffn_input = self.normed(Part::FfnNorm, &middle);

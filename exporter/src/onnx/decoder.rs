@@ -44,6 +44,9 @@ pub fn lacks(decoder: &Decoder) -> Option<String> {
     if decoder.blocks.iter().any(|block| block.experts.is_some()) {
         return Some("a model with experts".into());
     }
+    if decoder.blocks.iter().any(|block| block.attention.has_sinks) {
+        return Some("a model with attention sinks".into());
+    }
     let mut head_dims = decoder.blocks.iter().map(|block| block.attention.head_dim);
     let found = head_dims.find(|head_dim| !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE))?;
     Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))
@@ -356,6 +359,7 @@ impl<'a> Builder<'a> {
                 self.graph.node("Relu", &[input], &[&relu], &[]);
                 relu
             }
+            Activation::ClampedSwish { .. } => panic!("only experts have {activation:?}"),
         }
     }
 

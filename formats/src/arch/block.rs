@@ -47,7 +47,8 @@ pub enum Norms {
     OnSum,
 }
 
-/// Causal attention: `softmax(cap(scale * q k^T)) v`.
+/// Causal attention: `softmax(cap(scale * q k^T)) v`. With sinks, a score of each head takes its
+/// share in the softmax, and has no value.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
     /// Query heads.
@@ -74,6 +75,8 @@ pub struct Attention {
     pub has_output_bias: bool,
     /// What turned queries are multiplied by.
     pub query_scaling: Option<QueryScaling>,
+    /// Whether heads have sinks.
+    pub has_sinks: bool,
 }
 
 /// RMS norms of queries and keys.
@@ -98,7 +101,8 @@ impl Activation {
     /// Hugging Face's names, the first of which is written.
     pub(crate) fn hf_names(self) -> &'static [&'static str] {
         match self {
-            Self::Silu => &["silu", "swish"],
+            // What is clamped, and how, only the class says.
+            Self::Silu | Self::ClampedSwish { .. } => &["silu", "swish"],
             Self::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
             Self::Relu => &["relu"],
         }
@@ -112,7 +116,8 @@ impl QueryScaling {
     }
 }
 
-/// `down(activation(gate) * up)`, or `down(activation(up))` without a gate.
+/// `down(activation(gate) * input(up))`, or `down(activation(up))` without a gate; `input(up)` is
+/// `up` itself but for [`Activation::ClampedSwish`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ffn {
     /// Neurons.
@@ -126,7 +131,7 @@ pub struct Ffn {
 }
 
 /// A function of one number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
     Silu,
@@ -134,6 +139,14 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// `y / (1 + e^(-alpha y))` of `y = min(x, limit)`, and of what it gates
+    /// `input(up) = 1 + clamp(up, -limit, limit)` (gpt-oss).
+    ClampedSwish {
+        /// How steep it is.
+        alpha: f32,
+        /// What goes in at most.
+        limit: f32,
+    },
 }
 
 /// Where the input of one or more linear layers is ready. A block is run stage by stage; it is
@@ -253,7 +266,7 @@ impl BlockSpec {
         self.stages().flat_map(|stage| self.layers_of(stage))
     }
 
-    /// The vectors: norms and biases.
+    /// The vectors: norms, biases and what else has no columns.
     pub fn vectors(&self) -> impl Iterator<Item = Part> {
         let before = matches!(self.norms, Norms::Before | Norms::Both);
         let behind = self.norms != Norms::Before;
@@ -271,7 +284,9 @@ impl BlockSpec {
         let correction = self.experts.filter(|experts| experts.routing.is_corrected);
         let correction = correction.map(|_| Part::RouterCorrection);
         let share = self.experts.filter(|experts| experts.shares).map(|_| Part::FfnShare);
-        norms.chain(norm_biases).chain(qk_norms).chain(biases).chain(correction).chain(share)
+        let sinks = self.attention.has_sinks.then_some(Part::AttnSinks);
+        let others = correction.into_iter().chain(share).chain(sinks);
+        norms.chain(norm_biases).chain(qk_norms).chain(biases).chain(others)
     }
 
     /// Whether a linear layer has a bias.
@@ -319,6 +334,7 @@ impl BlockSpec {
             },
             Part::AttnQBias => vec![queries],
             Part::AttnKBias | Part::AttnVBias => vec![keys],
+            Part::AttnSinks => vec![*heads],
             Part::FfnGateBias | Part::FfnUpBias => vec![neurons],
             Part::AttnQNorm | Part::AttnKNorm => match (self.attention.qk_norm, part) {
                 (Some(QkNorm::Whole), Part::AttnQNorm) => vec![queries],

@@ -99,6 +99,7 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         has_bias: features.has_attention_bias,
         has_output_bias: features.has_output_bias,
         query_scaling: features.query_scaling,
+        has_sinks: false,
     };
     let experts = features.experts.filter(|_| features.has_experts(index));
     let width = match experts {
@@ -135,6 +136,7 @@ pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
         Part::AttnKNorm => "self_attn.k_norm.weight",
         Part::AttnV => "self_attn.v_proj.weight",
         Part::AttnVBias => "self_attn.v_proj.bias",
+        Part::AttnSinks => "self_attn.sinks",
         Part::AttnOutput => "self_attn.o_proj.weight",
         Part::AttnOutputBias => "self_attn.o_proj.bias",
         // Llama's norm before the network has the name that others give the one behind attention.

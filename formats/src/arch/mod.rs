@@ -9,6 +9,7 @@ mod experts;
 mod gemma;
 mod glm;
 mod glm_moe;
+mod gpt_oss;
 mod granite;
 mod llama;
 mod llama_cpp;
@@ -152,7 +153,7 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 18] = [
+pub const FAMILIES: [&dyn Family; 19] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
@@ -169,6 +170,7 @@ pub const FAMILIES: [&dyn Family; 18] = [
     &glm::Glm4,
     &glm_moe::Glm4Moe,
     &minimax::MiniMaxM2,
+    &gpt_oss::GptOss,
     &opt::Opt,
     &starcoder2::StarCoder2,
 ];

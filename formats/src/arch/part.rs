@@ -36,6 +36,8 @@ pub enum Part {
     AttnV,
     /// The bias of values, `[kv_heads * head_dim]`.
     AttnVBias,
+    /// What heads attend to besides tokens: a score of each, `[heads]`.
+    AttnSinks,
     /// What brings attention back to the residual stream, `[hidden, heads * head_dim]`.
     AttnOutput,
     /// Its bias, `[hidden]`.
@@ -137,6 +139,7 @@ impl Part {
             Self::AttnKNorm => "attn_k_norm.weight",
             Self::AttnV => "attn_v.weight",
             Self::AttnVBias => "attn_v.bias",
+            Self::AttnSinks => "attn_sinks.weight",
             Self::AttnOutput => "attn_output.weight",
             Self::AttnOutputBias => "attn_output.bias",
             Self::AttnPostNorm => "post_attention_norm.weight",

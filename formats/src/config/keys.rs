@@ -89,6 +89,8 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("num_nextn_predict_layers", "nextn_predict_layers"),
         ("expert_pattern", "expert_pattern"),
         ("expert_gating_func", "expert_gating_func"),
+        ("swiglu_alpha", "swiglu_alpha"),
+        ("swiglu_limit", "swiglu_limit"),
     ];
     names.into_iter().find_map(|(hf, gguf)| (hf == key).then_some(gguf))
 }

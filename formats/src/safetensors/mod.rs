@@ -2,6 +2,8 @@
 
 mod fp8;
 mod index;
+mod mxfp4;
+mod scales;
 #[cfg(test)]
 mod tests;
 
@@ -15,7 +17,6 @@ use crate::{
     places::{self, Fixed, floats},
     shapes::{self, Spelling},
 };
-use fp8::Fp8Scales;
 use index::{Parts, Shards, StoredTensor, Table};
 
 /// A model in a Hugging Face directory.
@@ -80,8 +81,9 @@ impl HfDirectory {
         };
         warnings.extend(parts.warning(path));
         fp8::attach_scales(path, &shards, &mut stored)?;
-        let is_in_fp8 = stored.values().any(|tensor| tensor.dtype == DType::F8_E4M3);
-        if let Some(method) = method.filter(|_| !is_in_fp8) {
+        mxfp4::attach_scales(path, &mut stored)?;
+        let is_quantized = stored.values().any(|tensor| tensor.dtype.is_quantized());
+        if let Some(method) = method.filter(|_| !is_quantized) {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is left over: the weights are stored plainly, \
                  and read as they are",
@@ -156,8 +158,8 @@ impl ModelSource for HfDirectory {
         }
         let Some(stored) = self.stored.get(&known.hf.name) else { return Ok(None) };
         let bytes = self.shards.bytes_of(stored);
-        let scales = stored.scales.as_ref().map(Fp8Scales::view);
-        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes, scales)))
+        let scales = stored.scales.as_ref().map(|scales| scales.view(&self.shards));
+        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, bytes, scales)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -220,10 +222,13 @@ fn settle_output(
 }
 
 /// Finds out whether the matrices of experts are in one tensor for all, as newer releases of
-/// transformers write them.
+/// transformers write them, and whether that is in MXFP4.
 fn find_fused_experts(stored: &Table, config: &mut ModelConfig) {
     if let Some(experts) = &mut config.features.experts {
-        experts.are_fused = stored.keys().any(|name| name.ends_with("mlp.experts.gate_up_proj"));
+        let mut names = stored.iter();
+        let fused = names.find(|(name, _)| name.ends_with("mlp.experts.gate_up_proj"));
+        experts.are_fused = fused.is_some();
+        experts.are_mxfp4 = fused.is_some_and(|(_, tensor)| tensor.dtype == DType::F4_E2M1);
     }
 }
 

@@ -8,7 +8,7 @@ pub mod matvec;
 mod unpack;
 
 pub use attention::attention;
-pub use elementwise::{cap, exp, kl_divergence, log_softmax, with_slope};
+pub use elementwise::{cap, exp, input_with_slope, kl_divergence, log_softmax, with_slope};
 
 use std::ops::Range;
 
