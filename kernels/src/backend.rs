@@ -34,8 +34,8 @@ pub trait Backend: Send + Sync {
     /// Those of the device that computes.
     fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()>;
 
-    /// `gate = activation(gate) * input(up)`, element by element; `input(up)` is `up` itself but for
-    /// [`Activation::ClampedSwish`].
+    /// `gate = activation(gate) * input(up)`, element by element; `input(up)` is `up` itself but
+    /// for [`Activation::ClampedSwish`].
     fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]);
 
     /// `x = activation(x)`, element by element.

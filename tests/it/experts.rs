@@ -137,8 +137,9 @@ fn mxfp4_experts(block: usize) -> Vec<(Mxfp4, Mxfp4)> {
     (0..EXPERTS).map(of_expert).collect()
 }
 
-/// Replaces the experts of a copy of the tiny gpt-oss, in MXFP4 or by what that is worth.
-fn with_mxfp4_experts(folder: &Path, is_plain: bool) {
+/// Replaces the experts of a copy of the tiny gpt-oss, in MXFP4, or those that are plain by what
+/// that is worth.
+fn with_mxfp4_experts(folder: &Path, is_plain: impl Fn(&str) -> bool) {
     with_tensors("gpt-oss", folder, |tensors| {
         for block in 0..BLOCKS {
             let experts = mxfp4_experts(block);
@@ -149,7 +150,7 @@ fn with_mxfp4_experts(folder: &Path, is_plain: bool) {
                     let matrices = experts.iter().map(|pair| [&pair.0, &pair.1][which]);
                     matrices.flat_map(of_expert).collect()
                 };
-                if is_plain {
+                if is_plain(&name) {
                     let plain = (vec![EXPERTS, cols, rows], all(&Mxfp4::halves), Dtype::F16);
                     tensors.insert(name, plain);
                     continue;
@@ -217,8 +218,8 @@ fn experts_in_mxfp4_are_what_their_codes_are_worth() {
     let dir = Dir::new();
     let [coded, plain, out] = ["coded", "plain", "out"].map(|name| dir.path(name));
     let gguf = dir.path("coded.gguf");
-    with_mxfp4_experts(&coded, false);
-    with_mxfp4_experts(&plain, true);
+    with_mxfp4_experts(&coded, |_| false);
+    with_mxfp4_experts(&plain, |_| true);
     gguf_with_mxfp4_experts(&gguf);
     for (model, kind) in [(&coded, "F4_E2M1"), (&gguf, "MXFP4")] {
         assert_same_weights(model, &plain);
@@ -242,6 +243,21 @@ fn experts_in_mxfp4_are_what_their_codes_are_worth() {
     let difference = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     let largest = out.iter().map(|value| value.abs()).fold(0.0, f32::max);
     assert!(difference < 1e-4 * largest, "{difference} of {largest}");
+}
+
+/// Square matrices in MXFP4 would otherwise be read column by column, or plain ones row by row.
+#[test]
+fn experts_of_which_some_are_in_mxfp4_are_refused() {
+    let dir = Dir::new();
+    for (name, matrix, kind) in [
+        ("a", "down_proj", "F16 in a model with experts in MXFP4"),
+        ("b", "gate_up_proj", "F4_E2M1"),
+    ] {
+        let folder = dir.path(name);
+        with_mxfp4_experts(&folder, |name| name.ends_with(matrix));
+        let fragments = ["mlp.experts.down_proj` of type", kind];
+        fail(&["logits", &arg(&folder), "--tokens", "1", "-o", &dir.arg("a.out")], &fragments);
+    }
 }
 
 /// As GLM-4.5 has one.

@@ -10,7 +10,8 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 use crate::{
-    DType, Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
+    DType, Decoder, FormatError, Layout, ModelConfig, ModelSource, Part, Result, TokenizerSource,
+    Weight,
     arch::Tensor,
     folder::{Description, Folder},
     locate::{self, Weights},
@@ -99,6 +100,7 @@ impl HfDirectory {
         warnings.extend(places::guessing_left_out(path, &decoder, blocks, names));
         stored.retain(|name, _| !decoder.is_of_guessing(blocks, name));
         refuse_unknown(path, &stored, &decoder)?;
+        refuse_mixed_experts(path, &stored, &decoder)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
         shapes::check(path, &config, &decoder, Spelling::HuggingFace, |place| {
@@ -262,6 +264,28 @@ fn check_derived(
                         transformers, which leaves this tensor out";
             return Err(FormatError::malformed(path, place, "", "other frequencies", expected)
                 .with_hint(hint));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses experts of which only some matrices are in MXFP4, which lie otherwise than plain ones,
+/// and scales of matrices that are stored column by column.
+fn refuse_mixed_experts(path: &Path, stored: &Table, decoder: &Decoder) -> Result<()> {
+    for tensor in decoder.tensors().iter().filter(|tensor| tensor.is_matrix()) {
+        let (Part::Expert(..), Some(block), Some(found)) =
+            (tensor.part, tensor.block, stored.get(&tensor.hf.name))
+        else {
+            continue;
+        };
+        let are_mxfp4 = decoder.blocks[block].experts.is_some_and(|experts| experts.are_mxfp4);
+        let is_mixed = (found.dtype == DType::F4_E2M1) != are_mxfp4;
+        let is_transposed = matches!(tensor.hf.layout, Layout::Transposed { .. });
+        if is_mixed || is_transposed && found.scales.is_some() {
+            let (name, dtype) = (&tensor.hf.name, found.dtype);
+            let kind = if are_mxfp4 { "in MXFP4" } else { "in plain types" };
+            let what = format!("tensor `{name}` of type {dtype:?} in a model with experts {kind}");
+            return Err(FormatError::unsupported(path, what, ""));
         }
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! Weights in MXFP4, as gpt-oss has its experts: `NAME_blocks` of 4-bit numbers beside `NAME_scales`
-//! of powers of two, one for 32 numbers of a row.
+//! Weights in MXFP4, as gpt-oss has its experts: `NAME_blocks` of 4-bit numbers beside
+//! `NAME_scales` of powers of two, one for 32 numbers of a row.
 
 use std::path::Path;
 
