@@ -2,7 +2,7 @@
 
 use half::f16;
 use slim_formats::{
-    DType, Weight,
+    DType, DenseTensor, Weight,
     slim::{Bands, LayerLayout, PackedTensor, TILE_ROWS},
 };
 use slim_kernels::narrow;
@@ -16,10 +16,13 @@ const BLOCK: usize = 32;
 const WIDENING: [DType; 5] = [DType::Q4_1, DType::Q5_1, DType::Q8_0, DType::F16, DType::F32];
 
 /// The type that holds a matrix: of packed layers, the smallest that holds their codes and their
-/// scales as they are; of a dense one, its own.
+/// scales as they are; of a dense one, its own, or a float if it has scales beside it.
 pub fn dtype_for(weight: Weight<'_>) -> DType {
     match (weight, weight.bands()) {
         (_, Some(bands)) => dtype_for_bands(bands),
+        // A power of two times few bits.
+        (Weight::Dense(DenseTensor { dtype: DType::F4_E2M1, .. }), None) => DType::BF16,
+        (Weight::Dense(DenseTensor { scales: Some(_), .. }), None) => DType::F32,
         (Weight::Dense(dense), None) => dense.dtype,
         _ => DType::F32,
     }
@@ -68,6 +71,7 @@ pub fn name_of(dtype: DType) -> &'static str {
         DType::Q4_K => "Q4_K",
         DType::Q5_K => "Q5_K",
         DType::Q6_K => "Q6_K",
+        DType::MXFP4 => "MXFP4",
         _ => "other",
     }
 }

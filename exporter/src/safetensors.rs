@@ -24,8 +24,9 @@ pub(crate) fn write(
     output: OutputPath<'_>,
     on_tensor: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let tensors = tensors(model)?;
-    let stored = stored_tensors(tensors, |tensor| &tensor.hf);
+    let count = tensors(model)?.len();
+    let decoder = plain(model);
+    let stored = stored_tensors(decoder.tensors(), |tensor| &tensor.hf);
     let planned: Vec<PlannedTensor> = stored.iter().map(plan_f16).collect();
     let warnings = check_values(model, |_| true)?;
     let folder = Folder::create(output)?;
@@ -37,7 +38,16 @@ pub(crate) fn write(
         Ok(bytes)
     });
     folder.tensors(&planned, encoded)?;
-    Ok(Report { tensors: tensors.len(), file_bytes: folder.finish()?, layers, warnings })
+    Ok(Report { tensors: count, file_bytes: folder.finish()?, layers, warnings })
+}
+
+/// The model with its tensors where files of plain values have them.
+fn plain(model: &dyn ModelSource) -> Decoder {
+    let mut config = model.config().clone();
+    if let Some(experts) = &mut config.features.experts {
+        experts.are_mxfp4 = false;
+    }
+    Decoder::new(&config)
 }
 
 /// A tensor as F16.

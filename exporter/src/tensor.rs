@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use rayon::prelude::*;
 use slim_formats::{
-    DType, ModelSource, Weight,
+    DType, Layout, ModelSource, Weight,
     arch::{Place, Tensor},
     slim::TILE_ROWS,
 };
@@ -56,13 +56,10 @@ pub fn stored_tensors<'m>(
 }
 
 impl StoredTensor<'_> {
-    /// Outermost first: `[length]` of a vector, `[rows, cols]` of a matrix; with a third dimension
-    /// before these, if it has one.
+    /// Its dimensions, outermost first.
     pub fn dims(&self) -> Vec<usize> {
         let (tensor, place) = self.parts[0];
-        let mut dims = tensor.dims.clone();
-        dims[0] = place.total_rows / place.outer.unwrap_or(1);
-        place.outer.into_iter().chain(dims).collect()
+        place.stored_dims(tensor)
     }
 
     /// Its bytes in a ggml type, and what its matrices lose. `on_tensor` is told each part.
@@ -82,10 +79,25 @@ impl StoredTensor<'_> {
             on_tensor(&tensor.name);
             let weight = model.require(&tensor.name)?;
             let mut put = |first: usize, encoded: &[u8]| {
-                let rows = (first..).map_while(|row| place.layout.stored_row(row));
-                for (row, bytes) in rows.zip(encoded.chunks_exact(row_bytes)) {
-                    stored[(place.first_row + row) * row_bytes..][..row_bytes]
-                        .copy_from_slice(bytes);
+                let rows = (first..).zip(encoded.chunks_exact(row_bytes));
+                match place.layout {
+                    Layout::Transposed { stride, step } => {
+                        let value_bytes = row_bytes / cols;
+                        let start = place.first_value(cols);
+                        for (row, bytes) in rows {
+                            for (col, value) in bytes.chunks_exact(value_bytes).enumerate() {
+                                let at = start + col * stride + row * step;
+                                stored[at * value_bytes..][..value_bytes].copy_from_slice(value);
+                            }
+                        }
+                    }
+                    layout => {
+                        for (row, bytes) in rows {
+                            let row = layout.stored_row(row).expect("rows one after the other");
+                            stored[(place.first_row + row) * row_bytes..][..row_bytes]
+                                .copy_from_slice(bytes);
+                        }
+                    }
                 }
             };
             match tensor.is_matrix() {

@@ -19,7 +19,7 @@ pub use rope::{LongRope, Rope, Scaling, Yarn};
 
 use crate::{
     FormatError, Generation, Result,
-    arch::{Experts, Family, Mixer, QueryScaling},
+    arch::{Activation, Experts, Family, Mixer, QueryScaling},
 };
 
 /// Hyperparameters of a transformer.
@@ -290,13 +290,18 @@ fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
         let expected = format!("groups that share {count} experts and hold {used} of a token");
         return Err(invalid(path, "number of expert groups", groups, &expected));
     }
-    match routing.scale.is_finite() && routing.scale > 0.0 {
-        true => Ok(()),
-        false => {
-            let expected = "a finite number above 0";
-            Err(invalid(path, "scale of experts", routing.scale, expected))
+    let (alpha, limit) = match ffn.activation {
+        Activation::ClampedSwish { alpha, limit } => (alpha, limit),
+        _ => (1.0, 1.0),
+    };
+    for (what, found) in
+        [("scale of experts", routing.scale), ("`swiglu_alpha`", alpha), ("`swiglu_limit`", limit)]
+    {
+        if !(found.is_finite() && found > 0.0) {
+            return Err(invalid(path, what, found, "a finite number above 0"));
         }
     }
+    Ok(())
 }
 
 /// Refuses a mixer with a state whose numbers do not fit each other.

@@ -11,6 +11,10 @@ pub enum DType {
     BF16,
     /// 4 bits of exponent, 3 of mantissa, no infinity.
     F8_E4M3,
+    /// Powers of two ([`crate::power_of_two`]).
+    F8_E8M0,
+    /// A sign, 2 bits of exponent, 1 of mantissa; two numbers in a byte, the first in the low bits.
+    F4_E2M1,
     I8,
     I16,
     I32,
@@ -25,6 +29,7 @@ pub enum DType {
     Q4_K,
     Q5_K,
     Q6_K,
+    MXFP4,
     /// A GGUF type number that this program knows no layout for.
     Unknown(u32),
 }
@@ -36,7 +41,8 @@ impl DType {
             Self::F64 | Self::I64 => (1, 8),
             Self::F32 | Self::I32 => (1, 4),
             Self::F16 | Self::BF16 | Self::I16 => (1, 2),
-            Self::I8 | Self::F8_E4M3 => (1, 1),
+            Self::I8 | Self::F8_E4M3 | Self::F8_E8M0 => (1, 1),
+            Self::F4_E2M1 => (2, 1),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
             Self::Q5_0 => (32, 22),
@@ -47,6 +53,7 @@ impl DType {
             Self::Q4_K => (256, 144),
             Self::Q5_K => (256, 176),
             Self::Q6_K => (256, 210),
+            Self::MXFP4 => (32, 17),
             Self::Unknown(_) => return None,
         })
     }

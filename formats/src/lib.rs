@@ -42,7 +42,8 @@ pub use limits::Limits;
 pub use locate::{HubCommit, NumberedFile};
 pub use mapped::{MappedFile, ScratchFile};
 pub use model::{
-    BlockScales, DenseTensor, Layout, ModelSource, TokenizerSource, Weight, open_model,
+    BlockScales, DenseTensor, Layout, ModelSource, ScaleValues, TokenizerSource, Weight,
+    open_model, power_of_two,
 };
 pub use special_tokens::GgmlDefaults;
 pub use temporary::{

@@ -96,11 +96,11 @@ pub struct DenseTensor<'a> {
     pub scales: Option<BlockScales<'a>>,
 }
 
-/// What blocks of a matrix are multiplied by, as sources in FP8 have it.
+/// What blocks of a matrix are multiplied by, as sources in FP8 and MXFP4 have it.
 #[derive(Clone, Copy)]
 pub struct BlockScales<'a> {
     /// `[rows of blocks, per_row]`.
-    pub values: &'a [f32],
+    pub values: ScaleValues<'a>,
     /// Rows and columns of a block.
     pub block: (usize, usize),
     /// Blocks side by side.
@@ -109,11 +109,33 @@ pub struct BlockScales<'a> {
     pub first_row: usize,
 }
 
+/// The numbers that blocks are multiplied by.
+#[derive(Clone, Copy)]
+pub enum ScaleValues<'a> {
+    /// As they are.
+    Floats(&'a [f32]),
+    /// The exponents of powers of two, each 127 more ([`power_of_two`]).
+    Exponents(&'a [u8]),
+}
+
 impl BlockScales<'_> {
     /// Those of a row.
-    pub fn of_row(&self, row: usize) -> &[f32] {
+    pub fn of_row(&self, row: usize) -> impl Iterator<Item = f32> {
         let first = (self.first_row + row) / self.block.0 * self.per_row;
-        &self.values[first..][..self.per_row]
+        (first..first + self.per_row).map(|index| match self.values {
+            ScaleValues::Floats(values) => values[index],
+            ScaleValues::Exponents(exponents) => power_of_two(exponents[index]),
+        })
+    }
+}
+
+/// `2^(exponent - 127)`; 255 is not a number (E8M0).
+pub fn power_of_two(exponent: u8) -> f32 {
+    match exponent {
+        // Below the smallest number whose fraction has a leading 1.
+        0 => f32::from_bits(1 << 22),
+        255 => f32::NAN,
+        _ => f32::from_bits(u32::from(exponent) << 23),
     }
 }
 
@@ -155,11 +177,13 @@ pub enum Layout {
         stride: usize,
     },
     /// Column by column, as in the right factor of an ONNX `MatMul`. The values are of a plain
-    /// type; `bytes` holds `(cols - 1) * stride + rows` of them.
+    /// type; `bytes` holds `(cols - 1) * stride + (rows - 1) * step + 1` of them.
     Transposed {
         /// Values from a column to the next: `rows`, or more if the tensor is a part of a fused
         /// one.
         stride: usize,
+        /// Values from a row to the next: 1, or more if rows of others stand between.
+        step: usize,
     },
 }
 

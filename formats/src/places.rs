@@ -34,20 +34,23 @@ pub(crate) fn guessing_left_out<'n>(
     })
 }
 
-/// A tensor that is some rows of a stored one with `cols` columns, or all of it.
+/// A tensor that is some rows of a stored one, or all of it.
 pub(crate) fn rows_of<'a>(
     tensor: &Tensor,
     place: &Place,
     dtype: DType,
-    cols: usize,
     bytes: &'a [u8],
     scales: Option<BlockScales<'a>>,
 ) -> Weight<'a> {
-    let (rows, _) = tensor.shape();
-    let row_bytes = bytes.len() / if tensor.is_matrix() { place.total_rows } else { 1 };
-    let first = place.first_row * if tensor.is_matrix() { row_bytes } else { 0 };
-    let stored_rows = place.layout.stored_row(rows - 1).map_or(rows, |last| rows.max(last + 1));
-    let bytes = &bytes[first..][..stored_rows * row_bytes];
+    let (rows, cols) = tensor.shape();
+    let values = match place.layout {
+        Layout::Transposed { stride, step } => (cols - 1) * stride + (rows - 1) * step + 1,
+        layout => layout.stored_row(rows - 1).map_or(rows, |last| rows.max(last + 1)) * cols,
+    };
+    let first = if tensor.is_matrix() { place.first_value(cols) } else { 0 };
+    let [first, len] =
+        [first, values].map(|values| dtype.size_in_bytes(values as u64).unwrap_or(0) as usize);
+    let bytes = &bytes[first..][..len];
     let scales = scales.map(|scales| BlockScales { first_row: place.first_row, ..scales });
     Weight::Dense(DenseTensor { dtype, rows, cols, bytes, layout: place.layout, scales })
 }
@@ -91,15 +94,17 @@ pub(crate) fn fixed<'a>(
             continue;
         }
         let Some((dtype, bytes)) = stored(place) else { continue };
+        let rows = 0..tensor.dims[0];
+        let stored_row = |row: usize| place.layout.stored_row(row).unwrap_or(row);
+        let end = rows.clone().map(stored_row).max().map_or(0, |last| last + 1);
+        let value_bytes = dtype.size_in_bytes(1).unwrap_or_default() as usize;
+        let bytes = &bytes[place.first_row * value_bytes..][..end * value_bytes];
         let Some(values) = floats(dtype, bytes) else {
             let what = format!("vector `{}` of type {dtype:?}", place.name);
             return Err(FormatError::unsupported(path, what, ""));
         };
-        let value = |row: usize| {
-            let at = place.first_row + place.layout.stored_row(row).unwrap_or(row);
-            place.form.used(values[at]).to_le_bytes()
-        };
-        fixed.insert(tensor.name.clone(), (0..tensor.dims[0]).flat_map(value).collect());
+        let value = |row: usize| place.form.used(values[stored_row(row)]).to_le_bytes();
+        fixed.insert(tensor.name.clone(), rows.flat_map(value).collect());
     }
     Ok(Fixed(fixed))
 }

@@ -29,11 +29,8 @@ pub(crate) fn check(
     let (mut missing, mut first_missing) = (0, None);
     for tensor in decoder.tensors() {
         let place = if spelling == Spelling::Gguf { &tensor.gguf } else { &tensor.hf };
-        let (name, cols) = (&place.name, tensor.shape().1);
-        let stored = match tensor.is_matrix() {
-            true => (place.total_rows, cols),
-            false => (1, place.total_rows),
-        };
+        let name = &place.name;
+        let stored = place.stored_shape(tensor);
         match dims_of(place)? {
             Some(found) if found == stored => {}
             Some((rows, cols)) => {
@@ -95,6 +92,7 @@ fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
         Part::FfnDown => &[hidden, ffn],
         Part::AttnQBias | Part::AttnQNorm => &[heads, head_dim],
         Part::AttnKBias | Part::AttnKNorm | Part::AttnVBias => &[kv_heads, head_dim],
+        Part::AttnSinks => &[heads],
         Part::FfnGateBias | Part::FfnUpBias => &[ffn],
         Part::Router | Part::RouterBias | Part::RouterCorrection => &[experts, hidden],
         Part::Expert(..) => &[experts, of_expert, hidden],

@@ -143,7 +143,7 @@ fn measure_attention(memory: &Memory, m: usize) {
     let copies = memory.copies(cache, if m == 1 { bytes } else { 64 * bytes });
     let name = format!("attention {m} of {TOKENS} tokens, {heads} heads");
     memory.measure(&name, 2 * seen * heads * head_dim, bytes, &copies, |kv| {
-        let call = AttentionCall { shape, q: &q, kv, out: black_box(&mut out) };
+        let call = AttentionCall { shape, q: &q, kv, sinks: None, out: black_box(&mut out) };
         Cpu.attention(&mut [call]).expect("lengths that fit");
     });
 }

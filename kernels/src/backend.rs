@@ -34,7 +34,8 @@ pub trait Backend: Send + Sync {
     /// Those of the device that computes.
     fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()>;
 
-    /// `gate = activation(gate) * up`, element by element.
+    /// `gate = activation(gate) * input(up)`, element by element; `input(up)` is `up` itself but
+    /// for [`Activation::ClampedSwish`].
     fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]);
 
     /// `x = activation(x)`, element by element.
@@ -86,6 +87,8 @@ pub struct AttentionCall<'a> {
     pub q: &'a [f32],
     /// The text's keys and values.
     pub kv: &'a KvCache,
+    /// A score of each head that takes its share in the softmax and has no value, [heads].
+    pub sinks: Option<&'a [f32]>,
     /// [m, heads, head_dim].
     pub out: &'a mut [f32],
 }

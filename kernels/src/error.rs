@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use slim_formats::DType;
+use slim_formats::{DType, arch::Activation};
 
 /// Shorthand for results of this crate.
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;
@@ -26,6 +26,12 @@ pub enum KernelError {
     UnsupportedType {
         /// The type.
         dtype: DType,
+    },
+    /// The device has no code for it.
+    #[error("cannot compute {activation:?} on a CUDA device")]
+    UnsupportedActivation {
+        /// The activation.
+        activation: Activation,
     },
     /// A Hessian could not be factored.
     #[error("a {size} x {size} matrix is not positive definite")]

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
-use slim_formats::{DType, DenseTensor, Layout};
+use slim_formats::{DType, DenseTensor, Layout, power_of_two};
 
 use crate::{KernelError, Result};
 
@@ -31,6 +31,9 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
             each_block(bytes, out, |&block, out| *out = [bf16::from_le_bytes(block).to_f32()])
         }
         DType::F8_E4M3 => each_block(bytes, out, |&[code], out| *out = [f8_e4m3(code)]),
+        DType::F8_E8M0 => each_block(bytes, out, |&[code], out| *out = [power_of_two(code)]),
+        DType::F4_E2M1 => each_block(bytes, out, |&[codes], out| *out = f4_e2m1(codes)),
+        DType::MXFP4 => each_block(bytes, out, mxfp4),
         quantized => for_block!(quantized, each_quantized_block(bytes, out), _ => {
             Err(KernelError::UnsupportedType { dtype })
         }),
@@ -55,12 +58,12 @@ pub fn dequantize_rows(
 ) -> Result<()> {
     expect_len("rows of a tensor", tensor.rows.min(rows.end), rows.end)?;
     expect_len("values of dequantized rows", out.len(), rows.len() * tensor.cols)?;
-    if let Layout::Transposed { stride } = tensor.layout {
+    if let Layout::Transposed { stride, step } = tensor.layout {
         const ROWS: usize = 128;
         let pieces = out.chunks_mut((ROWS * tensor.cols).max(1));
         return rows.clone().step_by(ROWS).zip(pieces).try_for_each(|(first, out)| {
             let rows = first..rows.end.min(first + ROWS);
-            transposed_rows(tensor, stride, rows, out)
+            transposed_rows(tensor, stride, step, rows, out)
         });
     }
     let row_bytes = tensor.row_bytes();
@@ -86,27 +89,48 @@ fn f8_e4m3(code: u8) -> f32 {
     if code >> 7 == 0 { magnitude } else { -magnitude }
 }
 
+/// A sign, 2 bits of exponent, 1 of mantissa. There is one zero, as in ggml.
+const F4_E2M1: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+
+/// The number in the low bits of a byte, and the one in its high bits.
+fn f4_e2m1(codes: u8) -> [f32; 2] {
+    [codes & 15, codes >> 4].map(|code| F4_E2M1[usize::from(code)])
+}
+
+/// A scale, codes of two numbers in a byte, which lie 16 apart.
+fn mxfp4(&[scale, ref codes @ ..]: &[u8; 17], out: &mut [f32; 32]) {
+    let scale = power_of_two(scale);
+    let (first, second) = out.split_at_mut(16);
+    for ((first, second), &codes) in first.iter_mut().zip(second).zip(codes) {
+        [*first, *second] = f4_e2m1(codes).map(|value| scale * value);
+    }
+}
+
 /// Some rows of a tensor that is stored column by column, a few columns at a time so that what is
 /// read and what is written stays in the first cache.
 fn transposed_rows(
     tensor: &DenseTensor<'_>,
     stride: usize,
+    step: usize,
     rows: Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
     const COLS: usize = 16;
     let bytes_of = |values: usize| tensor.dtype.size_in_bytes(values as u64).unwrap_or(0) as usize;
-    let mut columns = vec![0.0; COLS * rows.len()];
+    // Of a column, with what stands between its rows.
+    let len = (rows.len() - 1) * step + 1;
+    let mut columns = vec![0.0; COLS * len];
     for first in (0..tensor.cols).step_by(COLS) {
         let cols = first..tensor.cols.min(first + COLS);
-        for (col, column) in cols.clone().zip(columns.chunks_exact_mut(rows.len())) {
-            let start = bytes_of(col * stride + rows.start);
-            let bytes = &tensor.bytes[start..start + bytes_of(rows.len())];
+        for (col, column) in cols.clone().zip(columns.chunks_exact_mut(len)) {
+            let start = bytes_of(col * stride + rows.start * step);
+            let bytes = &tensor.bytes[start..start + bytes_of(len)];
             dequantize(tensor.dtype, bytes, column)?;
         }
         for (row, out) in out.chunks_exact_mut(tensor.cols).enumerate() {
-            let columns = columns.chunks_exact(rows.len());
-            out[cols.clone()].iter_mut().zip(columns).for_each(|(out, column)| *out = column[row]);
+            let values = columns.chunks_exact(len).map(|column| column[row * step]);
+            out[cols.clone()].iter_mut().zip(values).for_each(|(out, value)| *out = value);
         }
     }
     Ok(())
@@ -516,13 +540,13 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
 mod tests {
     use super::*;
     use safetensors::SafeTensors;
-    use slim_formats::BlockScales;
+    use slim_formats::{BlockScales, ScaleValues};
 
     /// Random blocks and the values that the Python package `gguf` gives them
     /// (`tests/oracle/ggml_blocks.py`).
     const BLOCKS: &[u8] = include_bytes!("../../tests/data/ggml/blocks.safetensors");
 
-    const TYPES: [DType; 13] = [
+    const TYPES: [DType; 14] = [
         DType::F32,
         DType::F16,
         DType::BF16,
@@ -536,6 +560,7 @@ mod tests {
         DType::Q4_K,
         DType::Q5_K,
         DType::Q6_K,
+        DType::MXFP4,
     ];
 
     #[test]
@@ -563,8 +588,8 @@ mod tests {
     /// Blocks of 2 x 2 in a part of a matrix that begins with its second row.
     #[test]
     fn scales_multiply_their_blocks() {
-        let values = [1.0, 10.0, 100.0, 1000.0];
-        let scales = BlockScales { values: &values, block: (2, 2), per_row: 2, first_row: 1 };
+        let values = ScaleValues::Floats(&[1.0, 10.0, 100.0, 1000.0]);
+        let scales = BlockScales { values, block: (2, 2), per_row: 2, first_row: 1 };
         let tensor = DenseTensor {
             dtype: DType::F8_E4M3,
             rows: 3,
@@ -576,6 +601,44 @@ mod tests {
         let mut out = [0.0; 9];
         dequantize_rows(&tensor, 0..3, &mut out).unwrap();
         assert_eq!(out, [1.0, 1.0, 10.0, 100.0, 100.0, 1000.0, 100.0, 100.0, 1000.0]);
+    }
+
+    /// The same weights in a file of ggml's and in one of Hugging Face's, whose order of codes and
+    /// scales differ.
+    #[test]
+    fn mxfp4_values_are_those_of_the_format() {
+        let codes: Vec<u8> = (0..32).map(|i| (i * 7 % 16) as u8).collect();
+        let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        let expected: Vec<f32> = codes
+            .iter()
+            .map(|&code| {
+                let sign = if code < 8 { 1.0 } else { -1.0 };
+                sign * magnitudes[usize::from(code % 8)] * 8.0
+            })
+            .collect();
+        let mut of_ggml = vec![130];
+        of_ggml.extend((0..16).map(|i| codes[i] | codes[i + 16] << 4));
+        let mut values = [f32::NAN; 32];
+        dequantize(DType::MXFP4, &of_ggml, &mut values).unwrap();
+        assert_eq!(values[..], expected);
+
+        let pairs: Vec<u8> = codes.chunks(2).map(|pair| pair[0] | pair[1] << 4).collect();
+        let values = ScaleValues::Exponents(&[127, 130]);
+        let tensor = DenseTensor {
+            dtype: DType::F4_E2M1,
+            rows: 1,
+            cols: 32,
+            bytes: &pairs,
+            layout: Layout::AsStored,
+            scales: Some(BlockScales { values, block: (1, 32), per_row: 1, first_row: 1 }),
+        };
+        let mut values = [f32::NAN; 32];
+        dequantize_rows(&tensor, 0..1, &mut values).unwrap();
+        assert_eq!(values[..], expected);
+        let powers = [0, 1, 127, 128, 254].map(power_of_two);
+        let smallest = f32::MIN_POSITIVE;
+        assert_eq!(powers, [0.5 * smallest, smallest, 1.0, 2.0, 1.701_411_8e38]);
+        assert!(power_of_two(255).is_nan());
     }
 
     fn words(bytes: &[u8]) -> Vec<u32> {
@@ -637,7 +700,7 @@ mod tests {
         let value = |row: usize, col: usize| (col * stride + first + row) as f32;
         let fused: Vec<u8> = (0..cols * stride).flat_map(|i| (i as f32).to_le_bytes()).collect();
         let bytes = &fused[4 * first..4 * (first + (cols - 1) * stride + rows)];
-        let layout = Layout::Transposed { stride };
+        let layout = Layout::Transposed { stride, step: 1 };
         let tensor = DenseTensor { dtype: DType::F32, rows, cols, bytes, layout, scales: None };
         assert_eq!(tensor.stored_bytes(), 4 * 290 * 35);
         for asked in [0..290, 0..1, 289..290, 3..131, 128..256, 100..290, 7..7] {

@@ -38,8 +38,9 @@ pub use backend::{AttentionCall, AttentionShape, Backend, RopeAngles};
 #[doc(hidden)]
 pub use cpu::matvec;
 pub use cpu::{
-    Cpu, DeltaCall, FloatCpu, attention, cap, convolve, delta_net, delta_step, exp, kl_divergence,
-    log_softmax, matmul, sigmoid, softplus, split, unit, with_slope,
+    Cpu, DeltaCall, FloatCpu, attention, cap, convolve, delta_net, delta_step, exp,
+    input_with_slope, kl_divergence, log_softmax, matmul, sigmoid, softplus, split, unit,
+    with_slope,
 };
 pub use error::{KernelError, Result};
 pub use instructions::instruction_path;

@@ -62,7 +62,7 @@ impl Backend for Scalar {
     }
 
     fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()> {
-        for AttentionCall { shape, q, kv, out } in calls {
+        for AttentionCall { shape, q, kv, sinks, out } in calls {
             let (dim, scale) = (shape.head_dim, f64::from(shape.scale));
             for (index, (query, out)) in
                 q.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate()
@@ -80,8 +80,10 @@ impl Backend for Scalar {
                         None => score,
                     })
                     .collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+                let sink = sinks.map(|sinks| f64::from(sinks[head]));
+                let all = || scores.iter().copied().chain(sink);
+                let max = all().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = all().map(|score| (score - max).exp()).sum();
                 for (i, out) in out.iter_mut().enumerate() {
                     let weighted = scores.iter().zip(values.chunks_exact(dim));
                     let weighted =
@@ -95,7 +97,11 @@ impl Backend for Scalar {
 
     fn gated(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
         self.activate(activation, gate);
-        gate.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up);
+        let input = |up: f32| match activation {
+            Activation::ClampedSwish { limit, .. } => 1.0 + up.clamp(-limit, limit),
+            _ => up,
+        };
+        gate.iter_mut().zip(up).for_each(|(gate, &up)| *gate *= input(up));
     }
 
     fn activate(&self, activation: Activation, x: &mut [f32]) {
@@ -106,6 +112,10 @@ impl Backend for Scalar {
                 x / 2.0 * (1.0 + inner.tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::ClampedSwish { alpha, limit } => {
+                let x = x.min(f64::from(limit));
+                x / (1.0 + (-f64::from(alpha) * x).exp())
+            }
         };
         x.iter_mut().for_each(|x| *x = of(f64::from(*x)) as f32);
     }

@@ -759,13 +759,16 @@ fn matmul_interleaved_rows_come_in_the_order_of_use() {
 #[test]
 fn matmul_transposed_part_of_a_fused_weight_agrees() {
     let mut noise = Noise(9);
-    for (rows, cols, first, stride) in [(15, 96, 0, 15), (270, 80, 32, 334)] {
+    for (rows, cols, first, stride, step) in
+        [(15, 96, 0, 15, 1), (270, 80, 32, 334, 1), (270, 80, 1, 540, 2), (17, 40, 0, 51, 3)]
+    {
         let (bytes, fused) = dense_bytes(&mut noise, DType::F16, cols * stride);
-        let bytes = &bytes[2 * first..2 * (first + (cols - 1) * stride + rows)];
-        let layout = Layout::Transposed { stride };
+        let len = (cols - 1) * stride + (rows - 1) * step + 1;
+        let bytes = &bytes[2 * first..2 * (first + len)];
+        let layout = Layout::Transposed { stride, step };
         let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes, layout, scales: None };
         let weights: Vec<f64> =
-            (0..rows * cols).map(|i| fused[i % cols * stride + first + i / cols]).collect();
+            (0..rows * cols).map(|i| fused[i % cols * stride + first + i / cols * step]).collect();
         for m in [1, 7, 130] {
             let x = noise.vector(m * cols, 1.0);
             check_matmul("transposed", Weight::Dense(tensor), &weights, cols, &x);
@@ -922,6 +925,35 @@ fn swiglu_agrees() {
 }
 
 #[test]
+fn clamped_swiglu_agrees() {
+    let mut noise = Noise(21);
+    let (alpha, limit) = (1.702, 7.0);
+    let activation = Activation::ClampedSwish { alpha, limit };
+    let swish = |gate: f32| {
+        let gate = f64::from(gate.min(limit));
+        gate / (1.0 + (-f64::from(alpha) * gate).exp())
+    };
+    for (len, size) in [(1, 1.0), (7, 10.0), (4096, 20.0), (8197, 100.0)] {
+        let (gate, up) = (noise.vector(len, size), noise.vector(len, size));
+        let gated: Vec<f64> = gate
+            .iter()
+            .zip(&up)
+            .map(|(&gate, &up)| swish(gate) * (1.0 + f64::from(up.clamp(-limit, limit))))
+            .collect();
+        let activated: Vec<f64> = gate.iter().copied().map(swish).collect();
+        for (name, backend) in backends() {
+            let what = format!("{name}, {len} values");
+            let mut out = gate.clone();
+            backend.gated(activation, &mut out, &up);
+            assert_nmse(&what, &out, &gated, SWIGLU_NMSE);
+            let mut out = gate.clone();
+            backend.activate(activation, &mut out);
+            assert_nmse(&what, &out, &activated, SWIGLU_NMSE);
+        }
+    }
+}
+
+#[test]
 fn swiglu_large_inputs_saturate() {
     let gate = [0.0, -0.0, -20.0, 20.0, -86.9, -87.5, -88.5, 88.5, -104.0, -1e4, 1e4, -1e6, 1e30];
     let up = [1.5; 13];
@@ -963,7 +995,12 @@ fn caches(shape: &AttentionShape, capacity: usize) -> [(&'static str, KvCache); 
     ]
 }
 
-fn expected_attention(q: &[f32], cache: &KvCache, shape: &AttentionShape) -> Vec<f64> {
+fn expected_attention(
+    q: &[f32],
+    cache: &KvCache,
+    sinks: Option<&[f32]>,
+    shape: &AttentionShape,
+) -> Vec<f64> {
     let dim = shape.head_dim;
     let mut out = Vec::new();
     for (index, query) in q.chunks_exact(dim).enumerate() {
@@ -982,8 +1019,9 @@ fn expected_attention(q: &[f32], cache: &KvCache, shape: &AttentionShape) -> Vec
             shape.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
         };
         let scores: Vec<f64> = keys.chunks_exact(dim).map(score).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+        let sink = sinks.map(|sinks| f64::from(sinks[head]));
+        let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().copied().chain(sink).map(|score| (score - max).exp()).sum();
         out.extend((0..dim).map(|i| {
             let terms = scores.iter().zip(values.chunks_exact(dim));
             let terms = terms.map(|(score, v)| (score - max).exp() / sum * f64::from(v[i]));
@@ -995,8 +1033,19 @@ fn expected_attention(q: &[f32], cache: &KvCache, shape: &AttentionShape) -> Vec
 
 /// Attention of one text.
 fn attend(backend: &dyn Backend, q: &[f32], kv: &KvCache, shape: AttentionShape) -> Vec<f32> {
+    attend_with(backend, q, kv, None, shape)
+}
+
+/// The same with sinks.
+fn attend_with(
+    backend: &dyn Backend,
+    q: &[f32],
+    kv: &KvCache,
+    sinks: Option<&[f32]>,
+    shape: AttentionShape,
+) -> Vec<f32> {
     let mut out = vec![f32::NAN; q.len()];
-    backend.attention(&mut [AttentionCall { shape, q, kv, out: &mut out }]).unwrap();
+    backend.attention(&mut [AttentionCall { shape, q, kv, sinks, out: &mut out }]).unwrap();
     out
 }
 
@@ -1025,16 +1074,23 @@ fn attention_agrees() {
         (2, 1, 64, 1900, 140, Some(1024)),
     ] {
         let scale = 1.0 / (head_dim as f32).sqrt();
-        for (spare, size, softcap) in [(0, 1.0, None), (9, 300.0, None), (1, 30.0, Some(20.0))] {
+        for (spare, size, softcap, sink_size) in [
+            (0, 1.0, None, None),
+            (9, 300.0, None, None),
+            (1, 30.0, Some(20.0), None),
+            (0, 1.0, None, Some(5.0)),
+        ] {
             let shape =
                 AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap };
             for (kind, empty) in caches(&shape, start + m + spare) {
                 let cache = cache(&mut noise, empty, &shape, spare);
                 let q = noise.vector(m * heads * head_dim, size);
-                let expected = expected_attention(&q, &cache, &shape);
+                let sinks = sink_size.map(|size| noise.vector(heads, size));
+                let expected = expected_attention(&q, &cache, sinks.as_deref(), &shape);
                 for (name, backend) in backends() {
-                    let out = attend(backend, &q, &cache, shape);
-                    let what = format!("{name}, {kind}, {shape:?}, queries up to {size}");
+                    let out = attend_with(backend, &q, &cache, sinks.as_deref(), shape);
+                    let what =
+                        format!("{name}, {kind}, {shape:?}, queries up to {size}, sinks {sinks:?}");
                     let bound = product_nmse(name, ATTENTION_AMX_NMSE, ATTENTION_NMSE);
                     assert_nmse(&what, &out, &expected, bound);
                 }
@@ -1067,7 +1123,10 @@ fn attention_of_several_texts_is_that_of_each() {
         .collect();
     let mut together: Vec<Vec<f32>> = texts.iter().map(|(.., q)| vec![0.0; q.len()]).collect();
     let calls = texts.iter().zip(&mut together);
-    let calls = calls.map(|((shape, kv, q), out)| AttentionCall { shape: *shape, q, kv, out });
+    let calls = calls.map(|((shape, kv, q), out)| {
+        let (shape, sinks) = (*shape, None);
+        AttentionCall { shape, q, kv, sinks, out }
+    });
     Cpu.attention(&mut calls.collect::<Vec<_>>()).unwrap();
     for ((shape, kv, q), together) in texts.iter().zip(&together) {
         assert_eq!(together, &attend(&Cpu, q, kv, *shape), "{shape:?}");

@@ -36,7 +36,7 @@ pub struct Block<'a> {
     pub spec: BlockSpec,
     /// The linear layers, `[rows, cols]`.
     pub layers: PartMap<Weight<'a>>,
-    /// Norms and biases; the taps of a convolution, `[taps, channels]`.
+    /// What has no columns; of a convolution the taps, `[taps, channels]`.
     pub vectors: PartMap<Vec<f32>>,
 }
 

@@ -82,7 +82,8 @@ impl Block<'_> {
                 }
             }
             kv.store(my_k, my_v, shape.start);
-            calls.push(AttentionCall { shape, q: my_q, kv, out });
+            let sinks = self.vectors.get(Part::AttnSinks).map(Vec::as_slice);
+            calls.push(AttentionCall { shape, q: my_q, kv, sinks, out });
         }
         context.backend.attention(&mut calls)?;
         drop(calls);

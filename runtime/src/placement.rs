@@ -42,7 +42,13 @@ impl CudaSettings {
             return Some("one with experts");
         }
         let has_states = decoder.blocks.iter().any(|block| block.attention().is_none());
-        has_states.then_some("one whose blocks have a state in place of keys and values")
+        let has_sinks = |attention: &Attention| attention.has_sinks;
+        let has_sinks = decoder.blocks.iter().filter_map(|block| block.attention()).any(has_sinks);
+        match (has_states, has_sinks) {
+            (true, _) => Some("one whose blocks have a state in place of keys and values"),
+            (_, true) => Some("one with attention sinks"),
+            _ => None,
+        }
     }
 
     /// Whether every block, the embedding and the output layer fit on the devices.

@@ -131,7 +131,8 @@ mod tests {
 
     fn experts(count: u16, used: u16, routing: Routing) -> Experts {
         let ffn = Ffn { width: 8, activation: Activation::Silu, is_gated: true, has_bias: false };
-        Experts { count, used, ffn, routing, shares: false, are_fused: false }
+        let (shares, are_fused, are_mxfp4) = (false, false, false);
+        Experts { count, used, ffn, routing, shares, are_fused, are_mxfp4 }
     }
 
     fn routing(scores: Scores, normalizes: bool) -> Routing {

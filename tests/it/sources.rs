@@ -390,6 +390,9 @@ fn weights_in_fp8_are_read_with_their_scales() {
         assert!(logits(&dir, &fp8) == logits(&dir, &plain), "{suffix}, {model}");
         let answer = succeed(&["inspect", &arg(&fp8)]);
         assert!(answer.stdout.contains("F8_E4M3"), "{}", answer.stdout);
+        let gguf = dir.path("m.gguf");
+        succeed(&["export", &arg(&fp8), "--to", "gguf", "-o", &arg(&gguf)]);
+        assert!(logits(&dir, &gguf) == logits(&dir, &plain), "{suffix}, {model}");
     }
 }
 

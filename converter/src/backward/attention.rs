@@ -2,13 +2,13 @@
 //! of queries of one head at a time.
 
 use rayon::prelude::*;
-use slim_formats::arch;
+use slim_formats::Part;
 use slim_kernels::{
     AttentionCall, AttentionShape, KvCache, attention, cap,
     linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
-use slim_runtime::attention_shape;
+use slim_runtime::{Block, attention_shape};
 
 use super::elementwise::{reverse_cap, reverse_softmax};
 
@@ -27,6 +27,8 @@ pub struct Attention<'s> {
     k: &'s [f32],
     /// `[m, kv_heads * head_dim]`.
     v: &'s [f32],
+    /// `[heads]`, if heads have sinks.
+    sinks: Option<&'s [f32]>,
 }
 
 /// Gradients in the shapes of the queries, keys and values.
@@ -40,18 +42,21 @@ impl<'s> Attention<'s> {
     /// Of sequences of `context` tokens; shapes as above.
     pub fn new(
         precision: Precision,
-        attention: &arch::Attention,
+        block: &'s Block<'_>,
         context: usize,
         q: &'s [f32],
         k: &'s [f32],
         v: &'s [f32],
     ) -> Self {
-        Self { precision, shape: attention_shape(attention, 0, context), q, k, v }
+        let attention = block.spec.attention().expect("a block with attention");
+        let shape = attention_shape(attention, 0, context);
+        let sinks = block.vectors.get(Part::AttnSinks).map(Vec::as_slice);
+        Self { precision, shape, q, k, v, sinks }
     }
 
     /// The outputs, `[m, heads * head_dim]`.
     pub fn forward(&self) -> Vec<f32> {
-        let Self { precision, shape, q, k, v } = self;
+        let Self { precision, shape, q, k, v, sinks } = *self;
         let (q_len, kv_len) = (shape.m * shape.query_stride(), shape.m * shape.kv_stride());
         let mut out = vec![0.0; q.len()];
         let cached = k.chunks_exact(kv_len).zip(v.chunks_exact(kv_len)).map(|(k, v)| {
@@ -62,8 +67,8 @@ impl<'s> Attention<'s> {
         let cached: Vec<KvCache> = cached.collect();
         let queries = q.chunks_exact(q_len).zip(out.chunks_exact_mut(q_len));
         let calls =
-            queries.zip(&cached).map(|((q, out), kv)| AttentionCall { shape: *shape, q, kv, out });
-        attention(*precision, &mut calls.collect::<Vec<_>>());
+            queries.zip(&cached).map(|((q, out), kv)| AttentionCall { shape, q, kv, sinks, out });
+        attention(precision, &mut calls.collect::<Vec<_>>());
         out
     }
 
@@ -126,7 +131,11 @@ impl<'s> Attention<'s> {
                     cap(of_visible, softcap);
                     (of_visible.to_vec(), softcap)
                 });
+                let score = of_visible[0];
                 log_softmax(of_visible);
+                if let Some(sinks) = self.sinks {
+                    count_sink(of_visible, score - of_visible[0], sinks[head]);
+                }
                 reverse_softmax(of_visible, &mut d_scores[visible.clone()], mean);
                 if let Some((capped, softcap)) = capped {
                     reverse_cap(&capped, softcap, &mut d_scores[visible.clone()]);
@@ -163,6 +172,13 @@ impl<'s> Attention<'s> {
         let kv_at = sequence * context * self.shape.kv_stride() + head / (heads / kv_heads) * dim;
         (q_at, kv_at)
     }
+}
+
+/// Turns log-probabilities into those of a softmax that a sink takes its share in; `log_sum` is the
+/// logarithm of the sum of powers without it.
+fn count_sink(log_probabilities: &mut [f32], log_sum: f32, sink: f32) {
+    let growth = f64::from(sink - log_sum).exp().ln_1p() as f32;
+    log_probabilities.iter_mut().for_each(|value| *value -= growth);
 }
 
 /// Adds `part: [m, dim]` to the head at the start of `sum`, whose tokens lie `stride` apart.

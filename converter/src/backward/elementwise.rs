@@ -1,7 +1,7 @@
 //! Exponentials and norms of the reverse pass, vectorised.
 
 use slim_formats::arch::Activation;
-use slim_kernels::{exp, per_isa, with_slope};
+use slim_kernels::{exp, input_with_slope, per_isa, with_slope};
 
 per_isa! {
     /// Turns log-probabilities, 64 at most, into square roots of the probabilities with the signs
@@ -41,19 +41,23 @@ per_isa! {
 fn reverse_gated_by(activation: Activation, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
         let (value, slope) = with_slope(activation, *gate);
-        (*gate, *up) = (dy * *up * slope, dy * value);
+        let (input, input_slope) = input_with_slope(activation, *up);
+        (*gate, *up) = (dy * input * slope, dy * value * input_slope);
     }
 }
 
 per_isa! {
     /// Replaces `gate` and `up` by their gradients, for the gradient `dy` at
-    /// `activation(gate) * up`; all of one length.
+    /// `activation(gate) * input(up)`; all of one length.
     pub fn reverse_gated(activation: Activation, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
         // A loop of its own for each, so that it vectorises.
         match activation {
             Activation::Silu => reverse_gated_by(Activation::Silu, gate, up, dy),
             Activation::GeluTanh => reverse_gated_by(Activation::GeluTanh, gate, up, dy),
             Activation::Relu => reverse_gated_by(Activation::Relu, gate, up, dy),
+            Activation::ClampedSwish { alpha, limit } => {
+                reverse_gated_by(Activation::ClampedSwish { alpha, limit }, gate, up, dy);
+            }
         }
     }
 }

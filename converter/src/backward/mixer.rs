@@ -146,8 +146,8 @@ impl Walk<'_> {
         Ok(Attended { q, k, v, gated, output })
     }
 
-    fn core<'a>(&self, q: &'a Turned, k: &'a Turned, v: &'a [f32]) -> Attention<'a> {
-        Attention::new(self.precision, self.attention(), self.context, &q.turned, &k.turned, v)
+    fn core<'a>(&'a self, q: &'a Turned, k: &'a Turned, v: &'a [f32]) -> Attention<'a> {
+        Attention::new(self.precision, self.block, self.context, &q.turned, &k.turned, v)
     }
 
     /// The gradients at the outputs of the mixer's layers.

@@ -336,8 +336,9 @@ mod tests {
             for normalizes in [false, true] {
                 let (has_bias, is_corrected, groups, scale) = (false, false, None, 1.5);
                 let routing = Routing { scores, has_bias, is_corrected, groups, normalizes, scale };
-                let (count, used, shares, are_fused) = (5, 3, false, false);
-                let experts = Experts { count, used, ffn, routing, shares, are_fused };
+                let (count, used) = (5, 3);
+                let (shares, are_fused, are_mxfp4) = (false, false, false);
+                let experts = Experts { count, used, ffn, routing, shares, are_fused, are_mxfp4 };
                 let sum: f64 = outputs.iter().map(|x: &f64| x.exp()).sum();
                 let mut found: Vec<f32> = outputs
                     .iter()

@@ -27,6 +27,10 @@ pub(crate) fn lacks(model: &dyn ModelSource) -> Option<String> {
             let turns = if own.rope.is_some() { "has" } else { "lacks" };
             return Some(format!("block {index}, which {turns} a rotary embedding,"));
         }
+        if block.activation() != computed.activation() {
+            let found = block.activation();
+            return Some(format!("block {index}, whose neurons have {found:?},"));
+        }
         if block.experts != computed.experts {
             return Some(format!("block {index}, whose experts have other weights,"));
         }

@@ -48,6 +48,9 @@ pub fn lacks(decoder: &Decoder) -> Option<String> {
         return Some("a model whose blocks have a state in place of keys and values".into());
     }
     let attentions = decoder.blocks.iter().filter_map(|block| block.attention());
+    if attentions.clone().any(|attention| attention.has_sinks) {
+        return Some("a model with attention sinks".into());
+    }
     let mut head_dims = attentions.map(|attention| attention.head_dim);
     let found = head_dims.find(|head_dim| !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE))?;
     Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))
@@ -361,6 +364,7 @@ impl<'a> Builder<'a> {
                 self.graph.node("Relu", &[input], &[&relu], &[]);
                 relu
             }
+            Activation::ClampedSwish { .. } => panic!("only experts have {activation:?}"),
         }
     }
 

@@ -51,14 +51,16 @@ impl Activation {
     /// Hugging Face's names, the first of which is written.
     pub(crate) fn hf_names(self) -> &'static [&'static str] {
         match self {
-            Self::Silu => &["silu", "swish"],
+            // What is clamped, and how, only the class says.
+            Self::Silu | Self::ClampedSwish { .. } => &["silu", "swish"],
             Self::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
             Self::Relu => &["relu"],
         }
     }
 }
 
-/// `down(activation(gate) * up)`, or `down(activation(up))` without a gate.
+/// `down(activation(gate) * input(up))`, or `down(activation(up))` without a gate; `input(up)` is
+/// `up` itself but for [`Activation::ClampedSwish`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ffn {
     /// Neurons.
@@ -72,7 +74,7 @@ pub struct Ffn {
 }
 
 /// A function of one number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
     Silu,
@@ -80,6 +82,14 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// `y / (1 + e^(-alpha y))` of `y = min(x, limit)`, and of what it gates
+    /// `input(up) = 1 + clamp(up, -limit, limit)` (gpt-oss).
+    ClampedSwish {
+        /// How steep it is.
+        alpha: f32,
+        /// What goes in at most.
+        limit: f32,
+    },
 }
 
 /// Where the input of one or more linear layers is ready. A block is run stage by stage; it is
@@ -214,7 +224,7 @@ impl BlockSpec {
         self.stages().flat_map(|stage| self.layers_of(stage))
     }
 
-    /// The vectors: norms and biases.
+    /// The vectors: norms, biases and what else has no columns.
     pub fn vectors(&self) -> impl Iterator<Item = Part> {
         let before = matches!(self.norms, Norms::Before | Norms::Both);
         let behind = self.norms != Norms::Before;
@@ -230,12 +240,8 @@ impl BlockSpec {
         let correction = self.experts.filter(|experts| experts.routing.is_corrected);
         let correction = correction.map(|_| Part::RouterCorrection);
         let share = self.experts.filter(|experts| experts.shares).map(|_| Part::FfnShare);
-        norms
-            .chain(norm_biases)
-            .chain(self.mixer.vectors())
-            .chain(biases)
-            .chain(correction)
-            .chain(share)
+        let others = correction.into_iter().chain(share);
+        norms.chain(norm_biases).chain(self.mixer.vectors()).chain(biases).chain(others)
     }
 
     /// Whether a linear layer has a bias.
@@ -305,6 +311,9 @@ impl BlockSpec {
             Part::AttnQBias => vec![queries],
             Part::AttnKBias => vec![keys],
             Part::AttnVBias => vec![values],
+            Part::AttnSinks => {
+                vec![self.attention().map_or(0, |attention| attention.heads)]
+            }
             Part::FfnGateBias | Part::FfnUpBias => vec![neurons],
             Part::AttnQNorm => vec![norm_dims(queries)],
             Part::AttnKNorm => vec![norm_dims(keys)],

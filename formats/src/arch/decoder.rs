@@ -118,6 +118,46 @@ impl Place {
     pub fn is_fused(&self, tensor: &Tensor) -> bool {
         self.total_rows != tensor.dims[0]
     }
+
+    /// The layout of a matrix that is stored column by column, and would otherwise be in this one.
+    fn transposed(&self) -> Layout {
+        let stride = self.total_rows / self.outer.unwrap_or(1);
+        match self.layout {
+            Layout::AsStored => Layout::Transposed { stride, step: 1 },
+            Layout::Strided { piece: 1, stride: step } => Layout::Transposed { stride, step },
+            other => panic!("{other:?} column by column"),
+        }
+    }
+
+    /// The dimensions of the stored tensor, outermost first: those of `tensor`, with all rows and a
+    /// dimension for experts.
+    pub fn stored_dims(&self, tensor: &Tensor) -> Vec<usize> {
+        let mut dims = tensor.dims.clone();
+        dims[0] = self.total_rows / self.outer.unwrap_or(1);
+        if let Layout::Transposed { .. } = self.layout {
+            dims.reverse();
+        }
+        self.outer.into_iter().chain(dims).collect()
+    }
+
+    /// Rows and columns of the stored tensor, of matrices of experts one above the other.
+    pub(crate) fn stored_shape(&self, tensor: &Tensor) -> (usize, usize) {
+        let dims = self.stored_dims(tensor);
+        let (cols, above) = dims.split_last().expect("a tensor has dimensions");
+        (above.iter().product(), *cols)
+    }
+
+    /// How many values of the stored tensor precede the first of a matrix with `cols` columns.
+    pub fn first_value(&self, cols: usize) -> usize {
+        match self.layout {
+            Layout::Transposed { .. } => {
+                let of_expert = self.total_rows / self.outer.unwrap_or(1);
+                let (expert, row) = (self.first_row / of_expert, self.first_row % of_expert);
+                expert * of_expert * cols + row
+            }
+            _ => self.first_row * cols,
+        }
+    }
 }
 
 impl Tensor {
@@ -205,7 +245,7 @@ impl Decoder {
         };
         let name = in_block("blk.", &part.gguf_name());
         let place = |prefix: &str, own: &str, stored: Stored| {
-            let Stored { layout, form, has_outer, .. } = stored;
+            let Stored { layout, form, has_outer, is_transposed, .. } = stored;
             let (first_row, total_rows) = (0, dims[0]);
             let outer = has_outer.then_some(total_rows);
             let alone = Place { name: String::new(), first_row, total_rows, outer, layout, form };
@@ -214,7 +254,11 @@ impl Decoder {
                 (Some(fused), Some((_, spec))) => fused.place(part, spec, self.hidden_size, alone),
                 _ => Place { name: own.to_owned(), ..alone },
             };
-            Place { name: in_block(prefix, &place.name), ..place }
+            let layout = match is_transposed {
+                true => place.transposed(),
+                false => place.layout,
+            };
+            Place { name: in_block(prefix, &place.name), layout, ..place }
         };
         let spec = block.map(|(_, spec)| spec);
         let hf = place(family.hf_blocks(), &family.hf_name(part), family.in_hf(part, spec));
@@ -306,12 +350,19 @@ pub struct Stored {
     pub form: Form,
     /// Whether each row has a dimension of its own around it.
     pub has_outer: bool,
+    /// Whether each matrix is stored column by column.
+    pub is_transposed: bool,
 }
 
 impl Stored {
     /// By itself, its rows in order, as it is used.
-    pub const PLAIN: Self =
-        Self { fused: None, layout: Layout::AsStored, form: Form::AsUsed, has_outer: false };
+    pub const PLAIN: Self = Self {
+        fused: None,
+        layout: Layout::AsStored,
+        form: Form::AsUsed,
+        has_outer: false,
+        is_transposed: false,
+    };
 
     /// By itself, in this form.
     pub const fn in_form(form: Form) -> Self {
@@ -336,7 +387,21 @@ impl Stored {
 
     /// As rows of a tensor of these parts of all experts of a block.
     pub const fn of_experts(name: &'static str, parts: &'static [ExpertPart]) -> Self {
-        Self { fused: Some(Fused::Experts(name, parts)), ..Self::PLAIN }
+        Self::of_experts_in_turns(name, parts, 1)
+    }
+
+    /// The same, of each expert an equal number of rows of each part in turn, `turns` times.
+    pub const fn of_experts_in_turns(
+        name: &'static str,
+        parts: &'static [ExpertPart],
+        turns: usize,
+    ) -> Self {
+        Self { fused: Some(Fused::Experts(name, parts, turns)), ..Self::PLAIN }
+    }
+
+    /// Each matrix column by column.
+    pub const fn transposed(self) -> Self {
+        Self { is_transposed: true, ..self }
     }
 
     /// By itself, under another name than its own.
@@ -353,8 +418,9 @@ pub enum Fused {
     Alone(&'static str),
     /// Parts of a block: some rows of each in turn, so many times.
     Parts(&'static str, &'static [Part], usize),
-    /// Parts of the first expert of a block, then of the second, and so on.
-    Experts(&'static str, &'static [ExpertPart]),
+    /// Parts of the first expert of a block, then of the second, and so on; of each, some rows of
+    /// each part in turn, so many times.
+    Experts(&'static str, &'static [ExpertPart], usize),
 }
 
 impl Fused {
@@ -362,26 +428,42 @@ impl Fused {
     fn place(self, part: Part, spec: &BlockSpec, hidden_size: usize, alone: Place) -> Place {
         let rows = |part: Part| spec.dims(part, hidden_size)[0];
         match (self, part) {
-            (Self::Experts(name, parts), Part::Expert(index, part)) => {
-                let of_part = |&part: &ExpertPart| rows(Part::Expert(index, part));
-                let of_expert: usize = parts.iter().map(of_part).sum();
-                let before = parts.iter().take_while(|&&other| other != part);
-                let first_row = usize::from(index) * of_expert + before.map(of_part).sum::<usize>();
+            (Self::Experts(name, parts, turns), Part::Expert(index, _)) => {
+                let parts: Vec<Part> =
+                    parts.iter().map(|&part| Part::Expert(index, part)).collect();
+                let of_expert = in_turns(&parts, turns, part, rows, alone);
                 let experts = spec.experts.map_or(0, |experts| usize::from(experts.count));
-                let (name, total_rows) = (name.to_owned(), experts * of_expert);
-                Place { name, first_row, total_rows, outer: Some(experts), ..alone }
+                Place {
+                    name: name.to_owned(),
+                    first_row: usize::from(index) * of_expert.total_rows + of_expert.first_row,
+                    total_rows: experts * of_expert.total_rows,
+                    outer: Some(experts),
+                    ..of_expert
+                }
             }
             (Self::Parts(name, parts, turns), _) => {
-                let before = parts.iter().take_while(|&&other| other != part);
-                let first_row = before.map(|&part| rows(part) / turns).sum();
-                let total_rows: usize = parts.iter().copied().map(rows).sum();
-                let layout = match turns {
-                    1 => alone.layout,
-                    _ => Layout::Strided { piece: rows(part) / turns, stride: total_rows / turns },
-                };
-                Place { name: name.to_owned(), first_row, total_rows, layout, ..alone }
+                Place { name: name.to_owned(), ..in_turns(parts, turns, part, rows, alone) }
             }
             (Self::Alone(_) | Self::Experts(..), _) => panic!("{part:?} is in no fused tensor"),
         }
     }
+}
+
+/// Where `part` is among `parts`, of each of which some of its `rows` stand in turn, `turns` times;
+/// by itself it would be at `alone`.
+fn in_turns(
+    parts: &[Part],
+    turns: usize,
+    part: Part,
+    rows: impl Fn(Part) -> usize,
+    alone: Place,
+) -> Place {
+    let before = parts.iter().take_while(|&&other| other != part);
+    let first_row = before.map(|&part| rows(part) / turns).sum();
+    let total_rows: usize = parts.iter().map(|&part| rows(part)).sum();
+    let layout = match turns {
+        1 => alone.layout,
+        _ => Layout::Strided { piece: rows(part) / turns, stride: total_rows / turns },
+    };
+    Place { first_row, total_rows, layout, ..alone }
 }

@@ -23,6 +23,8 @@ pub struct Experts {
     pub shares: bool,
     /// Whether the file has gates and inputs of all experts of a block in one tensor.
     pub are_fused: bool,
+    /// Whether it has them in MXFP4, which lies otherwise than plain values do.
+    pub are_mxfp4: bool,
 }
 
 /// How a router chooses experts and weights what they give.
@@ -129,6 +131,7 @@ pub(super) fn read(keys: &dyn Keys, config: &mut ModelConfig, routing: Routing) 
         routing: Routing { scores, groups, normalizes, scale, ..routing },
         shares: false,
         are_fused: false,
+        are_mxfp4: false,
     };
     (config.features.experts, config.features.shared_ffn_size) = (Some(experts), shared);
     Ok(())

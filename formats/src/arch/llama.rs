@@ -100,6 +100,7 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         has_bias: features.has_attention_bias,
         has_output_bias: features.has_output_bias,
         query_scaling: features.query_scaling,
+        has_sinks: false,
     };
     let recurrence = features.recurrence.filter(|_| features.is_recurrent(index));
     let mixer = recurrence.unwrap_or(Mixer::Attention(attention));
@@ -146,6 +147,7 @@ pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
         Part::ConvolutionInput => "conv.in_proj.weight",
         Part::Convolution => "linear_attn.conv1d.weight",
         Part::DeltaNorm => "linear_attn.norm.weight",
+        Part::AttnSinks => "self_attn.sinks",
         Part::AttnOutput => "self_attn.o_proj.weight",
         Part::AttnOutputBias => "self_attn.o_proj.bias",
         // Llama's norm before the network has the name that others give the one behind attention.

@@ -13,7 +13,8 @@ pub enum Mixer {
     Convolution(Convolution),
 }
 
-/// Causal attention: `softmax(cap(scale * q k^T)) v`.
+/// Causal attention: `softmax(cap(scale * q k^T)) v`. With sinks, a score of each head takes its
+/// share in the softmax, and has no value.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
     /// Query heads.
@@ -42,6 +43,8 @@ pub struct Attention {
     pub has_output_bias: bool,
     /// What turned queries are multiplied by.
     pub query_scaling: Option<QueryScaling>,
+    /// Whether heads have sinks.
+    pub has_sinks: bool,
 }
 
 /// RMS norms of queries and keys.
@@ -148,7 +151,8 @@ impl Mixer {
             Self::DeltaNet(_) => &[Part::DeltaDecayRate, Part::DeltaNorm],
             Self::Attention(_) | Self::Convolution(_) => &[],
         };
-        vectors.iter().copied()
+        let has_sinks = matches!(self, Self::Attention(attention) if attention.has_sinks);
+        vectors.iter().copied().chain(has_sinks.then_some(Part::AttnSinks))
     }
 
     /// Channels of queries, keys and values, and of what it gives.

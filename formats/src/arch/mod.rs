@@ -9,6 +9,7 @@ mod experts;
 mod gemma;
 mod glm;
 mod glm_moe;
+mod gpt_oss;
 mod granite;
 mod lfm2;
 mod llama;
@@ -156,7 +157,7 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 22] = [
+pub const FAMILIES: [&dyn Family; 23] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
@@ -176,6 +177,7 @@ pub const FAMILIES: [&dyn Family; 22] = [
     &glm::Glm4,
     &glm_moe::Glm4Moe,
     &minimax::MiniMaxM2,
+    &gpt_oss::GptOss,
     &lfm2::Lfm2,
     &opt::Opt,
     &starcoder2::StarCoder2,

@@ -36,6 +36,8 @@ pub enum Part {
     AttnV,
     /// The bias of values, `[kv_heads * head_dim]`.
     AttnVBias,
+    /// What heads attend to besides tokens: a score of each, `[heads]`.
+    AttnSinks,
     /// What the mixer's output is gated by, of as many channels, `[.., hidden]`.
     AttnGate,
     /// How strongly a token corrects the state of a delta net, `[value_heads, hidden]`.
@@ -161,6 +163,7 @@ impl Part {
             Self::ConvolutionInput => "shortconv.in_proj.weight",
             Self::Convolution => "ssm_conv1d.weight",
             Self::DeltaNorm => "ssm_norm.weight",
+            Self::AttnSinks => "attn_sinks.weight",
             Self::AttnOutput => "attn_output.weight",
             Self::AttnOutputBias => "attn_output.bias",
             Self::AttnPostNorm => "post_attention_norm.weight",

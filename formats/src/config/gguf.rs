@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     FormatError, Generation, Result,
-    arch::{self, Convolution, ExpertGroups, Experts, Family, Mixer, Norm},
+    arch::{self, Activation, Convolution, ExpertGroups, Experts, Family, Mixer, Norm},
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -329,6 +329,9 @@ impl ModelConfig {
             ("expert_weights_norm", routing.normalizes.into()),
             ("expert_weights_scale", routing.scale.into()),
         ];
+        if let Activation::ClampedSwish { alpha, limit } = ffn.activation {
+            entries.extend([("swiglu_alpha", alpha.into()), ("swiglu_limit", limit.into())]);
+        }
         if let Some(ExpertGroups { count, used }) = routing.groups {
             entries.push(size("expert_group_count", count.into()));
             entries.push(size("expert_group_used_count", used.into()));
@@ -451,7 +454,7 @@ impl Ropes<'_, '_> {
             context,
             beta_fast: keys.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
             beta_slow: keys.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-            truncate: truncate.unwrap_or(true),
+            truncate: truncate.unwrap_or_else(|| self.family.default("truncate") != Some(0.0)),
         };
         let log_multiplier = keys.float("rope.scaling.yarn_log_multiplier")?.unwrap_or(0.0);
         let own = keys.float("rope.scaling.yarn_attn_factor")?.filter(|&factor| factor != 0.0);

@@ -104,6 +104,8 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("linear_conv_kernel_dim", "ssm.conv_kernel"),
         ("tiled_value_heads", "ssm.tiled_value_heads"),
         ("conv_L_cache", "shortconv.l_cache"),
+        ("swiglu_alpha", "swiglu_alpha"),
+        ("swiglu_limit", "swiglu_limit"),
     ];
     names.into_iter().find_map(|(hf, gguf)| (hf == key).then_some(gguf))
 }

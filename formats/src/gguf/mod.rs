@@ -70,7 +70,7 @@ fn tensor_bytes(dtype: DType, shape: &[u64]) -> Option<u64> {
 }
 
 /// The numbers that GGUF gives the element types.
-const DTYPE_IDS: [(DType, u32); 18] = [
+const DTYPE_IDS: [(DType, u32); 19] = [
     (DType::F32, 0),
     (DType::F16, 1),
     (DType::Q4_0, 2),
@@ -89,6 +89,7 @@ const DTYPE_IDS: [(DType, u32); 18] = [
     (DType::I64, 27),
     (DType::F64, 28),
     (DType::BF16, 30),
+    (DType::MXFP4, 39),
 ];
 
 /// The element type of a GGUF type number, [`DType::Unknown`] for a number not known here.

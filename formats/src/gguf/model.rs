@@ -133,9 +133,8 @@ impl ModelSource for GgufModel {
             return Ok(Some(fixed));
         }
         let Some(tensor) = self.file.tensor(&known.gguf.name) else { return Ok(None) };
-        let (_, cols) = tensor.rows_and_cols(self.path())?;
         let bytes = self.file.bytes_of(tensor);
-        Ok(Some(places::rows_of(known, &known.gguf, tensor.dtype, cols, bytes, None)))
+        Ok(Some(places::rows_of(known, &known.gguf, tensor.dtype, bytes, None)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {

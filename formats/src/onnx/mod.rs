@@ -169,7 +169,7 @@ fn has_same_values(a: &DenseTensor<'_>, b: &DenseTensor<'_>) -> bool {
     let value_bytes = a.dtype.size_in_bytes(1).unwrap_or_default() as usize;
     let value = |tensor: &DenseTensor<'_>, row: usize, col: usize| {
         let index = match tensor.layout {
-            Layout::Transposed { stride } => col * stride + row,
+            Layout::Transposed { stride, step } => col * stride + row * step,
             _ => row * tensor.cols + col,
         };
         index * value_bytes..(index + 1) * value_bytes
@@ -227,7 +227,8 @@ impl StoredTensor {
             (true, order) => (place.first_row * row, rows * cols, order),
             (false, Layout::AsStored) => {
                 let stride = place.total_rows;
-                (place.first_row, (cols - 1) * stride + rows, Layout::Transposed { stride })
+                let layout = Layout::Transposed { stride, step: 1 };
+                (place.first_row, (cols - 1) * stride + rows, layout)
             }
             (false, _) => {
                 let what = "a transposed weight whose rows stand in the order of neighbours";

@@ -270,7 +270,7 @@ pub fn open_in(folder: &TempDir, model: &Model) -> Result<OnnxModel> {
 fn elements<const N: usize>(tensor: &DenseTensor<'_>) -> Vec<[u8; N]> {
     let stored = tensor.bytes.as_chunks::<N>().0;
     let at = |row: usize, col: usize| match tensor.layout {
-        Layout::Transposed { stride } => stored[col * stride + row],
+        Layout::Transposed { stride, step } => stored[col * stride + row * step],
         _ => stored[row * tensor.cols + col],
     };
     let (rows, cols) = (tensor.rows, tensor.cols);
@@ -403,7 +403,7 @@ fn fused_weight_is_served_where_it_lies() {
     let model = export(Style::GenAiFused, &config_of(&folder));
     let model = open_in(&folder, &model).unwrap();
     let [q, k, v] = ["q", "k", "v"].map(|part| dense(&model, &format!("blk.1.attn_{part}.weight")));
-    assert_eq!([q, k, v].map(|part| part.layout), [Layout::Transposed { stride: 16 }; 3]);
+    assert_eq!([q, k, v].map(|part| part.layout), [Layout::Transposed { stride: 16, step: 1 }; 3]);
     let start = q.bytes.as_ptr().addr();
     let offsets = [k, v].map(|part| part.bytes.as_ptr().addr() - start);
     assert_eq!(offsets, [4 * 8, 4 * 12]);

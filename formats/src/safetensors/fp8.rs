@@ -3,8 +3,11 @@
 
 use std::path::Path;
 
-use super::index::{Shards, Table};
-use crate::{BlockScales, DType, FormatError, Result, places::floats};
+use super::{
+    index::{Shards, Table},
+    scales::Scales,
+};
+use crate::{BlockScales, DType, FormatError, Result, ScaleValues, places::floats};
 
 /// What follows a matrix's name, without `.weight`, in that of its scales.
 const SCALES: [&str; 3] = [".weight_scale_inv", ".weight_scale", ".qscale_weight"];
@@ -30,7 +33,7 @@ pub(super) struct Fp8Scales {
 impl Fp8Scales {
     pub fn view(&self) -> BlockScales<'_> {
         let Self { ref values, block, per_row } = *self;
-        BlockScales { values, block, per_row, first_row: 0 }
+        BlockScales { values: ScaleValues::Floats(values), block, per_row, first_row: 0 }
     }
 }
 
@@ -72,7 +75,7 @@ pub(super) fn attach_scales(path: &Path, shards: &Shards, stored: &mut Table) ->
             return Err(malformed(format!("the scale {found}"), "finite numbers"));
         }
         let scales = Fp8Scales { values, block, per_row: across };
-        stored.get_mut(&name).expect("listed above").scales = Some(scales);
+        stored.get_mut(&name).expect("listed above").scales = Some(Scales::Fp8(scales));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::{
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
-use super::fp8::{self, Fp8Scales};
+use super::{fp8, mxfp4, scales::Scales};
 use crate::{DType, FormatError, MappedFile, Result, json, locate, stand_in};
 
 /// The mapped safetensors files of a model.
@@ -27,8 +27,8 @@ pub(super) struct StoredTensor {
     /// 1 for a vector.
     pub rows: usize,
     pub cols: usize,
-    /// Of a matrix in FP8.
-    pub scales: Option<Fp8Scales>,
+    /// Of a matrix in FP8 or MXFP4.
+    pub scales: Option<Scales>,
 }
 
 /// Tensors under their names in a text model.
@@ -197,24 +197,19 @@ impl Shards {
             }
             let Some(name) = parts.take(&name) else { continue };
             let place = format!("tensor `{name}`");
-            let dtype = dtype_of(info.dtype).ok_or_else(|| {
-                let what = format!("{place}: element type {:?}", info.dtype);
-                FormatError::unsupported(path, what, "weights must be F16, BF16, F32 or F8_E4M3")
-            })?;
-            let (rows, cols) = match info.shape[..] {
-                [cols] if cols > 0 => (1, cols),
-                [] if fp8::is_scale(&name) => (1, 1),
-                [rows, cols] if rows > 0 && cols > 0 => (rows, cols),
-                // Matrices of experts, one above the other. Their product is that of the bytes.
-                [experts, rows, cols] if experts > 0 && rows > 0 && cols > 0 => {
-                    (experts * rows, cols)
-                }
-                _ => {
-                    return Err(malformed(
-                        place,
-                        format!("shape {:?}", info.shape),
-                        "one to three dimensions, not 0",
-                    ));
+            let (dtype, rows, cols) = match mxfp4::stored(&name, info) {
+                Some(found) => found,
+                None => {
+                    let dtype = dtype_of(info.dtype).ok_or_else(|| {
+                        let what = format!("{place}: element type {:?}", info.dtype);
+                        let hint = "weights must be F16, BF16, F32, F8_E4M3 or MXFP4";
+                        FormatError::unsupported(path, what, hint)
+                    })?;
+                    let shape = rows_and_cols(&name, &info.shape).ok_or_else(|| {
+                        let found = format!("shape {:?}", info.shape);
+                        malformed(place.clone(), found, "one to three dimensions, not 0")
+                    })?;
+                    (dtype, shape.0, shape.1)
                 }
             };
             // `read_metadata` has checked that the ranges fill the file and agree with shape and
@@ -251,6 +246,20 @@ impl Shards {
     }
 }
 
+/// The shape of a tensor as rows and columns; `None` if it has none.
+fn rows_and_cols(name: &str, shape: &[usize]) -> Option<(usize, usize)> {
+    match *shape {
+        [cols] if cols > 0 => Some((1, cols)),
+        [] if fp8::is_scale(name) => Some((1, 1)),
+        [rows, cols] if rows > 0 && cols > 0 => Some((rows, cols)),
+        // Matrices of experts, one above the other. Their product is that of the bytes.
+        [experts, rows, cols] if experts > 0 && rows > 0 && cols > 0 => {
+            Some((experts * rows, cols))
+        }
+        _ => None,
+    }
+}
+
 /// Whether a name is that of a file beside the index: nothing that names a folder, on any system.
 fn is_shard_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
@@ -264,11 +273,10 @@ fn is_shard_name(name: &str) -> bool {
 fn first_quantized<'a>(
     tensors: impl Iterator<Item = (&'a String, Dtype)>,
 ) -> Option<(&'a str, &'static str)> {
-    const METHODS: [(&str, &[&str]); 7] = [
+    const METHODS: [(&str, &[&str]); 6] = [
         ("GPTQ or AWQ", &[".qweight", ".qzeros", ".g_idx"]),
         ("bitsandbytes", &[".absmax", ".quant_map", ".nested_absmax", ".SCB", ".weight_format"]),
         ("compressed-tensors", &[".weight_packed", ".weight_shape", ".weight_zero_point"]),
-        ("MXFP4", &["_blocks", "_scales"]),
         ("EXL2 or EXL3", &[".q_weight", ".q_scale", ".trellis", ".suh"]),
         ("AQLM", &[".codebooks", ".codes"]),
         ("HQQ or MLX", &[".W_q", ".scales", ".biases"]),

@@ -2,20 +2,22 @@
 
 mod fp8;
 mod index;
+mod mxfp4;
+mod scales;
 #[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
 
 use crate::{
-    DType, Decoder, FormatError, ModelConfig, ModelSource, Part, Result, TokenizerSource, Weight,
+    DType, Decoder, FormatError, Layout, ModelConfig, ModelSource, Part, Result, TokenizerSource,
+    Weight,
     arch::Tensor,
     folder::{Description, Folder},
     locate::{self, Weights},
     places::{self, Fixed, floats},
     shapes::{self, Spelling},
 };
-use fp8::Fp8Scales;
 use index::{Parts, Shards, StoredTensor, Table};
 
 /// A model in a Hugging Face directory.
@@ -80,8 +82,9 @@ impl HfDirectory {
         };
         warnings.extend(parts.warning(path));
         fp8::attach_scales(path, &shards, &mut stored)?;
-        let is_in_fp8 = stored.values().any(|tensor| tensor.dtype == DType::F8_E4M3);
-        if let Some(method) = method.filter(|_| !is_in_fp8) {
+        mxfp4::attach_scales(path, &mut stored)?;
+        let is_quantized = stored.values().any(|tensor| tensor.dtype.is_quantized());
+        if let Some(method) = method.filter(|_| !is_quantized) {
             warnings.push(format!(
                 "`{}`: `quantization_config` ({method}) is left over: the weights are stored plainly, \
                  and read as they are",
@@ -97,6 +100,7 @@ impl HfDirectory {
         warnings.extend(places::guessing_left_out(path, &decoder, blocks, names));
         stored.retain(|name, _| !decoder.is_of_guessing(blocks, name));
         refuse_unknown(path, &stored, &decoder)?;
+        refuse_mixed_experts(path, &stored, &decoder)?;
         let mut files = folder.into_read();
         files.extend(shards.paths());
         shapes::check(path, &config, &decoder, Spelling::HuggingFace, |place| {
@@ -156,8 +160,8 @@ impl ModelSource for HfDirectory {
         }
         let Some(stored) = self.stored.get(&known.hf.name) else { return Ok(None) };
         let bytes = self.shards.bytes_of(stored);
-        let scales = stored.scales.as_ref().map(Fp8Scales::view);
-        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, stored.cols, bytes, scales)))
+        let scales = stored.scales.as_ref().map(|scales| scales.view(&self.shards));
+        Ok(Some(places::rows_of(known, &known.hf, stored.dtype, bytes, scales)))
     }
 
     fn tokenizer(&self) -> &TokenizerSource {
@@ -220,10 +224,13 @@ fn settle_output(
 }
 
 /// Finds out whether the matrices of experts are in one tensor for all, as newer releases of
-/// transformers write them.
+/// transformers write them, and whether that is in MXFP4.
 fn find_fused_experts(stored: &Table, config: &mut ModelConfig) {
     if let Some(experts) = &mut config.features.experts {
-        experts.are_fused = stored.keys().any(|name| name.ends_with("mlp.experts.gate_up_proj"));
+        let mut names = stored.iter();
+        let fused = names.find(|(name, _)| name.ends_with("mlp.experts.gate_up_proj"));
+        experts.are_fused = fused.is_some();
+        experts.are_mxfp4 = fused.is_some_and(|(_, tensor)| tensor.dtype == DType::F4_E2M1);
     }
 }
 
@@ -257,6 +264,28 @@ fn check_derived(
                         transformers, which leaves this tensor out";
             return Err(FormatError::malformed(path, place, "", "other frequencies", expected)
                 .with_hint(hint));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses experts of which only some matrices are in MXFP4, which lie otherwise than plain ones,
+/// and scales of matrices that are stored column by column.
+fn refuse_mixed_experts(path: &Path, stored: &Table, decoder: &Decoder) -> Result<()> {
+    for tensor in decoder.tensors().iter().filter(|tensor| tensor.is_matrix()) {
+        let (Part::Expert(..), Some(block), Some(found)) =
+            (tensor.part, tensor.block, stored.get(&tensor.hf.name))
+        else {
+            continue;
+        };
+        let are_mxfp4 = decoder.blocks[block].experts.is_some_and(|experts| experts.are_mxfp4);
+        let is_mixed = (found.dtype == DType::F4_E2M1) != are_mxfp4;
+        let is_transposed = matches!(tensor.hf.layout, Layout::Transposed { .. });
+        if is_mixed || is_transposed && found.scales.is_some() {
+            let (name, dtype) = (&tensor.hf.name, found.dtype);
+            let kind = if are_mxfp4 { "in MXFP4" } else { "in plain types" };
+            let what = format!("tensor `{name}` of type {dtype:?} in a model with experts {kind}");
+            return Err(FormatError::unsupported(path, what, ""));
         }
     }
     Ok(())

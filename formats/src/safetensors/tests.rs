@@ -248,6 +248,33 @@ fn quantized_weights_are_refused_by_their_method() {
 }
 
 #[test]
+fn mxfp4_scales_must_fill_their_matrix() {
+    let name = "model.layers.0.mlp.experts.down_proj";
+    let [blocks, scales] = ["blocks", "scales"].map(|kind| format!("{name}_{kind}"));
+    let of = |shape: &'static [usize]| (&*scales, Dtype::U8, shape);
+    let matrix: Tensor<'_> = (&blocks, Dtype::U8, &[2, 4, 3, 16]);
+    for (tensors, expected) in [
+        (vec![matrix], format!("found no scales, expected `{scales}`")),
+        (
+            vec![matrix, of(&[2, 4, 2])],
+            "found scales [8, 2] of F8_E8M0, expected [8, 3], one byte for 32 columns".to_owned(),
+        ),
+        (
+            vec![matrix, of(&[2, 4, 3]), (name, Dtype::F32, &[2, 4, 3])],
+            format!("found `{name}` beside it, expected one of them"),
+        ),
+        (
+            vec![of(&[2, 4, 3])],
+            format!("tensor `{scales}` of a model with 1 blocks is not supported"),
+        ),
+    ] {
+        let folder = one_file(json!({}), &tensors);
+        let error = HfDirectory::open(folder.path()).unwrap_err().to_string();
+        assert!(error.ends_with(&expected), "{error}");
+    }
+}
+
+#[test]
 fn stored_output_projection_counts() {
     let output: Tensor<'_> = ("lm_head.weight", Dtype::F32, &[3, 4]);
     let open = |is_tied: bool, tensors: &[Tensor<'_>], differs: bool| {

@@ -51,6 +51,9 @@ pub fn attention(precision: Precision, calls: &mut [AttentionCall<'_>]) {
     for parts in attended.chunk_by_mut(|(a, _), (b, _)| a.has_rows_of(b)) {
         let ((task, sum), others) = parts.split_first_mut().expect("a part");
         others.iter_mut().for_each(|(_, other)| sum.merge(other));
+        if let Some(sinks) = calls[task.call].sinks {
+            sum.count_sinks(task.of_heads(sinks));
+        }
         task.store(sum, &mut calls[task.call]);
     }
 }
@@ -106,6 +109,12 @@ impl Task {
         let len = self.shape.heads_per_kv_head() * self.shape.head_dim;
         let start = t * self.shape.query_stride() + self.kv_head * len;
         start..start + len
+    }
+
+    /// What the heads have of `[heads]`.
+    fn of_heads<'a>(&self, values: &'a [f32]) -> &'a [f32] {
+        let count = self.shape.heads_per_kv_head();
+        &values[self.kv_head * count..][..count]
     }
 
     /// Attention of the queries to the positions.
@@ -202,6 +211,14 @@ impl Attended {
             self.max[row] = max;
             self.sum[row] *= factor;
             self.out[row * self.dim..][..self.dim].iter_mut().for_each(|out| *out *= factor);
+        }
+    }
+
+    /// Counts a score of each head without a value.
+    fn count_sinks(&mut self, sinks: &[f32]) {
+        for (row, &sink) in (0..self.max.len()).zip(sinks.iter().cycle()) {
+            self.raise(row, sink);
+            self.sum[row] += exp(sink - self.max[row]);
         }
     }
 

@@ -117,9 +117,21 @@ fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x.clamp(-40.0, 40.0)) + 1.0)
 }
 
+/// `x / (1 + e^(-alpha x))`.
+#[inline(always)]
+fn swish(alpha: f32, x: f32) -> f32 {
+    x / (1.0 + exp(-alpha * x))
+}
+
 #[inline(always)]
 fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+    swish(1.0, x)
+}
+
+/// What a neuron's input becomes that is at most `limit`.
+#[inline(always)]
+fn clamped_input(limit: f32, up: f32) -> f32 {
+    1.0 + up.max(-limit).min(limit)
 }
 
 /// `sqrt(2 / pi)`.
@@ -141,16 +153,34 @@ fn gelu_share(x: f32) -> f32 {
 #[inline(always)]
 pub fn with_slope(activation: Activation, x: f32) -> (f32, f32) {
     match activation {
-        Activation::Silu => {
-            let sigmoid = 1.0 / (1.0 + exp(-x));
-            (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
-        }
+        Activation::Silu => swish_with_slope(1.0, x),
         Activation::GeluTanh => {
             let share = gelu_share(x);
             let inner = GELU_SLOPE * (1.0 + 3.0 * GELU_CUBE * x * x);
             (x * share, share + 2.0 * x * share * (1.0 - share) * inner)
         }
         Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+        Activation::ClampedSwish { alpha, limit } => {
+            let (value, slope) = swish_with_slope(alpha, x.min(limit));
+            (value, if x > limit { 0.0 } else { slope })
+        }
+    }
+}
+
+#[inline(always)]
+fn swish_with_slope(alpha: f32, x: f32) -> (f32, f32) {
+    let sigmoid = 1.0 / (1.0 + exp(-alpha * x));
+    (x * sigmoid, sigmoid * (1.0 + alpha * x * (1.0 - sigmoid)))
+}
+
+/// `(input(up), its slope at up)`, of what is multiplied by the activation of a gate.
+#[inline(always)]
+pub fn input_with_slope(activation: Activation, up: f32) -> (f32, f32) {
+    match activation {
+        Activation::ClampedSwish { limit, .. } => {
+            (clamped_input(limit, up), if up.abs() > limit { 0.0 } else { 1.0 })
+        }
+        _ => (up, 1.0),
     }
 }
 
@@ -174,6 +204,11 @@ per_isa! {
                     *gate = gate.max(0.0) * up;
                 }
             }
+            Activation::ClampedSwish { alpha, limit } => {
+                for (gate, up) in pairs {
+                    *gate = swish(alpha, gate.min(limit)) * clamped_input(limit, *up);
+                }
+            }
         }
     }
 }
@@ -194,6 +229,11 @@ per_isa! {
             Activation::Relu => {
                 for x in x {
                     *x = x.max(0.0);
+                }
+            }
+            Activation::ClampedSwish { alpha, limit } => {
+                for x in x {
+                    *x = swish(alpha, x.min(limit));
                 }
             }
         }

@@ -9,7 +9,7 @@ mod recurrent;
 mod unpack;
 
 pub use attention::attention;
-pub use elementwise::{cap, exp, kl_divergence, log_softmax, with_slope};
+pub use elementwise::{cap, exp, input_with_slope, kl_divergence, log_softmax, with_slope};
 pub use recurrent::{DeltaCall, convolve, delta_net, delta_step, sigmoid, softplus, split, unit};
 
 use std::ops::Range;

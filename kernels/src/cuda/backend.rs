@@ -164,7 +164,8 @@ impl CudaBackend {
     }
 
     /// A call of `attention` of the trait, on the device.
-    fn attend(&self, AttentionCall { shape, q, kv, out }: &mut AttentionCall<'_>) -> Result<()> {
+    fn attend(&self, call: &mut AttentionCall<'_>) -> Result<()> {
+        let AttentionCall { shape, q, kv, out, .. } = call;
         let device = &self.device;
         let (positions, dim) = (shape.start + shape.m, shape.head_dim);
         let mut cache = KvCache::new(device, KvType::F16, shape.kv_heads, positions, dim)?;
@@ -226,9 +227,12 @@ impl Backend for CudaBackend {
         Cpu.rope(x, heads, angles);
     }
 
-    /// On the processor if the kernels do not take heads of this size.
+    /// On the processor if the kernels do not take heads of this size, or with sinks.
     fn attention(&self, calls: &mut [AttentionCall<'_>]) -> Result<()> {
-        match calls.iter().all(|call| KvCache::takes_head_dim(call.shape.head_dim)) {
+        let is_taken = |call: &AttentionCall<'_>| {
+            call.sinks.is_none() && KvCache::takes_head_dim(call.shape.head_dim)
+        };
+        match calls.iter().all(is_taken) {
             true => calls.iter_mut().try_for_each(|call| self.attend(call)),
             false => Cpu.attention(calls),
         }

@@ -304,7 +304,7 @@ impl Device {
                 args.normed = self.output(&mut out.values.view_mut());
             }
             Target::Neurons { activation, out, .. } => {
-                args.activation = code_of(activation);
+                args.activation = code_of(activation)?;
                 args.operand_stride = out.stride() as u32;
                 args.operands = self.output(&mut out.values.view_mut());
             }
@@ -476,7 +476,7 @@ impl Device {
         }
         check_operands(out, n, m)?;
         let (gate, up) = (self.input(gate), up.map_or(0, |up| self.input(up)));
-        let (activation, stride) = (code_of(activation), out.stride() as u32);
+        let (activation, stride) = (code_of(activation)?, out.stride() as u32);
         let (out, width) = (self.output(&mut out.values.view_mut()), n as u32);
         let args = &mut [
             argument(&gate),
@@ -947,11 +947,12 @@ impl Neurons<'_> {
 }
 
 /// `Activation` of `activation.cuh`.
-fn code_of(activation: Activation) -> u32 {
+fn code_of(activation: Activation) -> Result<u32> {
     match activation {
-        Activation::Silu => 0,
-        Activation::GeluTanh => 1,
-        Activation::Relu => 2,
+        Activation::Silu => Ok(0),
+        Activation::GeluTanh => Ok(1),
+        Activation::Relu => Ok(2),
+        Activation::ClampedSwish { .. } => Err(KernelError::UnsupportedActivation { activation }),
     }
 }
 

@@ -454,7 +454,7 @@ mod tests {
         let columns: Vec<u8> =
             (0..rows * cols).flat_map(|i| value(i % rows, i / rows).to_le_bytes()).collect();
         let mut again = vec![0; 2 * STEP_WORDS];
-        let transposed = dense(&columns, Layout::Transposed { stride: rows });
+        let transposed = dense(&columns, Layout::Transposed { stride: rows, step: 1 });
         write_fragments(Weight::Dense(transposed), 1, &mut again).unwrap();
         assert_eq!(again, words);
         let pair = |low: f32, high: f32| {

@@ -9,6 +9,10 @@ const TURN_ERROR: f64 = 2e-6;
 
 const CONTEXT: usize = 64;
 
+/// Models that differ in what they compute.
+const MODELS: [&str; 8] =
+    ["llama", "gemma2", "phi3", "opt", "ministral3", "glm4-moe", "qwen2-moe", "gpt-oss"];
+
 fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/archs").join(name)
 }
@@ -82,7 +86,7 @@ fn keys_and_values_of_8_bits_change_the_logits_a_little() {
 
 #[test]
 fn a_turn_among_others_has_the_logits_that_it_has_alone() {
-    for name in ["llama", "gemma2", "phi3", "opt", "ministral3", "glm4-moe", "qwen2-moe"] {
+    for name in MODELS {
         let (model, texts) = (open(name), texts());
         let together = step(&model, &texts);
         let rows = together.chunks(model.config().vocab_size);
@@ -97,7 +101,7 @@ fn a_turn_among_others_has_the_logits_that_it_has_alone() {
 
 #[test]
 fn a_turn_does_not_depend_on_what_the_others_say() {
-    for name in ["llama", "gemma2", "phi3", "opt", "ministral3", "glm4-moe", "qwen2-moe"] {
+    for name in MODELS {
         let (model, mut texts) = (open(name), texts());
         let before = step(&model, &texts);
         for (held, new) in &mut texts[1..] {

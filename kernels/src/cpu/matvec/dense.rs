@@ -29,15 +29,16 @@ per_isa! {
         let mut values = [0.0; PIECE];
         let bytes_of = |count: usize| tensor.dtype.size_in_bytes(count as u64).unwrap_or(0) as usize;
         out.fill(0.0);
-        if let Layout::Transposed { stride } = tensor.layout {
-            // A column is the weights of one input.
-            for (rows, out) in rows.clone().step_by(PIECE).zip(out.chunks_mut(PIECE)) {
-                let values = &mut values[..out.len()];
+        if let Layout::Transposed { stride, step } = tensor.layout {
+            // A column is the weights of one input, and those of others that stand between.
+            let of_piece = PIECE.div_ceil(step);
+            for (rows, out) in rows.clone().step_by(of_piece).zip(out.chunks_mut(of_piece)) {
+                let values = &mut values[..(out.len() - 1) * step + 1];
                 for (col, x) in x.iter().enumerate() {
-                    let start = bytes_of(col * stride + rows);
-                    let bytes = &tensor.bytes[start..start + bytes_of(out.len())];
+                    let start = bytes_of(col * stride + rows * step);
+                    let bytes = &tensor.bytes[start..start + bytes_of(values.len())];
                     dequantize(tensor.dtype, bytes, values)?;
-                    for (out, value) in out.iter_mut().zip(values.iter()) {
+                    for (out, value) in out.iter_mut().zip(values.iter().step_by(step)) {
                         *out += x * value;
                     }
                 }

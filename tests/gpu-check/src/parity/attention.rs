@@ -122,7 +122,8 @@ fn compare(device: &Arc<Device>, check: &mut Check, case: &Case) -> Result<()> {
     let Scores { window, scale, softcap } = case.scores();
     let shape = AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap };
     let mut expected = vec![0.0; q.len()];
-    Scalar.attention(&mut [AttentionCall { shape, q: &q, kv: &kv, out: &mut expected }])?;
+    let call = AttentionCall { shape, q: &q, kv: &kv, sinks: None, out: &mut expected };
+    Scalar.attention(&mut [call])?;
     check.near(format_args!("{kv_type:?}, {case:?}"), &on_device.out.read(m)?, &expected);
     Ok(())
 }
