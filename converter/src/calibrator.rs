@@ -272,10 +272,21 @@ struct Stream {
     residual: Activations,
     /// The normed residual, `[samples, tokens, hidden]`.
     normed: Activations,
-    /// What the mixer gives, `[samples, tokens, channels]`.
+    /// What the mixer gives, or makes for layers of its own, `[samples, tokens, channels]`.
     mixed: Activations,
     /// The activations of neurons, `[samples, tokens, neurons]`.
     activated: Activations,
+}
+
+/// Channels of what a mixer gives at a stage.
+fn mixed_width(spec: &BlockSpec, stage: Stage, hidden_size: usize) -> Option<usize> {
+    let latent = spec.mixer.latent();
+    match stage {
+        Stage::Query => latent?.query_rank,
+        Stage::Latent => latent.map(|latent| latent.rank),
+        Stage::AttentionOutput => Some(spec.mixer.output_width(hidden_size)),
+        _ => None,
+    }
 }
 
 /// The stages of [`Block::forward`], each for all samples.
@@ -283,8 +294,10 @@ impl Stream {
     /// The channels of its activations, in the order of the fields.
     fn widths(decoder: &Decoder) -> [usize; 4] {
         let hidden = decoder.hidden_size;
-        let mixed = |block: &BlockSpec| block.mixer.output_width(hidden);
-        let widest = decoder.blocks.iter().map(mixed).max().unwrap_or(0);
+        let mixed = |block: &BlockSpec| {
+            block.stages().filter_map(|stage| mixed_width(block, stage, hidden)).max()
+        };
+        let widest = decoder.blocks.iter().filter_map(mixed).max().unwrap_or(0);
         [hidden, hidden, widest, decoder.widest_ffn()]
     }
 
@@ -292,7 +305,7 @@ impl Stream {
     fn inputs_of(&self, stage: Stage) -> &Activations {
         match stage {
             Stage::Attention | Stage::Ffn => &self.normed,
-            Stage::AttentionOutput => &self.mixed,
+            Stage::Query | Stage::Latent | Stage::AttentionOutput => &self.mixed,
             Stage::FfnOutput => &self.activated,
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         }
@@ -301,16 +314,17 @@ impl Stream {
     /// Makes the inputs of a stage's layers.
     fn enter(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let Self { residual, normed, mixed, activated } = self;
-        match (stage, block.spec.ffn) {
-            (Stage::AttentionOutput, _) => {
-                mixed.set_width(block.spec.mixer.output_width(walk.context.decoder.hidden_size));
-            }
-            (Stage::FfnOutput, Some(ffn)) => activated.set_width(ffn.width),
-            _ => {}
+        if let Some(width) = mixed_width(&block.spec, stage, walk.context.decoder.hidden_size) {
+            mixed.set_width(width);
+        }
+        if let (Stage::FfnOutput, Some(ffn)) = (stage, block.spec.ffn) {
+            activated.set_width(ffn.width);
         }
         let (from, inputs, running) = match stage {
             Stage::Attention | Stage::Ffn => (&*residual, normed, None),
-            Stage::AttentionOutput => (&*normed, mixed, Some(Stage::Attention)),
+            Stage::Query | Stage::Latent | Stage::AttentionOutput => {
+                (&*normed, mixed, Some(Stage::Attention))
+            }
             Stage::FfnOutput => (&*normed, activated, Some(Stage::Ffn)),
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         };

@@ -15,11 +15,12 @@ pub use gguf::TensorFacts;
 pub(crate) use hugging_face::shortest;
 pub use keys::Keys;
 pub(crate) use keys::every;
+pub(crate) use rope::yarn_amplitude;
 pub use rope::{LongRope, Rope, Scaling, Yarn};
 
 use crate::{
     FormatError, Generation, Result,
-    arch::{Activation, Experts, Family, Mixer, QueryScaling},
+    arch::{Activation, Experts, Family, LatentAttention, Mixer, QueryScaling},
 };
 
 /// Hyperparameters of a transformer.
@@ -103,6 +104,8 @@ pub struct Features {
     /// Blocks behind the last that guess further tokens: files may hold them, nothing here uses
     /// them.
     pub guessing_blocks: usize,
+    /// Latent attention, of families that have it.
+    pub latent: Option<LatentAttention>,
     /// What mixes tokens in blocks that have a state in place of keys and values.
     pub recurrence: Option<Mixer>,
     /// Which blocks those are; none if it is empty.
@@ -137,6 +140,7 @@ impl Default for Features {
             sparse: Vec::new(),
             shared_ffn_size: None,
             guessing_blocks: 0,
+            latent: None,
             recurrence: None,
             recurrent: Vec::new(),
             local_rope: None,
@@ -228,6 +232,9 @@ impl ModelConfig {
         if let Some(experts) = &self.features.experts {
             validate_experts(path, experts)?;
         }
+        if let Some(latent) = &self.features.latent {
+            validate_latent(path, latent)?;
+        }
         if let Some(mixer) = &self.features.recurrence {
             validate_recurrence(path, mixer)?;
         }
@@ -274,6 +281,7 @@ impl ModelConfig {
 fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
     let Experts { count, used, ffn, routing, .. } = *experts;
     let used_groups = routing.groups.map_or(1, |groups| groups.used);
+    let best = routing.groups.map_or(1, |groups| groups.best);
     let groups = routing.groups.map_or(1, |groups| groups.count);
     for (what, found, limit) in [
         ("number of experts", usize::from(count), MAX_EXPERTS),
@@ -281,6 +289,7 @@ fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
         ("feed-forward size of experts", ffn.width, 1 << 22),
         ("number of expert groups", groups.into(), (count / 2).max(1).into()),
         ("number of expert groups of a token", used_groups.into(), groups.into()),
+        ("number of experts that rate a group", best.into(), (count / groups.max(1)).into()),
     ] {
         if !(1..=limit).contains(&found) {
             return Err(invalid(path, what, found, &format!("1 to {limit}")));
@@ -299,6 +308,22 @@ fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
     {
         if !(found.is_finite() && found > 0.0) {
             return Err(invalid(path, what, found, "a finite number above 0"));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses latent attention whose numbers do not fit each other.
+fn validate_latent(path: &Path, latent: &LatentAttention) -> Result<()> {
+    for (what, found, limit) in [
+        ("size of keys that are not turned", latent.plain_dim, MAX_HEAD_DIM),
+        ("size of keys that are turned", latent.turned_dim, MAX_HEAD_DIM),
+        ("size of values", latent.value_dim, MAX_HEAD_DIM),
+        ("size of the latent", latent.rank, MAX_HEAD_DIM),
+        ("size of what queries are made of", latent.query_rank.unwrap_or(1), 1 << 20),
+    ] {
+        if !(1..=limit).contains(&found) {
+            return Err(invalid(path, what, found, &format!("1 to {limit}")));
         }
     }
     Ok(())

@@ -160,12 +160,14 @@ pub enum Layout {
     /// Row by row, in the order in which the rows are used.
     AsStored,
     /// Row by row, in the order of those who turn neighbours, as llama.cpp does in the `llama`
-    /// architecture: among the first `n` rows of each head, stored row `2 i` is row `i`, and stored
-    /// row `2 i + 1` is row `i + n / 2`.
+    /// architecture: among the `n` rotated rows of each head, stored row `2 i` is row `i`, and
+    /// stored row `2 i + 1` is row `i + n / 2`.
     Interleaved {
         /// Rows per head.
         head_dim: usize,
-        /// Rotated ones among them, the first.
+        /// The first rotated one.
+        first: usize,
+        /// How many follow it.
         rotated: usize,
     },
     /// Row by row, in turns with the rows of others, as in files that fuse tensors so: row `r` is
@@ -185,6 +187,11 @@ pub enum Layout {
         /// Values from a row to the next: 1, or more if rows of others stand between.
         step: usize,
     },
+    /// Head by head, each column by column: a column of a head is a row of blocks.
+    TransposedHeads {
+        /// Rows per head.
+        head_rows: usize,
+    },
 }
 
 impl Layout {
@@ -192,16 +199,17 @@ impl Layout {
     pub fn stored_row(self, row: usize) -> Option<usize> {
         match self {
             Self::AsStored => Some(row),
-            Self::Interleaved { head_dim, rotated } => {
+            Self::Interleaved { head_dim, first, rotated } => {
                 let (channel, half) = (row % head_dim, rotated / 2);
-                let stored = match channel < rotated {
-                    true => 2 * (channel % half) + channel / half,
+                let turned = channel.wrapping_sub(first);
+                let stored = match turned < rotated {
+                    true => first + 2 * (turned % half) + turned / half,
                     false => channel,
                 };
                 Some(row - channel + stored)
             }
             Self::Strided { piece, stride } => Some(row / piece * stride + row % piece),
-            Self::Transposed { .. } => None,
+            Self::Transposed { .. } | Self::TransposedHeads { .. } => None,
         }
     }
 }
@@ -278,14 +286,17 @@ mod tests {
     #[test]
     fn interleaved_rows_are_stored_in_pairs() {
         let stored = |rotated| -> Vec<usize> {
-            let order = Layout::Interleaved { head_dim: 4, rotated };
+            let order = Layout::Interleaved { head_dim: 4, first: 0, rotated };
             (0..8).filter_map(|row| order.stored_row(row)).collect()
         };
         assert_eq!(stored(4), [0, 2, 1, 3, 4, 6, 5, 7]);
         assert_eq!(stored(2), [0, 1, 2, 3, 4, 5, 6, 7]);
-        let order = Layout::Interleaved { head_dim: 6, rotated: 4 };
-        let stored: Vec<usize> = (0..6).filter_map(|row| order.stored_row(row)).collect();
-        assert_eq!(stored, [0, 2, 1, 3, 4, 5]);
+        let order = |first| Layout::Interleaved { head_dim: 6, first, rotated: 4 };
+        let stored = |first| -> Vec<usize> {
+            (0..6).filter_map(|row| order(first).stored_row(row)).collect()
+        };
+        assert_eq!(stored(0), [0, 2, 1, 3, 4, 5]);
+        assert_eq!(stored(2), [0, 1, 2, 4, 3, 5]);
     }
 
     #[test]

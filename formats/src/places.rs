@@ -45,6 +45,7 @@ pub(crate) fn rows_of<'a>(
     let (rows, cols) = tensor.shape();
     let values = match place.layout {
         Layout::Transposed { stride, step } => (cols - 1) * stride + (rows - 1) * step + 1,
+        Layout::TransposedHeads { .. } => rows * cols,
         layout => layout.stored_row(rows - 1).map_or(rows, |last| rows.max(last + 1)) * cols,
     };
     let first = if tensor.is_matrix() { place.first_value(cols) } else { 0 };

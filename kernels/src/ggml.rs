@@ -66,6 +66,9 @@ pub fn dequantize_rows(
             transposed_rows(tensor, stride, step, rows, out)
         });
     }
+    if let Layout::TransposedHeads { head_rows } = tensor.layout {
+        return rows_of_heads(tensor, head_rows, rows, out);
+    }
     let row_bytes = tensor.row_bytes();
     for (row, values) in rows.zip(out.chunks_exact_mut(tensor.cols.max(1))) {
         let stored = tensor.layout.stored_row(row).expect("rows are stored one after the other");
@@ -74,6 +77,33 @@ pub fn dequantize_rows(
             let blocks = values.chunks_mut(scales.block.1).zip(scales.of_row(stored));
             blocks.for_each(|(values, scale)| values.iter_mut().for_each(|value| *value *= scale));
         }
+    }
+    Ok(())
+}
+
+/// Some rows of a tensor each head of which is stored column by column.
+fn rows_of_heads(
+    tensor: &DenseTensor<'_>,
+    head_rows: usize,
+    rows: Range<usize>,
+    out: &mut [f32],
+) -> Result<()> {
+    let cols = tensor.cols;
+    let column_bytes = tensor.dtype.size_in_bytes(head_rows as u64).unwrap_or(0) as usize;
+    let mut column = vec![0.0; head_rows];
+    let mut first = rows.start;
+    let mut out = out;
+    while first < rows.end {
+        let (head, end) = (first / head_rows, rows.end.min((first / head_rows + 1) * head_rows));
+        let values = out.split_off_mut(..(end - first) * cols).expect("checked above");
+        for col in 0..cols {
+            let bytes = &tensor.bytes[(head * cols + col) * column_bytes..][..column_bytes];
+            dequantize(tensor.dtype, bytes, &mut column)?;
+            let of_rows = &column[first % head_rows..][..end - first];
+            let places = values.iter_mut().skip(col).step_by(cols);
+            places.zip(of_rows).for_each(|(place, value)| *place = *value);
+        }
+        first = end;
     }
     Ok(())
 }
@@ -686,7 +716,8 @@ mod tests {
     #[test]
     fn dequantize_rows_interleaved_gives_the_order_of_use() {
         let mut bytes = Vec::new();
-        let tensor = numbered_rows(&mut bytes, Layout::Interleaved { head_dim: 4, rotated: 4 });
+        let tensor =
+            numbered_rows(&mut bytes, Layout::Interleaved { head_dim: 4, first: 0, rotated: 4 });
         let mut out = [0.0; 10];
         dequantize_rows(&tensor, 1..6, &mut out).unwrap();
         assert_eq!(out, [2.0, 2.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 6.0, 6.0]);

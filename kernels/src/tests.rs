@@ -740,7 +740,7 @@ fn matmul_interleaved_rows_come_in_the_order_of_use() {
     let (rows, cols, head_dim) = (136, 32, 8);
     let mut noise = Noise(7);
     let (bytes, stored) = dense_bytes(&mut noise, DType::F16, rows * cols);
-    let layout = Layout::Interleaved { head_dim, rotated: head_dim };
+    let layout = Layout::Interleaved { head_dim, first: 0, rotated: head_dim };
     let tensor = DenseTensor { dtype: DType::F16, rows, cols, bytes: &bytes, layout, scales: None };
     let used: Vec<f64> = (0..rows)
         .flat_map(|row| {

@@ -118,6 +118,8 @@ impl<'a> Block<'a> {
         passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
         match stage {
+            Stage::Query => self.query_input(context, from),
+            Stage::Latent => Ok(self.latents(context, from)?.0),
             Stage::AttentionOutput => self.mix(context, from, passages),
             Stage::FfnOutput => self.neurons(context, from),
             Stage::Attention | Stage::Ffn => match stage.norm() {

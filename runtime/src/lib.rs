@@ -45,7 +45,7 @@ pub use error::{Result, RuntimeError};
 pub use generation::{
     DEFAULT_CONTEXT, End, Event, Generation, Generator, Settings, Timing, Timings,
 };
-pub use mixer::{attention_shape, decays, multiply, side_by_side};
+pub use mixer::{attention_shape, cut, decays, multiply, side_by_side};
 pub use model::Model;
 #[cfg(feature = "onnx-run")]
 pub use onnx::{OnnxGraph, OnnxRuntime};

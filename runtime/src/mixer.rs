@@ -1,11 +1,16 @@
 //! The mixers of a block: attention, the gated delta net, short convolutions.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
 use slim_formats::{
-    Part,
-    arch::{Activation, Attention, DeltaNet, Mixer, Norm},
+    Part, Weight,
+    arch::{Activation, Attention, DeltaNet, LatentAttention, Mixer, Norm},
 };
 use slim_kernels::{
-    AttentionCall, AttentionShape, DeltaCall, convolve, delta_net, sigmoid, softplus,
+    AttentionCall, AttentionShape, DeltaCall, convolve, delta_net,
+    linalg::{self, Mat, Precision, Store},
+    sigmoid, softplus, weight,
 };
 
 use crate::{
@@ -27,6 +32,7 @@ impl Block<'_> {
     ) -> Result<Vec<f32>> {
         match &self.spec.mixer {
             Mixer::Attention(attention) => self.attend(attention, context, input, passages),
+            Mixer::Latent(latent) => self.attend_to_latents(latent, context, input, passages),
             Mixer::DeltaNet(net) => self.delta_net(*net, context, input, passages),
             Mixer::Convolution(_) => self.short_convolution(context, input, passages),
         }
@@ -95,6 +101,91 @@ impl Block<'_> {
         Ok(out)
     }
 
+    /// What queries of latent attention are made of, `[m, query_rank]`, or the `input` itself.
+    pub(crate) fn query_input(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<f32>> {
+        let Some(weight) = self.vectors.get(Part::QueryDownNorm) else { return Ok(input.to_vec()) };
+        let x = self.linear(Part::QueryDown, context, input)?;
+        let mut normed = vec![0.0; x.len()];
+        context.backend.rms_norm(&x, weight, LatentAttention::EPSILON, &mut normed);
+        Ok(normed)
+    }
+
+    /// The normed latents, `[m, rank]`, and the keys that are to be turned, `[m, turned_dim]`.
+    pub(crate) fn latents(
+        &self,
+        context: Context<'_>,
+        input: &[f32],
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let weight = &self.vectors[Part::LatentNorm];
+        let both = self.linear(Part::LatentDown, context, input)?;
+        let width = both.len() / (input.len() / context.decoder.hidden_size);
+        let [raw, keys] =
+            [0..weight.len(), weight.len()..width].map(|columns| cut(&both, width, columns));
+        let mut latents = vec![0.0; raw.len()];
+        context.backend.rms_norm(&raw, weight, LatentAttention::EPSILON, &mut latents);
+        Ok((latents, keys))
+    }
+
+    /// Attention to latents: queries go through the matrices of keys before, what comes of it
+    /// through those of values behind, so that all heads have the same keys and values.
+    fn attend_to_latents(
+        &self,
+        latent: &LatentAttention,
+        context: Context<'_>,
+        input: &[f32],
+        passages: &mut [Passage<'_>],
+    ) -> Result<Vec<f32>> {
+        let &LatentAttention { heads, plain_dim, turned_dim, rank, scale, .. } = latent;
+        let (query_dim, kept) = (latent.query_dim(), latent.kept_dim());
+        let q = self.query_input(context, input)?;
+        let q = self.linear(Part::AttnQ, context, &q)?;
+        let plain = cut(&q, query_dim, 0..plain_dim);
+        let mut turned = cut(&q, query_dim, plain_dim..query_dim);
+        let (latents, mut keys) = self.latents(context, input)?;
+        let mut first = 0;
+        for Passage { positions, .. } in passages.iter() {
+            let tokens = first..first + positions.count;
+            let angles = &positions.angles[0];
+            let of_queries = tokens.start * heads * turned_dim..tokens.end * heads * turned_dim;
+            context.backend.rope(&mut turned[of_queries], heads, angles);
+            context.backend.rope(
+                &mut keys[tokens.start * turned_dim..tokens.end * turned_dim],
+                1,
+                angles,
+            );
+            first = tokens.end;
+        }
+        let absorbed = by_heads(self.layers[Part::LatentKeys], heads, &plain, Side::Left)?;
+        let q = side_by_side([(&absorbed, rank), (&turned, turned_dim)]);
+        let k = side_by_side([(&latents, rank), (&keys, turned_dim)]);
+        let v = side_by_side([(&latents, rank), (&vec![0.0; keys.len()], turned_dim)]);
+        let mut out = vec![0.0; q.len()];
+        let mut calls = Vec::with_capacity(passages.len());
+        let (mut q, mut k, mut v, mut rest) = (&q[..], &k[..], &v[..], &mut out[..]);
+        for Passage { positions, state } in passages {
+            let (start, m) = (positions.start, positions.count);
+            let shape = AttentionShape {
+                heads,
+                kv_heads: 1,
+                head_dim: kept,
+                start,
+                m,
+                window: None,
+                scale,
+                softcap: None,
+            };
+            let kv = state.cache();
+            let my_k = k.split_off(..m * kept).expect("keys of every passage");
+            kv.store(my_k, v.split_off(..m * kept).expect("as many values"), start);
+            let q = q.split_off(..m * heads * kept).expect("queries of every passage");
+            let out = rest.split_off_mut(..m * heads * kept).expect("as long as the queries");
+            calls.push(AttentionCall { shape, q, kv, sinks: None, out });
+        }
+        context.backend.attention(&mut calls)?;
+        drop(calls);
+        by_heads(self.layers[Part::LatentValues], heads, &cut(&out, kept, 0..rank), Side::Right)
+    }
+
     /// The gated delta net.
     fn delta_net(
         &self,
@@ -144,10 +235,7 @@ impl Block<'_> {
     ) -> Result<Vec<f32>> {
         let hidden = context.decoder.hidden_size;
         let bcu = self.linear(Part::ConvolutionInput, context, input)?;
-        let third = |index: usize| -> Vec<f32> {
-            let tokens = bcu.chunks_exact(3 * hidden);
-            tokens.flat_map(|token| &token[index * hidden..][..hidden]).copied().collect()
-        };
+        let third = |index: usize| cut(&bcu, 3 * hidden, index * hidden..(index + 1) * hidden);
         let mut gated = third(0);
         multiply(&mut gated, &third(2));
         let mut out = self.convolved(&gated, passages);
@@ -175,6 +263,40 @@ impl Block<'_> {
 pub fn attention_shape(attention: &Attention, start: usize, m: usize) -> AttentionShape {
     let &Attention { heads, kv_heads, head_dim, window, scale, softcap, .. } = attention;
     AttentionShape { heads, kv_heads, head_dim, start, m, window, scale, softcap }
+}
+
+/// On which side of a matrix `[rows, cols]` inputs stand: `x w` or `x w^T`.
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Left,
+    Right,
+}
+
+/// The products of `x: [m, heads * n]` with a matrix that has some rows for each head: inputs of a
+/// head go through its rows only.
+fn by_heads(weight: Weight<'_>, heads: usize, x: &[f32], side: Side) -> Result<Vec<f32>> {
+    let (rows, cols) = weight::shape(weight);
+    let head_rows = rows / heads;
+    let (n, width) = if side == Side::Left { (head_rows, cols) } else { (cols, head_rows) };
+    let m = x.len() / (heads * n);
+    let of_head = |head: usize| -> Result<Vec<f32>> {
+        let mut values = vec![0.0; head_rows * cols];
+        weight::dequantize_rows(weight, head * head_rows..(head + 1) * head_rows, &mut values)?;
+        let matrix = Mat::new(&values, head_rows, cols);
+        let matrix = if side == Side::Left { matrix } else { matrix.transposed() };
+        let x = Mat::strided(&x[head * n..], m, n, heads * n);
+        let mut out = vec![0.0; m * width];
+        linalg::matmul(Precision::Fine, &mut out, width, Store::REPLACE, x, matrix);
+        Ok(out)
+    };
+    let of_heads: Vec<Vec<f32>> = (0..heads).into_par_iter().map(of_head).collect::<Result<_>>()?;
+    let row = |t: usize| of_heads.iter().flat_map(move |head| &head[t * width..][..width]);
+    Ok((0..m).flat_map(row).copied().collect())
+}
+
+/// Some columns of each row of a matrix that is `width` wide.
+pub fn cut(x: &[f32], width: usize, columns: Range<usize>) -> Vec<f32> {
+    x.chunks_exact(width).flat_map(|row| &row[columns.clone()]).copied().collect()
 }
 
 /// Rows of matrices, each given with its width, one behind the other.

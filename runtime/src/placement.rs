@@ -41,11 +41,11 @@ impl CudaSettings {
         if decoder.blocks.iter().any(|block| block.experts.is_some()) {
             return Some("one with experts");
         }
-        let has_states = decoder.blocks.iter().any(|block| block.attention().is_none());
+        let has_others = decoder.blocks.iter().any(|block| block.attention().is_none());
         let has_sinks = |attention: &Attention| attention.has_sinks;
         let has_sinks = decoder.blocks.iter().filter_map(|block| block.attention()).any(has_sinks);
-        match (has_states, has_sinks) {
-            (true, _) => Some("one whose blocks have a state in place of keys and values"),
+        match (has_others, has_sinks) {
+            (true, _) => Some("one with blocks of another kind than attention"),
             (_, true) => Some("one with attention sinks"),
             _ => None,
         }

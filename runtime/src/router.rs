@@ -74,7 +74,9 @@ fn choose(experts: &Experts, scores: &[f32], correction: Option<&[f32]>) -> Vec<
     }
     if let Some(groups) = experts.routing.groups {
         let size = scores.len() / usize::from(groups.count);
-        let of_group = |group: &[f32]| best(group, 2).into_iter().map(|index| group[index]).sum();
+        let of_group = |group: &[f32]| {
+            best(group, groups.best.into()).into_iter().map(|index| group[index]).sum()
+        };
         let of_groups: Vec<f32> = worth.chunks_exact(size).map(of_group).collect();
         let left = best(&of_groups, groups.used.into());
         for (group, worth) in worth.chunks_exact_mut(size).enumerate() {
@@ -162,7 +164,7 @@ mod tests {
 
     #[test]
     fn only_the_best_groups_are_chosen_from() {
-        let groups = Some(ExpertGroups { count: 3, used: 1 });
+        let groups = Some(ExpertGroups { count: 3, used: 1, best: 2 });
         let routing = Routing { groups, ..routing(Scores::Sigmoid, false) };
         let scores = [0.9, 0.0, 0.6, 0.5, 0.2, 0.3];
         assert_eq!(choose(&experts(6, 2, routing), &scores, None), [2, 3]);

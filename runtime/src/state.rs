@@ -1,6 +1,6 @@
 //! What a block keeps of the tokens of a text.
 
-use slim_formats::arch::{Attention, BlockSpec, Mixer};
+use slim_formats::arch::{BlockSpec, Mixer};
 use slim_kernels::{KvCache, KvType};
 
 /// What a block keeps of a text: keys and values, or a state of one size.
@@ -29,14 +29,14 @@ impl State {
         capacity: usize,
         kv_type: Option<KvType>,
     ) -> Self {
-        match (spec.mixer, kv_type) {
-            (Mixer::Attention(Attention { kv_heads, head_dim, .. }), Some(kv_type)) => {
-                Self::Cache(KvCache::new(kv_type, kv_heads, capacity, head_dim))
+        match (heads_kept(&spec.mixer), kv_type) {
+            (Some((heads, head_dim)), Some(kv_type)) => {
+                Self::Cache(KvCache::new(kv_type, heads, capacity, head_dim))
             }
-            (Mixer::Attention(Attention { kv_heads, head_dim, .. }), None) => {
-                Self::Cache(KvCache::exact(kv_heads, capacity, head_dim))
+            (Some((heads, head_dim)), None) => {
+                Self::Cache(KvCache::exact(heads, capacity, head_dim))
             }
-            _ => Self::Recurrent(Recurrent::new(spec, hidden_size)),
+            (None, _) => Self::Recurrent(Recurrent::new(spec, hidden_size)),
         }
     }
 
@@ -46,15 +46,15 @@ impl State {
         hidden_size: usize,
         kv_type: Option<KvType>,
     ) -> (u64, u64) {
-        match spec.mixer {
-            Mixer::Attention(Attention { kv_heads, head_dim, .. }) => {
+        match heads_kept(&spec.mixer) {
+            Some((heads, head_dim)) => {
                 let of_head = match kv_type {
                     Some(kv_type) => kv_type.row_bytes(head_dim),
                     None => 2 * size_of::<f32>() * head_dim,
                 };
-                ((kv_heads * of_head) as u64, 0)
+                ((heads * of_head) as u64, 0)
             }
-            _ => {
+            None => {
                 let [recent, matrices] = Recurrent::lengths(spec, hidden_size);
                 (0, (recent + matrices).saturating_mul(size_of::<f32>() as u64))
             }
@@ -84,6 +84,15 @@ impl State {
     }
 }
 
+/// The heads of keys and values that a mixer keeps of each token, and their channels.
+fn heads_kept(mixer: &Mixer) -> Option<(usize, usize)> {
+    match mixer {
+        Mixer::Attention(attention) => Some((attention.kv_heads, attention.head_dim)),
+        Mixer::Latent(latent) => Some((1, latent.kept_dim())),
+        Mixer::DeltaNet(_) | Mixer::Convolution(_) => None,
+    }
+}
+
 impl Recurrent {
     fn new(spec: &BlockSpec, hidden_size: usize) -> Self {
         let [recent, matrices] =
@@ -96,7 +105,7 @@ impl Recurrent {
         let channels = spec.mixer.convolved_channels(hidden_size).unwrap_or(0) as u64;
         let matrices = match spec.mixer {
             Mixer::DeltaNet(net) => net.values() as u64 * net.key_dim as u64,
-            Mixer::Attention(_) | Mixer::Convolution(_) => 0,
+            Mixer::Attention(_) | Mixer::Latent(_) | Mixer::Convolution(_) => 0,
         };
         [channels * spec.mixer.taps().saturating_sub(1) as u64, matrices]
     }

@@ -2,13 +2,11 @@
 //! of queries of one head at a time.
 
 use rayon::prelude::*;
-use slim_formats::Part;
 use slim_kernels::{
     AttentionCall, AttentionShape, KvCache, attention, cap,
     linalg::{self, Mat, Precision, Store},
     log_softmax,
 };
-use slim_runtime::{Block, attention_shape};
 
 use super::elementwise::{reverse_cap, reverse_softmax};
 
@@ -18,17 +16,17 @@ const QUERY_BLOCK: usize = 128;
 /// Rotated queries and keys, and values of equally long sequences that follow each other; `m`
 /// tokens in all.
 pub struct Attention<'s> {
-    precision: Precision,
+    pub precision: Precision,
     /// Of one sequence.
-    shape: AttentionShape,
+    pub shape: AttentionShape,
     /// `[m, heads * head_dim]`.
-    q: &'s [f32],
+    pub q: &'s [f32],
     /// `[m, kv_heads * head_dim]`.
-    k: &'s [f32],
+    pub k: &'s [f32],
     /// `[m, kv_heads * head_dim]`.
-    v: &'s [f32],
+    pub v: &'s [f32],
     /// `[heads]`, if heads have sinks.
-    sinks: Option<&'s [f32]>,
+    pub sinks: Option<&'s [f32]>,
 }
 
 /// Gradients in the shapes of the queries, keys and values.
@@ -38,22 +36,7 @@ pub struct Gradients {
     pub v: Vec<f32>,
 }
 
-impl<'s> Attention<'s> {
-    /// Of sequences of `context` tokens; shapes as above.
-    pub fn new(
-        precision: Precision,
-        block: &'s Block<'_>,
-        context: usize,
-        q: &'s [f32],
-        k: &'s [f32],
-        v: &'s [f32],
-    ) -> Self {
-        let attention = block.spec.attention().expect("a block with attention");
-        let shape = attention_shape(attention, 0, context);
-        let sinks = block.vectors.get(Part::AttnSinks).map(Vec::as_slice);
-        Self { precision, shape, q, k, v, sinks }
-    }
-
+impl Attention<'_> {
     /// The outputs, `[m, heads * head_dim]`.
     pub fn forward(&self) -> Vec<f32> {
         let Self { precision, shape, q, k, v, sinks } = *self;

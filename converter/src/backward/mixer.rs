@@ -2,10 +2,10 @@
 
 use slim_formats::{
     Part,
-    arch::{self, Activation, Mixer, Norm},
+    arch::{self, Activation, LatentAttention, Mixer, Norm},
 };
-use slim_kernels::{Backend, Cpu, RopeAngles, convolve, sigmoid};
-use slim_runtime::{Positions, decays, multiply, side_by_side};
+use slim_kernels::{AttentionShape, Backend, Cpu, RopeAngles, convolve, sigmoid};
+use slim_runtime::{Positions, attention_shape, cut, decays, multiply, side_by_side};
 
 use super::{
     Gradient, Visitor,
@@ -20,6 +20,8 @@ use crate::Result;
 pub enum Mixed {
     /// Of attention.
     Attention(Attended),
+    /// Of latent attention.
+    Latent(OfLatents),
     /// Of a gated delta net.
     DeltaNet(Asked),
     /// Of a short convolution.
@@ -35,6 +37,26 @@ pub struct Attended {
     /// What attention gives and what it is gated by, where it is, `[m, heads * head_dim]`.
     gated: Option<[Vec<f32>; 2]>,
     /// `[m, heads * head_dim]`.
+    output: Vec<f32>,
+}
+
+/// Of latent attention, with keys and values of each head. All heads are padded to one size.
+pub struct OfLatents {
+    /// What queries are made of, before its norm and behind it, `[m, query_rank]`.
+    down: Option<[Vec<f32>; 2]>,
+    /// What the latents' layer gives, before their norm, `[m, rank]`.
+    raw: Vec<f32>,
+    /// `[m, rank]`.
+    latents: Vec<f32>,
+    /// `[m, heads * padded]`.
+    q: Vec<f32>,
+    /// `[m, heads * padded]`.
+    k: Vec<f32>,
+    /// `[m, heads * padded]`.
+    v: Vec<f32>,
+    /// `[m, heads * padded]`.
+    padded: Vec<f32>,
+    /// `[m, heads * value_dim]`.
     output: Vec<f32>,
 }
 
@@ -70,6 +92,7 @@ impl Mixed {
     pub fn output(&self) -> &[f32] {
         match self {
             Self::Attention(Attended { output, .. })
+            | Self::Latent(OfLatents { output, .. })
             | Self::DeltaNet(Asked { output, .. })
             | Self::Convolution(Convolved { output, .. }) => output,
         }
@@ -89,6 +112,7 @@ impl Walk<'_> {
     pub fn mixed(&self, input: &[f32]) -> Result<Mixed> {
         Ok(match self.block.spec.mixer {
             Mixer::Attention(_) => Mixed::Attention(self.attended(input)?),
+            Mixer::Latent(latent) => Mixed::Latent(self.of_latents(&latent, input)?),
             Mixer::DeltaNet(net) => Mixed::DeltaNet(self.asked(net, input)?),
             Mixer::Convolution(_) => Mixed::Convolution(self.convolved_input(input)?),
         })
@@ -106,6 +130,7 @@ impl Walk<'_> {
     ) -> Result<()> {
         let of_layers = match mixed {
             Mixed::Attention(attended) => self.reverse_attended(attended, dy, visit)?,
+            Mixed::Latent(of_latents) => self.reverse_latents(of_latents, &dy, visit)?,
             Mixed::DeltaNet(asked) => self.reverse_asked(asked, dy, visit)?,
             Mixed::Convolution(convolved) => self.reverse_convolved(&convolved, &dy),
         };
@@ -147,7 +172,9 @@ impl Walk<'_> {
     }
 
     fn core<'a>(&'a self, q: &'a Turned, k: &'a Turned, v: &'a [f32]) -> Attention<'a> {
-        Attention::new(self.precision, self.block, self.context, &q.turned, &k.turned, v)
+        let shape = attention_shape(self.attention(), 0, self.context);
+        let sinks = self.block.vectors.get(Part::AttnSinks).map(Vec::as_slice);
+        Attention { precision: self.precision, shape, q: &q.turned, k: &k.turned, v, sinks }
     }
 
     /// The gradients at the outputs of the mixer's layers.
@@ -174,6 +201,144 @@ impl Walk<'_> {
         let d_k = self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
         let of_qkv = [(Part::AttnQ, d_q), (Part::AttnK, d_k), (Part::AttnV, d_v)];
         Ok(of_qkv.into_iter().chain(d_gate).collect())
+    }
+
+    fn of_latents(&self, latent: &LatentAttention, input: &[f32]) -> Result<OfLatents> {
+        let &LatentAttention { heads, plain_dim, turned_dim, value_dim, rank, .. } = latent;
+        let vectors = &self.block.vectors;
+        let normed = |weight: &[f32], x: &[f32]| {
+            let mut out = vec![0.0; x.len()];
+            Cpu.rms_norm(x, weight, LatentAttention::EPSILON, &mut out);
+            out
+        };
+        let down = match vectors.get(Part::QueryDownNorm) {
+            None => None,
+            Some(weight) => {
+                let raw = self.product(Part::QueryDown, input)?;
+                let normed = normed(weight, &raw);
+                Some([raw, normed])
+            }
+        };
+        let q = self.product(Part::AttnQ, down.as_ref().map_or(input, |[_, normed]| normed))?;
+        let both = self.product(Part::LatentDown, input)?;
+        let raw = cut(&both, latent.kept_dim(), 0..rank);
+        let mut shared = cut(&both, latent.kept_dim(), rank..latent.kept_dim());
+        let latents = normed(&vectors[Part::LatentNorm], &raw);
+        let keys = self.product(Part::LatentKeys, &latents)?;
+        let values = self.product(Part::LatentValues, &latents)?;
+
+        let angles = self.angles().expect("latent attention turns");
+        let mut turned = cut(&q, latent.query_dim(), plain_dim..latent.query_dim());
+        rotate(&mut turned, heads, &angles);
+        rotate(&mut shared, 1, &angles);
+        let of_all: Vec<f32> =
+            shared.chunks_exact(turned_dim).flat_map(|key| key.repeat(heads)).collect();
+        let plain = cut(&q, latent.query_dim(), 0..plain_dim);
+        let padding =
+            |dim: usize| vec![0.0; turned.len() / turned_dim * (padded_dim(latent) - dim)];
+        let pad = |dim: usize| padded_dim(latent) - dim;
+        let (more_keys, more_values) = (padding(latent.query_dim()), padding(value_dim));
+        let in_columns = |plain: &[f32], turned: &[f32]| match pad(latent.query_dim()) {
+            0 => side_by_side([(plain, plain_dim), (turned, turned_dim)]),
+            more => side_by_side([(plain, plain_dim), (turned, turned_dim), (&more_keys, more)]),
+        };
+        let (q, k) = (in_columns(&plain, &turned), in_columns(&keys, &of_all));
+        let v = match pad(value_dim) {
+            0 => values,
+            more => side_by_side([(&values, value_dim), (&more_values, more)]),
+        };
+        let padded = self.core_of_latents(latent, &q, &k, &v).forward();
+        let output = cut(&padded, padded_dim(latent), 0..value_dim);
+        Ok(OfLatents { down, raw, latents, q, k, v, padded, output })
+    }
+
+    fn core_of_latents<'a>(
+        &'a self,
+        latent: &LatentAttention,
+        q: &'a [f32],
+        k: &'a [f32],
+        v: &'a [f32],
+    ) -> Attention<'a> {
+        let shape = AttentionShape {
+            heads: latent.heads,
+            kv_heads: latent.heads,
+            head_dim: padded_dim(latent),
+            start: 0,
+            m: self.context,
+            window: None,
+            scale: latent.scale,
+            softcap: None,
+        };
+        Attention { precision: self.precision, shape, q, k, v, sinks: None }
+    }
+
+    /// The gradients at the outputs of the layers that take in the mixer's `input`; those of the
+    /// others go to the visitor.
+    fn reverse_latents(
+        &self,
+        of: OfLatents,
+        dy: &[f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<(Part, Vec<f32>)>> {
+        let Mixer::Latent(latent) = self.block.spec.mixer else { panic!("latent attention") };
+        let LatentAttention { heads, plain_dim, turned_dim, value_dim, rank, .. } = latent;
+        let (width, vectors) = (padded_dim(&latent), &self.block.vectors);
+        let OfLatents { down, raw, latents, q, k, v, padded, .. } = of;
+        let dy = match width - value_dim {
+            0 => dy.to_vec(),
+            more => {
+                let zeros = vec![0.0; dy.len() / value_dim * more];
+                side_by_side([(dy, value_dim), (&zeros, more)])
+            }
+        };
+        let core = self.core_of_latents(&latent, &q, &k, &v);
+        let Gradients { q: d_q, k: d_k, v: d_v } = core.reverse(&padded, &dy);
+        let mut back = self.angles().expect("latent attention turns");
+        back.sin.iter_mut().for_each(|sin| *sin = -*sin);
+        let turned = plain_dim..latent.query_dim();
+        let mut d_turned = cut(&d_q, width, turned.clone());
+        rotate(&mut d_turned, heads, &back);
+        let of_heads = cut(&d_k, width, turned);
+        let mut d_shared = vec![0.0; of_heads.len() / heads];
+        for (sum, heads) in
+            d_shared.chunks_exact_mut(turned_dim).zip(of_heads.chunks_exact(heads * turned_dim))
+        {
+            for head in heads.chunks_exact(turned_dim) {
+                sum.iter_mut().zip(head).for_each(|(sum, part)| *sum += part);
+            }
+        }
+        rotate(&mut d_shared, 1, &back);
+
+        let mut d_latents = vec![0.0; latents.len()];
+        for (part, dy) in [
+            (Part::LatentKeys, cut(&d_k, width, 0..plain_dim)),
+            (Part::LatentValues, cut(&d_v, width, 0..value_dim)),
+        ] {
+            visit(self.linear(part, &latents, &dy))?;
+            self.add_product(&mut d_latents, &dy, part)?;
+        }
+        let mut reverse_norm = |part: Part, x: &[f32], dy: &[f32]| -> Result<Vec<f32>> {
+            let mut dx = vec![0.0; x.len()];
+            let epsilon = LatentAttention::EPSILON;
+            let dw = reverse_norm(Norm::Rms, x, &vectors[part], epsilon, dy, &mut dx);
+            visit(Gradient::Norm { block: Some(self.index), part, dw: &dw })?;
+            Ok(dx)
+        };
+        let d_raw = reverse_norm(Part::LatentNorm, &raw, &d_latents)?;
+        let d_down = side_by_side([(&d_raw, rank), (&d_shared, turned_dim)]);
+        let d_q =
+            side_by_side([(&cut(&d_q, width, 0..plain_dim), plain_dim), (&d_turned, turned_dim)]);
+        let of_query = match down {
+            None => (Part::AttnQ, d_q),
+            Some([raw, normed]) => {
+                let mut d_normed = vec![0.0; normed.len()];
+                self.add_product(&mut d_normed, &d_q, Part::AttnQ)?;
+                let d_raw = reverse_norm(Part::QueryDownNorm, &raw, &d_normed)?;
+                visit(self.linear(Part::AttnQ, &normed, &d_q))?;
+                (Part::QueryDown, d_raw)
+            }
+        };
+        Ok(vec![of_query, (Part::LatentDown, d_down)])
     }
 
     fn asked(&self, net: arch::DeltaNet, input: &[f32]) -> Result<Asked> {
@@ -228,10 +393,8 @@ impl Walk<'_> {
         }
         elementwise::reverse_activation(Activation::Silu, &convolved, &mut of_tokens.qkv);
         let d_qkv = self.reverse_convolution(&of_tokens.qkv);
-        let columns = |first: usize, width: usize| -> Vec<f32> {
-            let tokens = d_qkv.chunks_exact(2 * net.keys() + net.values());
-            tokens.flat_map(|token| &token[first..][..width]).copied().collect()
-        };
+        let all = 2 * net.keys() + net.values();
+        let columns = |first: usize, width: usize| cut(&d_qkv, all, first..first + width);
         Ok(vec![
             (Part::AttnQ, columns(0, net.keys())),
             (Part::AttnK, columns(net.keys(), net.keys())),
@@ -270,8 +433,7 @@ impl Walk<'_> {
     /// A third of the channels of what the input layer of a short convolution gives.
     fn third(&self, bcu: &[f32], index: usize) -> Vec<f32> {
         let hidden = self.decoder.hidden_size;
-        let tokens = bcu.chunks_exact(3 * hidden);
-        tokens.flat_map(|token| &token[index * hidden..][..hidden]).copied().collect()
+        cut(bcu, 3 * hidden, index * hidden..(index + 1) * hidden)
     }
 
     /// The convolution of all sequences.
@@ -372,10 +534,18 @@ impl Walk<'_> {
 
     /// The rotation angles of one sequence, if the block turns anything.
     fn angles(&self) -> Option<RopeAngles> {
-        let rope = self.attention().rope?;
+        let rope = match &self.block.spec.mixer {
+            Mixer::Latent(_) => 0,
+            _ => self.attention().rope?,
+        };
         let mut positions = Positions::new(self.decoder, 0, self.context, self.context);
         Some(positions.angles.swap_remove(rope))
     }
+}
+
+/// Channels of a head when queries, keys and values are of one size.
+fn padded_dim(latent: &LatentAttention) -> usize {
+    latent.query_dim().max(latent.value_dim)
 }
 
 /// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.

@@ -1,6 +1,6 @@
 //! Where llama.cpp computes something else than the model does.
 
-use slim_formats::{Decoder, ModelConfig, ModelSource, Scaling};
+use slim_formats::{Decoder, ModelConfig, ModelSource, Scaling, arch::Mixer};
 
 /// What it would compute wrongly from the first token on.
 pub(crate) fn lacks(model: &dyn ModelSource) -> Option<String> {
@@ -15,6 +15,9 @@ pub(crate) fn lacks(model: &dyn ModelSource) -> Option<String> {
     let computed = Decoder::new(&computed);
     let mut blocks = decoder.blocks.iter().zip(&computed.blocks).enumerate();
     blocks.find_map(|(index, (block, computed))| {
+        if let Mixer::Latent(_) = block.mixer {
+            return Some("latent attention, whose keys it has in another order,".into());
+        }
         let (Some(own), Some(theirs)) = (block.attention(), computed.attention()) else {
             let reordered = "value heads in another order than in files for llama.cpp";
             return (block.mixer != computed.mixer)

@@ -24,7 +24,7 @@ use crate::{
 pub(crate) fn lacks(decoder: &Decoder) -> Option<String> {
     let is_stacked = |tensor: &&Tensor| tensor.is_linear() && tensor.hf.outer.is_some();
     if decoder.blocks.iter().any(|block| block.attention().is_none()) {
-        return Some("a model with blocks that have a state in place of keys and values".into());
+        return Some("a model with blocks of another kind than attention".into());
     }
     let found = decoder.tensors().iter().find(is_stacked)?;
     Some(format!("experts in one tensor, `{}`,", found.hf.name))

@@ -45,7 +45,7 @@ pub fn lacks(decoder: &Decoder) -> Option<String> {
         return Some("a model with experts".into());
     }
     if decoder.blocks.iter().any(|block| block.attention().is_none()) {
-        return Some("a model whose blocks have a state in place of keys and values".into());
+        return Some("a model with blocks of another kind than attention".into());
     }
     let attentions = decoder.blocks.iter().filter_map(|block| block.attention());
     if attentions.clone().any(|attention| attention.has_sinks) {

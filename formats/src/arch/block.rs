@@ -98,6 +98,10 @@ pub enum Activation {
 pub enum Stage {
     /// The residual stream, normed if norms stand before, for the mixer.
     Attention,
+    /// What queries of latent attention are made of, normed.
+    Query,
+    /// The latent, normed, for keys and values.
+    Latent,
     /// What the mixer gives.
     AttentionOutput,
     /// The residual stream, normed if norms stand before, for the feed-forward network.
@@ -126,9 +130,12 @@ impl Stage {
         match self {
             Self::Attention => Some(Part::AttnNorm),
             Self::Ffn => Some(Part::FfnNorm),
-            Self::AttentionOutput | Self::FfnOutput | Self::Expert(_) | Self::ExpertOutput(_) => {
-                None
-            }
+            Self::Query
+            | Self::Latent
+            | Self::AttentionOutput
+            | Self::FfnOutput
+            | Self::Expert(_)
+            | Self::ExpertOutput(_) => None,
         }
     }
 
@@ -137,7 +144,12 @@ impl Stage {
         match self {
             Self::AttentionOutput => Some(Part::AttnPostNorm),
             Self::FfnOutput => Some(Part::FfnPostNorm),
-            Self::Attention | Self::Ffn | Self::Expert(_) | Self::ExpertOutput(_) => None,
+            Self::Attention
+            | Self::Query
+            | Self::Latent
+            | Self::Ffn
+            | Self::Expert(_)
+            | Self::ExpertOutput(_) => None,
         }
     }
 }
@@ -147,7 +159,7 @@ impl BlockSpec {
     pub fn attention(&self) -> Option<&Attention> {
         match &self.mixer {
             Mixer::Attention(attention) => Some(attention),
-            Mixer::DeltaNet(_) | Mixer::Convolution(_) => None,
+            Mixer::Latent(_) | Mixer::DeltaNet(_) | Mixer::Convolution(_) => None,
         }
     }
 
@@ -173,7 +185,13 @@ impl BlockSpec {
     pub fn stages(&self) -> impl Iterator<Item = Stage> + use<> {
         let ffn_output = self.ffn.map(|_| Stage::FfnOutput);
         let experts = self.experts.map_or(0, |experts| experts.count);
-        [Stage::Attention, Stage::AttentionOutput, Stage::Ffn].into_iter().chain(ffn_output).chain(
+        let latent = self.mixer.latent();
+        let query = latent.and_then(|latent| latent.query_rank).map(|_| Stage::Query);
+        let of_mixer = std::iter::once(Stage::Attention)
+            .chain(query)
+            .chain(latent.map(|_| Stage::Latent))
+            .chain([Stage::AttentionOutput]);
+        of_mixer.chain([Stage::Ffn]).chain(ffn_output).chain(
             (0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]),
         )
     }
@@ -192,6 +210,8 @@ impl BlockSpec {
     pub fn layers_of(&self, stage: Stage) -> Vec<Part> {
         match stage {
             Stage::Attention => self.mixer.layers(),
+            Stage::Query => vec![Part::AttnQ],
+            Stage::Latent => vec![Part::LatentKeys, Part::LatentValues],
             Stage::Ffn => {
                 let router = self.experts.map(|_| Part::Router);
                 let gate = self.ffn.filter(|ffn| ffn.is_gated).map(|_| Part::FfnGate);
@@ -215,7 +235,7 @@ impl BlockSpec {
             Stage::AttentionOutput => Some(Part::AttnOutput),
             Stage::FfnOutput => Some(Part::FfnDown),
             Stage::ExpertOutput(index) => Some(Part::Expert(index, ExpertPart::Down)),
-            Stage::Attention | Stage::Ffn | Stage::Expert(_) => None,
+            Stage::Attention | Stage::Query | Stage::Latent | Stage::Ffn | Stage::Expert(_) => None,
         }
     }
 
@@ -282,11 +302,24 @@ impl BlockSpec {
             Mixer::Attention(Attention { qk_norm: Some(QkNorm::Heads), head_dim, .. }) => *head_dim,
             _ => all,
         };
+        let query_rank = mixer.latent().and_then(|latent| latent.query_rank).unwrap_or(0);
+        let latent_dims = mixer.latent().map_or([0; 3], |latent| {
+            [latent.kept_dim(), latent.rank, latent.heads * latent.plain_dim]
+        });
         let neurons = ffn.map_or(0, |ffn| ffn.width);
         let (experts, of_expert) =
             experts.map_or((0, 0), |experts| (usize::from(experts.count), experts.ffn.width));
         match part {
-            Part::AttnQ => vec![queries, hidden_size],
+            Part::AttnQ => {
+                let latent = mixer.latent().and_then(|latent| latent.query_rank);
+                vec![queries, latent.unwrap_or(hidden_size)]
+            }
+            Part::QueryDown => vec![query_rank, hidden_size],
+            Part::QueryDownNorm => vec![query_rank],
+            Part::LatentDown => vec![latent_dims[0], hidden_size],
+            Part::LatentNorm => vec![latent_dims[1]],
+            Part::LatentKeys => vec![latent_dims[2], latent_dims[1]],
+            Part::LatentValues => vec![output, latent_dims[1]],
             Part::AttnK => vec![keys, hidden_size],
             Part::AttnV => vec![values, hidden_size],
             Part::AttnGate => vec![output, hidden_size],

@@ -74,7 +74,7 @@ pub struct Place {
     /// All rows of the stored tensor.
     pub total_rows: usize,
     /// The outermost dimension, of a stored tensor with three: how many experts it holds the rows
-    /// of, or the channels of a convolution.
+    /// of, heads, or the channels of a convolution.
     pub outer: Option<usize>,
     /// The order of rows; of a vector, of values.
     pub layout: Layout,
@@ -134,7 +134,7 @@ impl Place {
     pub fn stored_dims(&self, tensor: &Tensor) -> Vec<usize> {
         let mut dims = tensor.dims.clone();
         dims[0] = self.total_rows / self.outer.unwrap_or(1);
-        if let Layout::Transposed { .. } = self.layout {
+        if let Layout::Transposed { .. } | Layout::TransposedHeads { .. } = self.layout {
             dims.reverse();
         }
         self.outer.into_iter().chain(dims).collect()
@@ -245,9 +245,9 @@ impl Decoder {
         };
         let name = in_block("blk.", &part.gguf_name());
         let place = |prefix: &str, own: &str, stored: Stored| {
-            let Stored { layout, form, has_outer, is_transposed, .. } = stored;
+            let Stored { layout, form, has_outer, heads, is_transposed, .. } = stored;
             let (first_row, total_rows) = (0, dims[0]);
-            let outer = has_outer.then_some(total_rows);
+            let outer = heads.or(has_outer.then_some(total_rows));
             let alone = Place { name: String::new(), first_row, total_rows, outer, layout, form };
             let place = match (stored.fused, block) {
                 (Some(Fused::Alone(name)), _) => Place { name: name.to_owned(), ..alone },
@@ -350,6 +350,8 @@ pub struct Stored {
     pub form: Form,
     /// Whether each row has a dimension of its own around it.
     pub has_outer: bool,
+    /// The heads of a tensor that has a dimension for them.
+    pub heads: Option<usize>,
     /// Whether each matrix is stored column by column.
     pub is_transposed: bool,
 }
@@ -361,6 +363,7 @@ impl Stored {
         layout: Layout::AsStored,
         form: Form::AsUsed,
         has_outer: false,
+        heads: None,
         is_transposed: false,
     };
 

@@ -47,14 +47,16 @@ pub struct Routing {
     pub scale: f32,
 }
 
-/// Experts in groups of one size, which follow each other; a group is as good as its best two
-/// experts together.
+/// Experts in groups of one size, which follow each other; a group is as good as its best experts
+/// together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExpertGroups {
     /// How many there are, a divisor of the number of experts.
     pub count: u16,
     /// From how many experts are chosen.
     pub used: u16,
+    /// How many experts of a group tell how good it is.
+    pub best: u16,
 }
 
 /// What a router's outputs become.
@@ -119,7 +121,8 @@ pub(super) fn read(keys: &dyn Keys, config: &mut ModelConfig, routing: Routing) 
     let groups = (keys.count("n_group")?, keys.count("topk_group")?);
     let groups = match groups {
         (Some(count), Some(used)) if count > 1 && used < count => {
-            Some(ExpertGroups { count: small(count), used: small(used) })
+            let best = keys.count("expert_group_best")?.unwrap_or(2);
+            Some(ExpertGroups { count: small(count), used: small(used), best: small(best) })
         }
         _ => None,
     };
@@ -180,7 +183,7 @@ pub(super) fn write(config: &ModelConfig, json: &mut Value, count: &str, width: 
 /// The keys of `config.json` of families that choose among groups.
 pub(super) fn write_groups(config: &ModelConfig, json: &mut Value) {
     let Some(experts) = config.features.experts else { return };
-    let groups = experts.routing.groups.unwrap_or(ExpertGroups { count: 1, used: 1 });
+    let groups = experts.routing.groups.unwrap_or(ExpertGroups { count: 1, used: 1, best: 1 });
     json["n_group"] = groups.count.into();
     json["topk_group"] = groups.used.into();
     json["norm_topk_prob"] = experts.routing.normalizes.into();

@@ -72,7 +72,7 @@ fn neighbours(part: Part, spec: Option<&BlockSpec>) -> Stored {
     match (part, spec.and_then(BlockSpec::attention)) {
         (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(attention)) => {
             let &Attention { head_dim, rotated, .. } = attention;
-            Stored::ordered(Layout::Interleaved { head_dim, rotated })
+            Stored::ordered(Layout::Interleaved { head_dim, first: 0, rotated })
         }
         _ => Stored::PLAIN,
     }

@@ -131,6 +131,12 @@ pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
         Part::Positions => "model.embed_positions.weight",
         Part::AttnNorm => "input_layernorm.weight",
         Part::AttnNormBias => "input_layernorm.bias",
+        Part::QueryDown => "self_attn.q_a_proj.weight",
+        Part::QueryDownNorm => "self_attn.q_a_layernorm.weight",
+        Part::LatentDown => "self_attn.kv_a_proj_with_mqa.weight",
+        Part::LatentNorm => "self_attn.kv_a_layernorm.weight",
+        Part::LatentKeys => "self_attn.k_b_proj.weight",
+        Part::LatentValues => "self_attn.v_b_proj.weight",
         Part::AttnQ => "self_attn.q_proj.weight",
         Part::AttnQBias => "self_attn.q_proj.bias",
         Part::AttnQNorm => "self_attn.q_norm.weight",
@@ -208,7 +214,7 @@ pub(super) fn interleaved(part: Part, spec: Option<&BlockSpec>) -> Stored {
     match (part, spec.and_then(BlockSpec::attention)) {
         (Part::AttnQ | Part::AttnK | Part::AttnQBias | Part::AttnKBias, Some(attention)) => {
             let head_dim = attention.head_dim;
-            Stored::ordered(Layout::Interleaved { head_dim, rotated: head_dim })
+            Stored::ordered(Layout::Interleaved { head_dim, first: 0, rotated: head_dim })
         }
         _ => Stored::PLAIN,
     }

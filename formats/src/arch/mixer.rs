@@ -7,6 +7,8 @@ use super::Part;
 pub enum Mixer {
     /// Each token looks at those before it.
     Attention(Attention),
+    /// Attention whose keys and values are made of a few channels.
+    Latent(LatentAttention),
     /// A state is corrected by each token and asked by it.
     DeltaNet(DeltaNet),
     /// Each token sees the last few.
@@ -72,6 +74,31 @@ impl QueryScaling {
     }
 }
 
+/// Latent attention: keys and values of all heads are made of a latent of `rank` channels, which is
+/// all that is kept of a token, beside a turned key for all heads (arXiv:2405.04434).
+///
+/// With `l = rms(latent)` and the matrices `K` and `V` of a head, the score of a query `(a, b)` is
+/// `scale * (a . K l + b . key)`, which is `scale * (K^T a . l + b . key)`; what the head gives is
+/// `V` times the mean of `l`. Queries are made of the input, or of the norm of `query_rank`
+/// channels made of it. These norms have the epsilon 1e-6, whatever that of others is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentAttention {
+    /// Query heads.
+    pub heads: usize,
+    /// Channels of a query and a key that are not turned.
+    pub plain_dim: usize,
+    /// Channels behind them that are turned, even.
+    pub turned_dim: usize,
+    /// Channels of a value.
+    pub value_dim: usize,
+    /// Channels of the latent.
+    pub rank: usize,
+    /// Channels that queries are made of; `None` for those of the residual stream.
+    pub query_rank: Option<usize>,
+    /// What scores are multiplied by.
+    pub scale: f32,
+}
+
 /// The gated delta net: a matrix `S: [key_dim, value_dim]` per value head, which each token makes
 /// forget, corrects, and asks (arXiv:2412.06464).
 ///
@@ -105,6 +132,21 @@ pub struct Convolution {
     pub taps: usize,
 }
 
+impl LatentAttention {
+    /// The constant under the root of its norms.
+    pub const EPSILON: f32 = 1e-6;
+
+    /// Channels of a query.
+    pub fn query_dim(&self) -> usize {
+        self.plain_dim + self.turned_dim
+    }
+
+    /// Channels that are kept of a token: the latent, and the turned key.
+    pub fn kept_dim(&self) -> usize {
+        self.rank + self.turned_dim
+    }
+}
+
 impl DeltaNet {
     /// Channels of all queries, and of all keys.
     pub fn keys(&self) -> usize {
@@ -130,6 +172,13 @@ impl Mixer {
     pub(super) fn layers(&self) -> Vec<Part> {
         let mut layers = match self {
             Self::Attention(_) | Self::DeltaNet(_) => vec![Part::AttnQ, Part::AttnK, Part::AttnV],
+            Self::Latent(latent) => {
+                let query = match latent.query_rank {
+                    Some(_) => Part::QueryDown,
+                    None => Part::AttnQ,
+                };
+                vec![query, Part::LatentDown]
+            }
             Self::Convolution(_) => vec![Part::ConvolutionInput],
         };
         match self {
@@ -137,7 +186,7 @@ impl Mixer {
             Self::DeltaNet(_) => {
                 layers.extend([Part::AttnGate, Part::DeltaBeta, Part::DeltaDecay]);
             }
-            Self::Attention(_) | Self::Convolution(_) => {}
+            Self::Attention(_) | Self::Latent(_) | Self::Convolution(_) => {}
         }
         layers
     }
@@ -149,6 +198,10 @@ impl Mixer {
                 &[Part::AttnQNorm, Part::AttnKNorm]
             }
             Self::DeltaNet(_) => &[Part::DeltaDecayRate, Part::DeltaNorm],
+            Self::Latent(LatentAttention { query_rank: Some(_), .. }) => {
+                &[Part::QueryDownNorm, Part::LatentNorm]
+            }
+            Self::Latent(_) => &[Part::LatentNorm],
             Self::Attention(_) | Self::Convolution(_) => &[],
         };
         let has_sinks = matches!(self, Self::Attention(attention) if attention.has_sinks);
@@ -161,6 +214,9 @@ impl Mixer {
             Self::Attention(Attention { heads, kv_heads, head_dim, .. }) => {
                 let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
                 [queries, keys, keys, queries]
+            }
+            Self::Latent(latent) => {
+                [latent.heads * latent.query_dim(), 0, 0, latent.heads * latent.value_dim]
             }
             Self::DeltaNet(net) => [net.keys(), net.keys(), net.values(), net.values()],
             Self::Convolution(_) => [0, 0, 0, hidden_size],
@@ -176,15 +232,30 @@ impl Mixer {
     pub fn query_head_dim(&self) -> Option<usize> {
         match self {
             Self::Attention(attention) => Some(attention.head_dim),
+            Self::Latent(latent) => Some(latent.query_dim()),
             Self::DeltaNet(net) => Some(net.key_dim),
             Self::Convolution(_) => None,
         }
     }
 
+    /// Channels of a head that is turned, if any is.
+    pub fn turned_head_dim(&self) -> Option<usize> {
+        match self {
+            Self::Attention(attention) => Some(attention.head_dim),
+            Self::Latent(latent) => Some(latent.turned_dim),
+            Self::DeltaNet(_) | Self::Convolution(_) => None,
+        }
+    }
+
+    /// Latent attention, if it is that.
+    pub fn latent(&self) -> Option<&LatentAttention> {
+        if let Self::Latent(latent) = self { Some(latent) } else { None }
+    }
+
     /// Channels that go through its convolution, if it has one.
     pub fn convolved_channels(&self, hidden_size: usize) -> Option<usize> {
         match self {
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::Latent(_) => None,
             Self::DeltaNet(net) => Some(2 * net.keys() + net.values()),
             Self::Convolution(_) => Some(hidden_size),
         }
@@ -193,7 +264,7 @@ impl Mixer {
     /// Tokens that its convolution sees; 0 without one.
     pub fn taps(&self) -> usize {
         match self {
-            Self::Attention(_) => 0,
+            Self::Attention(_) | Self::Latent(_) => 0,
             Self::DeltaNet(DeltaNet { taps, .. }) | Self::Convolution(Convolution { taps }) => {
                 *taps
             }

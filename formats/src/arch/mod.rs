@@ -5,6 +5,7 @@
 
 mod block;
 mod decoder;
+mod deepseek;
 mod experts;
 mod gemma;
 mod glm;
@@ -34,7 +35,7 @@ pub use decoder::{Decoder, Form, Place, Stored, Tensor};
 pub use experts::{ExpertGroups, Experts, Routing, Scores};
 pub use llama::Llama;
 pub(crate) use llama::leave_out;
-pub use mixer::{Attention, Convolution, DeltaNet, Mixer, QkNorm, QueryScaling};
+pub use mixer::{Attention, Convolution, DeltaNet, LatentAttention, Mixer, QkNorm, QueryScaling};
 pub use opt::FIRST_POSITION;
 pub use part::{ExpertPart, Part, PartMap, Rows};
 
@@ -110,6 +111,12 @@ pub trait Family: Debug + Sync {
         false
     }
 
+    /// Whether `head_dim` is that of what is turned, and the other sizes of heads have keys of
+    /// their own.
+    fn has_latent_attention(&self) -> bool {
+        false
+    }
+
     /// How norms of the residual stream are computed.
     fn norm(&self) -> Norm {
         Norm::Rms
@@ -157,7 +164,7 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 23] = [
+pub const FAMILIES: [&dyn Family; 24] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
@@ -178,6 +185,7 @@ pub const FAMILIES: [&dyn Family; 23] = [
     &glm_moe::Glm4Moe,
     &minimax::MiniMaxM2,
     &gpt_oss::GptOss,
+    &deepseek::DeepSeek,
     &lfm2::Lfm2,
     &opt::Opt,
     &starcoder2::StarCoder2,

@@ -20,12 +20,24 @@ pub enum Part {
     AttnNorm,
     /// The bias of this norm, `[hidden]`.
     AttnNormBias,
-    /// Queries, `[heads * head_dim, hidden]`.
+    /// What queries of latent attention are made of, `[query_rank, hidden]`.
+    QueryDown,
+    /// Its norm, `[query_rank]`.
+    QueryDownNorm,
+    /// Queries, `[heads * head_dim, hidden]`, or `[.., query_rank]`.
     AttnQ,
     /// The bias of queries, `[heads * head_dim]`.
     AttnQBias,
     /// The norm of queries, `[head_dim]` or `[heads * head_dim]`.
     AttnQNorm,
+    /// The latent, and a key for all heads behind it, `[rank + turned_dim, hidden]`.
+    LatentDown,
+    /// The norm of the latent, `[rank]`.
+    LatentNorm,
+    /// Keys made of the latent, `[heads * plain_dim, rank]`.
+    LatentKeys,
+    /// Values made of the latent, `[heads * value_dim, rank]`.
+    LatentValues,
     /// Keys, `[kv_heads * head_dim, hidden]`.
     AttnK,
     /// The bias of keys, `[kv_heads * head_dim]`.
@@ -147,6 +159,12 @@ impl Part {
             Self::Positions => "position_embd.weight",
             Self::AttnNorm => "attn_norm.weight",
             Self::AttnNormBias => "attn_norm.bias",
+            Self::QueryDown => "attn_q_a.weight",
+            Self::QueryDownNorm => "attn_q_a_norm.weight",
+            Self::LatentDown => "attn_kv_a_mqa.weight",
+            Self::LatentNorm => "attn_kv_a_norm.weight",
+            Self::LatentKeys => "attn_k_b.weight",
+            Self::LatentValues => "attn_v_b.weight",
             Self::AttnQ => "attn_q.weight",
             Self::AttnQBias => "attn_q.bias",
             Self::AttnQNorm => "attn_q_norm.weight",

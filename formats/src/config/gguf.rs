@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     FormatError, Generation, Result,
-    arch::{self, Activation, Convolution, ExpertGroups, Experts, Family, Mixer, Norm},
+    arch::{self, Activation, Convolution, ExpertGroups, Experts, Family, Mixer, Norm, Scores},
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -52,7 +52,11 @@ impl ModelConfig {
         };
         let hidden_size = keys.size("embedding_length")?;
         let head_count = keys.size("attention.head_count")?;
-        let head_dim = match keys.optional_size("attention.key_length")? {
+        let of_heads = match family.has_latent_attention() {
+            true => keys.size("rope.dimension_count").map(Some),
+            false => keys.optional_size("attention.key_length"),
+        };
+        let head_dim = match of_heads? {
             Some(head_dim) => head_dim,
             None => hidden_size.checked_div(head_count).unwrap_or(0),
         };
@@ -60,7 +64,11 @@ impl ModelConfig {
         let value_length = keys.optional_size("attention.value_length")?.unwrap_or(head_dim);
         let turns_partly = family.default("partial_rotary_factor").is_some();
         for (key, found, is_right) in [
-            ("attention.value_length", value_length, value_length == head_dim),
+            (
+                "attention.value_length",
+                value_length,
+                value_length == head_dim || family.has_latent_attention(),
+            ),
             ("rope.dimension_count", rotated, rotated == head_dim || turns_partly),
         ] {
             if !is_right {
@@ -123,6 +131,30 @@ impl ModelConfig {
         }
     }
 
+    /// Finds out how experts are scored, of a file that does not say it: one by one if something is
+    /// added to scores. Without, whether experts are chosen by groups is not said, either: they are
+    /// not. `has` tells of a tensor; gives a sentence if groups are left out.
+    pub(crate) fn find_corrections(
+        &mut self,
+        path: &Path,
+        has: impl Fn(&str) -> bool,
+    ) -> Option<String> {
+        let is_corrected =
+            (0..self.block_count).any(|block| has(&format!("blk.{block}.exp_probs_b.bias")));
+        let routing = &mut self.features.experts.as_mut()?.routing;
+        if is_corrected {
+            (routing.scores, routing.is_corrected) = (Scores::Sigmoid, true);
+        }
+        let groups = routing.groups.filter(|_| routing.scores == Scores::Softmax)?;
+        routing.groups = None;
+        Some(format!(
+            "`{}`: experts are in {} groups, but whether they are chosen by group is not said: they \
+             are not",
+            path.display(),
+            groups.count
+        ))
+    }
+
     /// Finds out whether gates and inputs of experts are one tensor, as of some converters; `has`
     /// tells of a tensor.
     pub(crate) fn find_fused_experts(&mut self, has: impl Fn(&str) -> bool) {
@@ -157,12 +189,11 @@ impl ModelConfig {
             (own("feed_forward_length"), size(self.ffn_size)),
             (own("attention.head_count"), size(self.head_count)),
             (own("attention.head_count_kv"), self.kv_heads_entry()),
-            (own("attention.key_length"), size(self.head_dim)),
-            (own("attention.value_length"), size(self.head_dim)),
             (own(epsilon), self.norm_epsilon.into()),
             (own("rope.dimension_count"), size(2 * self.rope.factors.len())),
             (own("rope.freq_base"), self.rope.theta.into()),
         ]);
+        entries.extend(self.head_entries().into_iter().map(|(key, value)| (own(key), value)));
         entries.extend(
             self.sliding_window.map(|window| (own("attention.sliding_window"), size(window))),
         );
@@ -276,6 +307,26 @@ impl ModelConfig {
         .collect()
     }
 
+    /// The keys of the sizes of heads, without the architecture. Of latent attention the first two
+    /// are what llama.cpp keeps of a token.
+    fn head_entries(&self) -> Vec<(&'static str, Value)> {
+        let size = |key, size: usize| (key, Value::U32(size as u32));
+        let [key_length, value_length] = ["attention.key_length", "attention.value_length"];
+        let Some(latent) = self.features.latent else {
+            return vec![size(key_length, self.head_dim), size(value_length, self.head_dim)];
+        };
+        let mut entries = vec![
+            size(key_length, latent.kept_dim()),
+            size(value_length, latent.rank),
+            size("attention.key_length_mla", latent.query_dim()),
+            size("attention.value_length_mla", latent.value_dim),
+            size("attention.kv_lora_rank", latent.rank),
+            ("attention.scale", latent.scale.into()),
+        ];
+        entries.extend(latent.query_rank.map(|rank| size("attention.q_lora_rank", rank)));
+        entries
+    }
+
     /// The heads of keys and values: of blocks with another mixer than attention llama.cpp tells
     /// short convolutions by none.
     fn kv_heads_entry(&self) -> Value {
@@ -287,6 +338,7 @@ impl ModelConfig {
                     recurrent.map(|&is_recurrent| heads(is_recurrent)).collect(),
                 ))
             }
+            _ if self.features.latent.is_some() => Value::U32(1),
             _ => Value::U32(heads(false)),
         }
     }
@@ -295,7 +347,7 @@ impl ModelConfig {
     fn recurrence_entries(&self) -> Vec<(&'static str, Value)> {
         let size = |key, size: usize| (key, Value::U32(size as u32));
         match self.features.recurrence {
-            None | Some(Mixer::Attention(_)) => Vec::new(),
+            None | Some(Mixer::Attention(_) | Mixer::Latent(_)) => Vec::new(),
             Some(Mixer::Convolution(Convolution { taps })) => {
                 vec![size("shortconv.l_cache", taps)]
             }
@@ -332,7 +384,8 @@ impl ModelConfig {
         if let Activation::ClampedSwish { alpha, limit } = ffn.activation {
             entries.extend([("swiglu_alpha", alpha.into()), ("swiglu_limit", limit.into())]);
         }
-        if let Some(ExpertGroups { count, used }) = routing.groups {
+        if let Some(ExpertGroups { count, used, best }) = routing.groups {
+            entries.push(size("expert_group_best", best.into()));
             entries.push(size("expert_group_count", count.into()));
             entries.push(size("expert_group_used_count", used.into()));
         }
@@ -618,6 +671,14 @@ impl Keys for GgufKeys<'_> {
             Some(name) => self.optional(&self.own(name), "true or false", Value::as_bool),
             None => Ok(None),
         }
+    }
+
+    fn sparse(&self, _blocks: usize) -> Result<Option<Vec<bool>>> {
+        Ok(None)
+    }
+
+    fn is_text(&self, _key: &str, _text: &str) -> Result<bool> {
+        Ok(false)
     }
 
     fn numbers(&self, _key: &str) -> Result<Vec<usize>> {

@@ -62,7 +62,7 @@ impl ModelConfig {
             "mistral" => json.size("num_key_value_heads")?,
             _ => json.optional_size("num_key_value_heads")?.unwrap_or(head_count),
         };
-        let head_dim = match json.optional_size("head_dim")? {
+        let head_dim = match json.optional_size(family.hf_key("head_dim"))? {
             Some(head_dim) => head_dim,
             None => hidden_size.checked_div(head_count).unwrap_or(0),
         };
@@ -129,7 +129,7 @@ impl ModelConfig {
             "num_hidden_layers": self.block_count,
             "num_attention_heads": self.head_count,
             "num_key_value_heads": self.kv_head_count,
-            "head_dim": self.head_dim,
+            (key("head_dim")): self.head_dim,
             (key("hidden_act")): activation.hf_names()[0],
             (key("rms_norm_eps")): shortest(self.norm_epsilon),
             "rope_theta": shortest(self.rope.theta),
@@ -637,7 +637,7 @@ impl Keys for Json<'_> {
     fn windowed(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
         let intervals = ["sliding_window_pattern", "_sliding_window_pattern"]
             .map(|key| self.optional(key, "a whole number", as_size));
-        let Some(windowed) = self.layer_types(blocks, &LAYER_TYPES)? else {
+        let Some(windowed) = self.layer_types("layer_types", blocks, &LAYER_TYPES)? else {
             for interval in intervals {
                 if let Some(interval) = interval?.filter(|&interval| interval > 0) {
                     return Ok(Some(every(interval, blocks)));
@@ -649,24 +649,36 @@ impl Keys for Json<'_> {
     }
 
     fn recurrent(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
-        self.layer_types(blocks, &RECURRENT_TYPES)
+        self.layer_types("layer_types", blocks, &RECURRENT_TYPES)
+    }
+
+    fn sparse(&self, blocks: usize) -> Result<Option<Vec<bool>>> {
+        self.layer_types("mlp_layer_types", blocks, &[("dense", false), ("sparse", true)])
+    }
+
+    fn is_text(&self, key: &str, text: &str) -> Result<bool> {
+        Ok(self.optional(key, "a string", Value::as_str)? == Some(text))
     }
 }
 
 impl Json<'_> {
-    /// What `kinds` say of each block by its name in `layer_types`.
-    fn layer_types(&self, blocks: usize, kinds: &[(&str, bool)]) -> Result<Option<Vec<bool>>> {
-        const KEY: &str = "layer_types";
-        let Some(list) = self.optional(KEY, "a list of kinds", Value::as_array)? else {
+    /// What `kinds` say of each block by its name in the list under `key`.
+    fn layer_types(
+        &self,
+        key: &str,
+        blocks: usize,
+        kinds: &[(&str, bool)],
+    ) -> Result<Option<Vec<bool>>> {
+        let Some(list) = self.optional(key, "a list of kinds", Value::as_array)? else {
             return Ok(None);
         };
         if list.len() != blocks {
             let expected = format!("{blocks} kinds, one per block");
-            return Err(self.malformed(KEY, format!("{} entries", list.len()), expected));
+            return Err(self.malformed(key, format!("{} entries", list.len()), expected));
         }
         let flags = list.iter().map(|found| match kinds.iter().find(|(kind, _)| found == kind) {
             Some(&(_, flag)) => Ok(flag),
-            None => self.unsupported(format!("key `{KEY}` with {found}"), ""),
+            None => self.unsupported(format!("key `{key}` with {found}"), ""),
         });
         flags.collect::<Result<_>>().map(Some)
     }

@@ -56,6 +56,18 @@ pub trait Keys {
     /// As [`Self::windowed`].
     fn recurrent(&self, blocks: usize) -> Result<Option<Vec<bool>>>;
 
+    /// Which blocks have experts, if it is said block by block.
+    ///
+    /// # Errors
+    /// As [`Self::windowed`].
+    fn sparse(&self, blocks: usize) -> Result<Option<Vec<bool>>>;
+
+    /// Whether a key is a text, which GGUF has none of.
+    ///
+    /// # Errors
+    /// `Malformed` if it is none.
+    fn is_text(&self, key: &str, text: &str) -> Result<bool>;
+
     /// The error that the model needs what this program does not compute.
     fn unsupported(&self, what: String) -> FormatError;
 
@@ -95,6 +107,12 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("num_nextn_predict_layers", "nextn_predict_layers"),
         ("expert_pattern", "expert_pattern"),
         ("expert_gating_func", "expert_gating_func"),
+        ("expert_group_best", "expert_group_best"),
+        ("qk_mla_head_dim", "attention.key_length_mla"),
+        ("v_head_dim", "attention.value_length_mla"),
+        ("kv_lora_rank", "attention.kv_lora_rank"),
+        ("q_lora_rank", "attention.q_lora_rank"),
+        ("mscale_all_dim", "rope.scaling.yarn_log_multiplier"),
         ("full_attention_interval", "full_attention_interval"),
         ("recurrent_layers", "attention.recurrent_layers"),
         ("linear_num_key_heads", "ssm.group_count"),

@@ -122,6 +122,6 @@ impl Rope {
 }
 
 /// YaRN's `0.1 mscale ln(factor) + 1`.
-pub(super) fn yarn_amplitude(factor: f64, mscale: f64) -> f64 {
+pub(crate) fn yarn_amplitude(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }

@@ -41,6 +41,7 @@ impl GgufModel {
         config.tied_embeddings = file.tensor(&Part::Output.gguf_name()).is_none();
         config.find_biases(|name| file.tensor(name).is_some());
         config.find_fused_experts(|name| file.tensor(name).is_some());
+        let about_groups = config.find_corrections(path, |name| file.tensor(name).is_some());
         let decoder = Decoder::new(&config);
         let names = names_in(&file, &decoder)?;
         shapes::check(path, &config, &decoder, Spelling::Gguf, |place| {
@@ -56,7 +57,7 @@ impl GgufModel {
         let tensors = file.tensors().iter().map(|tensor| tensor.name.as_str());
         let left_out = places::guessing_left_out(path, &decoder, "blk.", tensors);
         let warnings = tokenizer_warnings(path, &tokenizer, config.vocab_size);
-        let warnings = warnings.chain(left_out).collect();
+        let warnings = warnings.chain(left_out).chain(about_groups).collect();
         Ok(Self { file, config, decoder, names, fixed, tokenizer, warnings })
     }
 

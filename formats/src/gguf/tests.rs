@@ -543,7 +543,7 @@ fn model_serves_weights_tokenizer_and_template() {
     assert_eq!(model.tensor_names().len(), 11);
     assert!(model.warnings().is_empty());
     for (name, expected) in [
-        ("blk.0.attn_q.weight", Layout::Interleaved { head_dim: 4, rotated: 4 }),
+        ("blk.0.attn_q.weight", Layout::Interleaved { head_dim: 4, first: 0, rotated: 4 }),
         ("blk.0.attn_v.weight", Layout::AsStored),
     ] {
         match model.tensor(name).unwrap() {

@@ -94,7 +94,7 @@ impl OnnxModel {
                 folder.config_path().display()
             ));
         }
-        if config.features.recurrence.is_some() {
+        if config.features.recurrence.is_some() || config.features.latent.is_some() {
             let what = format!("an ONNX file of a `{}` model", config.family.architecture());
             return Err(FormatError::unsupported(path, what, "use its Hugging Face directory"));
         }

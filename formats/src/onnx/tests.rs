@@ -374,7 +374,7 @@ fn rows_of_neighbours_are_served_in_order_or_refused() {
         }
         let model = model.unwrap();
         check_values(&model);
-        let order = Layout::Interleaved { head_dim: 4, rotated: 2 };
+        let order = Layout::Interleaved { head_dim: 4, first: 0, rotated: 2 };
         for (part, layout) in [("q", order), ("k", order), ("v", Layout::AsStored)] {
             assert_eq!(dense(&model, &format!("blk.1.attn_{part}.weight")).layout, layout);
         }

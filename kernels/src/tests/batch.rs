@@ -41,7 +41,7 @@ fn for_each_weight(check: impl Fn(&str, Weight<'_>, &[f64])) {
             let (rows, cols) = if head_dim == 0 { (15, 512) } else { (48, 2304) };
             let layout = match head_dim {
                 0 => Layout::AsStored,
-                head_dim => Layout::Interleaved { head_dim, rotated: head_dim },
+                head_dim => Layout::Interleaved { head_dim, first: 0, rotated: head_dim },
             };
             let (bytes, stored) = blocks(&mut noise, dtype, halves, rows * cols);
             let tensor = DenseTensor { dtype, rows, cols, bytes: &bytes, layout, scales: None };

@@ -66,7 +66,7 @@ fn dense_matvec_of_every_quantized_type_agrees() {
         for (rows, cols, head_dim) in [(1, 256, 0), (15, 512, 0), (48, 768, 24), (270, 256, 0)] {
             let layout = match head_dim {
                 0 => Layout::AsStored,
-                head_dim => Layout::Interleaved { head_dim, rotated: head_dim },
+                head_dim => Layout::Interleaved { head_dim, first: 0, rotated: head_dim },
             };
             let (bytes, stored) = blocks(&mut noise, dtype, halves, rows * cols);
             let weights = in_order_of_use(layout, &stored, cols);

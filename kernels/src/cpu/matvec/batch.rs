@@ -6,7 +6,7 @@ use std::ops::Range;
 use faer::{MatMut, reborrow::ReborrowMut};
 use rayon::prelude::*;
 use slim_formats::{
-    DenseTensor, Layout, Weight,
+    DenseTensor, Weight,
     slim::{PackedTensor, TILE_ROWS},
 };
 
@@ -85,7 +85,7 @@ impl<'a> Product<'a> {
         match (matrix, matrix.bands()) {
             (Weight::Dense(tensor), _) => {
                 let run = blocks::run(tensor.dtype)?;
-                if let Layout::Transposed { .. } = tensor.layout {
+                if tensor.layout.stored_row(0).is_none() {
                     return None;
                 }
                 let chunks = chunks_of_blocks(&tensor, run);

@@ -45,7 +45,7 @@ per_isa! {
             }
             return Ok(());
         }
-        if tensor.scales.is_some() {
+        if tensor.scales.is_some() || tensor.layout.stored_row(0).is_none() {
             let mut values = vec![0.0; tensor.cols];
             for (row, out) in rows.zip(out) {
                 dequantize_rows(tensor, row..row + 1, &mut values)?;

@@ -25,7 +25,7 @@ use std::{borrow::Cow, fmt, mem, sync::LazyLock};
 
 use rayon::prelude::*;
 use slim_formats::{
-    DenseTensor, Layout,
+    DenseTensor,
     slim::{Bands, PackedTensor, ScaleCoding, TILE_ROWS},
 };
 
@@ -184,7 +184,7 @@ pub fn dense_by(
     let row_bytes = (matrix.stored_bytes() as usize).div_ceil(matrix.rows.max(1)).max(1);
     let task_rows = TASK_BYTES.div_ceil(row_bytes).next_multiple_of(blocks::ROWS);
     let tasks = out.par_chunks_mut(task_rows).enumerate();
-    let in_rows = !matches!(matrix.layout, Layout::Transposed { .. });
+    let in_rows = matrix.layout.stored_row(0).is_some();
     match method {
         Method::Integer(_, kernels) if in_rows && blocks::run(matrix.dtype).is_some() => {
             let input = Input::in_whole_steps(x);
