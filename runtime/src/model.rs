@@ -248,7 +248,7 @@ impl Model {
     /// # Accuracy
     /// The logits of a turn do not depend on what the others say. With packed weights they do not
     /// depend on how many tokens come along either; where weights are floats or ggml's blocks, sums
-    /// are added up in another order.
+    /// are added up in another order, of an expert with the number of tokens that it gets.
     ///
     /// # Errors
     /// `InvalidArgument`, before anything is computed, for a turn without tokens, a token outside

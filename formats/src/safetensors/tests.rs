@@ -64,7 +64,7 @@ fn golden_file_gives_the_model_of_its_directory() {
 type Tensor<'a> = (&'a str, Dtype, &'a [usize]);
 
 fn write_shard(path: &Path, tensors: &[Tensor<'_>]) {
-    let zeros = [0; 256];
+    let zeros = [0; 512];
     let views: BTreeMap<&str, TensorView<'_>> = tensors
         .iter()
         .map(|&(name, dtype, shape)| {
