@@ -284,7 +284,7 @@ fn mixed_width(spec: &BlockSpec, stage: Stage, hidden_size: usize) -> Option<usi
     match stage {
         Stage::Query => latent?.query_rank,
         Stage::Latent => latent.map(|latent| latent.rank),
-        Stage::AttentionOutput => Some(spec.mixer.output_width(hidden_size)),
+        Stage::MixerOutput => Some(spec.mixer.output_width(hidden_size)),
         _ => None,
     }
 }
@@ -304,8 +304,8 @@ impl Stream {
     /// The inputs of a stage's layers, once it has been entered.
     fn inputs_of(&self, stage: Stage) -> &Activations {
         match stage {
-            Stage::Attention | Stage::Ffn => &self.normed,
-            Stage::Query | Stage::Latent | Stage::AttentionOutput => &self.mixed,
+            Stage::Mixer | Stage::Ffn => &self.normed,
+            Stage::Query | Stage::Latent | Stage::MixerOutput => &self.mixed,
             Stage::FfnOutput => &self.activated,
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         }
@@ -321,9 +321,9 @@ impl Stream {
             activated.set_width(ffn.width);
         }
         let (from, inputs, running) = match stage {
-            Stage::Attention | Stage::Ffn => (&*residual, normed, None),
-            Stage::Query | Stage::Latent | Stage::AttentionOutput => {
-                (&*normed, mixed, Some(Stage::Attention))
+            Stage::Mixer | Stage::Ffn => (&*residual, normed, None),
+            Stage::Query | Stage::Latent | Stage::MixerOutput => {
+                (&*normed, mixed, Some(Stage::Mixer))
             }
             Stage::FfnOutput => (&*normed, activated, Some(Stage::Ffn)),
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
@@ -343,7 +343,7 @@ impl Stream {
     fn add(&mut self, stage: Stage, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
         let _held = walk.hold(stage, block)?;
         let Self { residual, mixed, activated, .. } = self;
-        let inputs = if stage == Stage::AttentionOutput { mixed } else { activated };
+        let inputs = if stage == Stage::MixerOutput { mixed } else { activated };
         residual.update(walk.engine, |batch, residual| {
             Ok(block.add(stage, walk.context, inputs.batch(batch), residual)?)
         })

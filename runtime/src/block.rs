@@ -82,9 +82,9 @@ impl<'a> Block<'a> {
         x: &mut [f32],
         passages: &mut [Passage<'_>],
     ) -> Result<()> {
-        let normed = self.input(Stage::Attention, context, x, passages)?;
-        let attended = self.input(Stage::AttentionOutput, context, &normed, passages)?;
-        self.add(Stage::AttentionOutput, context, &attended, x)?;
+        let normed = self.input(Stage::Mixer, context, x, passages)?;
+        let attended = self.input(Stage::MixerOutput, context, &normed, passages)?;
+        self.add(Stage::MixerOutput, context, &attended, x)?;
         let normed = self.input(Stage::Ffn, context, x, passages)?;
         if self.spec.ffn.is_some() {
             let neurons = self.input(Stage::FfnOutput, context, &normed, passages)?;
@@ -120,9 +120,9 @@ impl<'a> Block<'a> {
         match stage {
             Stage::Query => self.query_input(context, from),
             Stage::Latent => Ok(self.latents(context, from)?.0),
-            Stage::AttentionOutput => self.mix(context, from, passages),
+            Stage::MixerOutput => self.mix(context, from, passages),
             Stage::FfnOutput => self.neurons(context, from),
-            Stage::Attention | Stage::Ffn => match stage.norm() {
+            Stage::Mixer | Stage::Ffn => match stage.norm() {
                 Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
                 _ => Ok(from.to_vec()),
             },
@@ -201,7 +201,7 @@ impl<'a> Block<'a> {
         x: &mut [f32],
     ) -> Result<()> {
         let part = match stage {
-            Stage::AttentionOutput => Part::AttnOutput,
+            Stage::MixerOutput => Part::AttnOutput,
             Stage::FfnOutput => Part::FfnDown,
             _ => panic!("{stage:?} adds nothing"),
         };

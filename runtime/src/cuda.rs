@@ -501,7 +501,7 @@ impl Segment {
 
             let residual = [&mut x.view_mut(), &mut added.view_mut()];
             let next = Some(block.input(Part::FfnNorm, normed));
-            block.add(Stage::AttentionOutput, device, attended, m, residual, next)?;
+            block.add(Stage::MixerOutput, device, attended, m, residual, next)?;
             let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
             device.matmul_activate(block.neurons(), normed, m, scratch, activation)?;
             let residual = [&mut x.view_mut(), &mut added.view_mut()];

@@ -92,7 +92,7 @@ impl Walk<'_> {
         drop(d_output);
         self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
 
-        let d_output = self.reverse_branch(Stage::AttentionOutput, added, dx, visit)?;
+        let d_output = self.reverse_branch(Stage::MixerOutput, added, dx, visit)?;
         visit(self.linear(Part::AttnOutput, mixed.output(), &d_output))?;
         let mut d_mixed = vec![0.0; mixed.output().len()];
         self.add_product(&mut d_mixed, &d_output, Part::AttnOutput)?;
@@ -224,7 +224,7 @@ impl Walk<'_> {
         let normed = self.normed(Part::AttnNorm, x);
         let mixed = self.mixed(&normed)?;
         let mut middle = x.to_vec();
-        let added = self.add_branch(Stage::AttentionOutput, mixed.output(), &mut middle)?;
+        let added = self.add_branch(Stage::MixerOutput, mixed.output(), &mut middle)?;
         let ffn_input = self.normed(Part::FfnNorm, &middle);
         let (network, mixture) = (self.network(&ffn_input)?, self.mixture(&ffn_input)?);
         Ok(Activations { normed, mixed, added, middle, ffn_input, network, mixture })

@@ -1,5 +1,5 @@
-//! The delta rule over whole sequences, and its reverse, which computes the states of a head again
-//! and keeps those of all tokens.
+//! The delta rule over whole sequences, and its reverse, which computes the states of a head again:
+//! those before each [`PIECE`] of tokens are kept, those in it when its turn comes.
 
 use rayon::prelude::*;
 use slim_formats::arch;
@@ -7,6 +7,9 @@ use slim_kernels::{DeltaCall, delta_net, delta_step, split, unit};
 
 /// Added to the sum of squares that queries and keys are normed by, as in the kernel.
 const EPSILON: f32 = 1e-6;
+
+/// Tokens whose states are held at a time.
+const PIECE: usize = 16;
 
 /// A delta net over sequences of `context` tokens.
 pub struct DeltaNet {
@@ -109,19 +112,24 @@ impl DeltaNet {
         let scale = (key_dim as f32).sqrt().recip();
 
         let len = key_dim * n;
-        let mut states = vec![0.0; (context + 1) * len];
         let (mut units, mut changes) = (vec![0.0; context * 2 * key_dim], vec![0.0; context * n]);
         let mut out = vec![0.0; n];
-        for t in 0..context {
+        let mut step = |t: usize, state: &mut [f32], units: &mut [f32], changes: &mut [f32]| {
             let [raw_q, raw_k, v] = of_token(t);
             let (q, k) = units[t * 2 * key_dim..][..2 * key_dim].split_at_mut(key_dim);
             unit(raw_q, scale, q);
             unit(raw_k, 1.0, k);
-            let (before, after) = states.split_at_mut((t + 1) * len);
-            let state = &mut after[..len];
-            state.copy_from_slice(&before[t * len..]);
             delta_step(state, q, k, v, decay(t), beta(t), &mut changes[t * n..][..n], &mut out);
+        };
+        let (mut state, mut before_pieces) = (vec![0.0; len], Vec::new());
+        for t in 0..context {
+            if t.is_multiple_of(PIECE) {
+                before_pieces.extend_from_slice(&state);
+            }
+            step(t, &mut state, &mut units, &mut changes);
         }
+        // Before each token of a piece, and behind its last.
+        let mut states = vec![0.0; (PIECE + 1) * len];
 
         let mut of_head = OfHead {
             qkv: vec![0.0; context * (2 * key_dim + n)],
@@ -132,9 +140,19 @@ impl DeltaNet {
         let (mut d_change, mut d_held) = (vec![0.0; n], vec![0.0; n]);
         let (mut d_q, mut d_k) = (vec![0.0; key_dim], vec![0.0; key_dim]);
         for t in (0..context).rev() {
-            let [raw_q, raw_k, _] = of_token(t);
+            let (piece, in_piece) = (t / PIECE, t % PIECE);
+            if t + 1 == context || in_piece + 1 == PIECE {
+                states[..len].copy_from_slice(&before_pieces[piece * len..][..len]);
+                for i in 0..=in_piece {
+                    let (before, after) = states.split_at_mut((i + 1) * len);
+                    let state = &mut after[..len];
+                    state.copy_from_slice(&before[i * len..]);
+                    step(piece * PIECE + i, state, &mut units, &mut changes);
+                }
+            }
+            let [raw_q, raw_k, v] = of_token(t);
             let (q, k) = units[t * 2 * key_dim..][..2 * key_dim].split_at(key_dim);
-            let (before, after) = (&states[t * len..][..len], &states[(t + 1) * len..][..len]);
+            let [before, after] = [in_piece, in_piece + 1].map(|i| &states[i * len..][..len]);
             let (decay, beta, change) = (decay(t), beta(t), &changes[t * n..][..n]);
             let dy = &dy[((first + t) * value_heads + head) * n..][..n];
             d_change.fill(0.0);
@@ -145,9 +163,8 @@ impl DeltaNet {
                 d_k[i] = dot(d_row, change);
                 add_scaled(&mut d_change, k[i], d_row);
             }
-            // v - held is change / beta, which may be 0 / 0: beta's gradient takes it from the state.
+            // That at beta is `d_change . (v - held)`; `held` is taken from the state.
             d_held.iter_mut().zip(&d_change).for_each(|(d_held, d)| *d_held = -beta * d);
-            let [_, _, v] = of_token(t);
             let mut d_beta = dot(&d_change, v);
             let mut d_decay = 0.0;
             for i in 0..key_dim {

@@ -117,20 +117,20 @@ impl<'a> Builder<'a> {
         let mut residual = self.scaled("embedding", decoder.embedding_scale);
         residual = self.add_projection(Part::EmbeddingUp, residual)?;
         residual = self.add_learned_positions(residual)?;
-        let mut input = match self.norm_before(0, Stage::Attention) {
+        let mut input = match self.norm_before(0, Stage::Mixer) {
             Some(norm) => self.add_norm(&residual, norm)?,
             None => residual.clone(),
         };
         for block in 0..decoder.blocks.len() {
             let mut output = self.add_attention(block, &input)?;
             let mut next = self.norm_before(block, Stage::Ffn);
-            output = self.finish(block, Stage::AttentionOutput, output)?;
-            let norm = self.sum_norm(block, Stage::AttentionOutput);
+            output = self.finish(block, Stage::MixerOutput, output)?;
+            let norm = self.sum_norm(block, Stage::MixerOutput);
             (residual, input) = self.add_to_residual(&residual, &output, norm, next)?;
             output = self.add_ffn(block, &input)?;
             next = match block + 1 {
                 next if next == decoder.blocks.len() => decoder.output_norm(),
-                next => self.norm_before(next, Stage::Attention),
+                next => self.norm_before(next, Stage::Mixer),
             };
             output = self.finish(block, Stage::FfnOutput, output)?;
             let norm = self.sum_norm(block, Stage::FfnOutput);

@@ -97,13 +97,13 @@ pub enum Activation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// The residual stream, normed if norms stand before, for the mixer.
-    Attention,
+    Mixer,
     /// What queries of latent attention are made of, normed.
     Query,
     /// The latent, normed, for keys and values.
     Latent,
     /// What the mixer gives.
-    AttentionOutput,
+    MixerOutput,
     /// The residual stream, normed if norms stand before, for the feed-forward network.
     Ffn,
     /// The activations of neurons.
@@ -117,22 +117,22 @@ pub enum Stage {
 impl Stage {
     /// Whether its input is made of the residual stream, not of the stage before.
     pub fn reads_residual(self) -> bool {
-        matches!(self, Self::Attention | Self::Ffn)
+        matches!(self, Self::Mixer | Self::Ffn)
     }
 
     /// Whether what its layers give is added to the residual stream.
     pub fn adds_to_residual(self) -> bool {
-        matches!(self, Self::AttentionOutput | Self::FfnOutput | Self::ExpertOutput(_))
+        matches!(self, Self::MixerOutput | Self::FfnOutput | Self::ExpertOutput(_))
     }
 
     /// The norm that makes its input, if norms stand before.
     pub fn norm(self) -> Option<Part> {
         match self {
-            Self::Attention => Some(Part::AttnNorm),
+            Self::Mixer => Some(Part::AttnNorm),
             Self::Ffn => Some(Part::FfnNorm),
             Self::Query
             | Self::Latent
-            | Self::AttentionOutput
+            | Self::MixerOutput
             | Self::FfnOutput
             | Self::Expert(_)
             | Self::ExpertOutput(_) => None,
@@ -142,9 +142,9 @@ impl Stage {
     /// The norm behind what it adds to, if norms stand behind.
     fn post_norm(self) -> Option<Part> {
         match self {
-            Self::AttentionOutput => Some(Part::AttnPostNorm),
+            Self::MixerOutput => Some(Part::AttnPostNorm),
             Self::FfnOutput => Some(Part::FfnPostNorm),
-            Self::Attention
+            Self::Mixer
             | Self::Query
             | Self::Latent
             | Self::Ffn
@@ -187,10 +187,10 @@ impl BlockSpec {
         let experts = self.experts.map_or(0, |experts| experts.count);
         let latent = self.mixer.latent();
         let query = latent.and_then(|latent| latent.query_rank).map(|_| Stage::Query);
-        let of_mixer = std::iter::once(Stage::Attention)
+        let of_mixer = std::iter::once(Stage::Mixer)
             .chain(query)
             .chain(latent.map(|_| Stage::Latent))
-            .chain([Stage::AttentionOutput]);
+            .chain([Stage::MixerOutput]);
         of_mixer.chain([Stage::Ffn]).chain(ffn_output).chain(
             (0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]),
         )
@@ -209,7 +209,7 @@ impl BlockSpec {
     /// The linear layers that take a stage in.
     pub fn layers_of(&self, stage: Stage) -> Vec<Part> {
         match stage {
-            Stage::Attention => self.mixer.layers(),
+            Stage::Mixer => self.mixer.layers(),
             Stage::Query => vec![Part::AttnQ],
             Stage::Latent => vec![Part::LatentKeys, Part::LatentValues],
             Stage::Ffn => {
@@ -223,7 +223,7 @@ impl BlockSpec {
                 let gate = is_gated.then_some(Part::Expert(index, ExpertPart::Gate));
                 gate.into_iter().chain([Part::Expert(index, ExpertPart::Up)]).collect()
             }
-            Stage::AttentionOutput | Stage::FfnOutput | Stage::ExpertOutput(_) => {
+            Stage::MixerOutput | Stage::FfnOutput | Stage::ExpertOutput(_) => {
                 self.output_layer(stage).into_iter().collect()
             }
         }
@@ -232,10 +232,10 @@ impl BlockSpec {
     /// The linear layer through which a stage adds to the residual stream.
     pub fn output_layer(&self, stage: Stage) -> Option<Part> {
         match stage {
-            Stage::AttentionOutput => Some(Part::AttnOutput),
+            Stage::MixerOutput => Some(Part::AttnOutput),
             Stage::FfnOutput => Some(Part::FfnDown),
             Stage::ExpertOutput(index) => Some(Part::Expert(index, ExpertPart::Down)),
-            Stage::Attention | Stage::Query | Stage::Latent | Stage::Ffn | Stage::Expert(_) => None,
+            Stage::Mixer | Stage::Query | Stage::Latent | Stage::Ffn | Stage::Expert(_) => None,
         }
     }
 

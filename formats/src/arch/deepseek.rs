@@ -101,17 +101,7 @@ impl Family for DeepSeek {
 
     /// What follows from others, and what is about training.
     fn ignores(&self, key: &str, _config: &ModelConfig) -> bool {
-        const IGNORED: [&str; 8] = [
-            "head_dim",
-            "qk_head_dim",
-            "ep_size",
-            "seq_aux",
-            "aux_loss_alpha",
-            "norm_topk_prob",
-            "attention.key_length",
-            "attention.value_length",
-        ];
-        IGNORED.contains(&key)
+        ["head_dim", "qk_head_dim", "ep_size", "seq_aux", "aux_loss_alpha"].contains(&key)
     }
 
     fn write(&self, config: &ModelConfig, json: &mut Value) {

@@ -52,11 +52,12 @@ impl ModelConfig {
         };
         let hidden_size = keys.size("embedding_length")?;
         let head_count = keys.size("attention.head_count")?;
+        let key_length = keys.optional_size("attention.key_length")?;
         let of_heads = match family.has_latent_attention() {
-            true => keys.size("rope.dimension_count").map(Some),
-            false => keys.optional_size("attention.key_length"),
+            true => Some(keys.size("rope.dimension_count")?),
+            false => key_length,
         };
-        let head_dim = match of_heads? {
+        let head_dim = match of_heads {
             Some(head_dim) => head_dim,
             None => hidden_size.checked_div(head_count).unwrap_or(0),
         };
