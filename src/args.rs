@@ -352,8 +352,13 @@ pub struct EvalArgs {
     pub model: ModelArgs,
 
     /// The text to measure on
-    #[arg(long, value_name = "FILE")]
-    pub text: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "profile")]
+    pub text: Option<PathBuf>,
+
+    /// Compare with --against on built-in texts instead, of several kinds and languages, and show
+    /// where the two differ most
+    #[arg(long, requires = "against", conflicts_with_all = ["text", "windows", "batch"])]
+    pub profile: bool,
 
     /// Tokens per window [default: 2048, or as many as the model was made for]
     #[arg(long, value_name = "TOKENS", value_parser = range(2..))]

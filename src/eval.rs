@@ -1,5 +1,7 @@
 //! `slimllm eval`: perplexity, and divergence from another model.
 
+mod profile;
+
 use std::{path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
@@ -16,8 +18,12 @@ use crate::{
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     args.execution.start()?;
+    let Some(path) = &args.text else {
+        let against = args.against.as_deref().expect("a profile is against a model");
+        return profile::run(args, against);
+    };
     let start = Instant::now();
-    let text = read_text(&args.text)?;
+    let text = read_text(path)?;
     let source = args.model.open()?;
     let context = resolve_context(source.config(), args.context)?;
     let model = args.execution.load(&source, context)?;
@@ -34,7 +40,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     };
     // As Python reads a text file, which is how published figures are made.
     let tokens = tokenizer(&*source)?.encode(&text.replace("\r\n", "\n"))?;
-    let windows = choose_windows(tokens.len(), context, args)?;
+    let windows = choose_windows(tokens.len(), context, path, args.windows)?;
 
     let mut progress = Progress::new("window", windows);
     let show = |done, perplexity| progress.step(done, format_args!("perplexity {perplexity:.4}"));
@@ -80,13 +86,18 @@ fn open_graph(path: &Path) -> Result<Box<dyn NextTokens>> {
 }
 
 /// How many windows of `context` tokens to measure of a text of `tokens` tokens.
-fn choose_windows(tokens: usize, context: usize, args: &EvalArgs) -> Result<usize> {
+fn choose_windows(
+    tokens: usize,
+    context: usize,
+    text: &Path,
+    wanted: Option<usize>,
+) -> Result<usize> {
     let available = tokens / context;
-    let wanted = args.windows.unwrap_or(available.max(1));
+    let wanted = wanted.unwrap_or(available.max(1));
     if wanted > available {
         let message = format!(
             "`{}` has {}, which is less than {} of {}",
-            args.text.display(),
+            text.display(),
             plural(tokens, "token"),
             plural(wanted, "window"),
             plural(context, "token"),
@@ -116,7 +127,9 @@ fn print_result_json(
     if let Some(divergence) = &evaluation.divergence {
         result["kl_mean"] = divergence.kl_mean.into();
         result["kl_p50"] = divergence.kl_p50.into();
+        result["kl_p90"] = divergence.kl_p90.into();
         result["kl_p99"] = divergence.kl_p99.into();
+        result["kl_p999"] = divergence.kl_p999.into();
         result["top1_agreement"] = divergence.top1_agreement.into();
     }
     print_json(result)
@@ -133,10 +146,12 @@ fn describe(
     let mut lines = vec![("perplexity", format!("{:.4}", evaluation.perplexity))];
     if let (Some(divergence), Some(other)) = (&evaluation.divergence, &args.against) {
         let kl = format!(
-            "mean {}, median {}, 99th percentile {} nats per token, from `{}`{}",
+            "mean {}; percentiles 50: {}, 90: {}, 99: {}, 99.9: {} nats per token, from `{}`{}",
             nats(divergence.kl_mean),
             nats(divergence.kl_p50),
+            nats(divergence.kl_p90),
             nats(divergence.kl_p99),
+            nats(divergence.kl_p999),
             other.display(),
             if is_onnx(other) { " in ONNX Runtime" } else { "" }
         );
@@ -153,7 +168,7 @@ fn describe(
         context,
     );
     lines.push(("protocol", protocol));
-    let text = args.text.file_name().unwrap_or_default().display();
+    let text = args.text.as_deref().and_then(Path::file_name).unwrap_or_default().display();
     lines.push(("text", format!("{text}, sha256 {text_sha256}")));
     lines.push(("tokens", count(evaluation.tokens as u64)));
     lines.push(("seconds", format!("{seconds:.1}")));

@@ -49,7 +49,7 @@ pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
 pub use provenance::{COMMIT, source_metadata};
-pub use quality::{Domain, Quality, USELESS_KL, predict_quality, quality_bytes};
+pub use quality::{Domain, Profile, Quality, USELESS_KL, predict_quality, profile, quality_bytes};
 pub use report::{Degenerate, LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};

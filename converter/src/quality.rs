@@ -3,7 +3,8 @@
 use serde_json::Value as Json;
 use slim_formats::ModelConfig;
 use slim_runtime::{
-    ChatFormat, Divergence, InBatches, Message, Model, Protocol, Result, document_tokens, evaluate,
+    ChatFormat, Divergence, Evaluation, InBatches, Message, Model, Protocol, Result,
+    document_tokens, evaluate,
 };
 
 /// Tokens of each text that are measured at most.
@@ -25,6 +26,18 @@ pub enum Domain {
     Code,
     /// A chat, in the model's own format if it has one.
     Chat,
+    /// Running text in German.
+    German,
+    /// In French.
+    French,
+    /// In Spanish.
+    Spanish,
+    /// In Russian.
+    Russian,
+    /// In Chinese.
+    Chinese,
+    /// A text of a thousand words about the same people and things.
+    Long,
 }
 
 /// How far a result is from its source on a kind of text.
@@ -39,8 +52,21 @@ pub struct Quality {
 }
 
 impl Domain {
+    /// Those that every result is compared on.
+    pub const CHECKED: [Self; 3] = [Self::Prose, Self::Code, Self::Chat];
+
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Prose, Self::Code, Self::Chat];
+    pub const ALL: [Self; 9] = [
+        Self::Prose,
+        Self::Code,
+        Self::Chat,
+        Self::German,
+        Self::French,
+        Self::Spanish,
+        Self::Russian,
+        Self::Chinese,
+        Self::Long,
+    ];
 
     /// The name in reports.
     pub fn name(self) -> &'static str {
@@ -48,17 +74,36 @@ impl Domain {
             Self::Prose => "prose",
             Self::Code => "code",
             Self::Chat => "chat",
+            Self::German => "german",
+            Self::French => "french",
+            Self::Spanish => "spanish",
+            Self::Russian => "russian",
+            Self::Chinese => "chinese",
+            Self::Long => "long",
         }
+    }
+
+    /// Its text; `None` of the chat, whose text is the model's.
+    fn text(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Prose => include_str!("../data/held-back/prose.txt"),
+            Self::Code => include_str!("../data/held-back/code.txt"),
+            Self::Chat => return None,
+            Self::German => include_str!("../data/held-back/german.txt"),
+            Self::French => include_str!("../data/held-back/french.txt"),
+            Self::Spanish => include_str!("../data/held-back/spanish.txt"),
+            Self::Russian => include_str!("../data/held-back/russian.txt"),
+            Self::Chinese => include_str!("../data/held-back/chinese.txt"),
+            Self::Long => include_str!("../data/held-back/long.txt"),
+        })
     }
 
     /// The tokens of its text for a model.
     fn tokens(self, model: &Model) -> Result<Vec<u32>> {
-        let text = match self {
-            Self::Prose => include_str!("../data/held-back/prose.txt").to_owned(),
-            Self::Code => include_str!("../data/held-back/code.txt").to_owned(),
-            Self::Chat => return chat_tokens(model),
-        };
-        document_tokens(model.tokenizer()?, model.config(), &text)
+        match self.text() {
+            Some(text) => document_tokens(model.tokenizer()?, model.config(), text),
+            None => chat_tokens(model),
+        }
     }
 }
 
@@ -81,18 +126,38 @@ pub fn quality_bytes(config: &ModelConfig) -> u64 {
 /// # Errors
 /// Those of the models and of their tokenizers.
 pub fn predict_quality(source: &Model, result: &Model) -> Result<Vec<Quality>> {
-    Domain::ALL.into_iter().map(|domain| compare(domain, source, result)).collect()
+    let quality = |domain: Domain| {
+        let Profile { evaluation, .. } = profile(domain, source, result, TOKENS)?;
+        let divergence = evaluation.divergence.expect("two models were compared");
+        Ok(Quality { domain, tokens: evaluation.tokens, divergence })
+    };
+    Domain::CHECKED.into_iter().map(quality).collect()
 }
 
-fn compare(domain: Domain, source: &Model, result: &Model) -> Result<Quality> {
+/// How a result compares with its source on a kind of text.
+#[derive(Debug, Clone)]
+pub struct Profile {
+    /// The kind.
+    pub domain: Domain,
+    /// The tokens of its text.
+    pub tokens: Vec<u32>,
+    /// What was measured on them, as one window.
+    pub evaluation: Evaluation,
+}
+
+/// Compares `result` with the `source` that it was made of on the text of a kind, up to `most`
+/// tokens.
+///
+/// # Errors
+/// Those of the models and of their tokenizers.
+pub fn profile(domain: Domain, source: &Model, result: &Model, most: usize) -> Result<Profile> {
     let text = domain.tokens(source)?;
-    let tokens = text.len().min(TOKENS).min(source.config().context_length);
+    let tokens = text.len().min(most).min(source.config().context_length);
     let whole = |model| InBatches { model, batch: tokens };
     let (mut source, mut result) = (whole(source), whole(result));
     let protocol = Protocol { context: tokens, windows: 1 };
     let evaluation = evaluate(&mut result, Some(&mut source), &text, protocol, |_, _| ())?;
-    let divergence = evaluation.divergence.expect("two models were compared");
-    Ok(Quality { domain, tokens, divergence })
+    Ok(Profile { domain, tokens: text[..tokens].to_vec(), evaluation })
 }
 
 /// The tokens of the held-back chat; without a template that renders it, of its lines.
@@ -135,18 +200,18 @@ mod tests {
     fn held_back_texts_share_no_ten_words_in_a_row_with_the_calibration_text() {
         let calibration = runs(BUILT_IN_CALIBRATION);
         let chat: String = chat().iter().map(|message| format!("{} ", message.content)).collect();
-        let prose = include_str!("../data/held-back/prose.txt");
-        let code = include_str!("../data/held-back/code.txt");
-        for text in [prose, code, &chat] {
-            let runs = runs(text);
-            assert!(runs.len() > 150 && runs.is_disjoint(&calibration));
+        for text in Domain::ALL.into_iter().filter_map(Domain::text).chain([&*chat]) {
+            assert!(runs(text).is_disjoint(&calibration), "{text}");
         }
     }
 
     #[test]
     fn what_is_no_number_is_useless() {
         for (kl_mean, is_useless) in [(0.9, false), (1.1, true), (f64::NAN, true)] {
-            let divergence = Divergence { kl_mean, kl_p50: 0.0, kl_p99: 0.0, top1_agreement: 1.0 };
+            let [kl_p50, kl_p90, kl_p99, kl_p999] = [0.0; 4];
+            let top1_agreement = 1.0;
+            let divergence =
+                Divergence { kl_mean, kl_p50, kl_p90, kl_p99, kl_p999, top1_agreement };
             let quality = Quality { domain: Domain::Prose, tokens: 2, divergence };
             assert_eq!(quality.is_useless(), is_useless);
         }

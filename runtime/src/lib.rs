@@ -49,7 +49,9 @@ pub use mixer::{attention_shape, cut, decays, multiply, side_by_side};
 pub use model::Model;
 #[cfg(feature = "onnx-run")]
 pub use onnx::{OnnxGraph, OnnxRuntime};
-pub use perplexity::{Divergence, Evaluation, InBatches, Logits, NextTokens, Protocol, evaluate};
+pub use perplexity::{
+    Difference, Divergence, Evaluation, InBatches, Logits, NextTokens, Protocol, evaluate,
+};
 pub use placement::CudaSettings;
 pub use positions::Positions;
 pub use random::{SplitMix64, random_seed};

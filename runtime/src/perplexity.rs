@@ -10,6 +10,9 @@ use crate::{Model, Result, RuntimeError, Turn};
 /// Positions whose logits are held at a time.
 const POSITIONS: usize = 128;
 
+/// Positions that are named as the worst.
+const WORST: usize = 5;
+
 /// How [`evaluate`] measures.
 #[derive(Debug, Clone, Copy)]
 pub struct Protocol {
@@ -71,6 +74,21 @@ pub struct Evaluation {
     pub tokens: usize,
     /// The comparison with the other model, if there was one.
     pub divergence: Option<Divergence>,
+    /// Where the two differ most, the worst first, at most five.
+    pub worst: Vec<Difference>,
+}
+
+/// How the next-token distributions of two models differ at a position.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Difference {
+    /// Which of the tokens of the text it is that follows.
+    pub token: usize,
+    /// KL(other || model), in nats.
+    pub kl: f64,
+    /// What the other model finds most likely.
+    pub theirs: u32,
+    /// What the model does.
+    pub ours: u32,
 }
 
 /// How the next-token distributions of two models differ, over all scored positions.
@@ -80,8 +98,12 @@ pub struct Divergence {
     pub kl_mean: f64,
     /// Median.
     pub kl_p50: f64,
+    /// 90th percentile.
+    pub kl_p90: f64,
     /// 99th percentile.
     pub kl_p99: f64,
+    /// 99.9th percentile.
+    pub kl_p999: f64,
     /// Share of positions with the same most likely token.
     pub top1_agreement: f64,
 }
@@ -100,27 +122,31 @@ pub fn evaluate(
 ) -> Result<Evaluation> {
     let Protocol { context, windows } = protocol;
     let chosen: Vec<&[u32]> = tokens.chunks_exact(context).take(windows).collect();
-    let (mut total, mut positions) = (0.0, Vec::new());
+    let (mut total, mut differences) = (0.0, Vec::new());
     for (done, window) in chosen.iter().enumerate() {
         let theirs = other.as_mut().map(|other| other.run(window)).transpose()?;
         let scores = score_window(&model.run(window)?, theirs.as_ref(), window)?;
         total +=
             scores.iter().map(|s| s.negative_log_likelihood).sum::<f64>() / scores.len() as f64;
-        positions.extend(scores.into_iter().filter_map(|s| s.against));
+        let first = done * context;
+        let in_text =
+            |difference: Difference| Difference { token: first + difference.token, ..difference };
+        differences.extend(scores.into_iter().filter_map(|s| s.against).map(in_text));
         progress(done + 1, (total / (done + 1) as f64).exp());
     }
     Ok(Evaluation {
         perplexity: (total / chosen.len() as f64).exp(),
         windows: chosen.len(),
         tokens: chosen.len() * context,
-        divergence: (!positions.is_empty()).then(|| summarize(positions)),
+        divergence: (!differences.is_empty()).then(|| summarize(&mut differences)),
+        worst: differences.into_iter().rev().take(WORST).collect(),
     })
 }
 
 struct Score {
     negative_log_likelihood: f64,
-    /// KL from the other model, and whether both prefer the same token.
-    against: Option<(f64, bool)>,
+    /// From the other model; its token is counted through the window.
+    against: Option<Difference>,
 }
 
 /// The scores of tokens 2 .. of a window.
@@ -146,7 +172,9 @@ fn score_window(
                 negative_log_likelihood: -f64::from(ours[window[position + 1] as usize]),
                 against: theirs.as_ref().map(|theirs| {
                     let theirs = &theirs[row];
-                    (kl_divergence(theirs, ours), argmax(theirs) == argmax(ours))
+                    let kl = kl_divergence(theirs, ours);
+                    let [theirs, ours] = [theirs, ours].map(argmax);
+                    Difference { token: position + 1, kl, theirs, ours }
                 }),
             }
         }));
@@ -165,27 +193,30 @@ fn check_vocab(found: usize, expected: usize) -> Result<()> {
     }
 }
 
-fn summarize(positions: Vec<(f64, bool)>) -> Divergence {
-    let n = positions.len();
-    let agreeing = positions.iter().filter(|(_, same)| *same).count();
-    let mut kl: Vec<f64> = positions.into_iter().map(|(kl, _)| kl).collect();
-    kl.sort_by(f64::total_cmp);
-    let percentile = |p: usize| kl[(n - 1) * p / 100];
+/// Sorts the positions by how much the models differ.
+fn summarize(differences: &mut [Difference]) -> Divergence {
+    let n = differences.len();
+    let agreeing = differences.iter().filter(|found| found.theirs == found.ours).count();
+    differences.sort_by(|a, b| a.kl.total_cmp(&b.kl));
+    let per_mille = |p: usize| differences[(n - 1) * p / 1000].kl;
     Divergence {
-        kl_mean: kl.iter().sum::<f64>() / n as f64,
-        kl_p50: percentile(50),
-        kl_p99: percentile(99),
+        kl_mean: differences.iter().map(|found| found.kl).sum::<f64>() / n as f64,
+        kl_p50: per_mille(500),
+        kl_p90: per_mille(900),
+        kl_p99: per_mille(990),
+        kl_p999: per_mille(999),
         top1_agreement: agreeing as f64 / n as f64,
     }
 }
 
 /// The lowest index of the largest value.
-fn argmax(values: &[f32]) -> usize {
+fn argmax(values: &[f32]) -> u32 {
     let mut best = 0;
     for (i, value) in values.iter().enumerate() {
         if *value > values[best] {
             best = i;
         }
     }
-    best
+    // Tokens are counted in 32 bits.
+    best as u32
 }

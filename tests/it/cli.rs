@@ -455,6 +455,14 @@ fn eval_prints_the_protocol_with_the_number() {
     };
     assert_eq!(perplexity(windows_text), perplexity(unix_text));
 
+    let profile = succeed(&["eval", llama, "--profile", "--against", llama, "--json"]).json();
+    assert_eq!(profile["domains"].as_array().unwrap().len(), 9);
+    let answer = succeed(&["eval", llama, "--profile", "--against", llama]);
+    for fragment in ["chinese", "flipped", "where they differ most", "the source expects"] {
+        assert!(answer.stdout.contains(fragment), "{fragment}: {}", answer.stdout);
+    }
+    fail(&["eval", llama, "--profile"], &["--against"]);
+
     let answer = succeed(&eval);
     for fragment in
         ["3 windows of 32 tokens that do not overlap", "tokens 2 to 32", "no token put in front"]

@@ -176,6 +176,7 @@ fn documents_of_all_commands_are_as_their_schemas_say() {
     let eval = ["eval", slim, "--text", text, "--context", "32", "--windows", "2", "--json"];
     document("eval", &eval);
     document("eval", &[&eval[..], &["--against", llama]].concat());
+    document("eval-profile", &["eval", slim, "--profile", "--against", llama, "--json"]);
     let bench = ["bench", slim, "--prompt", "4", "--generate", "2", "--runs", "1", "--json"];
     document("bench", &bench);
     document("bench", &[&bench[..], &["--context", "3,5", "--batch", "2"]].concat());
