@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use crate::{Decoder, FormatError, ModelConfig, Part, Result, arch::Place};
+use crate::{
+    Decoder, FormatError, ModelConfig, Part, Result,
+    arch::{Mixer, Place, Tensor},
+};
 
 /// In whose words messages speak.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,7 +42,7 @@ pub(crate) fn check(
                     true => format!("[{cols}]"),
                     false => format!("[{rows}, {cols}]"),
                 };
-                let why = reasons(tensor.part, config, spelling);
+                let why = reasons(tensor, config, decoder, spelling);
                 let expected = format!("{} by {why}", shape(stored));
                 let place = format!("tensor `{name}`");
                 let found = shape((rows, cols));
@@ -63,7 +66,8 @@ pub(crate) fn check(
 }
 
 /// The keys that give a tensor's dimensions, with what they say.
-fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
+fn reasons(tensor: &Tensor, config: &ModelConfig, decoder: &Decoder, spelling: Spelling) -> String {
+    let part = tensor.part;
     let hidden = ("hidden_size", "embedding_length", config.hidden_size);
     let embedding = match config.features.embedding_size {
         Some(size) => ("word_embed_proj_dim", "token_embedding_length", size),
@@ -80,7 +84,10 @@ fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
     let kv_heads = ("num_key_value_heads", "attention.head_count_kv", config.kv_head_count);
     let head_dim = ("head_dim", "attention.key_length", config.head_dim);
     let context = ("max_position_embeddings", "context_length", config.context_length);
+    let mixer = tensor.block.map(|block| decoder.blocks[block].mixer);
+    let of_mixer = mixer.map_or(Vec::new(), |mixer| mixer_sizes(&mixer, part, hidden));
     let sizes: &[Size] = match part {
+        _ if !of_mixer.is_empty() => &of_mixer,
         Part::Embedding | Part::Output => &[vocab, embedding],
         Part::EmbeddingUp => &[hidden, embedding],
         Part::EmbeddingDown => &[embedding, hidden],
@@ -103,4 +110,39 @@ fn reasons(part: Part, config: &ModelConfig, spelling: Spelling) -> String {
         Spelling::HuggingFace => format!("`{hf}` {size}"),
     });
     in_words.collect::<Vec<_>>().join(", ")
+}
+
+/// The keys that give the dimensions of a part of a mixer other than attention; none of other
+/// parts.
+fn mixer_sizes(mixer: &Mixer, part: Part, hidden: Size) -> Vec<Size> {
+    if mixer.dims(part, hidden.2).is_none() {
+        return Vec::new();
+    }
+    match mixer {
+        Mixer::Attention(_) => Vec::new(),
+        Mixer::Latent(latent) => {
+            let query_rank =
+                latent.query_rank.map(|rank| ("q_lora_rank", "attention.q_lora_rank", rank));
+            let others = [
+                ("num_attention_heads", "attention.head_count", latent.heads),
+                ("qk_head_dim", "attention.key_length_mla", latent.query_dim()),
+                ("qk_rope_head_dim", "rope.dimension_count", latent.turned_dim),
+                ("v_head_dim", "attention.value_length_mla", latent.value_dim),
+                ("kv_lora_rank", "attention.kv_lora_rank", latent.rank),
+                hidden,
+            ];
+            query_rank.into_iter().chain(others).collect()
+        }
+        Mixer::DeltaNet(net) => vec![
+            ("linear_num_key_heads", "ssm.group_count", net.key_heads),
+            ("linear_num_value_heads", "ssm.time_step_rank", net.value_heads),
+            ("linear_key_head_dim", "ssm.state_size", net.key_dim),
+            ("the size of all values", "ssm.inner_size", net.values()),
+            ("linear_conv_kernel_dim", "ssm.conv_kernel", net.taps),
+            hidden,
+        ],
+        Mixer::Convolution(convolution) => {
+            vec![("conv_L_cache", "shortconv.l_cache", convolution.taps), hidden]
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! What a transformer block computes.
 
-use super::{Attention, ExpertPart, Experts, Mixer, Part, QkNorm};
+use super::{Attention, ExpertPart, Experts, Mixer, Part};
 
 /// What one block computes; blocks of a model may differ.
 ///
@@ -294,43 +294,16 @@ impl BlockSpec {
     /// matrix.
     ///
     /// # Panics
-    /// For a part outside of blocks.
+    /// For a part of other blocks, and outside of blocks.
     pub(super) fn dims(&self, part: Part, hidden_size: usize) -> Vec<usize> {
-        let Self { mixer, ffn, experts, .. } = self;
-        let [queries, keys, values, output] = mixer.widths(hidden_size);
-        let norm_dims = |all: usize| match mixer {
-            Mixer::Attention(Attention { qk_norm: Some(QkNorm::Heads), head_dim, .. }) => *head_dim,
-            _ => all,
-        };
-        let query_rank = mixer.latent().and_then(|latent| latent.query_rank).unwrap_or(0);
-        let latent_dims = mixer.latent().map_or([0; 3], |latent| {
-            [latent.kept_dim(), latent.rank, latent.heads * latent.plain_dim]
-        });
+        let Self { ffn, experts, .. } = self;
+        if let Some(dims) = self.mixer.dims(part, hidden_size) {
+            return dims;
+        }
         let neurons = ffn.map_or(0, |ffn| ffn.width);
         let (experts, of_expert) =
             experts.map_or((0, 0), |experts| (usize::from(experts.count), experts.ffn.width));
         match part {
-            Part::AttnQ => {
-                let latent = mixer.latent().and_then(|latent| latent.query_rank);
-                vec![queries, latent.unwrap_or(hidden_size)]
-            }
-            Part::QueryDown => vec![query_rank, hidden_size],
-            Part::QueryDownNorm => vec![query_rank],
-            Part::LatentDown => vec![latent_dims[0], hidden_size],
-            Part::LatentNorm => vec![latent_dims[1]],
-            Part::LatentKeys => vec![latent_dims[2], latent_dims[1]],
-            Part::LatentValues => vec![output, latent_dims[1]],
-            Part::AttnK => vec![keys, hidden_size],
-            Part::AttnV => vec![values, hidden_size],
-            Part::AttnGate => vec![output, hidden_size],
-            Part::AttnOutput => vec![hidden_size, output],
-            Part::ConvolutionInput => vec![3 * hidden_size, hidden_size],
-            Part::Convolution => {
-                vec![mixer.convolved_channels(hidden_size).unwrap_or(0), mixer.taps()]
-            }
-            Part::DeltaBeta | Part::DeltaDecay => vec![mixer.delta_heads(), hidden_size],
-            Part::DeltaDecayBias | Part::DeltaDecayRate => vec![mixer.delta_heads()],
-            Part::DeltaNorm => vec![mixer.delta_head_dim()],
             Part::FfnGate | Part::FfnUp => vec![neurons, hidden_size],
             Part::FfnDown => vec![hidden_size, neurons],
             Part::Router => vec![experts, hidden_size],
@@ -341,15 +314,7 @@ impl BlockSpec {
                 ExpertPart::GateBias | ExpertPart::UpBias => vec![of_expert],
                 ExpertPart::DownBias => vec![hidden_size],
             },
-            Part::AttnQBias => vec![queries],
-            Part::AttnKBias => vec![keys],
-            Part::AttnVBias => vec![values],
-            Part::AttnSinks => {
-                vec![self.attention().map_or(0, |attention| attention.heads)]
-            }
             Part::FfnGateBias | Part::FfnUpBias => vec![neurons],
-            Part::AttnQNorm => vec![norm_dims(queries)],
-            Part::AttnKNorm => vec![norm_dims(keys)],
             Part::AttnNorm
             | Part::AttnNormBias
             | Part::AttnOutputBias
@@ -361,13 +326,7 @@ impl BlockSpec {
             | Part::FfnShare
             | Part::FfnPostNorm
             | Part::FfnPostNormBias => vec![hidden_size],
-            Part::Embedding
-            | Part::EmbeddingUp
-            | Part::Positions
-            | Part::OutputNorm
-            | Part::OutputNormBias
-            | Part::EmbeddingDown
-            | Part::Output => panic!("{part:?} is in no block"),
+            _ => panic!("{part:?} is not in this block"),
         }
     }
 }

@@ -132,7 +132,43 @@ pub struct Convolution {
     pub taps: usize,
 }
 
+impl Attention {
+    /// As [`Mixer::dims`].
+    fn dims(&self, part: Part, hidden: usize) -> Option<Vec<usize>> {
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let normed = |all: usize| match self.qk_norm {
+            Some(QkNorm::Heads) => self.head_dim,
+            Some(QkNorm::Whole) | None => all,
+        };
+        Some(match part {
+            Part::AttnQ | Part::AttnGate => vec![queries, hidden],
+            Part::AttnK | Part::AttnV => vec![keys, hidden],
+            Part::AttnQBias => vec![queries],
+            Part::AttnKBias | Part::AttnVBias => vec![keys],
+            Part::AttnQNorm => vec![normed(queries)],
+            Part::AttnKNorm => vec![normed(keys)],
+            Part::AttnSinks => vec![self.heads],
+            _ => return None,
+        })
+    }
+}
+
 impl LatentAttention {
+    /// As [`Mixer::dims`].
+    fn dims(&self, part: Part, hidden: usize) -> Option<Vec<usize>> {
+        let query_rank = self.query_rank.unwrap_or(hidden);
+        Some(match part {
+            Part::QueryDown => vec![query_rank, hidden],
+            Part::QueryDownNorm => vec![query_rank],
+            Part::AttnQ => vec![self.heads * self.query_dim(), query_rank],
+            Part::LatentDown => vec![self.kept_dim(), hidden],
+            Part::LatentNorm => vec![self.rank],
+            Part::LatentKeys => vec![self.heads * self.plain_dim, self.rank],
+            Part::LatentValues => vec![self.heads * self.value_dim, self.rank],
+            _ => return None,
+        })
+    }
+
     /// The constant under the root of its norms.
     pub const EPSILON: f32 = 1e-6;
 
@@ -148,6 +184,19 @@ impl LatentAttention {
 }
 
 impl DeltaNet {
+    /// As [`Mixer::dims`].
+    fn dims(&self, part: Part, hidden: usize) -> Option<Vec<usize>> {
+        Some(match part {
+            Part::AttnQ | Part::AttnK => vec![self.keys(), hidden],
+            Part::AttnV | Part::AttnGate => vec![self.values(), hidden],
+            Part::DeltaBeta | Part::DeltaDecay => vec![self.value_heads, hidden],
+            Part::DeltaDecayBias | Part::DeltaDecayRate => vec![self.value_heads],
+            Part::DeltaNorm => vec![self.value_dim],
+            Part::Convolution => vec![2 * self.keys() + self.values(), self.taps],
+            _ => return None,
+        })
+    }
+
     /// Channels of all queries, and of all keys.
     pub fn keys(&self) -> usize {
         self.key_heads * self.key_dim
@@ -208,24 +257,31 @@ impl Mixer {
         vectors.iter().copied().chain(has_sinks.then_some(Part::AttnSinks))
     }
 
-    /// Channels of queries, keys and values, and of what it gives.
-    pub(super) fn widths(&self, hidden_size: usize) -> [usize; 4] {
+    /// The dimensions of a part of it, outermost first; `None` of other parts.
+    pub(crate) fn dims(&self, part: Part, hidden: usize) -> Option<Vec<usize>> {
+        if part == Part::AttnOutput {
+            return Some(vec![hidden, self.output_width(hidden)]);
+        }
         match self {
-            Self::Attention(Attention { heads, kv_heads, head_dim, .. }) => {
-                let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
-                [queries, keys, keys, queries]
-            }
-            Self::Latent(latent) => {
-                [latent.heads * latent.query_dim(), 0, 0, latent.heads * latent.value_dim]
-            }
-            Self::DeltaNet(net) => [net.keys(), net.keys(), net.values(), net.values()],
-            Self::Convolution(_) => [0, 0, 0, hidden_size],
+            Self::Attention(attention) => attention.dims(part, hidden),
+            Self::Latent(latent) => latent.dims(part, hidden),
+            Self::DeltaNet(net) => net.dims(part, hidden),
+            Self::Convolution(Convolution { taps }) => Some(match part {
+                Part::ConvolutionInput => vec![3 * hidden, hidden],
+                Part::Convolution => vec![hidden, *taps],
+                _ => return None,
+            }),
         }
     }
 
     /// Channels of what it gives.
     pub fn output_width(&self, hidden_size: usize) -> usize {
-        self.widths(hidden_size)[3]
+        match self {
+            Self::Attention(attention) => attention.heads * attention.head_dim,
+            Self::Latent(latent) => latent.heads * latent.value_dim,
+            Self::DeltaNet(net) => net.values(),
+            Self::Convolution(_) => hidden_size,
+        }
     }
 
     /// Rows of a head of queries, if it has heads.
@@ -269,15 +325,5 @@ impl Mixer {
                 *taps
             }
         }
-    }
-
-    /// Value heads of a delta net; 0 of others.
-    pub(super) fn delta_heads(&self) -> usize {
-        if let Self::DeltaNet(net) = self { net.value_heads } else { 0 }
-    }
-
-    /// Channels of their values.
-    pub(super) fn delta_head_dim(&self) -> usize {
-        if let Self::DeltaNet(net) = self { net.value_dim } else { 0 }
     }
 }
