@@ -31,8 +31,7 @@ pub(crate) fn lacks(model: &dyn ModelSource) -> Option<String> {
             return Some(format!("block {index}, which {turns} a rotary embedding,"));
         }
         if block.activation() != computed.activation() {
-            let found = block.activation();
-            return Some(format!("block {index}, whose neurons have {found:?},"));
+            return Some(format!("block {index}, whose neurons are clamped at other numbers,"));
         }
         if block.experts != computed.experts {
             return Some(format!("block {index}, whose experts have other weights,"));
