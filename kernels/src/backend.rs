@@ -87,7 +87,7 @@ pub struct AttentionCall<'a> {
     pub q: &'a [f32],
     /// The text's keys and values.
     pub kv: &'a KvCache,
-    /// A score of each head that takes its share in the softmax and has no value, [heads].
+    /// A score of each head that takes its share in the softmax and has no value, `[heads]`.
     pub sinks: Option<&'a [f32]>,
     /// [m, heads, head_dim].
     pub out: &'a mut [f32],

@@ -85,9 +85,8 @@ impl<'a> Product<'a> {
         match (matrix, matrix.bands()) {
             (Weight::Dense(tensor), _) => {
                 let run = blocks::run(tensor.dtype)?;
-                if tensor.layout.stored_row(0).is_none() {
-                    return None;
-                }
+                // Rows that are stored one after the other.
+                tensor.layout.stored_row(0)?;
                 let chunks = chunks_of_blocks(&tensor, run);
                 let steps = (0..tensor.cols).step_by(run).map(|first| first..first + run);
                 let bands = vec![Band::Blocks(tensor)];
