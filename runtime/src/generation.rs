@@ -190,8 +190,10 @@ impl<'a, G: BorrowMut<Generator<'a>>> Generation<'a, G> {
         if self.state == State::Stopped {
             return self.end(End::Caller);
         }
-        if self.fresh.len() > PREFILL_BATCH {
-            return self.feed_batch();
+        let sequence = &self.generator.borrow_mut().sequence;
+        let piece = sequence.next_piece(self.fresh.len(), PREFILL_BATCH);
+        if piece < self.fresh.len() {
+            return self.feed_piece(piece);
         }
         if self.left == Some(0) {
             return self.end(End::Limit);
@@ -209,10 +211,10 @@ impl<'a, G: BorrowMut<Generator<'a>>> Generation<'a, G> {
         Ok(Event::Token { id: token, text: self.stream.push(token)?.unwrap_or_default() })
     }
 
-    /// Sends a batch of a long prompt through the model; between batches the caller can stop it.
-    fn feed_batch(&mut self) -> Result<Event> {
+    /// Sends a piece of a long prompt through the model; between pieces the caller can stop it.
+    fn feed_piece(&mut self, piece: usize) -> Result<Event> {
         let Generator { model, sequence, workspace, .. } = self.generator.borrow_mut();
-        let tokens: Vec<u32> = self.fresh.drain(..PREFILL_BATCH).collect();
+        let tokens: Vec<u32> = self.fresh.drain(..piece).collect();
         let turn = Turn { tokens: &tokens, sequence };
         self.timings.prefill.measure(tokens.len(), || model.prefill(turn, workspace))?;
         Ok(Event::Prompt { done: self.total - self.fresh.len(), total: self.total })

@@ -12,6 +12,10 @@ pub(crate) fn free_memory_bytes() -> Option<u64> {
     Some(kibibytes << 10)
 }
 
+/// Tokens at the end of a prompt that go through a model with states by themselves: the copy before
+/// them is what another text with the same beginning can go on from.
+const LAST_PIECE: usize = 16;
+
 /// A text that a model has read so far: [`crate::Model::sequence`] makes it.
 ///
 /// Any number of sequences share a model and a [`crate::Workspace`].
@@ -66,12 +70,24 @@ impl Sequence {
     /// which has a copy of these from the beginning of the last step of several tokens at best.
     pub fn reusable(&self, tokens: usize) -> usize {
         let held = self.tokens.len();
-        let has_states = self.blocks.iter().any(|state| matches!(state, State::Recurrent(_)));
-        if tokens >= held || !has_states {
+        if tokens >= held || !self.has_states() {
             return tokens.min(held);
         }
         let kept = self.kept.as_ref().map(|kept| kept.tokens);
         kept.filter(|&kept| kept <= tokens).unwrap_or(0)
+    }
+
+    /// How many of so many `unread` tokens of a prompt to feed next, `most` at most: all that may
+    /// be, but that a model with states reads the last few of a prompt by themselves.
+    pub fn next_piece(&self, unread: usize, most: usize) -> usize {
+        match unread.checked_sub(LAST_PIECE) {
+            Some(before @ 1..) if self.has_states() => before.min(most),
+            _ => unread.min(most),
+        }
+    }
+
+    fn has_states(&self) -> bool {
+        self.blocks.iter().any(|state| matches!(state, State::Recurrent(_)))
     }
 
     /// Copies the states, if there are some, before several tokens change them: the `range` of

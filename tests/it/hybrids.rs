@@ -131,6 +131,20 @@ fn truncated_texts_go_on_from_a_copy_or_from_nothing() {
     }
 }
 
+/// The last tokens of a prompt are read by themselves, so that the same prompt need not be read
+/// again.
+#[test]
+fn prompts_are_read_but_for_their_last_tokens_where_they_were_read_before() {
+    let model = Model::open(tiny_model("qwen3-5")).unwrap();
+    let sequence = model.sequence(64).unwrap();
+    let pieces = [40, 17, 16, 1].map(|unread| sequence.next_piece(unread, 30));
+    assert_eq!(pieces, [24, 1, 16, 1]);
+    assert_eq!(
+        Model::open(tiny_model("llama")).unwrap().sequence(64).unwrap().next_piece(40, 30),
+        30
+    );
+}
+
 /// As published models have them.
 #[test]
 fn tensors_that_guess_further_tokens_are_left_out_and_named() {

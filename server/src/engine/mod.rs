@@ -69,8 +69,10 @@ impl<'a> Slot<'a> {
 
     /// How many tokens of a prompt go through the model next, if `most` may.
     fn next_piece(&self, most: usize) -> usize {
-        let is_repeatable = self.text.as_ref().is_some_and(Text::is_repeatable);
-        self.unread().min(if is_repeatable { PIECE_TOKENS } else { most })
+        match self.text.as_ref().is_some_and(Text::is_repeatable) {
+            true => self.unread().min(PIECE_TOKENS),
+            false => self.sequence.next_piece(self.unread(), most),
+        }
     }
 
     /// So many tokens of a prompt are about to go through the model.
