@@ -1,4 +1,4 @@
-//! The mixers of a block: attention, the gated delta net, short convolutions.
+//! The mixers of a block: attention, also to latents, the gated delta net, short convolutions.
 
 use std::ops::Range;
 

@@ -257,6 +257,11 @@ impl Model {
     /// with states, whose sequences hold nothing once it has begun to compute.
     pub fn step(&self, turns: &mut [Turn<'_>], workspace: &mut Workspace) -> Result<Vec<f32>> {
         self.check_step(turns, workspace)?;
+        let logits = self.logits_of(turns, workspace);
+        settle(turns, logits)
+    }
+
+    fn logits_of(&self, turns: &mut [Turn<'_>], workspace: &mut Workspace) -> Result<Vec<f32>> {
         // Of turns on the CPU, [turns, hidden]; of those on devices, [turns, vocab].
         let (mut last, mut logits) = (Vec::new(), Vec::new());
         for batch in self.batches(turns) {
@@ -273,7 +278,6 @@ impl Model {
         if !last.is_empty() {
             logits = self.logits_after(&last)?;
         }
-        hold(turns);
         Ok(logits)
     }
 
@@ -291,24 +295,33 @@ impl Model {
     ) -> Result<u32> {
         let turns = &mut [turn];
         self.check_step(turns, workspace)?;
+        let token = self.token_after(turns, workspace, sampler, recent);
+        settle(turns, token)
+    }
+
+    fn token_after(
+        &self,
+        turns: &mut [Turn<'_>],
+        workspace: &mut Workspace,
+        sampler: &mut Sampler,
+        recent: &[u32],
+    ) -> Result<u32> {
         let batches = self.batches(turns);
         let (last, others) = batches.split_last().expect("a turn with tokens");
         for batch in others {
             self.feed(turns, batch, workspace)?;
         }
-        let token = match (self.feed(turns, last, workspace)?, sampler.deciding_tokens()) {
+        match (self.feed(turns, last, workspace)?, sampler.deciding_tokens()) {
             (Residual::OnHost(x), _) => {
                 let last = &x[x.len() - self.decoder().hidden_size..];
-                sampler.sample(&self.logits_after(last)?, recent)?
+                sampler.sample(&self.logits_after(last)?, recent)
             }
             // The device sorts; a hundred logits come to the host instead of a hundred thousand.
             (Residual::OnDevice(workspace), Some(k)) if k <= MAX_TOP => {
-                sampler.sample_top(&workspace.top(k)?, recent)?
+                sampler.sample_top(&workspace.top(k)?, recent)
             }
-            (Residual::OnDevice(workspace), _) => sampler.sample(&workspace.logits()?, recent)?,
-        };
-        hold(turns);
-        Ok(token)
+            (Residual::OnDevice(workspace), _) => sampler.sample(&workspace.logits()?, recent),
+        }
     }
 
     /// Feeds tokens whose continuation nobody asks for.
@@ -318,11 +331,9 @@ impl Model {
     pub fn prefill(&self, turn: Turn<'_>, workspace: &mut Workspace) -> Result<()> {
         let turns = &mut [turn];
         self.check(turns, workspace)?;
-        for batch in self.batches(turns) {
-            self.feed(turns, &batch, workspace)?;
-        }
-        hold(turns);
-        Ok(())
+        let mut batches = self.batches(turns).into_iter();
+        let done = batches.try_for_each(|batch| self.feed(turns, &batch, workspace).map(drop));
+        settle(turns, done)
     }
 
     /// Feeds tokens; gives the last hidden states of all of them, as the output layer takes them
@@ -333,6 +344,11 @@ impl Model {
     pub fn forward(&self, turn: Turn<'_>, workspace: &mut Workspace) -> Result<Vec<f32>> {
         let turns = &mut [turn];
         self.check(turns, workspace)?;
+        let states = self.states_of(turns, workspace);
+        settle(turns, states)
+    }
+
+    fn states_of(&self, turns: &mut [Turn<'_>], workspace: &mut Workspace) -> Result<Vec<f32>> {
         let mut states = Vec::with_capacity(turns[0].tokens.len() * self.decoder().embedding_size);
         for batch in self.batches(turns) {
             let x = match self.feed(turns, &batch, workspace)? {
@@ -341,7 +357,6 @@ impl Model {
             };
             states.extend(in_pool(|| self.layers().ends.states(self.context(), &x))?);
         }
-        hold(turns);
         Ok(states)
     }
 
@@ -471,11 +486,7 @@ impl Model {
                 positions,
                 state: &mut turn.sequence.blocks[index],
             });
-            let done = block.forward(self.context(), &mut x, &mut passages.collect::<Vec<_>>());
-            if let Err(error) = done {
-                turns.iter_mut().for_each(|turn| turn.sequence.give_up());
-                return Err(error);
-            }
+            block.forward(self.context(), &mut x, &mut passages.collect::<Vec<_>>())?;
         }
         Ok(x)
     }
@@ -496,11 +507,16 @@ enum Residual<'w> {
     OnDevice(&'w mut WorkspaceOnDevice),
 }
 
-/// Turns have gone through the model: their sequences hold them.
-fn hold(turns: &mut [Turn<'_>]) {
+/// Turns have gone through the model: their sequences hold them. If they have not, or what follows
+/// them is not known, states are somewhere on the way.
+fn settle<T>(turns: &mut [Turn<'_>], done: Result<T>) -> Result<T> {
     for Turn { tokens, sequence } in turns {
-        sequence.tokens.extend_from_slice(tokens);
+        match &done {
+            Ok(_) => sequence.tokens.extend_from_slice(tokens),
+            Err(_) => sequence.give_up(),
+        }
     }
+    done
 }
 
 /// Says which of several turns is wrong.

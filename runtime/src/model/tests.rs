@@ -194,3 +194,23 @@ fn generating_from_an_opened_model_is_generating_step_by_step() {
         next = vec![token];
     }
 }
+
+/// Keys and values of tokens that a sequence does not hold are overwritten; states have seen them.
+#[test]
+fn states_of_a_step_that_failed_begin_anew() {
+    for (name, left) in [("llama", 9), ("qwen3-5", 0), ("lfm2", 0)] {
+        let (model, held, new) = (open(name), tokens(9, 1), tokens(3, 2));
+        let workspace = &mut model.workspace().unwrap();
+        let mut sequence = holding(&model, workspace, &held);
+        let turns = &mut [Turn { tokens: &new, sequence: &mut sequence }];
+        model.logits_of(turns, workspace).unwrap();
+        let failed = RuntimeError::invalid_argument("logits", "none", "some");
+        assert!(settle(turns, Err::<(), _>(failed)).is_err());
+        assert_eq!(sequence.tokens(), &held[..left], "{name}");
+        let rest = [&held[left..], &new].concat();
+        let found = model.step(&mut [Turn { tokens: &rest, sequence: &mut sequence }], workspace);
+        let expected = step(&model, &[(Vec::new(), [held, new].concat())]);
+        let error = error(&found.unwrap(), &expected);
+        assert!(error < TURN_ERROR, "{name}: {error}");
+    }
+}
