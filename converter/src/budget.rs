@@ -207,11 +207,12 @@ pub fn budget(
     let names = layers.into_iter().map(|layer| layer.name);
     let widths = names.zip(widths).chain(of_vocabulary).collect();
     let Sensitivities { outputs, vocabulary, .. } = sensitivities;
-    let vocabulary = vocabulary.iter().map(|(part, found)| (part, found.hessian())).collect();
+    let hessians = vocabulary.iter().filter_map(|(part, found)| Some((part, found.hessian()?)));
+    let vocabulary = hessians.collect();
     Ok(Budget { widths, neurons, outputs, vocabulary })
 }
 
-/// The costs of the embedding and the output layer.
+/// The costs of the embeddings and the output layer.
 fn vocabulary_costs(
     source: &dyn ModelSource,
     sensitivities: &Sensitivities,

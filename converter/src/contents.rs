@@ -8,7 +8,7 @@ use std::{
 };
 
 use slim_formats::{
-    DType, FormatError, ModelSource, Part, Weight,
+    DType, Decoder, FormatError, ModelSource, Part, Weight,
     arch::Tensor,
     gguf::Metadata,
     slim::{BitWidth, LayerLayout, Outline, ScaleCoding, band_name},
@@ -24,7 +24,11 @@ use crate::{
 pub(crate) const VECTORS_BEHIND: [Part; 2] = [Part::OutputNorm, Part::OutputNormBias];
 
 /// The matrices before the first block that stay dense.
-pub(crate) const MATRICES_BEFORE: [Part; 2] = [Part::EmbeddingUp, Part::Positions];
+pub(crate) const MATRICES_BEFORE: [Part; 3] =
+    [Part::EmbeddingUp, Part::Positions, Part::BlockEmbeddingUp];
+
+/// The vectors before the first block.
+pub(crate) const VECTORS_BEFORE: [Part; 1] = [Part::BlockEmbeddingNorm];
 
 /// The ones behind the last block, before the output layer.
 pub(crate) const MATRICES_BEHIND: [Part; 1] = [Part::EmbeddingDown];
@@ -130,9 +134,13 @@ impl Contents {
         };
         let decoder = source.decoder();
         contents.matrix(decoder.embedding(), source, &embedding, extents)?;
+        if let Some(tensor) = decoder.outside(Part::BlockEmbedding) {
+            contents.matrix(tensor, source, &embedding, extents)?;
+        }
         for tensor in MATRICES_BEFORE.into_iter().filter_map(|part| decoder.outside(part)) {
             contents.kept(tensor, source.require(&tensor.name)?, extents);
         }
+        contents.vectors(&VECTORS_BEFORE, decoder);
         for block in 0..decoder.blocks.len() {
             let (matrices, vectors): (Vec<_>, Vec<_>) =
                 decoder.tensors_of(block).iter().partition(|tensor| tensor.is_matrix());
@@ -144,11 +152,7 @@ impl Contents {
                 }
             }
         }
-        for part in VECTORS_BEHIND {
-            if let Some(tensor) = decoder.outside(part) {
-                contents.vector(&tensor.name, tensor.dims[0]);
-            }
-        }
+        contents.vectors(&VECTORS_BEHIND, decoder);
         for tensor in MATRICES_BEHIND.into_iter().filter_map(|part| decoder.outside(part)) {
             contents.kept(tensor, source.require(&tensor.name)?, extents);
         }
@@ -308,6 +312,13 @@ impl Contents {
                 least + (more / 8.0) as u64
             }
         })
+    }
+
+    /// Vectors outside of blocks.
+    fn vectors(&mut self, parts: &[Part], decoder: &Decoder) {
+        for tensor in parts.iter().filter_map(|&part| decoder.outside(part)) {
+            self.vector(&tensor.name, tensor.dims[0]);
+        }
     }
 
     fn vector(&mut self, name: &str, cols: usize) {

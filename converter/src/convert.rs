@@ -16,7 +16,7 @@ use crate::{
     activations::StageInputs,
     budget::{Budget, budget, try_fits},
     calibrator::{Calibrator, ENOUGH_TOKENS, Layer, Visitor, scratch_bytes},
-    contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEHIND},
+    contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEFORE, VECTORS_BEHIND},
     distill::train,
     finite::finite_rows,
     hessian::Hessian,
@@ -155,7 +155,11 @@ fn quantize(
         });
     }
     let embedding = output.vocabulary_matrix(decoder.embedding())?;
+    if let Some(tensor) = decoder.outside(Part::BlockEmbedding) {
+        output.vocabulary_matrix(tensor)?;
+    }
     output.keep_outside(&MATRICES_BEFORE)?;
+    output.vectors_outside(&VECTORS_BEFORE)?;
     drop(reserved);
     let mut calibrator = match settings.method {
         Method::RoundToNearest => None,
@@ -466,7 +470,7 @@ impl Output<'_> {
         self.work.go_on()
     }
 
-    /// The embedding or the output layer.
+    /// An embedding or the output layer.
     fn vocabulary_matrix(&mut self, tensor: &Tensor) -> Result<Layer> {
         let name = tensor.name.as_str();
         let found = self.source.require(name)?;
@@ -478,9 +482,9 @@ impl Output<'_> {
         if let Some(bands) = self.recorded(name) {
             return Ok(Layer::Quantized(self.write(name, bands)?));
         }
-        let hessian = match &self.budget {
-            Some(budget) => {
-                let hessian = budget.vocabulary[tensor.part].clone();
+        let hessian = self.budget.as_ref().and_then(|budget| budget.vocabulary.get(tensor.part));
+        let hessian = match hessian.cloned() {
+            Some(hessian) => {
                 let hessian = FactoredHessian::new(hessian, &settings)
                     .map_err(|error| error.of_layer(name))?;
                 self.warn_of_damping(name, &hessian);
@@ -553,18 +557,23 @@ impl Output<'_> {
     fn behind_blocks(&mut self) -> Result<()> {
         let source = self.source;
         let (config, decoder) = (source.config(), source.decoder());
-        for part in VECTORS_BEHIND {
-            if let Some(Tensor { name, .. }) = decoder.outside(part) {
-                let values = finite_rows(name, source.require(name)?, 0..1)?;
-                self.vector(name, &values)?;
-            }
-        }
+        self.vectors_outside(&VECTORS_BEHIND)?;
         self.keep_outside(&MATRICES_BEHIND)?;
         if !decoder.has_tied_embeddings() {
             self.vocabulary_matrix(decoder.output())?;
         }
         for (name, values) in config.rope_vectors() {
             self.vector(name, values)?;
+        }
+        Ok(())
+    }
+
+    /// Writes vectors outside of blocks.
+    fn vectors_outside(&mut self, parts: &[Part]) -> Result<()> {
+        let source = self.source;
+        for tensor in parts.iter().filter_map(|&part| source.decoder().outside(part)) {
+            let values = finite_rows(&tensor.name, source.require(&tensor.name)?, 0..1)?;
+            self.vector(&tensor.name, &values)?;
         }
         Ok(())
     }

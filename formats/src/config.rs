@@ -110,6 +110,14 @@ pub struct Features {
     pub recurrence: Option<Mixer>,
     /// Which blocks those are; none if it is empty.
     pub recurrent: Vec<bool>,
+    /// The heads of blocks without a window, of families where they may be others.
+    pub global_heads: Option<GlobalHeads>,
+    /// The last so many blocks attend to keys and values of blocks before them.
+    pub sharing_blocks: usize,
+    /// Whether the networks of those have twice the neurons.
+    pub sharing_are_wide: bool,
+    /// What tokens say to each block by themselves, if they do.
+    pub block_embedding: Option<BlockEmbedding>,
     /// The rotary embedding of blocks with a window, if it is another than that of the others.
     pub local_rope: Option<Rope>,
     /// Whether norms stand on the residual stream itself, behind attention and network; none stands
@@ -119,6 +127,26 @@ pub struct Features {
     pub windowed: Vec<bool>,
     /// Which blocks turn queries and keys; all if it is empty.
     pub rotated: Vec<bool>,
+}
+
+/// What tokens say to each block by themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockEmbedding {
+    /// Channels for each block.
+    pub width: usize,
+    /// Tokens that say something: the first.
+    pub rows: usize,
+}
+
+/// Heads of blocks without a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GlobalHeads {
+    /// Channels per head, even.
+    pub head_dim: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Whether values are made of what the layer of keys gives.
+    pub values_are_keys: bool,
 }
 
 impl Default for Features {
@@ -143,6 +171,10 @@ impl Default for Features {
             latent: None,
             recurrence: None,
             recurrent: Vec::new(),
+            global_heads: None,
+            sharing_blocks: 0,
+            sharing_are_wide: false,
+            block_embedding: None,
             local_rope: None,
             norms_sums: false,
             windowed: Vec::new(),
@@ -170,6 +202,11 @@ impl Features {
     /// Whether block `index` has a state in place of keys and values.
     pub fn is_recurrent(&self, index: usize) -> bool {
         self.recurrent.get(index).copied().unwrap_or(false)
+    }
+
+    /// Whether block `index` of `blocks` attends to keys and values of one before it.
+    pub fn shares(&self, index: usize, blocks: usize) -> bool {
+        index + self.sharing_blocks >= blocks
     }
 
     /// Whether block `index` turns queries and keys.
@@ -202,6 +239,13 @@ impl ModelConfig {
             | Scaling::Long(LongRope { context, .. })
             | Scaling::Dynamic { context, .. } => *context,
         };
+        let global = self.features.global_heads.unwrap_or(GlobalHeads {
+            head_dim: self.head_dim,
+            kv_heads: self.kv_head_count,
+            values_are_keys: false,
+        });
+        let block_embedding =
+            self.features.block_embedding.unwrap_or(BlockEmbedding { width: 1, rows: 1 });
         for (what, found, limit) in [
             ("block count", self.block_count, MAX_BLOCKS),
             ("number of guessing blocks", self.features.guessing_blocks + 1, MAX_BLOCKS),
@@ -219,15 +263,22 @@ impl ModelConfig {
                 1 << 22,
             ),
             ("sliding window", self.sliding_window.unwrap_or(1), 1 << 30),
+            ("head size without a window", global.head_dim, MAX_HEAD_DIM),
+            ("key/value head count without a window", global.kv_heads, 1 << 14),
+            ("size of block embeddings", block_embedding.width, 1 << 16),
+            ("number of block embeddings", block_embedding.rows, 1 << 26),
+            ("number of blocks that share", self.features.sharing_blocks + 1, self.block_count),
             ("context before RoPE scaling", stretched_from, 1 << 30),
         ] {
             if !(1..=limit).contains(&found) {
                 return Err(invalid(path, what, found, &format!("1 to {limit}")));
             }
         }
-        if !self.head_count.is_multiple_of(self.kv_head_count) {
-            let expected = format!("a divisor of the {} query heads", self.head_count);
-            return Err(invalid(path, "key/value head count", self.kv_head_count, &expected));
+        for kv_heads in [self.kv_head_count, global.kv_heads] {
+            if !self.head_count.is_multiple_of(kv_heads) {
+                let expected = format!("a divisor of the {} query heads", self.head_count);
+                return Err(invalid(path, "key/value head count", kv_heads, &expected));
+            }
         }
         if let Some(experts) = &self.features.experts {
             validate_experts(path, experts)?;
@@ -238,13 +289,15 @@ impl ModelConfig {
         if let Some(mixer) = &self.features.recurrence {
             validate_recurrence(path, mixer)?;
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(invalid(path, "head size", self.head_dim, "an even number"));
+        for head_dim in [self.head_dim, global.head_dim] {
+            if !head_dim.is_multiple_of(2) {
+                return Err(invalid(path, "head size", head_dim, "an even number"));
+            }
         }
         let turns_partly = self.family.default("partial_rotary_factor").is_some();
         let ropes = || std::iter::once(&self.rope).chain(&self.features.local_rope);
-        for rope in ropes() {
-            let (pairs, all) = (rope.factors.len(), self.head_dim / 2);
+        for (rope, head_dim) in ropes().zip([global.head_dim, self.head_dim]) {
+            let (pairs, all) = (rope.factors.len(), head_dim / 2);
             if pairs != all && !(turns_partly && (1..all).contains(&pairs)) {
                 let expected = format!("{all}, one per pair of channels");
                 return Err(invalid(path, "number of RoPE factors", pairs, &expected));

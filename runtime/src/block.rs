@@ -25,8 +25,10 @@ pub struct Context<'a> {
 pub struct Passage<'a> {
     /// Where they stand in the text.
     pub positions: &'a Positions,
-    /// What the block keeps of every position before.
+    /// What the block keeps of every position before, or the block that it shares with.
     pub state: &'a mut State,
+    /// What its tokens say to the block by themselves, `[count, embedded]`; empty if they do not.
+    pub embedded: &'a [f32],
 }
 
 /// A block: what it computes, and its weights.
@@ -85,19 +87,78 @@ impl<'a> Block<'a> {
         let normed = self.input(Stage::Mixer, context, x, passages)?;
         let attended = self.input(Stage::MixerOutput, context, &normed, passages)?;
         self.add(Stage::MixerOutput, context, &attended, x)?;
-        let normed = self.input(Stage::Ffn, context, x, passages)?;
-        if self.spec.ffn.is_some() {
-            let neurons = self.input(Stage::FfnOutput, context, &normed, passages)?;
-            self.add(Stage::FfnOutput, context, &neurons, x)?;
+        self.add_networks(context, x, passages)?;
+        if self.spec.embedded.is_some() {
+            let gated = self.input(Stage::EmbeddedOutput, context, x, passages)?;
+            self.add(Stage::EmbeddedOutput, context, &gated, x)?;
         }
-        for (index, route) in (0..).zip(self.routes(context, &normed)?) {
+        self.finish(x);
+        Ok(())
+    }
+
+    /// Adds what the networks of the block make of the residual stream `x` to it.
+    fn add_networks(
+        &self,
+        context: Context<'_>,
+        x: &mut [f32],
+        passages: &mut [Passage<'_>],
+    ) -> Result<()> {
+        let normed = self.input(Stage::Ffn, context, x, passages)?;
+        let neurons = match self.spec.ffn {
+            Some(_) => Some(self.input(Stage::FfnOutput, context, &normed, passages)?),
+            None => None,
+        };
+        let add_beside = |x: &mut [f32]| match &neurons {
+            Some(neurons) => self.add(Stage::FfnOutput, context, neurons, x),
+            None => Ok(()),
+        };
+        if !self.spec.has_expert_norms() {
+            add_beside(x)?;
+            return self.add_experts(context, &self.routes(context, &normed)?, &normed, x);
+        }
+        let to_router = self.input(Stage::Router, context, x, passages)?;
+        let to_experts = self.input(Stage::Experts, context, x, passages)?;
+        let [mut beside, mut experts] = [vec![0.0; x.len()], vec![0.0; x.len()]];
+        add_beside(&mut beside)?;
+        let routes = self.routes(context, &to_router)?;
+        self.add_experts(context, &routes, &to_experts, &mut experts)?;
+        self.join(context, beside, &experts, x);
+        Ok(())
+    }
+
+    /// Adds what the experts of `routes` make of their `input: [m, hidden]` to `x`.
+    fn add_experts(
+        &self,
+        context: Context<'_>,
+        routes: &[Route],
+        input: &[f32],
+        x: &mut [f32],
+    ) -> Result<()> {
+        for (index, route) in (0..).zip(routes) {
             if !route.tokens.is_empty() {
-                let input = route.gather(&normed, context.decoder.hidden_size);
+                let input = route.gather(input, context.decoder.hidden_size);
                 let neurons = self.expert_neurons(index, context, &input, &route.weights)?;
-                self.add_expert(index, context, &neurons, &route, x)?;
+                self.add_expert(index, context, &neurons, route, x)?;
             }
         }
         Ok(())
+    }
+
+    /// Adds to the residual stream `x` what `experts` with norms of their own give, and the network
+    /// `beside` them, whose norm it is behind.
+    pub fn join(&self, context: Context<'_>, beside: Vec<f32>, experts: &[f32], x: &mut [f32]) {
+        let mut sum = beside;
+        add(&mut sum, &self.normed(Part::ExpertsPostNorm, context, experts));
+        let mut sum = self.normed(Part::FfnPostNorm, context, &sum);
+        scale(&mut sum, self.spec.residual_scale);
+        add(x, &sum);
+    }
+
+    /// What the block does at last to the residual stream `x`.
+    pub fn finish(&self, x: &mut [f32]) {
+        if let Some(factor) = self.vectors.get(Part::BlockScale) {
+            scale(x, factor[0]);
+        }
     }
 
     /// The input of a stage's layers, `[m, cols]`, made `from` the residual stream or from the
@@ -122,24 +183,41 @@ impl<'a> Block<'a> {
             Stage::Latent => Ok(self.latents(context, from)?.0),
             Stage::MixerOutput => self.mix(context, from, passages),
             Stage::FfnOutput => self.neurons(context, from),
-            Stage::Mixer | Stage::Ffn => match stage.norm() {
-                Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
-                _ => Ok(from.to_vec()),
-            },
+            Stage::EmbeddedOutput => self.gated_embedded(context, from, passages),
+            Stage::Mixer | Stage::Ffn | Stage::Router | Stage::Experts | Stage::Embedded => {
+                match stage.norm() {
+                    Some(norm) if self.spec.has(norm) => Ok(self.normed(norm, context, from)),
+                    _ => Ok(from.to_vec()),
+                }
+            }
             Stage::Expert(_) | Stage::ExpertOutput(_) => panic!("{stage:?} has tokens of its own"),
         }
     }
 
-    /// Which tokens of `normed: [m, hidden]`, the input of [`Stage::Ffn`], go through which expert:
-    /// a route for each expert, none in a block without experts.
+    /// Which tokens of `input: [m, hidden]`, that of the router's stage, go through which expert: a
+    /// route for each expert, none in a block without experts.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
-    pub fn routes(&self, context: Context<'_>, normed: &[f32]) -> Result<Vec<Route>> {
+    pub fn routes(&self, context: Context<'_>, input: &[f32]) -> Result<Vec<Route>> {
         let Some(experts) = self.spec.experts else { return Ok(Vec::new()) };
-        let mut outputs = self.linear(Part::Router, context, normed)?;
-        let correction = self.vectors.get(Part::RouterCorrection).map(Vec::as_slice);
-        Ok(routes(&experts, &mut outputs, correction))
+        let mut outputs = self.linear(Part::Router, context, input)?;
+        let vector = |part| self.vectors.get(part).map(Vec::as_slice);
+        let (correction, scales) = (vector(Part::RouterCorrection), vector(Part::ExpertScale));
+        Ok(routes(&experts, &mut outputs, correction, scales))
+    }
+
+    /// What the `passages` say to the block, gated by the residual stream `x`: `[m, embedded]`.
+    fn gated_embedded(
+        &self,
+        context: Context<'_>,
+        x: &[f32],
+        passages: &[Passage<'_>],
+    ) -> Result<Vec<f32>> {
+        let mut gate = self.linear(Part::EmbeddedGate, context, x)?;
+        let embedded: Vec<&[f32]> = passages.iter().map(|passage| passage.embedded).collect();
+        context.backend.gated(self.spec.activation(), &mut gate, &embedded.concat());
+        Ok(gate)
     }
 
     /// The activations of an expert's neurons for the `input: [n, hidden]` of its tokens, times
@@ -182,11 +260,12 @@ impl<'a> Block<'a> {
         if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
             route.add_bias(bias, &mut added);
         }
-        route.scatter(&added, self.spec.residual_scale, x);
+        route.scatter(&added, self.spec.scale_of(Stage::ExpertOutput(index)), x);
         Ok(())
     }
 
-    /// Adds what the layer of a stage makes of its `input` to the residual stream `x`.
+    /// Adds what the layer of a stage makes of its `input` to `x`: the residual stream, or what
+    /// [`Self::join`] takes.
     ///
     /// # Errors
     /// A kernel refuses its arguments.
@@ -200,16 +279,12 @@ impl<'a> Block<'a> {
         input: &[f32],
         x: &mut [f32],
     ) -> Result<()> {
-        let part = match stage {
-            Stage::MixerOutput => Part::AttnOutput,
-            Stage::FfnOutput => Part::FfnDown,
-            _ => panic!("{stage:?} adds nothing"),
-        };
+        let part = self.spec.output_layer(stage).expect("a stage that adds");
         let mut added = self.linear(part, context, input)?;
         if let Some(norm) = self.spec.branch_norm(stage) {
             added = self.normed(norm, context, &added);
         }
-        scale(&mut added, self.spec.residual_scale);
+        scale(&mut added, self.spec.scale_of(stage));
         add(x, &added);
         if let Some(norm) = self.spec.sum_norm(stage) {
             x.copy_from_slice(&self.normed(norm, context, x));

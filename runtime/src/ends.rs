@@ -1,6 +1,11 @@
 //! What stands before the first block and behind the last: embedding, norm, output layer.
 
-use slim_formats::{Decoder, ModelSource, Part, Weight, arch::FIRST_POSITION};
+use std::f32::consts::FRAC_1_SQRT_2;
+
+use slim_formats::{
+    Decoder, ModelSource, Part, Weight,
+    arch::{FIRST_POSITION, Norm},
+};
 use slim_kernels::{cap, weight};
 
 use crate::{
@@ -17,6 +22,8 @@ pub struct Ends<'a> {
     pub up: Option<Weight<'a>>,
     /// `[positions, hidden]`, of models that learn them.
     pub positions: Option<Weight<'a>>,
+    /// Of models whose tokens say something to each block by themselves.
+    pub to_blocks: Option<ToBlocks<'a>>,
     /// `[hidden]`, of models with a norm behind the last block.
     pub norm: Option<Vec<f32>>,
     /// `[hidden]`, of models whose norm has one.
@@ -25,6 +32,33 @@ pub struct Ends<'a> {
     pub down: Option<Weight<'a>>,
     /// `[vocab, embedding]`; the embedding itself in models that tie them.
     pub output: Weight<'a>,
+}
+
+/// What makes of tokens what they say to each block by themselves.
+#[derive(Clone)]
+pub struct ToBlocks<'a> {
+    /// `[vocab, blocks * embedded]`.
+    pub embedding: Weight<'a>,
+    /// `[blocks * embedded, hidden]`.
+    pub up: Weight<'a>,
+    /// `[embedded]`.
+    pub norm: Vec<f32>,
+}
+
+/// What tokens say to each block by themselves.
+#[derive(Default)]
+pub struct Embedded {
+    /// `[blocks, tokens, embedded]`; empty of models whose tokens do not.
+    values: Vec<f32>,
+    /// Values of a block.
+    of_block: usize,
+}
+
+impl Embedded {
+    /// `[tokens, embedded]`.
+    pub fn of_block(&self, index: usize) -> &[f32] {
+        &self.values[index * self.of_block..][..self.of_block]
+    }
 }
 
 impl<'a> Ends<'a> {
@@ -44,6 +78,14 @@ impl<'a> Ends<'a> {
             embedding: find_weight(source, decoder.embedding())?,
             up: matrix(Part::EmbeddingUp)?,
             positions: matrix(Part::Positions)?,
+            to_blocks: match decoder.outside(Part::BlockEmbedding) {
+                None => None,
+                Some(table) => Some(ToBlocks {
+                    embedding: find_weight(source, table)?,
+                    up: matrix(Part::BlockEmbeddingUp)?.expect("it belongs to the table"),
+                    norm: vector(Part::BlockEmbeddingNorm)?.expect("it belongs to the table"),
+                }),
+            },
             norm: vector(Part::OutputNorm)?,
             norm_bias: vector(Part::OutputNormBias)?,
             down: matrix(Part::EmbeddingDown)?,
@@ -57,7 +99,9 @@ impl<'a> Ends<'a> {
     /// # Errors
     /// `InvalidArgument`.
     pub(crate) fn check(&self, tokens: &[u32], start: usize) -> Result<()> {
-        let vocab = weight::shape(self.embedding).0;
+        let to_blocks = self.to_blocks.as_ref().map(|to_blocks| to_blocks.embedding);
+        let tables = std::iter::once(self.embedding).chain(to_blocks);
+        let vocab = tables.map(|table| weight::shape(table).0).min().unwrap_or(0);
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
             let expected = format!("less than {vocab}, the size of the vocabulary");
             return Err(RuntimeError::invalid_argument("token", token, expected));
@@ -98,6 +142,31 @@ impl<'a> Ends<'a> {
         Ok(x)
     }
 
+    /// What `tokens` say to each block, whose embeddings are `x: [tokens.len(), hidden]`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    pub fn embedded(&self, context: Context<'_>, tokens: &[u32], x: &[f32]) -> Result<Embedded> {
+        let Some(to_blocks) = &self.to_blocks else { return Ok(Embedded::default()) };
+        let added = to_blocks.added(context, x)?;
+        let normed = norm(context, Norm::Rms, &added, &to_blocks.norm, None);
+        let (width, all) = (to_blocks.norm.len(), weight::shape(to_blocks.embedding).1);
+        let mut values = vec![0.0; normed.len()];
+        let mut row = vec![0.0; all];
+        for (t, (&token, normed)) in tokens.iter().zip(normed.chunks_exact(all)).enumerate() {
+            let token = token as usize;
+            weight::dequantize_rows(to_blocks.embedding, token..token + 1, &mut row)?;
+            let of_blocks = row.chunks_exact(width).zip(normed.chunks_exact(width));
+            for (block, (own, normed)) in of_blocks.enumerate() {
+                let out = &mut values[(block * tokens.len() + t) * width..][..width];
+                for ((out, own), normed) in out.iter_mut().zip(own).zip(normed) {
+                    *out = (ToBlocks::own_scale(width) * own + normed) * ToBlocks::MEAN;
+                }
+            }
+        }
+        Ok(Embedded { values, of_block: tokens.len() * width })
+    }
+
     /// What the output layer takes in, made of the residual stream behind the last block:
     /// `[m, hidden]` to `[m, embedding]`.
     ///
@@ -127,6 +196,31 @@ impl<'a> Ends<'a> {
         let mut logits = linear(context, self.output, states)?;
         finish_logits(context.decoder, &mut logits);
         Ok(logits)
+    }
+}
+
+impl ToBlocks<'_> {
+    /// What the sum of what tokens say themselves and of what their embeddings add is multiplied by.
+    pub const MEAN: f32 = FRAC_1_SQRT_2;
+
+    /// What embeddings `x: [m, hidden]` add, before their norm, `[m, blocks * embedded]`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    pub fn added(&self, context: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
+        let mut added = linear(context, self.up, x)?;
+        scale(&mut added, Self::added_scale(context.decoder));
+        Ok(added)
+    }
+
+    /// What `up` gives is multiplied by.
+    pub fn added_scale(decoder: &Decoder) -> f32 {
+        1.0 / (decoder.hidden_size as f32).sqrt()
+    }
+
+    /// What a token's own `width` channels of a block are multiplied by.
+    pub fn own_scale(width: usize) -> f32 {
+        (width as f32).sqrt()
     }
 }
 

@@ -40,7 +40,7 @@ pub use block::{Block, Context, Passage, find_vector, find_weight};
 pub use chat::{
     Chat, ChatFormat, ChatTemplate, Message, end_tokens, isolate_chat_templates, render_for_parent,
 };
-pub use ends::{Ends, finish_logits};
+pub use ends::{Embedded, Ends, ToBlocks, finish_logits};
 pub use error::{Result, RuntimeError};
 pub use generation::{
     DEFAULT_CONTEXT, End, Event, Generation, Generator, Settings, Timing, Timings,

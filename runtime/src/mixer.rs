@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use slim_formats::{
     Part, Weight,
-    arch::{Activation, Attention, DeltaNet, LatentAttention, Mixer, Norm},
+    arch::{Activation, Attention, DeltaNet, LatentAttention, Mixer, Norm, Values},
 };
 use slim_kernels::{
     AttentionCall, AttentionShape, DeltaCall, convolve, delta_net,
@@ -14,7 +14,7 @@ use slim_kernels::{
 };
 
 use crate::{
-    Result,
+    Positions, Result,
     block::{Block, Context, Passage, norm, scale},
 };
 
@@ -38,19 +38,47 @@ impl Block<'_> {
         }
     }
 
-    /// Queries or keys, normed if the block does that, `[m, heads * head_dim]`.
-    fn queries_or_keys(
+    /// The turned keys, and the values, of attention to tokens at `positions`, one text after the
+    /// other, with this `input: [m, hidden]`; both `[m, kv_heads * head_dim]`.
+    ///
+    /// # Errors
+    /// A kernel refuses its arguments.
+    ///
+    /// # Panics
+    /// If the block has another mixer, or no keys of its own.
+    pub fn keys_and_values<'p>(
         &self,
-        part: Part,
-        norm_part: Part,
         context: Context<'_>,
         input: &[f32],
-    ) -> Result<Vec<f32>> {
-        let x = self.linear(part, context, input)?;
-        Ok(match self.vectors.get(norm_part) {
+        positions: impl Iterator<Item = &'p Positions>,
+    ) -> Result<[Vec<f32>; 2]> {
+        let attention = self.spec.attention().expect("a block with attention");
+        let &Attention { kv_heads, head_dim, rope, .. } = attention;
+        let raw = self.linear(Part::AttnK, context, input)?;
+        let over_root = |x: &[f32]| norm(context, Norm::Rms, x, &vec![1.0; head_dim], None);
+        let values = match attention.values {
+            Values::Plain => self.linear(Part::AttnV, context, input)?,
+            Values::Normed => over_root(&self.linear(Part::AttnV, context, input)?),
+            Values::NormedKeys => over_root(&raw),
+        };
+        let mut keys = self.normed_heads(Part::AttnKNorm, context, raw);
+        if let Some(rope) = rope {
+            let mut rest = &mut keys[..];
+            for positions in positions {
+                let of_text = positions.count * kv_heads * head_dim;
+                let keys = rest.split_off_mut(..of_text).expect("keys of every text");
+                context.backend.rope(keys, kv_heads, &positions.angles[rope]);
+            }
+        }
+        Ok([keys, values])
+    }
+
+    /// Queries or keys, normed if the block does that, `[m, heads * head_dim]`.
+    fn normed_heads(&self, part: Part, context: Context<'_>, x: Vec<f32>) -> Vec<f32> {
+        match self.vectors.get(part) {
             Some(weight) => norm(context, Norm::Rms, &x, weight, None),
             None => x,
-        })
+        }
     }
 
     /// Attention of queries, keys and values made of `input`.
@@ -61,33 +89,39 @@ impl Block<'_> {
         input: &[f32],
         passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
-        let &Attention { heads, kv_heads, rope, query_scaling, is_gated, .. } = attention;
-        let mut q = self.queries_or_keys(Part::AttnQ, Part::AttnQNorm, context, input)?;
-        let mut k = self.queries_or_keys(Part::AttnK, Part::AttnKNorm, context, input)?;
-        let v = self.linear(Part::AttnV, context, input)?;
+        let &Attention { heads, rope, query_scaling, is_gated, shares, .. } = attention;
+        let q = self.linear(Part::AttnQ, context, input)?;
+        let mut q = self.normed_heads(Part::AttnQNorm, context, q);
+        let [k, v] = match shares {
+            Some(_) => [Vec::new(), Vec::new()],
+            None => {
+                let positions = passages.iter().map(|passage| passage.positions);
+                self.keys_and_values(context, input, positions)?
+            }
+        };
         let mut out = vec![0.0; q.len()];
         let mut calls = Vec::with_capacity(passages.len());
-        let (mut q, mut k, mut v, mut rest) = (&mut q[..], &mut k[..], &v[..], &mut out[..]);
-        for Passage { positions, state } in passages {
+        let (mut q, mut k, mut v, mut rest) = (&mut q[..], &k[..], &v[..], &mut out[..]);
+        for Passage { positions, state, .. } in passages {
             let kv = state.cache();
             let shape = attention_shape(attention, positions.start, positions.count);
             let of_queries = shape.m * shape.query_stride();
-            let of_keys = shape.m * shape.kv_stride();
             let my_q = q.split_off_mut(..of_queries).expect("queries of every passage");
-            let my_k = k.split_off_mut(..of_keys).expect("keys of every passage");
-            let my_v = v.split_off(..of_keys).expect("values of every passage");
             let out = rest.split_off_mut(..of_queries).expect("as long as the queries");
             if let Some(rope) = rope {
-                let angles = &positions.angles[rope];
-                context.backend.rope(my_q, heads, angles);
-                context.backend.rope(my_k, kv_heads, angles);
+                context.backend.rope(my_q, heads, &positions.angles[rope]);
             }
             if let Some(scaling) = query_scaling {
                 for (t, q) in my_q.chunks_exact_mut(shape.query_stride()).enumerate() {
                     scale(q, scaling.at(shape.start + t));
                 }
             }
-            kv.store(my_k, my_v, shape.start);
+            if shares.is_none() {
+                let of_keys = shape.m * shape.kv_stride();
+                let my_k = k.split_off(..of_keys).expect("keys of every passage");
+                let my_v = v.split_off(..of_keys).expect("values of every passage");
+                kv.store(my_k, my_v, shape.start);
+            }
             let sinks = self.vectors.get(Part::AttnSinks).map(Vec::as_slice);
             calls.push(AttentionCall { shape, q: my_q, kv, sinks, out });
         }
@@ -156,13 +190,13 @@ impl Block<'_> {
             first = tokens.end;
         }
         let absorbed = by_heads(self.layers[Part::LatentKeys], heads, &plain, Side::Left)?;
-        let q = side_by_side([(&absorbed, rank), (&turned, turned_dim)]);
-        let k = side_by_side([(&latents, rank), (&keys, turned_dim)]);
-        let v = side_by_side([(&latents, rank), (&vec![0.0; keys.len()], turned_dim)]);
+        let q = side_by_side(&[(&absorbed, rank), (&turned, turned_dim)]);
+        let k = side_by_side(&[(&latents, rank), (&keys, turned_dim)]);
+        let v = side_by_side(&[(&latents, rank), (&vec![0.0; keys.len()], turned_dim)]);
         let mut out = vec![0.0; q.len()];
         let mut calls = Vec::with_capacity(passages.len());
         let (mut q, mut k, mut v, mut rest) = (&q[..], &k[..], &v[..], &mut out[..]);
-        for Passage { positions, state } in passages {
+        for Passage { positions, state, .. } in passages {
             let (start, m) = (positions.start, positions.count);
             let shape = AttentionShape {
                 heads,
@@ -197,7 +231,7 @@ impl Block<'_> {
         let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV];
         let qkv = qkv.map(|part| self.linear(part, context, input));
         let [q, k, v] = qkv;
-        let qkv = side_by_side([(&q?, net.keys()), (&k?, net.keys()), (&v?, net.values())]);
+        let qkv = side_by_side(&[(&q?, net.keys()), (&k?, net.keys()), (&v?, net.values())]);
         let mut beta = self.linear(Part::DeltaBeta, context, input)?;
         sigmoid(&mut beta);
         let mut decay = self.linear(Part::DeltaDecay, context, input)?;
@@ -208,7 +242,7 @@ impl Block<'_> {
         let (width, heads) = (2 * net.keys() + net.values(), net.value_heads);
         let mut out = vec![0.0; input.len() / context.decoder.hidden_size * net.values()];
         let mut first = 0;
-        for Passage { positions, state } in passages {
+        for Passage { positions, state, .. } in passages {
             let tokens = first..first + positions.count;
             delta_net(DeltaCall {
                 net,
@@ -249,7 +283,7 @@ impl Block<'_> {
         let channels = taps.len() / self.spec.mixer.taps();
         let mut out = vec![0.0; x.len()];
         let mut first = 0;
-        for Passage { positions, state } in passages {
+        for Passage { positions, state, .. } in passages {
             let tokens = first * channels..(first + positions.count) * channels;
             let recent = &mut state.recurrent().recent;
             convolve(taps, channels, recent, &x[tokens.clone()], &mut out[tokens]);
@@ -300,10 +334,11 @@ pub fn cut(x: &[f32], width: usize, columns: Range<usize>) -> Vec<f32> {
 }
 
 /// Rows of matrices, each given with its width, one behind the other.
-pub fn side_by_side<const N: usize>(matrices: [(&[f32], usize); N]) -> Vec<f32> {
-    let rows = matrices[0].0.len() / matrices[0].1;
+pub fn side_by_side(matrices: &[(&[f32], usize)]) -> Vec<f32> {
+    let rows = matrices.iter().find(|(_, width)| *width > 0);
+    let rows = rows.map_or(0, |(values, width)| values.len() / width);
     let row = |row: usize| {
-        matrices.into_iter().flat_map(move |(values, width)| &values[row * width..][..width])
+        matrices.iter().flat_map(move |&(values, width)| &values[row * width..][..width])
     };
     (0..rows).flat_map(row).copied().collect()
 }

@@ -481,12 +481,19 @@ impl Model {
         for (Turn { sequence, .. }, range) in turns.iter_mut().zip(tokens) {
             sequence.keep(range);
         }
+        let fed = turns.iter().zip(tokens).flat_map(|(turn, range)| &turn.tokens[range.clone()]);
+        let embedded = ends.embedded(self.context(), &fed.copied().collect::<Vec<_>>(), &x)?;
         for (index, block) in blocks.iter().enumerate() {
-            let passages = turns.iter_mut().zip(&positions).map(|(turn, positions)| Passage {
-                positions,
-                state: &mut turn.sequence.blocks[index],
-            });
-            block.forward(self.context(), &mut x, &mut passages.collect::<Vec<_>>())?;
+            let state = block.spec.shares().unwrap_or(index);
+            let mut of_block = embedded.of_block(index);
+            let mut passages = Vec::with_capacity(turns.len());
+            for (turn, positions) in turns.iter_mut().zip(&positions) {
+                let of_turn = positions.count * block.spec.embedded.unwrap_or(0);
+                let embedded = of_block.split_off(..of_turn).expect("embeddings of every turn");
+                let state = &mut turn.sequence.blocks[state];
+                passages.push(Passage { positions, state, embedded });
+            }
+            block.forward(self.context(), &mut x, &mut passages)?;
         }
         Ok(x)
     }

@@ -37,18 +37,8 @@ pub struct CudaSettings {
 
 impl CudaSettings {
     /// What a model has that devices do not compute.
-    pub fn lacks(decoder: &Decoder) -> Option<&'static str> {
-        if decoder.blocks.iter().any(|block| block.experts.is_some()) {
-            return Some("one with experts");
-        }
-        let has_others = decoder.blocks.iter().any(|block| block.attention().is_none());
-        let has_sinks = |attention: &Attention| attention.has_sinks;
-        let has_sinks = decoder.blocks.iter().filter_map(|block| block.attention()).any(has_sinks);
-        match (has_others, has_sinks) {
-            (true, _) => Some("one with blocks of another kind than attention"),
-            (_, true) => Some("one with attention sinks"),
-            _ => None,
-        }
+    pub fn lacks(decoder: &Decoder) -> Option<String> {
+        decoder.beyond_llama().map(|what| format!("one with {what}"))
     }
 
     /// Whether every block, the embedding and the output layer fit on the devices.

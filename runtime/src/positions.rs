@@ -17,9 +17,9 @@ pub struct Positions {
 impl Positions {
     /// The positions `start .. start + count` of a text of up to `context` tokens.
     pub fn new(decoder: &Decoder, start: usize, count: usize, context: usize) -> Self {
-        let head_dim = decoder.blocks.iter().find_map(|block| block.mixer.turned_head_dim());
-        let head_dim = head_dim.unwrap_or(0);
-        let angles = decoder.ropes.iter().map(|rope| {
+        let angles = decoder.ropes.iter().enumerate().map(|(index, rope)| {
+            let mut blocks = decoder.blocks.iter();
+            let head_dim = blocks.find_map(|block| block.mixer.turned_head_dim(index)).unwrap_or(0);
             let factors = rope.factors_for(context);
             RopeAngles::new(head_dim, rope.theta, &factors, start, count).scaled(rope.amplitude)
         });

@@ -39,15 +39,24 @@ impl Route {
 }
 
 /// The routes of all experts, for the outputs of a router, `[tokens, experts]`, which become
-/// scores. `correction` is added to these where experts are chosen, `[experts]`.
-pub fn routes(experts: &Experts, outputs: &mut [f32], correction: Option<&[f32]>) -> Vec<Route> {
+/// scores. `correction` is added to these where experts are chosen, `[experts]`; what each weighs
+/// is multiplied by its own of `scales: [experts]`.
+pub fn routes(
+    experts: &Experts,
+    outputs: &mut [f32],
+    correction: Option<&[f32]>,
+    scales: Option<&[f32]>,
+) -> Vec<Route> {
     let mut routes = vec![Route::default(); experts.count.into()];
+    if experts.routing.sharpness != 1.0 {
+        outputs.iter_mut().for_each(|output| *output *= experts.routing.sharpness);
+    }
     for (token, scores) in outputs.chunks_exact_mut(experts.count.into()).enumerate() {
         score(experts.routing.scores, scores);
         let chosen = choose(experts, scores, correction);
         for (&expert, weight) in chosen.iter().zip(weights(&experts.routing, scores, &chosen)) {
             routes[expert].tokens.push(token);
-            routes[expert].weights.push(weight);
+            routes[expert].weights.push(weight * scales.map_or(1.0, |scales| scales[expert]));
         }
     }
     routes
@@ -134,19 +143,21 @@ mod tests {
     fn experts(count: u16, used: u16, routing: Routing) -> Experts {
         let ffn = Ffn { width: 8, activation: Activation::Silu, is_gated: true, has_bias: false };
         let (shares, are_fused, are_mxfp4) = (false, false, false);
-        Experts { count, used, ffn, routing, shares, are_fused, are_mxfp4 }
+        let has_norms = false;
+        Experts { count, used, ffn, routing, shares, has_norms, are_fused, are_mxfp4 }
     }
 
     fn routing(scores: Scores, normalizes: bool) -> Routing {
         let (has_bias, is_corrected, groups, scale) = (false, false, None, 2.0);
-        Routing { scores, has_bias, is_corrected, groups, normalizes, scale }
+        let sharpness = 1.0;
+        Routing { sharpness, scores, has_bias, is_corrected, groups, normalizes, scale }
     }
 
     #[test]
     fn tokens_go_to_the_best_experts_with_their_shares() {
         let experts = experts(3, 2, routing(Scores::Softmax, true));
         let mut outputs = [0.0, 3f32.ln(), -9.0, 1.0, 0.0, 1.0];
-        let routes = routes(&experts, &mut outputs, None);
+        let routes = routes(&experts, &mut outputs, None, None);
         assert_eq!(routes[0].tokens, [0, 1]);
         assert_eq!(routes[1].tokens, [0]);
         assert_eq!(routes[2].tokens, [1]);
@@ -158,7 +169,7 @@ mod tests {
     #[test]
     fn corrections_choose_but_do_not_weigh() {
         let experts = experts(3, 1, routing(Scores::Sigmoid, false));
-        let routes = routes(&experts, &mut [0.0, 2.0, 0.0], Some(&[0.0, 0.0, 9.0]));
+        let routes = routes(&experts, &mut [0.0, 2.0, 0.0], Some(&[0.0, 0.0, 9.0]), None);
         assert_eq!(routes[2], Route { tokens: vec![0], weights: vec![1.0] });
     }
 

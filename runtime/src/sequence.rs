@@ -115,6 +115,6 @@ impl Sequence {
 fn recurrent(blocks: &mut [State]) -> impl Iterator<Item = &mut Recurrent> {
     blocks.iter_mut().filter_map(|state| match state {
         State::Recurrent(state) => Some(state),
-        State::Cache(_) => None,
+        State::Cache(_) | State::Shared => None,
     })
 }

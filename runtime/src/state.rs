@@ -7,6 +7,8 @@ use slim_kernels::{KvCache, KvType};
 pub enum State {
     /// Of attention.
     Cache(KvCache),
+    /// Of attention to keys and values of another block, which keeps them.
+    Shared,
     /// Of other mixers.
     Recurrent(Recurrent),
 }
@@ -29,6 +31,9 @@ impl State {
         capacity: usize,
         kv_type: Option<KvType>,
     ) -> Self {
+        if spec.shares().is_some() {
+            return Self::Shared;
+        }
         match (heads_kept(&spec.mixer), kv_type) {
             (Some((heads, head_dim)), Some(kv_type)) => {
                 Self::Cache(KvCache::new(kv_type, heads, capacity, head_dim))
@@ -47,6 +52,7 @@ impl State {
         kv_type: Option<KvType>,
     ) -> (u64, u64) {
         match heads_kept(&spec.mixer) {
+            _ if spec.shares().is_some() => (0, 0),
             Some((heads, head_dim)) => {
                 let of_head = match kv_type {
                     Some(kv_type) => kv_type.row_bytes(head_dim),
@@ -61,6 +67,14 @@ impl State {
         }
     }
 
+    /// Keeps the turned keys, and the values, of the first tokens of a text.
+    ///
+    /// # Panics
+    /// If it is of another mixer than attention.
+    pub fn store(&mut self, keys: &[f32], values: &[f32]) {
+        self.cache().store(keys, values, 0);
+    }
+
     /// Keys and values.
     ///
     /// # Panics
@@ -68,7 +82,7 @@ impl State {
     pub(crate) fn cache(&mut self) -> &mut KvCache {
         match self {
             Self::Cache(kv) => kv,
-            Self::Recurrent(_) => panic!("a block with attention has keys and values"),
+            Self::Recurrent(_) | Self::Shared => panic!("no keys and values are kept here"),
         }
     }
 
@@ -79,7 +93,7 @@ impl State {
     pub(crate) fn recurrent(&mut self) -> &mut Recurrent {
         match self {
             Self::Recurrent(state) => state,
-            Self::Cache(_) => panic!("a block without attention has a state"),
+            Self::Cache(_) | Self::Shared => panic!("a block without attention has a state"),
         }
     }
 }

@@ -127,7 +127,7 @@ fn every_tiny_model_on_the_device_agrees_with_the_reference() {
         let dir = Dir::new();
         if let Some(lack) = CudaSettings::lacks(open_model(&folder).unwrap().decoder()) {
             let args = ["logits", &arg(&folder), "--tokens", TOKENS, "--device", "cuda", "-o"];
-            fail(&[&args[..], &[&dir.arg("a")]].concat(), &[lack, "CUDA device"]);
+            fail(&[&args[..], &[&dir.arg("a")]].concat(), &[&lack, "CUDA device"]);
             continue;
         }
         for (kind, model) in [("dense", arg(&folder)), ("packed", packed(&dir, name))] {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::Value;
-use slim_formats::arch::by_model_type;
+use slim_formats::{arch::by_model_type, open_model};
 use slim_runtime::{Model, Turn};
 
 use crate::command::{
@@ -59,9 +59,17 @@ fn model_type(folder: &Path) -> String {
     config["model_type"].as_str().unwrap().to_owned()
 }
 
-/// Runs each text of the folder's `expected.safetensors` from an empty cache, all at once.
+/// Runs each text of the folder's `expected.safetensors` from an empty cache, all at once; of a
+/// model that lacks the embeddings of some of its tokens, one like them, through the folder, too.
 fn compare(model: &Path, folder: &Path) {
-    for (ids, expected) in texts(folder) {
+    let known = open_model(model).unwrap().config().vocab_size;
+    let texts = texts(folder);
+    let is_known = |(ids, _): &(Vec<i32>, Vec<f32>)| ids.iter().all(|&id| (id as usize) < known);
+    if !texts.iter().all(is_known) {
+        let ids: Vec<i32> = texts[0].0.iter().map(|&id| id % known as i32).collect();
+        return assert_close(model, &run_logits(model, &ids), &run_logits(folder, &ids), ids.len());
+    }
+    for (ids, expected) in texts {
         assert_close(model, &run_logits(model, &ids), &expected, ids.len());
     }
 }

@@ -5,16 +5,13 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 use slim_formats::{
     Decoder, Part,
-    arch::{Norm, Norms, Stage},
+    arch::{Norm, Stage},
 };
 use slim_kernels::{Backend, Cpu, linalg::Precision};
 use slim_runtime::Block;
 
 use super::{
-    Gradient, Visitor, elementwise,
-    mixer::Mixed,
-    network::{Mixture, Neurons},
-    product,
+    Gradient, Visitor, elementwise, mixer::Mixed, networks::Networks, product, shared::Shared,
 };
 use crate::Result;
 
@@ -30,6 +27,8 @@ pub struct Walk<'b> {
     pub index: usize,
     /// Tokens of each sequence.
     pub context: usize,
+    /// What all tokens say to the block by themselves, `[m, embedded]`; empty if they do not.
+    pub embedded: &'b [f32],
 }
 
 /// The activations of a block; `m` is the number of tokens of all sequences.
@@ -41,15 +40,12 @@ struct Activations {
     added: Branch,
     /// `[m, hidden]`: the residual stream between mixer and feed-forward network.
     middle: Vec<f32>,
-    /// `[m, hidden]`: input of the feed-forward networks.
-    ffn_input: Vec<f32>,
-    network: Option<Neurons>,
-    mixture: Option<Mixture>,
+    networks: Networks,
 }
 
 /// What norms need on the way back where something is added to the residual stream, `[m, hidden]`.
 #[derive(Default)]
-struct Branch {
+pub struct Branch {
     /// What is added, before the norm that stands behind it, if there is one.
     output: Option<Vec<f32>>,
     /// The sum before the norm that stands on it, if there is one.
@@ -58,39 +54,41 @@ struct Branch {
 
 impl Walk<'_> {
     /// The output of the block for its input `x`; both `[m, hidden]`.
-    pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let Activations { mut middle, network, mixture, .. } = self.activations(x)?;
-        if let Some(neurons) = network {
-            self.add_branch(Stage::FfnOutput, neurons.output(), &mut middle)?;
+    pub fn forward(&self, x: &[f32], shared: &mut Shared) -> Result<Vec<f32>> {
+        let Activations { middle: mut x, networks, mixed, .. } = self.activations(x, shared)?;
+        if self.decoder.is_shared(self.index) {
+            let (k, v) = mixed.into_keys_and_values();
+            shared.keep(self.index, k, v);
         }
-        if let Some(mixture) = mixture {
-            self.add_mixture(&mixture, &mut middle)?;
+        self.add_networks(&networks, &mut x)?;
+        if self.block.spec.embedded.is_some() {
+            let gated = self.gated_embedded(&x)?;
+            self.add_branch(Stage::EmbeddedOutput, &gated.output, &mut x)?;
         }
-        Ok(middle)
+        self.block.finish(&mut x);
+        Ok(x)
     }
 
-    /// Turns the gradient `dx` at the block's output into that at its input `x`; both
-    /// `[m, hidden]`.
-    pub fn reverse(&self, x: &[f32], dx: &mut [f32], visit: &mut Visitor<'_>) -> Result<()> {
-        let Activations { normed, mixed, added, middle, ffn_input, network, mixture } =
-            self.activations(x)?;
-
-        let branch = match (self.block.spec.norms, &network) {
-            (Norms::Before, _) | (_, None) => Branch::default(),
-            (_, Some(neurons)) => {
-                self.add_branch(Stage::FfnOutput, neurons.output(), &mut middle.clone())?
+    /// Turns the gradient `dx` at the block's output into that at its input `x`, both
+    /// `[m, hidden]`; gives the gradient at what tokens say to it by themselves.
+    pub fn reverse(
+        &self,
+        x: &[f32],
+        dx: &mut [f32],
+        shared: &mut Shared,
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<f32>> {
+        let Activations { normed, mixed, added, middle, networks } = self.activations(x, shared)?;
+        self.block.finish(dx);
+        let d_embedded = match self.block.spec.embedded {
+            None => Vec::new(),
+            Some(_) => {
+                let mut behind = middle.clone();
+                self.add_networks(&networks, &mut behind)?;
+                self.reverse_embedded(&behind, dx, visit)?
             }
         };
-        let d_output = self.reverse_branch(Stage::FfnOutput, branch, dx, visit)?;
-        let mut d_ffn_input = vec![0.0; x.len()];
-        if let Some(neurons) = network {
-            self.reverse_network(neurons, &ffn_input, &d_output, &mut d_ffn_input, visit)?;
-        }
-        if let Some(mixture) = mixture {
-            self.reverse_mixture(mixture, &d_output, &mut d_ffn_input, visit)?;
-        }
-        drop(d_output);
-        self.reverse_norm(Part::FfnNorm, &middle, &d_ffn_input, dx, visit)?;
+        self.reverse_networks(networks, &middle, dx, visit)?;
 
         let d_output = self.reverse_branch(Stage::MixerOutput, added, dx, visit)?;
         visit(self.linear(Part::AttnOutput, mixed.output(), &d_output))?;
@@ -98,13 +96,47 @@ impl Walk<'_> {
         self.add_product(&mut d_mixed, &d_output, Part::AttnOutput)?;
         drop(d_output);
         let mut d_normed = vec![0.0; x.len()];
-        self.reverse_mixer(mixed, &normed, d_mixed, &mut d_normed, visit)?;
-        self.reverse_norm(Part::AttnNorm, x, &d_normed, dx, visit)
+        self.reverse_mixer(mixed, &normed, d_mixed, &mut d_normed, shared, visit)?;
+        self.reverse_norm(Part::AttnNorm, x, &d_normed, dx, visit)?;
+        Ok(d_embedded)
+    }
+
+    /// What tokens say to the block, gated by the residual stream `x: [m, hidden]`.
+    fn gated_embedded(&self, x: &[f32]) -> Result<GatedEmbedded> {
+        let gate = self.product(Part::EmbeddedGate, x)?;
+        let mut output = gate.clone();
+        Cpu.gated(self.block.spec.activation(), &mut output, self.embedded);
+        Ok(GatedEmbedded { gate, output })
+    }
+
+    /// Turns the gradient `dx` behind what tokens say into that at the residual stream `x` before
+    /// it; gives the gradient at what they say.
+    fn reverse_embedded(
+        &self,
+        x: &[f32],
+        dx: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<Vec<f32>> {
+        let stage = Stage::EmbeddedOutput;
+        let GatedEmbedded { mut gate, output } = self.gated_embedded(x)?;
+        let branch = self.add_branch(stage, &output, &mut x.to_vec())?;
+        let d_output = self.reverse_branch(stage, branch, dx, visit)?;
+        visit(self.linear(Part::EmbeddedOutput, &output, &d_output))?;
+        let mut d_gated = vec![0.0; output.len()];
+        self.add_product(&mut d_gated, &d_output, Part::EmbeddedOutput)?;
+        drop(d_output);
+        let mut embedded = self.embedded.to_vec();
+        let activation = self.block.spec.activation();
+        elementwise::reverse_gated(activation, &mut gate, &mut embedded, &d_gated);
+        let (d_gate, d_embedded) = (gate, embedded);
+        visit(self.linear(Part::EmbeddedGate, x, &d_gate))?;
+        self.add_product(dx, &d_gate, Part::EmbeddedGate)?;
+        Ok(d_embedded)
     }
 
     /// Adds the gradient at the input `x` of a norm of the residual stream to `dx`, for the
     /// gradient `dy` at its output; that itself where no norm stands.
-    fn reverse_norm(
+    pub(super) fn reverse_norm(
         &self,
         part: Part,
         x: &[f32],
@@ -121,7 +153,7 @@ impl Walk<'_> {
     }
 
     /// Adds what a stage's layer gives for its input `x` to the residual stream, with all norms.
-    fn add_branch(&self, stage: Stage, x: &[f32], residual: &mut Vec<f32>) -> Result<Branch> {
+    pub(super) fn add_branch(&self, stage: Stage, x: &[f32], residual: &mut Vec<f32>) -> Result<Branch> {
         let spec = &self.block.spec;
         let part = spec.output_layer(stage).expect("a stage that adds");
         let mut branch = Branch::default();
@@ -130,7 +162,7 @@ impl Walk<'_> {
             let normed = self.normed(norm, &output);
             branch.output = Some(std::mem::replace(&mut output, normed));
         }
-        let scale = spec.residual_scale;
+        let scale = spec.scale_of(stage);
         residual.iter_mut().zip(output).for_each(|(x, output)| *x += scale * output);
         if let Some(norm) = spec.sum_norm(stage) {
             let normed = self.normed(norm, residual);
@@ -141,7 +173,7 @@ impl Walk<'_> {
 
     /// The gradient at what a stage's layer gives, for the gradient `dx` at the residual stream to
     /// which it was added; that becomes the one before any norm of the sum.
-    fn reverse_branch<'d>(
+    pub(super) fn reverse_branch<'d>(
         &self,
         stage: Stage,
         branch: Branch,
@@ -154,7 +186,7 @@ impl Walk<'_> {
             self.reverse_norm(part, &sum, dx, &mut d_sum, visit)?;
             dx.copy_from_slice(&d_sum);
         }
-        let scale = spec.residual_scale;
+        let scale = spec.scale_of(stage);
         let dx: &'d [f32] = dx;
         let mut dy = Cow::Borrowed(dx);
         if scale != 1.0 {
@@ -205,7 +237,7 @@ impl Walk<'_> {
     }
 
     /// The residual stream normed, or as it is where no norm stands.
-    fn normed(&self, part: Part, x: &[f32]) -> Vec<f32> {
+    pub(super) fn normed(&self, part: Part, x: &[f32]) -> Vec<f32> {
         let vectors = &self.block.vectors;
         let bias = part.bias().and_then(|bias| vectors.get(bias));
         match (vectors.get(part), bias) {
@@ -219,16 +251,23 @@ impl Walk<'_> {
         }
     }
 
-    /// The stages of [`Block::forward`], but the last products.
-    fn activations(&self, x: &[f32]) -> Result<Activations> {
+    /// The stages of [`Block::forward`] up to the networks, but their last products.
+    fn activations(&self, x: &[f32], shared: &Shared) -> Result<Activations> {
         let normed = self.normed(Part::AttnNorm, x);
-        let mixed = self.mixed(&normed)?;
+        let mixed = self.mixed(&normed, shared)?;
         let mut middle = x.to_vec();
         let added = self.add_branch(Stage::MixerOutput, mixed.output(), &mut middle)?;
-        let ffn_input = self.normed(Part::FfnNorm, &middle);
-        let (network, mixture) = (self.network(&ffn_input)?, self.mixture(&ffn_input)?);
-        Ok(Activations { normed, mixed, added, middle, ffn_input, network, mixture })
+        let networks = self.networks(&middle)?;
+        Ok(Activations { normed, mixed, added, middle, networks })
     }
+}
+
+/// What tokens say to the block.
+struct GatedEmbedded {
+    /// What the gate's layer gives, `[m, embedded]`.
+    gate: Vec<f32>,
+    /// `[m, embedded]`.
+    output: Vec<f32>,
 }
 
 /// Adds the gradient at the input `x` of a norm to `dx`, for the gradient `dy` at its output, all

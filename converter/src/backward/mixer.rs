@@ -2,7 +2,7 @@
 
 use slim_formats::{
     Part,
-    arch::{self, Activation, LatentAttention, Mixer, Norm},
+    arch::{self, Activation, LatentAttention, Mixer, Norm, Values},
 };
 use slim_kernels::{AttentionShape, Backend, Cpu, RopeAngles, convolve, sigmoid};
 use slim_runtime::{Positions, attention_shape, cut, decays, multiply, side_by_side};
@@ -13,6 +13,7 @@ use super::{
     block::{Walk, reverse_norm},
     delta_net::{DeltaNet, DeltaTokens},
     elementwise,
+    shared::{Shared, SharedKeys},
 };
 use crate::Result;
 
@@ -31,9 +32,10 @@ pub enum Mixed {
 /// Of attention.
 pub struct Attended {
     q: Turned,
+    /// Of a block that attends to keys of another, those.
     k: Turned,
-    /// `[m, kv_heads * head_dim]`.
-    v: Vec<f32>,
+    /// The same of values, `[m, kv_heads * head_dim]`.
+    v: Turned,
     /// What attention gives and what it is gated by, where it is, `[m, heads * head_dim]`.
     gated: Option<[Vec<f32>; 2]>,
     /// `[m, heads * head_dim]`.
@@ -97,9 +99,18 @@ impl Mixed {
             | Self::Convolution(Convolved { output, .. }) => output,
         }
     }
+
+    /// The turned keys, and the values, of attention.
+    ///
+    /// # Panics
+    /// If it is of another mixer.
+    pub fn into_keys_and_values(self) -> (Vec<f32>, Vec<f32>) {
+        let Self::Attention(Attended { k, v, .. }) = self else { panic!("it is no attention") };
+        (k.turned, v.turned)
+    }
 }
 
-/// Queries or keys, `[m, heads * head_dim]`.
+/// Queries, keys or values, `[m, heads * head_dim]`.
 struct Turned {
     /// As their layer gives them, if they are normed.
     raw: Option<Vec<f32>>,
@@ -109,9 +120,9 @@ struct Turned {
 
 impl Walk<'_> {
     /// What the mixer makes of its `input: [m, hidden]`.
-    pub fn mixed(&self, input: &[f32]) -> Result<Mixed> {
+    pub fn mixed(&self, input: &[f32], shared: &Shared) -> Result<Mixed> {
         Ok(match self.block.spec.mixer {
-            Mixer::Attention(_) => Mixed::Attention(self.attended(input)?),
+            Mixer::Attention(_) => Mixed::Attention(self.attended(input, shared)?),
             Mixer::Latent(latent) => Mixed::Latent(self.of_latents(&latent, input)?),
             Mixer::DeltaNet(net) => Mixed::DeltaNet(self.asked(net, input)?),
             Mixer::Convolution(_) => Mixed::Convolution(self.convolved_input(input)?),
@@ -126,10 +137,11 @@ impl Walk<'_> {
         input: &[f32],
         dy: Vec<f32>,
         d_input: &mut [f32],
+        shared: &mut Shared,
         visit: &mut Visitor<'_>,
     ) -> Result<()> {
         let of_layers = match mixed {
-            Mixed::Attention(attended) => self.reverse_attended(attended, dy, visit)?,
+            Mixed::Attention(attended) => self.reverse_attended(attended, dy, shared, visit)?,
             Mixed::Latent(of_latents) => self.reverse_latents(of_latents, &dy, visit)?,
             Mixed::DeltaNet(asked) => self.reverse_asked(asked, dy, visit)?,
             Mixed::Convolution(convolved) => self.reverse_convolved(&convolved, &dy),
@@ -151,12 +163,22 @@ impl Walk<'_> {
         self.block.spec.attention().expect("a block with attention")
     }
 
-    fn attended(&self, input: &[f32]) -> Result<Attended> {
+    fn attended(&self, input: &[f32], shared: &Shared) -> Result<Attended> {
         let angles = self.angles();
         let angles = angles.as_ref();
         let q = self.turned(self.product(Part::AttnQ, input)?, Part::AttnQNorm, angles);
-        let k = self.turned(self.product(Part::AttnK, input)?, Part::AttnKNorm, angles);
-        let v = self.product(Part::AttnV, input)?;
+        let (k, v) = match self.attention().shares {
+            Some(block) => {
+                let SharedKeys { k, v, .. } = shared.of(block);
+                let kept = |x: &Vec<f32>| Turned { raw: None, turned: x.clone() };
+                (kept(k), kept(v))
+            }
+            None => {
+                let k = self.turned(self.product(Part::AttnK, input)?, Part::AttnKNorm, angles);
+                let v = self.values(input, &k)?;
+                (k, v)
+            }
+        };
         let mut output = self.core(&q, &k, &v).forward();
         let gated = match self.attention().is_gated {
             false => None,
@@ -171,10 +193,24 @@ impl Walk<'_> {
         Ok(Attended { q, k, v, gated, output })
     }
 
-    fn core<'a>(&'a self, q: &'a Turned, k: &'a Turned, v: &'a [f32]) -> Attention<'a> {
+    /// The values of attention, whose keys are `k`.
+    fn values(&self, input: &[f32], k: &Turned) -> Result<Turned> {
+        let raw = match self.attention().values {
+            Values::Plain => {
+                return Ok(Turned { raw: None, turned: self.product(Part::AttnV, input)? });
+            }
+            Values::Normed => self.product(Part::AttnV, input)?,
+            Values::NormedKeys => k.raw.clone().expect("keys that are normed"),
+        };
+        let turned = self.rms_normed(&vec![1.0; self.attention().head_dim], &raw);
+        Ok(Turned { raw: Some(raw), turned })
+    }
+
+    fn core<'a>(&'a self, q: &'a Turned, k: &'a Turned, v: &'a Turned) -> Attention<'a> {
         let shape = attention_shape(self.attention(), 0, self.context);
         let sinks = self.block.vectors.get(Part::AttnSinks).map(Vec::as_slice);
-        Attention { precision: self.precision, shape, q: &q.turned, k: &k.turned, v, sinks }
+        let (q, k, v) = (&q.turned, &k.turned, &v.turned);
+        Attention { precision: self.precision, shape, q, k, v, sinks }
     }
 
     /// The gradients at the outputs of the mixer's layers.
@@ -182,6 +218,7 @@ impl Walk<'_> {
         &self,
         attended: Attended,
         mut dy: Vec<f32>,
+        shared: &mut Shared,
         visit: &mut Visitor<'_>,
     ) -> Result<Vec<(Part, Vec<f32>)>> {
         let Attended { q, k, v, gated, output } = attended;
@@ -196,11 +233,42 @@ impl Walk<'_> {
                 (plain, Some((Part::AttnGate, d_gate)))
             }
         };
-        let Gradients { q: d_q, k: d_k, v: d_v } = self.core(&q, &k, &v).reverse(&output, &dy);
+        let Gradients { q: d_q, k: mut d_k, v: mut d_v } =
+            self.core(&q, &k, &v).reverse(&output, &dy);
         let d_q = self.reverse_turned(Part::AttnQNorm, q, d_q, angles.as_ref(), visit)?;
-        let d_k = self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
-        let of_qkv = [(Part::AttnQ, d_q), (Part::AttnK, d_k), (Part::AttnV, d_v)];
-        Ok(of_qkv.into_iter().chain(d_gate).collect())
+        let mut of_layers = vec![(Part::AttnQ, d_q)];
+        match self.attention().shares {
+            Some(block) => shared.add(block, &d_k, &d_v),
+            None => {
+                if self.decoder.is_shared(self.index) {
+                    let of_others = shared.of(self.index);
+                    add(&mut d_k, &of_others.d_k);
+                    add(&mut d_v, &of_others.d_v);
+                }
+                let d_v = self.reverse_values(&v, d_v);
+                let mut d_k =
+                    self.reverse_turned(Part::AttnKNorm, k, d_k, angles.as_ref(), visit)?;
+                match self.attention().values {
+                    Values::NormedKeys => {
+                        add(&mut d_k, &d_v);
+                        of_layers.push((Part::AttnK, d_k));
+                    }
+                    Values::Plain | Values::Normed => {
+                        of_layers.extend([(Part::AttnK, d_k), (Part::AttnV, d_v)]);
+                    }
+                }
+            }
+        }
+        Ok(of_layers.into_iter().chain(d_gate).collect())
+    }
+
+    /// The gradient at what values are made of, for the gradient `dy` at them.
+    fn reverse_values(&self, v: &Turned, dy: Vec<f32>) -> Vec<f32> {
+        let Some(raw) = &v.raw else { return dy };
+        let mut dx = vec![0.0; raw.len()];
+        let ones = vec![1.0; self.attention().head_dim];
+        reverse_norm(Norm::Rms, raw, &ones, self.decoder.norm_epsilon, &dy, &mut dx);
+        dx
     }
 
     fn of_latents(&self, latent: &LatentAttention, input: &[f32]) -> Result<OfLatents> {
@@ -239,13 +307,13 @@ impl Walk<'_> {
         let pad = |dim: usize| padded_dim(latent) - dim;
         let (more_keys, more_values) = (padding(latent.query_dim()), padding(value_dim));
         let in_columns = |plain: &[f32], turned: &[f32]| match pad(latent.query_dim()) {
-            0 => side_by_side([(plain, plain_dim), (turned, turned_dim)]),
-            more => side_by_side([(plain, plain_dim), (turned, turned_dim), (&more_keys, more)]),
+            0 => side_by_side(&[(plain, plain_dim), (turned, turned_dim)]),
+            more => side_by_side(&[(plain, plain_dim), (turned, turned_dim), (&more_keys, more)]),
         };
         let (q, k) = (in_columns(&plain, &turned), in_columns(&keys, &of_all));
         let v = match pad(value_dim) {
             0 => values,
-            more => side_by_side([(&values, value_dim), (&more_values, more)]),
+            more => side_by_side(&[(&values, value_dim), (&more_values, more)]),
         };
         let padded = self.core_of_latents(latent, &q, &k, &v).forward();
         let output = cut(&padded, padded_dim(latent), 0..value_dim);
@@ -288,7 +356,7 @@ impl Walk<'_> {
             0 => dy.to_vec(),
             more => {
                 let zeros = vec![0.0; dy.len() / value_dim * more];
-                side_by_side([(dy, value_dim), (&zeros, more)])
+                side_by_side(&[(dy, value_dim), (&zeros, more)])
             }
         };
         let core = self.core_of_latents(&latent, &q, &k, &v);
@@ -325,9 +393,9 @@ impl Walk<'_> {
             Ok(dx)
         };
         let d_raw = reverse_norm(Part::LatentNorm, &raw, &d_latents)?;
-        let d_down = side_by_side([(&d_raw, rank), (&d_shared, turned_dim)]);
+        let d_down = side_by_side(&[(&d_raw, rank), (&d_shared, turned_dim)]);
         let d_q =
-            side_by_side([(&cut(&d_q, width, 0..plain_dim), plain_dim), (&d_turned, turned_dim)]);
+            side_by_side(&[(&cut(&d_q, width, 0..plain_dim), plain_dim), (&d_turned, turned_dim)]);
         let of_query = match down {
             None => (Part::AttnQ, d_q),
             Some([raw, normed]) => {
@@ -345,7 +413,7 @@ impl Walk<'_> {
         let vectors = &self.block.vectors;
         let (q, k) = (self.product(Part::AttnQ, input)?, self.product(Part::AttnK, input)?);
         let v = self.product(Part::AttnV, input)?;
-        let qkv = side_by_side([(&q, net.keys()), (&k, net.keys()), (&v, net.values())]);
+        let qkv = side_by_side(&[(&q, net.keys()), (&k, net.keys()), (&v, net.values())]);
         let convolved = self.convolution(&qkv);
         let mut qkv = convolved.clone();
         Cpu.activate(Activation::Silu, &mut qkv);
@@ -426,7 +494,7 @@ impl Walk<'_> {
         let (mut d_b, mut d_u) = (u, b);
         multiply(&mut d_b, &d_gated);
         multiply(&mut d_u, &d_gated);
-        let d_bcu = side_by_side([(&d_b, hidden), (&d_c, hidden), (&d_u, hidden)]);
+        let d_bcu = side_by_side(&[(&d_b, hidden), (&d_c, hidden), (&d_u, hidden)]);
         vec![(Part::ConvolutionInput, d_bcu)]
     }
 
@@ -541,6 +609,10 @@ impl Walk<'_> {
         let mut positions = Positions::new(self.decoder, 0, self.context, self.context);
         Some(positions.angles.swap_remove(rope))
     }
+}
+
+fn add(sum: &mut [f32], part: &[f32]) {
+    sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
 }
 
 /// Channels of a head when queries, keys and values are of one size.

@@ -10,8 +10,10 @@ mod delta_net;
 mod elementwise;
 mod mixer;
 mod network;
+mod networks;
 mod product;
 mod sensitivities;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
@@ -19,10 +21,11 @@ mod vocabulary;
 use std::ops::Range;
 
 use rayon::prelude::*;
-use slim_formats::{DType, Decoder, DenseTensor, Layout, ModelSource, Part, Weight};
+use slim_formats::{DType, Decoder, DenseTensor, Layout, ModelSource, Part, Weight, arch::Norm};
 use slim_kernels::{FloatCpu, kl_divergence, linalg::Precision, log_softmax};
-use slim_runtime::{Block, Context, Ends, SplitMix64, finish_logits};
+use slim_runtime::{Block, Context, Ends, SplitMix64, ToBlocks, finish_logits};
 
+use self::shared::Shared;
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
 pub use sensitivities::{
@@ -94,6 +97,9 @@ pub enum Gradient<'g> {
     },
     /// The gradient of the loss at the embeddings of all tokens, `[tokens, embedding]`.
     Embedding(&'g [f32]),
+    /// The gradient of the loss at the rows of [`Part::BlockEmbedding`] of all tokens,
+    /// `[tokens, blocks * embedded]`.
+    BlockEmbedding(&'g [f32]),
 }
 
 /// What is called with each gradient.
@@ -132,8 +138,11 @@ impl<'a> Backward<'a> {
     ) -> Result<f64> {
         let context = equal_length(sequences)?;
         let mut residuals = vec![self.embed(sequences)?];
+        let embedded = self.ends.embedded(self.context(), &sequences.concat(), &residuals[0])?;
+        let mut shared = Shared::default();
         for index in 0..self.blocks.len() {
-            let output = self.walk(index, context).forward(&residuals[index])?;
+            let walk = self.walk(index, context, embedded.of_block(index));
+            let output = walk.forward(&residuals[index], &mut shared)?;
             check_finite(index, &output)?;
             residuals.push(output);
             self.release_pages();
@@ -142,9 +151,17 @@ impl<'a> Backward<'a> {
         let (loss, mut dx) = self.reverse_output(&x, loss, visit)?;
         drop(x);
         self.release_pages();
-        for (index, x) in residuals.into_iter().enumerate().rev() {
-            self.walk(index, context).reverse(&x, &mut dx, visit)?;
+        let mut d_embedded = Vec::new();
+        let mut x = Vec::new();
+        for index in (0..self.blocks.len()).rev() {
+            x = residuals.pop().expect("the input of each block");
+            let walk = self.walk(index, context, embedded.of_block(index));
+            d_embedded.push(walk.reverse(&x, &mut dx, &mut shared, visit)?);
             self.release_pages();
+        }
+        if let Some(to_blocks) = &self.ends.to_blocks {
+            d_embedded.reverse();
+            self.reverse_to_blocks(to_blocks, &x, &d_embedded, &mut dx, visit)?;
         }
         if let Some(up) = self.ends.up {
             dx = product::reverse(self.precision, &dx, up)?;
@@ -170,8 +187,10 @@ impl<'a> Backward<'a> {
     pub fn states(&self, sequences: &[&[u32]]) -> Result<Vec<f32>> {
         let context = equal_length(sequences)?;
         let mut x = self.embed(sequences)?;
+        let embedded = self.ends.embedded(self.context(), &sequences.concat(), &x)?;
+        let mut shared = Shared::default();
         for index in 0..self.blocks.len() {
-            x = self.walk(index, context).forward(&x)?;
+            x = self.walk(index, context, embedded.of_block(index)).forward(&x, &mut shared)?;
             check_finite(index, &x)?;
             self.release_pages();
         }
@@ -194,9 +213,36 @@ impl<'a> Backward<'a> {
         }
     }
 
-    fn walk(&self, index: usize, context: usize) -> block::Walk<'_> {
+    fn walk<'w>(&'w self, index: usize, context: usize, embedded: &'w [f32]) -> block::Walk<'w> {
         let Self { precision, decoder, blocks, .. } = self;
-        block::Walk { precision: *precision, decoder, block: &blocks[index], index, context }
+        let (precision, block) = (*precision, &blocks[index]);
+        block::Walk { precision, decoder, block, index, context, embedded }
+    }
+
+    /// Adds the gradient at the embeddings `x: [tokens, hidden]` of what they say to blocks to
+    /// `dx`, for the gradients `d_embedded` at that, `[tokens, embedded]` of each block.
+    fn reverse_to_blocks(
+        &self,
+        to_blocks: &ToBlocks<'_>,
+        x: &[f32],
+        d_embedded: &[Vec<f32>],
+        dx: &mut [f32],
+        visit: &mut Visitor<'_>,
+    ) -> Result<()> {
+        let (width, tokens) = (to_blocks.norm.len(), x.len() / self.decoder.hidden_size);
+        let row = |t: usize| d_embedded.iter().flat_map(move |d| &d[t * width..][..width]);
+        let d_normed: Vec<f32> = (0..tokens).flat_map(row).map(|d| ToBlocks::MEAN * d).collect();
+        let own_scale = ToBlocks::own_scale(width);
+        let d_own: Vec<f32> = d_normed.iter().map(|d| own_scale * d).collect();
+        visit(Gradient::BlockEmbedding(&d_own))?;
+        let added = to_blocks.added(self.context(), x)?;
+        let (norm, epsilon) = (&to_blocks.norm, self.decoder.norm_epsilon);
+        let mut d_added = vec![0.0; added.len()];
+        let dw = block::reverse_norm(Norm::Rms, &added, norm, epsilon, &d_normed, &mut d_added);
+        visit(Gradient::Norm { block: None, part: Part::BlockEmbeddingNorm, dw: &dw })?;
+        let scale = ToBlocks::added_scale(self.decoder);
+        d_added.iter_mut().for_each(|d| *d *= scale);
+        product::add(self.precision, dx, &d_added, to_blocks.up)
     }
 
     fn context(&self) -> Context<'_> {

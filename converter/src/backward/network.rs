@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 use slim_formats::{
     Part,
-    arch::{Activation, ExpertPart, Experts, Ffn, Scores},
+    arch::{Activation, ExpertPart, Experts, Ffn, Scores, Stage},
 };
 use slim_kernels::{Backend, Cpu};
 use slim_runtime::{Route, routes, shares, weigh};
@@ -92,12 +92,13 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The experts for the `input: [m, hidden]` of the block's networks, if it has some.
-    pub fn mixture(&self, input: &[f32]) -> Result<Option<Mixture>> {
+    /// The experts for their `input: [m, hidden]` and that of their router, if the block has some.
+    pub fn mixture(&self, to_router: &[f32], input: &[f32]) -> Result<Option<Mixture>> {
         let Some(experts) = self.block.spec.experts else { return Ok(None) };
-        let mut scores = self.product(Part::Router, input)?;
-        let correction = self.block.vectors.get(Part::RouterCorrection).map(Vec::as_slice);
-        let routes = routes(&experts, &mut scores, correction);
+        let mut scores = self.product(Part::Router, to_router)?;
+        let vector = |part| self.block.vectors.get(part).map(Vec::as_slice);
+        let (correction, scales) = (vector(Part::RouterCorrection), vector(Part::ExpertScale));
+        let routes = routes(&experts, &mut scores, correction, scales);
         let networks = (0..).zip(&routes).map(|(index, route)| -> Result<_> {
             if route.tokens.is_empty() {
                 return Ok(None);
@@ -111,7 +112,7 @@ impl Walk<'_> {
         Ok(Some(Mixture { scores, routes, networks }))
     }
 
-    /// Adds what the experts give to the residual stream `x: [m, hidden]`.
+    /// Adds what the experts give to `x: [m, hidden]`.
     pub fn add_mixture(&self, mixture: &Mixture, x: &mut [f32]) -> Result<()> {
         let networks = (0..).zip(mixture.networks.iter().zip(&mixture.routes));
         for (index, (network, route)) in networks {
@@ -121,20 +122,20 @@ impl Walk<'_> {
             if let Some(bias) = self.bias(down) {
                 route.add_bias(bias, &mut output);
             }
-            route.scatter(&output, self.block.spec.residual_scale, x);
+            route.scatter(&output, self.block.spec.scale_of(Stage::ExpertOutput(index)), x);
         }
         Ok(())
     }
 
-    /// Adds the gradient at the input of the experts and their router to `d_input`, for the
-    /// gradient `dy` at what they give; both `[m, hidden]`.
+    /// Adds the gradient at the input of the experts to `d_input`, for the gradient `dy` at what
+    /// they give; gives that at the outputs of their router, `[m, experts]`.
     pub fn reverse_mixture(
         &self,
         mixture: Mixture,
         dy: &[f32],
         d_input: &mut [f32],
         visit: &mut Visitor<'_>,
-    ) -> Result<()> {
+    ) -> Result<Vec<f32>> {
         let experts = self.block.spec.experts.expect("a block with experts");
         let hidden = self.decoder.hidden_size;
         let Mixture { mut scores, routes, networks } = mixture;
@@ -147,8 +148,10 @@ impl Walk<'_> {
             let of_tokens =
                 self.reverse_neurons(&experts.ffn, layers, neurons, &input, &dy, &mut dx, visit)?;
             route.scatter(&dx, 1.0, d_input);
+            let scales = self.block.vectors.get(Part::ExpertScale);
+            let scale = scales.map_or(1.0, |scales| scales[usize::from(index)]);
             for (&token, d_weight) in route.tokens.iter().zip(of_tokens) {
-                d_weights[token * routes.len() + usize::from(index)] = d_weight;
+                d_weights[token * routes.len() + usize::from(index)] = scale * d_weight;
             }
         }
         let chosen = chosen_of_tokens(&routes, scores.len() / routes.len());
@@ -157,7 +160,7 @@ impl Walk<'_> {
         for ((scores, d_weights), chosen) in tokens.zip(chosen) {
             reverse_weights(&experts, scores, d_weights, &chosen);
         }
-        self.add_product(d_input, &scores, Part::Router)
+        Ok(scores)
     }
 
     /// The neurons of a network for its `input: [n, hidden]`, times the `weights` of its tokens.
@@ -257,7 +260,7 @@ fn chosen_of_tokens(routes: &[Route], count: usize) -> Vec<Vec<usize>> {
 }
 
 /// Turns the `scores` of a token into the gradient at the outputs of its router, for the gradient
-/// at the weights of its `chosen` experts.
+/// at the weights of its `chosen` experts, before scales of their own.
 ///
 /// Which experts are chosen has no gradient.
 fn reverse_weights(experts: &Experts, scores: &mut [f32], d_weights: &[f32], chosen: &[usize]) {
@@ -286,6 +289,7 @@ fn reverse_weights(experts: &Experts, scores: &mut [f32], d_weights: &[f32], cho
             pairs.for_each(|(score, d_score)| *score *= d_score - mean);
         }
     }
+    scores.iter_mut().for_each(|score| *score *= routing.sharpness);
 }
 
 /// The gradients at `gate`, if there is one, and `up`, for the gradient `dy` at the activations;
@@ -315,6 +319,7 @@ mod tests {
 
     /// The weights of chosen experts among the outputs of a router, as the formulas read.
     fn weights(routing: &Routing, outputs: &[f64], chosen: &[usize]) -> Vec<f64> {
+        let outputs: Vec<f64> = outputs.iter().map(|x| f64::from(routing.sharpness) * x).collect();
         let sum: f64 = outputs.iter().map(|x| x.exp()).sum();
         let score = |x: f64| match routing.scores {
             Scores::Softmax => x.exp() / sum,
@@ -335,12 +340,16 @@ mod tests {
         for scores in [Scores::Softmax, Scores::Sigmoid] {
             for normalizes in [false, true] {
                 let (has_bias, is_corrected, groups, scale) = (false, false, None, 1.5);
-                let routing = Routing { scores, has_bias, is_corrected, groups, normalizes, scale };
+                let sharpness = 0.5;
+                let routing =
+                    Routing { sharpness, scores, has_bias, is_corrected, groups, normalizes, scale };
                 let (count, used) = (5, 3);
-                let (shares, are_fused, are_mxfp4) = (false, false, false);
-                let experts = Experts { count, used, ffn, routing, shares, are_fused, are_mxfp4 };
-                let sum: f64 = outputs.iter().map(|x: &f64| x.exp()).sum();
-                let mut found: Vec<f32> = outputs
+                let (shares, has_norms, are_fused, are_mxfp4) = (false, false, false, false);
+                let experts =
+                    Experts { count, used, ffn, routing, shares, has_norms, are_fused, are_mxfp4 };
+                let sharp = outputs.map(|x| f64::from(sharpness) * x);
+                let sum: f64 = sharp.iter().map(|x| x.exp()).sum();
+                let mut found: Vec<f32> = sharp
                     .iter()
                     .map(|x| match scores {
                         Scores::Softmax => (x.exp() / sum) as f32,

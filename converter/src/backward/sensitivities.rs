@@ -37,7 +37,8 @@ pub struct Sensitivities {
     /// How errors at their outputs add up, by the names of their tensors, where rows are to make up
     /// for each other's errors.
     pub outputs: HashMap<String, OutputHessian>,
-    /// The embedding and the output layer, if they are not one matrix.
+    /// The embedding and the output layer, if they are not one matrix, and the embedding of what
+    /// tokens say to blocks.
     pub vocabulary: PartMap<Vocabulary>,
 }
 
@@ -170,6 +171,8 @@ pub fn sensitivities(
     }
     let rows = || Vocabulary::zeros(decoder.vocab_size, decoder.embedding_size);
     let (mut embedding, mut output) = (rows(), rows());
+    let to_blocks = decoder.outside(Part::BlockEmbedding);
+    let mut to_blocks = to_blocks.map(|table| Vocabulary::without_gram(table.shape()));
     let mut seen = vec![PartMap::<usize>::new(); decoder.blocks.len()];
     let mut seed = 0;
     for batch in sensitivity_batches(samples) {
@@ -187,6 +190,10 @@ pub fn sensitivities(
                 }
                 Gradient::Output { x, dy } => output.add_output(x, dy),
                 Gradient::Embedding(dx) => embedding.add_embedding(&sequences.concat(), dx),
+                Gradient::BlockEmbedding(dx) => {
+                    let to_blocks = to_blocks.as_mut().expect("a model with such a table");
+                    to_blocks.add_embedding(&sequences.concat(), dx);
+                }
                 Gradient::Norm { .. } => {}
             }
             Ok(())
@@ -211,10 +218,14 @@ pub fn sensitivities(
     }
     embedding.divide();
     output.divide();
-    let vocabulary = match decoder.has_tied_embeddings() {
+    let mut vocabulary = match decoder.has_tied_embeddings() {
         true => PartMap::from_iter([(Part::Embedding, embedding.plus(&output))]),
         false => PartMap::from_iter([(Part::Embedding, embedding), (Part::Output, output)]),
     };
+    if let Some(mut to_blocks) = to_blocks {
+        to_blocks.divide();
+        vocabulary.insert(Part::BlockEmbedding, to_blocks);
+    }
     Ok(Sensitivities { blocks, outputs, vocabulary })
 }
 

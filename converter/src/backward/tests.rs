@@ -91,7 +91,13 @@ fn model<'a>(decoder: &'a Decoder, tensors: &'a HashMap<String, Vec<f32>>) -> Ba
         Block { spec: decoder.blocks[index], layers, vectors }
     };
     let vector = |part| decoder.outside(part).map(|tensor| tensors[&tensor.name].clone());
+    let to_blocks = decoder.outside(Part::BlockEmbedding).map(|table| ToBlocks {
+        embedding: matrix(table),
+        up: decoder.outside(Part::BlockEmbeddingUp).map(matrix).unwrap(),
+        norm: vector(Part::BlockEmbeddingNorm).unwrap(),
+    });
     let ends = Ends {
+        to_blocks,
         embedding: matrix(decoder.embedding()),
         up: decoder.outside(Part::EmbeddingUp).map(matrix),
         positions: decoder.outside(Part::Positions).map(matrix),
@@ -141,8 +147,18 @@ fn gradients(
             Gradient::Norm { block: Some(block), part, dw } => {
                 (decoder.tensor(block, part).name.clone(), dw.to_vec())
             }
-            Gradient::Norm { block: None, dw, .. } => {
-                (decoder.output_norm().unwrap().name.clone(), dw.to_vec())
+            Gradient::Norm { block: None, part, dw } => {
+                (decoder.outside(part).unwrap().name.clone(), dw.to_vec())
+            }
+            Gradient::BlockEmbedding(dx) => {
+                let table = decoder.outside(Part::BlockEmbedding).unwrap();
+                let (rows, cols) = table.shape();
+                let mut sum = vec![0.0; rows * cols];
+                for (&token, dx) in sequences.concat().iter().zip(dx.chunks_exact(cols)) {
+                    let row = sum[token as usize * cols..].iter_mut();
+                    row.zip(dx).for_each(|(sum, &dx)| *sum += f64::from(dx));
+                }
+                (table.name.clone(), sum)
             }
             Gradient::Output { x, dy } => {
                 let added = weight_gradient(model.precision, x, dy, vocab, width);

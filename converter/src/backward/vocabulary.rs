@@ -11,16 +11,22 @@ pub struct Vocabulary {
     /// Of each weight by itself, as that of a linear layer; an embedding counts as one whose
     /// outputs are the rows that are looked up, with their gradients for inputs.
     pub sensitivity: Sensitivity,
-    /// The sum of `x^T x` over tokens, upper triangle, `[embedding, embedding]`.
-    gram: Vec<f32>,
+    /// The sum of `x^T x` over tokens, upper triangle, `[embedding, embedding]`; of rows that are
+    /// too wide for it none.
+    gram: Option<Vec<f32>>,
     tokens: usize,
 }
 
 impl Vocabulary {
     /// No tokens yet.
     pub fn zeros(vocab: usize, hidden: usize) -> Self {
-        let sensitivity = Sensitivity::zeros((vocab, hidden));
-        Self { sensitivity, gram: vec![0.0; hidden * hidden], tokens: 0 }
+        let gram = Some(vec![0.0; hidden * hidden]);
+        Self { gram, ..Self::without_gram((vocab, hidden)) }
+    }
+
+    /// No tokens yet, of a matrix of this shape whose errors count each by itself.
+    pub fn without_gram(shape: (usize, usize)) -> Self {
+        Self { sensitivity: Sensitivity::zeros(shape), gram: None, tokens: 0 }
     }
 
     /// Adds tokens with inputs `x: [tokens, embedding]` of the output layer and gradients
@@ -39,7 +45,9 @@ impl Vocabulary {
     fn add_gram(&mut self, x: &[f32]) {
         let hidden = self.sensitivity.inputs.len();
         self.tokens += x.len() / hidden;
-        linalg::add_gram(Precision::Coarse, &mut self.gram, x, hidden);
+        if let Some(gram) = &mut self.gram {
+            linalg::add_gram(Precision::Coarse, gram, x, hidden);
+        }
     }
 
     /// Turns sums over tokens into means.
@@ -51,15 +59,14 @@ impl Vocabulary {
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
         let shares = [self, other].map(|part| part.total() / part.tokens as f64);
-        let gram = self.gram.iter().zip(&other.gram);
-        let gram =
-            gram.map(|(a, b)| (shares[0] * f64::from(*a) + shares[1] * f64::from(*b)) as f32);
+        let gram = self.gram.as_ref().zip(other.gram.as_ref()).map(|(own, other)| {
+            let pairs = own.iter().zip(other);
+            let sum =
+                pairs.map(|(a, b)| (shares[0] * f64::from(*a) + shares[1] * f64::from(*b)) as f32);
+            sum.collect()
+        });
         // The sums are weighted by now.
-        Self {
-            sensitivity: self.sensitivity.plus(&other.sensitivity),
-            gram: gram.collect(),
-            tokens: 1,
-        }
+        Self { sensitivity: self.sensitivity.plus(&other.sensitivity), gram, tokens: 1 }
     }
 
     /// The sensitivities of all rows.
@@ -67,12 +74,12 @@ impl Vocabulary {
         self.sensitivity.outputs.iter().sum()
     }
 
-    /// `H`, in the mean over all rows; no scale matters.
-    pub fn hessian(&self) -> Hessian {
+    /// `H`, in the mean over all rows, if it is known; no scale matters.
+    pub fn hessian(&self) -> Option<Hessian> {
         let hidden = self.sensitivity.inputs.len();
-        let mut values = self.gram.clone();
+        let mut values = self.gram.clone()?;
         linalg::mirror_upper(&mut values, hidden);
-        Hessian::new(values, hidden)
+        Some(Hessian::new(values, hidden))
     }
 }
 
@@ -101,7 +108,7 @@ mod tests {
         // Two logits of each token have a gradient of 1.
         let exact = |e: &[f32; 2]| 2.0 * squares(&x, e) + squares(&dx, e);
         for e in [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, -2.0]] {
-            assert!((both.hessian().quadratic(&e) / exact(&e) - 1.0).abs() < 1e-6, "{e:?}");
+            assert!((both.hessian().unwrap().quadratic(&e) / exact(&e) - 1.0).abs() < 1e-6, "{e:?}");
         }
         let Sensitivity { inputs, outputs } = &both.sensitivity;
         let total: f64 = outputs.iter().sum();

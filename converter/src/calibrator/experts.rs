@@ -27,8 +27,12 @@ impl Calibrator<'_> {
         layers: &mut PartMap<Layer>,
         visitor: &mut dyn Visitor,
     ) -> Result<()> {
-        let Self { engine, context, positions, stream, float, before } = self;
-        let walk = Walk { engine, context: *context, positions };
+        if block.spec.has_expert_norms() {
+            self.pass_stage(Stage::Router, index, block, layers, visitor)?;
+        }
+        let Self { engine, context, positions, stream, float, embedded, before } = self;
+        let walk =
+            Walk { engine, context: *context, positions, index, embedded: embedded.as_ref() };
         let tensor = |&part: &_| (context.decoder.tensor(index, part), block.layers[part]);
         let follows = before.is_none();
         let routes = stream.routes(walk, block)?;
@@ -36,6 +40,12 @@ impl Calibrator<'_> {
             Some(float) => float.stream.routes(walk, block)?,
             None => Vec::new(),
         };
+        if block.spec.has_expert_norms() {
+            stream.begin_experts(walk, block)?;
+            if let Some(float) = float {
+                float.stream.begin_experts(walk, block)?;
+            }
+        }
         for (expert, route) in (0..).zip(&routes) {
             visitor.expert(index, expert, route.tokens.len());
             let is_seldom = route.tokens.len() < ENOUGH_TOKENS;
@@ -67,6 +77,12 @@ impl Calibrator<'_> {
             if let Some(float) = float {
                 let route = &float_routes[usize::from(expert)];
                 float.stream.add_expert(expert, walk, block, route, None)?;
+            }
+        }
+        if block.spec.has_expert_norms() {
+            stream.join(walk, block)?;
+            if let Some(float) = float {
+                float.stream.join(walk, block)?;
             }
         }
         Ok(())
@@ -121,8 +137,8 @@ impl Stream {
         Ok(routes)
     }
 
-    /// Adds what an expert gives for the tokens of its `route` to the residual stream; `known` are
-    /// their neurons, where they have been computed.
+    /// Adds what an expert gives for the tokens of its `route` to the residual stream, or to
+    /// what is joined later; `known` are their neurons, where they have been computed.
     fn add_expert(
         &mut self,
         expert: u16,
@@ -139,9 +155,30 @@ impl Stream {
             None => neurons(expert, walk, block, &gathered(&self.normed, route), route)?,
         };
         let _held = walk.hold(Stage::ExpertOutput(expert), block)?;
-        let samples = self.residual.samples();
         let neurons = neurons.batch(0..neurons.samples());
-        let residual = self.residual.batch_mut(0..samples);
-        Ok(block.add_expert(expert, walk.context, neurons, route, residual)?)
+        let to = match &mut self.joint {
+            Some([_, experts]) if block.spec.has_expert_norms() => experts,
+            _ => &mut self.residual,
+        };
+        let to = to.batch_mut(0..to.samples());
+        Ok(block.add_expert(expert, walk.context, neurons, route, to)?)
+    }
+
+    /// Makes the inputs of experts with a norm of their own, once tokens have been routed.
+    fn begin_experts(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        self.enter(Stage::Experts, walk, block)?;
+        let [_, experts] = self.joint.as_mut().expect("a model with such experts");
+        let residual = &self.residual;
+        experts.fill(walk.engine, |batch| Ok(vec![0.0; residual.batch(batch).len()]))
+    }
+
+    /// Adds to the residual stream what such experts and the network beside them have given.
+    fn join(&mut self, walk: Walk<'_>, block: &Block<'_>) -> Result<()> {
+        let [beside, experts] = self.joint.as_ref().expect("a model with such experts");
+        self.residual.update(walk.engine, |batch, residual| {
+            let beside = beside.batch(batch.clone()).to_vec();
+            block.join(walk.context, beside, experts.batch(batch), residual);
+            Ok(())
+        })
     }
 }

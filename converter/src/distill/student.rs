@@ -84,7 +84,7 @@ impl<'a> Student<'a> {
                     let dw: Vec<f32> = dw.iter().map(|&d| d as f32).collect();
                     norms.of_mut(block, part).step(&dw, rate * NORM_RATE, step);
                 }
-                Gradient::Output { .. } | Gradient::Embedding(_) => {}
+                Gradient::Output { .. } | Gradient::Embedding(_) | Gradient::BlockEmbedding(_) => {}
             }
             Ok(())
         })?;

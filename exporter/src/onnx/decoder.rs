@@ -41,16 +41,10 @@ const EMBEDDING_BITS: u8 = 8;
 
 /// What a model computes that ONNX Runtime's operators do not.
 pub fn lacks(decoder: &Decoder) -> Option<String> {
-    if decoder.blocks.iter().any(|block| block.experts.is_some()) {
-        return Some("a model with experts".into());
-    }
-    if decoder.blocks.iter().any(|block| block.attention().is_none()) {
-        return Some("a model with blocks of another kind than attention".into());
+    if let Some(what) = decoder.beyond_llama() {
+        return Some(format!("a model with {what}"));
     }
     let attentions = decoder.blocks.iter().filter_map(|block| block.attention());
-    if attentions.clone().any(|attention| attention.has_sinks) {
-        return Some("a model with attention sinks".into());
-    }
     let mut head_dims = attentions.map(|attention| attention.head_dim);
     let found = head_dims.find(|head_dim| !head_dim.is_multiple_of(HEAD_DIM_MULTIPLE))?;
     Some(format!("heads of {found} channels, no multiple of {HEAD_DIM_MULTIPLE},"))

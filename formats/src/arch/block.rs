@@ -7,7 +7,10 @@ use super::{Attention, ExpertPart, Experts, Mixer, Part};
 /// With `x` the residual stream:
 /// `x = sum(x + residual_scale * post(mixer(pre(x))))`, then
 /// `x = sum(x + residual_scale * post(ffn(pre(x)) + experts(pre(x))))`.
-/// [`Norms`] tells which of the norms `pre`, `post` and `sum` there are; with experts, only `pre`.
+/// [`Norms`] tells which of the norms `pre`, `post` and `sum` there are; with experts, only `pre`,
+/// unless these have norms of their own: then `post(norm(ffn(pre(x))) + norm(experts(norm(x))))`.
+/// With an embedding of its own, `x = x + post(output(activation(gate(x)) * embedded))` follows.
+/// At last `x` is scaled, in blocks that do that.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BlockSpec {
     /// How norms of the residual stream are computed.
@@ -23,6 +26,10 @@ pub struct BlockSpec {
     pub experts: Option<Experts>,
     /// What mixer and network are multiplied by before they are added to the residual stream.
     pub residual_scale: f32,
+    /// Channels of what each token says to the block by itself, if it does.
+    pub embedded: Option<usize>,
+    /// Whether its output is multiplied by a number that it has.
+    pub is_scaled: bool,
 }
 
 /// How a vector is normalized.
@@ -108,21 +115,35 @@ pub enum Stage {
     Ffn,
     /// The activations of neurons.
     FfnOutput,
-    /// The input of [`Self::Ffn`] for the tokens that go through an expert.
+    /// The residual stream, normed, for a router with a norm of its own.
+    Router,
+    /// The residual stream, normed, for experts with a norm of their own.
+    Experts,
+    /// The input of [`Self::Ffn`] or [`Self::Experts`] for the tokens that go through an expert.
     Expert(u16),
     /// The activations of an expert's neurons, times the weights of its tokens.
     ExpertOutput(u16),
+    /// The residual stream, for what gates what tokens say by themselves.
+    Embedded,
+    /// That, gated.
+    EmbeddedOutput,
 }
 
 impl Stage {
     /// Whether its input is made of the residual stream, not of the stage before.
     pub fn reads_residual(self) -> bool {
-        matches!(self, Self::Mixer | Self::Ffn)
+        matches!(
+            self,
+            Self::Mixer | Self::Ffn | Self::Router | Self::Experts | Self::Embedded
+        )
     }
 
     /// Whether what its layers give is added to the residual stream.
     pub fn adds_to_residual(self) -> bool {
-        matches!(self, Self::MixerOutput | Self::FfnOutput | Self::ExpertOutput(_))
+        matches!(
+            self,
+            Self::MixerOutput | Self::FfnOutput | Self::ExpertOutput(_) | Self::EmbeddedOutput
+        )
     }
 
     /// The norm that makes its input, if norms stand before.
@@ -130,13 +151,15 @@ impl Stage {
         match self {
             Self::Mixer => Some(Part::AttnNorm),
             Self::Ffn => Some(Part::FfnNorm),
-            Self::Query
-            | Self::Latent
-            | Self::MixerOutput
-            | Self::FfnOutput
-            | Self::Expert(_)
-            | Self::ExpertOutput(_) => None,
+            Self::Router => Some(Part::RouterNorm),
+            Self::Experts => Some(Part::ExpertsNorm),
+            _ => None,
         }
+    }
+
+    /// Whether it is one of experts, or of what chooses them.
+    pub fn is_of_experts(self) -> bool {
+        matches!(self, Self::Router | Self::Experts | Self::Expert(_) | Self::ExpertOutput(_))
     }
 
     /// The norm behind what it adds to, if norms stand behind.
@@ -144,12 +167,7 @@ impl Stage {
         match self {
             Self::MixerOutput => Some(Part::AttnPostNorm),
             Self::FfnOutput => Some(Part::FfnPostNorm),
-            Self::Mixer
-            | Self::Query
-            | Self::Latent
-            | Self::Ffn
-            | Self::Expert(_)
-            | Self::ExpertOutput(_) => None,
+            _ => None,
         }
     }
 }
@@ -161,6 +179,11 @@ impl BlockSpec {
             Mixer::Attention(attention) => Some(attention),
             Mixer::Latent(_) | Mixer::DeltaNet(_) | Mixer::Convolution(_) => None,
         }
+    }
+
+    /// The block whose keys and values it attends to, if it has none of its own.
+    pub fn shares(&self) -> Option<usize> {
+        self.attention()?.shares
     }
 
     /// Changes its attention, if it has one.
@@ -181,9 +204,31 @@ impl BlockSpec {
         self.ffn = self.ffn.map(|ffn| Ffn { activation, is_gated, ..ffn });
     }
 
+    /// Whether its experts have norms of their own.
+    pub fn has_expert_norms(&self) -> bool {
+        self.experts.is_some_and(|experts| experts.has_norms)
+    }
+
+    /// What the layer of a stage is multiplied by where it is added.
+    pub fn scale_of(&self, stage: Stage) -> f32 {
+        match stage {
+            Stage::FfnOutput | Stage::ExpertOutput(_) if self.has_expert_norms() => 1.0,
+            Stage::EmbeddedOutput => 1.0,
+            _ => self.residual_scale,
+        }
+    }
+
     /// The stages, in the order in which data flows through them.
     pub fn stages(&self) -> impl Iterator<Item = Stage> + use<> {
         let ffn_output = self.ffn.map(|_| Stage::FfnOutput);
+        let routed: &[Stage] = match self.has_expert_norms() {
+            true => &[Stage::Router, Stage::Experts],
+            false => &[],
+        };
+        let embedded: &[Stage] = match self.embedded {
+            Some(_) => &[Stage::Embedded, Stage::EmbeddedOutput],
+            None => &[],
+        };
         let experts = self.experts.map_or(0, |experts| experts.count);
         let latent = self.mixer.latent();
         let query = latent.and_then(|latent| latent.query_rank).map(|_| Stage::Query);
@@ -191,14 +236,20 @@ impl BlockSpec {
             .chain(query)
             .chain(latent.map(|_| Stage::Latent))
             .chain([Stage::MixerOutput]);
-        of_mixer.chain([Stage::Ffn]).chain(ffn_output).chain(
-            (0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]),
-        )
+        let of_experts =
+            (0..experts).flat_map(|index| [Stage::Expert(index), Stage::ExpertOutput(index)]);
+        let of_networks = [Stage::Ffn].into_iter().chain(ffn_output);
+        let of_networks = of_networks.chain(routed.iter().copied()).chain(of_experts);
+        of_mixer.chain(of_networks).chain(embedded.iter().copied())
     }
 
     /// The norm of what the layer of a stage gives, if one stands there.
     pub fn branch_norm(&self, stage: Stage) -> Option<Part> {
-        stage.post_norm().filter(|_| matches!(self.norms, Norms::Behind | Norms::Both))
+        match stage {
+            Stage::FfnOutput if self.has_expert_norms() => Some(Part::BesidePostNorm),
+            Stage::EmbeddedOutput => Some(Part::EmbeddedPostNorm),
+            _ => stage.post_norm().filter(|_| matches!(self.norms, Norms::Behind | Norms::Both)),
+        }
     }
 
     /// The norm of the residual stream to which a stage has added, if one stands there.
@@ -212,8 +263,12 @@ impl BlockSpec {
             Stage::Mixer => self.mixer.layers(),
             Stage::Query => vec![Part::AttnQ],
             Stage::Latent => vec![Part::LatentKeys, Part::LatentValues],
+            Stage::Router => vec![Part::Router],
+            Stage::Experts => Vec::new(),
+            Stage::Embedded => vec![Part::EmbeddedGate],
             Stage::Ffn => {
-                let router = self.experts.map(|_| Part::Router);
+                let router = self.experts.filter(|experts| !experts.has_norms);
+                let router = router.map(|_| Part::Router);
                 let gate = self.ffn.filter(|ffn| ffn.is_gated).map(|_| Part::FfnGate);
                 let up = self.ffn.map(|_| Part::FfnUp);
                 router.into_iter().chain(gate).chain(up).collect()
@@ -223,9 +278,10 @@ impl BlockSpec {
                 let gate = is_gated.then_some(Part::Expert(index, ExpertPart::Gate));
                 gate.into_iter().chain([Part::Expert(index, ExpertPart::Up)]).collect()
             }
-            Stage::MixerOutput | Stage::FfnOutput | Stage::ExpertOutput(_) => {
-                self.output_layer(stage).into_iter().collect()
-            }
+            Stage::MixerOutput
+            | Stage::FfnOutput
+            | Stage::ExpertOutput(_)
+            | Stage::EmbeddedOutput => self.output_layer(stage).into_iter().collect(),
         }
     }
 
@@ -235,7 +291,8 @@ impl BlockSpec {
             Stage::MixerOutput => Some(Part::AttnOutput),
             Stage::FfnOutput => Some(Part::FfnDown),
             Stage::ExpertOutput(index) => Some(Part::Expert(index, ExpertPart::Down)),
-            Stage::Mixer | Stage::Query | Stage::Latent | Stage::Ffn | Stage::Expert(_) => None,
+            Stage::EmbeddedOutput => Some(Part::EmbeddedOutput),
+            _ => None,
         }
     }
 
@@ -260,7 +317,20 @@ impl BlockSpec {
         let correction = self.experts.filter(|experts| experts.routing.is_corrected);
         let correction = correction.map(|_| Part::RouterCorrection);
         let share = self.experts.filter(|experts| experts.shares).map(|_| Part::FfnShare);
-        let others = correction.into_iter().chain(share);
+        let of_experts: &[Part] = match self.has_expert_norms() {
+            true => &[
+                Part::RouterNorm,
+                Part::ExpertScale,
+                Part::BesidePostNorm,
+                Part::ExpertsNorm,
+                Part::ExpertsPostNorm,
+            ],
+            false => &[],
+        };
+        let embedded = self.embedded.map(|_| Part::EmbeddedPostNorm);
+        let scale = self.is_scaled.then_some(Part::BlockScale);
+        let others = correction.into_iter().chain(share).chain(of_experts.iter().copied());
+        let others = others.chain(embedded).chain(scale);
         norms.chain(norm_biases).chain(self.mixer.vectors()).chain(biases).chain(others)
     }
 
@@ -307,7 +377,7 @@ impl BlockSpec {
             Part::FfnGate | Part::FfnUp => vec![neurons, hidden_size],
             Part::FfnDown => vec![hidden_size, neurons],
             Part::Router => vec![experts, hidden_size],
-            Part::RouterBias | Part::RouterCorrection => vec![experts],
+            Part::RouterBias | Part::RouterCorrection | Part::ExpertScale => vec![experts],
             Part::Expert(_, part) => match part {
                 ExpertPart::Gate | ExpertPart::Up => vec![of_expert, hidden_size],
                 ExpertPart::Down => vec![hidden_size, of_expert],
@@ -315,6 +385,9 @@ impl BlockSpec {
                 ExpertPart::DownBias => vec![hidden_size],
             },
             Part::FfnGateBias | Part::FfnUpBias => vec![neurons],
+            Part::EmbeddedGate => vec![self.embedded.unwrap_or(0), hidden_size],
+            Part::EmbeddedOutput => vec![hidden_size, self.embedded.unwrap_or(0)],
+            Part::BlockScale => vec![1],
             Part::AttnNorm
             | Part::AttnNormBias
             | Part::AttnOutputBias
@@ -324,6 +397,11 @@ impl BlockSpec {
             | Part::FfnNormBias
             | Part::FfnDownBias
             | Part::FfnShare
+            | Part::RouterNorm
+            | Part::BesidePostNorm
+            | Part::ExpertsNorm
+            | Part::ExpertsPostNorm
+            | Part::EmbeddedPostNorm
             | Part::FfnPostNorm
             | Part::FfnPostNormBias => vec![hidden_size],
             _ => panic!("{part:?} is not in this block"),

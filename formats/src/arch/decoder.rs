@@ -2,8 +2,8 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use super::{BlockSpec, ExpertPart, Family, Norm, Part};
-use crate::{Layout, ModelConfig, Rope};
+use super::{Attention, BlockSpec, ExpertPart, Family, Norm, Part, Values};
+use crate::{BlockEmbedding, Layout, ModelConfig, Rope};
 
 /// What precedes the names of tensors for guessing further tokens, in files of some families.
 const GUESSING: &str = "mtp.";
@@ -14,6 +14,10 @@ const GUESSING: &str = "mtp.";
 /// `x = up(embedding_scale * embedding[token])`. `up` and `down` stand where embeddings have other
 /// channels than the residual stream. Learned positions, if there are any, are added to what goes
 /// into the first block.
+///
+/// Where tokens have something to say to each block by themselves, that is, with `e` the scaled
+/// embedding, `(sqrt(embedded) * table[token] + norm(up(e) / sqrt(hidden))) / sqrt(2)`, of which
+/// each block has its own `embedded` channels.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     /// Whose model it is.
@@ -213,6 +217,12 @@ impl Decoder {
         if let Some(count) = family.learned_positions(config) {
             decoder.add(Part::Positions, None, vec![count, hidden_size]);
         }
+        if let Some(BlockEmbedding { width, rows }) = features.block_embedding {
+            let all = config.block_count * width;
+            decoder.add(Part::BlockEmbedding, None, vec![rows, all]);
+            decoder.add(Part::BlockEmbeddingUp, None, vec![all, hidden_size]);
+            decoder.add(Part::BlockEmbeddingNorm, None, vec![width]);
+        }
         for (index, spec) in blocks.iter().enumerate() {
             let first = decoder.tensors.len();
             let mut parts: Vec<Part> = spec.parts().collect();
@@ -310,6 +320,33 @@ impl Decoder {
     /// A tensor outside of blocks; `None` if the model has no such part.
     pub fn outside(&self, part: Part) -> Option<&Tensor> {
         self.find(&part.gguf_name())
+    }
+
+    /// What it computes that engines with Llama's blocks and their variants do not; `None` if
+    /// nothing.
+    pub fn beyond_llama(&self) -> Option<&'static str> {
+        let any = |has: &dyn Fn(&BlockSpec) -> bool| self.blocks.iter().any(has);
+        let attends = |has: fn(&Attention) -> bool| {
+            any(&|block| block.attention().is_some_and(has))
+        };
+        if any(&|block| block.experts.is_some()) {
+            Some("experts")
+        } else if any(&|block| block.attention().is_none()) {
+            Some("blocks of another kind than attention")
+        } else if attends(|attention| attention.has_sinks) {
+            Some("attention sinks")
+        } else if attends(|attention| attention.values != Values::Plain) {
+            Some("normed values")
+        } else if any(&|block| block.embedded.is_some() || block.is_scaled) {
+            Some("embeddings or scales of each block")
+        } else {
+            None
+        }
+    }
+
+    /// Whether other blocks attend to the keys and values of block `index`.
+    pub fn is_shared(&self, index: usize) -> bool {
+        self.blocks.iter().any(|block| block.shares() == Some(index))
     }
 
     /// Neurons of the widest network of all tokens; 0 if no block has one.

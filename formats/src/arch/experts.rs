@@ -21,6 +21,9 @@ pub struct Experts {
     pub routing: Routing,
     /// Whether what the network beside them gives is multiplied by `sigmoid(share . x)`.
     pub shares: bool,
+    /// Whether they and their router read the residual stream through norms of their own, and norms
+    /// stand behind their sum and behind the network beside them.
+    pub has_norms: bool,
     /// Whether the file has gates and inputs of all experts of a block in one tensor.
     pub are_fused: bool,
     /// Whether it has them in MXFP4, which lies otherwise than plain values do.
@@ -29,10 +32,13 @@ pub struct Experts {
 
 /// How a router chooses experts and weights what they give.
 ///
-/// `s = scores(router x + bias)`; chosen are those with the largest `s + correction`; the weight of
-/// a chosen one is `scale * s`, or `scale * s / (sum of s over the chosen)`.
+/// `s = scores(sharpness * router x + bias)`; chosen are those with the largest `s + correction`;
+/// the weight of a chosen one is `scale * s`, or `scale * s / (sum of s over the chosen)`; in
+/// experts with norms of their own, times a scale that each has.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Routing {
+    /// What the router's products are multiplied by.
+    pub sharpness: f32,
     /// What a score is made from.
     pub scores: Scores,
     /// Whether the router has a bias.
@@ -71,6 +77,7 @@ pub enum Scores {
 impl Routing {
     /// By a softmax over all experts, of which the chosen ones' share is taken.
     pub(super) const SOFTMAX: Self = Self {
+        sharpness: 1.0,
         scores: Scores::Softmax,
         has_bias: false,
         is_corrected: false,
@@ -133,6 +140,7 @@ pub(super) fn read(keys: &dyn Keys, config: &mut ModelConfig, routing: Routing) 
         ffn,
         routing: Routing { scores, groups, normalizes, scale, ..routing },
         shares: false,
+        has_norms: false,
         are_fused: false,
         are_mxfp4: false,
     };
@@ -152,7 +160,7 @@ fn shared_ffn_size(keys: &dyn Keys, width: usize) -> Result<Option<usize>> {
 }
 
 /// A number that the check of the configuration refuses if it does not fit.
-fn small(number: usize) -> u16 {
+pub(super) fn small(number: usize) -> u16 {
     number.try_into().unwrap_or(u16::MAX)
 }
 

@@ -4,11 +4,11 @@ use std::borrow::Cow;
 
 use super::{
     Activation, Attention, BlockSpec, ExpertPart, Family, Ffn, HfType, Mixer, Norms, Part, Routing,
-    Stored, experts,
+    Stored, Values, experts,
     llama_cpp::{self, Ability},
 };
 use crate::{
-    Layout, ModelConfig, Result,
+    Layout, ModelConfig, Result, Rope,
     config::{Keys, every},
 };
 
@@ -92,7 +92,7 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         head_dim: config.head_dim,
         window,
         rope: rope.filter(|_| features.is_rotated(index)),
-        rotated: 2 * config.rope.factors.len(),
+        rotated: 2 * rope_of(config, rope).factors.len(),
         scale: features.attention_scale.unwrap_or(1.0 / (config.head_dim as f32).sqrt()),
         softcap: features.attention_softcap,
         qk_norm: None,
@@ -101,6 +101,8 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
         has_output_bias: features.has_output_bias,
         query_scaling: features.query_scaling,
         has_sinks: false,
+        values: Values::Plain,
+        shares: None,
     };
     let recurrence = features.recurrence.filter(|_| features.is_recurrent(index));
     let mixer = recurrence.unwrap_or(Mixer::Attention(attention));
@@ -117,7 +119,16 @@ pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
     });
     let norm = config.family.norm();
     let (norms, residual_scale) = (Norms::Before, features.residual_scale);
-    BlockSpec { norm, norms, mixer, ffn, experts, residual_scale }
+    let (embedded, is_scaled) = (None, false);
+    BlockSpec { norm, norms, mixer, ffn, experts, residual_scale, embedded, is_scaled }
+}
+
+/// Number `index` of [`Decoder::ropes`](super::Decoder); the first, if a block has none.
+fn rope_of(config: &ModelConfig, index: Option<usize>) -> &Rope {
+    match (index, &config.features.local_rope) {
+        (Some(1), Some(local)) => local,
+        _ => &config.rope,
+    }
 }
 
 /// The names of `transformers` that most families have.
@@ -129,6 +140,9 @@ pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
         Part::Embedding => "model.embed_tokens.weight",
         Part::EmbeddingUp => "model.project_in.weight",
         Part::Positions => "model.embed_positions.weight",
+        Part::BlockEmbedding => "model.embed_tokens_per_layer.weight",
+        Part::BlockEmbeddingUp => "model.per_layer_model_projection.weight",
+        Part::BlockEmbeddingNorm => "model.per_layer_projection_norm.weight",
         Part::AttnNorm => "input_layernorm.weight",
         Part::AttnNormBias => "input_layernorm.bias",
         Part::QueryDown => "self_attn.q_a_proj.weight",
@@ -175,6 +189,15 @@ pub(super) fn hf_name(part: Part) -> Cow<'static, str> {
         Part::RouterBias => "mlp.gate.bias",
         Part::RouterCorrection => "mlp.gate.e_score_correction_bias",
         Part::FfnShare => "mlp.shared_expert_gate.weight",
+        Part::RouterNorm => "router.scale",
+        Part::ExpertScale => "router.per_expert_scale",
+        Part::BesidePostNorm => "post_feedforward_layernorm_1.weight",
+        Part::ExpertsNorm => "pre_feedforward_layernorm_2.weight",
+        Part::ExpertsPostNorm => "post_feedforward_layernorm_2.weight",
+        Part::EmbeddedGate => "per_layer_input_gate.weight",
+        Part::EmbeddedOutput => "per_layer_projection.weight",
+        Part::EmbeddedPostNorm => "post_per_layer_input_norm.weight",
+        Part::BlockScale => "layer_scalar",
     };
     name.into()
 }

@@ -47,6 +47,21 @@ pub struct Attention {
     pub query_scaling: Option<QueryScaling>,
     /// Whether heads have sinks.
     pub has_sinks: bool,
+    /// What values are made of.
+    pub values: Values,
+    /// The block before whose keys and values it attends to, if it makes none of its own.
+    pub shares: Option<usize>,
+}
+
+/// What the values of attention are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Values {
+    /// What their layer gives.
+    Plain,
+    /// The same, each head over its root mean square.
+    Normed,
+    /// What the layer of keys gives, each head over its root mean square.
+    NormedKeys,
 }
 
 /// RMS norms of queries and keys.
@@ -220,6 +235,10 @@ impl Mixer {
     /// The linear layers that take in what goes into the mixer.
     pub(super) fn layers(&self) -> Vec<Part> {
         let mut layers = match self {
+            Self::Attention(Attention { shares: Some(_), .. }) => vec![Part::AttnQ],
+            Self::Attention(Attention { values: Values::NormedKeys, .. }) => {
+                vec![Part::AttnQ, Part::AttnK]
+            }
             Self::Attention(_) | Self::DeltaNet(_) => vec![Part::AttnQ, Part::AttnK, Part::AttnV],
             Self::Latent(latent) => {
                 let query = match latent.query_rank {
@@ -243,6 +262,9 @@ impl Mixer {
     /// Its vectors, but for biases.
     pub(super) fn vectors(&self) -> impl Iterator<Item = Part> + use<> {
         let vectors: &[Part] = match self {
+            Self::Attention(Attention { qk_norm: Some(_), shares: Some(_), .. }) => {
+                &[Part::AttnQNorm]
+            }
             Self::Attention(Attention { qk_norm: Some(_), .. }) => {
                 &[Part::AttnQNorm, Part::AttnKNorm]
             }
@@ -294,10 +316,12 @@ impl Mixer {
         }
     }
 
-    /// Channels of a head that is turned, if any is.
-    pub fn turned_head_dim(&self) -> Option<usize> {
+    /// Channels of a head that number `rope` of [`Decoder::ropes`](super::Decoder) turns, if it does.
+    pub fn turned_head_dim(&self, rope: usize) -> Option<usize> {
         match self {
-            Self::Attention(attention) => Some(attention.head_dim),
+            Self::Attention(attention) => {
+                (attention.rope == Some(rope)).then_some(attention.head_dim)
+            }
             Self::Latent(latent) => Some(latent.turned_dim),
             Self::DeltaNet(_) | Self::Convolution(_) => None,
         }

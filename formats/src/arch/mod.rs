@@ -8,6 +8,7 @@ mod decoder;
 mod deepseek;
 mod experts;
 mod gemma;
+mod gemma4;
 mod glm;
 mod glm_moe;
 mod gpt_oss;
@@ -35,7 +36,9 @@ pub use decoder::{Decoder, Form, Place, Stored, Tensor};
 pub use experts::{ExpertGroups, Experts, Routing, Scores};
 pub use llama::Llama;
 pub(crate) use llama::leave_out;
-pub use mixer::{Attention, Convolution, DeltaNet, LatentAttention, Mixer, QkNorm, QueryScaling};
+pub use mixer::{
+    Attention, Convolution, DeltaNet, LatentAttention, Mixer, QkNorm, QueryScaling, Values,
+};
 pub use opt::FIRST_POSITION;
 pub use part::{ExpertPart, Part, PartMap, Rows};
 
@@ -111,6 +114,11 @@ pub trait Family: Debug + Sync {
         false
     }
 
+    /// Whether blocks without a window may have other heads than those with one.
+    fn has_global_heads(&self) -> bool {
+        false
+    }
+
     /// Whether `head_dim` is that of what is turned, and the other sizes of heads have keys of
     /// their own.
     fn has_latent_attention(&self) -> bool {
@@ -164,7 +172,7 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 24] = [
+pub const FAMILIES: [&dyn Family; 25] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
@@ -175,6 +183,7 @@ pub const FAMILIES: [&dyn Family; 24] = [
     &qwen_next::QwenNext::Moe,
     &gemma::Gemma::Two,
     &gemma::Gemma::Three,
+    &gemma4::Gemma4,
     &phi::Phi3,
     &ministral::Ministral3,
     &smollm::SmolLm3,

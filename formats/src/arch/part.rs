@@ -16,6 +16,12 @@ pub enum Part {
     EmbeddingUp,
     /// The embedding of positions, `[positions, hidden]`, of models that learn it.
     Positions,
+    /// What tokens say to each block by themselves, `[vocab, blocks * embedded]`.
+    BlockEmbedding,
+    /// What their embeddings add to it, `[blocks * embedded, hidden]`.
+    BlockEmbeddingUp,
+    /// The norm of that, block by block, `[embedded]`.
+    BlockEmbeddingNorm,
     /// The norm of the residual stream before attention, `[hidden]`.
     AttnNorm,
     /// The bias of this norm, `[hidden]`.
@@ -78,12 +84,16 @@ pub enum Part {
     FfnNorm,
     /// The bias of this norm, `[hidden]`.
     FfnNormBias,
+    /// The norm of what goes into a router that has one of its own, `[hidden]`.
+    RouterNorm,
     /// What scores the experts of a block, `[experts, hidden]`.
     Router,
     /// Its bias, `[experts]`.
     RouterBias,
     /// What is added to scores where experts are chosen, not where they are weighted, `[experts]`.
     RouterCorrection,
+    /// What the weight of each expert is multiplied by, `[experts]`.
+    ExpertScale,
     /// What neurons are gated by, `[neurons, hidden]`.
     FfnGate,
     /// Its bias, `[neurons]`.
@@ -98,12 +108,26 @@ pub enum Part {
     FfnDownBias,
     /// What the network beside experts is gated by as a whole, `[hidden]`.
     FfnShare,
+    /// The norm behind the network beside experts, `[hidden]`.
+    BesidePostNorm,
+    /// The norm of the residual stream before experts that have one of their own, `[hidden]`.
+    ExpertsNorm,
     /// A tensor of an expert, which is counted from 0.
     Expert(u16, ExpertPart),
+    /// The norm behind the sum of experts, `[hidden]`.
+    ExpertsPostNorm,
     /// The norm behind the feed-forward network, `[hidden]`.
     FfnPostNorm,
     /// The bias of this norm, `[hidden]`.
     FfnPostNormBias,
+    /// What gates what a token says to the block, `[embedded, hidden]`.
+    EmbeddedGate,
+    /// What brings that to the residual stream, `[hidden, embedded]`.
+    EmbeddedOutput,
+    /// The norm behind it, `[hidden]`.
+    EmbeddedPostNorm,
+    /// What the output of the block is multiplied by, `[1]`.
+    BlockScale,
     /// The norm of the residual stream behind the last block, `[hidden]`.
     OutputNorm,
     /// The bias of this norm, `[hidden]`.
@@ -157,6 +181,9 @@ impl Part {
             Self::Embedding => "token_embd.weight",
             Self::EmbeddingUp => "token_embd_up.weight",
             Self::Positions => "position_embd.weight",
+            Self::BlockEmbedding => "per_layer_token_embd.weight",
+            Self::BlockEmbeddingUp => "per_layer_model_proj.weight",
+            Self::BlockEmbeddingNorm => "per_layer_proj_norm.weight",
             Self::AttnNorm => "attn_norm.weight",
             Self::AttnNormBias => "attn_norm.bias",
             Self::QueryDown => "attn_q_a.weight",
@@ -194,12 +221,21 @@ impl Part {
             Self::FfnUpBias => "ffn_up.bias",
             Self::FfnDown => "ffn_down.weight",
             Self::FfnDownBias => "ffn_down.bias",
+            Self::RouterNorm => "ffn_gate_inp.scale",
             Self::Router => "ffn_gate_inp.weight",
             Self::RouterBias => "ffn_gate_inp.bias",
             Self::RouterCorrection => "exp_probs_b.bias",
+            Self::ExpertScale => "ffn_down_exps.scale",
             Self::FfnShare => "ffn_gate_inp_shexp.weight",
+            Self::BesidePostNorm => "post_ffw_norm_1.weight",
+            Self::ExpertsNorm => "pre_ffw_norm_2.weight",
+            Self::ExpertsPostNorm => "post_ffw_norm_2.weight",
             Self::FfnPostNorm => "post_ffw_norm.weight",
             Self::FfnPostNormBias => "post_ffw_norm.bias",
+            Self::EmbeddedGate => "inp_gate.weight",
+            Self::EmbeddedOutput => "proj.weight",
+            Self::EmbeddedPostNorm => "post_norm.weight",
+            Self::BlockScale => "layer_output_scale.weight",
             Self::OutputNorm => "output_norm.weight",
             Self::OutputNormBias => "output_norm.bias",
             Self::EmbeddingDown => "token_embd_down.weight",
@@ -239,7 +275,7 @@ impl Part {
     /// What the rows of its matrix are; of a bias, its values.
     pub const fn rows(self) -> Rows {
         match self {
-            Self::Embedding | Self::Output => Rows::Tokens,
+            Self::Embedding | Self::BlockEmbedding | Self::Output => Rows::Tokens,
             Self::AttnQ | Self::AttnQBias => Rows::Heads,
             Self::FfnGate | Self::FfnGateBias | Self::FfnUp | Self::FfnUpBias => Rows::Neurons,
             Self::Expert(..) => Rows::OfExpert,

@@ -3,7 +3,7 @@
 use std::{cell::RefCell, collections::HashSet, path::Path};
 
 use super::{
-    Features, Keys, LongRope, ModelConfig, Rope, Scaling, Yarn,
+    Features, GlobalHeads, Keys, LongRope, ModelConfig, Rope, Scaling, Yarn,
     keys::{every, gguf_name},
     rope::yarn_amplitude,
     rope_pairs,
@@ -11,7 +11,9 @@ use super::{
 };
 use crate::{
     FormatError, Generation, Result,
-    arch::{self, Activation, Convolution, ExpertGroups, Experts, Family, Mixer, Norm, Scores},
+    arch::{
+        self, Activation, Convolution, ExpertGroups, Experts, Family, Mixer, Norm, Part, Scores,
+    },
     gguf::{Array, Metadata, Value},
     special_tokens::{END_IDS_KEY, GGML_END_KEYS, SpecialTokens},
 };
@@ -57,34 +59,38 @@ impl ModelConfig {
             true => Some(keys.size("rope.dimension_count")?),
             false => key_length,
         };
-        let head_dim = match of_heads {
+        let global_head_dim = match of_heads {
             Some(head_dim) => head_dim,
             None => hidden_size.checked_div(head_count).unwrap_or(0),
         };
-        let rotated = keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
-        let value_length = keys.optional_size("attention.value_length")?.unwrap_or(head_dim);
-        let turns_partly = family.default("partial_rotary_factor").is_some();
-        for (key, found, is_right) in [
-            (
-                "attention.value_length",
-                value_length,
-                value_length == head_dim || family.has_latent_attention(),
-            ),
-            ("rope.dimension_count", rotated, rotated == head_dim || turns_partly),
-        ] {
-            if !is_right {
-                let key = keys.own(key);
-                return keys
-                    .unsupported(format!("`{key}` {found} beside a head size of {head_dim}"));
+        let rotated = keys.rotated(family, "", global_head_dim)?;
+        let has_global_heads = family.has_global_heads();
+        let (head_dim, local_rotated) = match has_global_heads {
+            true => {
+                let of_windowed = keys.optional_size("attention.key_length_swa")?;
+                let head_dim = of_windowed.unwrap_or(global_head_dim);
+                (head_dim, keys.rotated(family, "_swa", head_dim)?)
             }
-        }
+            false => (global_head_dim, rotated),
+        };
+        let kv_head_count = match has_global_heads {
+            true => keys.kv_heads_of(true)?.or(keys.kv_heads_of(false)?),
+            false => keys.kv_heads()?,
+        };
+        let kv_head_count = kv_head_count.unwrap_or(head_count);
         // llama.cpp counts them among the blocks.
         let guessing_blocks = keys.optional_size("nextn_predict_layers")?.unwrap_or(0);
         let vocab_size = read_vocab_size(&keys, facts.embedding_rows)?;
         let context_length = keys.size("context_length")?;
         let (rope, local_rope) =
-            Ropes { keys: &keys, family, pairs: rope_pairs(rotated), context_length }
-                .read(facts)?;
+            Ropes {
+                keys: &keys,
+                family,
+                pairs: rope_pairs(rotated),
+                local_pairs: rope_pairs(local_rotated),
+                context_length,
+            }
+            .read(facts)?;
         let epsilon = match family.norm() {
             Norm::Rms => "attention.layer_norm_rms_epsilon",
             Norm::Layer => "attention.layer_norm_epsilon",
@@ -94,16 +100,28 @@ impl ModelConfig {
             name: keys.optional("general.name", "a string", Value::as_str)?.map(str::to_owned),
             block_count: keys.size("block_count")?.saturating_sub(guessing_blocks),
             hidden_size,
-            ffn_size: keys.size("feed_forward_length")?,
+            ffn_size: match has_global_heads {
+                true => keys.first_size("feed_forward_length")?,
+                false => keys.size("feed_forward_length")?,
+            },
             head_count,
-            kv_head_count: keys.kv_heads()?.unwrap_or(head_count),
+            kv_head_count,
             head_dim,
             vocab_size,
             context_length,
             norm_epsilon: keys.require(&keys.own(epsilon), "a float", Value::as_f64)? as f32,
             rope,
             sliding_window: None,
-            features: Features { local_rope, guessing_blocks, ..Features::default() },
+            features: Features {
+                local_rope,
+                guessing_blocks,
+                global_heads: has_global_heads.then_some(GlobalHeads {
+                    head_dim: global_head_dim,
+                    kv_heads: kv_head_count,
+                    values_are_keys: false,
+                }),
+                ..Features::default()
+            },
             tied_embeddings: false,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -129,6 +147,26 @@ impl ModelConfig {
         self.features.has_ffn_bias |= has("ffn_down");
         if self.family.default("use_qk_norm").is_some() {
             self.features.has_qk_norm |= has_tensor("blk.0.attn_q_norm.weight");
+        }
+    }
+
+    /// Finds out whether values are made of keys in blocks without a window; `has` tells of a
+    /// tensor.
+    pub(crate) fn find_keys_as_values(&mut self, has: impl Fn(&str) -> bool) {
+        let global = (0..self.block_count)
+            .find(|&index| self.sliding_window.is_none() || !self.features.is_windowed(index));
+        if let (Some(index), Some(heads)) = (global, &mut self.features.global_heads) {
+            heads.values_are_keys = !has(&format!("blk.{index}.attn_v.weight"));
+        }
+    }
+
+    /// Finds out how many tokens say something to blocks by themselves; `rows` tells those of a
+    /// tensor.
+    pub(crate) fn find_block_embedding(&mut self, rows: impl Fn(&str) -> Option<usize>) {
+        if let (Some(embedding), Some(rows)) =
+            (&mut self.features.block_embedding, rows(&Part::BlockEmbedding.gguf_name()))
+        {
+            embedding.rows = rows;
         }
     }
 
@@ -187,7 +225,7 @@ impl ModelConfig {
             (own("context_length"), size(self.context_length)),
             (own("embedding_length"), size(self.hidden_size)),
             (own("block_count"), size(self.block_count)),
-            (own("feed_forward_length"), size(self.ffn_size)),
+            (own("feed_forward_length"), self.ffn_entry()),
             (own("attention.head_count"), size(self.head_count)),
             (own("attention.head_count_kv"), self.kv_heads_entry()),
             (own(epsilon), self.norm_epsilon.into()),
@@ -298,6 +336,18 @@ impl ModelConfig {
             number("attention.temperature_scale", query_scale),
             features.norms_sums.then_some(("norm_before", false.into())),
             size("token_embedding_length", features.embedding_size),
+            size(
+                "embedding_length_per_layer_input",
+                features.block_embedding.map(|embedding| embedding.width),
+            ),
+            size(
+                "vocab_size_per_layer_input",
+                features.block_embedding.map(|embedding| embedding.rows),
+            ),
+            size(
+                "attention.shared_kv_layers",
+                Some(features.sharing_blocks).filter(|&blocks| blocks > 0),
+            ),
             flags("attention.sliding_window_pattern", &features.windowed),
             flags("rope.pattern", &features.rotated),
         ]
@@ -313,6 +363,16 @@ impl ModelConfig {
     fn head_entries(&self) -> Vec<(&'static str, Value)> {
         let size = |key, size: usize| (key, Value::U32(size as u32));
         let [key_length, value_length] = ["attention.key_length", "attention.value_length"];
+        if let Some(GlobalHeads { head_dim, .. }) = self.features.global_heads {
+            let local = &self.features.local_rope.as_ref().unwrap_or(&self.rope).factors;
+            return vec![
+                size(key_length, head_dim),
+                size(value_length, head_dim),
+                size("attention.key_length_swa", self.head_dim),
+                size("attention.value_length_swa", self.head_dim),
+                size("rope.dimension_count_swa", 2 * local.len()),
+            ];
+        }
         let Some(latent) = self.features.latent else {
             return vec![size(key_length, self.head_dim), size(value_length, self.head_dim)];
         };
@@ -328,9 +388,32 @@ impl ModelConfig {
         entries
     }
 
+    /// Neurons: one number, or one for each block if they differ.
+    fn ffn_entry(&self) -> Value {
+        let features = &self.features;
+        if !(features.sharing_are_wide && features.sharing_blocks > 0) {
+            return Value::U32(self.ffn_size as u32);
+        }
+        let width = |index: usize| match features.shares(index, self.block_count) {
+            true => 2 * self.ffn_size as u32,
+            false => self.ffn_size as u32,
+        };
+        Value::Array(Array::U32((0..self.block_count).map(width).collect()))
+    }
+
     /// The heads of keys and values: of blocks with another mixer than attention llama.cpp tells
     /// short convolutions by none.
     fn kv_heads_entry(&self) -> Value {
+        if let Some(global) = self.features.global_heads {
+            let is_windowed = |index: usize| {
+                self.sliding_window.is_some() && self.features.is_windowed(index)
+            };
+            let heads = (0..self.block_count).map(|index| match is_windowed(index) {
+                true => self.kv_head_count as u32,
+                false => global.kv_heads as u32,
+            });
+            return Value::Array(Array::U32(heads.collect()));
+        }
         let heads = |is_recurrent| if is_recurrent { 0 } else { self.kv_head_count as u32 };
         match self.features.recurrence {
             Some(Mixer::Convolution(_)) => {
@@ -424,7 +507,10 @@ fn read_vocab_size(keys: &GgufKeys<'_>, embedding_rows: Option<usize>) -> Result
 struct Ropes<'k, 'a> {
     keys: &'k GgufKeys<'a>,
     family: &'static dyn Family,
+    /// Turned pairs of channels of blocks that see all tokens.
     pairs: usize,
+    /// Those of blocks with a window.
+    local_pairs: usize,
     context_length: usize,
 }
 
@@ -440,7 +526,7 @@ impl Ropes<'_, '_> {
         let local_theta = keys.float("rope.freq_base_swa")?;
         // Files before that key: llama.cpp has the base in the code.
         let local_theta = local_theta.or_else(|| self.family.default("rope_local_base_freq"));
-        let local = Rope::new(local_theta.unwrap_or(theta) as f32, vec![1.0; self.pairs]);
+        let local = Rope::new(local_theta.unwrap_or(theta) as f32, vec![1.0; self.local_pairs]);
         let local = Some(local).filter(|local| *local != global);
         Ok((global, local))
     }
@@ -604,6 +690,56 @@ impl<'a> GgufKeys<'a> {
         self.optional(&self.own(key), "a whole number, the same for all blocks", as_size)
     }
 
+    /// A number, or the first of several that blocks have.
+    fn first_size(&self, key: &str) -> Result<usize> {
+        let key = self.own(key);
+        self.require(&key, "a whole number, or one for each block", |value| {
+            match value.as_array() {
+                None => as_size(value),
+                Some(array) => array.to_u64s()?.first().copied()?.try_into().ok(),
+            }
+        })
+    }
+
+    /// Turned channels of heads of `head_dim`, by the key with this ending, once that and the size
+    /// of values fit.
+    fn rotated(&self, family: &dyn Family, ending: &str, head_dim: usize) -> Result<usize> {
+        let turns_partly = family.default("partial_rotary_factor").is_some();
+        let [values, rotated] = [
+            ("attention.value_length", family.has_latent_attention()),
+            ("rope.dimension_count", turns_partly),
+        ]
+        .map(|(key, may_differ)| -> Result<usize> {
+            let key = format!("{key}{ending}");
+            let found = self.optional_size(&key)?.unwrap_or(head_dim);
+            match found == head_dim || may_differ {
+                true => Ok(found),
+                false => {
+                    let key = self.own(&key);
+                    self.unsupported(format!("`{key}` {found} beside a head size of {head_dim}"))
+                }
+            }
+        });
+        values.and(rotated)
+    }
+
+    /// The heads of keys and values of blocks with a window, or of those without.
+    fn kv_heads_of(&self, windowed: bool) -> Result<Option<usize>> {
+        let key = self.own(KV_HEADS);
+        let Some(heads) = self.metadata.get(&key).and_then(kv_heads_of_blocks) else {
+            return self.optional_size(KV_HEADS);
+        };
+        let kinds = self.windowed(heads.len())?.unwrap_or_default();
+        let alike = heads.iter().zip(kinds).filter(|&(_, found)| found == windowed);
+        let alike: Vec<u64> = alike.map(|(&heads, _)| heads).collect();
+        let kind = "the same number for all blocks with a window, and for all without";
+        self.optional(&key, kind, |_| match alike.is_empty() {
+            true => Some(None),
+            false => Some(Some(all_equal(&Array::U64(alike.clone()))?.try_into().ok()?)),
+        })
+        .map(Option::flatten)
+    }
+
     /// The heads of keys and values of blocks that have some.
     fn kv_heads(&self) -> Result<Option<usize>> {
         let kind = "a whole number, the same for all blocks, or 0";
@@ -682,8 +818,20 @@ impl Keys for GgufKeys<'_> {
         Ok(false)
     }
 
-    fn numbers(&self, _key: &str) -> Result<Vec<usize>> {
-        Ok(Vec::new())
+    fn numbers(&self, key: &str) -> Result<Vec<usize>> {
+        let Some(key) = gguf_name(key) else { return Ok(Vec::new()) };
+        let list = self.optional(&self.own(key), "whole numbers", |value| {
+            let Some(array) = value.as_array() else { return Some(Vec::new()) };
+            array.to_u64s()?.into_iter().map(|number| number.try_into().ok()).collect()
+        })?;
+        Ok(list.unwrap_or_default())
+    }
+
+    /// Whether values are made of keys, tensors tell.
+    fn global_heads(&self, config: &ModelConfig) -> Result<GlobalHeads> {
+        let head_dim = self.optional_size("attention.key_length")?.unwrap_or(config.head_dim);
+        let kv_heads = self.kv_heads_of(false)?.unwrap_or(config.kv_head_count);
+        Ok(GlobalHeads { head_dim, kv_heads, values_are_keys: false })
     }
 
     fn flags(&self, key: &str, blocks: usize) -> Result<Option<Vec<bool>>> {

@@ -5,7 +5,7 @@ use std::{cell::RefCell, collections::HashSet, path::Path};
 use serde_json::{Value, json};
 
 use super::{
-    Features, Keys, LongRope, ModelConfig, Rope, Scaling, Yarn,
+    Features, GlobalHeads, Keys, LongRope, ModelConfig, Rope, Scaling, Yarn,
     keys::every,
     llama3::Llama3,
     rope::yarn_amplitude,
@@ -68,8 +68,18 @@ impl ModelConfig {
         };
         let vocab_size = json.size("vocab_size")?;
         let context_length = json.size("max_position_embeddings")?;
-        let pairs = rotated_pairs(&json, head_dim)?;
-        let (rope, local_rope) = Ropes { json: &json, family, pairs, context_length }.read()?;
+        let local_pairs = rotated_pairs(&json, head_dim)?;
+        let global_heads = match family.has_global_heads() {
+            true => Some(GlobalHeads {
+                head_dim: json.global_head_dim(head_dim)?,
+                kv_heads: kv_head_count,
+                values_are_keys: false,
+            }),
+            false => None,
+        };
+        let pairs = global_heads.map_or(local_pairs, |global| rope_pairs(global.head_dim));
+        let ropes = Ropes { json: &json, family, pairs, local_pairs, context_length };
+        let (rope, local_rope) = ropes.read()?;
         let guessing_blocks = json.optional_size("num_nextn_predict_layers")?.unwrap_or(0);
         let mut config = Self {
             family,
@@ -85,7 +95,12 @@ impl ModelConfig {
             norm_epsilon: json.require_number(family.hf_key("rms_norm_eps"))? as f32,
             rope,
             sliding_window: None,
-            features: Features { local_rope, guessing_blocks, ..Features::default() },
+            features: Features {
+                local_rope,
+                guessing_blocks,
+                global_heads,
+                ..Features::default()
+            },
             tied_embeddings: json.flag("tie_word_embeddings")?,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -218,6 +233,10 @@ fn factors_scaling(path: &Path, rope: &Rope) -> Result<Value> {
         Some(factor) => return Ok(json!({"rope_type": "linear", "factor": shortest(factor)})),
         None => {}
     }
+    if let Some(turned) = rope.proportion() {
+        let factor = turned as f64 / rope.factors.len() as f64;
+        return Ok(json!({"rope_type": "proportional", "partial_rotary_factor": factor}));
+    }
     let Some(llama3) = Llama3::of(rope) else {
         let what = "RoPE factors of another kind than `linear` and `llama3` in `config.json`";
         return Err(FormatError::unsupported(path, what, "GGUF holds any factors"));
@@ -263,7 +282,10 @@ fn rotated_pairs(json: &Json<'_>, head_dim: usize) -> Result<usize> {
 struct Ropes<'j, 'a> {
     json: &'j Json<'a>,
     family: &'static dyn Family,
+    /// Turned pairs of channels of blocks that see all tokens.
     pairs: usize,
+    /// Those of blocks with a window.
+    local_pairs: usize,
     context_length: usize,
 }
 
@@ -287,13 +309,20 @@ impl Ropes<'_, '_> {
             }
         }
         let theta = outer_theta.unwrap_or_else(|| self.default_theta());
-        let (global, local) = found.unwrap_or_else(|| (self.plain(theta), None));
+        let (global, local) = found.unwrap_or_else(|| {
+            let global = match json.default("proportional_rotary_factor") {
+                Some(factor) => Rope::proportional(theta as f32, self.pairs, factor),
+                None => plain(theta, self.pairs),
+            };
+            (global, None)
+        });
         if !self.family.has_local_rope() {
             return Ok((global, None));
         }
         let local_theta = json.number("rope_local_base_freq")?;
-        let local =
-            local.unwrap_or_else(|| self.plain(local_theta.unwrap_or_else(|| global.theta.into())));
+        let local = local.unwrap_or_else(|| {
+            plain(local_theta.unwrap_or_else(|| global.theta.into()), self.local_pairs)
+        });
         let local = Some(local).filter(|local| *local != global);
         Ok((global, local))
     }
@@ -309,12 +338,18 @@ impl Ropes<'_, '_> {
         let kinds = LAYER_TYPES.map(|(kind, _)| object.get(kind).filter(|kind| kind.is_object()));
         match kinds {
             [Some(global), local] if self.family.has_local_rope() => {
-                let global = self.read_object(&Json::new(path, global), key, outer_theta)?;
+                let pairs = self.pairs;
+                let global = self.read_object(&Json::new(path, global), key, outer_theta, pairs)?;
                 // The theta beside it is that of blocks that see all tokens.
-                let local = local.map(|local| self.read_object(&Json::new(path, local), key, None));
+                let local = local.map(|local| {
+                    self.read_object(&Json::new(path, local), key, None, self.local_pairs)
+                });
                 Ok((global, local.transpose()?))
             }
-            _ => Ok((self.read_object(&Json::new(path, object), key, outer_theta)?, None)),
+            _ => {
+                let object = Json::new(path, object);
+                Ok((self.read_object(&object, key, outer_theta, self.pairs)?, None))
+            }
         }
     }
 
@@ -322,12 +357,15 @@ impl Ropes<'_, '_> {
         self.json.default("rope_theta").unwrap_or(10_000.0)
     }
 
-    fn plain(&self, theta: f64) -> Rope {
-        Rope::new(theta as f32, vec![1.0; self.pairs])
-    }
-
-    /// Reads the description `scaling` of one, in either spelling; `outer_theta` is that beside it.
-    fn read_object(&self, scaling: &Json<'_>, key: &str, outer_theta: Option<f64>) -> Result<Rope> {
+    /// Reads the description `scaling` of one that turns `pairs`, in either spelling; `outer_theta`
+    /// is that beside it.
+    fn read_object(
+        &self,
+        scaling: &Json<'_>,
+        key: &str,
+        outer_theta: Option<f64>,
+        pairs: usize,
+    ) -> Result<Rope> {
         let theta = match (scaling.number("rope_theta")?, outer_theta) {
             (Some(inner), Some(outer)) if inner != outer => {
                 let expected = format!("{inner} as in `{key}`");
@@ -345,19 +383,26 @@ impl Ropes<'_, '_> {
         };
         let has_short_factors = scaling.object.get("short_factor").is_some();
         let rope = match kind {
-            "default" => self.plain(theta),
+            "default" => plain(theta, pairs),
             "linear" => {
                 let factor = scaling.require("factor", "a number", Value::as_f64)?;
-                Rope::new(theta as f32, vec![factor as f32; self.pairs])
+                Rope::new(theta as f32, vec![factor as f32; pairs])
             }
-            "llama3" => Rope::new(theta as f32, llama3_factors(scaling, theta, self.pairs)?),
+            "proportional" => {
+                let factor = scaling.number("partial_rotary_factor")?.unwrap_or(1.0);
+                if !(factor > 0.0 && factor <= 1.0) {
+                    return Err(scaling.malformed("partial_rotary_factor", factor, "a part of 1"));
+                }
+                Rope::proportional(theta as f32, pairs, factor)
+            }
+            "llama3" => Rope::new(theta as f32, llama3_factors(scaling, theta, pairs)?),
             // The old names of `longrope`, of the first Phi-3.
-            "longrope" | "su" | "yarn" if has_short_factors => self.long_rope(scaling, theta)?,
-            "yarn" => self.yarn(scaling, theta)?,
+            "longrope" | "su" | "yarn" if has_short_factors => self.long_rope(scaling, theta, pairs)?,
+            "yarn" => self.yarn(scaling, theta, pairs)?,
             "dynamic" => {
                 let factor = scaling.require("factor", "a number", Value::as_f64)? as f32;
                 let scaling = Scaling::Dynamic { factor, context: self.context_length };
-                Rope { scaling, ..self.plain(theta) }
+                Rope { scaling, ..plain(theta, pairs) }
             }
             other => return scaling.unsupported(format!("RoPE scaling `{other}`"), ""),
         };
@@ -390,7 +435,7 @@ impl Ropes<'_, '_> {
         Ok(self.json.optional_size(KEY)?.or(inner).unwrap_or(self.context_length))
     }
 
-    fn yarn(&self, scaling: &Json<'_>, theta: f64) -> Result<Rope> {
+    fn yarn(&self, scaling: &Json<'_>, theta: f64, pairs: usize) -> Result<Rope> {
         let factor = scaling.require("factor", "a number", Value::as_f64)?;
         let truncate = scaling.optional("truncate", "true or false", Value::as_bool)?;
         let yarn = Yarn {
@@ -409,20 +454,20 @@ impl Ropes<'_, '_> {
             }
             _ => yarn_amplitude(factor, 1.0),
         };
-        Ok(Rope::yarn(theta as f32, self.pairs, yarn, amplitude as f32))
+        Ok(Rope::yarn(theta as f32, pairs, yarn, amplitude as f32))
     }
 
     /// # Source
     /// `modeling_rope_utils.py::_compute_longrope_parameters` of transformers.
-    fn long_rope(&self, scaling: &Json<'_>, theta: f64) -> Result<Rope> {
+    fn long_rope(&self, scaling: &Json<'_>, theta: f64, pairs: usize) -> Result<Rope> {
         let factors = |key: &str| -> Result<Vec<f32>> {
             let list = scaling.require(key, "a list of numbers", Value::as_array)?;
             let values: Option<Vec<f32>> =
                 list.iter().map(|value| value.as_f64().map(|value| value as f32)).collect();
             match values {
-                Some(values) if values.len() == self.pairs => Ok(values),
+                Some(values) if values.len() == pairs => Ok(values),
                 _ => {
-                    let expected = format!("{} numbers, one per turned pair", self.pairs);
+                    let expected = format!("{pairs} numbers, one per turned pair");
                     Err(scaling.malformed(key, format!("{} entries", list.len()), expected))
                 }
             }
@@ -443,6 +488,11 @@ impl Ropes<'_, '_> {
             scaling: Scaling::Long(long),
         })
     }
+}
+
+/// A rotary embedding without scaling.
+fn plain(theta: f64, pairs: usize) -> Rope {
+    Rope::new(theta as f32, vec![1.0; pairs])
 }
 
 fn llama3_factors(scaling: &Json<'_>, theta: f64, pairs: usize) -> Result<Vec<f32>> {
@@ -656,12 +706,62 @@ impl Keys for Json<'_> {
         self.layer_types("mlp_layer_types", blocks, &[("dense", false), ("sparse", true)])
     }
 
+    /// The newer spelling says what is otherwise block by block, the older one for all.
+    fn global_heads(&self, config: &ModelConfig) -> Result<GlobalHeads> {
+        let base = (config.head_dim, config.kv_head_count);
+        let values_are_keys = self.flag("attention_k_eq_v")?;
+        let head_dim = self.optional_size("global_head_dim")?.unwrap_or(base.0);
+        let kv_heads = self.optional_size("num_global_key_value_heads")?;
+        let kv_heads = kv_heads.filter(|_| values_are_keys).unwrap_or(base.1);
+        let old = GlobalHeads { head_dim, kv_heads, values_are_keys };
+        let Some(of_blocks) = self.of_blocks()? else { return Ok(old) };
+        let mut found = None;
+        for index in 0..config.block_count {
+            let own = match of_blocks.get(&index.to_string()) {
+                None => base,
+                Some(own) => {
+                    let own = Json::new(self.path, own);
+                    let head_dim = own.optional_size("head_dim")?.unwrap_or(base.0);
+                    let kv_heads = own.optional_size("num_key_value_heads")?.unwrap_or(base.1);
+                    if let Some((key, value)) = own.unread().next() {
+                        let what = format!("key `{key}` of {value} for block {index}");
+                        return self.unsupported(what, "");
+                    }
+                    (head_dim, kv_heads)
+                }
+            };
+            let is_windowed =
+                config.sliding_window.is_some() && config.features.is_windowed(index);
+            let expected = if is_windowed { base } else { *found.get_or_insert(own) };
+            if own != expected {
+                let what = format!("heads of block {index} unlike those of others of its kind");
+                return self.unsupported(what, "");
+            }
+        }
+        let (head_dim, kv_heads) = found.unwrap_or(base);
+        Ok(GlobalHeads { head_dim, kv_heads, values_are_keys })
+    }
+
     fn is_text(&self, key: &str, text: &str) -> Result<bool> {
         Ok(self.optional(key, "a string", Value::as_str)? == Some(text))
     }
 }
 
 impl Json<'_> {
+    /// What some blocks have otherwise, by their numbers.
+    fn of_blocks(&self) -> Result<Option<&serde_json::Map<String, Value>>> {
+        self.optional("per_layer_config", "an object", Value::as_object)
+    }
+
+    /// Channels of heads of blocks without a window, before it is known which these are.
+    fn global_head_dim(&self, head_dim: usize) -> Result<usize> {
+        let Some(of_blocks) = self.of_blocks()? else {
+            return Ok(self.optional_size("global_head_dim")?.unwrap_or(head_dim));
+        };
+        let other = of_blocks.values().find_map(|own| as_size(own.get("head_dim")?));
+        Ok(other.unwrap_or(head_dim))
+    }
+
     /// What `kinds` say of each block by its name in the list under `key`.
     fn layer_types(
         &self,

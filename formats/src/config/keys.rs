@@ -1,5 +1,6 @@
 //! What a family asks of a model's description, whichever file it is in.
 
+use super::{GlobalHeads, ModelConfig};
 use crate::{FormatError, Result};
 
 /// The keys of `config.json`, or what GGUF has in their place.
@@ -32,7 +33,7 @@ pub trait Keys {
     /// `Malformed` if it is neither true nor false.
     fn said(&self, key: &str) -> Result<Option<bool>>;
 
-    /// Whole numbers; none if nothing is said. GGUF has no such key.
+    /// Whole numbers; none if nothing is said.
     ///
     /// # Errors
     /// `Malformed` if it is no list of them.
@@ -61,6 +62,14 @@ pub trait Keys {
     /// # Errors
     /// As [`Self::windowed`].
     fn sparse(&self, blocks: usize) -> Result<Option<Vec<bool>>>;
+
+    /// The heads of blocks without a window, of a family where they may be others; `config` has
+    /// those of blocks with one, and which blocks these are.
+    ///
+    /// # Errors
+    /// `Malformed` for a key with a value of the wrong kind; `Unsupported` if blocks of one kind
+    /// differ.
+    fn global_heads(&self, config: &ModelConfig) -> Result<GlobalHeads>;
 
     /// Whether a key is a text, which GGUF has none of.
     ///
@@ -91,6 +100,10 @@ pub(super) fn gguf_name(key: &str) -> Option<&'static str> {
         ("sliding_window", "attention.sliding_window"),
         ("do_layer_norm_before", "norm_before"),
         ("word_embed_proj_dim", "token_embedding_length"),
+        ("intermediate_size", "feed_forward_length"),
+        ("num_kv_shared_layers", "attention.shared_kv_layers"),
+        ("hidden_size_per_layer_input", "embedding_length_per_layer_input"),
+        ("vocab_size_per_layer_input", "vocab_size_per_layer_input"),
         ("num_local_experts", "expert_count"),
         ("num_experts", "expert_count"),
         ("n_routed_experts", "expert_count"),

@@ -17,6 +17,9 @@ pub struct Rope {
     pub scaling: Scaling,
 }
 
+/// The factor of a pair that does not turn; llama.cpp's files have it, too.
+const UNTURNED: f32 = 1e30;
+
 /// A kind of scaling.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Scaling {
@@ -63,6 +66,21 @@ impl Rope {
     /// One whose factors say all.
     pub fn new(theta: f32, factors: Vec<f32>) -> Self {
         Self { theta, factors, amplitude: 1.0, scaling: Scaling::Factors }
+    }
+
+    /// One that turns a part of `pairs`, the first, as fast as if it turned all (Gemma 4).
+    pub fn proportional(theta: f32, pairs: usize, part: f64) -> Self {
+        let turned = (part * pairs as f64) as usize;
+        let factor = |pair| if pair < turned { 1.0 } else { UNTURNED };
+        Self::new(theta, (0..pairs).map(factor).collect())
+    }
+
+    /// How many pairs are turned, if that is all that the factors say.
+    pub(super) fn proportion(&self) -> Option<usize> {
+        let turned = self.factors.iter().take_while(|&&factor| factor == 1.0).count();
+        let rest = self.factors[turned..].iter();
+        let says_all = self.scaling == Scaling::Factors && self.amplitude == 1.0;
+        (says_all && rest.into_iter().all(|&factor| factor == UNTURNED)).then_some(turned)
     }
 
     /// YaRN for `pairs` pairs of channels.

@@ -40,6 +40,8 @@ impl GgufModel {
         let mut config = ModelConfig::from_gguf(path, metadata, file.facts()?)?;
         config.tied_embeddings = file.tensor(&Part::Output.gguf_name()).is_none();
         config.find_biases(|name| file.tensor(name).is_some());
+        config.find_keys_as_values(|name| file.tensor(name).is_some());
+        config.find_block_embedding(|name| Some(file.tensor(name)?.rows_and_cols(path).ok()?.0));
         config.find_fused_experts(|name| file.tensor(name).is_some());
         let about_groups = config.find_corrections(path, |name| file.tensor(name).is_some());
         let decoder = Decoder::new(&config);

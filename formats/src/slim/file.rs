@@ -168,6 +168,7 @@ impl SlimFile {
         let stored = stored.collect();
         let mut config = ModelConfig::from_gguf(path, metadata, gguf.facts()?)?;
         config.find_biases(|name| gguf.tensor(name).is_some());
+        config.find_keys_as_values(|name| places.contains_key(name) || gguf.tensor(name).is_some());
         let output = Part::Output.gguf_name();
         config.tied_embeddings = !places.contains_key(&*output) && gguf.tensor(&output).is_none();
         let decoder = Decoder::new(&config);
