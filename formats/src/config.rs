@@ -270,9 +270,7 @@ impl ModelConfig {
             ("number of blocks that share", self.features.sharing_blocks + 1, self.block_count),
             ("context before RoPE scaling", stretched_from, 1 << 30),
         ] {
-            if !(1..=limit).contains(&found) {
-                return Err(invalid(path, what, found, &format!("1 to {limit}")));
-            }
+            check_size(path, what, found, limit)?;
         }
         for kv_heads in [self.kv_head_count, global.kv_heads] {
             if !self.head_count.is_multiple_of(kv_heads) {
@@ -322,9 +320,7 @@ impl ModelConfig {
                 .chain(factors)
         });
         for (what, found) in positive.into_iter().chain(caps).chain(of_ropes) {
-            if !(found.is_finite() && found > 0.0) {
-                return Err(invalid(path, what, found, "a finite number above 0"));
-            }
+            check_positive(path, what, found)?;
         }
         Ok(self)
     }
@@ -344,9 +340,7 @@ fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
         ("number of expert groups of a token", used_groups.into(), groups.into()),
         ("number of experts that rate a group", best.into(), (count / groups.max(1)).into()),
     ] {
-        if !(1..=limit).contains(&found) {
-            return Err(invalid(path, what, found, &format!("1 to {limit}")));
-        }
+        check_size(path, what, found, limit)?;
     }
     if !count.is_multiple_of(groups) || used > count / groups * used_groups {
         let expected = format!("groups that share {count} experts and hold {used} of a token");
@@ -359,9 +353,7 @@ fn validate_experts(path: &Path, experts: &Experts) -> Result<()> {
     for (what, found) in
         [("scale of experts", routing.scale), ("`swiglu_alpha`", alpha), ("`swiglu_limit`", limit)]
     {
-        if !(found.is_finite() && found > 0.0) {
-            return Err(invalid(path, what, found, "a finite number above 0"));
-        }
+        check_positive(path, what, found)?;
     }
     Ok(())
 }
@@ -375,9 +367,7 @@ fn validate_latent(path: &Path, latent: &LatentAttention) -> Result<()> {
         ("size of the latent", latent.rank, MAX_HEAD_DIM),
         ("size of what queries are made of", latent.query_rank.unwrap_or(1), 1 << 20),
     ] {
-        if !(1..=limit).contains(&found) {
-            return Err(invalid(path, what, found, &format!("1 to {limit}")));
-        }
+        check_size(path, what, found, limit)?;
     }
     Ok(())
 }
@@ -394,9 +384,7 @@ fn validate_recurrence(path: &Path, mixer: &Mixer) -> Result<()> {
         ]);
     }
     for (what, found, limit) in sizes {
-        if !(1..=limit).contains(&found) {
-            return Err(invalid(path, what, found, &format!("1 to {limit}")));
-        }
+        check_size(path, what, found, limit)?;
     }
     match mixer {
         Mixer::DeltaNet(net) if !net.value_heads.is_multiple_of(net.key_heads) => {
@@ -404,6 +392,22 @@ fn validate_recurrence(path: &Path, mixer: &Mixer) -> Result<()> {
             Err(invalid(path, "number of delta net's value heads", net.value_heads, &expected))
         }
         _ => Ok(()),
+    }
+}
+
+/// Refuses a size that is none or beyond `limit`.
+fn check_size(path: &Path, what: &str, found: usize, limit: usize) -> Result<()> {
+    match (1..=limit).contains(&found) {
+        true => Ok(()),
+        false => Err(invalid(path, what, found, &format!("1 to {limit}"))),
+    }
+}
+
+/// Refuses a factor that is none.
+fn check_positive(path: &Path, what: &str, found: f32) -> Result<()> {
+    match found.is_finite() && found > 0.0 {
+        true => Ok(()),
+        false => Err(invalid(path, what, found, "a finite number above 0")),
     }
 }
 

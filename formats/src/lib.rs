@@ -32,7 +32,9 @@ mod vocabulary;
 
 pub use arch::{Decoder, Part, PartMap};
 pub use atomic::{AtomicFile, OutputPath};
-pub use config::{BlockEmbedding, Features, GlobalHeads, LongRope, ModelConfig, Rope, Scaling, TensorFacts, Yarn};
+pub use config::{
+    BlockEmbedding, Features, GlobalHeads, LongRope, ModelConfig, Rope, Scaling, TensorFacts, Yarn,
+};
 pub use disk::{free_bytes, reserve};
 pub use dtype::DType;
 pub use error::{FormatError, Result};

@@ -153,7 +153,12 @@ impl Walk<'_> {
     }
 
     /// Adds what a stage's layer gives for its input `x` to the residual stream, with all norms.
-    pub(super) fn add_branch(&self, stage: Stage, x: &[f32], residual: &mut Vec<f32>) -> Result<Branch> {
+    pub(super) fn add_branch(
+        &self,
+        stage: Stage,
+        x: &[f32],
+        residual: &mut Vec<f32>,
+    ) -> Result<Branch> {
         let spec = &self.block.spec;
         let part = spec.output_layer(stage).expect("a stage that adds");
         let mut branch = Branch::default();

@@ -5,9 +5,6 @@ use rayon::prelude::*;
 use slim_formats::arch;
 use slim_kernels::{DeltaCall, delta_net, delta_step, split, unit};
 
-/// Added to the sum of squares that queries and keys are normed by, as in the kernel.
-const EPSILON: f32 = 1e-6;
-
 /// Tokens whose states are held at a time.
 const PIECE: usize = 16;
 
@@ -189,7 +186,7 @@ impl DeltaNet {
 
 /// The gradient at `x`, for the gradient `dy` at [`unit`]`(x, scale)`.
 fn reverse_unit(x: &[f32], scale: f32, dy: &[f32], dx: &mut [f32]) {
-    let squares = dot(x, x) + EPSILON;
+    let squares = dot(x, x) + arch::DeltaNet::EPSILON;
     let (factor, along) = (scale / squares.sqrt(), dot(x, dy) / squares);
     for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
         *dx = factor * (dy - along * x);

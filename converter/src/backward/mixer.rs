@@ -302,19 +302,16 @@ impl Walk<'_> {
         let of_all: Vec<f32> =
             shared.chunks_exact(turned_dim).flat_map(|key| key.repeat(heads)).collect();
         let plain = cut(&q, latent.query_dim(), 0..plain_dim);
-        let padding =
-            |dim: usize| vec![0.0; turned.len() / turned_dim * (padded_dim(latent) - dim)];
-        let pad = |dim: usize| padded_dim(latent) - dim;
+        let of_heads = turned.len() / turned_dim;
+        let padding = |dim: usize| {
+            (vec![0.0; of_heads * (padded_dim(latent) - dim)], padded_dim(latent) - dim)
+        };
         let (more_keys, more_values) = (padding(latent.query_dim()), padding(value_dim));
-        let in_columns = |plain: &[f32], turned: &[f32]| match pad(latent.query_dim()) {
-            0 => side_by_side(&[(plain, plain_dim), (turned, turned_dim)]),
-            more => side_by_side(&[(plain, plain_dim), (turned, turned_dim), (&more_keys, more)]),
+        let in_columns = |plain: &[f32], turned: &[f32]| {
+            side_by_side(&[(plain, plain_dim), (turned, turned_dim), (&more_keys.0, more_keys.1)])
         };
         let (q, k) = (in_columns(&plain, &turned), in_columns(&keys, &of_all));
-        let v = match pad(value_dim) {
-            0 => values,
-            more => side_by_side(&[(&values, value_dim), (&more_values, more)]),
-        };
+        let v = side_by_side(&[(&values, value_dim), (&more_values.0, more_values.1)]);
         let padded = self.core_of_latents(latent, &q, &k, &v).forward();
         let output = cut(&padded, padded_dim(latent), 0..value_dim);
         Ok(OfLatents { down, raw, latents, q, k, v, padded, output })
@@ -352,17 +349,11 @@ impl Walk<'_> {
         let LatentAttention { heads, plain_dim, turned_dim, value_dim, rank, .. } = latent;
         let (width, vectors) = (padded_dim(&latent), &self.block.vectors);
         let OfLatents { down, raw, latents, q, k, v, padded, .. } = of;
-        let dy = match width - value_dim {
-            0 => dy.to_vec(),
-            more => {
-                let zeros = vec![0.0; dy.len() / value_dim * more];
-                side_by_side(&[(dy, value_dim), (&zeros, more)])
-            }
-        };
+        let padding = vec![0.0; dy.len() / value_dim * (width - value_dim)];
+        let dy = side_by_side(&[(dy, value_dim), (&padding, width - value_dim)]);
         let core = self.core_of_latents(&latent, &q, &k, &v);
         let Gradients { q: d_q, k: d_k, v: d_v } = core.reverse(&padded, &dy);
-        let mut back = self.angles().expect("latent attention turns");
-        back.sin.iter_mut().for_each(|sin| *sin = -*sin);
+        let back = reversed(&self.angles().expect("latent attention turns"));
         let turned = plain_dim..latent.query_dim();
         let mut d_turned = cut(&d_q, width, turned.clone());
         rotate(&mut d_turned, heads, &back);
@@ -568,11 +559,7 @@ impl Walk<'_> {
         if norm == Part::AttnQNorm {
             self.scale_queries(&mut dy);
         }
-        let back = angles.map(|angles| {
-            let sin = angles.sin.iter().map(|sin| -sin).collect();
-            RopeAngles { sin, ..angles.clone() }
-        });
-        self.turn(&mut dy, norm, back.as_ref());
+        self.turn(&mut dy, norm, angles.map(reversed).as_ref());
         let (Some(raw), Some(weight)) = (of.raw, self.block.vectors.get(norm)) else {
             return Ok(dy);
         };
@@ -618,6 +605,12 @@ fn add(sum: &mut [f32], part: &[f32]) {
 /// Channels of a head when queries, keys and values are of one size.
 fn padded_dim(latent: &LatentAttention) -> usize {
     latent.query_dim().max(latent.value_dim)
+}
+
+/// The angles that turn back.
+fn reversed(angles: &RopeAngles) -> RopeAngles {
+    let sin = angles.sin.iter().map(|sin| -sin).collect();
+    RopeAngles { sin, ..angles.clone() }
 }
 
 /// Rotates `x: [sequences, context, heads * head_dim]` by the angles of one sequence.

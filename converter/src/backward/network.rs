@@ -341,8 +341,15 @@ mod tests {
             for normalizes in [false, true] {
                 let (has_bias, is_corrected, groups, scale) = (false, false, None, 1.5);
                 let sharpness = 0.5;
-                let routing =
-                    Routing { sharpness, scores, has_bias, is_corrected, groups, normalizes, scale };
+                let routing = Routing {
+                    sharpness,
+                    scores,
+                    has_bias,
+                    is_corrected,
+                    groups,
+                    normalizes,
+                    scale,
+                };
                 let (count, used) = (5, 3);
                 let (shares, has_norms, are_fused, are_mxfp4) = (false, false, false, false);
                 let experts =

@@ -108,7 +108,10 @@ mod tests {
         // Two logits of each token have a gradient of 1.
         let exact = |e: &[f32; 2]| 2.0 * squares(&x, e) + squares(&dx, e);
         for e in [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, -2.0]] {
-            assert!((both.hessian().unwrap().quadratic(&e) / exact(&e) - 1.0).abs() < 1e-6, "{e:?}");
+            assert!(
+                (both.hessian().unwrap().quadratic(&e) / exact(&e) - 1.0).abs() < 1e-6,
+                "{e:?}"
+            );
         }
         let Sensitivity { inputs, outputs } = &both.sensitivity;
         let total: f64 = outputs.iter().sum();

@@ -132,10 +132,7 @@ pub enum Stage {
 impl Stage {
     /// Whether its input is made of the residual stream, not of the stage before.
     pub fn reads_residual(self) -> bool {
-        matches!(
-            self,
-            Self::Mixer | Self::Ffn | Self::Router | Self::Experts | Self::Embedded
-        )
+        matches!(self, Self::Mixer | Self::Ffn | Self::Router | Self::Experts | Self::Embedded)
     }
 
     /// Whether what its layers give is added to the residual stream.

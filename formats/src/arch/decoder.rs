@@ -326,9 +326,8 @@ impl Decoder {
     /// nothing.
     pub fn beyond_llama(&self) -> Option<&'static str> {
         let any = |has: &dyn Fn(&BlockSpec) -> bool| self.blocks.iter().any(has);
-        let attends = |has: fn(&Attention) -> bool| {
-            any(&|block| block.attention().is_some_and(has))
-        };
+        let attends =
+            |has: fn(&Attention) -> bool| any(&|block| block.attention().is_some_and(has));
         if any(&|block| block.experts.is_some()) {
             Some("experts")
         } else if any(&|block| block.attention().is_none()) {

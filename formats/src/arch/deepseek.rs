@@ -19,13 +19,6 @@ const V2: HfType = HfType { model_type: "deepseek_v2", class: "DeepseekV2ForCaus
 const V3: HfType = HfType { model_type: "deepseek_v3", class: "DeepseekV3ForCausalLM" };
 const GLM: HfType = HfType { model_type: "glm4_moe_lite", class: "Glm4MoeLiteForCausalLM" };
 
-/// Hugging Face's names of the network beside experts.
-const BESIDE: [&str; 3] = [
-    "mlp.shared_experts.gate_proj.weight",
-    "mlp.shared_experts.up_proj.weight",
-    "mlp.shared_experts.down_proj.weight",
-];
-
 impl Family for DeepSeek {
     fn architecture(&self) -> &'static str {
         "deepseek2"
@@ -149,7 +142,7 @@ impl Family for DeepSeek {
                 }
             }
             (Part::AttnQ | Part::LatentDown, _) => Stored::ordered(neighbours(part, spec)),
-            _ => experts::beside(part, spec, BESIDE)
+            _ => experts::beside(part, spec, experts::BESIDE_MANY)
                 .or_else(|| experts::in_hf(part, spec))
                 .unwrap_or(Stored::PLAIN),
         }

@@ -202,6 +202,21 @@ pub(super) fn write_groups(config: &ModelConfig, json: &mut Value) {
     json["first_k_dense_replace"] = dense.into();
 }
 
+/// Hugging Face's names of the network beside experts, of its gate, its inputs, and what leads
+/// back: of families in which it counts as one expert,
+pub(super) const BESIDE_ONE: [&str; 3] = [
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert.down_proj.weight",
+];
+
+/// and of those in which it counts as several.
+pub(super) const BESIDE_MANY: [&str; 3] = [
+    "mlp.shared_experts.gate_proj.weight",
+    "mlp.shared_experts.up_proj.weight",
+    "mlp.shared_experts.down_proj.weight",
+];
+
 /// llama.cpp's names of the network beside experts: of its gate, its inputs, and what leads back.
 const BESIDE_IN_GGUF: [&str; 3] =
     ["ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"];

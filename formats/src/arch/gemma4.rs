@@ -86,8 +86,9 @@ impl Family for Gemma4 {
         write_global_heads(config, json);
         json["num_kv_shared_layers"] = features.sharing_blocks.into();
         json["use_double_wide_mlp"] = features.sharing_are_wide.into();
-        let BlockEmbedding { width, rows } =
-            features.block_embedding.unwrap_or(BlockEmbedding { width: 0, rows: config.vocab_size });
+        let BlockEmbedding { width, rows } = features
+            .block_embedding
+            .unwrap_or(BlockEmbedding { width: 0, rows: config.vocab_size });
         json["hidden_size_per_layer_input"] = width.into();
         json["vocab_size_per_layer_input"] = rows.into();
         json["enable_moe_block"] = features.experts.is_some().into();

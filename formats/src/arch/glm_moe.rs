@@ -8,13 +8,6 @@ use crate::{ModelConfig, Result, config::Keys};
 #[derive(Debug)]
 pub struct Glm4Moe;
 
-/// Hugging Face's names of the network beside experts.
-const BESIDE: [&str; 3] = [
-    "mlp.shared_experts.gate_proj.weight",
-    "mlp.shared_experts.up_proj.weight",
-    "mlp.shared_experts.down_proj.weight",
-];
-
 impl Family for Glm4Moe {
     fn architecture(&self) -> &'static str {
         "glm4moe"
@@ -57,7 +50,7 @@ impl Family for Glm4Moe {
     }
 
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        experts::beside(part, spec, BESIDE)
+        experts::beside(part, spec, experts::BESIDE_MANY)
             .or_else(|| experts::in_hf(part, spec))
             .unwrap_or(Stored::PLAIN)
     }

@@ -83,11 +83,8 @@ impl Family for Lfm2 {
         json["block_auto_adjust_ff_dim"] = false.into();
         json["conv_bias"] = false.into();
         json["conv_L_cache"] = config.features.recurrence.map_or(0, |mixer| mixer.taps()).into();
-        let kind = |index| match config.features.is_recurrent(index) {
-            true => "conv",
-            false => "full_attention",
-        };
-        json["layer_types"] = (0..config.block_count).map(kind).collect::<Vec<_>>().into();
+        let features = &config.features;
+        llama::write_layer_types(config, json, "conv", |index| features.is_recurrent(index));
         llama::leave_out(json, &["attention_bias", "mlp_bias", "hidden_act"]);
     }
 

@@ -283,11 +283,19 @@ pub(super) fn settle_windows(config: &mut ModelConfig) {
 
 /// The keys of windows in `config.json`.
 pub(super) fn write_windows(config: &ModelConfig, json: &mut serde_json::Value) {
-    let kind = |index: usize| match config.features.is_windowed(index) {
-        true if config.sliding_window.is_some() => "sliding_attention",
-        _ => "full_attention",
-    };
     json["sliding_window"] = config.sliding_window.into();
+    let is_windowed = |index| config.sliding_window.is_some() && config.features.is_windowed(index);
+    write_layer_types(config, json, "sliding_attention", is_windowed);
+}
+
+/// The key of kinds of blocks: `other`, or attention to all tokens.
+pub(super) fn write_layer_types(
+    config: &ModelConfig,
+    json: &mut serde_json::Value,
+    other: &str,
+    is_other: impl Fn(usize) -> bool,
+) {
+    let kind = |index| if is_other(index) { other } else { "full_attention" };
     json["layer_types"] = (0..config.block_count).map(kind).collect::<Vec<_>>().into();
 }
 

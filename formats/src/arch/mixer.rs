@@ -199,6 +199,9 @@ impl LatentAttention {
 }
 
 impl DeltaNet {
+    /// What is added to the sums of squares that queries and keys are divided by.
+    pub const EPSILON: f32 = 1e-6;
+
     /// As [`Mixer::dims`].
     fn dims(&self, part: Part, hidden: usize) -> Option<Vec<usize>> {
         Some(match part {

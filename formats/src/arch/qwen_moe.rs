@@ -17,13 +17,6 @@ pub enum QwenMoe {
     Three,
 }
 
-/// Hugging Face's names of the network beside experts.
-pub(super) const BESIDE: [&str; 3] = [
-    "mlp.shared_expert.gate_proj.weight",
-    "mlp.shared_expert.up_proj.weight",
-    "mlp.shared_expert.down_proj.weight",
-];
-
 impl Family for QwenMoe {
     fn architecture(&self) -> &'static str {
         match self {
@@ -42,11 +35,8 @@ impl Family for QwenMoe {
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         // llama.cpp has it in the code.
         let normalizes = *self == Self::Three && keys.is_gguf();
-        experts::read(keys, config, Routing { normalizes, ..Routing::SOFTMAX })?;
-        read_sparse_blocks(keys, config)?;
+        read_experts(keys, config, Routing { normalizes, ..Routing::SOFTMAX })?;
         let features = &mut config.features;
-        let shares = features.shared_ffn_size.is_some();
-        features.experts = features.experts.map(|experts| Experts { shares, ..experts });
         match self {
             Self::Two => features.has_attention_bias = keys.said("qkv_bias")?.unwrap_or(true),
             Self::Three => llama::read_attention_bias(keys, config)?,
@@ -87,7 +77,7 @@ impl Family for QwenMoe {
     }
 
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        experts::beside(part, spec, BESIDE)
+        experts::beside(part, spec, experts::BESIDE_ONE)
             .or_else(|| experts::in_hf(part, spec))
             .unwrap_or(Stored::PLAIN)
     }
@@ -97,8 +87,21 @@ impl Family for QwenMoe {
     }
 }
 
+/// Reads experts beside a network that is gated as a whole, and which blocks have them.
+pub(super) fn read_experts(
+    keys: &dyn Keys,
+    config: &mut ModelConfig,
+    routing: Routing,
+) -> Result<()> {
+    experts::read(keys, config, routing)?;
+    let features = &mut config.features;
+    let shares = features.shared_ffn_size.is_some();
+    features.experts = features.experts.map(|experts| Experts { shares, ..experts });
+    read_sparse_blocks(keys, config)
+}
+
 /// Reads which blocks have experts: each `decoder_sparse_step`-th, but for some.
-pub(super) fn read_sparse_blocks(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+fn read_sparse_blocks(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     let dense = keys.numbers("mlp_only_layers")?;
     let step = keys.count("decoder_sparse_step")?.unwrap_or(1).max(1);
     let leading = keys.count("first_k_dense_replace")?.unwrap_or(0);

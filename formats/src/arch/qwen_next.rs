@@ -4,8 +4,8 @@
 use serde_json::Value;
 
 use super::{
-    BlockSpec, DeltaNet, Experts, Family, Form, HfType, Mixer, Part, QkNorm, Routing, Stored,
-    experts, llama, llama_cpp, qwen::is_about_windows, qwen_moe,
+    BlockSpec, DeltaNet, Family, Form, HfType, Mixer, Part, QkNorm, Routing, Stored, experts,
+    llama, llama_cpp, qwen::is_about_windows, qwen_moe,
 };
 use crate::{
     ModelConfig, Result,
@@ -22,6 +22,12 @@ pub enum QwenNext {
     /// Qwen3.5 and later with experts.
     Moe,
 }
+
+// What is fused, in order.
+const Q_GATE: &[Part] = &[Part::AttnQ, Part::AttnGate];
+const QKV: &[Part] = &[Part::AttnQ, Part::AttnK, Part::AttnV];
+const QKVZ: &[Part] = &[Part::AttnQ, Part::AttnK, Part::AttnV, Part::AttnGate];
+const BETA_DECAY: &[Part] = &[Part::DeltaBeta, Part::DeltaDecay];
 
 /// One block in so many has attention, if nothing is said.
 const INTERVAL: usize = 4;
@@ -65,11 +71,7 @@ impl Family for QwenNext {
             return Err(keys.unsupported("`attn_output_gate` false".into()));
         }
         if *self != Self::Dense {
-            experts::read(keys, config, Routing::SOFTMAX)?;
-            qwen_moe::read_sparse_blocks(keys, config)?;
-            let features = &mut config.features;
-            let shares = features.shared_ffn_size.is_some();
-            features.experts = features.experts.map(|experts| Experts { shares, ..experts });
+            qwen_moe::read_experts(keys, config, Routing::SOFTMAX)?;
         }
         let recurrent = keys.recurrent(config.block_count)?;
         let interval = keys.count("full_attention_interval")?.unwrap_or(INTERVAL).max(1);
@@ -105,11 +107,9 @@ impl Family for QwenNext {
             json["linear_value_head_dim"] = net.value_dim.into();
             json["linear_conv_kernel_dim"] = net.taps.into();
         }
-        let kind = |index| match features.is_recurrent(index) {
-            true => "linear_attention",
-            false => "full_attention",
-        };
-        json["layer_types"] = (0..config.block_count).map(kind).collect::<Vec<_>>().into();
+        llama::write_layer_types(config, json, "linear_attention", |index| {
+            features.is_recurrent(index)
+        });
         llama::write_partial_rotation(config, json);
         llama::leave_out(json, &["mlp_bias"]);
     }
@@ -136,9 +136,6 @@ impl Family for QwenNext {
     }
 
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        const Q_GATE: &[Part] = &[Part::AttnQ, Part::AttnGate];
-        const QKV: &[Part] = &[Part::AttnQ, Part::AttnK, Part::AttnV];
-        const QKVZ: &[Part] = &[Part::AttnQ, Part::AttnK, Part::AttnV, Part::AttnGate];
         let mixer = spec.map(|spec| spec.mixer);
         match (part, mixer) {
             (Part::AttnQ | Part::AttnGate, Some(Mixer::Attention(attention))) => {
@@ -171,7 +168,7 @@ impl Family for QwenNext {
                 | Part::OutputNorm,
                 _,
             ) => Stored::in_form(Form::LessOne),
-            _ => experts::beside(part, spec, qwen_moe::BESIDE)
+            _ => experts::beside(part, spec, experts::BESIDE_ONE)
                 .or_else(|| experts::in_hf(part, spec))
                 .unwrap_or(Stored::PLAIN),
         }
@@ -179,8 +176,6 @@ impl Family for QwenNext {
 
     /// The norm before the network has the name that others give the one behind attention.
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        const Q_GATE: &[Part] = &[Part::AttnQ, Part::AttnGate];
-        const QKV: &[Part] = &[Part::AttnQ, Part::AttnK, Part::AttnV];
         let mixer = spec.map(|spec| spec.mixer);
         match (part, mixer) {
             (Part::FfnNorm, _) => Stored::named("post_attention_norm.weight"),
@@ -200,8 +195,6 @@ impl Family for QwenNext {
         }
     }
 }
-
-const BETA_DECAY: &[Part] = &[Part::DeltaBeta, Part::DeltaDecay];
 
 impl QwenNext {
     /// llama.cpp's converter reorders the value heads of Qwen3.5, not those of Qwen3-Next.

@@ -82,15 +82,14 @@ impl ModelConfig {
         let guessing_blocks = keys.optional_size("nextn_predict_layers")?.unwrap_or(0);
         let vocab_size = read_vocab_size(&keys, facts.embedding_rows)?;
         let context_length = keys.size("context_length")?;
-        let (rope, local_rope) =
-            Ropes {
-                keys: &keys,
-                family,
-                pairs: rope_pairs(rotated),
-                local_pairs: rope_pairs(local_rotated),
-                context_length,
-            }
-            .read(facts)?;
+        let (rope, local_rope) = Ropes {
+            keys: &keys,
+            family,
+            pairs: rope_pairs(rotated),
+            local_pairs: rope_pairs(local_rotated),
+            context_length,
+        }
+        .read(facts)?;
         let epsilon = match family.norm() {
             Norm::Rms => "attention.layer_norm_rms_epsilon",
             Norm::Layer => "attention.layer_norm_epsilon",
@@ -405,9 +404,8 @@ impl ModelConfig {
     /// short convolutions by none.
     fn kv_heads_entry(&self) -> Value {
         if let Some(global) = self.features.global_heads {
-            let is_windowed = |index: usize| {
-                self.sliding_window.is_some() && self.features.is_windowed(index)
-            };
+            let is_windowed =
+                |index: usize| self.sliding_window.is_some() && self.features.is_windowed(index);
             let heads = (0..self.block_count).map(|index| match is_windowed(index) {
                 true => self.kv_head_count as u32,
                 false => global.kv_heads as u32,

@@ -95,12 +95,7 @@ impl ModelConfig {
             norm_epsilon: json.require_number(family.hf_key("rms_norm_eps"))? as f32,
             rope,
             sliding_window: None,
-            features: Features {
-                local_rope,
-                guessing_blocks,
-                global_heads,
-                ..Features::default()
-            },
+            features: Features { local_rope, guessing_blocks, global_heads, ..Features::default() },
             tied_embeddings: json.flag("tie_word_embeddings")?,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
@@ -397,7 +392,9 @@ impl Ropes<'_, '_> {
             }
             "llama3" => Rope::new(theta as f32, llama3_factors(scaling, theta, pairs)?),
             // The old names of `longrope`, of the first Phi-3.
-            "longrope" | "su" | "yarn" if has_short_factors => self.long_rope(scaling, theta, pairs)?,
+            "longrope" | "su" | "yarn" if has_short_factors => {
+                self.long_rope(scaling, theta, pairs)?
+            }
             "yarn" => self.yarn(scaling, theta, pairs)?,
             "dynamic" => {
                 let factor = scaling.require("factor", "a number", Value::as_f64)? as f32;
@@ -730,8 +727,7 @@ impl Keys for Json<'_> {
                     (head_dim, kv_heads)
                 }
             };
-            let is_windowed =
-                config.sliding_window.is_some() && config.features.is_windowed(index);
+            let is_windowed = config.sliding_window.is_some() && config.features.is_windowed(index);
             let expected = if is_windowed { base } else { *found.get_or_insert(own) };
             if own != expected {
                 let what = format!("heads of block {index} unlike those of others of its kind");

@@ -5,9 +5,6 @@ use slim_formats::arch::DeltaNet;
 
 use super::elementwise::{dot, exp};
 
-/// Added to the sum of squares that queries and keys are normed by.
-const EPSILON: f32 = 1e-6;
-
 /// Tokens that go through a delta net; `m` of them.
 pub struct DeltaCall<'a> {
     /// What it computes.
@@ -70,7 +67,7 @@ pub fn split<'q>(net: &DeltaNet, head: usize, token: &'q [f32]) -> [&'q [f32]; 3
 
 /// `x / sqrt(sum of squares + 1e-6) * scale`.
 pub fn unit(x: &[f32], scale: f32, out: &mut [f32]) {
-    let factor = scale / (dot(x, x) + EPSILON).sqrt();
+    let factor = scale / (dot(x, x) + DeltaNet::EPSILON).sqrt();
     out.iter_mut().zip(x).for_each(|(out, x)| *out = x * factor);
 }
 
