@@ -727,7 +727,7 @@ impl<'a> GgufKeys<'a> {
         let Some(heads) = self.metadata.get(&key).and_then(kv_heads_of_blocks) else {
             return self.optional_size(KV_HEADS);
         };
-        let kinds = self.windowed(heads.len())?.unwrap_or_default();
+        let kinds = self.windowed(heads.len())?.unwrap_or_else(|| vec![false; heads.len()]);
         let alike = heads.iter().zip(kinds).filter(|&(_, found)| found == windowed);
         let alike: Vec<u64> = alike.map(|(&heads, _)| heads).collect();
         let kind = "the same number for all blocks with a window, and for all without";
