@@ -231,6 +231,11 @@ fn rope_pairs(head_dim: usize) -> usize {
 }
 
 impl ModelConfig {
+    /// Whether block `index` attends within a window only.
+    pub fn is_windowed(&self, index: usize) -> bool {
+        self.sliding_window.is_some() && self.features.is_windowed(index)
+    }
+
     /// Gives the configuration back if its numbers fit each other.
     fn validated(self, path: &Path) -> Result<Self> {
         let stretched_from = match &self.rope.scaling {

@@ -207,7 +207,7 @@ fn shared_block(config: &ModelConfig, index: usize) -> Option<usize> {
     if !features.shares(index, blocks) {
         return None;
     }
-    let is_alike = |&other: &usize| features.is_windowed(other) == features.is_windowed(index);
+    let is_alike = |&other: &usize| config.is_windowed(other) == config.is_windowed(index);
     (0..blocks - features.sharing_blocks).rev().find(is_alike)
 }
 
@@ -234,7 +234,7 @@ fn write_global_heads(config: &ModelConfig, json: &mut Value) {
     json["global_head_dim"] = global.head_dim.into();
     json["num_global_key_value_heads"] = global.kv_heads.into();
     let mut of_blocks = json!({});
-    for index in (0..config.block_count).filter(|&index| !config.features.is_windowed(index)) {
+    for index in (0..config.block_count).filter(|&index| !config.is_windowed(index)) {
         of_blocks[index.to_string()] =
             json!({"head_dim": global.head_dim, "num_key_value_heads": global.kv_heads});
     }

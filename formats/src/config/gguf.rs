@@ -152,8 +152,7 @@ impl ModelConfig {
     /// Finds out whether values are made of keys in blocks without a window; `has` tells of a
     /// tensor.
     pub(crate) fn find_keys_as_values(&mut self, has: impl Fn(&str) -> bool) {
-        let global = (0..self.block_count)
-            .find(|&index| self.sliding_window.is_none() || !self.features.is_windowed(index));
+        let global = (0..self.block_count).find(|&index| !self.is_windowed(index));
         if let (Some(index), Some(heads)) = (global, &mut self.features.global_heads) {
             heads.values_are_keys = !has(&format!("blk.{index}.attn_v.weight"));
         }
@@ -404,9 +403,7 @@ impl ModelConfig {
     /// short convolutions by none.
     fn kv_heads_entry(&self) -> Value {
         if let Some(global) = self.features.global_heads {
-            let is_windowed =
-                |index: usize| self.sliding_window.is_some() && self.features.is_windowed(index);
-            let heads = (0..self.block_count).map(|index| match is_windowed(index) {
+            let heads = (0..self.block_count).map(|index| match self.is_windowed(index) {
                 true => self.kv_head_count as u32,
                 false => global.kv_heads as u32,
             });

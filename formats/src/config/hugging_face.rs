@@ -727,8 +727,7 @@ impl Keys for Json<'_> {
                     (head_dim, kv_heads)
                 }
             };
-            let is_windowed = config.sliding_window.is_some() && config.features.is_windowed(index);
-            let expected = if is_windowed { base } else { *found.get_or_insert(own) };
+            let expected = if config.is_windowed(index) { base } else { *found.get_or_insert(own) };
             if own != expected {
                 let what = format!("heads of block {index} unlike those of others of its kind");
                 return self.unsupported(what, "");
