@@ -200,7 +200,7 @@ impl<'a> Ends<'a> {
 }
 
 impl ToBlocks<'_> {
-    /// What the sum of what tokens say themselves and of what their embeddings add is multiplied by.
+    /// What the sum of what tokens say and of what their embeddings add is multiplied by.
     pub const MEAN: f32 = FRAC_1_SQRT_2;
 
     /// What embeddings `x: [m, hidden]` add, before their norm, `[m, blocks * embedded]`.

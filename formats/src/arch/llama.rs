@@ -83,7 +83,7 @@ impl Family for Llama {
 /// configuration.
 pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
     let features = &config.features;
-    let window = config.sliding_window.filter(|_| features.is_windowed(index));
+    let window = config.sliding_window.filter(|_| config.is_windowed(index));
     let local_rope = features.local_rope.as_ref().map(|_| 1);
     let rope = if window.is_some() { local_rope.or(Some(0)) } else { Some(0) };
     let attention = Attention {
@@ -284,8 +284,7 @@ pub(super) fn settle_windows(config: &mut ModelConfig) {
 /// The keys of windows in `config.json`.
 pub(super) fn write_windows(config: &ModelConfig, json: &mut serde_json::Value) {
     json["sliding_window"] = config.sliding_window.into();
-    let is_windowed = |index| config.sliding_window.is_some() && config.features.is_windowed(index);
-    write_layer_types(config, json, "sliding_attention", is_windowed);
+    write_layer_types(config, json, "sliding_attention", |index| config.is_windowed(index));
 }
 
 /// The key of kinds of blocks: `other`, or attention to all tokens.

@@ -319,7 +319,8 @@ impl Mixer {
         }
     }
 
-    /// Channels of a head that number `rope` of [`Decoder::ropes`](super::Decoder) turns, if it does.
+    /// Channels of a head that number `rope` of [`Decoder::ropes`](super::Decoder) turns, if it
+    /// does.
     pub fn turned_head_dim(&self, rope: usize) -> Option<usize> {
         match self {
             Self::Attention(attention) => {
