@@ -125,9 +125,9 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "BITS", value_parser = one_of(["2", "3", "4", "5", "6", "8", "16"]))]
     pub embed_bits: Option<usize>,
 
-    /// Text to calibrate on [default: a built-in one]
+    /// Text to calibrate on; `self` for one that the model writes [default: a built-in one]
     #[arg(long, value_name = "FILE")]
-    pub calibration: Option<PathBuf>,
+    pub calibration: Option<CalibrationText>,
 
     /// Calibration samples
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = range(1..=1 << 16))]
@@ -227,6 +227,30 @@ pub struct RunArgs {
 /// Tokens of an answer at most; `None` for any number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenLimit(pub Option<usize>);
+
+/// What a model is calibrated on.
+#[derive(Debug, Clone)]
+pub enum CalibrationText {
+    /// What it writes itself.
+    OfModel,
+    File(PathBuf),
+}
+
+impl CalibrationText {
+    /// The file that it is in, if it is in one.
+    pub fn file(&self) -> Option<&PathBuf> {
+        match self {
+            Self::OfModel => None,
+            Self::File(path) => Some(path),
+        }
+    }
+}
+
+impl From<std::ffi::OsString> for CalibrationText {
+    fn from(value: std::ffi::OsString) -> Self {
+        if value == "self" { Self::OfModel } else { Self::File(value.into()) }
+    }
+}
 
 impl FromStr for TokenLimit {
     type Err = String;

@@ -2,6 +2,7 @@
 
 mod card;
 mod check;
+mod draw;
 mod plan;
 
 use std::{
@@ -24,9 +25,9 @@ use slim_kernels::{
     cuda::{CudaBackend, Device},
 };
 
-use self::{card::card, check::Check, plan::Plan};
+use self::{card::card, check::Check, draw::draw, plan::Plan};
 use crate::{
-    args::{ConvertArgs, Scales},
+    args::{CalibrationText, ConvertArgs, Scales},
     compute::Choice,
     failure::advised,
     fetch::locate,
@@ -56,7 +57,8 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let source = open(&path)?;
     let settings = settings(args, source.config())?;
     let mut inputs = source.files();
-    inputs.extend(args.draft.iter().chain(&args.calibration).cloned());
+    let text = args.calibration.as_ref().and_then(CalibrationText::file);
+    inputs.extend(args.draft.iter().chain(text).cloned());
     if args.dry_run {
         // What stands in the way of the output is worth a word, not the plan.
         if let Err(error) = args.target.check(kind, &inputs) {
@@ -89,10 +91,10 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     keep(work.path());
 
     let start = Instant::now();
-    let calibration = calibration(&*source, &settings, args)?;
     let (engine, device) = engine(&settings, &args.compute.device)?;
     let mut progress =
         if args.quiet { Progress::silent() } else { Progress::new("block", plan.blocks) };
+    let calibration = calibration(&source, &settings, args, &work, &mut progress)?;
     let mut block = Vec::new();
     let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
     let resources = Resources { engine, float_bytes };
@@ -158,6 +160,7 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
         context,
         seed: args.seed,
         steps: args.steps.unwrap_or(DEFAULT_STEPS),
+        draws_text: matches!(args.calibration, Some(CalibrationText::OfModel)),
     };
     settings.validate()?;
     Ok(settings)
@@ -192,28 +195,24 @@ fn float_bytes(plan: &Plan, max_memory: u64) -> Result<u64> {
 
 /// The calibration samples; none for a method that uses none.
 fn calibration(
-    source: &dyn ModelSource,
+    source: &Arc<dyn ModelSource>,
     settings: &Settings,
     args: &ConvertArgs,
+    work: &WorkFolder,
+    progress: &mut Progress,
 ) -> Result<Calibration> {
-    let text = args.calibration.as_deref().map(read_text).transpose()?;
     // Without one, what is written could not be run.
-    let tokenizer = tokenizer(source)?;
-    if settings.method == Method::RoundToNearest {
-        if text.is_some() {
-            bail!("`--calibration`: round to nearest uses no calibration text");
+    let tokenizer = tokenizer(&**source)?;
+    let of_text = |text: &str| Ok(Calibration::from_text(text, &tokenizer, settings)?);
+    match (settings.method, &args.calibration) {
+        (Method::RoundToNearest, None) => Ok(Calibration::drawn(Vec::new())),
+        (Method::RoundToNearest, Some(_)) => {
+            bail!("`--calibration`: round to nearest uses no calibration text")
         }
-        return Ok(Calibration {
-            samples: Vec::new(),
-            text_sha256: String::new(),
-            text: Vec::new(),
-        });
+        (_, None) => of_text(BUILT_IN_CALIBRATION),
+        (_, Some(CalibrationText::File(path))) => of_text(&read_text(path)?),
+        (_, Some(CalibrationText::OfModel)) => draw(source, &tokenizer, settings, work, progress),
     }
-    Ok(Calibration::from_text(
-        text.as_deref().unwrap_or(BUILT_IN_CALIBRATION),
-        &tokenizer,
-        settings,
-    )?)
 }
 
 /// What computes the calibration, and its name.

@@ -80,7 +80,7 @@ fn require_inputs(
         let message = format!("`{shown}`: its source, {}, was not found", recipe.source_names());
         return Err(advised(message, "say where it is with `--source PATH`"));
     }
-    if calibration.is_none() && !recipe.has_built_in_calibration() {
+    if calibration.is_none() && recipe.needs_text() {
         let message = format!("`{shown}` was calibrated on a text of its own");
         return Err(advised(message, "say where it is with `--calibration FILE`"));
     }

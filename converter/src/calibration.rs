@@ -19,7 +19,7 @@ pub const BUILT_IN_CALIBRATION: &str = concat!(
 pub struct Calibration {
     /// Windows of equal length.
     pub samples: Vec<Vec<u32>>,
-    /// SHA-256 of the text, in hex.
+    /// SHA-256 of the text, in hex; of one that was drawn, of its tokens as u32.
     pub text_sha256: String,
     /// The tokens of the whole text.
     pub text: Vec<u32>,
@@ -44,6 +44,13 @@ impl Calibration {
         let windows = Windows::new(&tokens, context, settings.seed);
         let samples = windows.take(settings.samples).map(<[u32]>::to_vec).collect();
         Ok(Self { samples, text_sha256: hex(&Sha256::digest(text)), text: tokens })
+    }
+
+    /// Takes samples that a model has drawn.
+    pub fn drawn(samples: Vec<Vec<u32>>) -> Self {
+        let text = samples.concat();
+        let bytes: Vec<u8> = text.iter().flat_map(|token| token.to_le_bytes()).collect();
+        Self { samples, text_sha256: hex(&Sha256::digest(bytes)), text }
     }
 }
 

@@ -63,6 +63,7 @@ impl Golden {
                 context: TOKENS,
                 seed: 0,
                 steps: 0,
+                draws_text: false,
                 target: None,
             },
             tensors: tensors.collect(),

@@ -48,7 +48,7 @@ pub use distill::distill;
 pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
-pub use provenance::{COMMIT, source_metadata};
+pub use provenance::{COMMIT, DRAWN, source_metadata};
 pub use quality::{Domain, Profile, Quality, USELESS_KL, predict_quality, profile, quality_bytes};
 pub use report::{Degenerate, LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;

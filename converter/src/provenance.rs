@@ -16,6 +16,9 @@ pub const COMMIT: Option<&str> = option_env!("SLIMLLM_COMMIT");
 /// Steps of training, of files that were trained.
 pub(crate) const STEPS: &str = "slim.quantization.steps";
 
+/// Of files whose calibration text was drawn from the model.
+pub const DRAWN: &str = "slim.calibration.drawn";
+
 /// What decided how sums were rounded; not of methods that sum nothing up.
 pub(crate) const INSTRUCTIONS: &str = "slim.quantization.instructions";
 
@@ -85,6 +88,9 @@ fn with_hashes(
         metadata.insert("slim.quantization.seed", settings.seed)?;
         metadata.insert("slim.calibration.text_sha256", calibration.text_sha256.as_str())?;
         metadata.insert("slim.calibration.text_tokens", calibration.text.len() as u64)?;
+        if settings.draws_text {
+            metadata.insert(DRAWN, true)?;
+        }
         metadata.insert("slim.calibration.samples", settings.samples as u32)?;
         metadata.insert("slim.calibration.context", settings.context as u32)?;
     }

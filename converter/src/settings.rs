@@ -69,6 +69,8 @@ pub struct Settings {
     pub seed: u64,
     /// Steps of training, for [`Method::SlimPlus`].
     pub steps: usize,
+    /// Whether the calibration text is drawn from the model.
+    pub draws_text: bool,
 }
 
 impl Settings {

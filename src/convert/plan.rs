@@ -183,7 +183,9 @@ impl Plan {
         ];
         if self.is_calibrated() {
             let samples = plural(samples, "sample");
-            lines.push(("calibration", format!("{samples} of {context} tokens, seed {seed}")));
+            let drawn = if self.settings.draws_text { " that the model writes" } else { "" };
+            let line = format!("{samples} of {context} tokens{drawn}, seed {seed}");
+            lines.push(("calibration", line));
         }
         if self.settings.method == Method::SlimPlus {
             lines.push(("training", plural(self.settings.steps, "step")));

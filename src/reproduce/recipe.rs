@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::Value as Json;
-use slim_converter::{BUILT_IN_CALIBRATION, COMMIT};
+use slim_converter::{BUILT_IN_CALIBRATION, COMMIT, DRAWN};
 use slim_formats::{
     NumberedFile,
     gguf::{Metadata, Value},
@@ -115,7 +115,9 @@ impl Recipe {
         add("--context", of("calibration.context"));
         add("--seed", of("quantization.seed"));
         add("--steps", of("quantization.steps"));
-        if !self.has_built_in_calibration() {
+        if self.is_drawn() {
+            add("--calibration", Some("self".to_owned()));
+        } else if self.needs_text() {
             add("--calibration", Some(calibration.map_or_else(|| "TEXT".to_owned(), text)));
         }
         if let Some(instructions) = of("quantization.instructions") {
@@ -128,10 +130,15 @@ impl Recipe {
         command
     }
 
-    /// Whether the calibration text is this build's own, or there was none.
-    pub fn has_built_in_calibration(&self) -> bool {
-        calibration_sha256(&self.metadata)
-            .is_none_or(|sha256_of_text| sha256_of_text == sha256(BUILT_IN_CALIBRATION.as_bytes()))
+    /// Whether it takes a calibration text that is neither this build's own nor drawn.
+    pub fn needs_text(&self) -> bool {
+        let found = calibration_sha256(&self.metadata);
+        found.is_some_and(|found| !is_built_in(found)) && !self.is_drawn()
+    }
+
+    /// Whether the calibration text was drawn from the source.
+    fn is_drawn(&self) -> bool {
+        self.metadata.contains(DRAWN)
     }
 
     /// The names of the source's files, for messages.
@@ -154,7 +161,11 @@ impl Recipe {
         let mut notes: Vec<_> =
             files.map(|(name, hash)| format!("source        {name}, sha256 {hash}")).collect();
         if let Some(hash) = calibration_sha256(&self.metadata) {
-            let whose = if self.has_built_in_calibration() { ", built in" } else { "" };
+            let whose = match is_built_in(hash) {
+                true => ", built in",
+                false if self.is_drawn() => ", drawn from the source",
+                false => "",
+            };
             notes.push(format!("calibration   sha256 {hash}{whose}"));
         }
         let commit = text("slim.quantization.commit");
@@ -183,6 +194,10 @@ impl Recipe {
     pub fn provenance(&self) -> Json {
         metadata_json(&self.metadata)
     }
+}
+
+fn is_built_in(sha256_of_text: &str) -> bool {
+    sha256_of_text == sha256(BUILT_IN_CALIBRATION.as_bytes())
 }
 
 /// A number as a user types it: what is stored as an f32 was read from a short decimal.

@@ -45,6 +45,7 @@ fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         context: 64,
         seed: 0,
         steps: 0,
+        draws_text: false,
         target: None,
     }
 }

@@ -54,6 +54,24 @@ fn command_of_each_method_makes_the_same_bytes_again() {
 }
 
 #[test]
+fn text_that_the_model_draws_is_drawn_again() {
+    let dir = Dir::new();
+    let model = &arg(&tiny_model("llama"));
+    let drawn = |more: &[&str]| {
+        let file = converted(&dir, &[&QUICK, &["--calibration", "self"][..], more].concat());
+        let answer = succeed(&["reproduce", &file]);
+        assert!(answer.stdout.contains("--calibration self"), "{}", answer.stdout);
+        let found = answer.stderr.lines().find(|line| line.contains("drawn from the source"));
+        (file, found.unwrap().to_owned())
+    };
+    let (_, first) = drawn(&[]);
+    let (file, second) = drawn(&["--seed", "1", "--threads", "1"]);
+    assert_ne!(first, second);
+    let answer = succeed(&["reproduce", &file, "--run", "--source", model]);
+    assert!(answer.stdout.ends_with("\nthe same bytes\n"), "{}", answer.stdout);
+}
+
+#[test]
 fn source_is_found_by_its_names_and_told_from_another() {
     let dir = Dir::new();
     copy_folder(&tiny_model("llama"), dir.root());
