@@ -115,6 +115,7 @@ function clear() {
 }
 
 at("form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+at("settings").addEventListener("submit", (event) => event.preventDefault());
 at("clear").addEventListener("click", clear);
 at("message").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
