@@ -70,12 +70,15 @@ pub struct Calibrator<'a> {
     before: Option<Activations>,
 }
 
+/// Bytes of what [`Calibrator::new`] holds, and of the output Hessians: all of them may go to
+/// temporary files.
+pub fn float_bytes(decoder: &Decoder, settings: &Settings) -> u64 {
+    hessian_bytes(decoder, settings).chain(activation_bytes(decoder, settings)).sum()
+}
+
 /// Bytes of the activations of [`Calibrator::new`] that will go to temporary files: what
 /// `memory_left` does not hold once it holds the output Hessians.
 pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u64) -> usize {
-    if settings.method == Method::RoundToNearest {
-        return 0;
-    }
     let mut in_scratch = |bytes: u64| match memory_left.checked_sub(bytes) {
         Some(left) => {
             memory_left = left;
@@ -83,23 +86,34 @@ pub fn scratch_bytes(decoder: &Decoder, settings: &Settings, mut memory_left: u6
         }
         None => bytes,
     };
-    if settings.has_budget() {
-        output_hessian_sizes(decoder).for_each(|bytes| {
-            in_scratch(bytes);
-        });
-    }
+    hessian_bytes(decoder, settings).for_each(|bytes| {
+        in_scratch(bytes);
+    });
+    activation_bytes(decoder, settings).map(|bytes| in_scratch(bytes) as usize).sum()
+}
+
+/// Of each output Hessian, if there are some.
+fn hessian_bytes(decoder: &Decoder, settings: &Settings) -> impl Iterator<Item = u64> {
+    output_hessian_sizes(decoder).filter(|_| settings.has_budget())
+}
+
+/// Of the activations of all samples, in the order in which they are made.
+fn activation_bytes(decoder: &Decoder, settings: &Settings) -> impl Iterator<Item = u64> {
     let hidden = decoder.hidden_size;
     let stream = Stream::widths(decoder);
     let mut widths = stream.clone();
     if settings.follows_float() {
-        widths.extend(stream.iter().chain([&hidden]));
+        widths.extend(stream.into_iter().chain([hidden]));
     }
     widths.push(embedded_width(decoder));
     if settings.method == Method::Reference {
         widths.push(hidden);
     }
-    let bytes = |width: usize| (settings.samples * settings.context * width) as u64 * 4;
-    widths.into_iter().map(|width| in_scratch(bytes(width)) as usize).sum()
+    let tokens = match settings.method {
+        Method::RoundToNearest => 0,
+        _ => settings.samples * settings.context,
+    };
+    widths.into_iter().map(move |width| (tokens * width) as u64 * 4)
 }
 
 struct FloatStream {

@@ -42,6 +42,7 @@ mod zeros;
 
 use activations::Activations;
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
+pub use calibrator::float_bytes;
 pub use contents::{Contents, PlannedTensor, Storage};
 pub use convert::{Job, convert};
 pub use distill::distill;
@@ -51,7 +52,6 @@ pub use layer::SLAB_ROWS;
 pub use provenance::{COMMIT, DRAWN, source_metadata};
 pub use quality::{Domain, Profile, Quality, USELESS_KL, predict_quality, profile, quality_bytes};
 pub use report::{Degenerate, LayerReport, Progress, Report};
-pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};
 pub use work::Work;
 pub use work_folder::{Begin, WorkFolder, has_records};

@@ -76,11 +76,6 @@ impl OutputHessian {
     }
 }
 
-/// What the output Hessians of a model take in memory.
-pub fn output_hessian_bytes(decoder: &Decoder) -> u64 {
-    output_hessian_sizes(decoder).sum()
-}
-
 /// The bytes of each output Hessian of a model, in the order in which they are made.
 pub fn output_hessian_sizes(decoder: &Decoder) -> impl Iterator<Item = u64> {
     let layers = decoder.tensors().iter().filter(|tensor| hang_together(tensor));

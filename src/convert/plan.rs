@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, output_hessian_bytes,
+    Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, float_bytes,
 };
 use slim_formats::{
-    ModelSource, Weight,
+    ModelSource, Part, Weight,
     slim::{LayerLayout, ScaleCoding},
 };
 use slim_kernels::weight;
@@ -62,7 +62,7 @@ impl Plan {
             source_bytes: source_bytes(source)?,
             quantized_source: quantized_source(source, &contents)?,
             working_bytes: 0,
-            float_bytes: float_bytes(source, settings),
+            float_bytes: float_bytes(source.decoder(), settings),
             contents,
         };
         let working_bytes =
@@ -92,7 +92,9 @@ impl Plan {
             Method::Gptq => 1,
         };
         let weights = copies * rows * cols;
-        let is_swept = weights > 0 || !is_linear && self.settings.has_budget();
+        // Rows of what tokens say to all blocks are too wide for one.
+        let is_of_blocks = *tensor.source == *Part::BlockEmbedding.gguf_name();
+        let is_swept = weights > 0 || !is_linear && !is_of_blocks && self.settings.has_budget();
         let hessians = if is_swept { HESSIAN_COPIES * cols.pow(2) } else { 0 };
         let slab = SLAB_COPIES * rows.min(SLAB_ROWS as u64) * cols;
         rows * cols + 4 * (weights + hessians + slab)
@@ -249,21 +251,6 @@ fn source_bytes(source: &dyn ModelSource) -> Result<u64> {
             metadata.with_context(|| format!("`{}`: cannot read its size", path.display()))?.len();
     }
     Ok(total)
-}
-
-/// The residual stream, its norm, the attention outputs and the feed-forward activations of all
-/// samples, in f32; where the float model runs along, all of it again and the difference of the
-/// residual streams. And the output Hessians.
-fn float_bytes(source: &dyn ModelSource, settings: &Settings) -> u64 {
-    let (config, ffn) = (source.config(), source.decoder().widest_ffn());
-    let stream = 2 * config.hidden_size + config.head_count * config.head_dim + ffn;
-    let width = if settings.follows_float() { 2 * stream + config.hidden_size } else { stream };
-    let activations = match settings.method {
-        Method::RoundToNearest => 0,
-        _ => 4 * (settings.samples * settings.context * width) as u64,
-    };
-    let hessians = if settings.has_budget() { output_hessian_bytes(source.decoder()) } else { 0 };
-    activations + hessians
 }
 
 /// Types and bits per weight of the linear layers whose weights are quantized already.
