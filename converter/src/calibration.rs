@@ -5,12 +5,14 @@ use slim_runtime::{SplitMix64, Tokenizer};
 
 use crate::{ConvertError, Result, Settings};
 
-/// The text that is used when the caller gives none: six sevenths encyclopedia, the rest a novel,
-/// code and notes (`data/README.md`).
+/// The text that is used when the caller gives none: speeches, a dictionary of slang, novels,
+/// declarations in five more languages, code and notes (`data/README.md`).
 pub const BUILT_IN_CALIBRATION: &str = concat!(
-    include_str!("../data/wikitext-2-valid.txt"),
-    include_str!("../data/articles.txt"),
+    include_str!("../data/speeches.txt"),
+    include_str!("../data/jargon.txt"),
+    include_str!("../data/whale.txt"),
     include_str!("../data/alice.txt"),
+    include_str!("../data/declarations.txt"),
     include_str!("../data/repository.txt"),
 );
 
