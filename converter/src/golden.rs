@@ -64,6 +64,7 @@ impl Golden {
                 seed: 0,
                 steps: 0,
                 target: None,
+                split_max_bytes: None,
             },
             tensors: tensors.collect(),
         }

@@ -42,6 +42,7 @@ pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         context: 96,
         seed: 0,
         steps: 0,
+        split_max_bytes: None,
         target: None,
     }
 }

@@ -46,6 +46,7 @@ fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         seed: 0,
         steps: 0,
         target: None,
+        split_max_bytes: None,
     }
 }
 

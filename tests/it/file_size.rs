@@ -32,6 +32,7 @@ fn settings(method: Method, target: Option<Target>) -> Settings {
         context: 32,
         seed: 0,
         steps: 2,
+        split_max_bytes: None,
     }
 }
 
