@@ -374,7 +374,7 @@ mod tests {
         let mut writer = SlimWriter::create(&path, &planned(), metadata()).unwrap();
         writer.split(1 << 20, &planned()).unwrap();
         fill(&mut writer);
-        assert_eq!(writer.finish().unwrap().paths, [path.clone()]);
+        assert_eq!(writer.finish().unwrap().paths, std::slice::from_ref(&path));
         assert!(fs::read(small_file().1).unwrap() == fs::read(path).unwrap());
     }
 }
