@@ -87,6 +87,12 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["bits", "target_bpw", "reference"], value_parser = parse_size)]
     pub target_size: Option<u64>,
 
+    /// Split the file into numbered parts, NAME-00001-of-00003.gguf and so on, if it takes more
+    /// than SIZE; no tensor is cut, so a part takes more only if it holds a single one. With
+    /// --force it replaces all parts of an earlier file of this name
+    #[arg(long, value_name = "SIZE", conflicts_with = "reference", value_parser = parse_size)]
+    pub split_max_size: Option<u64>,
+
     /// Columns that share a bit-width, a multiple of 16
     #[arg(long, value_name = "COLUMNS", default_value_t = 64)]
     pub group_size: usize,

@@ -6,6 +6,7 @@ mod draw;
 mod plan;
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,7 +19,7 @@ use slim_converter::{
 };
 use slim_formats::{
     ModelConfig, ModelSource,
-    slim::{ScaleCoding, SlimFile},
+    slim::{ScaleCoding, SlimFile, parts_beside},
 };
 use slim_kernels::{
     KernelError,
@@ -35,21 +36,22 @@ use crate::{
     open::{USUAL_CONTEXT, open, read_text, resolve_context, tokenizer},
     output::{count, facts, plural, print, print_json, size, warn},
     progress::{Planned, Progress, duration},
-    target::Kind,
+    target::{Kind, TargetArgs},
 };
 
 const DEFAULT_SUB_GROUP: usize = 32;
 const DEFAULT_SCALE_BITS: usize = 4;
 const DEFAULT_STEPS: usize = 300;
 
+/// What is written.
+const MODEL: Kind = Kind::File("gguf");
 /// A model card.
 const CARD: Kind = Kind::File("md");
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
-    let kind = Kind::File("gguf");
     if !args.source.exists() && !args.dry_run {
         // Before a download that takes long.
-        args.target.check(kind, &[])?;
+        check_target(args, &[])?;
     }
     let stop = stop_when_interrupted()?;
     let path = locate(&args.source, args.quiet)?;
@@ -61,7 +63,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     inputs.extend(args.draft.iter().chain(text).cloned());
     if args.dry_run {
         // What stands in the way of the output is worth a word, not the plan.
-        if let Err(error) = args.target.check(kind, &inputs) {
+        if let Err(error) = check_target(args, &inputs) {
             warn(&error.to_string());
         }
     }
@@ -81,7 +83,8 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     if let Some(target) = args.card() {
         target.check(CARD, &inputs)?;
     }
-    let target = args.target.prepare(kind, &inputs)?;
+    check_target(args, &inputs)?;
+    let target = args.target.prepare(MODEL, &inputs)?;
     let begin = match args.target.force {
         _ if args.resume => Begin::Resume,
         true => Begin::Anew,
@@ -105,17 +108,27 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     };
     progress.finish();
     let (report, time) = (report?, start.elapsed());
-    let check = Check::of(target.path, &source, &settings, args.max_memory)?;
+    let check = Check::of(&report.paths[0], &source, &settings, args.max_memory)?;
     if let Some(page) = args.card() {
-        let text = card(target.path, &*source, plan.source_bytes, &report, &check)?;
+        let text = card(&report.paths[0], &*source, plan.source_bytes, &report, &check)?;
         page.write(CARD, &inputs, text.as_bytes())?;
     }
     if args.json {
-        print_json(report_json(&report, &check, &device, args, time))?;
+        print_json(report_json(&report, &check, &device, time))?;
     } else if !args.quiet {
-        print(&describe(&report, &check, &plan, device, args, time))?;
+        print(&describe(&report, &check, &plan, device, time))?;
     }
     Ok(())
+}
+
+/// Checks the output, and what has the name of a part that may take its place.
+fn check_target(args: &ConvertArgs, inputs: &[PathBuf]) -> Result<()> {
+    args.target.check(MODEL, inputs)?;
+    let TargetArgs { output, force } = &args.target;
+    let parts = args.split_max_size.map(|_| parts_beside(output)).unwrap_or_default();
+    parts
+        .into_iter()
+        .try_for_each(|output| TargetArgs { output, force: *force }.check(MODEL, inputs))
 }
 
 /// The settings that the arguments resolve to.
@@ -161,6 +174,7 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
         seed: args.seed,
         steps: args.steps.unwrap_or(DEFAULT_STEPS),
         draws_text: matches!(args.calibration, Some(CalibrationText::OfModel)),
+        split_max_bytes: args.split_max_size,
     };
     settings.validate()?;
     Ok(settings)
@@ -284,20 +298,14 @@ fn mean(errors: impl Iterator<Item = Option<f32>>) -> Option<f32> {
     (!errors.is_empty()).then(|| errors.iter().sum::<f32>() / errors.len() as f32)
 }
 
-fn describe(
-    report: &Report,
-    check: &Check,
-    plan: &Plan,
-    device: String,
-    args: &ConvertArgs,
-    time: Duration,
-) -> String {
+fn describe(report: &Report, check: &Check, plan: &Plan, device: String, time: Duration) -> String {
     let mut layers = plural(report.matrices(), "quantized layer");
     if report.layers.len() > report.matrices() {
         layers += &format!(", stored in {} bands", report.layers.len());
     }
+    let paths: Vec<_> = report.paths.iter().map(|path| path.display().to_string()).collect();
     let mut lines = vec![
-        ("written", args.target.output.display().to_string()),
+        ("written", paths.join("\n")),
         ("layers", layers),
         (
             "bits per weight",
@@ -315,7 +323,7 @@ fn describe(
     lines.push(("size", format!("{after}, from {before}: {ratio:.2} times smaller")));
     lines.push(("device", device));
     lines.push(("time", duration(time)));
-    let output = args.target.output.display();
+    let output = &paths[0];
     facts(&lines)
         + &format!("\ntry it:  slimllm run {output} -p \"Once upon a time\"\n")
         + &format!("look in: slimllm inspect {output} --bits\n")
@@ -335,13 +343,7 @@ fn degenerate(found: Degenerate) -> (&'static str, String) {
     ("degenerate", lines.collect::<Vec<_>>().join("\n"))
 }
 
-fn report_json(
-    report: &Report,
-    check: &Check,
-    device: &str,
-    args: &ConvertArgs,
-    time: Duration,
-) -> Json {
+fn report_json(report: &Report, check: &Check, device: &str, time: Duration) -> Json {
     let layer = |layer: &LayerReport| {
         json!({
             "name": layer.name,
@@ -353,7 +355,8 @@ fn report_json(
         })
     };
     json!({
-        "output": args.target.output.to_string_lossy(),
+        "output": report.paths[0].to_string_lossy(),
+        "files": report.paths.iter().map(|path| path.to_string_lossy()).collect::<Json>(),
         "file_bytes": report.file_bytes,
         "bits_per_weight": report.bits_per_weight,
         "device": device,

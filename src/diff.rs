@@ -98,9 +98,11 @@ impl Difference {
     }
 }
 
-/// Keys that say again what layers and tensors are, or their hashes.
+/// Keys that say again what layers and tensors are, or their hashes, or which part a file is.
 fn is_derived(key: &str) -> bool {
-    ["slim.layers.", "slim.tensors.", "slim.header."].iter().any(|start| key.starts_with(start))
+    ["slim.layers.", "slim.tensors.", "slim.header.", "slim.next.", "split."]
+        .iter()
+        .any(|start| key.starts_with(start))
 }
 
 fn differing_metadata([a, b]: &[Contents; 2]) -> Vec<(String, [Option<Value>; 2])> {

@@ -1,6 +1,6 @@
 //! How errors reach the user: the chain once, then a hint.
 
-use std::{error::Error, fmt, io};
+use std::{error::Error, fmt, io, path::Path};
 
 use slim_converter::ConvertError;
 use slim_exporter::ExportError;
@@ -51,15 +51,16 @@ pub fn is_interruption(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(ConvertError::Interrupted))
 }
 
-/// The advice of an error about a file. Of a SliM file with a broken rule, it is to look for more.
+/// The advice of an error about a file. Of a SliM file with a broken rule, it is to look for more,
+/// if the error knows no better.
 fn format_hint(error: &FormatError) -> Option<String> {
-    match error {
-        FormatError::Malformed { path, rule, .. } if !rule.is_empty() => Some(format!(
-            "`slimllm inspect --verify {}` lists what is wrong with the file",
-            path.display()
-        )),
-        _ => error.hint(),
-    }
+    let verify = |path: &Path| {
+        format!("`slimllm inspect --verify {}` lists what is wrong with the file", path.display())
+    };
+    error.hint().or_else(|| match error {
+        FormatError::Malformed { path, rule, .. } if !rule.is_empty() => Some(verify(path)),
+        _ => None,
+    })
 }
 
 fn hint(cause: &(dyn Error + 'static)) -> Option<String> {

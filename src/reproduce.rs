@@ -12,6 +12,7 @@ use slim_converter::{BUILT_IN_CALIBRATION, source_metadata};
 use slim_formats::{
     TemporaryFolder,
     gguf::{GgufFile, Metadata},
+    slim::parts_beside,
 };
 
 use self::{
@@ -103,7 +104,8 @@ fn repeat(
         bail!("`{}`: no conversion made it", args.file.display());
     };
     convert::run(&convert_args)?;
-    differences(file, &GgufFile::open(&output)?)
+    let parts = parts_beside(&output);
+    differences(file, &GgufFile::open(parts.first().unwrap_or(&output))?)
 }
 
 /// Where the source is: where the user says, on the hub that it is from, beside the file, or in the

@@ -487,7 +487,7 @@ mod tests {
         for (name, widths) in ["a", "b"].into_iter().zip(widths) {
             outline.layer(name, &layout_of(widths, settings), None);
         }
-        Ok(outline.file_bytes("".as_ref(), Metadata::new())?)
+        Ok(outline.part_bytes("".as_ref(), &Metadata::new(), None)?.iter().sum())
     }
 
     fn shared_out(first: f64, settings: &Settings) -> Vec<Vec<BitWidth>> {

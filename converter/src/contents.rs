@@ -42,6 +42,8 @@ pub struct Contents {
     by_source: HashMap<String, Range<usize>>,
     /// As large as that of the file.
     metadata: Metadata,
+    /// What a part of it may take, if it is to be split.
+    split_max_bytes: Option<u64>,
     has_bands: bool,
     /// What the user should know before the work begins.
     warnings: Vec<String>,
@@ -129,6 +131,7 @@ impl Contents {
             tensors: Vec::new(),
             by_source: HashMap::new(),
             metadata: provenance::unhashed_metadata(source, &linear, instructions)?,
+            split_max_bytes: settings.split_max_bytes,
             has_bands,
             warnings: Vec::new(),
         };
@@ -269,7 +272,23 @@ impl Contents {
         &self,
         widths: impl Fn(&str) -> Option<&'w [BitWidth]>,
     ) -> Result<u64> {
-        Ok(self.outline(widths).file_bytes(&self.path, self.metadata.clone())?)
+        Ok(self.part_bytes_with(widths)?.iter().sum())
+    }
+
+    /// Size of each part of the file at the widths of [`Storage::Layer`]; of one if it stays whole.
+    ///
+    /// # Errors
+    /// As [`Self::file_bytes`].
+    pub fn part_bytes(&self) -> Result<Vec<u64>> {
+        self.part_bytes_with(|_| None)
+    }
+
+    fn part_bytes_with<'w>(
+        &self,
+        widths: impl Fn(&str) -> Option<&'w [BitWidth]>,
+    ) -> Result<Vec<u64>> {
+        let outline = self.outline(widths);
+        Ok(outline.part_bytes(&self.path, &self.metadata, self.split_max_bytes)?)
     }
 
     /// The tensors of the file if some layers have other widths.

@@ -69,7 +69,7 @@ pub fn convert<'p>(
     let (first, target) = (&Job { settings: rounding, ..*job }, target.into());
     let report = match is_trained {
         true => quantize_and_train(job, first, metadata, resources, target, progress),
-        false => quantize(first, metadata, resources, target, progress),
+        false => quantize(first, metadata, resources, target, settings.split_max_bytes, progress),
     }?;
     work.remove();
     Ok(report)
@@ -96,19 +96,21 @@ fn quantize_and_train(
             step => progress(step),
         };
         let draft = (&draft).into();
-        let report = quantize(first, metadata, resources, draft, &mut with_training)?;
+        // Whole: what becomes of it is split.
+        let report = quantize(first, metadata, resources, draft, None, &mut with_training)?;
         (warnings, degenerate) = (report.warnings, report.degenerate);
     }
     let report = train(job, &SlimFile::open(&draft)?, target, progress)?;
     Ok(Report { warnings, degenerate, ..report })
 }
 
-/// All methods but the training; the file gets `metadata`.
+/// All methods but the training; the file gets `metadata`, and parts of at most `part_bytes`.
 fn quantize(
     job: &Job<'_>,
     metadata: Metadata,
     resources: &Resources,
     target: OutputPath<'_>,
+    part_bytes: Option<u64>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
     let Job { source, calibration, settings, work } = *job;
@@ -153,6 +155,9 @@ fn quantize(
                 budget
             }
         });
+    }
+    if let Some(most) = part_bytes {
+        output.split(most)?;
     }
     let embedding = output.vocabulary_matrix(decoder.embedding())?;
     if let Some(tensor) = decoder.outside(Part::BlockEmbedding) {
@@ -340,6 +345,13 @@ impl Visitor for Output<'_> {
 const NAMED_EXPERTS: usize = 8;
 
 impl Output<'_> {
+    /// Splits the file into parts, now that the widths of all layers are known.
+    fn split(&mut self, most: u64) -> Result<()> {
+        let widths = self.budget.as_ref().map(|budget| &budget.widths);
+        let exact = self.contents.outline(|name| Some(widths?.get(name)?.as_slice()));
+        Ok(self.writer.split(most, &exact)?)
+    }
+
     /// Names the experts that the calibration text says little of.
     fn warn_of_seldom_experts(&mut self) {
         let seldom = std::mem::take(&mut self.seldom_experts);
@@ -629,7 +641,7 @@ impl Output<'_> {
 
     fn finish(self) -> Result<Report> {
         let written = self.writer.finish()?;
-        let report = Report::new(self.layers, &[], written.bytes, self.warnings);
+        let report = Report::new(self.layers, &[], written, self.warnings);
         Ok(Report { degenerate: Some(self.degenerate), ..report })
     }
 }

@@ -10,7 +10,7 @@ use std::ops::Range;
 use slim_formats::{
     DType, FormatError, ModelSource, OutputPath, Weight,
     gguf::Metadata,
-    slim::{LayerInfo, Outline, SlimFile, SlimWriter},
+    slim::{LayerInfo, Outline, SlimFile, SlimWriter, WrittenFile},
 };
 use slim_kernels::{instruction_path, linalg::Precision};
 
@@ -19,7 +19,7 @@ use crate::{
     ConvertError, Job, LayerReport, Method, Progress, Report, Result, Settings, Work,
     backward::{Backward, Loss},
     calibration::Windows,
-    provenance::{self, INSTRUCTIONS, STEPS},
+    provenance::{self, INSTRUCTIONS, SPLIT, STEPS},
     work,
 };
 
@@ -115,8 +115,8 @@ pub fn train(
             work.go_on()?;
         }
     }
-    let file_bytes = write(draft, &student, settings.steps, target)?;
-    report(draft, file_bytes)
+    let written = write(draft, &student, settings, target)?;
+    report(draft, written)
 }
 
 /// Tokens that a step trains on.
@@ -147,17 +147,20 @@ fn train_on(
     student.step(sequences, &mut Loss::Divergence(&mut logits), rate as f32, step)
 }
 
-/// Writes `file` with what `student` has of it after `steps` more steps; gives the size.
+/// Writes `file` with what `student` has of it after the steps of `settings`.
 fn write(
     file: &SlimFile,
     student: &Student<'_>,
-    steps: usize,
+    settings: &Settings,
     target: OutputPath<'_>,
-) -> Result<u64, FormatError> {
-    let (outline, metadata) = (trained_outline(file, student)?, trained_metadata(file, steps)?);
-    let file_bytes = outline.file_bytes(target.path, metadata.clone())?;
+) -> Result<WrittenFile, FormatError> {
+    let (outline, metadata) = (trained_outline(file, student)?, trained_metadata(file, settings)?);
+    let bytes = outline.part_bytes(target.path, &metadata, None)?.iter().sum();
     let mut writer = SlimWriter::create(target, &outline, metadata)?;
-    writer.reserve(file_bytes)?;
+    writer.reserve(bytes)?;
+    if let Some(most) = settings.split_max_bytes {
+        writer.split(most, &outline)?;
+    }
     for info in file.gguf().tensors() {
         // Parts of layers are no tensors of the model; the first one stands for its layer.
         if let Some(Weight::Dense(tensor)) = file.tensor(&info.name)? {
@@ -177,7 +180,7 @@ fn write(
             }
         }
     }
-    Ok(writer.finish()?.bytes)
+    writer.finish()
 }
 
 /// The tensors of `file` once it is trained: those that it has, norms as F32.
@@ -197,11 +200,11 @@ fn trained_outline(file: &SlimFile, student: &Student<'_>) -> Result<Outline, Fo
     Ok(outline)
 }
 
-/// The metadata of `file` after `steps` more steps.
-fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatError> {
+/// The metadata of `file` after the steps of `settings`.
+fn trained_metadata(file: &SlimFile, settings: &Settings) -> Result<Metadata, FormatError> {
     const METHOD: &str = "slim.quantization.method";
     let before = file.given_metadata();
-    let steps = before.u64(STEPS).unwrap_or(0) + steps as u64;
+    let steps = before.u64(STEPS).unwrap_or(0) + settings.steps as u64;
     let ours = instruction_path();
     let instructions = match before.str(INSTRUCTIONS) {
         // A device may have taken part in what was done on this processor.
@@ -210,19 +213,22 @@ fn trained_metadata(file: &SlimFile, steps: usize) -> Result<Metadata, FormatErr
         None => ours,
     };
     let mut metadata = Metadata::new();
-    let replaced = [METHOD, STEPS, INSTRUCTIONS];
+    let replaced = [METHOD, STEPS, INSTRUCTIONS, SPLIT];
     for (key, value) in before.iter().filter(|(key, _)| !replaced.contains(key)) {
         metadata.insert(key, value.clone())?;
     }
     metadata.insert(INSTRUCTIONS, instructions)?;
     metadata.insert(METHOD, Method::SlimPlus.name())?;
     metadata.insert(STEPS, u32::try_from(steps).unwrap_or(u32::MAX))?;
+    if let Some(most) = settings.split_max_bytes {
+        metadata.insert(SPLIT, most)?;
+    }
     Ok(metadata)
 }
 
 /// What is told about `file` once it is trained. The errors of its layers were those of the codes
 /// before.
-fn report(file: &SlimFile, file_bytes: u64) -> Result<Report> {
+fn report(file: &SlimFile, written: WrittenFile) -> Result<Report> {
     let layer = |info: &LayerInfo| LayerReport::new(&info.name, &info.layout, None);
     let layers = file.layers().iter().map(layer).collect();
     // Files of other writers, and our older ones, may have linear layers of 16 bits.
@@ -234,5 +240,5 @@ fn report(file: &SlimFile, file_bytes: u64) -> Result<Report> {
             dense.push(tensor);
         }
     }
-    Ok(Report::new(layers, &dense, file_bytes, Vec::new()))
+    Ok(Report::new(layers, &dense, written, Vec::new()))
 }

@@ -65,6 +65,7 @@ impl Golden {
                 steps: 0,
                 draws_text: false,
                 target: None,
+                split_max_bytes: None,
             },
             tensors: tensors.collect(),
         }

@@ -19,6 +19,9 @@ pub(crate) const STEPS: &str = "slim.quantization.steps";
 /// Of files whose calibration text was drawn from the model.
 pub const DRAWN: &str = "slim.calibration.drawn";
 
+/// What a part of the file may take.
+pub(crate) const SPLIT: &str = "slim.quantization.split_max_bytes";
+
 /// What decided how sums were rounded; not of methods that sum nothing up.
 pub(crate) const INSTRUCTIONS: &str = "slim.quantization.instructions";
 
@@ -73,6 +76,9 @@ fn with_hashes(
         Some(Target::FileBytes(bytes)) => {
             metadata.insert("slim.quantization.target_file_bytes", bytes)?;
         }
+    }
+    if let Some(most) = settings.split_max_bytes {
+        metadata.insert(SPLIT, most)?;
     }
     metadata.insert("slim.quantization.group_size", settings.group_size as u32)?;
     metadata.insert("slim.quantization.scales", settings.coding.name())?;

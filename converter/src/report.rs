@@ -1,8 +1,10 @@
 //! What a conversion tells its caller.
 
+use std::path::PathBuf;
+
 use slim_formats::{
     DenseTensor,
-    slim::{LayerLayout, matrix_of},
+    slim::{LayerLayout, WrittenFile, matrix_of},
 };
 
 use crate::Work;
@@ -85,7 +87,9 @@ pub struct Degenerate {
 pub struct Report {
     /// The linear layers, then embedding and output, in file order.
     pub layers: Vec<LayerReport>,
-    /// Size of the file.
+    /// Where the file is: one path, or those of its parts.
+    pub paths: Vec<PathBuf>,
+    /// Size of the file, of all parts.
     pub file_bytes: u64,
     /// Bits per weight of the linear layers of the blocks, everything counted.
     pub bits_per_weight: f64,
@@ -113,9 +117,10 @@ impl Report {
     pub(crate) fn new(
         layers: Vec<LayerReport>,
         dense: &[DenseTensor<'_>],
-        file_bytes: u64,
+        written: WrittenFile,
         warnings: Vec<String>,
     ) -> Self {
+        let WrittenFile { paths, bytes: file_bytes } = written;
         let quantized = layers.iter().filter(|layer| layer.name.starts_with("blk."));
         let quantized = quantized.map(|layer| (layer.stored_bits, layer.rows * layer.cols));
         let dense = dense.iter().map(|dense| (8 * dense.stored_bytes(), dense.rows * dense.cols));
@@ -123,7 +128,7 @@ impl Report {
             .chain(dense)
             .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w as u64));
         let bits_per_weight = bits as f64 / weights.max(1) as f64;
-        Self { layers, file_bytes, bits_per_weight, warnings, degenerate: None }
+        Self { layers, paths, file_bytes, bits_per_weight, warnings, degenerate: None }
     }
 
     /// How many matrices the layers are, those in bands counted once.

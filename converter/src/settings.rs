@@ -71,6 +71,9 @@ pub struct Settings {
     pub steps: usize,
     /// Whether the calibration text is drawn from the model.
     pub draws_text: bool,
+    /// Bytes that a part of the file may take, if it is to be split into parts where it takes more;
+    /// not for [`Method::Reference`], which finds its widths as it goes.
+    pub split_max_bytes: Option<u64>,
 }
 
 impl Settings {
@@ -134,6 +137,8 @@ impl Settings {
             check(fits, "scales of method `reference`", "`two-level`".into(), "`paper`")?;
             let fits = (2..=7).contains(&bits);
             check(fits, "bits of method `reference`", bits.to_string(), "2 to 7")?;
+            let fits = self.split_max_bytes.is_none();
+            check(fits, "parts of method `reference`", "a size".into(), "one file")?;
         }
         Ok(())
     }

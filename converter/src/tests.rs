@@ -43,6 +43,7 @@ pub fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         seed: 0,
         steps: 0,
         draws_text: false,
+        split_max_bytes: None,
         target: None,
     }
 }

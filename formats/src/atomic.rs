@@ -1,7 +1,7 @@
 //! Files that appear whole or not at all.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
@@ -11,7 +11,7 @@ use tempfile::{NamedTempFile, PersistError};
 use crate::{
     FormatError, Result,
     disk::{self, free_bytes},
-    temporary::{Listed, folder_of},
+    temporary::{Listed, folder_of, renamed},
 };
 
 /// Where an output goes.
@@ -95,9 +95,29 @@ impl AtomicFile {
     /// Brings the bytes to the disk and gives the file its name.
     ///
     /// # Errors
-    /// `Io` if the bytes cannot be written or the file cannot be renamed, `Exists` if something has
-    /// taken the name meanwhile that is not to be replaced; the temporary file is removed.
-    pub fn commit(mut self) -> Result<()> {
+    /// As [`Self::commit_all`].
+    pub fn commit(self) -> Result<()> {
+        Self::commit_all([self])
+    }
+
+    /// Brings the bytes of files that belong together to the disk, and gives them their names. The
+    /// first one gets its name last: where it is, all are.
+    ///
+    /// # Errors
+    /// `Io` if bytes cannot be written or a file cannot be renamed, `Exists` if something has taken
+    /// a name meanwhile that is not to be replaced; all of the files are removed.
+    pub fn commit_all(files: impl IntoIterator<Item = Self>) -> Result<()> {
+        let (mut finished, mut listed) = (Vec::new(), Vec::new());
+        for file in files {
+            let (file, temporary) = file.finish()?;
+            finished.push(file);
+            listed.push(temporary);
+        }
+        renamed(listed, || name_all(finished))
+    }
+
+    /// Brings the bytes to the disk.
+    fn finish(mut self) -> Result<(Finished, Listed)> {
         let flushed = self.flush();
         let Self { path, replaces, writer, listed, end, .. } = self;
         let failed = |error| FormatError::io(&path, "write the file", error);
@@ -106,11 +126,7 @@ impl AtomicFile {
         // What was reserved and not needed is given back.
         let written = file.as_file().set_len(end).and_then(|()| file.as_file().sync_all());
         written.map_err(failed)?;
-        listed.renamed(|| persist(file, &path, replaces))?;
-        // Makes the new name survive a power cut, where the system can do that; the file is whole
-        // either way.
-        let _ = File::open(folder_of(&path)).and_then(|folder| folder.sync_all());
-        Ok(())
+        Ok((Finished { path, replaces, file }, listed))
     }
 
     /// An error of writing, with figures if the disk is full.
@@ -126,6 +142,33 @@ impl AtomicFile {
         };
         io::Error::new(ErrorKind::StorageFull, error)
     }
+}
+
+/// A file on the disk that lacks its name.
+struct Finished {
+    path: PathBuf,
+    replaces: bool,
+    file: NamedTempFile,
+}
+
+/// Gives files their names, the first one last; none if one cannot have its name.
+fn name_all(files: Vec<Finished>) -> Result<()> {
+    for Finished { path, replaces, .. } in &files {
+        check_replaceable(path, *replaces)?;
+    }
+    let mut named: Vec<PathBuf> = Vec::new();
+    for Finished { path, replaces, file } in files.into_iter().rev() {
+        if let Err(error) = persist(file, &path, replaces) {
+            // Files without the first of them are of no use.
+            named.iter().for_each(|path| drop(fs::remove_file(path)));
+            return Err(error);
+        }
+        // Makes the new name survive a power cut, where the system can do that; the file is whole
+        // either way.
+        let _ = File::open(folder_of(&path)).and_then(|folder| folder.sync_all());
+        named.push(path);
+    }
+    Ok(())
 }
 
 /// Checks that nothing has the name `path`, or something that may be replaced.
@@ -220,6 +263,22 @@ mod tests {
         assert!(matches!(file.commit(), Err(FormatError::Exists { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
         assert_eq!(names_in(folder.path()), ["out"]);
+    }
+
+    #[test]
+    fn files_that_belong_together_get_their_names_or_none_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = || {
+            let path = |name: &str| folder.path().join(name);
+            ["1", "2", "3"].map(|name| AtomicFile::create(&path(name)).unwrap())
+        };
+        let taken = files();
+        std::fs::write(folder.path().join("2"), "theirs").unwrap();
+        assert!(matches!(AtomicFile::commit_all(taken), Err(FormatError::Exists { .. })));
+        assert_eq!(names_in(folder.path()), ["2"]);
+        std::fs::remove_file(folder.path().join("2")).unwrap();
+        AtomicFile::commit_all(files()).unwrap();
+        assert_eq!(names_in(folder.path()).len(), 3);
     }
 
     #[cfg(unix)]

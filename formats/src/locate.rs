@@ -222,6 +222,11 @@ impl<'a> NumberedFile<'a> {
         is_one.then_some(Self { stem, extension, number, count })
     }
 
+    /// The first of `count` files.
+    pub(crate) fn first(stem: &'a str, extension: &'a str, count: usize) -> Self {
+        Self { stem, extension, number: 1, count }
+    }
+
     /// What the names of all files begin with.
     pub fn stem(&self) -> &'a str {
         self.stem

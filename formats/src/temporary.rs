@@ -64,12 +64,16 @@ impl Listed {
         let _ = file.as_file().try_lock();
         Ok((file, listed))
     }
+}
 
-    /// Calls `rename`, which gives the file or folder its name, while nothing is removed.
-    pub(crate) fn renamed<T>(self, rename: impl FnOnce() -> T) -> T {
+/// Calls `rename`, which gives what is `listed` other names, while nothing is removed.
+pub(crate) fn renamed<L, T>(listed: L, rename: impl FnOnce() -> T) -> T {
+    let answer = {
         let _list = list();
         rename()
-    }
+    };
+    drop(listed);
+    answer
 }
 
 impl Drop for Listed {
@@ -120,7 +124,7 @@ impl TemporaryFolder {
             let _ = folder.keep();
             Ok(())
         };
-        listed.renamed(rename).map_err(|error| FormatError::io(path, "write the folder", error))
+        renamed(listed, rename).map_err(|error| FormatError::io(path, "write the folder", error))
     }
 }
 

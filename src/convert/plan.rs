@@ -38,8 +38,8 @@ pub struct Plan {
     /// Blocks of the model.
     pub blocks: usize,
     contents: Contents,
-    /// Size of the file, with a target of the smallest one.
-    file_bytes: u64,
+    /// Size of each part of the file, with a target of the smallest one.
+    part_bytes: Vec<u64>,
     /// Size of the source's files.
     pub source_bytes: u64,
     /// Types of the linear layers whose weights the source has quantized already, and bits per
@@ -58,7 +58,7 @@ impl Plan {
         let mut plan = Self {
             settings: settings.clone(),
             blocks: source.config().block_count,
-            file_bytes: contents.file_bytes()?,
+            part_bytes: contents.part_bytes()?,
             source_bytes: source_bytes(source)?,
             quantized_source: quantized_source(source, &contents)?,
             working_bytes: 0,
@@ -112,7 +112,8 @@ impl Plan {
     /// Size of the file and bits per weight of its linear layers. With a target one of them is the
     /// target, and the other what it leads to, about.
     fn size_and_bits(&self) -> (u64, f64) {
-        let (least_bytes, least_bits) = (self.file_bytes, self.contents.bits_per_weight());
+        let least_bytes = self.part_bytes.iter().sum();
+        let least_bits = self.contents.bits_per_weight();
         let weights = match self.settings.embed_bits {
             Some(_) => self.contents.linear_weights(),
             None => self.contents.layers().map(|(_, l)| (l.rows() * l.cols()) as u64).sum(),
@@ -128,6 +129,14 @@ impl Plan {
         // No group has more than 8 bits per code.
         let bits = bits.min(least_bits + 7.0);
         (least_bytes + ((bits - least_bits) * weights / 8.0).round() as u64, bits)
+    }
+
+    /// Files that it will be in; where widths differ, as if a part could be filled up.
+    fn parts(&self) -> usize {
+        match self.settings.split_max_bytes {
+            Some(most) if !self.has_even_widths() => self.size_and_bits().0.div_ceil(most) as usize,
+            _ => self.part_bytes.len(),
+        }
     }
 
     /// Sentences about tensors that will not be stored as the settings ask.
@@ -205,6 +214,10 @@ impl Plan {
             Some(Target::BitsPerWeight(_)) | None => about,
         };
         lines.push(("size", format!("{about}{after}, from {before}")));
+        if let Some(most) = self.settings.split_max_bytes {
+            let parts = plural(self.parts(), "part");
+            lines.push(("parts", format!("{about}{parts} of at most {}", size(most))));
+        }
         lines.push(("memory", format!("about {memory}, of which {} is granted", size(max_memory))));
         facts(&lines) + "\nnothing was written\n"
     }
@@ -236,6 +249,7 @@ impl Plan {
             "embed_bits": self.settings.embed_bits,
             "bits_per_weight": bits_per_weight,
             "file_bytes": file_bytes,
+            "parts": self.parts(),
             "is_exact": self.has_even_widths(),
             "memory_bytes": self.working_bytes + self.float_bytes,
             "layers": self.contents.layers().map(layer).collect::<Json>(),

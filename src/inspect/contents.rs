@@ -177,12 +177,21 @@ impl Contents {
         Ok(Self {
             format: "slim",
             architecture: gguf.metadata().str("general.architecture").map(str::to_owned),
-            file_bytes: gguf.file_bytes().len() as u64,
+            file_bytes: gguf.total_bytes(),
             tensors: gguf.tensors().iter().map(Tensor::of_gguf).collect(),
             weights,
             metadata: gguf.metadata().clone(),
             opened: Opened::Slim(Box::new(file)),
         })
+    }
+
+    /// How many parts a GGUF or SliM file is in.
+    pub fn parts(&self) -> usize {
+        match &self.opened {
+            Opened::Slim(file) => file.gguf().parts().count(),
+            Opened::Gguf(file) => file.parts().count(),
+            Opened::Safetensors(_) | Opened::Model(_) => 1,
+        }
     }
 
     /// The layer table of a SliM file, empty for others.

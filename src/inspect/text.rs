@@ -37,7 +37,11 @@ pub fn summary_facts(contents: &Contents) -> Vec<(&'static str, String)> {
         lines.push(("name", one_line(name).into_owned()));
     }
     let (bytes, parameters) = (contents.file_bytes, contents.parameters());
-    lines.push(("size", format!("{} ({} bytes)", size(bytes), count(bytes))));
+    let in_parts = match contents.parts() {
+        1 => String::new(),
+        parts => format!(" in {parts} parts"),
+    };
+    lines.push(("size", format!("{} ({} bytes){in_parts}", size(bytes), count(bytes))));
     lines.push(("tensors", count(contents.tensors.len() as u64)));
     lines.push(("parameters", count(parameters)));
     if let Some(bits) = bits_per_weight(contents.linear_layers()) {

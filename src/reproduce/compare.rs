@@ -8,7 +8,7 @@ const NAMED: usize = 4;
 
 /// A sentence for each thing in which `repeated` is not `file`; none if they have the same bytes.
 pub fn differences(file: &GgufFile, repeated: &GgufFile) -> Result<Vec<String>> {
-    if file.file_bytes() == repeated.file_bytes() {
+    if file.parts().map(|part| part.bytes()).eq(repeated.parts().map(|part| part.bytes())) {
         return Ok(Vec::new());
     }
     let mut found = Vec::new();

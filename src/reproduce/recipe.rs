@@ -13,6 +13,9 @@ use slim_kernels::instruction_path;
 
 use crate::{failure::advised, inspect::metadata_json, output::sha256};
 
+/// What a part of a file may take, of files that are split where they take more.
+const SPLIT: &str = "slim.quantization.split_max_bytes";
+
 /// What a file says of how it was made.
 pub struct Recipe {
     /// The file.
@@ -74,8 +77,12 @@ impl Recipe {
 
     /// The command that writes a file of the same name.
     pub fn command(&self, source: Option<&Path>, calibration: Option<&Path>) -> Vec<String> {
-        let name = self.path.file_name().unwrap_or_default();
-        self.command_to(source, calibration, Path::new(name))
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let whole = match NumberedFile::of(&name) {
+            Some(part) if self.metadata.contains(SPLIT) => format!("{}.gguf", part.stem()),
+            _ => name.into_owned(),
+        };
+        self.command_to(source, calibration, Path::new(&whole))
     }
 
     /// The command that writes `output`; names stand for a source and a text that were not found.
@@ -101,6 +108,7 @@ impl Recipe {
         add("--bits", of("quantization.bits"));
         add("--target-bpw", of("quantization.target_bits_per_weight"));
         add("--target-size", of("quantization.target_file_bytes"));
+        add("--split-max-size", of("quantization.split_max_bytes"));
         add("--group-size", of("quantization.group_size"));
         if !is_reference {
             let scales = of("quantization.scales");

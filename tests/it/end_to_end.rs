@@ -47,6 +47,7 @@ fn settings(bits: u8, coding: ScaleCoding, method: Method) -> Settings {
         steps: 0,
         draws_text: false,
         target: None,
+        split_max_bytes: None,
     }
 }
 

@@ -33,6 +33,7 @@ fn settings(method: Method, target: Option<Target>) -> Settings {
         seed: 0,
         steps: 2,
         draws_text: false,
+        split_max_bytes: None,
     }
 }
 

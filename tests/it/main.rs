@@ -19,6 +19,7 @@ mod numbers; // held on their way into files, or named
 mod onnx_runtime; // ONNX graphs in ONNX Runtime against our own run
 mod output_safety; // what is never overwritten, and what an early end leaves
 mod pages; // looking into a file, and at what differs
+mod parts; // SliM files in several files
 mod quality; // what a conversion says of its result
 mod real_model; // a real model, where there is one
 mod reports; // what commands say of their results

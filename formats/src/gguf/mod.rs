@@ -9,14 +9,14 @@
 
 mod model;
 mod reader;
-mod split;
+pub(crate) mod split;
 #[cfg(test)]
 mod tests;
 mod value;
 mod writer;
 
 pub use model::GgufModel;
-pub use reader::{GgufFile, GgufHeader, TensorInfo};
+pub use reader::{GgufFile, GgufHeader, GgufPart, TensorInfo};
 pub use value::{Array, Metadata, Value};
 pub use writer::{HeaderWriter, NewTensor};
 

@@ -42,6 +42,13 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    /// Where its bytes lie in its file.
+    pub(crate) fn range(&self) -> Range<usize> {
+        // `place_tensors` has checked that the range lies in the file.
+        let first = self.offset as usize;
+        first..first + self.bytes as usize
+    }
+
     /// The dimensions of a matrix; a vector has one row. `path` is for messages.
     ///
     /// # Errors
@@ -166,6 +173,43 @@ pub struct GgufFile {
     /// All files of the model.
     maps: Vec<MappedFile>,
     header: GgufHeader,
+    /// The headers of the files behind the first, whose tensors are in `header`.
+    others: Vec<GgufHeader>,
+}
+
+/// One of the files of a model.
+#[derive(Debug, Clone, Copy)]
+pub struct GgufPart<'f> {
+    map: &'f MappedFile,
+    header: &'f GgufHeader,
+    tensors: &'f [TensorInfo],
+}
+
+impl<'f> GgufPart<'f> {
+    /// Where it is.
+    pub fn path(&self) -> &'f Path {
+        self.map.path()
+    }
+
+    /// The whole file.
+    pub fn bytes(&self) -> &'f [u8] {
+        self.map
+    }
+
+    /// What its own header says, but for the tensors.
+    pub fn header(&self) -> &'f GgufHeader {
+        self.header
+    }
+
+    /// The bytes from the start of the file to the end of its tensor entries, without padding.
+    pub fn header_bytes(&self) -> &'f [u8] {
+        &self.bytes()[..self.header.header_bytes]
+    }
+
+    /// The tensors that lie in it, in the order of its header.
+    pub fn tensors(&self) -> &'f [TensorInfo] {
+        self.tensors
+    }
 }
 
 impl GgufFile {
@@ -185,23 +229,23 @@ impl GgufFile {
     pub fn open_with(path: &Path, limits: &Limits) -> Result<Self> {
         let (map, header) = open_part(path, limits)?;
         if part_count(&header) == 1 {
-            return Ok(Self { path: path.to_owned(), maps: vec![map], header });
+            let (path, maps) = (path.to_owned(), vec![map]);
+            return Ok(Self { path, maps, header, others: Vec::new() });
         }
         let mut parts = split::parts(path, (map, header), limits)?.into_iter();
         let (first, mut header) = parts.next().expect("a split model has files");
-        let mut maps = vec![first];
-        for (map, other) in parts {
-            let part = maps.len();
-            header
-                .tensors
-                .extend(other.tensors.into_iter().map(|info| TensorInfo { part, ..info }));
+        let (mut maps, mut others) = (vec![first], Vec::new());
+        for (map, mut other) in parts {
+            let (part, tensors) = (maps.len(), std::mem::take(&mut other.tensors));
+            header.tensors.extend(tensors.into_iter().map(|info| TensorInfo { part, ..info }));
             maps.push(map);
+            others.push(other);
         }
         let count = header.tensors.len() as u64;
         limits::check(path, "the number of tensors", count, limits.tensor_count)?;
         header.by_name = sort_by_name(path, &header.tensors)?;
         split::check_tensor_count(path, &header)?;
-        Ok(Self { path: path.to_owned(), maps, header })
+        Ok(Self { path: path.to_owned(), maps, header, others })
     }
 
     /// The path that was opened.
@@ -214,9 +258,13 @@ impl GgufFile {
         self.maps.iter().map(|map| map.path().to_owned()).collect()
     }
 
-    /// The bytes of each file.
-    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        self.maps.iter().map(|map| &map[..])
+    /// Each of them.
+    pub fn parts(&self) -> impl Iterator<Item = GgufPart<'_>> {
+        let headers = std::iter::once(&self.header).chain(&self.others);
+        self.maps.iter().zip(headers).enumerate().map(|(part, (map, header))| {
+            let place = |part| self.tensors().partition_point(|info| info.part < part);
+            GgufPart { map, header, tensors: &self.tensors()[place(part)..place(part + 1)] }
+        })
     }
 
     /// The bytes of a tensor of this file.
@@ -224,25 +272,12 @@ impl GgufFile {
     /// # Panics
     /// If `tensor` was taken from another file and does not fit this one.
     pub fn bytes_of(&self, tensor: &TensorInfo) -> &[u8] {
-        &self.maps[tensor.part][self.range_of(tensor)]
+        &self.maps[tensor.part][tensor.range()]
     }
 
-    /// Where they lie in their file.
-    pub(crate) fn range_of(&self, tensor: &TensorInfo) -> Range<usize> {
-        // `place_tensors` has checked that the range lies in the file.
-        let first = tensor.offset as usize;
-        first..first + tensor.bytes as usize
-    }
-
-    /// The bytes from the start of the (first) file to the end of its tensor entries, without
-    /// padding.
-    pub fn header_bytes(&self) -> &[u8] {
-        &self.file_bytes()[..self.header.header_bytes]
-    }
-
-    /// The whole (first) file.
-    pub fn file_bytes(&self) -> &[u8] {
-        &self.maps[0]
+    /// Bytes of a file.
+    pub(crate) fn bytes_at(&self, part: usize, range: Range<usize>) -> &[u8] {
+        &self.maps[part][range]
     }
 
     /// Size of all files.

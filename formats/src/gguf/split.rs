@@ -3,18 +3,40 @@
 
 use std::path::Path;
 
-use super::{GgufHeader, reader::open_part};
+use super::{GgufHeader, Metadata, Value, reader::open_part};
 use crate::{
     FormatError, Limits, MappedFile, Result,
     locate::{NumberedFile, list},
 };
 
+/// What the keys begin with.
+pub(crate) const PREFIX: &str = "split.";
 /// The number of the file, counted from 0.
 const NUMBER: &str = "split.no";
 /// How many files there are.
 const COUNT: &str = "split.count";
 /// How many tensors are in all files.
-const TENSOR_COUNT: &str = "split.tensors.count";
+pub(crate) const TENSOR_COUNT: &str = "split.tensors.count";
+
+/// Says in the metadata of file `number`, counted from 0, that it is one of `count` with `tensors`
+/// tensors in all, in the types that llama.cpp asks for.
+///
+/// # Errors
+/// `Malformed` if the metadata says it already.
+///
+/// # Panics
+/// If there are more files or tensors than those types can count.
+pub(crate) fn describe(
+    metadata: &mut Metadata,
+    number: usize,
+    count: usize,
+    tensors: usize,
+) -> Result<()> {
+    let small = |number: usize| Value::U16(number.try_into().expect("files are few"));
+    metadata.insert(NUMBER, small(number))?;
+    metadata.insert(COUNT, small(count))?;
+    metadata.insert(TENSOR_COUNT, Value::I32(tensors.try_into().expect("tensors are few")))
+}
 
 /// How many files a model is in, by the header of one.
 pub(super) fn part_count(header: &GgufHeader) -> u64 {

@@ -108,7 +108,7 @@ impl HeaderWriter {
     }
 
     /// The header without that padding, as
-    /// [`GgufFile::header_bytes`](super::GgufFile::header_bytes) gives it.
+    /// [`GgufPart::header_bytes`](super::GgufPart::header_bytes) gives it.
     pub fn unpadded(&self) -> &[u8] {
         &self.bytes[..self.unpadded_bytes]
     }

@@ -294,7 +294,7 @@ mod tests {
         let file = file.unwrap();
         let valid = std::fs::read(file.path()).unwrap();
         let damaged = folder.path().join("damaged");
-        for position in 0..file.gguf().header_bytes().len() {
+        for position in 0..file.gguf().parts().next().unwrap().header_bytes().len() {
             let mut bytes = valid.clone();
             bytes[position] ^= 1 << (position % 8);
             std::fs::write(&damaged, &bytes).unwrap();

@@ -13,12 +13,12 @@ use super::{
     bands::{Bands, matrix_of, read_bands},
     group::{BitWidth, Group, LayerLayout, ScaleCoding},
     layout::{PackedTensor, TILE_ROWS, UNIT_COLS},
-    verify,
+    parts, verify,
 };
 use crate::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, Part, Result,
     TokenizerSource, Weight,
-    gguf::{ALIGNMENT_KEY, Array, GgufFile, Metadata, TensorInfo, Value},
+    gguf::{ALIGNMENT_KEY, Array, GgufFile, GgufPart, Metadata, TensorInfo, Value, split},
     vocabulary_faults,
 };
 
@@ -26,8 +26,10 @@ use crate::{
 pub(super) const FIRST_VERSION: u32 = 1;
 /// The first version whose layers may have padding columns (F21).
 const PADDING_VERSION: u32 = 2;
-/// The first version that has the trellis, and the last one that this program knows.
+/// The first version that has the trellis.
 const TRELLIS_VERSION: u32 = 3;
+/// The first version that has parts (F27), and the last one that this program knows.
+pub(super) const PARTS_VERSION: u32 = 4;
 
 /// The first version that has such a layer.
 pub(super) fn version_for(layout: &LayerLayout) -> u32 {
@@ -59,6 +61,7 @@ pub(super) mod keys {
     pub const VERSION: &str = "slim.format.version";
     pub const TENSOR_HASHES: &str = "slim.tensors.xxh3";
     pub const HEADER_HASH: &str = "slim.header.xxh3";
+    pub const NEXT_HASH: &str = "slim.next.xxh3";
 
     /// A column of the layer table.
     pub fn layers(column: &str) -> String {
@@ -80,8 +83,8 @@ pub struct SlimFile {
     layers: Vec<LayerInfo>,
     /// Where layers stand in the table, by the names of single ones and of matrices in bands.
     places: HashMap<String, Range<usize>>,
-    /// Codes, scales and row scales of each layer in bytes of the file.
-    stored: Vec<[Range<usize>; 3]>,
+    /// Codes, scales and row scales of each layer: which part of the file, and where in it.
+    stored: Vec<[(usize, Range<usize>); 3]>,
     /// The names of the tensors that layers are made of.
     parts: HashSet<String>,
 }
@@ -135,24 +138,14 @@ impl SlimFile {
             let place = format!("key `{}`", keys::VERSION);
             FormatError::malformed(path, place, "F2", "no number", "the version of the format")
         })?;
-        if !(u64::from(FIRST_VERSION)..=u64::from(TRELLIS_VERSION)).contains(&version) {
+        if !(u64::from(FIRST_VERSION)..=u64::from(PARTS_VERSION)).contains(&version) {
             let what = format!(
-                "SliM format version {version} (this program reads {FIRST_VERSION} to {TRELLIS_VERSION})"
+                "SliM format version {version} (this program reads {FIRST_VERSION} to {PARTS_VERSION})"
             );
             return Err(FormatError::unsupported(path, what, "update slimllm"));
         }
-        if gguf.parts().count() > 1 {
-            let hint = "merge the parts with `llama-gguf-split --merge FIRST-PART OUT`";
-            return Err(FormatError::unsupported(path, "a SliM file in several parts", hint));
-        }
-        if gguf.version() != GGUF_VERSION {
-            let (found, expected) = (gguf.version(), GGUF_VERSION.to_string());
-            return Err(FormatError::malformed(path, "the GGUF version", "F1", found, expected));
-        }
-        if gguf.alignment() != u64::from(ALIGNMENT) {
-            let (found, expected) = (gguf.alignment(), ALIGNMENT.to_string());
-            return Err(FormatError::malformed(path, "general.alignment", "F1", found, expected));
-        }
+        gguf.parts().try_for_each(check_container)?;
+        parts::check(&gguf, version)?;
         let layers = read_layers(&gguf)?;
         check_version(path, version, &layers)?;
         let parts = part_names(&layers);
@@ -162,7 +155,7 @@ impl SlimFile {
         let stored = layers.iter().map(|layer| {
             ["codes", "scales", "row_scales"].map(|part| {
                 let info = gguf.tensor(&part_name(&layer.name, part));
-                info.map_or(0..0, |info| gguf.range_of(info))
+                info.map_or((0, 0..0), |info| (info.part, info.range()))
             })
         });
         let stored = stored.collect();
@@ -186,12 +179,16 @@ impl SlimFile {
         &self.gguf
     }
 
-    /// The metadata that the writer was given: all but what it adds itself (F1, F2, F5, F18, F19).
+    /// The metadata that the writer was given: all but what it adds itself (F1, F2, F5, F18, F19,
+    /// F27).
     pub fn given_metadata(&self) -> Metadata {
-        let added = [keys::VERSION, keys::TENSOR_HASHES, keys::HEADER_HASH, ALIGNMENT_KEY];
-        let columns = keys::layers("");
-        let entries = self.gguf.metadata().iter();
-        let given = entries.filter(|(key, _)| !added.contains(key) && !key.starts_with(&columns));
+        let added =
+            [keys::VERSION, keys::TENSOR_HASHES, keys::HEADER_HASH, keys::NEXT_HASH, ALIGNMENT_KEY];
+        let prefixes = [&*keys::layers(""), split::PREFIX];
+        let is_added = |key: &&str| {
+            added.contains(key) || prefixes.iter().any(|prefix| key.starts_with(prefix))
+        };
+        let given = self.gguf.metadata().iter().filter(|(key, _)| !is_added(key));
         Metadata::from_unique(given.map(|(key, value)| (key.to_owned(), value.clone())).collect())
     }
 
@@ -209,7 +206,7 @@ impl SlimFile {
     /// The quantized layer at a place of the table.
     pub(super) fn layer_at(&self, place: usize) -> PackedTensor<'_> {
         let [codes, scales, row_scales] =
-            self.stored[place].clone().map(|range| &self.gguf.file_bytes()[range]);
+            self.stored[place].clone().map(|(part, range)| self.gguf.bytes_at(part, range));
         PackedTensor::new(&self.layers[place].layout, codes, scales, row_scales)
             .expect("`check_parts` has compared shapes")
     }
@@ -247,23 +244,34 @@ impl SlimFile {
     }
 
     fn hash_faults(&self) -> Vec<Fault> {
+        self.gguf.parts().flat_map(|part| self.hash_faults_in(part)).collect()
+    }
+
+    fn hash_faults_in(&self, part: GgufPart<'_>) -> Vec<Fault> {
         let mut faults = Vec::new();
-        let metadata = self.gguf.metadata();
-        let header = self.gguf.header_bytes();
-        match (self.gguf.value_offset(keys::HEADER_HASH), metadata.get(keys::HEADER_HASH)) {
+        let (metadata, header) = (part.header().metadata(), part.header_bytes());
+        let of_part = self.within(part);
+        let missing = |rule, key| Fault {
+            rule,
+            place: format!("key `{key}`{of_part}"),
+            found: "none".into(),
+            expected: "one hash per tensor and header".into(),
+        };
+        match (part.header().value_offset(keys::HEADER_HASH), metadata.get(keys::HEADER_HASH)) {
             (Some(offset), Some(&Value::U64(stored))) => {
                 let mut hasher = Xxh3::new();
                 hasher.update(&header[..offset]);
                 hasher.update(&[0; 8]);
                 hasher.update(&header[offset + 8..]);
-                faults.extend(hash_fault("F19", keys::HEADER_HASH.into(), hasher.digest(), stored));
+                let place = format!("{}{of_part}", keys::HEADER_HASH);
+                faults.extend(hash_fault("F19", place, hasher.digest(), stored));
             }
             _ => faults.push(missing("F19", keys::HEADER_HASH)),
         }
         match metadata.get(keys::TENSOR_HASHES) {
-            Some(Value::Array(Array::U64(stored))) if stored.len() == self.gguf.tensors().len() => {
-                for (info, &stored) in self.gguf.tensors().iter().zip(stored) {
-                    let place = format!("tensor `{}`", info.name);
+            Some(Value::Array(Array::U64(stored))) if stored.len() == part.tensors().len() => {
+                for (info, &stored) in part.tensors().iter().zip(stored) {
+                    let place = format!("tensor `{}`{of_part}", info.name);
                     let hash = xxh3_64(self.gguf.bytes_of(info));
                     faults.extend(hash_fault("F18", place, hash, stored));
                 }
@@ -271,6 +279,15 @@ impl SlimFile {
             _ => faults.push(missing("F18", keys::TENSOR_HASHES)),
         }
         faults
+    }
+
+    /// Behind the name of something in a part, which part; nothing of a whole file.
+    pub(super) fn within(&self, part: GgufPart<'_>) -> String {
+        let name = part.path().file_name().unwrap_or_default();
+        match self.gguf.parts().count() {
+            1 => String::new(),
+            _ => format!(" in `{}`", name.display()),
+        }
     }
 }
 
@@ -332,12 +349,27 @@ impl ModelSource for SlimFile {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        vec![self.path().to_owned()]
+        self.gguf.files()
     }
 
     fn release_pages(&self) {
         self.gguf.release_pages();
     }
+}
+
+/// F1, as far as it concerns readers.
+fn check_container(part: GgufPart<'_>) -> Result<()> {
+    let malformed = |place, found: u64, expected: u32| {
+        Err(FormatError::malformed(part.path(), place, "F1", found, expected.to_string()))
+    };
+    let (version, alignment) = (part.header().version(), part.header().alignment());
+    if version != GGUF_VERSION {
+        return malformed("the GGUF version", version.into(), GGUF_VERSION);
+    }
+    if alignment != u64::from(ALIGNMENT) {
+        return malformed(ALIGNMENT_KEY, alignment, ALIGNMENT);
+    }
+    Ok(())
 }
 
 /// One column of the layer table, as `T`s.
@@ -537,11 +569,6 @@ fn check_dense_tensors(
         }
     }
     Ok(())
-}
-
-fn missing(rule: &'static str, key: &str) -> Fault {
-    let place = format!("key `{key}`");
-    Fault { rule, place, found: "none".into(), expected: "one hash per tensor and header".into() }
 }
 
 fn hash_fault(rule: &'static str, place: String, found: u64, stored: u64) -> Option<Fault> {

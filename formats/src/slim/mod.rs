@@ -7,6 +7,7 @@ mod file;
 mod group;
 mod layout;
 mod outline;
+mod parts;
 #[cfg(test)]
 mod refusals;
 #[cfg(test)]
@@ -20,5 +21,6 @@ pub use file::{Fault, LayerInfo, SlimFile};
 pub use group::{BitWidth, Group, LayerLayout, ScaleCoding};
 pub use layout::{CodeColumn, PackedLayer, PackedTensor, TILE_ROWS, TileMut, UNIT_COLS, planes};
 pub use outline::Outline;
+pub use parts::parts_beside;
 pub use trellis::{STRIP_ROWS, TRELLIS_CENTER, WindowTable, ring_place, value_step};
 pub use writer::{SlimWriter, WrittenFile};

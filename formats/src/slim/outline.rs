@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{
     file::{ALIGNMENT, FIRST_VERSION, keys, part_name, row_scale_shape, version_for},
     group::{LayerLayout, ScaleCoding},
+    parts::{FilePart, share_out},
 };
 use crate::{
     DType, Result,
@@ -56,30 +57,55 @@ impl Outline {
         }
     }
 
-    /// Bytes of the whole file with `metadata` (general, model, tokenizer and provenance keys).
+    /// Bytes of each part of the file with `metadata` (general, model, tokenizer and provenance
+    /// keys), if no part is to take more than `most`; of the whole file, if it takes no more.
     /// `path` is for messages.
     ///
     /// # Errors
-    /// `InvalidArgument` for names, shapes or metadata that GGUF cannot hold.
-    pub fn file_bytes(&self, path: &Path, metadata: Metadata) -> Result<u64> {
-        Ok(self.header(path, metadata, vec![0; self.tensors.len()])?.file_bytes())
+    /// `InvalidArgument` for names, shapes or metadata that GGUF cannot hold, and where parts of
+    /// that size cannot hold the metadata or would be too many.
+    pub fn part_bytes(
+        &self,
+        path: &Path,
+        metadata: &Metadata,
+        most: Option<u64>,
+    ) -> Result<Vec<u64>> {
+        let parts = share_out(self, path, metadata, most)?;
+        let bytes = |part: &FilePart| Ok(self.unhashed_header(path, metadata, part)?.file_bytes());
+        parts.iter().map(bytes).collect()
     }
 
     pub(super) fn tensors(&self) -> &[NewTensor] {
         &self.tensors
     }
 
-    /// The header of the file, all but the hash of itself; `hashes` are those of the tensors.
+    /// The header of a part, with zeros for all hashes.
+    pub(super) fn unhashed_header(
+        &self,
+        path: &Path,
+        metadata: &Metadata,
+        part: &FilePart,
+    ) -> Result<HeaderWriter> {
+        self.header(path, metadata, part, vec![0; part.tensors.len()])
+    }
+
+    /// The header of a part, all but the hashes of headers; `hashes` are those of its tensors.
     pub(super) fn header(
         &self,
         path: &Path,
-        mut metadata: Metadata,
+        metadata: &Metadata,
+        part: &FilePart,
         hashes: Vec<u64>,
     ) -> Result<HeaderWriter> {
-        self.layers.describe(&mut metadata)?;
-        metadata.insert(keys::TENSOR_HASHES, Value::Array(Array::U64(hashes)))?;
-        metadata.insert(keys::HEADER_HASH, Value::U64(0))?;
-        HeaderWriter::new(path, &metadata, &self.tensors, ALIGNMENT)
+        let mut described = Metadata::new();
+        if part.number == 0 {
+            described = metadata.clone();
+            self.layers.describe(&mut described, part.version())?;
+        }
+        part.describe(&mut described, self.tensors.len())?;
+        described.insert(keys::TENSOR_HASHES, Value::Array(Array::U64(hashes)))?;
+        described.insert(keys::HEADER_HASH, Value::U64(0))?;
+        HeaderWriter::new(path, &described, &self.tensors[part.tensors.clone()], ALIGNMENT)
     }
 }
 
@@ -102,8 +128,10 @@ impl LayerTable {
         self.error.push(error.unwrap_or(-1.0));
     }
 
-    fn describe(&self, metadata: &mut Metadata) -> Result<()> {
-        metadata.insert(keys::VERSION, Value::U32(self.version.max(FIRST_VERSION)))?;
+    /// Adds the columns, and the version of the file, which is `least` or more.
+    fn describe(&self, metadata: &mut Metadata, least: u32) -> Result<()> {
+        let version = self.version.max(least).max(FIRST_VERSION);
+        metadata.insert(keys::VERSION, Value::U32(version))?;
         for (column, array) in [
             ("name", Array::String(self.name.clone())),
             ("rows", Array::U32(self.rows.clone())),

@@ -143,22 +143,31 @@ fn config() -> ModelConfig {
     }
 }
 
-/// A writer of the small file.
-fn new_writer<'p>(output: impl Into<OutputPath<'p>>, metadata: Metadata) -> Result<SlimWriter> {
+/// What will be in the small file.
+pub(super) fn planned() -> Outline {
     let [embedding, norms @ ..] = dense_tensors();
     let mut planned = Outline::default();
     planned.dense(embedding.0, embedding.1, &embedding.2);
     planned.layer(TWO_LEVEL, two_level_layer().layout(), None);
     norms.iter().for_each(|(name, dtype, shape, _)| planned.dense(name, *dtype, shape));
     planned.layer(PAPER, paper_layer().layout(), None);
-    SlimWriter::create(output, &planned, metadata)
+    planned
 }
 
-/// A writer that holds everything of the small file.
-fn filled_writer<'p>(output: impl Into<OutputPath<'p>>) -> SlimWriter {
+/// What its metadata says.
+pub(super) fn metadata() -> Metadata {
     let mut metadata = config().to_gguf();
     metadata.insert("tokenizer.huggingface.json", "{}").unwrap();
-    let mut writer = new_writer(output, metadata).unwrap();
+    metadata
+}
+
+/// A writer of the small file.
+fn new_writer<'p>(output: impl Into<OutputPath<'p>>, metadata: Metadata) -> Result<SlimWriter> {
+    SlimWriter::create(output, &planned(), metadata)
+}
+
+/// Adds everything of the small file.
+pub(super) fn fill(writer: &mut SlimWriter) {
     let [embedding, norms @ ..] = dense_tensors();
     writer.dense(embedding.0, embedding.1, &embedding.2, &embedding.3).unwrap();
     writer.layer(TWO_LEVEL, &two_level_layer(), Some(0.25)).unwrap();
@@ -166,30 +175,41 @@ fn filled_writer<'p>(output: impl Into<OutputPath<'p>>) -> SlimWriter {
         writer.dense(name, dtype, &shape, &bytes).unwrap();
     }
     writer.layer(PAPER, &paper_layer(), None).unwrap();
+}
+
+/// A writer that holds everything of the small file.
+fn filled_writer<'p>(output: impl Into<OutputPath<'p>>) -> SlimWriter {
+    let mut writer = new_writer(output, metadata()).unwrap();
+    fill(&mut writer);
     writer
 }
 
 /// The small file, alone in its folder.
-fn small_file() -> (TempDir, PathBuf) {
+pub(super) fn small_file() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("small.slim.gguf");
     filled_writer(&path).finish().unwrap();
     (folder, path)
 }
 
-/// A file taken apart.
+/// A file taken apart, or a part of one.
 #[derive(Clone)]
-struct Draft {
+pub(super) struct Draft {
     metadata: Vec<(String, Value)>,
     tensors: Vec<(NewTensor, Vec<u8>)>,
-    alignment: u32,
+    pub(super) alignment: u32,
 }
 
 impl Draft {
     fn of(path: &Path) -> Self {
-        let gguf = GgufFile::open(path).unwrap();
-        let entries = gguf.metadata().iter().filter(|(key, _)| *key != "general.alignment");
-        let tensors = gguf.tensors().iter().map(|info| {
+        Self::of_part(&GgufFile::open(path).unwrap(), 0)
+    }
+
+    pub(super) fn of_part(gguf: &GgufFile, part: usize) -> Self {
+        let part = gguf.parts().nth(part).unwrap();
+        let entries = part.header().metadata().iter();
+        let entries = entries.filter(|(key, _)| *key != "general.alignment");
+        let tensors = part.tensors().iter().map(|info| {
             let (name, shape) = (info.name.clone(), info.shape.clone());
             (NewTensor { name, dtype: info.dtype, shape }, gguf.bytes_of(info).to_vec())
         });
@@ -201,7 +221,7 @@ impl Draft {
     }
 
     /// The file with hashes that fit.
-    fn bytes(mut self) -> Vec<u8> {
+    pub(super) fn bytes(mut self) -> Vec<u8> {
         let hashes = self.tensors.iter().map(|(_, bytes)| xxh3_64(bytes)).collect();
         self.set(keys::TENSOR_HASHES, Value::Array(Array::U64(hashes)));
         self.set(keys::HEADER_HASH, Value::U64(0));
@@ -229,7 +249,7 @@ impl Draft {
         (bytes, header)
     }
 
-    fn set(&mut self, key: &str, value: impl Into<Value>) {
+    pub(super) fn set(&mut self, key: &str, value: impl Into<Value>) {
         let value = value.into();
         match self.metadata.iter_mut().find(|(found, _)| found == key) {
             Some((_, old)) => *old = value,
@@ -237,7 +257,7 @@ impl Draft {
         }
     }
 
-    fn remove(&mut self, key: &str) {
+    pub(super) fn remove(&mut self, key: &str) {
         self.metadata.retain(|(found, _)| found != key);
     }
 
@@ -295,7 +315,7 @@ impl Draft {
 type Case<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Draft));
 
 /// A rule, or the other kinds of error by name.
-fn culprit(error: &FormatError) -> &str {
+pub(super) fn culprit(error: &FormatError) -> &str {
     match error {
         FormatError::Malformed { rule: "", .. } => "malformed",
         FormatError::Malformed { rule, .. } => rule,
@@ -305,7 +325,7 @@ fn culprit(error: &FormatError) -> &str {
 }
 
 /// The rules that a full check finds broken, each once.
-fn broken_rules(file: &SlimFile) -> Vec<&'static str> {
+pub(super) fn broken_rules(file: &SlimFile) -> Vec<&'static str> {
     let mut rules: Vec<_> = file.verify().iter().map(|fault| fault.rule).collect();
     rules.dedup();
     // The small file is no whole model.
@@ -346,7 +366,7 @@ fn open_bad_containers_are_refused() {
         ("no version", "F2", &|draft| draft.remove(keys::VERSION)),
         ("version of another type", "F2", &|draft| draft.set(keys::VERSION, "1")),
         ("version 0", "unsupported", &|draft| draft.set(keys::VERSION, 0u32)),
-        ("version 4", "unsupported", &|draft| draft.set(keys::VERSION, 4u32)),
+        ("version 5", "unsupported", &|draft| draft.set(keys::VERSION, 5u32)),
         ("version 2^32", "unsupported", &|draft| draft.set(keys::VERSION, 1u64 << 32)),
         ("no architecture", "malformed", &|draft| draft.remove("general.architecture")),
         ("no block count", "malformed", &|draft| draft.remove("llama.block_count")),
@@ -627,6 +647,7 @@ fn every_rule_of_the_specification_is_checked() {
         ("F21", "open_bad_layer_tables_are_refused, verify_finds_bad_values_by_rule"),
         ("F22", "verify_finds_broken_rules, writer_numbers_that_are_not_finite_are_refused"),
         ("F23", "verify_finds_broken_rules"),
+        ("F27", "parts_that_do_not_belong_together_are_refused"),
     ];
     let rules: std::collections::BTreeSet<_> = include_str!("../../../docs/format.md")
         .split("- **F")
@@ -699,7 +720,8 @@ fn verify_finds_a_name_that_is_too_long() {
     let name = "x".repeat(63);
     draft.add(&name, DType::F32, &[1]);
     fs::write(&target, draft.bytes()).unwrap();
-    let header_bytes = GgufFile::open(&target).unwrap().header_bytes().len();
+    let header_bytes =
+        GgufFile::open(&target).unwrap().parts().next().unwrap().header_bytes().len();
     assert!(!header_bytes.is_multiple_of(64), "padding");
     let mut bytes = fs::read(&target).unwrap();
     bytes.remove(header_bytes);
@@ -722,8 +744,9 @@ fn verify_finds_bytes_between_tensors_and_behind_them() {
             .iter()
             .any(|info| (info.offset..info.offset + info.bytes).contains(&(*at as u64)))
     };
-    let gaps: Vec<usize> =
-        (gguf.header_bytes().len()..valid.len()).filter(|at| !in_tensor(at)).collect();
+    let gaps: Vec<usize> = (gguf.parts().next().unwrap().header_bytes().len()..valid.len())
+        .filter(|at| !in_tensor(at))
+        .collect();
     assert!(gaps.len() > 64);
     for at in gaps {
         let mut bytes = valid.clone();
@@ -798,7 +821,7 @@ fn open_wrong_hashes_are_refused() {
 }
 
 /// Uses everything that a reader of an opened file may use.
-fn read_everything(file: &SlimFile) {
+pub(super) fn read_everything(file: &SlimFile) {
     for info in file.layers() {
         let layer = file.layer(&info.name).expect("a layer that was accepted can be read");
         let layout = layer.layout();
@@ -824,7 +847,7 @@ fn read_everything(file: &SlimFile) {
 fn header_with_any_byte_changed_is_refused_or_harmless() {
     let (folder, path) = small_file();
     let (valid, target) = (fs::read(&path).unwrap(), folder.path().join("damaged"));
-    let header_bytes = GgufFile::open(&path).unwrap().header_bytes().len();
+    let header_bytes = GgufFile::open(&path).unwrap().parts().next().unwrap().header_bytes().len();
     for position in 0..header_bytes {
         for flip in [1 << (position % 8), 0xff] {
             let mut bytes = valid.clone();
@@ -919,7 +942,7 @@ fn equal_layers_give_equal_bytes() {
     assert!(fs::read(&first.1).unwrap() == fs::read(&second.1).unwrap());
 }
 
-fn names_in(folder: &TempDir) -> Vec<String> {
+pub(super) fn names_in(folder: &TempDir) -> Vec<String> {
     let entries = fs::read_dir(folder.path()).unwrap();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
@@ -959,7 +982,7 @@ fn writer_other_tensors_than_planned_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("out");
     let error = new_writer(&target, config().to_gguf()).unwrap().finish().unwrap_err();
-    assert!(error.to_string().contains("bytes of the header: found"), "{error}");
+    assert!(error.to_string().contains("tensors: found 0, expected "), "{error}");
     assert!(names_in(&folder).is_empty());
 }
 

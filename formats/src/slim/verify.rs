@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     DType, ModelSource, TokenizerSource, Weight,
-    gguf::{Array, Value},
+    gguf::{Array, GgufPart, TensorInfo, Value},
 };
 
 /// Bytes of a tensor's name at most (F1): what llama.cpp's readers take.
@@ -32,14 +32,17 @@ fn name_fault(file: &SlimFile) -> Option<Fault> {
     })
 }
 
-/// F1: what belongs to no tensor is padding.
+/// F1, for the first part with bytes that belong to no tensor and are no padding.
 fn gap_fault(file: &SlimFile) -> Option<Fault> {
-    let gguf = file.gguf();
-    let bytes = gguf.file_bytes();
-    let mut ranges: Vec<_> = gguf.tensors().iter().map(|info| gguf.range_of(info)).collect();
+    file.gguf().parts().find_map(|part| gap_fault_in(file, part))
+}
+
+fn gap_fault_in(file: &SlimFile, part: GgufPart<'_>) -> Option<Fault> {
+    let bytes = part.bytes();
+    let mut ranges: Vec<_> = part.tensors().iter().map(TensorInfo::range).collect();
     ranges.sort_unstable_by_key(|range| range.start);
     ranges.push(bytes.len()..bytes.len());
-    let mut end = gguf.header_bytes().len();
+    let mut end = part.header_bytes().len();
     for range in ranges {
         let padding = &bytes[end..range.start];
         let first = padding.iter().position(|&byte| byte != 0);
@@ -47,7 +50,7 @@ fn gap_fault(file: &SlimFile) -> Option<Fault> {
         if let Some(at) = at {
             return Some(Fault {
                 rule: "F1",
-                place: format!("byte {} of the file", end + at),
+                place: format!("byte {} of the file{}", end + at, file.within(part)),
                 found: format!("{} bytes that belong to no tensor", padding.len()),
                 expected: format!("fewer than {ALIGNMENT}, all zero"),
             });

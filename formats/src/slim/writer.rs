@@ -2,10 +2,12 @@
 //!
 //! The header comes first, but holds what is known last (bit-widths, hashes, errors). What it takes
 //! is known before, though: room for it is left, and it is written last. The target appears, whole,
-//! when [`SlimWriter::finish`] returns.
+//! when [`SlimWriter::finish`] returns. Once the widths are known, it can be split into parts, each
+//! of which is written so.
 
 use std::{
     collections::HashSet,
+    fs,
     io::{Read, Seek, SeekFrom, Write},
     path::PathBuf,
 };
@@ -16,6 +18,7 @@ use super::{
     file::{ALIGNMENT, Fault, keys},
     layout::PackedLayer,
     outline::Outline,
+    parts::{FilePart, parts_beside, share_out},
     verify,
 };
 use crate::{
@@ -26,9 +29,12 @@ use crate::{
 /// Collects layers and dense tensors; see the module documentation.
 pub struct SlimWriter {
     target: PathBuf,
-    out: AtomicFile,
+    replaces: bool,
     metadata: Metadata,
-    header_bytes: usize,
+    /// The parts of the file, or the whole file.
+    parts: Vec<PartWriter>,
+    /// Regular files that the parts take the place of, whatever their names.
+    replaced: Vec<PathBuf>,
     names: HashSet<String>,
     outline: Outline,
     /// Of the tensors whose data has been written.
@@ -36,9 +42,11 @@ pub struct SlimWriter {
 }
 
 /// What was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WrittenFile {
-    /// Size of the file.
+    /// Where it is: one path, or those of its parts.
+    pub paths: Vec<PathBuf>,
+    /// Size of the file, of all parts.
     pub bytes: u64,
 }
 
@@ -55,17 +63,15 @@ impl SlimWriter {
         metadata: Metadata,
     ) -> Result<Self> {
         let target = target.into();
-        let mut out = AtomicFile::create(target)?;
-        let hashes = vec![0; planned.tensors().len()];
-        let header = planned.header(target.path, metadata.clone(), hashes)?;
-        let header_bytes = header.bytes().len();
-        out.seek(SeekFrom::Start(header_bytes as u64))
-            .map_err(|e| FormatError::io(target.path, "leave room for the header", e))?;
+        let whole = FilePart::whole(planned.tensors().len());
+        let header = planned.unhashed_header(target.path, &metadata, &whole)?;
+        let parts = vec![PartWriter::create(target, whole, &header)?];
         Ok(Self {
             target: target.path.to_owned(),
-            out,
+            replaces: target.replaces,
             metadata,
-            header_bytes,
+            parts,
+            replaced: Vec::new(),
             names: HashSet::new(),
             outline: Outline::default(),
             hashes: Vec::new(),
@@ -77,7 +83,36 @@ impl SlimWriter {
     /// # Errors
     /// As [`AtomicFile::reserve`].
     pub fn reserve(&mut self, bytes: u64) -> Result<()> {
-        self.out.reserve(bytes)
+        self.parts[0].out.reserve(bytes)
+    }
+
+    /// Splits the file into parts of at most `most` bytes, if it takes more, before its first
+    /// tensor is added, and reserves their room. `exact` is what was planned, with the widths that
+    /// the layers will have. If the target may be replaced, so may whatever has the name of a part
+    /// of it.
+    ///
+    /// # Errors
+    /// As [`Outline::part_bytes`], [`AtomicFile::create`] and [`AtomicFile::reserve`].
+    pub fn split(&mut self, most: u64, exact: &Outline) -> Result<()> {
+        assert!(self.hashes.is_empty(), "nothing is written yet");
+        let parts = share_out(exact, &self.target, &self.metadata, Some(most))?;
+        if self.replaces {
+            let named = parts_beside(&self.target).into_iter().chain([self.target.clone()]);
+            let is_file =
+                |path: &PathBuf| path.symlink_metadata().is_ok_and(|found| found.is_file());
+            self.replaced = named.filter(is_file).collect();
+        }
+        // Gives back the room that was reserved for the whole.
+        self.parts.clear();
+        for part in parts {
+            let path = part.path(&self.target);
+            let header = exact.unhashed_header(&path, &self.metadata, &part)?;
+            let output = OutputPath { path: &path, replaces: self.replaces };
+            let mut part = PartWriter::create(output, part, &header)?;
+            part.out.reserve(header.file_bytes())?;
+            self.parts.push(part);
+        }
+        Ok(())
     }
 
     /// Adds a dense tensor of type F32, F16 or BF16 (F7); `shape` is outermost first.
@@ -116,23 +151,48 @@ impl SlimWriter {
         Ok(())
     }
 
-    /// Writes the header, and puts the file in place.
+    /// Writes the headers, and puts the file in place. Of an earlier one that it replaces, whole or
+    /// in other parts, nothing stays.
     ///
     /// # Errors
     /// `Io`, or `InvalidArgument` for other tensors than were planned.
     pub fn finish(mut self) -> Result<WrittenFile> {
-        let mut header = self.outline.header(&self.target, self.metadata, self.hashes)?;
-        if header.bytes().len() != self.header_bytes {
-            let what = format!("`{}`: bytes of the header", self.target.display());
-            let (found, expected) = (header.bytes().len(), self.header_bytes.to_string());
-            return Err(FormatError::invalid_argument(what, found, expected));
+        let planned = self.parts.last().map_or(0, |part| part.part.tensors.end);
+        if self.hashes.len() != planned {
+            let what = format!("`{}`: tensors", self.target.display());
+            return Err(FormatError::invalid_argument(
+                what,
+                self.hashes.len(),
+                planned.to_string(),
+            ));
         }
-        let hash = xxh3_64(header.unpadded());
-        header.set_u64(keys::HEADER_HASH, hash);
-        write_header(&mut self.out, &header)
-            .map_err(|e| FormatError::io(&self.target, "write the header", e))?;
-        self.out.commit()?;
-        Ok(WrittenFile { bytes: header.file_bytes() })
+        let (mut bytes, mut next) = (0, None);
+        // From the last, whose hash the one before it has.
+        for PartWriter { path, part, out, header_bytes } in self.parts.iter_mut().rev() {
+            let hashes = self.hashes[part.tensors.clone()].to_vec();
+            let mut header = self.outline.header(path, &self.metadata, part, hashes)?;
+            if header.bytes().len() != *header_bytes {
+                let what = format!("`{}`: bytes of the header", path.display());
+                let (found, expected) = (header.bytes().len(), header_bytes.to_string());
+                return Err(FormatError::invalid_argument(what, found, expected));
+            }
+            if let Some(next) = next {
+                header.set_u64(keys::NEXT_HASH, next);
+            }
+            let hash = xxh3_64(header.unpadded());
+            header.set_u64(keys::HEADER_HASH, hash);
+            write_header(out, &header).map_err(|e| FormatError::io(path, "write the header", e))?;
+            bytes += header.file_bytes();
+            next = Some(hash);
+        }
+        let (paths, files): (Vec<_>, Vec<_>) =
+            self.parts.into_iter().map(|part| (part.path, part.out)).unzip();
+        AtomicFile::commit_all(files)?;
+        for path in self.replaced.iter().filter(|path| !paths.contains(path)) {
+            // What stays is no part of the file: it is there, whole.
+            let _ = fs::remove_file(path);
+        }
+        Ok(WrittenFile { paths, bytes })
     }
 
     fn claim(&mut self, name: &str) -> Result<()> {
@@ -147,12 +207,36 @@ impl SlimWriter {
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
         let NewTensor { dtype, shape, .. } = &self.outline.tensors()[self.hashes.len()];
         assert_eq!(dtype.size_in_bytes(shape.iter().product()), Some(bytes.len() as u64));
+        // What was not planned goes to the last part; `finish` refuses it.
+        let ends_before = |part: &PartWriter| part.part.tensors.end <= self.hashes.len();
+        let index = self.parts.partition_point(ends_before).min(self.parts.len() - 1);
         self.hashes.push(xxh3_64(bytes));
+        let PartWriter { path, out, .. } = &mut self.parts[index];
         let append = |out: &mut AtomicFile| {
             out.write_all(bytes)?;
             pad(out)
         };
-        append(&mut self.out).map_err(|e| FormatError::io(&self.target, "write the tensor data", e))
+        append(out).map_err(|e| FormatError::io(path, "write the tensor data", e))
+    }
+}
+
+/// One of the files that are written.
+struct PartWriter {
+    path: PathBuf,
+    part: FilePart,
+    out: AtomicFile,
+    /// Bytes that are left for its header.
+    header_bytes: usize,
+}
+
+impl PartWriter {
+    /// Leaves room for `header`.
+    fn create(output: OutputPath<'_>, part: FilePart, header: &HeaderWriter) -> Result<Self> {
+        let (path, header_bytes) = (output.path.to_owned(), header.bytes().len());
+        let mut out = AtomicFile::create(output)?;
+        out.seek(SeekFrom::Start(header_bytes as u64))
+            .map_err(|e| FormatError::io(&path, "leave room for the header", e))?;
+        Ok(Self { path, part, out, header_bytes })
     }
 }
 
