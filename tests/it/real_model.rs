@@ -1,14 +1,11 @@
 //! A real model, SmolLM2-135M-Instruct as `scripts/fetch-model` fetches it.
 
-use slim_converter::BUILT_IN_CALIBRATION;
-
-use crate::command::{Dir, arg, real_model, succeed};
+use crate::command::{arg, real_model, succeed, test_data};
 
 #[test]
 fn real_model_has_its_perplexity() {
     let Some(model) = real_model() else { return };
-    let dir = Dir::new();
-    let text = &dir.write("text.txt", BUILT_IN_CALIBRATION);
+    let text = &arg(&test_data("wikitext-2-valid.txt"));
     let model = &arg(&model);
     let eval = ["eval", model, "--text", text, "--context", "512", "--windows", "1", "--json"];
     let perplexity = succeed(&eval).json()["perplexity"].as_f64().unwrap();
