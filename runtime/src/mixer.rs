@@ -169,10 +169,18 @@ impl Block<'_> {
         input: &[f32],
         passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
-        let &LatentAttention { heads, plain_dim, turned_dim, rank, scale, .. } = latent;
+        let &LatentAttention { heads, plain_dim, turned_dim, rank, .. } = latent;
         let (query_dim, kept) = (latent.query_dim(), latent.kept_dim());
         let q = self.query_input(context, input)?;
-        let q = self.linear(Part::AttnQ, context, &q)?;
+        let mut q = self.linear(Part::AttnQ, context, &q)?;
+        if let Some(scaling) = latent.query_scaling {
+            let positions = passages.iter().flat_map(|Passage { positions, .. }| {
+                positions.start..positions.start + positions.count
+            });
+            for (position, q) in positions.zip(q.chunks_exact_mut(heads * query_dim)) {
+                scale(q, scaling.at(position));
+            }
+        }
         let plain = cut(&q, query_dim, 0..plain_dim);
         let mut turned = cut(&q, query_dim, plain_dim..query_dim);
         let (latents, mut keys) = self.latents(context, input)?;
@@ -205,7 +213,7 @@ impl Block<'_> {
                 start,
                 m,
                 window: None,
-                scale,
+                scale: latent.scale,
                 softcap: None,
             };
             let kv = state.cache();

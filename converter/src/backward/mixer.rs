@@ -287,7 +287,8 @@ impl Walk<'_> {
                 Some([raw, normed])
             }
         };
-        let q = self.product(Part::AttnQ, down.as_ref().map_or(input, |[_, normed]| normed))?;
+        let mut q = self.product(Part::AttnQ, down.as_ref().map_or(input, |[_, normed]| normed))?;
+        self.scale_queries(&mut q);
         let both = self.product(Part::LatentDown, input)?;
         let raw = cut(&both, latent.kept_dim(), 0..rank);
         let mut shared = cut(&both, latent.kept_dim(), rank..latent.kept_dim());
@@ -385,8 +386,9 @@ impl Walk<'_> {
         };
         let d_raw = reverse_norm(Part::LatentNorm, &raw, &d_latents)?;
         let d_down = side_by_side(&[(&d_raw, rank), (&d_shared, turned_dim)]);
-        let d_q =
-            side_by_side(&[(&cut(&d_q, width, 0..plain_dim), plain_dim), (&d_turned, turned_dim)]);
+        let plain = cut(&d_q, width, 0..plain_dim);
+        let mut d_q = side_by_side(&[(&plain, plain_dim), (&d_turned, turned_dim)]);
+        self.scale_queries(&mut d_q);
         let of_query = match down {
             None => (Part::AttnQ, d_q),
             Some([raw, normed]) => {
@@ -579,9 +581,13 @@ impl Walk<'_> {
     }
 
     fn scale_queries(&self, q: &mut [f32]) {
-        let attention = self.attention();
-        let Some(scaling) = attention.query_scaling else { return };
-        for (t, q) in q.chunks_exact_mut(attention.heads * attention.head_dim).enumerate() {
+        let (scaling, width) = match &self.block.spec.mixer {
+            Mixer::Attention(of) => (of.query_scaling, of.heads * of.head_dim),
+            Mixer::Latent(of) => (of.query_scaling, of.heads * of.query_dim()),
+            Mixer::DeltaNet(_) | Mixer::Convolution(_) => return,
+        };
+        let Some(scaling) = scaling else { return };
+        for (t, q) in q.chunks_exact_mut(width).enumerate() {
             let scale = scaling.at(t % self.context);
             q.iter_mut().for_each(|q| *q *= scale);
         }

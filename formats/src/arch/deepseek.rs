@@ -55,14 +55,8 @@ impl Family for DeepSeek {
     }
 
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
-        for (key, is_neutral) in [
-            ("attention_bias", !keys.flag("attention_bias")?),
-            ("moe_layer_freq", keys.is_gguf() || keys.count("moe_layer_freq")? == Some(1)),
-            ("rope_interleave", keys.is_gguf() || keys.flag("rope_interleave")?),
-        ] {
-            if !is_neutral {
-                return Err(keys.unsupported(format!("`{key}` of another value than usual")));
-            }
+        if !(keys.is_gguf() || keys.count("moe_layer_freq")? == Some(1)) {
+            return Err(keys.unsupported("`moe_layer_freq` of another value than 1".into()));
         }
         let is_v2 = keys.model_type() == Some(V2.model_type);
         let is_softmax = is_v2 || keys.is_gguf() && keys.count("expert_gating_func")? != Some(2);
@@ -87,9 +81,7 @@ impl Family for DeepSeek {
             Some(sparse) => sparse[index],
             None => index >= dense,
         })?;
-        config.kv_head_count = config.head_count;
-        config.features.latent = Some(latent(keys, config)?);
-        Ok(())
+        read_latent(keys, config)
     }
 
     /// What follows from others, and what is about training.
@@ -100,70 +92,72 @@ impl Family for DeepSeek {
     fn write(&self, config: &ModelConfig, json: &mut Value) {
         experts::write(config, json, "n_routed_experts", Some("moe_intermediate_size"));
         experts::write_groups(config, json);
-        let Some(latent) = config.features.latent else { return };
-        json["qk_nope_head_dim"] = latent.plain_dim.into();
-        json["qk_rope_head_dim"] = latent.turned_dim.into();
-        json["v_head_dim"] = latent.value_dim.into();
-        json["kv_lora_rank"] = latent.rank.into();
-        json["q_lora_rank"] = latent.query_rank.into();
+        write_latent(config, json);
         let routing = config.features.experts.map(|experts| experts.routing);
         if self.hf_type(config) == V2 {
             let is_limited = routing.is_some_and(|routing| routing.groups.is_some());
             json["topk_method"] = if is_limited { "group_limited_greedy" } else { "greedy" }.into();
         }
-        if let Scaling::Yarn(yarn) = &config.rope.scaling {
-            // The scale of scores is made from it.
-            let plain = 1.0 / (latent.query_dim() as f64).sqrt();
-            let root = (f64::from(latent.scale) / plain).sqrt();
-            let all_dims = (root - 1.0) / (0.1 * yarn.factor.ln());
-            json["rope_scaling"]["mscale_all_dim"] = shortest(all_dims as f32).into();
-        }
         llama::leave_out(json, &["mlp_bias"]);
     }
 
     fn block(&self, config: &ModelConfig, index: usize) -> BlockSpec {
-        let mut spec = llama::block(config, index);
-        if let Some(latent) = config.features.latent {
-            spec.mixer = Mixer::Latent(latent);
-        }
-        spec
+        block(config, index)
     }
 
     fn in_hf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        const KEYS_VALUES: &[Part] = &[Part::LatentKeys, Part::LatentValues];
-        match (part, spec.map(|spec| spec.mixer)) {
-            (Part::LatentKeys | Part::LatentValues, Some(Mixer::Latent(latent))) => {
-                Stored::in_turns("self_attn.kv_b_proj.weight", KEYS_VALUES, latent.heads)
-            }
-            (Part::AttnQ, Some(Mixer::Latent(LatentAttention { query_rank: Some(_), .. }))) => {
-                Stored {
-                    layout: neighbours(part, spec),
-                    ..Stored::named("self_attn.q_b_proj.weight")
-                }
-            }
-            (Part::AttnQ | Part::LatentDown, _) => Stored::ordered(neighbours(part, spec)),
-            _ => experts::beside(part, spec, experts::BESIDE_MANY)
-                .or_else(|| experts::in_hf(part, spec))
-                .unwrap_or(Stored::PLAIN),
-        }
+        in_hf(part, spec)
     }
 
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
-        match (part, spec.map(|spec| spec.mixer)) {
-            (Part::LatentKeys, Some(Mixer::Latent(latent))) => Stored {
-                heads: Some(latent.heads),
-                layout: Layout::TransposedHeads { head_rows: latent.plain_dim },
-                ..Stored::PLAIN
-            },
-            (Part::LatentValues, Some(Mixer::Latent(latent))) => {
-                Stored { heads: Some(latent.heads), ..Stored::PLAIN }
-            }
-            (Part::AttnQ, Some(Mixer::Latent(LatentAttention { query_rank: Some(_), .. }))) => {
-                Stored { layout: neighbours(part, spec), ..Stored::named("attn_q_b.weight") }
-            }
-            (Part::AttnQ | Part::LatentDown, _) => Stored::ordered(neighbours(part, spec)),
-            _ => experts::in_gguf(part, spec).unwrap_or(Stored::PLAIN),
+        in_gguf(part, spec)
+    }
+}
+
+/// What a block with latent attention computes that is Llama's but for that.
+pub(super) fn block(config: &ModelConfig, index: usize) -> BlockSpec {
+    let mut spec = llama::block(config, index);
+    if let Some(latent) = config.features.latent {
+        let query_scaling = config.features.query_scaling;
+        spec.mixer = Mixer::Latent(LatentAttention { query_scaling, ..latent });
+    }
+    spec
+}
+
+/// How Hugging Face's files store a part of a block with latent attention and experts beside a
+/// network.
+pub(super) fn in_hf(part: Part, spec: Option<&BlockSpec>) -> Stored {
+    const KEYS_VALUES: &[Part] = &[Part::LatentKeys, Part::LatentValues];
+    match (part, spec.map(|spec| spec.mixer)) {
+        (Part::LatentKeys | Part::LatentValues, Some(Mixer::Latent(latent))) => {
+            Stored::in_turns("self_attn.kv_b_proj.weight", KEYS_VALUES, latent.heads)
         }
+        (Part::AttnQ, Some(Mixer::Latent(LatentAttention { query_rank: Some(_), .. }))) => {
+            Stored { layout: neighbours(part, spec), ..Stored::named("self_attn.q_b_proj.weight") }
+        }
+        (Part::AttnQ | Part::LatentDown, _) => Stored::ordered(neighbours(part, spec)),
+        _ => experts::beside(part, spec, experts::BESIDE_MANY)
+            .or_else(|| experts::in_hf(part, spec))
+            .unwrap_or(Stored::PLAIN),
+    }
+}
+
+/// How llama.cpp's files store it.
+pub(super) fn in_gguf(part: Part, spec: Option<&BlockSpec>) -> Stored {
+    match (part, spec.map(|spec| spec.mixer)) {
+        (Part::LatentKeys, Some(Mixer::Latent(latent))) => Stored {
+            heads: Some(latent.heads),
+            layout: Layout::TransposedHeads { head_rows: latent.plain_dim },
+            ..Stored::PLAIN
+        },
+        (Part::LatentValues, Some(Mixer::Latent(latent))) => {
+            Stored { heads: Some(latent.heads), ..Stored::PLAIN }
+        }
+        (Part::AttnQ, Some(Mixer::Latent(LatentAttention { query_rank: Some(_), .. }))) => {
+            Stored { layout: neighbours(part, spec), ..Stored::named("attn_q_b.weight") }
+        }
+        (Part::AttnQ | Part::LatentDown, _) => Stored::ordered(neighbours(part, spec)),
+        _ => experts::in_gguf(part, spec).unwrap_or(Stored::PLAIN),
     }
 }
 
@@ -174,6 +168,38 @@ fn neighbours(part: Part, spec: Option<&BlockSpec>) -> Layout {
     let first = if part == Part::AttnQ { latent.plain_dim } else { latent.rank };
     let rotated = latent.turned_dim;
     Layout::Interleaved { head_dim: first + rotated, first, rotated }
+}
+
+/// Reads latent attention, whose keys are turned as neighbours.
+pub(super) fn read_latent(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+    for (key, is_usual) in [
+        ("attention_bias", !keys.flag("attention_bias")?),
+        ("rope_interleave", keys.is_gguf() || keys.flag("rope_interleave")?),
+    ] {
+        if !is_usual {
+            return Err(keys.unsupported(format!("`{key}` of another value than usual")));
+        }
+    }
+    config.kv_head_count = config.head_count;
+    config.features.latent = Some(latent(keys, config)?);
+    Ok(())
+}
+
+/// The keys of `config.json` that it reads back.
+pub(super) fn write_latent(config: &ModelConfig, json: &mut Value) {
+    let Some(latent) = config.features.latent else { return };
+    json["qk_nope_head_dim"] = latent.plain_dim.into();
+    json["qk_rope_head_dim"] = latent.turned_dim.into();
+    json["v_head_dim"] = latent.value_dim.into();
+    json["kv_lora_rank"] = latent.rank.into();
+    json["q_lora_rank"] = latent.query_rank.into();
+    if let Scaling::Yarn(yarn) = &config.rope.scaling {
+        // The scale of scores is made from it.
+        let plain = 1.0 / (latent.query_dim() as f64).sqrt();
+        let root = (f64::from(latent.scale) / plain).sqrt();
+        let all_dims = (root - 1.0) / (0.1 * yarn.factor.ln());
+        json["rope_scaling"]["mscale_all_dim"] = shortest(all_dims as f32).into();
+    }
 }
 
 /// Reads the sizes of latent attention.
@@ -201,6 +227,7 @@ fn latent(keys: &dyn Keys, config: &ModelConfig) -> Result<LatentAttention> {
         value_dim: count("v_head_dim")?,
         rank: count("kv_lora_rank")?,
         query_rank: keys.count("q_lora_rank")?,
+        query_scaling: None,
         scale: stated.unwrap_or(scale) as f32,
     })
 }

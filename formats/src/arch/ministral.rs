@@ -33,20 +33,11 @@ impl Family for Ministral3 {
     fn read(&self, keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
         config.sliding_window = keys.count("sliding_window")?;
         keys.windowed(config.block_count)?;
-        let beta = keys.number("llama_4_scaling_beta")?.filter(|&beta| beta != 0.0);
-        if let (Some(beta), Scaling::Yarn(yarn)) = (beta, &config.rope.scaling) {
-            let scaling = QueryScaling { beta: beta as f32, context: yarn.context };
-            config.features.query_scaling = Some(scaling);
-        }
-        Ok(())
+        read_query_scaling(keys, config)
     }
 
     fn write(&self, config: &ModelConfig, json: &mut serde_json::Value) {
-        json["rope_parameters"] = json["rope_scaling"].take();
-        json["rope_parameters"]["rope_theta"] = shortest(config.rope.theta).into();
-        if let Some(scaling) = config.features.query_scaling {
-            json["rope_parameters"]["llama_4_scaling_beta"] = shortest(scaling.beta).into();
-        }
+        write_query_scaling(config, json);
         json["sliding_window"] = config.sliding_window.into();
     }
 
@@ -60,5 +51,24 @@ impl Family for Ministral3 {
 
     fn in_gguf(&self, part: Part, spec: Option<&BlockSpec>) -> Stored {
         llama::interleaved(part, spec)
+    }
+}
+
+/// Reads how queries grow.
+pub(super) fn read_query_scaling(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
+    let beta = keys.number("llama_4_scaling_beta")?.filter(|&beta| beta != 0.0);
+    if let (Some(beta), Scaling::Yarn(yarn)) = (beta, &config.rope.scaling) {
+        let scaling = QueryScaling { beta: beta as f32, context: yarn.context };
+        config.features.query_scaling = Some(scaling);
+    }
+    Ok(())
+}
+
+/// The new spelling of rotary embeddings, which has a place for it.
+pub(super) fn write_query_scaling(config: &ModelConfig, json: &mut serde_json::Value) {
+    json["rope_parameters"] = json["rope_scaling"].take();
+    json["rope_parameters"]["rope_theta"] = shortest(config.rope.theta).into();
+    if let Some(scaling) = config.features.query_scaling {
+        json["rope_parameters"]["llama_4_scaling_beta"] = shortest(scaling.beta).into();
     }
 }

@@ -73,7 +73,7 @@ pub enum QkNorm {
     Whole,
 }
 
-/// `1 + beta * ln(1 + floor(position / context))` (Ministral 3).
+/// `1 + beta * ln(1 + floor(position / context))` (Ministral 3, Mistral Small 4).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QueryScaling {
     /// How much queries grow.
@@ -110,6 +110,8 @@ pub struct LatentAttention {
     pub rank: usize,
     /// Channels that queries are made of; `None` for those of the residual stream.
     pub query_rank: Option<usize>,
+    /// What queries are multiplied by.
+    pub query_scaling: Option<QueryScaling>,
     /// What scores are multiplied by.
     pub scale: f32,
 }

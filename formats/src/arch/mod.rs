@@ -18,6 +18,7 @@ mod llama;
 mod llama_cpp;
 mod minimax;
 mod ministral;
+mod mistral4;
 mod mixer;
 mod olmo;
 mod opt;
@@ -172,7 +173,7 @@ impl PartialEq for dyn Family {
 }
 
 /// Every family.
-pub const FAMILIES: [&dyn Family; 25] = [
+pub const FAMILIES: [&dyn Family; 26] = [
     &Llama,
     &qwen::Qwen2,
     &qwen::Qwen3,
@@ -195,6 +196,7 @@ pub const FAMILIES: [&dyn Family; 25] = [
     &minimax::MiniMaxM2,
     &gpt_oss::GptOss,
     &deepseek::DeepSeek,
+    &mistral4::Mistral4,
     &lfm2::Lfm2,
     &opt::Opt,
     &starcoder2::StarCoder2,
