@@ -6,6 +6,7 @@ mod activations;
 mod allocate;
 pub mod backward;
 mod bands;
+mod bound;
 mod budget;
 mod calibration;
 mod calibrator;
@@ -41,6 +42,7 @@ mod work_folder;
 mod zeros;
 
 use activations::Activations;
+pub use bound::{MOST_BYTES, Trial, convert_within};
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
 pub use contents::{Contents, PlannedTensor, Storage};
 pub use convert::{Job, convert};
@@ -49,7 +51,9 @@ pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
 pub use provenance::{COMMIT, source_metadata};
-pub use quality::{Domain, Profile, Quality, USELESS_KL, predict_quality, profile, quality_bytes};
+pub use quality::{
+    Domain, Profile, Quality, USELESS_KL, mean_divergence, predict_quality, profile, quality_bytes,
+};
 pub use report::{Degenerate, LayerReport, Progress, Report};
 pub use rows::output_hessian_bytes;
 pub use settings::{Method, Resources, Settings, Target};
