@@ -87,6 +87,11 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["bits", "target_bpw", "reference"], value_parser = parse_size)]
     pub target_size: Option<u64>,
 
+    /// The smallest file whose mean KL divergence from the source is at most F nats per token,
+    /// measured on held-back prose, code and a chat, instead of --bits; it takes a few conversions
+    #[arg(long, value_name = "F", conflicts_with_all = ["bits", "target_bpw", "target_size", "reference", "dry_run"], value_parser = parse_divergence)]
+    pub max_kl: Option<f64>,
+
     /// Split the file into numbered parts, NAME-00001-of-00003.gguf and so on, if it takes more
     /// than SIZE; no tensor is cut, so a part takes more only if it holds a single one. With
     /// --force it replaces all parts of an earlier file of this name
@@ -119,7 +124,7 @@ pub struct ConvertArgs {
     pub steps: Option<usize>,
 
     /// A SliM file of the source to train further, with --method slim+, instead of converting first
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["bits", "target_bpw", "target_size", "group_size", "scales", "sub_group", "scale_bits", "embed_bits", "dry_run"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["bits", "target_bpw", "target_size", "max_kl", "group_size", "scales", "sub_group", "scale_bits", "embed_bits", "dry_run"])]
     pub draft: Option<PathBuf>,
 
     /// Follow the published algorithm to the letter, in the paper coding
@@ -127,7 +132,7 @@ pub struct ConvertArgs {
     pub reference: bool,
 
     /// Mean bits of the embedding and the output layer; 16 keeps them as f16 [default: 4, with
-    /// --target-size what is best; 6 with methods gptq and rtn, 16 with --reference]
+    /// --target-size and --max-kl what is best; 6 with methods gptq and rtn, 16 with --reference]
     #[arg(long, value_name = "BITS", value_parser = one_of(["2", "3", "4", "5", "6", "8", "16"]))]
     pub embed_bits: Option<usize>,
 
@@ -580,6 +585,13 @@ fn parse_method(name: &str) -> Result<Method, String> {
         "slim+" => Ok(Method::SlimPlus),
         _ => Err("expected `slim`, `slim+`, `gptq` or `rtn`".to_owned()),
     }
+}
+
+/// Reads a divergence in nats per token.
+fn parse_divergence(text: &str) -> Result<f64, String> {
+    let divergence: Option<f64> = text.parse().ok();
+    let divergence = divergence.filter(|nats| nats.is_finite() && *nats > 0.0);
+    divergence.ok_or_else(|| "expected nats per token, a number above 0".to_owned())
 }
 
 /// Reads a size such as `512MiB`, `1.2GiB`, `4GB`; without a unit, bytes.

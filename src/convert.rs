@@ -6,7 +6,7 @@ mod draw;
 mod plan;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,8 +14,9 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    BUILT_IN_CALIBRATION, Begin, Calibration, Degenerate, Engine, Job, LayerReport, Method,
-    Progress as Step, Report, Resources, Settings, Target, WorkFolder, convert, distill,
+    BUILT_IN_CALIBRATION, Begin, Calibration, Degenerate, Engine, Job, LayerReport, MOST_BYTES,
+    Method, Progress as Step, Report, Resources, Settings, Target, Trial, WorkFolder, convert,
+    convert_within, distill,
 };
 use slim_formats::{
     ModelConfig, ModelSource,
@@ -26,7 +27,12 @@ use slim_kernels::{
     cuda::{CudaBackend, Device},
 };
 
-use self::{card::card, check::Check, draw::draw, plan::Plan};
+use self::{
+    card::card,
+    check::{Check, Ruler},
+    draw::draw,
+    plan::Plan,
+};
 use crate::{
     args::{CalibrationText, ConvertArgs, Scales},
     compute::Choice,
@@ -102,9 +108,14 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let mut show = |step: Step<'_>| show(&mut progress, step, &mut block);
     let resources = Resources { engine, float_bytes };
     let job = Job { source: &*source, calibration: &calibration, settings: &settings, work: &work };
-    let report = match &args.draft {
-        Some(draft) => distill(&job, &SlimFile::open(draft)?, target, &mut show),
-        None => convert(&job, &resources, target, &mut show),
+    let report = match (&args.draft, args.max_kl) {
+        (Some(draft), _) => distill(&job, &SlimFile::open(draft)?, target, &mut show),
+        (None, None) => convert(&job, &resources, target, &mut show),
+        (None, Some(most)) => {
+            let ruler = Ruler::new(&source, args.max_memory)?;
+            let measure = |path: &Path| ruler.divergence(path);
+            convert_within(&job, most, &resources, target, &measure, &mut show)
+        }
     };
     progress.finish();
     let (report, time) = (report?, start.elapsed());
@@ -116,7 +127,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     if args.json {
         print_json(report_json(&report, &check, &device, time))?;
     } else if !args.quiet {
-        print(&describe(&report, &check, &plan, device, time))?;
+        print(&describe(&report, &check, &plan, device, args, time))?;
     }
     Ok(())
 }
@@ -156,15 +167,21 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
     let is_trained = method == Method::SlimPlus;
     ensure!(args.steps.is_none() || is_trained, "`--steps` belongs to `--method slim+`");
     ensure!(args.draft.is_none() || is_trained, "`--draft` belongs to `--method slim+`");
+    ensure!(
+        args.max_kl.is_none() || method == Method::Slim,
+        "`--max-kl` belongs to `--method slim`"
+    );
     let context = match method {
         // Not used, whatever it is.
         Method::RoundToNearest => args.context.unwrap_or(USUAL_CONTEXT),
         _ => resolve_context(config, args.context)?,
     };
     let target_bpw = args.target_bpw.map(Target::BitsPerWeight);
+    // Which size it will be is found out later.
+    let any_size = args.max_kl.map(|_| Target::FileBytes(MOST_BYTES));
     let settings = Settings {
         bits: args.bits,
-        target: target_bpw.or(args.target_size.map(Target::FileBytes)),
+        target: target_bpw.or(args.target_size.map(Target::FileBytes)).or(any_size),
         group_size: args.group_size,
         coding,
         method,
@@ -182,10 +199,11 @@ fn settings(args: &ConvertArgs, config: &ModelConfig) -> Result<Settings> {
 
 /// The resolved bits of embedding and output layer.
 fn embed_bits(args: &ConvertArgs, method: Method) -> Option<u8> {
+    let has_joint_budget = args.target_size.is_some() || args.max_kl.is_some();
     let default = match method {
         Method::Reference => Some(16),
         Method::Gptq | Method::RoundToNearest => Some(6),
-        Method::Slim | Method::SlimPlus if args.target_size.is_some() => None,
+        Method::Slim | Method::SlimPlus if has_joint_budget => None,
         Method::Slim | Method::SlimPlus => Some(4),
     };
     args.embed_bits.map(|bits| bits as u8).or(default)
@@ -298,7 +316,14 @@ fn mean(errors: impl Iterator<Item = Option<f32>>) -> Option<f32> {
     (!errors.is_empty()).then(|| errors.iter().sum::<f32>() / errors.len() as f32)
 }
 
-fn describe(report: &Report, check: &Check, plan: &Plan, device: String, time: Duration) -> String {
+fn describe(
+    report: &Report,
+    check: &Check,
+    plan: &Plan,
+    device: String,
+    args: &ConvertArgs,
+    time: Duration,
+) -> String {
     let mut layers = plural(report.matrices(), "quantized layer");
     if report.layers.len() > report.matrices() {
         layers += &format!(", stored in {} bands", report.layers.len());
@@ -318,6 +343,9 @@ fn describe(report: &Report, check: &Check, plan: &Plan, device: String, time: D
     }
     lines.extend(report.degenerate.map(degenerate).filter(|(_, found)| !found.is_empty()));
     lines.extend(check.facts());
+    if let (Some(most), [.., kept]) = (args.max_kl, &report.trials[..]) {
+        lines.push(("promise", promise(most, kept, report.trials.len())));
+    }
     let ratio = plan.source_bytes as f64 / report.file_bytes as f64;
     let (before, after) = (size(plan.source_bytes), size(report.file_bytes));
     lines.push(("size", format!("{after}, from {before}: {ratio:.2} times smaller")));
@@ -327,6 +355,16 @@ fn describe(report: &Report, check: &Check, plan: &Plan, device: String, time: D
     facts(&lines)
         + &format!("\ntry it:  slimllm run {output} -p \"Once upon a time\"\n")
         + &format!("look in: slimllm inspect {output} --bits\n")
+}
+
+/// How a promised divergence was kept.
+fn promise(most: f64, kept: &Trial, conversions: usize) -> String {
+    let Trial { predicted, measured, .. } = kept;
+    format!(
+        "KL {measured:.4} of at most {most} nats per token, mean over the texts above; \
+         {predicted:.4} were predicted; {} tried",
+        plural(conversions, "size")
+    )
 }
 
 /// What was degenerate; empty if nothing was.
@@ -354,6 +392,13 @@ fn report_json(report: &Report, check: &Check, device: &str, time: Duration) -> 
             "error": layer.error,
         })
     };
+    let trial = |trial: &Trial| {
+        json!({
+            "file_bytes": trial.file_bytes,
+            "kl_predicted": trial.predicted,
+            "kl_measured": trial.measured,
+        })
+    };
     json!({
         "output": report.paths[0].to_string_lossy(),
         "files": report.paths.iter().map(|path| path.to_string_lossy()).collect::<Json>(),
@@ -362,6 +407,7 @@ fn report_json(report: &Report, check: &Check, device: &str, time: Duration) -> 
         "device": device,
         "seconds": time.as_secs_f64(),
         "quality": check.to_json(),
+        "trials": report.trials.iter().map(trial).collect::<Json>(),
         "degenerate": report.degenerate.map(|found| {
             json!({
                 "dead_inputs": found.dead_inputs,

@@ -38,10 +38,11 @@ use crate::{
 /// Bits that a code can have.
 const MOST_BITS: usize = 8;
 
-/// What is decided about a model before its first layer is quantized.
-pub struct Budget {
-    /// The widths of the groups of every quantized layer of the blocks, by name.
-    pub widths: HashMap<String, Vec<BitWidth>>,
+/// What is found out about a model before its bits are shared out: nothing of it depends on how
+/// many there are.
+pub struct Survey {
+    /// What bits are worth.
+    pub costs: Costs,
     /// The order of the neurons of every block; empty where they are not sorted.
     pub neurons: Vec<Vec<usize>>,
     /// By the names of the matrices whose rows are to make up for each other's errors.
@@ -53,7 +54,7 @@ pub struct Budget {
 /// The record of all but the output Hessians, which have records of their own, written before.
 pub const SURVEY: &str = "survey";
 
-impl Budget {
+impl Survey {
     /// Keeps it.
     ///
     /// # Errors
@@ -63,10 +64,7 @@ impl Budget {
             work.put(&outputs_record(name), &Record::default().with("sums", &outputs.sums))?;
         }
         let mut record = Record::default();
-        for (name, widths) in &self.widths {
-            let bits: Vec<u8> = widths.iter().map(|width| width.bits()).collect();
-            record.put(format!("{WIDTHS}{name}"), &bits);
-        }
+        self.costs.record(&mut record);
         for (block, order) in self.neurons.iter().enumerate() {
             let order: Vec<u64> = order.iter().map(|&neuron| neuron as u64).collect();
             record.put(format!("{NEURONS}{block}"), &order);
@@ -78,22 +76,17 @@ impl Budget {
     }
 
     /// What [`Self::record`] has kept of a model, without the output Hessians of layers that are
-    /// done; in memory as for [`OutputHessian::zeros`].
+    /// done, as `is_done` tells; in memory as for [`OutputHessian::zeros`].
     ///
     /// # Errors
     /// As [`OutputHessian::zeros`].
     pub fn recorded(
         work: &WorkFolder,
         decoder: &Decoder,
+        is_done: impl Fn(&str) -> bool,
         memory_left: &mut u64,
     ) -> Result<Option<Self>> {
         let Some(record) = work.get(SURVEY) else { return Ok(None) };
-        let widths_of = |name: &str| -> Option<Vec<BitWidth>> {
-            let bits: Vec<u8> = record.get(&format!("{WIDTHS}{name}"))?;
-            bits.into_iter().map(BitWidth::new).collect()
-        };
-        let widths = record.names(WIDTHS);
-        let widths = widths.map(|name| Some((name.to_owned(), widths_of(name)?))).collect();
         let order_of = |block: usize| -> Option<Vec<usize>> {
             let order: Vec<u64> = record.get(&format!("{NEURONS}{block}"))?;
             Some(order.into_iter().map(|neuron| neuron as usize).collect())
@@ -106,7 +99,7 @@ impl Budget {
         });
         let vocabulary = vocabulary.collect();
         let mut outputs = HashMap::new();
-        let are_left = |tensor: &&Tensor| hang_together(tensor) && !work.has(&tensor.name);
+        let are_left = |tensor: &&Tensor| hang_together(tensor) && !is_done(&tensor.name);
         for tensor in decoder.tensors().iter().filter(are_left) {
             let Some(record) = work.get(&outputs_record(&tensor.name)) else { continue };
             let mut zeros = OutputHessian::zeros(tensor.shape().0, memory_left)?;
@@ -117,12 +110,16 @@ impl Budget {
             zeros.sums.copy_from_slice(&sums);
             outputs.insert(tensor.name.clone(), zeros);
         }
-        let found = (widths, neurons);
-        let (Some(widths), Some(neurons)) = found else { return Ok(None) };
-        Ok(Some(Self { widths, neurons, outputs, vocabulary }))
+        let (Some(costs), Some(neurons)) = (Costs::recorded(&record), neurons) else {
+            return Ok(None);
+        };
+        Ok(Some(Self { costs, neurons, outputs, vocabulary }))
     }
 }
 
+const LOSSES: &str = "losses.";
+const BITS: &str = "bits.";
+const LAYER: &str = "layer.";
 const WIDTHS: &str = "widths.";
 const NEURONS: &str = "neurons.";
 const VOCABULARY: &str = "hessian.";
@@ -131,19 +128,19 @@ fn outputs_record(name: &str) -> String {
     format!("outputs.{name}")
 }
 
-/// Sorts neurons, if they are to be sorted, and shares out the bits. The output Hessians are in
-/// memory as for [`OutputHessian::zeros`].
+/// Sorts neurons, if they are to be sorted, and weighs up the widths of all groups. The output
+/// Hessians are in memory as for [`OutputHessian::zeros`].
 ///
 /// # Errors
 /// As the reverse pass; `NotFinite` for a weight that is no number.
-pub fn budget(
+pub fn survey(
     source: &dyn ModelSource,
     calibration: &Calibration,
     settings: &Settings,
     contents: &Contents,
     memory_left: &mut u64,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<Budget> {
+) -> Result<Survey> {
     let decoder = source.decoder();
     let samples = &calibration.samples;
     let samples = &samples[..sensitivity_samples(samples.len(), settings.context)];
@@ -197,19 +194,100 @@ pub fn budget(
             Vec::new()
         }
     };
-    let file_bytes = |widths: &[Vec<BitWidth>]| {
-        let of_vocabulary = of_vocabulary.iter().map(|(name, widths)| (name.as_str(), widths));
-        let names = layers.iter().map(|layer| layer.name.as_str());
-        let widths: HashMap<_, _> = names.zip(widths).chain(of_vocabulary).collect();
-        contents.file_bytes_with(|name| widths.get(name).map(|widths| widths.as_slice()))
-    };
-    let widths = share_out(&layers, settings, file_bytes)?;
-    let names = layers.into_iter().map(|layer| layer.name);
-    let widths = names.zip(widths).chain(of_vocabulary).collect();
+    // As a record has them.
+    layers.sort_by(|a, b| a.name.cmp(&b.name));
     let Sensitivities { outputs, vocabulary, .. } = sensitivities;
     let hessians = vocabulary.iter().filter_map(|(part, found)| Some((part, found.hessian()?)));
     let vocabulary = hessians.collect();
-    Ok(Budget { widths, neurons, outputs, vocabulary })
+    Ok(Survey { costs: Costs { layers, of_vocabulary }, neurons, outputs, vocabulary })
+}
+
+/// What bits are worth to each group.
+pub struct Costs {
+    /// Of the layers that share one budget.
+    layers: Vec<LayerCosts>,
+    /// The widths of embedding and output layer, where they have a budget of their own.
+    of_vocabulary: Vec<(String, Vec<BitWidth>)>,
+}
+
+/// The widths of the groups of quantized layers, by name.
+pub type Widths = HashMap<String, Vec<BitWidth>>;
+
+impl Costs {
+    /// The widths with the least predicted loss among those that the settings allow.
+    ///
+    /// # Errors
+    /// As [`Contents::file_bytes`].
+    pub fn widths(&self, settings: &Settings, contents: &Contents) -> Result<Widths> {
+        let chosen = share_out(&self.layers, settings, |widths| self.file_bytes(widths, contents))?;
+        Ok(self.named(&chosen))
+    }
+
+    /// Size of the file with such widths of `layers`.
+    fn file_bytes(&self, widths: &[Vec<BitWidth>], contents: &Contents) -> Result<u64> {
+        let widths = self.named(widths);
+        contents.file_bytes_with(|name| widths.get(name).map(Vec::as_slice))
+    }
+
+    fn named(&self, widths: &[Vec<BitWidth>]) -> Widths {
+        let names = self.layers.iter().map(|layer| layer.name.clone());
+        names.zip(widths.iter().cloned()).chain(self.of_vocabulary.iter().cloned()).collect()
+    }
+
+    /// The size of the smallest file whose predicted divergence from the source is at most `most`,
+    /// and its divergence; of the largest one if all diverge more.
+    ///
+    /// # Errors
+    /// As [`Contents::file_bytes`].
+    pub fn smallest(&self, most: f64, contents: &Contents) -> Result<(u64, f64)> {
+        let loss = |price| at_price(&self.layers, price).map(|choice| choice.loss).sum::<f64>();
+        // The second order of the divergence, whose curvature the losses are of.
+        let divergence = |price| 0.5 * loss(price);
+        let (price, _) = bisect_price(|price| divergence(price) <= most);
+        let chosen: Vec<Choice> = at_price(&self.layers, price).collect();
+        let bytes = self.file_bytes(&by_layer(&self.layers, &chosen), contents)?;
+        Ok((bytes, divergence(price)))
+    }
+
+    fn record(&self, record: &mut Record) {
+        for LayerCosts { name, weights, own_bits, groups } in &self.layers {
+            let choices: Vec<Choice> = groups.iter().flatten().copied().collect();
+            let losses: Vec<f64> = choices.iter().map(|choice| choice.loss).collect();
+            let bits: Vec<u64> = choices.iter().map(|choice| choice.bits).collect();
+            record.put(format!("{LOSSES}{name}"), &losses);
+            record.put(format!("{BITS}{name}"), &bits);
+            record.put(format!("{LAYER}{name}"), &[*weights, *own_bits]);
+        }
+        for (name, widths) in &self.of_vocabulary {
+            let bits: Vec<u8> = widths.iter().map(|width| width.bits()).collect();
+            record.put(format!("{WIDTHS}{name}"), &bits);
+        }
+    }
+
+    fn recorded(record: &Record) -> Option<Self> {
+        let layer = |name: &str| {
+            let losses: Vec<f64> = record.get(&format!("{LOSSES}{name}"))?;
+            let bits: Vec<u64> = record.get(&format!("{BITS}{name}"))?;
+            let &[weights, own_bits] = &record.get::<u64>(&format!("{LAYER}{name}"))?[..] else {
+                return None;
+            };
+            let of_group = |(losses, bits): (&[f64], &[u64])| -> Vec<Choice> {
+                let choices = widths().zip(losses).zip(bits);
+                choices.map(|((width, &loss), &bits)| Choice { width, loss, bits }).collect()
+            };
+            let groups = losses.chunks(MOST_BITS).zip(bits.chunks(MOST_BITS)).map(of_group);
+            let groups = groups.collect();
+            Some(LayerCosts { name: name.to_owned(), weights, own_bits, groups })
+        };
+        let of_vocabulary = |name: &str| {
+            let bits: Vec<u8> = record.get(&format!("{WIDTHS}{name}"))?;
+            let widths = bits.into_iter().map(BitWidth::new).collect::<Option<_>>()?;
+            Some((name.to_owned(), widths))
+        };
+        let layers = record.names(LAYER).map(layer).collect::<Option<_>>()?;
+        let of_vocabulary = record.names(WIDTHS).map(of_vocabulary).collect::<Option<_>>()?;
+        Some(Self { layers, of_vocabulary })
+    }
 }
 
 /// The costs of the embeddings and the output layer.
@@ -420,22 +498,31 @@ fn fit_into(
 /// At a price per bit each group has its best choice; the price is the lowest that the budget can
 /// pay.
 fn best(layers: &[LayerCosts], budget_bits: u64) -> Vec<Choice> {
-    let at = |price: f64| {
-        layers.iter().flat_map(|layer| &layer.groups).map(move |choices| {
-            let cost = |choice: &&Choice| choice.loss + price * choice.bits as f64;
-            *choices.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("a choice")
-        })
-    };
-    // Bisection over the exponent: prices have no natural scale.
+    let bits = |price| at_price(layers, price).map(|choice| choice.bits).sum::<u64>();
+    let (_, price) = bisect_price(|price| bits(price) > budget_bits);
+    at_price(layers, price).collect()
+}
+
+/// The choice of each group if a bit costs `price`.
+fn at_price(layers: &[LayerCosts], price: f64) -> impl Iterator<Item = Choice> {
+    layers.iter().flat_map(|layer| &layer.groups).map(move |choices| {
+        let cost = |choice: &&Choice| choice.loss + price * choice.bits as f64;
+        *choices.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("a choice")
+    })
+}
+
+/// The highest price at which `is_low`, and the lowest at which it is not, next to each other.
+fn bisect_price(is_low: impl Fn(f64) -> bool) -> (f64, f64) {
+    // Over the exponent: prices have no natural scale.
     let (mut low, mut high) = (-300.0_f64, 300.0_f64);
     for _ in 0..100 {
         let middle = 0.5 * (low + high);
-        match at(middle.exp2()).map(|choice| choice.bits).sum::<u64>() > budget_bits {
+        match is_low(middle.exp2()) {
             true => low = middle,
             false => high = middle,
         }
     }
-    at(high.exp2()).collect()
+    (low.exp2(), high.exp2())
 }
 
 /// The widths of the groups of each layer.

@@ -14,7 +14,7 @@ use crate::{
     Calibration, ConvertError, Degenerate, Engine, LayerReport, Method, Progress, Report,
     Resources, Result, Settings, Work, WorkFolder,
     activations::StageInputs,
-    budget::{Budget, budget, try_fits},
+    budget::{Survey, Widths, survey, try_fits},
     calibrator::{Calibrator, ENOUGH_TOKENS, Layer, Visitor, scratch_bytes},
     contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEFORE, VECTORS_BEHIND},
     distill::train,
@@ -105,7 +105,7 @@ fn quantize_and_train(
 }
 
 /// All methods but the training; the file gets `metadata`, and parts of at most `part_bytes`.
-fn quantize(
+pub(crate) fn quantize(
     job: &Job<'_>,
     metadata: Metadata,
     resources: &Resources,
@@ -131,7 +131,8 @@ fn quantize(
         settings,
         work,
         contents,
-        budget: None,
+        survey: None,
+        widths: Widths::new(),
         layers: Vec::new(),
         warnings: Vec::new(),
         degenerate: Degenerate::default(),
@@ -145,16 +146,9 @@ fn quantize(
         output.try_out()?;
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
-        output.budget = Some(match Budget::recorded(work, decoder, memory_left)? {
-            Some(budget) => budget,
-            None => {
-                let budget =
-                    budget(source, calibration, settings, contents, memory_left, progress)?;
-                budget.record(work)?;
-                work.go_on()?;
-                budget
-            }
-        });
+        let survey = surveyed(job, contents, memory_left, progress)?;
+        output.widths = survey.costs.widths(settings, contents)?;
+        output.survey = Some(survey);
     }
     if let Some(most) = part_bytes {
         output.split(most)?;
@@ -178,7 +172,7 @@ fn quantize(
     let blocks = decoder.blocks.len();
     for index in 0..blocks {
         let block = Block::load(source, index)?;
-        let order = output.budget.as_ref().and_then(|budget| budget.neurons.get(index));
+        let order = output.survey.as_ref().and_then(|survey| survey.neurons.get(index));
         let order = order.filter(|order| !order.is_empty());
         let ffn = match order {
             Some(order) => Ffn::load(&block, decoder, index)?.map(|ffn| ffn.sorted(order)),
@@ -209,6 +203,24 @@ fn quantize(
     output.warn_of_seldom_experts();
     output.behind_blocks()?;
     output.finish()
+}
+
+/// What was found out of the model, now or before.
+pub(crate) fn surveyed(
+    job: &Job<'_>,
+    contents: &Contents,
+    memory_left: &mut u64,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Survey> {
+    let Job { source, calibration, settings, work } = *job;
+    let is_done = |name: &str| work.has(&settings.record_of(name));
+    if let Some(survey) = Survey::recorded(work, source.decoder(), is_done, memory_left)? {
+        return Ok(survey);
+    }
+    let survey = survey(source, calibration, settings, contents, memory_left, progress)?;
+    survey.record(work)?;
+    work.go_on()?;
+    Ok(survey)
 }
 
 /// Quantizes a block without calibration.
@@ -290,8 +302,10 @@ struct Output<'a> {
     work: &'a WorkFolder,
     /// What is going to be in it.
     contents: Contents,
-    /// Widths and the order of neurons, for methods that have them decided.
-    budget: Option<Budget>,
+    /// Of methods that have the widths decided by one budget.
+    survey: Option<Survey>,
+    /// Those that were decided.
+    widths: Widths,
     layers: Vec<LayerReport>,
     warnings: Vec<String>,
     degenerate: Degenerate,
@@ -347,8 +361,7 @@ const NAMED_EXPERTS: usize = 8;
 impl Output<'_> {
     /// Splits the file into parts, now that the widths of all layers are known.
     fn split(&mut self, most: u64) -> Result<()> {
-        let widths = self.budget.as_ref().map(|budget| &budget.widths);
-        let exact = self.contents.outline(|name| Some(widths?.get(name)?.as_slice()));
+        let exact = self.contents.outline(|name| Some(self.widths.get(name)?.as_slice()));
         Ok(self.writer.split(most, &exact)?)
     }
 
@@ -445,7 +458,7 @@ impl Output<'_> {
         });
         let zero_groups: Vec<u64> = zero_groups.collect();
         let weights = inputs.corrected(weights);
-        let outputs = self.budget.as_mut().and_then(|budget| budget.outputs.remove(name));
+        let outputs = self.survey.as_mut().and_then(|survey| survey.outputs.remove(name));
         let mut targets =
             Targets::new(weights, cols, outputs.as_ref(), self.settings.coding.strip_rows())
                 .map_err(|error| error.of_layer(name))?;
@@ -454,7 +467,7 @@ impl Output<'_> {
         let mut bands = Vec::new();
         let seen = Inputs { tokens: inputs.tokens() as u64, dead: inputs.dead() as u64 };
         for ((band, rows), zero_groups) in layers.into_iter().zip(zero_groups) {
-            let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
+            let widths = self.widths.get(&band);
             let layer = quantize_layer(&mut targets, rows, inputs, self.settings, widths);
             self.swept(&layer.packed, kind);
             let (packed, error) = (layer.packed, Some(layer.error));
@@ -466,7 +479,7 @@ impl Output<'_> {
 
     /// What was worked out of a matrix before.
     fn recorded(&self, name: &str) -> Option<Vec<Band>> {
-        let record = self.work.get(name)?;
+        let record = self.work.get(&self.settings.record_of(name))?;
         let layouts = self.contents.layouts_of(name);
         layouts
             .enumerate()
@@ -478,7 +491,7 @@ impl Output<'_> {
     fn record(&self, name: &str, bands: &[Band]) -> Result<()> {
         let mut record = Record::default();
         bands.iter().enumerate().for_each(|(index, band)| band.record(&mut record, index));
-        self.work.put(name, &record)?;
+        self.work.put(&self.settings.record_of(name), &record)?;
         self.work.go_on()
     }
 
@@ -494,7 +507,7 @@ impl Output<'_> {
         if let Some(bands) = self.recorded(name) {
             return Ok(Layer::Quantized(self.write(name, bands)?));
         }
-        let hessian = self.budget.as_ref().and_then(|budget| budget.vocabulary.get(tensor.part));
+        let hessian = self.survey.as_ref().and_then(|survey| survey.vocabulary.get(tensor.part));
         let hessian = match hessian.cloned() {
             Some(hessian) => {
                 let hessian = FactoredHessian::new(hessian, &settings)
@@ -520,7 +533,7 @@ impl Output<'_> {
         let (_, cols) = weight::shape(source);
         let mut bands = Vec::new();
         for (band, rows) in self.contents.layers_of(name) {
-            let widths = self.budget.as_ref().and_then(|budget| budget.widths.get(&band));
+            let widths = self.widths.get(&band);
             let mut groups = ZeroGroups::new(cols, settings.group_size);
             let packed = stream_layer(rows.len(), cols, settings, hessian, widths, |slab| {
                 let slab = rows.start + slab.start..rows.start + slab.end;

@@ -6,6 +6,7 @@ mod activations;
 mod allocate;
 pub mod backward;
 mod bands;
+mod bound;
 mod budget;
 mod calibration;
 mod calibrator;
@@ -41,6 +42,7 @@ mod work_folder;
 mod zeros;
 
 use activations::Activations;
+pub use bound::{MOST_BYTES, Trial, convert_within};
 pub use calibration::{BUILT_IN_CALIBRATION, Calibration};
 pub use calibrator::float_bytes;
 pub use contents::{Contents, PlannedTensor, Storage};
@@ -50,7 +52,9 @@ pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
 pub use provenance::{COMMIT, DRAWN, source_metadata};
-pub use quality::{Domain, Profile, Quality, USELESS_KL, predict_quality, profile, quality_bytes};
+pub use quality::{
+    Domain, Profile, Quality, USELESS_KL, mean_divergence, predict_quality, profile, quality_bytes,
+};
 pub use report::{Degenerate, LayerReport, Progress, Report};
 pub use settings::{Method, Resources, Settings, Target};
 pub use work::Work;

@@ -19,6 +19,9 @@ pub(crate) const STEPS: &str = "slim.quantization.steps";
 /// Of files whose calibration text was drawn from the model.
 pub const DRAWN: &str = "slim.calibration.drawn";
 
+/// The size that was to be met.
+pub(crate) const TARGET_BYTES: &str = "slim.quantization.target_file_bytes";
+
 /// What a part of the file may take.
 pub(crate) const SPLIT: &str = "slim.quantization.split_max_bytes";
 
@@ -74,7 +77,7 @@ fn with_hashes(
             metadata.insert("slim.quantization.target_bits_per_weight", bits as f32)?;
         }
         Some(Target::FileBytes(bytes)) => {
-            metadata.insert("slim.quantization.target_file_bytes", bytes)?;
+            metadata.insert(TARGET_BYTES, bytes)?;
         }
     }
     if let Some(most) = settings.split_max_bytes {

@@ -134,6 +134,13 @@ pub fn predict_quality(source: &Model, result: &Model) -> Result<Vec<Quality>> {
     Domain::CHECKED.into_iter().map(quality).collect()
 }
 
+/// The mean divergence over all tokens of the texts that were compared.
+pub fn mean_divergence(of_texts: &[Quality]) -> f64 {
+    let tokens: usize = of_texts.iter().map(|quality| quality.tokens).sum();
+    let sum = |quality: &Quality| quality.divergence.kl_mean * quality.tokens as f64;
+    of_texts.iter().map(sum).sum::<f64>() / tokens as f64
+}
+
 /// How a result compares with its source on a kind of text.
 #[derive(Debug, Clone)]
 pub struct Profile {

@@ -7,7 +7,7 @@ use slim_formats::{
     slim::{LayerLayout, WrittenFile, matrix_of},
 };
 
-use crate::Work;
+use crate::{Trial, Work};
 
 /// A step of a conversion, as it ends.
 #[derive(Debug, Clone)]
@@ -95,6 +95,8 @@ pub struct Report {
     pub bits_per_weight: f64,
     /// What [`Progress::Warning`] told.
     pub warnings: Vec<String>,
+    /// Sizes that were tried for a promised divergence, last the one that was taken.
+    pub trials: Vec<Trial>,
     /// `None` if the layers were quantized by an earlier command.
     pub degenerate: Option<Degenerate>,
 }
@@ -128,7 +130,8 @@ impl Report {
             .chain(dense)
             .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w as u64));
         let bits_per_weight = bits as f64 / weights.max(1) as f64;
-        Self { layers, paths, file_bytes, bits_per_weight, warnings, degenerate: None }
+        let trials = Vec::new();
+        Self { layers, paths, file_bytes, bits_per_weight, warnings, trials, degenerate: None }
     }
 
     /// How many matrices the layers are, those in bands counted once.

@@ -169,6 +169,15 @@ impl Settings {
         self.has_budget()
     }
 
+    /// What the record of a matrix is called: one work folder may have those of conversions to
+    /// different sizes.
+    pub(crate) fn record_of(&self, matrix: &str) -> String {
+        match self.target {
+            Some(Target::FileBytes(bytes)) => format!("{bytes}.{matrix}"),
+            _ => matrix.to_owned(),
+        }
+    }
+
     /// Of the calibration's products on the processor.
     pub(crate) fn precision(&self) -> Precision {
         match self.method {

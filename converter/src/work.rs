@@ -76,8 +76,9 @@ impl Work {
     ) -> f64 {
         let is_calibrated = settings.method != Method::RoundToNearest;
         let is_surveyed = settings.has_budget() && !work.has(SURVEY);
+        let is_done = |matrix: &str| work.has(&settings.record_of(matrix));
         let sweeps = |are_linked: bool| -> f64 {
-            let left = layers(contents).filter(|layer| !work.has(&layer.source));
+            let left = layers(contents).filter(|layer| !is_done(&layer.source));
             let alike = left.filter(|layer| is_linked(layer, decoder, settings) == are_linked);
             alike.map(|layer| sweep((layer.rows, layer.cols))).sum()
         };
@@ -93,7 +94,7 @@ impl Work {
                 (0..decoder.blocks.len()).map(|block| forward(decoder, block, settings)).sum()
             }
             Self::Hessians if is_calibrated => {
-                let is_left = |tensor: &&Tensor| !work.has(&tensor.name);
+                let is_left = |tensor: &&Tensor| !is_done(&tensor.name);
                 let stages = stages(decoder).filter(|stage| stage.iter().any(is_left));
                 stages.map(|stage| hessian(stage[0], decoder, settings)).sum()
             }

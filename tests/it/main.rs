@@ -1,6 +1,7 @@
 //! The integration tests, in one binary so that they link once.
 
 mod attacks; // templates and tokenizers that hurt
+mod bound; // the smallest file that keeps a promised divergence
 mod chat; // prompts, sampling settings, and the chat, piped and on a terminal
 mod cli; // help, errors, exit codes, output of every subcommand
 mod columns; // any number of them
