@@ -23,6 +23,16 @@ __device__ inline float bias_of(const Band<Matrix>& band, u32 row) {
     return band.bias != nullptr ? band.bias[band.first_row + row] : 0.0f;
 }
 
+// What makes an output of the sums of a row: sums * unit + bias.
+struct RowEnd {
+    float unit, bias;
+};
+
+template <class Matrix>
+__device__ inline RowEnd row_end(const Band<Matrix>& band, u32 row) {
+    return {row_unit(band.w, row), bias_of(band, row)};
+}
+
 template <class Matrix>
 __device__ inline u32 tiles_of(const Matrix& w) {
     return (w.rows + TILE_ROWS - 1) / TILE_ROWS;

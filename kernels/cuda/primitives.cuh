@@ -33,6 +33,14 @@ struct alignas(16) Vector16 {
 
 __device__ inline Vector16 load16(const void* aligned) { return *static_cast<const Vector16*>(aligned); }
 
+// `address`, as one number: the compiler would take a sum apart, to add it up again at each use.
+__device__ inline const u8* kept(const u8* address) {
+#ifdef __CUDACC__
+    asm("" : "+l"(address));
+#endif
+    return address;
+}
+
 // ---- f32 ----
 
 __device__ inline u32 float_bits(float value) {
@@ -148,6 +156,17 @@ __device__ inline void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3
 #endif
 }
 
+// The same for a[16 rows, 8] * b[8, 8 columns], without a[2], a[3] and b1. PTX: mma.m16n8k8.
+__device__ inline void mma_16x8x8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+#ifdef __CUDACC__
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+#else
+    emulator::mma_16x8x16(c, a0, a1, 0, 0, b0, 0);
+#endif
+}
+
 // Four matrices of 8 rows of 8 fp16 numbers from shared memory: row r of matrix i is the 16 bytes
 // that lane 8i + r points to. With g = lane / 4 and q = lane % 4, out[i] is what row g of matrix i
 // holds at 2q, 2q + 1, or TRANSPOSED what its column g does. PTX: ldmatrix.m8n8.x4.
@@ -177,6 +196,22 @@ __device__ inline void load_matrices(u32 (&out)[4], const void* row) {
 #endif
 }
 
+// One such matrix, transposed; row r is what lane r of the first 8 points to. PTX:
+// ldmatrix.m8n8.x1.
+__device__ inline u32 load_matrix_transposed(const void* row) {
+#ifdef __CUDACC__
+    u32 out;
+    const u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out) : "r"(address) : "memory");
+    return out;
+#else
+    const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
+    const auto half = [row](int r, int col) { return u32(__shfl_sync(ALL_LANES, static_cast<const u16*>(row), r)[col]); };
+    const u32 low = half(2 * q, g);
+    return low | half(2 * q + 1, g) << 16;
+#endif
+}
+
 // ---- asynchronous copies ----
 
 // Copies 16 bytes from global to shared memory, past the registers and the L1 cache.
@@ -201,6 +236,19 @@ template <int PENDING>
 __device__ inline void copy_async_wait() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// The same for 1 or 2, known at run time.
+__device__ inline void copy_async_wait_but(u32 pending) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{ .reg .pred p; setp.eq.u32 p, %0, 1;\n"
+        "@p cp.async.wait_group 1;\n"
+        "@!p cp.async.wait_group 2; }" ::"r"(pending)
+        : "memory");
+#else
+    (void)pending;
 #endif
 }
 

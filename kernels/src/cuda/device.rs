@@ -48,7 +48,7 @@ pub struct Device {
     compute_capability: (u32, u32),
     total_memory: u64,
     multiprocessors: usize,
-    /// Bytes of shared memory that a block may have.
+    /// Bytes of dynamic shared memory that a block may have.
     pub(super) shared_memory: u32,
     /// Whether kernels start while the one before them ends.
     pub(super) overlaps: bool,
@@ -108,7 +108,8 @@ impl Device {
             return Err(KernelError::DeviceTooOld { name, found, needed });
         }
         let shared_memory =
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                - STATIC_SHARED_BYTES;
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let total_memory = context.total_mem().map_err(refused())? as u64;
@@ -297,6 +298,9 @@ pub(super) struct Kernel {
     pub function: CudaFunction,
 }
 
+/// Static shared memory that kernels have at most.
+const STATIC_SHARED_BYTES: u32 = 1 << 10;
+
 /// Dynamic shared memory that every kernel may have, and on every device.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 
@@ -333,7 +337,7 @@ macro_rules! kernels {
         }
 
         impl Kernels {
-            /// `most`: what the device has of shared memory for a block, in bytes.
+            /// `most`: what a block may have of dynamic shared memory, in bytes.
             fn load(module: &Arc<CudaModule>, most: u32) -> Result<Self> {
                 Ok(Self { $($name: Kernel::load(module, stringify!($name), $shared_bytes, most)?,)* })
             }
@@ -356,6 +360,7 @@ kernels! {
     matmul_packed: shared::matmul(shared::matmul_item(8), 4),
     matvec_dense: 0,
     matvec_packed: 0,
+    matvec_raw: u32::MAX,
     norm_add: 0,
     norm_rows: 0,
     rope_store_f16: 0,
@@ -383,6 +388,17 @@ pub(super) mod shared {
         const SUMS: u32 = 128 * (128 + 4) * 4;
         let items = stages * item;
         128 + 8 * 16 + 8 * 8 * 16 + if items > SUMS { items } else { SUMS }
+    }
+
+    /// `raw.cuh`: four words, eight records, and for each bit of the codes a row of 64 columns of
+    /// each quarter and half a row between.
+    pub const fn quad(width: u32) -> u32 {
+        4 * 4 + 8 * 16 + width * (4 * 128 + 64)
+    }
+
+    /// `matvec_raw.cu`: inputs and means, and of each of 8 warps a ring of `depth` quads.
+    pub const fn raw(cols: u32, quad: u32, depth: u32) -> u32 {
+        2 * (cols + 64) + (cols / 64 / 4 + 1) * 16 + 8 * depth * quad
     }
 
     /// `attention_prefill.cu`: rows of queries, keys and values.
