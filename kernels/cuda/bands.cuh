@@ -33,6 +33,13 @@ __device__ inline RowEnd row_end(const Band<Matrix>& band, u32 row) {
     return {row_unit(band.w, row), bias_of(band, row)};
 }
 
+// Asks for those of a tile, long before they are needed: nobody has touched them before.
+template <class Matrix>
+__device__ inline void prefetch_row_ends(const Band<Matrix>& band, u32 tile) {
+    prefetch_row_unit(band.w, tile * TILE_ROWS);
+    if (band.bias != nullptr) prefetch_to_l2(band.bias + band.first_row + tile * TILE_ROWS);
+}
+
 template <class Matrix>
 __device__ inline u32 tiles_of(const Matrix& w) {
     return (w.rows + TILE_ROWS - 1) / TILE_ROWS;

@@ -69,15 +69,23 @@ struct BlockTile {
         warps = MATVEC_WARPS >> has_gates;
     }
 
+    // By the whole block, before anything else.
+    template <class Matrix>
+    __device__ void prefetch_ends(const Matvec<Matrix>& args) const {
+        if (threadIdx.x != 0) return;
+        prefetch_row_ends(args.band[band], tile);
+        if (has_gates) prefetch_row_ends(args.band[of_up], tile);
+    }
+
     __device__ u32 band_of_warp() const { return threadIdx.x / WARP < warps ? band : of_up; }
 };
 
-// A thread's output of the block, once all sums are there.
+// A thread's output of the block. To be made before the block waits for its warps' sums.
 template <u32 TOKENS>
 struct Output {
     u32 row_of_tile, row, t;
     bool is_one;          // or else the thread has none
-    RowEnd end, end_of_up;  // nobody has touched them before: fetched long before they are needed
+    RowEnd end, end_of_up;
 
     template <class Matrix>
     __device__ Output(const Matvec<Matrix>& args, const BlockTile& block) : end{}, end_of_up{} {

@@ -37,8 +37,12 @@ struct QuadRing {
         chunk = QUAD_ROWS_AT + quarter * ROW_BYTES + 16 * row_chunk(i, quarter);
         record = QUAD_RECORDS_AT + (quarter * (QUARTER_COLS / RUN_COLS) + i) * TILE_ROWS;
         has_record = i < QUARTER_COLS >> w.sub_group_log2;
-        fetch();
-        for (u32 n = 0; n < slots; ++n) refill<8>();
+        // The table is asked for all of them before the first is waited for.
+        const Vector16 ahead[3] = {fetch(), fetch(), fetch()};
+        next = ahead[2];
+        fill<8>(ahead[0]);
+        fill<8>(ahead[1]);
+        if (slots == 3) refill<8>();
     }
 
     __device__ const u8* quad() const { return shared + slot; }
@@ -49,9 +53,10 @@ struct QuadRing {
     __device__ bool has_width(u32 width) const { return entries()[0] >= width << 16; }
     __device__ u32 col64() const { return entries()[quarter] & 0xffff; }
 
-    __device__ void fetch() {
-        next = load16(table + offset);
+    __device__ Vector16 fetch() {
+        const Vector16 entry = load16(table + offset);
         offset = min(offset + step, last);
+        return entry;
     }
 
     template <int BITS>
@@ -65,10 +70,16 @@ struct QuadRing {
     // over.
     template <int MAX_WIDTH>
     __device__ void refill() {
-        const u32 width = next.word[3] >> 16;
-        entries()[quarter] = next.word[3];
-        if (has_record) copy16_async(shared + slot + record, scales + next.word[2]);
-        u32 rows = slot + chunk, from_at = next.word[0], plane_step = next.word[1];
+        fill<MAX_WIDTH>(next);
+        next = fetch();
+    }
+
+    template <int MAX_WIDTH>
+    __device__ void fill(const Vector16& entry) {
+        const u32 width = entry.word[3] >> 16;
+        entries()[quarter] = entry.word[3];
+        if (has_record) copy16_async(shared + slot + record, scales + entry.word[2]);
+        u32 rows = slot + chunk, from_at = entry.word[0], plane_step = entry.word[1];
         if (MAX_WIDTH >= 8 && width & 8) copy_plane<8>(rows, from_at);
         if (MAX_WIDTH >= 4 && width & 4) {
             copy_plane<4>(rows, from_at);
@@ -83,7 +94,6 @@ struct QuadRing {
         }
         if (width & 1) copy_plane<1>(rows, from_at);
         copy_async_commit();
-        fetch();
         slot += bytes;
         if (slot == end) slot = first;
     }
@@ -118,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 2) matvec_raw(
     const RawInputs inputs(shared, w.cols);
     const u32 first_slot = RawInputs::bytes(w.cols) + warp * args.depth * args.quad_bytes;
     QuadRing ring(w, block.tile, warp % block.warps, block.warps, shared, first_slot, args.depth, args.quad_bytes);
+    block.prefetch_ends(args);
     const RowScales rows = row_scales_of(w, block.tile);
     wait_for_previous_kernel();
     inputs.stage(args.x, w.cols);

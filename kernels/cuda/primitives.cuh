@@ -252,11 +252,22 @@ __device__ inline void copy_async_wait_but(u32 pending) {
 #endif
 }
 
+// Asks for the line of global memory that holds an address, to be in the L2 cache later.
+__device__ inline void prefetch_to_l2(const void* global) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#else
+    (void)global;
+#endif
+}
+
 // ---- kernels one behind the other ----
 
 // Where the card and its driver can, every kernel starts while the one before it ends: `device.rs`
 // then turns these comments into the instructions that they name. So every kernel must wait before
-// it reads what an earlier one has written, and before it writes anything.
+// it reads what an earlier one has written, and before it writes anything; and no warp may leave
+// before it has waited, or the next kernel would take those before this one to have ended, too.
+// What a kernel asks for before must be weights.
 __device__ inline void wait_for_previous_kernel() {
 #ifdef __CUDACC__
     asm volatile("//sm_90: griddepcontrol.wait;" ::: "memory");
@@ -278,12 +289,13 @@ __device__ inline void begin_after_previous_kernel() {
 
 // ---- some threads of a block ----
 
-// Waits for `threads` threads (whole warps) that name the same barrier; 0 is the whole block's.
-__device__ inline void sync_threads_of(u32 barrier, u32 threads) {
+// Waits for THREADS threads (whole warps) that name the same barrier; 0 is the whole block's.
+template <u32 BARRIER, u32 THREADS>
+__device__ inline void sync_threads_of() {
 #ifdef __CUDACC__
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 #else
-    emulator::synchronize(barrier, threads);
+    emulator::synchronize(BARRIER, THREADS);
 #endif
 }
 
@@ -329,18 +341,30 @@ __device__ inline float block_sum(float value) {
     return warp_sum(lane < int(blockDim.x) / WARP ? partial[lane] : 0.0f);
 }
 
+// Adds one to a counter and gives what it was. What this thread knows to be written, by other
+// threads of its block before a barrier, too, is seen by whoever counts later, and by those who
+// meet them at a barrier: one fence in place of one for each thread, which would empty the cache of
+// the blocks beside this one.
+__device__ inline u32 count_block(u32* counter) {
+#ifdef __CUDACC__
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+#else
+    return emulator::add_one(counter);
+#endif
+}
+
 // Whether this block is the last of `blocks` to get here; it then sees what the others wrote
 // before. All threads must call. `counter` starts at zero and is zero again afterwards.
 __device__ inline bool is_last_block(u32* counter, u32 blocks) {
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(counter, 1u) == blocks - 1;
+        is_last = count_block(counter) == blocks - 1;
         if (is_last) *counter = 0;
     }
     __syncthreads();
-    if (is_last) __threadfence();
     return is_last;
 }
 

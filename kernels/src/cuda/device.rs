@@ -54,6 +54,9 @@ pub struct Device {
     pub(super) overlaps: bool,
     /// Waits for each kernel, so that errors name the one that failed.
     waits_for_kernels: bool,
+    /// Quads that a warp of `matvec_raw` may have in shared memory, the best number first. None:
+    /// its work is for `matvec_packed`.
+    pub(super) ring_depths: Vec<u32>,
     uploader: Mutex<Uploader>,
     /// What the kernels of the graph being captured use.
     captured: Mutex<Option<Vec<Arc<Memory>>>>,
@@ -128,6 +131,7 @@ impl Device {
             multiprocessors,
             shared_memory,
             overlaps,
+            ring_depths: ring_depths(env::var("SLIMLLM_CUDA_RING").ok().as_deref()),
             waits_for_kernels: env::var_os("SLIMLLM_CUDA_SYNC").is_some_and(|value| value == "1"),
             uploader: Mutex::new(Uploader::new(Arc::clone(&stream))),
             captured: Mutex::new(None),
@@ -298,6 +302,14 @@ pub(super) struct Kernel {
     pub function: CudaFunction,
 }
 
+/// Quads of a ring in `matvec_raw`: 3 or 2, which `copy_async_wait_but` allows, or what is asked
+/// for.
+fn ring_depths(asked: Option<&str>) -> Vec<u32> {
+    const DEPTHS: [u32; 2] = [3, 2];
+    let is_asked = |depth: &u32| asked.is_none_or(|asked| asked == depth.to_string());
+    DEPTHS.into_iter().filter(is_asked).collect()
+}
+
 /// Static shared memory that kernels have at most.
 const STATIC_SHARED_BYTES: u32 = 1 << 10;
 
@@ -405,5 +417,17 @@ pub(super) mod shared {
     pub const fn prefill(head_dim: u32) -> u32 {
         let row = head_dim.next_multiple_of(16) + 8;
         128 * (2 * row + if head_dim <= 64 { 72 } else { 136 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ring_depths_are_those_asked_for_or_all() {
+        assert_eq!(ring_depths(None), [3, 2]);
+        assert_eq!(ring_depths(Some("2")), [2]);
+        assert!(ring_depths(Some("0")).is_empty());
     }
 }

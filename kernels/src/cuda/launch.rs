@@ -20,8 +20,6 @@ use crate::{KernelError, KvType, Result};
 
 /// Tokens of a product that one launch of `matvec_*` takes.
 const MATVEC_TOKENS: usize = 8;
-/// Quads of a warp's ring in `matvec_raw`, as `copy_async_wait_but` allows them.
-const RING_DEPTHS: [u32; 2] = [3, 2];
 /// Rows (in tiles) and tokens of a block of `matmul_*`.
 const MATMUL_TILES: usize = 8;
 const MATMUL_TOKENS: usize = 128;
@@ -273,10 +271,10 @@ impl Device {
         let quad_bytes = of_band.collect::<Option<Vec<_>>>()?.into_iter().max()?;
         let ring =
             |depth| Ring { quad_bytes, depth, shared: shared::raw(cols as u32, quad_bytes, depth) };
-        // Deep rings for two blocks of a multiprocessor, or else shallow ones.
+        // Room for two blocks of a multiprocessor is worth more than deep rings.
         let fits = |blocks, ring: &Ring| m == 1 && blocks * ring.shared <= self.shared_memory;
-        let two = RING_DEPTHS.map(ring).into_iter().find(|ring| fits(2, ring));
-        two.or_else(|| Some(ring(RING_DEPTHS[1])).filter(|ring| fits(1, ring)))
+        let rings = || self.ring_depths.iter().copied().map(ring);
+        rings().find(|ring| fits(2, ring)).or_else(|| rings().rfind(|ring| fits(1, ring)))
     }
 
     /// Up to eight tokens with bands of one kind. All shapes have been checked.
