@@ -62,6 +62,7 @@ test-cuda:
 	cargo test --lib --test it -- cuda on_a_device
 	$(BUILD) --workspace --exclude slim-peers --bin gpu-check
 	$(DEBUG)/gpu-check --smoke
+	SLIMLLM_CUDA_RING=0 $(DEBUG)/gpu-check --smoke --parity
 
 # One program that tests and measures the CUDA kernels on a machine with a GPU, which needs nothing
 # but the driver.

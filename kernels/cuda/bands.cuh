@@ -23,6 +23,23 @@ __device__ inline float bias_of(const Band<Matrix>& band, u32 row) {
     return band.bias != nullptr ? band.bias[band.first_row + row] : 0.0f;
 }
 
+// What makes an output of the sums of a row: sums * unit + bias.
+struct RowEnd {
+    float unit, bias;
+};
+
+template <class Matrix>
+__device__ inline RowEnd row_end(const Band<Matrix>& band, u32 row) {
+    return {row_unit(band.w, row), bias_of(band, row)};
+}
+
+// Asks for those of a tile, long before they are needed: nobody has touched them before.
+template <class Matrix>
+__device__ inline void prefetch_row_ends(const Band<Matrix>& band, u32 tile) {
+    prefetch_row_unit(band.w, tile * TILE_ROWS);
+    if (band.bias != nullptr) prefetch_to_l2(band.bias + band.first_row + tile * TILE_ROWS);
+}
+
 template <class Matrix>
 __device__ inline u32 tiles_of(const Matrix& w) {
     return (w.rows + TILE_ROWS - 1) / TILE_ROWS;

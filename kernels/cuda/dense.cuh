@@ -28,6 +28,8 @@ __device__ inline Vector16 fragment(const DenseMatrix& w, u32 tile, u32 step, u3
 // What the sums of a row are multiplied with.
 __device__ inline float row_unit(const PackedMatrix& w, u32 row) { return w.units[row] * operand_unit(w.coding); }
 __device__ inline float row_unit(const DenseMatrix&, u32) { return 1.0f; }
+__device__ inline void prefetch_row_unit(const PackedMatrix& w, u32 row) { prefetch_to_l2(w.units + row); }
+__device__ inline void prefetch_row_unit(const DenseMatrix&, u32) {}
 
 // What a product does with its sums, to which a bias has been added.
 enum Mode : u32 {

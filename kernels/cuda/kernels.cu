@@ -4,6 +4,7 @@
 #include "embed.cu"
 #include "norm.cu"
 #include "matvec.cu"
+#include "matvec_raw.cu"
 #include "matmul.cu"
 #include "rope.cu"
 #include "attention_decode.cu"

@@ -1,54 +1,7 @@
-// Products of 1 to 8 tokens with up to 32 bands of rows of one matrix or of several: a band has
-// out[t, row] = sum over columns of w[row, col] * x[t, col] for some rows of its matrix.
-//
-// A block owns one tile (16 rows) of one band; with gates the same tile of two, half of the warps
-// each. Its warps share out the columns, every warp adds up its own share on tensor cores (one
-// instruction serves 8 tokens), and the block adds the warps' sums in a fixed order. Every byte of
-// the weights is read once.
-//
-//   x         fp16 [m, x_stride], operand order; padding zero
-//   out       f32 [m, matrix_rows], of a band its own rows: overwritten (STORE) or added to, times
-//             scale (ADD)
-//   operands  fp16 [m, operand_stride], operand order: neurons, by activation(x) (ACTIVATE) or
-//             activation(gate x) * (up x) (GATE: the first half of the bands is the gate's, the
-//             other up's, of the same rows)
-//   normed    null, or with ADD, the bands being all of one matrix: the last block also writes
-//             norm(out), fp16 operand order
-//   counter   one u32, zero between launches (used with normed)
-//
-// Grid: the tiles of all bands in turn (GATE: of the gate's). Block: 256 threads. No dynamic
-// shared memory. m <= 8.
-//
-// Weights do not depend on the kernel before: where the card can, the block starts while that one
-// ends, and the first of its weights are on their way when the inputs come.
+// Products of 1 to 8 tokens with weights made of codes (`matvec.cuh`). One instruction serves 8
+// tokens. No dynamic shared memory.
 
-#include "activation.cuh"
-#include "bands.cuh"
-#include "norm.cuh"
-
-constexpr u32 MATVEC_WARPS = 8;
-constexpr u32 MATVEC_TOKENS = 8;
-constexpr u32 MATVEC_BANDS = 2 * MAX_BANDS;
-
-template <class Matrix>
-struct Matvec {
-    Band<Matrix> band[MATVEC_BANDS];
-    const u16* x;
-    u32 x_stride;
-    u32 m;
-    u32 bands;
-    u32 mode;
-    u16* operands;
-    u32 operand_stride;
-    u32 activation;
-    Norm norm;
-    u16* normed;
-    u32 normed_stride;
-    float scale;
-    u32* counter;
-};
-typedef Matvec<PackedMatrix> MatvecPacked;
-typedef Matvec<DenseMatrix> MatvecDense;
+#include "matvec.cuh"
 
 // The inputs of a lane for one step: the columns of its unit, for the token whose sums it feeds.
 struct Inputs {
@@ -246,42 +199,15 @@ __device__ inline void matvec(const Matvec<Matrix>& args) {
     let_next_kernel_start();
     __shared__ float partial[MATVEC_WARPS][TILE_ROWS][MATVEC_TOKENS];
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const bool has_gates = args.mode == GATE;
-
-    // With a bound that it never meets, or else ptxas spills.
-    u32 band = 0, tile = blockIdx.x;
-    while (band + 1 < args.bands && tile >= tiles_of(args.band[band].w)) tile -= tiles_of(args.band[band++].w);
-    const u32 of_up = band + args.bands / 2;
-    const u32 warps = has_gates ? MATVEC_WARPS / 2 : MATVEC_WARPS;
-    const u32 mine = warp < warps ? band : of_up;
+    const BlockTile block(args);
 
     LaneSums sums = {};
-    multiply_tile(sums, args.band[mine].w, tile, inputs_of_lane(args), warp % warps, warps);
+    multiply_tile(sums, args.band[block.band_of_warp()].w, block.tile, inputs_of_lane(args), warp % block.warps, block.warps);
+    const Output<MATVEC_TOKENS> output(args, block);
     for (u32 i = 0; i < 4; ++i) partial[warp][lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[0][i] + sums[1][i];
     __syncthreads();
-
-    const u32 row_of_tile = threadIdx.x / MATVEC_TOKENS, t = threadIdx.x % MATVEC_TOKENS;
-    const u32 row = tile * TILE_ROWS + row_of_tile;
-    if (row_of_tile < TILE_ROWS && row < args.band[band].w.rows && t < args.m) {
-        float sum = 0.0f, sum_of_up = 0.0f;
-        for (u32 i = 0; i < MATVEC_WARPS; ++i) (i < warps ? sum : sum_of_up) += partial[i][row_of_tile][t];
-        const float value = sum * row_unit(args.band[band].w, row) + bias_of(args.band[band], row);
-        const u32 row_of_matrix = args.band[band].first_row + row;
-        if (args.mode >= ACTIVATE) {
-            float neuron = activated(args.activation, value);
-            if (has_gates) neuron *= sum_of_up * row_unit(args.band[of_up].w, row) + bias_of(args.band[of_up], row);
-            args.operands[u64(t) * args.operand_stride + operand_index(row_of_matrix)] = half_from_float(neuron);
-        } else {
-            float* out = args.band[band].out + u64(t) * args.band[band].matrix_rows + row_of_matrix;
-            *out = args.mode == ADD ? *out + args.scale * value : value;
-        }
-    }
-
-    if (args.normed != nullptr && is_last_block(args.counter, gridDim.x)) {
-        const u32 rows = args.band[0].matrix_rows;
-        for (u32 i = 0; i < args.m; ++i)
-            norm_row(args.band[0].out + u64(i) * rows, args.norm, rows, args.normed + u64(i) * args.normed_stride);
-    }
+    output.store(args, block, partial);
+    norm_outputs(args);
 }
 
 extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 3) matvec_packed(MatvecPacked args) { matvec(args); }

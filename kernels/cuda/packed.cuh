@@ -37,6 +37,16 @@ struct alignas(16) Item {
     u8 units;     // columns of the item / 16, 1 to 8
 };
 
+// A quarter: 64 columns of a group. Four of one width are a *quad*, what a warp of `matvec_raw`
+// takes at a time.
+struct alignas(16) Quarter {
+    u32 codes;       // offset of its codes of the first plane in a tile, bytes
+    u32 plane_step;  // from there to those of the second plane; to those of a third it is half as far again
+    u32 scales;      // offset of its first scale record in a tile, bytes
+    u16 col64;       // first column / 64
+    u16 width;       // bits per code; 0: it only fills up a quad, and has the column behind the last
+};
+
 // A packed layer in device memory. `codes`, `scales`, `row_scales` are the file's tensors, 16-byte
 // aligned and readable for 16 bytes past their ends.
 struct PackedMatrix {
@@ -46,6 +56,7 @@ struct PackedMatrix {
     const float* units;     // [tiles * 16]
     const u16* row_factors; // fp16 [tiles * 16, 2]: `RowScales`; unused by the paper coding
     const Item* items;      // [item_count], in column order
+    const Quarter* quads;   // [quad_count + 1][4], the widest first; the last one has nothing
     u32 rows;
     u32 cols;
     u32 item_count;
@@ -55,7 +66,7 @@ struct PackedMatrix {
     u32 sub_group_log2;  // two-level: log2 of the columns of a sub-group
     u32 max_width;       // the largest width of an item
     u32 plain_units;     // of all items, if they are *plain*, or 0: 4-bit scale codes for 32 columns or more; 8 units, or 4
-    u32 unused;
+    u32 quad_count;      // 0: raw codes will not do (`matrix.rs`)
 };
 
 // An entry of the table that was loaded whole.

@@ -33,6 +33,14 @@ struct alignas(16) Vector16 {
 
 __device__ inline Vector16 load16(const void* aligned) { return *static_cast<const Vector16*>(aligned); }
 
+// `address`, as one number: the compiler would take a sum apart, to add it up again at each use.
+__device__ inline const u8* kept(const u8* address) {
+#ifdef __CUDACC__
+    asm("" : "+l"(address));
+#endif
+    return address;
+}
+
 // ---- f32 ----
 
 __device__ inline u32 float_bits(float value) {
@@ -148,6 +156,17 @@ __device__ inline void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3
 #endif
 }
 
+// The same for a[16 rows, 8] * b[8, 8 columns], without a[2], a[3] and b1. PTX: mma.m16n8k8.
+__device__ inline void mma_16x8x8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+#ifdef __CUDACC__
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+#else
+    emulator::mma_16x8x16(c, a0, a1, 0, 0, b0, 0);
+#endif
+}
+
 // Four matrices of 8 rows of 8 fp16 numbers from shared memory: row r of matrix i is the 16 bytes
 // that lane 8i + r points to. With g = lane / 4 and q = lane % 4, out[i] is what row g of matrix i
 // holds at 2q, 2q + 1, or TRANSPOSED what its column g does. PTX: ldmatrix.m8n8.x4.
@@ -174,6 +193,22 @@ __device__ inline void load_matrices(u32 (&out)[4], const void* row) {
         };
         out[i] = TRANSPOSED ? half(2 * q, g) | half(2 * q + 1, g) << 16 : half(g, 2 * q) | half(g, 2 * q + 1) << 16;
     }
+#endif
+}
+
+// One such matrix, transposed; row r is what lane r of the first 8 points to. PTX:
+// ldmatrix.m8n8.x1.
+__device__ inline u32 load_matrix_transposed(const void* row) {
+#ifdef __CUDACC__
+    u32 out;
+    const u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out) : "r"(address) : "memory");
+    return out;
+#else
+    const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
+    const auto half = [row](int r, int col) { return u32(__shfl_sync(ALL_LANES, static_cast<const u16*>(row), r)[col]); };
+    const u32 low = half(2 * q, g);
+    return low | half(2 * q + 1, g) << 16;
 #endif
 }
 
@@ -204,11 +239,35 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
+// The same for 1 or 2, known at run time.
+__device__ inline void copy_async_wait_but(u32 pending) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{ .reg .pred p; setp.eq.u32 p, %0, 1;\n"
+        "@p cp.async.wait_group 1;\n"
+        "@!p cp.async.wait_group 2; }" ::"r"(pending)
+        : "memory");
+#else
+    (void)pending;
+#endif
+}
+
+// Asks for the line of global memory that holds an address, to be in the L2 cache later.
+__device__ inline void prefetch_to_l2(const void* global) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#else
+    (void)global;
+#endif
+}
+
 // ---- kernels one behind the other ----
 
 // Where the card and its driver can, every kernel starts while the one before it ends: `device.rs`
 // then turns these comments into the instructions that they name. So every kernel must wait before
-// it reads what an earlier one has written, and before it writes anything.
+// it reads what an earlier one has written, and before it writes anything; and no warp may leave
+// before it has waited, or the next kernel would take those before this one to have ended, too.
+// What a kernel asks for before must be weights.
 __device__ inline void wait_for_previous_kernel() {
 #ifdef __CUDACC__
     asm volatile("//sm_90: griddepcontrol.wait;" ::: "memory");
@@ -230,12 +289,13 @@ __device__ inline void begin_after_previous_kernel() {
 
 // ---- some threads of a block ----
 
-// Waits for `threads` threads (whole warps) that name the same barrier; 0 is the whole block's.
-__device__ inline void sync_threads_of(u32 barrier, u32 threads) {
+// Waits for THREADS threads (whole warps) that name the same barrier; 0 is the whole block's.
+template <u32 BARRIER, u32 THREADS>
+__device__ inline void sync_threads_of() {
 #ifdef __CUDACC__
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 #else
-    emulator::synchronize(barrier, threads);
+    emulator::synchronize(BARRIER, THREADS);
 #endif
 }
 
@@ -281,18 +341,30 @@ __device__ inline float block_sum(float value) {
     return warp_sum(lane < int(blockDim.x) / WARP ? partial[lane] : 0.0f);
 }
 
+// Adds one to a counter and gives what it was. What this thread knows to be written, by other
+// threads of its block before a barrier, too, is seen by whoever counts later, and by those who
+// meet them at a barrier: one fence in place of one for each thread, which would empty the cache of
+// the blocks beside this one.
+__device__ inline u32 count_block(u32* counter) {
+#ifdef __CUDACC__
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+#else
+    return emulator::add_one(counter);
+#endif
+}
+
 // Whether this block is the last of `blocks` to get here; it then sees what the others wrote
 // before. All threads must call. `counter` starts at zero and is zero again afterwards.
 __device__ inline bool is_last_block(u32* counter, u32 blocks) {
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(counter, 1u) == blocks - 1;
+        is_last = count_block(counter) == blocks - 1;
         if (is_last) *counter = 0;
     }
     __syncthreads();
-    if (is_last) __threadfence();
     return is_last;
 }
 

@@ -158,6 +158,7 @@ const std::map<std::string, std::function<Call(void**)>> KERNELS = {
     KERNEL(norm_rows),
     KERNEL(norm_add),
     KERNEL(matvec_packed),
+    KERNEL(matvec_raw),
     KERNEL(matvec_dense),
     KERNEL(matmul_packed),
     KERNEL(matmul_dense),

@@ -83,6 +83,8 @@ inline unsigned half2_fma(unsigned a, unsigned b, unsigned c) {
     return result;
 }
 
+inline unsigned add_one(unsigned* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+
 void mma_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1);
 
 template <class T>
@@ -102,7 +104,6 @@ T shuffle(T value, unsigned lane_from) {
 
 inline void __syncthreads() { emulator::synchronize_block(); }
 inline void __syncwarp(unsigned = 0xffffffff) { emulator::exchange(nullptr, 0); }
-inline void __threadfence() {}
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -112,11 +113,6 @@ T __shfl_sync(unsigned, T value, int lane) {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulator::shuffle(value, threadIdx.x % 32 ^ unsigned(mask));
-}
-
-template <class T>
-T atomicAdd(T* address, T value) {
-    return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
 
 template <class T>

@@ -5,7 +5,7 @@ use slim_formats::slim::{MAX_BANDS, TILE_ROWS};
 use super::{
     Device,
     device::{Kernel, shared},
-    matrix::{Band, Packed, Storage},
+    matrix::{Band, Packed, QUARTERS, Storage},
 };
 
 /// Bands that one launch of `matvec_*` takes: those of two matrices.
@@ -33,6 +33,7 @@ pub(super) struct PackedArgs {
     pub units: u64,
     pub row_factors: u64,
     pub items: u64,
+    pub quads: u64,
     pub rows: u32,
     pub cols: u32,
     pub item_count: u32,
@@ -42,7 +43,7 @@ pub(super) struct PackedArgs {
     sub_group_log2: u32,
     pub max_width: u32,
     pub plain_units: u32,
-    pub unused: u32,
+    pub quad_count: u32,
 }
 
 /// `DenseMatrix` of `dense.cuh`.
@@ -94,6 +95,8 @@ pub(super) struct MatvecArgs<M> {
     pub normed_stride: u32,
     pub scale: f32,
     pub counter: u64,
+    pub quad_bytes: u32,
+    pub depth: u32,
 }
 
 /// `Matmul` of `matmul.cu`.
@@ -179,6 +182,9 @@ pub(super) trait Kind: Sized + Copy {
     /// What the kernels take of a band, which must be of this kind.
     fn of(device: &Device, w: &Band) -> Self;
     fn matvec(device: &Device) -> &Kernel;
+    /// What `matvec_raw` takes of shared memory for a quad, in bytes, if its kernel can multiply a
+    /// token with these weights.
+    fn quad_bytes(&self) -> Option<u32>;
     fn matmul(device: &Device) -> &Kernel;
     fn embed(device: &Device) -> &Kernel;
     /// Blocks of `embed_*` for a token.
@@ -196,7 +202,7 @@ pub(super) trait Kind: Sized + Copy {
 impl Kind for PackedArgs {
     fn of(device: &Device, w: &Band) -> Self {
         let Storage::Packed(packed) = &w.storage else { unreachable!("a packed band") };
-        let Packed { codes, scales, row_scales, units, row_factors, items, .. } = packed;
+        let Packed { codes, scales, row_scales, units, row_factors, items, quads, .. } = packed;
         Self {
             codes: device.input(codes.view()),
             scales: device.input(scales.view()),
@@ -204,6 +210,7 @@ impl Kind for PackedArgs {
             units: device.input(units.view()),
             row_factors: device.input(row_factors.view()),
             items: device.input(items.view()),
+            quads: device.input(quads.view()),
             rows: w.rows as u32,
             cols: w.cols as u32,
             item_count: items.len() as u32,
@@ -213,12 +220,17 @@ impl Kind for PackedArgs {
             sub_group_log2: packed.sub_group_log2,
             max_width: packed.max_width,
             plain_units: packed.plain_units,
-            unused: 0,
+            // The last has nothing.
+            quad_count: (quads.len() / QUARTERS).saturating_sub(1) as u32,
         }
     }
 
     fn matvec(device: &Device) -> &Kernel {
         &device.kernels.matvec_packed
+    }
+
+    fn quad_bytes(&self) -> Option<u32> {
+        (self.quad_count > 0).then(|| shared::quad(self.max_width))
     }
 
     fn matmul(device: &Device) -> &Kernel {
@@ -256,6 +268,10 @@ impl Kind for DenseArgs {
 
     fn matvec(device: &Device) -> &Kernel {
         &device.kernels.matvec_dense
+    }
+
+    fn quad_bytes(&self) -> Option<u32> {
+        None
     }
 
     fn matmul(device: &Device) -> &Kernel {
@@ -304,7 +320,7 @@ mod tests {
         let (cache, scores) = (size_of::<KvCacheArgs>(), size_of::<ScoresArgs>());
         let rotation = size_of::<RotationArgs>();
         let norm = size_of::<NormArgs>();
-        let kernels: [(&str, &[usize]); 18] = [
+        let kernels: [(&str, &[usize]); 19] = [
             ("activate", &[8, 8, 4, 4, 8, 4]),
             ("attention_decode_f16", &[8, cache, 8, 4, scores, 8, 8, 8]),
             ("attention_decode_q8", &[8, cache, 8, 4, scores, 8, 8, 8]),
@@ -318,6 +334,7 @@ mod tests {
             ("matmul_packed", &[size_of::<MatmulArgs<PackedArgs>>()]),
             ("matvec_dense", &[size_of::<MatvecArgs<DenseArgs>>()]),
             ("matvec_packed", &[size_of::<MatvecArgs<PackedArgs>>()]),
+            ("matvec_raw", &[size_of::<MatvecArgs<PackedArgs>>()]),
             ("norm_add", &[8, norm, 4, 4, 8, 4, norm, 8, 4]),
             ("norm_rows", &[8, norm, 4, 8, 4]),
             ("rope_store_f16", &[8, 8, 8, 8, 4, cache, rotation]),

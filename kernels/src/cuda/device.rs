@@ -48,12 +48,15 @@ pub struct Device {
     compute_capability: (u32, u32),
     total_memory: u64,
     multiprocessors: usize,
-    /// Bytes of shared memory that a block may have.
+    /// Bytes of dynamic shared memory that a block may have.
     pub(super) shared_memory: u32,
     /// Whether kernels start while the one before them ends.
     pub(super) overlaps: bool,
     /// Waits for each kernel, so that errors name the one that failed.
     waits_for_kernels: bool,
+    /// Quads that a warp of `matvec_raw` may have in shared memory, the best number first. None:
+    /// its work is for `matvec_packed`.
+    pub(super) ring_depths: Vec<u32>,
     uploader: Mutex<Uploader>,
     /// What the kernels of the graph being captured use.
     captured: Mutex<Option<Vec<Arc<Memory>>>>,
@@ -108,7 +111,8 @@ impl Device {
             return Err(KernelError::DeviceTooOld { name, found, needed });
         }
         let shared_memory =
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                - STATIC_SHARED_BYTES;
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let total_memory = context.total_mem().map_err(refused())? as u64;
@@ -127,6 +131,7 @@ impl Device {
             multiprocessors,
             shared_memory,
             overlaps,
+            ring_depths: ring_depths(env::var("SLIMLLM_CUDA_RING").ok().as_deref()),
             waits_for_kernels: env::var_os("SLIMLLM_CUDA_SYNC").is_some_and(|value| value == "1"),
             uploader: Mutex::new(Uploader::new(Arc::clone(&stream))),
             captured: Mutex::new(None),
@@ -297,6 +302,17 @@ pub(super) struct Kernel {
     pub function: CudaFunction,
 }
 
+/// Quads of a ring in `matvec_raw`: 3 or 2, which `copy_async_wait_but` allows, or what is asked
+/// for.
+fn ring_depths(asked: Option<&str>) -> Vec<u32> {
+    const DEPTHS: [u32; 2] = [3, 2];
+    let is_asked = |depth: &u32| asked.is_none_or(|asked| asked == depth.to_string());
+    DEPTHS.into_iter().filter(is_asked).collect()
+}
+
+/// Static shared memory that kernels have at most.
+const STATIC_SHARED_BYTES: u32 = 1 << 10;
+
 /// Dynamic shared memory that every kernel may have, and on every device.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 
@@ -333,7 +349,7 @@ macro_rules! kernels {
         }
 
         impl Kernels {
-            /// `most`: what the device has of shared memory for a block, in bytes.
+            /// `most`: what a block may have of dynamic shared memory, in bytes.
             fn load(module: &Arc<CudaModule>, most: u32) -> Result<Self> {
                 Ok(Self { $($name: Kernel::load(module, stringify!($name), $shared_bytes, most)?,)* })
             }
@@ -356,6 +372,7 @@ kernels! {
     matmul_packed: shared::matmul(shared::matmul_item(8), 4),
     matvec_dense: 0,
     matvec_packed: 0,
+    matvec_raw: u32::MAX,
     norm_add: 0,
     norm_rows: 0,
     rope_store_f16: 0,
@@ -385,9 +402,32 @@ pub(super) mod shared {
         128 + 8 * 16 + 8 * 8 * 16 + if items > SUMS { items } else { SUMS }
     }
 
+    /// `raw.cuh`: four words, eight records, and for each bit of the codes a row of 64 columns of
+    /// each quarter and half a row between.
+    pub const fn quad(width: u32) -> u32 {
+        4 * 4 + 8 * 16 + width * (4 * 128 + 64)
+    }
+
+    /// `matvec_raw.cu`: inputs and means, and of each of 8 warps a ring of `depth` quads.
+    pub const fn raw(cols: u32, quad: u32, depth: u32) -> u32 {
+        2 * (cols + 64) + (cols / 64 / 4 + 1) * 16 + 8 * depth * quad
+    }
+
     /// `attention_prefill.cu`: rows of queries, keys and values.
     pub const fn prefill(head_dim: u32) -> u32 {
         let row = head_dim.next_multiple_of(16) + 8;
         128 * (2 * row + if head_dim <= 64 { 72 } else { 136 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ring_depths_are_those_asked_for_or_all() {
+        assert_eq!(ring_depths(None), [3, 2]);
+        assert_eq!(ring_depths(Some("2")), [2]);
+        assert!(ring_depths(Some("0")).is_empty());
     }
 }

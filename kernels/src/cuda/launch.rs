@@ -264,6 +264,19 @@ impl Device {
         w.bands.iter().map(args).collect()
     }
 
+    /// What lets one token be multiplied with the codes of the bands as they are: all of them must
+    /// take that, and their rings must find room.
+    fn ring<K: Kind>(&self, bands: &[BandArgs<K>], cols: usize, m: usize) -> Option<Ring> {
+        let of_band = bands.iter().map(|band| band.w.quad_bytes());
+        let quad_bytes = of_band.collect::<Option<Vec<_>>>()?.into_iter().max()?;
+        let ring =
+            |depth| Ring { quad_bytes, depth, shared: shared::raw(cols as u32, quad_bytes, depth) };
+        // Room for two blocks of a multiprocessor is worth more than deep rings.
+        let fits = |blocks, ring: &Ring| m == 1 && blocks * ring.shared <= self.shared_memory;
+        let rings = || self.ring_depths.iter().copied().map(ring);
+        rings().find(|ring| fits(2, ring)).or_else(|| rings().rfind(|ring| fits(1, ring)))
+    }
+
     /// Up to eight tokens with bands of one kind. All shapes have been checked.
     fn matvec<K: Kind>(
         &self,
@@ -280,6 +293,7 @@ impl Device {
             _ => bands,
         };
         let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
+        let ring = self.ring(bands, x.cols(), m);
         let mut args = MatvecArgs {
             band: filled(bands),
             x: self.input(x.values.view()),
@@ -295,6 +309,8 @@ impl Device {
             normed_stride: 0,
             scale: target.scale(),
             counter: self.counter(),
+            quad_bytes: ring.as_ref().map_or(0, |ring| ring.quad_bytes),
+            depth: ring.as_ref().map_or(0, |ring| ring.depth),
         };
         match target {
             Target::Store | Target::Add { next: None, .. } => {}
@@ -309,13 +325,17 @@ impl Device {
                 args.operands = self.output(&mut out.values.view_mut());
             }
         }
+        let (kernel, shared) = match &ring {
+            Some(ring) => (&self.kernels.matvec_raw, ring.shared),
+            None => (K::matvec(self), 0),
+        };
         // SAFETY: `matvec_*(Matvec args)`. band: one to 32 of the kernel's kind, as `Matrix` lays
         // them out, their `out` m rows of their matrix, whose rows they are (neurons: no `out`,
         // with gates as many of the one matrix as of the other, of the same rows), their `bias` a
         // value for each of its rows; x: m <= 8 rows of their columns, padded; operands, normed: m
         // rows of their rows; norm: of as many channels; counter: zero. The callers have checked
-        // the shapes.
-        unsafe { self.launch(K::matvec(self), [tiles, 1, 1], 256, 0, &mut [argument(&args)]) }
+        // the shapes. `matvec_raw`: the same, of packed bands, with a quad at least each, and m 1.
+        unsafe { self.launch(kernel, [tiles, 1, 1], 256, shared, &mut [argument(&args)]) }
     }
 
     /// Any number of tokens with one matrix. All shapes have been checked.
@@ -907,6 +927,14 @@ struct Rows {
     position: u64,
     first: u32,
     scale: f32,
+}
+
+/// The rings of a block of `matvec_raw`.
+struct Ring {
+    quad_bytes: u32,
+    depth: u32,
+    /// Bytes of shared memory.
+    shared: u32,
 }
 
 /// Where the sums of a product go.

@@ -1,6 +1,6 @@
 //! A weight on the device.
 
-use std::{ops::RangeInclusive, sync::Arc};
+use std::{cmp::Reverse, iter::repeat_n, ops::RangeInclusive, sync::Arc};
 
 use bytemuck::{Pod, Zeroable};
 use half::f16;
@@ -20,6 +20,9 @@ use crate::{
 const ITEM_COLS: usize = 128;
 /// Columns of a step.
 const STEP_COLS: usize = 64;
+/// Columns of a quarter, and quarters of a quad.
+const QUARTER_COLS: usize = 64;
+pub(super) const QUARTERS: usize = 4;
 /// The words of a step of a tile in fragment order.
 const STEP_WORDS: usize = TILE_ROWS * STEP_COLS / 2;
 /// Units of columns that the kernels can count.
@@ -64,6 +67,7 @@ pub(super) struct Packed {
     pub units: Buffer<f32>,
     pub row_factors: Buffer<u16>,
     pub items: Buffer<Item>,
+    pub quads: Buffer<Quarter>,
     pub tile_code_bytes: u32,
     pub tile_scale_bytes: u32,
     pub coding: u32,
@@ -91,7 +95,18 @@ pub(super) struct Item {
     units: u8,
 }
 
-const _: () = assert!(size_of::<Item>() == 16);
+/// 64 columns of a group: `Quarter` of `kernels/cuda/packed.cuh`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Quarter {
+    codes: u32,
+    plane_step: u32,
+    scales: u32,
+    col64: u16,
+    width: u16,
+}
+
+const _: () = assert!(size_of::<Item>() == 16 && size_of::<Quarter>() == 16);
 
 impl Matrix {
     /// Copies a weight to the device.
@@ -145,8 +160,8 @@ impl Matrix {
             Storage::Packed(w) => {
                 let bytes = [&w.codes, &w.scales, &w.row_scales].map(Buffer::device_bytes);
                 let tables = [w.units.device_bytes(), w.row_factors.device_bytes()];
-                let tables = tables.iter().sum::<u64>() + w.items.device_bytes();
-                bytes.iter().sum::<u64>() + tables
+                let items = w.items.device_bytes() + w.quads.device_bytes();
+                bytes.iter().chain(&tables).sum::<u64>() + items
             }
             Storage::Dense(w) => w.fragments.device_bytes(),
         };
@@ -185,6 +200,7 @@ impl Packed {
             row_factors: Buffer::upload(device, &row_factors(w, &units))?,
             plain_units: plain_units(layout.coding(), &items),
             items: Buffer::upload(device, &items)?,
+            quads: Buffer::upload(device, &quads(layout))?,
             codes: Buffer::upload(device, codes)?,
             scales: Buffer::upload(device, scales)?,
             row_scales: Buffer::upload(device, row_scales)?,
@@ -229,6 +245,60 @@ fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
     let is_small = matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 });
     let of_all = |units| is_small && items.iter().all(|item| item.units == units);
     [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
+}
+
+/// The columns of a layer in quads of one bit-width, the widest first, for `matvec_raw`. What a
+/// quad lacks of four quarters has no width and the column behind the last, and so has a last quad.
+/// Nothing at all if codes cannot be multiplied as they are.
+fn quads(layout: &LayerLayout) -> Vec<Quarter> {
+    if !takes_raw_codes(layout) {
+        return Vec::new();
+    }
+    let end = Quarter { col64: (layout.cols() / QUARTER_COLS) as u16, ..Quarter::default() };
+    let mut quarters: Vec<_> =
+        layout.groups().iter().flat_map(|group| group_quarters(layout.coding(), group)).collect();
+    quarters.sort_by_key(|quarter| Reverse(quarter.width));
+    let of_width = quarters.chunk_by(|a, b| a.width == b.width);
+    let mut quads: Vec<_> = of_width
+        .flat_map(|quarters| {
+            let missing = quarters.len().next_multiple_of(QUARTERS) - quarters.len();
+            quarters.iter().copied().chain(repeat_n(end, missing))
+        })
+        .collect();
+    quads.extend([end; QUARTERS]);
+    quads
+}
+
+/// Whether scales can be applied to sums over 32 columns, four bits of a scale code each, and
+/// groups can be cut into quarters.
+fn takes_raw_codes(layout: &LayerLayout) -> bool {
+    let coding = layout.coding();
+    matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 })
+        && layout.groups().iter().all(|group| group.cols.len().is_multiple_of(QUARTER_COLS))
+}
+
+/// Offsets and counts fit their types: `Matrix::upload` limits columns.
+fn group_quarters(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Quarter> {
+    let ScaleCoding::TwoLevel { sub_group, .. } = coding else { unreachable!("two-level codes") };
+    let (cols, width) = (group.cols.len(), usize::from(group.bit_width.bits()));
+    let planes = [8, 4, 2, 1].into_iter().filter(move |bits| width & bits != 0);
+    // Where a quarter's codes of a plane begin in the group, bytes.
+    let plane_at = move |bits_before: usize, bits: usize, start: usize| {
+        2 * (bits_before * cols + bits * start)
+    };
+    (0..cols).step_by(QUARTER_COLS).map(move |start| {
+        let mut planes = planes.clone();
+        let first = planes.next().unwrap_or(0);
+        let codes = plane_at(0, first, start);
+        let second = planes.next().map_or(codes, |bits| plane_at(first, bits, start));
+        Quarter {
+            codes: (group.codes_offset + codes) as u32,
+            plane_step: (second - codes) as u32,
+            scales: (group.scales_offset + start / sub_group * TILE_ROWS) as u32,
+            col64: ((group.cols.start + start) / QUARTER_COLS) as u16,
+            width: width as u16,
+        }
+    })
 }
 
 /// For each row the fp16 numbers `2^15 * d / unit` and `-2^-9 * m / unit`: `RowScales` of
@@ -394,6 +464,50 @@ mod tests {
             ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 4 },
         ];
         assert_eq!(others.map(|coding| units(512, 128, coding)), [0; 3]);
+    }
+
+    #[test]
+    fn quads_have_one_width_and_end_with_nothing() {
+        let coding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+        let quads = quads(&layout(448, 128, coding, &[3, 7, 3, 1]));
+        let fields = |quarter: &Quarter| {
+            let Quarter { codes, plane_step, scales, .. } = *quarter;
+            [codes, plane_step, scales, quarter.col64.into(), quarter.width.into()]
+        };
+        // A group of 128 columns takes 256 bytes a bit, and four records of 16 bytes.
+        let found: Vec<_> = quads.iter().map(fields).collect();
+        let end = [0, 0, 0, 7, 0];
+        let seven = [[768, 1024, 64, 2, 7], [768 + 512, 768, 96, 3, 7], end, end];
+        assert_eq!(found[..4], seven);
+        assert_eq!(found[4..6], [[0, 512, 0, 0, 3], [256, 384, 32, 1, 3]]);
+        assert_eq!(found[6..8], [[2560, 512, 128, 4, 3], [2816, 384, 160, 5, 3]]);
+        assert_eq!(found[8..12], [[3328, 0, 192, 6, 1], end, end, end]);
+        assert_eq!(found[12..], [end; 4]);
+    }
+
+    #[test]
+    fn quads_are_made_of_small_scale_codes_and_whole_quarters() {
+        let has_quads = |cols: usize, group_size: usize, coding| {
+            let bits = vec![2; cols.div_ceil(group_size)];
+            !quads(&layout(cols, group_size, coding, &bits)).is_empty()
+        };
+        let two_level = |sub_group, scale_bits| ScaleCoding::TwoLevel { sub_group, scale_bits };
+        assert_eq!(
+            [(32, 4), (64, 4), (16, 4), (32, 6)].map(|(sub_group, scale_bits)| has_quads(
+                128,
+                64,
+                two_level(sub_group, scale_bits)
+            )),
+            [true, true, false, false]
+        );
+        assert!(!has_quads(128, 64, ScaleCoding::Paper));
+        let usual = two_level(32, 4);
+        assert_eq!(
+            [(576, 128), (512, 256), (96, 32)]
+                .map(|(cols, group_size)| has_quads(cols, group_size, usual)),
+            [true, true, false]
+        );
+        assert!(!has_quads(544, 64, usual) && !has_quads(570, 64, usual));
     }
 
     #[test]

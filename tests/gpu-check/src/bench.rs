@@ -23,6 +23,7 @@ use crate::{
 
 /// Widths of the groups of a layer, in turn: 2 and 3 bits per weight.
 const MIXES: [(&str, &[u8]); 2] = [("1/2/3", &[1, 2, 3]), ("2/3/4", &[2, 3, 4])];
+const WIDTHS: [(&str, &[u8]); 4] = [("1", &[1]), ("2", &[2]), ("3", &[3]), ("4", &[4])];
 const GROUP_SIZE: usize = 128;
 
 /// The bounds of issue 3.
@@ -135,6 +136,22 @@ pub fn run(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Result<(
         attention(device, scale, context, bandwidth, report)?;
     }
     whole_model(device, scale, report)
+}
+
+/// Products with one token alone: of every mix and shape, and of square layers with one width.
+pub fn one_token(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Result<()> {
+    let bandwidth = device.copy_bandwidth(scale.copied_bytes)?;
+    report.fact("device copy", format!("{:.0} GB/s read and written", bandwidth / 1e9));
+    let square = scale.shapes()[0];
+    let mixes = MIXES.iter().flat_map(|&mix| scale.shapes().map(|shape| (mix, shape)));
+    for ((mix, widths), shape) in mixes.chain(WIDTHS.map(|width| (width, square))) {
+        let w = packed(shape, widths);
+        let [seconds] = product_seconds(device, scale, &w, [1])?;
+        let share = 100.0 * product_bytes(&w, 1) / seconds / bandwidth;
+        let found = format!("{:.2} us, {share:.0} % of copy", 1e6 * seconds);
+        report.measured(&format!("matvec {} {mix}", name(shape)), found, None);
+    }
+    Ok(())
 }
 
 /// Products with 1 and 8 tokens.

@@ -29,6 +29,9 @@ struct Args {
     /// Measure, but do not test: for a profiler
     #[arg(long, conflicts_with = "parity")]
     bench: bool,
+    /// Measure products of one token alone (`scripts/mvbench`)
+    #[arg(long, conflicts_with_all = ["parity", "bench"])]
+    matvec: bool,
     /// Measure tiny shapes: proves that the program runs
     #[arg(long)]
     smoke: bool,
@@ -73,11 +76,15 @@ fn run(args: &Args) -> Result<bool> {
         perplexity::compare(&device, model, text, args.windows, &mut report)?;
         return Ok(report.finish());
     }
+    let scale = if args.smoke { Scale::SMOKE } else { Scale::FULL };
+    if args.matvec {
+        bench::one_token(&device, &scale, &mut report)?;
+        return Ok(report.finish());
+    }
     if !args.bench {
         parity::run(&device, &mut report);
     }
     if !args.parity {
-        let scale = if args.smoke { Scale::SMOKE } else { Scale::FULL };
         // What was found until then is worth more than the rest.
         if let Err(error) = bench::run(&device, &scale, &mut report) {
             report.stopped(&error);
