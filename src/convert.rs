@@ -5,7 +5,7 @@ mod check;
 mod plan;
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,8 +14,8 @@ use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
     BUILT_IN_CALIBRATION, Begin, Calibration, Degenerate, Engine, Job, LayerReport, MOST_BYTES,
-    Method, Progress as Step, Report, Resources, Settings, Target, Trial, WorkFolder, convert,
-    convert_within, distill,
+    Method, Progress as Step, Report, Resources, Ruler, Settings, Target, Trial, WorkFolder,
+    convert, convert_within, distill, quality_bytes,
 };
 use slim_formats::{
     ModelConfig, ModelSource,
@@ -26,11 +26,7 @@ use slim_kernels::{
     cuda::{CudaBackend, Device},
 };
 
-use self::{
-    card::card,
-    check::{Check, Ruler},
-    plan::Plan,
-};
+use self::{card::card, check::Check, plan::Plan};
 use crate::{
     args::{ConvertArgs, Scales},
     compute::Choice,
@@ -109,9 +105,15 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         (Some(draft), _) => distill(&job, &SlimFile::open(draft)?, target, &mut show),
         (None, None) => convert(&job, &resources, target, &mut show),
         (None, Some(most)) => {
-            let ruler = Ruler::new(&source, args.max_memory)?;
-            let measure = |path: &Path| ruler.divergence(path);
-            convert_within(&job, most, &resources, target, &measure, &mut show)
+            let (needed, granted) = (quality_bytes(source.config()), args.max_memory);
+            ensure!(
+                needed <= granted,
+                "`--max-kl`: the logits of both models take {}, of which `--max-memory` grants {}",
+                size(needed),
+                size(granted)
+            );
+            let ruler = Ruler::new(Arc::clone(&source))?;
+            convert_within(&job, most, &ruler, &resources, target, &mut show)
         }
     };
     progress.finish();
