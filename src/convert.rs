@@ -6,7 +6,7 @@ mod draw;
 mod plan;
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,8 +15,8 @@ use anyhow::{Result, bail, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
     BUILT_IN_CALIBRATION, Begin, Calibration, Degenerate, Engine, Job, LayerReport, MOST_BYTES,
-    Method, Progress as Step, Report, Resources, Settings, Target, Trial, WorkFolder, convert,
-    convert_within, distill,
+    Method, Progress as Step, Report, Resources, Ruler, Settings, Target, Trial, WorkFolder,
+    convert, convert_within, distill, quality_bytes,
 };
 use slim_formats::{
     ModelConfig, ModelSource,
@@ -27,12 +27,7 @@ use slim_kernels::{
     cuda::{CudaBackend, Device},
 };
 
-use self::{
-    card::card,
-    check::{Check, Ruler},
-    draw::draw,
-    plan::Plan,
-};
+use self::{card::card, check::Check, draw::draw, plan::Plan};
 use crate::{
     args::{CalibrationText, ConvertArgs, Scales},
     compute::Choice,
@@ -112,9 +107,15 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         (Some(draft), _) => distill(&job, &SlimFile::open(draft)?, target, &mut show),
         (None, None) => convert(&job, &resources, target, &mut show),
         (None, Some(most)) => {
-            let ruler = Ruler::new(&source, args.max_memory)?;
-            let measure = |path: &Path| ruler.divergence(path);
-            convert_within(&job, most, &resources, target, &measure, &mut show)
+            let (needed, granted) = (quality_bytes(source.config()), args.max_memory);
+            ensure!(
+                needed <= granted,
+                "`--max-kl`: the logits of both models take {}, of which `--max-memory` grants {}",
+                size(needed),
+                size(granted)
+            );
+            let ruler = Ruler::new(Arc::clone(&source))?;
+            convert_within(&job, most, &ruler, &resources, target, &mut show)
         }
     };
     progress.finish();

@@ -3,7 +3,7 @@
 //! The survey predicts what a file of a size loses; what one does lose is measured. Each conversion
 //! that is tried tells how the two compare, and thereby which size to try next.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use slim_formats::{
     FormatError, OutputPath,
@@ -11,7 +11,7 @@ use slim_formats::{
 };
 
 use crate::{
-    ConvertError, Job, Progress, Report, Resources, Result, Settings, Target, Work,
+    ConvertError, Job, Progress, Report, Resources, Result, Ruler, Settings, Target, Work,
     budget::Costs,
     contents::Contents,
     convert::{quantize, surveyed},
@@ -34,23 +34,23 @@ pub struct Trial {
     pub file_bytes: u64,
     /// The divergence from the source that the survey predicts, in nats per token.
     pub predicted: f64,
-    /// The divergence as the caller has measured it.
+    /// The divergence as it was measured.
     pub measured: f64,
 }
 
 /// Converts as [`convert`](crate::convert()) does into the smallest file whose divergence from the
-/// source is at most `most`, as far as a few conversions find it; the report has what was tried.
-/// `measure` tells the divergence of a file.
+/// source, as `ruler` measures it, is at most `most`, as far as a few conversions find it; the
+/// report has what was tried.
 ///
 /// # Errors
-/// As [`convert`](crate::convert()), and those of `measure`; `InvalidSetting` if not even the
+/// As [`convert`](crate::convert()), and those of the ruler; `InvalidSetting` if not even the
 /// widest groups keep the promise.
 pub fn convert_within<'p>(
     job: &Job<'_>,
     most: f64,
+    ruler: &Ruler,
     resources: &Resources,
     target: impl Into<OutputPath<'p>>,
-    measure: &dyn Fn(&Path) -> Result<f64>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
     let Job { source, calibration, settings, work } = *job;
@@ -90,7 +90,7 @@ pub fn convert_within<'p>(
                     let metadata = with_size(&metadata, bytes)?;
                     quantize(&job, metadata, resources, (&path).into(), None, &mut quietly)?;
                 }
-                let measured = measure(&path)?;
+                let measured = ruler.divergence(&path)?;
                 work.put(&record, &Record::default().with("divergence", &[measured]))?;
                 // Its matrices are recorded.
                 fs::remove_file(&path)
@@ -147,15 +147,20 @@ struct Search {
 }
 
 impl Search {
+    /// Whether a file keeps the promise: not if its divergence is no number.
+    fn keeps(&self, trial: &Trial) -> bool {
+        trial.measured <= self.most
+    }
+
     /// The smallest file that keeps the promise.
     fn kept(&self) -> Option<Trial> {
-        let keep = self.trials.iter().filter(|trial| trial.measured <= self.most);
+        let keep = self.trials.iter().filter(|trial| self.keeps(trial));
         keep.min_by_key(|trial| trial.file_bytes).copied()
     }
 
     /// The largest one that does not.
     fn broken(&self) -> Option<Trial> {
-        let broken = self.trials.iter().filter(|trial| !(trial.measured <= self.most));
+        let broken = self.trials.iter().filter(|trial| !self.keeps(trial));
         broken.max_by_key(|trial| trial.file_bytes).copied()
     }
 

@@ -53,7 +53,7 @@ pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
 pub use provenance::{COMMIT, DRAWN, source_metadata};
 pub use quality::{
-    Domain, Profile, Quality, USELESS_KL, mean_divergence, predict_quality, profile, quality_bytes,
+    Domain, Profile, Quality, Ruler, USELESS_KL, predict_quality, profile, quality_bytes,
 };
 pub use report::{Degenerate, LayerReport, Progress, Report};
 pub use settings::{Method, Resources, Settings, Target};

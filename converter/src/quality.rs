@@ -1,7 +1,10 @@
 //! What a result is likely to be worth, from texts that no conversion is calibrated on.
 
+use std::{path::Path, sync::Arc};
+
 use serde_json::Value as Json;
-use slim_formats::ModelConfig;
+use slim_formats::{ModelConfig, ModelSource, slim::SlimFile};
+use slim_kernels::Cpu;
 use slim_runtime::{
     ChatFormat, Divergence, Evaluation, InBatches, Message, Model, Protocol, Result,
     document_tokens, evaluate,
@@ -134,11 +137,29 @@ pub fn predict_quality(source: &Model, result: &Model) -> Result<Vec<Quality>> {
     Domain::CHECKED.into_iter().map(quality).collect()
 }
 
-/// The mean divergence over all tokens of the texts that were compared.
-pub fn mean_divergence(of_texts: &[Quality]) -> f64 {
-    let tokens: usize = of_texts.iter().map(|quality| quality.tokens).sum();
-    let sum = |quality: &Quality| quality.divergence.kl_mean * quality.tokens as f64;
-    of_texts.iter().map(sum).sum::<f64>() / tokens as f64
+/// Tells how far files are from the model that they were made of.
+pub struct Ruler(Model);
+
+impl Ruler {
+    /// Of `source`. Memory is taken as by [`quality_bytes`].
+    ///
+    /// # Errors
+    /// Those of [`Model::load`].
+    pub fn new(source: Arc<dyn ModelSource>) -> crate::Result<Self> {
+        Ok(Self(Model::load(source, &Cpu)?))
+    }
+
+    /// The mean divergence of a SliM file over all tokens of the texts of [`predict_quality`].
+    ///
+    /// # Errors
+    /// Those of opening and running it.
+    pub fn divergence(&self, file: &Path) -> crate::Result<f64> {
+        let file = Model::load(Arc::new(SlimFile::open(file)?), &Cpu)?;
+        let of_texts = predict_quality(&self.0, &file)?;
+        let tokens: usize = of_texts.iter().map(|quality| quality.tokens).sum();
+        let sum = |quality: &Quality| quality.divergence.kl_mean * quality.tokens as f64;
+        Ok(of_texts.iter().map(sum).sum::<f64>() / tokens as f64)
+    }
 }
 
 /// How a result compares with its source on a kind of text.

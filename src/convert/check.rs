@@ -6,8 +6,7 @@ use std::{path::Path, sync::Arc};
 use anyhow::{Result, ensure};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    ConvertError, Method, Quality, Settings, Target, USELESS_KL, mean_divergence, predict_quality,
-    quality_bytes,
+    Method, Quality, Settings, Target, USELESS_KL, predict_quality, quality_bytes,
 };
 use slim_formats::{ModelSource, slim::SlimFile};
 use slim_kernels::Cpu;
@@ -20,29 +19,6 @@ const TOKENS: usize = 12;
 
 /// The rule of the format that a source may break, and its result then breaks, too.
 const VOCABULARY_RULE: &str = "F23";
-
-/// Tells how far files are from their source.
-pub struct Ruler(Model);
-
-impl Ruler {
-    /// Of `source`, in `max_memory` besides the mapped files.
-    pub fn new(source: &Arc<dyn ModelSource>, max_memory: u64) -> Result<Self> {
-        let needed = quality_bytes(source.config());
-        ensure!(
-            needed <= max_memory,
-            "`--max-kl`: the logits of both models take {}, of which `--max-memory` grants {}",
-            size(needed),
-            size(max_memory)
-        );
-        Ok(Self(Model::load(Arc::clone(source), &Cpu)?))
-    }
-
-    /// The mean divergence of `file`, in nats per token, over the texts of every check.
-    pub fn divergence(&self, file: &Path) -> Result<f64, ConvertError> {
-        let file = Model::load(Arc::new(SlimFile::open(file)?), &Cpu)?;
-        Ok(mean_divergence(&predict_quality(&self.0, &file)?))
-    }
-}
 
 /// What a file was found to be.
 pub struct Check {

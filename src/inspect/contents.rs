@@ -35,7 +35,7 @@ pub struct Contents {
 /// What the contents are of.
 enum Opened {
     Slim(Box<SlimFile>),
-    Gguf(GgufFile),
+    Gguf(Box<GgufFile>),
     Safetensors(Vec<MappedFile>),
     Model(Box<dyn ModelSource>),
 }
@@ -162,7 +162,7 @@ impl Contents {
             weights: tensors.iter().map(WeightSize::of_tensor).collect(),
             tensors,
             metadata: file.metadata().clone(),
-            opened: Opened::Gguf(file),
+            opened: Opened::Gguf(Box::new(file)),
         }
     }
 

@@ -33,9 +33,9 @@ fn promise_is_kept_by_about_the_smallest_file() {
     // What was measured is what the check of the file itself has found.
     assert!((kept["kl_measured"].as_f64().unwrap() - divergence(&report)).abs() < 1e-12);
     assert!(divergence(&report) <= most && kept["kl_predicted"].as_f64().unwrap() > 0.0);
-    assert_eq!(kept["file_bytes"].as_u64() >= report["file_bytes"].as_u64(), true);
     // The bits of embedding and blocks are shared out together, which three bits are not.
     let bytes = |report: &Value| report["file_bytes"].as_f64().unwrap();
+    assert!(bytes(&report) <= bytes(kept));
     assert!(bytes(&report) <= 1.02 * bytes(&three_bits), "{report}");
     let is_smaller_and_breaks =
         |trial: &Value| bytes(trial) < bytes(kept) && trial["kl_measured"].as_f64().unwrap() > most;
