@@ -239,11 +239,16 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
     })
 }
 
+/// Whether scale codes have 4 bits, for 32 columns or more.
+fn has_small_scale_codes(coding: ScaleCoding) -> bool {
+    matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 })
+}
+
 /// Units of each item of a plain layer: 8, or 4, in all of them, with 4-bit scale codes for 32
 /// columns or more. 0 for any other.
 fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
-    let is_small = matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 });
-    let of_all = |units| is_small && items.iter().all(|item| item.units == units);
+    let of_all =
+        |units| has_small_scale_codes(coding) && items.iter().all(|item| item.units == units);
     [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
 }
 
@@ -272,8 +277,7 @@ fn quads(layout: &LayerLayout) -> Vec<Quarter> {
 /// Whether scales can be applied to sums over 32 columns, four bits of a scale code each, and
 /// groups can be cut into quarters.
 fn takes_raw_codes(layout: &LayerLayout) -> bool {
-    let coding = layout.coding();
-    matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 })
+    has_small_scale_codes(layout.coding())
         && layout.groups().iter().all(|group| group.cols.len().is_multiple_of(QUARTER_COLS))
 }
 
