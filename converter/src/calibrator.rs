@@ -70,7 +70,7 @@ pub struct Calibrator<'a> {
     before: Option<Activations>,
 }
 
-/// Bytes of what [`Calibrator::new`] holds, and of the output Hessians: all of them may go to
+/// Bytes of the activations of a calibration and of its output Hessians, all of which may go to
 /// temporary files.
 pub fn float_bytes(decoder: &Decoder, settings: &Settings) -> u64 {
     hessian_bytes(decoder, settings).chain(activation_bytes(decoder, settings)).sum()
