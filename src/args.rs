@@ -485,6 +485,11 @@ pub struct ExportArgs {
     #[command(flatten)]
     pub target: TargetArgs,
 
+    /// Also write a model card for a hub, such as OUT/README.md: what the layout has lost, and the
+    /// commands
+    #[arg(long, value_name = "FILE")]
+    pub card: Option<PathBuf>,
+
     /// Print only warnings and errors
     #[arg(long)]
     pub quiet: bool,
@@ -492,6 +497,14 @@ pub struct ExportArgs {
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+impl ExportArgs {
+    /// Where the model card goes, if one is asked for.
+    pub fn card(&self) -> Option<TargetArgs> {
+        let output = self.card.clone()?;
+        Some(TargetArgs { output, force: self.target.force })
+    }
 }
 
 #[derive(clap::Args)]

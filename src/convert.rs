@@ -30,6 +30,7 @@ use slim_kernels::{
 use self::{card::card, check::Check, draw::draw, plan::Plan};
 use crate::{
     args::{CalibrationText, ConvertArgs, Scales},
+    card::CARD,
     compute::Choice,
     failure::advised,
     fetch::locate,
@@ -46,9 +47,6 @@ const DEFAULT_STEPS: usize = 300;
 
 /// What is written.
 const MODEL: Kind = Kind::File("gguf");
-/// A model card.
-const CARD: Kind = Kind::File("md");
-
 pub fn run(args: &ConvertArgs) -> Result<()> {
     if !args.source.exists() && !args.dry_run {
         // Before a download that takes long.

@@ -1,17 +1,21 @@
 //! `slimllm export`: a model's weights in the layout of another engine.
 
+mod card;
+
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::{Value as Json, json};
 use slim_exporter::{LayerLoss, Report, Target, export};
 
+use self::card::card;
 use crate::{
     args::{ExportArgs, Layout},
+    card::CARD,
     interrupt::clean_up_when_interrupted,
     output::{facts, plural, print, print_json, size, warn},
     progress::{Progress, duration},
-    target::Kind,
+    target::{Kind, TargetArgs},
 };
 
 pub fn run(args: &ExportArgs) -> Result<()> {
@@ -31,7 +35,14 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         Target::Gguf => Kind::File("gguf"),
         Target::Gptq | Target::Onnx | Target::Safetensors => Kind::Folder,
     };
-    let output = args.target.prepare(kind, &source.files())?;
+    let inputs = source.files();
+    let page = args.card();
+    // In a folder that is new, nothing stands in its way.
+    let is_inside = |page: &&TargetArgs| page.output.parent() == Some(&args.target.output);
+    if let Some(page) = page.as_ref().filter(|page| !is_inside(page)) {
+        page.check(CARD, &inputs)?;
+    }
+    let output = args.target.prepare(kind, &inputs)?;
     let blocks = source.config().block_count;
     let mut progress = if args.quiet { Progress::silent() } else { Progress::new("block", blocks) };
     let mut done = 0;
@@ -50,6 +61,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let report = report?;
     for warning in &report.warnings {
         warn(warning);
+    }
+    if let Some(page) = page {
+        let text = card(&args.target.output, target, &*source, &report)?;
+        page.write(CARD, &inputs, text.as_bytes())?;
     }
     if args.json {
         print_json(report_json(&report, args, start.elapsed()))?;

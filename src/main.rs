@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod card;
 mod completions;
 mod compute;
 mod convert;

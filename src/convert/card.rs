@@ -8,7 +8,8 @@ use slim_formats::{ModelSource, gguf::GgufFile};
 
 use super::check::Check;
 use crate::{
-    output::{one_line, size},
+    card::{code, front_matter},
+    output::size,
     reproduce,
 };
 
@@ -30,7 +31,7 @@ pub fn card(
     let (after, before) = (size(report.file_bytes), size(source_bytes));
     let command = reproduce::command_of(output, container.metadata())?;
     let measured = measured(check);
-    let front = front_matter(repository);
+    let front = front_matter(repository, "slimllm");
     Ok(format!(
         "{front}\n\
          # {name} at {bits} bits per weight\n\n\
@@ -48,17 +49,6 @@ pub fn card(
     ))
 }
 
-/// What hubs read by machine.
-fn front_matter(repository: Option<&str>) -> String {
-    let base = repository
-        .map(|name| format!("base_model: {name}\nbase_model_relation: quantized\n"))
-        .unwrap_or_default();
-    format!(
-        "---\n{base}library_name: slimllm\npipeline_tag: text-generation\n\
-         tags:\n- slim-llm\n- quantized\n---\n"
-    )
-}
-
 /// The table of the divergence from the source, if it was measured.
 fn measured(check: &Check) -> String {
     let Some(quality) = check.quality() else { return String::new() };
@@ -74,9 +64,4 @@ fn measured(check: &Check) -> String {
          |---|---|---|---|---|\n{rows}\n\
          Measured on texts that it was not calibrated on, on the file as it runs.\n\n"
     )
-}
-
-/// A text from a file as code: on one line, and nothing that ends it.
-fn code(text: &str) -> String {
-    format!("`{}`", one_line(text).replace('`', "'"))
 }

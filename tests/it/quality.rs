@@ -97,6 +97,34 @@ fn result_that_is_likely_useless_earns_a_warning_with_a_better_setting() {
 }
 
 #[test]
+fn card_of_an_export_says_what_was_lost_and_the_commands() {
+    let dir = Dir::new();
+    let (llama, slim) = (&arg(&tiny_model("llama")), &dir.arg("a.slim.gguf"));
+    let quick = ["--samples", "2", "--context", "32", "--quiet"];
+    succeed(&[&["convert", llama, "-o", slim][..], &quick].concat());
+    let made = succeed(&["reproduce", slim]).stdout;
+    for (to, out, card, library) in [
+        ("gguf", "a.gguf", "README.md", "gguf"),
+        ("safetensors", "folder", "folder/README.md", "transformers"),
+    ] {
+        let (out, card) = (&dir.arg(out), &dir.arg(card));
+        let export = ["export", slim, "--to", to, "-o", out, "--card", card, "--json"];
+        let report = succeed(&export).json();
+        let text = std::fs::read_to_string(card).unwrap();
+        assert!(text.starts_with(&format!("---\nlibrary_name: {library}\n")), "{text}");
+        let worst = format!("at most {:.6}", report["worst_error"].as_f64().unwrap());
+        for expected in [made.trim(), &format!("slimllm export a.slim.gguf --to {to}"), &worst] {
+            assert!(text.contains(expected), "no `{expected}` in\n{text}");
+        }
+    }
+    // Nothing is exported if the card cannot be written.
+    let (other, card) = (&dir.arg("b.gguf"), &dir.arg("README.md"));
+    let args = ["export", slim, "--to", "gguf", "-o", other, "--card", card];
+    fail(&args, &["README.md` exists already", "`--force`"]);
+    assert!(!dir.path("b.gguf").exists());
+}
+
+#[test]
 fn card_says_what_was_measured_and_the_command() {
     let dir = Dir::new();
     let (llama, out, card) =
