@@ -47,6 +47,7 @@ const DEFAULT_STEPS: usize = 300;
 
 /// What is written.
 const MODEL: Kind = Kind::File("gguf");
+
 pub fn run(args: &ConvertArgs) -> Result<()> {
     if !args.source.exists() && !args.dry_run {
         // Before a download that takes long.

@@ -31,10 +31,10 @@ pub fn card(
     };
     let metadata = container.as_ref().map(|container| container.metadata());
     let repository = metadata.and_then(|metadata| metadata.str("slim.source.repository"));
-    let converted = match metadata {
-        Some(metadata) => command_of(source.path(), metadata)? + "\n",
-        None => String::new(),
-    };
+    // A file of an early build does not say how it was made.
+    let converted = metadata
+        .and_then(|metadata| command_of(source.path(), metadata).ok())
+        .map_or_else(String::new, |command| command + "\n");
     let front = front_matter(repository, engine.library);
     let (written_as, layout) = (written.trim_matches('`'), engine.layout);
     Ok(format!(

@@ -37,10 +37,7 @@ impl Family for DeepSeek {
     }
 
     fn hf_key<'k>(&self, key: &'k str) -> &'k str {
-        match key {
-            "head_dim" => "qk_rope_head_dim",
-            _ => key,
-        }
+        hf_key(key)
     }
 
     fn default(&self, key: &str) -> Option<f64> {
@@ -168,6 +165,15 @@ fn neighbours(part: Part, spec: Option<&BlockSpec>) -> Layout {
     let first = if part == Part::AttnQ { latent.plain_dim } else { latent.rank };
     let rotated = latent.turned_dim;
     Layout::Interleaved { head_dim: first + rotated, first, rotated }
+}
+
+/// The key under which a family with latent attention says what `key` says elsewhere: the part of
+/// a head that is turned is what others call a head.
+pub(super) fn hf_key(key: &str) -> &str {
+    match key {
+        "head_dim" => "qk_rope_head_dim",
+        _ => key,
+    }
 }
 
 /// Reads latent attention, whose keys are turned as neighbours.

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     BlockEmbedding, ModelConfig, Result,
-    config::{Keys, every, shortest},
+    config::{Keys, shortest},
 };
 
 /// `gemma4`.
@@ -162,10 +162,9 @@ impl Family for Gemma4 {
 fn read_windows(keys: &dyn Keys, config: &mut ModelConfig) -> Result<()> {
     llama::read_windows(keys, config, INTERVAL)?;
     if keys.windowed(config.block_count)?.is_none() {
-        let mut windowed = every(INTERVAL, config.block_count);
-        windowed.pop();
-        windowed.push(false);
-        config.features.windowed = windowed;
+        if let Some(last) = config.features.windowed.last_mut() {
+            *last = false;
+        }
         llama::settle_windows(config);
     }
     Ok(())

@@ -22,10 +22,7 @@ impl Family for Mistral4 {
     }
 
     fn hf_key<'k>(&self, key: &'k str) -> &'k str {
-        match key {
-            "head_dim" => "qk_rope_head_dim",
-            _ => key,
-        }
+        deepseek::hf_key(key)
     }
 
     fn default(&self, key: &str) -> Option<f64> {
