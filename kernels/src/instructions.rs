@@ -6,16 +6,12 @@ use crate::{cpu::matvec, linalg};
 
 /// The instruction sets that decide in which order sums are rounded, such as
 /// `x86_64+avx512+vnni+amx`: the architecture, what `faer` takes, what multiplies one token with
-/// packed layers, and what multiplies many. The same path gives the same bytes, on any number of
-/// threads.
+/// packed layers, and what multiplies bf16 numbers. The same path gives the same bytes, on any
+/// number of threads.
 pub fn instruction_path() -> String {
     let method = format!("{:?}", matvec::Method::fastest());
-    let parts = [
-        Some(ARCH),
-        vectors(),
-        method.contains("VNNI").then_some("vnni"),
-        linalg::has_amx().then_some("amx"),
-    ];
+    let parts =
+        [Some(ARCH), vectors(), method.contains("VNNI").then_some("vnni"), linalg::bf16_unit()];
     parts.into_iter().flatten().collect::<Vec<_>>().join("+")
 }
 
@@ -39,8 +35,9 @@ mod tests {
         let path = instruction_path();
         let parts: Vec<_> = path.split('+').collect();
         assert_eq!(parts[0], ARCH);
-        let known = ["avx512", "avx2", "neon", "vnni", "amx"];
+        let known = ["avx512", "avx2", "neon", "vnni", "amx", "bf16"];
         assert!(parts[1..].iter().all(|part| known.contains(part)), "{path}");
-        assert_eq!(parts.contains(&"amx"), linalg::has_amx());
+        let unit = parts.into_iter().find(|part| ["amx", "bf16"].contains(part));
+        assert_eq!(unit, linalg::bf16_unit());
     }
 }

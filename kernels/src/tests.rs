@@ -45,9 +45,9 @@ const ATTENTION_NMSE: f64 = 1e-10;
 const FAER_NMSE: f64 = 1e-11;
 /// AMX rounds factors to 17 bits: a product is off by 2^-17.8 in root mean square, which is 1.9e-11
 /// squared. Measured 5.7e-11, for five outputs.
-const AMX_NMSE: f64 = 5e-10;
+const BF16_FINE_NMSE: f64 = 5e-10;
 /// The same for 8 bits.
-const AMX_COARSE_NMSE: f64 = 5e-5;
+const BF16_COARSE_NMSE: f64 = 5e-5;
 /// Measured 5.3e-9 where a layer of one row gives two outputs near zero.
 const MATMUL_AMX_NMSE: f64 = 5e-8;
 /// Measured 3.7e-9 for scores of several hundred, whose rounding goes into the exponent.
@@ -59,8 +59,8 @@ const INVERSE_ERROR: f64 = 1e-4;
 
 /// `amx` for a backend whose products use it on this machine.
 fn product_nmse(backend: &str, amx: f64, otherwise: f64) -> f64 {
-    match Method::all()[0] {
-        Method::Amx(..) if backend == "cpu" => amx,
+    match Method::fastest(Precision::Fine) {
+        Method::Bf16(_) if backend == "cpu" => amx,
         _ => otherwise,
     }
 }
@@ -1364,8 +1364,10 @@ fn gather<T: Copy>(values: &[T], rows: usize, cols: usize, stride: usize) -> Vec
 
 fn linalg_nmse(method: Method) -> f64 {
     match method {
-        Method::Amx(_, Precision::Fine) => AMX_NMSE,
-        Method::Amx(_, Precision::Coarse) => AMX_COARSE_NMSE,
+        Method::Bf16(unit) => match unit.precision() {
+            Precision::Fine => BF16_FINE_NMSE,
+            Precision::Coarse => BF16_COARSE_NMSE,
+        },
         Method::Faer => FAER_NMSE,
     }
 }
@@ -1452,8 +1454,10 @@ fn matmul_single_products_are_as_accurate_as_stated() {
     let (a, b) = (values(m), values(n));
     for (method, largest, root_mean_square) in
         Method::all().into_iter().map(|method| match method {
-            Method::Amx(_, Precision::Fine) => (method, 2f64.powi(-15), 2f64.powf(-17.5)),
-            Method::Amx(_, Precision::Coarse) => (method, 2f64.powi(-7), 2f64.powf(-8.7)),
+            Method::Bf16(unit) => match unit.precision() {
+                Precision::Fine => (method, 2f64.powi(-15), 2f64.powf(-17.5)),
+                Precision::Coarse => (method, 2f64.powi(-7), 2f64.powf(-8.7)),
+            },
             Method::Faer => (method, 2f64.powi(-24), 2f64.powi(-25)),
         })
     {

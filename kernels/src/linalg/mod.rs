@@ -1,9 +1,9 @@
-//! Dense linear algebra, row-major f32 in and out: products in AMX tile registers where the
-//! processor has them, over `faer` elsewhere.
+//! Dense linear algebra, row-major f32 in and out: products of bf16 numbers where the processor is
+//! fast at them, over `faer` elsewhere.
 //!
 //! Work is split into pieces of fixed size, so that no result depends on the number of threads.
 
-mod amx;
+mod bf16;
 mod cholesky;
 
 use std::{borrow::Cow, convert::Infallible, ops::Range, sync::LazyLock};
@@ -11,7 +11,7 @@ use std::{borrow::Cow, convert::Infallible, ops::Range, sync::LazyLock};
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul as gemm};
 use rayon::prelude::*;
 
-use amx::{Amx, Factor, Tiles};
+use bf16::{Factor, Tiles, Unit};
 
 pub use cholesky::inverse_cholesky;
 
@@ -144,7 +144,8 @@ impl Store {
     }
 }
 
-/// How much of each value goes into a product where AMX computes it. Elsewhere all of it does.
+/// How much of each value goes into a product where bf16 numbers are multiplied. Elsewhere all of
+/// it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     /// 17 bits.
@@ -154,18 +155,10 @@ pub enum Precision {
     Coarse,
 }
 
-/// AMX, if this machine has it; looked for once.
-static AMX: LazyLock<Option<Amx>> = LazyLock::new(Amx::detect);
-
-/// Whether products are computed in AMX.
-pub(crate) fn has_amx() -> bool {
-    AMX.is_some()
-}
-
 /// What computes the products.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Method {
-    Amx(Amx, Precision),
+    Bf16(Unit),
     Faer,
 }
 
@@ -173,22 +166,35 @@ impl Method {
     /// All that this machine has.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {
-        let of_amx = |amx| [Precision::Fine, Precision::Coarse].map(|p| Self::Amx(amx, p));
-        Amx::detect().into_iter().flat_map(of_amx).chain([Self::Faer]).collect()
+        Unit::all().map(Self::Bf16).chain([Self::Faer]).collect()
     }
 
-    /// The fastest one of this precision or more.
-    fn fastest(precision: Precision) -> Self {
-        AMX.map_or(Self::Faer, |amx| Self::Amx(amx, precision))
+    /// The fastest one of this precision or more; looked for once.
+    pub(crate) fn fastest(precision: Precision) -> Self {
+        static FINE: LazyLock<Option<Unit>> = LazyLock::new(|| Unit::detect(Precision::Fine));
+        static COARSE: LazyLock<Option<Unit>> = LazyLock::new(|| Unit::detect(Precision::Coarse));
+        let unit = match precision {
+            Precision::Fine => &FINE,
+            Precision::Coarse => &COARSE,
+        };
+        unit.map_or(Self::Faer, Self::Bf16)
+    }
+}
+
+/// What multiplies bf16 numbers for coarse products on this machine, if anything does.
+pub(crate) fn bf16_unit() -> Option<&'static str> {
+    match Method::fastest(Precision::Coarse) {
+        Method::Bf16(unit) => Some(unit.name()),
+        Method::Faer => None,
     }
 }
 
 /// `out[m, n]` from `a[m, k] * b[k, n]`; rows of `out` lie `out_stride` apart.
 ///
 /// # Accuracy
-/// Sums are f32. Where the processor has AMX, a product of two values is off by up to 2^-15 of it,
-/// by about 2^-18 in root mean square ([`Precision::Coarse`]: 2^-7 and 2^-9); numbers below 1e-35
-/// lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
+/// Sums are f32. Where bf16 numbers are multiplied, a product of two values is off by up to 2^-15
+/// of it, by about 2^-18 in root mean square ([`Precision::Coarse`]: 2^-7 and 2^-9); numbers below
+/// 1e-35 lose more of their bits, and numbers above 5e33 become NaN, as infinite ones do.
 ///
 /// # Panics
 /// If the inner dimensions differ, or if `out` is too short.
@@ -248,7 +254,7 @@ pub fn mirror_upper(h: &mut [f32], n: usize) {
 /// A left factor, made ready once for many right ones.
 pub struct Left<'a> {
     matrix: Mat<'a>,
-    /// For AMX, [`Left::piece_rows`] rows each; empty otherwise.
+    /// For bf16, [`Left::piece_rows`] rows each; empty otherwise.
     tiles: Vec<Tiles>,
 }
 
@@ -272,9 +278,8 @@ impl<'a> Panel<'a> {
 
     fn by(method: Method, columns: Mat<'a>) -> Self {
         Self(match method {
-            Method::Amx(amx, precision) => {
-                let lanes = columns.transposed();
-                PanelValues::Tiles(Tiles::new(amx, precision, lanes, Factor::Right))
+            Method::Bf16(unit) => {
+                PanelValues::Tiles(Tiles::new(unit, columns.transposed(), Factor::Right))
             }
             Method::Faer => PanelValues::Plain(columns.data.into(), columns.layout),
         })
@@ -289,8 +294,8 @@ impl<'a> Left<'a> {
 
     fn by(method: Method, a: Mat<'a>) -> Self {
         let tiles = match method {
-            Method::Amx(amx, precision) => {
-                let piece = |rows| Tiles::new(amx, precision, a.rows(rows), Factor::Left);
+            Method::Bf16(unit) => {
+                let piece = |rows| Tiles::new(unit, a.rows(rows), Factor::Left);
                 let Layout { rows, cols, .. } = a.layout;
                 map(rows * cols >= SMALL_FACTOR, pieces(0..rows, Self::piece_rows(cols)), piece)
             }
@@ -375,7 +380,7 @@ impl<'a> Left<'a> {
         store: Store,
     ) {
         match &panel.0 {
-            PanelValues::Tiles(right) => amx::multiply(&self.tiles[piece], right, store, out),
+            PanelValues::Tiles(right) => bf16::multiply(&self.tiles[piece], right, store, out),
             PanelValues::Plain(values, layout) => {
                 let right = layout.of(values).faer();
                 let accumulate = if store.add { Accum::Add } else { Accum::Replace };
