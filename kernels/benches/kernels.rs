@@ -1,8 +1,8 @@
 //! How fast the CPU's kernels are, next to a plain read of memory.
 //!
-//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES]]`. Layers and caches come
-//! from memory, as those of a model do: copies, more than the processor's caches hold, take turns.
-//! With few mebibytes they come from a cache.
+//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES [NAME]]]`: kernels whose name
+//! contains NAME. Layers and caches come from memory, as those of a model do: copies, more than the
+//! processor's caches hold, take turns. With few mebibytes they come from a cache.
 //!
 //! What counts is the share of a plain read, which on a shared machine only two measurements in
 //! turn give. Benchmark harnesses measure one function after the other and print no ratios: hence
@@ -25,6 +25,10 @@ const TOTAL: usize = 768;
 /// Measurements, of which the median counts.
 const PASSES: usize = 5;
 const SHAPES: [(usize, usize); 2] = [(1536, 576), (4096, 4096)];
+const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+const TRELLIS: ScaleCoding = ScaleCoding::Trellis { sub_group: 32 };
+/// Columns of a group, as files have them by default.
+const GROUP_SIZE: usize = 64;
 /// Columns in a block of ggml's K types.
 const BLOCK: usize = 256;
 const GGML_TYPES: [DType; 10] = [
@@ -44,14 +48,15 @@ const TOKENS: usize = 512;
 
 fn main() {
     // `cargo bench` adds an option of its own.
-    let numbers = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
-    let mut numbers = numbers.map(|text| text.parse().expect("a number"));
+    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
+    let mut number = || arguments.next().map(|text| text.parse::<usize>().expect("a number"));
     let all_threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = numbers.next().map_or_else(|| vec![1, all_threads], |threads| vec![threads]);
-    let total_bytes = numbers.next().unwrap_or(TOTAL) << 20;
+    let threads = number().map_or_else(|| vec![1, all_threads], |threads| vec![threads]);
+    let total_bytes = number().unwrap_or(TOTAL) << 20;
+    let name = arguments.next().unwrap_or_default();
     for threads in threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-        pool.install(|| measure_all(&Memory::new(total_bytes)));
+        pool.install(|| measure_all(&Memory::new(total_bytes, &name)));
     }
 }
 
@@ -59,16 +64,20 @@ fn measure_all(memory: &Memory) {
     println!("{} threads, {} MiB", rayon::current_num_threads(), memory.bytes() >> 20);
     println!("{:<44} time/us  G mul-add/s      MB    GB/s  of a plain read", "kernel");
     for (rows, cols) in SHAPES {
-        for bits in 1..=8 {
-            measure_matvec(memory, rows, cols, bits);
+        for coding in [TWO_LEVEL, TRELLIS] {
+            for bits in 1..=8 {
+                measure_matvec(memory, [rows, cols], coding, bits);
+            }
         }
         for dtype in GGML_TYPES {
             measure_dense(memory, rows, cols, dtype);
         }
     }
-    for m in [8, TOKENS] {
-        for bits in [2, 3, 4, 8] {
-            measure_matmul(memory, m, bits);
+    for (rows, cols) in SHAPES {
+        for m in [2, 4, 8, 64, TOKENS] {
+            for bits in [2, 3, 4, 8] {
+                measure_matmul(memory, [m, rows, cols], bits);
+            }
         }
     }
     for m in [1, TOKENS] {
@@ -78,14 +87,14 @@ fn measure_all(memory: &Memory) {
 }
 
 /// One token times a packed layer, in each way that this machine has.
-fn measure_matvec(memory: &Memory, rows: usize, cols: usize, bits: u8) {
-    let layer = layer(rows, cols, bits);
-    let bytes = layer.layout().stored_bits() as usize / 8;
-    let copies = memory.copies(layer, bytes);
+fn measure_matvec(memory: &Memory, [rows, cols]: [usize; 2], coding: ScaleCoding, bits: u8) {
+    let kind = if coding == TRELLIS { ", trellis" } else { "" };
+    let layer = || layer(rows, cols, coding, bits);
+    let bytes = layer_bytes(rows, cols, coding, bits);
     let (x, mut out) = (waves(cols), vec![0.0; rows]);
     for method in Method::all() {
-        let name = format!("matvec {rows} x {cols}, {bits} bits, {method:?}");
-        memory.measure(&name, rows * cols, bytes, &copies, |layer| {
+        let name = format!("matvec {rows} x {cols}, {bits} bits{kind}, {method:?}");
+        memory.measure(&name, rows * cols, bytes, layer, |layer| {
             matvec_by(method, layer.view(), &x, black_box(&mut out));
         });
     }
@@ -95,11 +104,10 @@ fn measure_matvec(memory: &Memory, rows: usize, cols: usize, bits: u8) {
 fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
     let cols = cols / BLOCK * BLOCK;
     let len = dtype.size_in_bytes((rows * cols) as u64).expect("whole blocks") as usize;
-    let copies = memory.copies(vec![0x31; len], len);
     let (x, mut out) = (waves(cols), vec![0.0; rows]);
     for method in Method::all() {
         let name = format!("matvec {rows} x {cols}, {dtype:?}, {method:?}");
-        memory.measure(&name, rows * cols, len, &copies, |bytes| {
+        memory.measure(&name, rows * cols, len, || vec![0x31; len], |bytes| {
             let tensor =
                 DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored, scales: None };
             dense_by(method, &tensor, &x, black_box(&mut out)).expect("a type of weights");
@@ -108,13 +116,12 @@ fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
 }
 
 /// Many tokens times a packed layer.
-fn measure_matmul(memory: &Memory, m: usize, bits: u8) {
-    let (rows, cols) = (1536, 576);
-    let layer = layer(rows, cols, bits);
+fn measure_matmul(memory: &Memory, [m, rows, cols]: [usize; 3], bits: u8) {
     let (x, mut out) = (waves(m * cols), vec![0.0; m * rows]);
-    let bytes = layer.layout().stored_bits() as usize / 8 + size_of_val(&x[..]);
+    let bytes = layer_bytes(rows, cols, TWO_LEVEL, bits);
     let name = format!("matmul {m} x {rows} x {cols}, {bits} bits");
-    memory.measure(&name, m * rows * cols, bytes, &vec![layer; 16], |layer| {
+    let layer = || layer(rows, cols, TWO_LEVEL, bits);
+    memory.measure(&name, m * rows * cols, bytes, layer, |layer| {
         let weight = Weight::Packed(layer.view());
         Cpu.matmul(weight, &x, m, black_box(&mut out)).expect("lengths that fit");
     });
@@ -138,11 +145,13 @@ fn measure_attention(memory: &Memory, m: usize) {
     let (q, mut out) = (waves(m * heads * head_dim), vec![0.0; m * heads * head_dim]);
     let tokens = waves(TOKENS * kv_heads * head_dim);
     let bytes = TOKENS * kv_heads * KvType::F16.row_bytes(head_dim) + size_of_val(&q[..]);
-    let mut cache = KvCache::new(KvType::F16, kv_heads, TOKENS, head_dim);
-    cache.store(&tokens, &tokens, 0);
-    let copies = memory.copies(cache, if m == 1 { bytes } else { 64 * bytes });
+    let cache = || {
+        let mut cache = KvCache::new(KvType::F16, kv_heads, TOKENS, head_dim);
+        cache.store(&tokens, &tokens, 0);
+        cache
+    };
     let name = format!("attention {m} of {TOKENS} tokens, {heads} heads");
-    memory.measure(&name, 2 * seen * heads * head_dim, bytes, &copies, |kv| {
+    memory.measure(&name, 2 * seen * heads * head_dim, bytes, cache, |kv| {
         let call = AttentionCall { shape, q: &q, kv, sinks: None, out: black_box(&mut out) };
         Cpu.attention(&mut [call]).expect("lengths that fit");
     });
@@ -152,21 +161,21 @@ fn measure_rms_norm(memory: &Memory) {
     let cols = 576;
     let (x, weight, mut out) = (waves(TOKENS * cols), waves(cols), vec![0.0; TOKENS * cols]);
     let bytes = size_of_val(&x[..]);
-    let copies = memory.copies(x, bytes);
     let name = format!("rms_norm {TOKENS} x {cols}");
-    memory.measure(&name, 2 * TOKENS * cols, bytes, &copies, |x| {
+    memory.measure(&name, 2 * TOKENS * cols, bytes, || x.clone(), |x| {
         Cpu.rms_norm(x, &weight, 1e-5, black_box(&mut out));
     });
 }
 
-/// What a plain read reads.
-struct Memory {
+/// What a plain read reads, and which kernels are measured beside it.
+struct Memory<'a> {
     words: Vec<u64>,
+    name: &'a str,
 }
 
-impl Memory {
-    fn new(bytes: usize) -> Self {
-        Self { words: vec![1; bytes / 8] }
+impl<'a> Memory<'a> {
+    fn new(bytes: usize, name: &'a str) -> Self {
+        Self { words: vec![1; bytes / 8], name }
     }
 
     fn bytes(&self) -> usize {
@@ -178,21 +187,23 @@ impl Memory {
         black_box(self.words.par_chunks(1 << 16).map(sum).reduce(|| 0, |a, b| a ^ b));
     }
 
-    /// As many copies as fit it.
-    fn copies<T: Clone>(&self, value: T, bytes: usize) -> Vec<T> {
-        vec![value; (self.bytes() / bytes).max(1)]
-    }
-
-    /// Prints what a kernel takes for one of some inputs, that is for so many multiplications and
-    /// bytes read.
-    fn measure<T>(
+    /// Prints what a kernel takes for one of as many copies of an input as fit, that is for so many
+    /// multiplications and bytes read.
+    fn measure<T: Clone>(
         &self,
         name: &str,
         multiply_adds: usize,
         bytes: usize,
-        inputs: &[T],
+        input: impl FnOnce() -> T,
         mut kernel: impl FnMut(&T),
     ) {
+        // What takes long does not wait for memory.
+        const ENOUGH: usize = 4_000_000_000;
+        if !name.contains(self.name) {
+            return;
+        }
+        let copies = (self.bytes() / bytes).min(ENOUGH / multiply_adds).max(1);
+        let inputs = vec![input(); copies];
         let (mut seconds, mut shares) = (Vec::new(), Vec::new());
         for _ in 0..PASSES {
             let read = seconds_of(|| self.read()) * bytes as f64 / self.bytes() as f64;
@@ -227,13 +238,20 @@ fn waves(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32).sin()).collect()
 }
 
+/// Where every group has as many bits.
+fn layout(rows: usize, cols: usize, coding: ScaleCoding, bits: u8) -> LayerLayout {
+    let widths = vec![BitWidth::new(bits).expect("1 to 8 bits"); cols.div_ceil(GROUP_SIZE)];
+    LayerLayout::new(rows, cols, GROUP_SIZE, coding, &widths).expect("a valid layer")
+}
+
+fn layer_bytes(rows: usize, cols: usize, coding: ScaleCoding, bits: u8) -> usize {
+    layout(rows, cols, coding, bits).stored_bits() as usize / 8
+}
+
 /// A layer of codes without a pattern.
-fn layer(rows: usize, cols: usize, bits: u8) -> PackedLayer {
-    const GROUP_SIZE: usize = 128;
-    let coding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
-    let width = BitWidth::new(bits).expect("1 to 8 bits");
-    let widths = vec![width; cols.div_ceil(GROUP_SIZE)];
-    let layout = LayerLayout::new(rows, cols, GROUP_SIZE, coding, &widths).expect("a valid layer");
+fn layer(rows: usize, cols: usize, coding: ScaleCoding, bits: u8) -> PackedLayer {
+    let layout = layout(rows, cols, coding, bits);
+    let (groups, max_code) = (layout.groups().len(), layout.groups()[0].bit_width.max_code());
     let mut packed = PackedLayer::zeroed(layout);
     let mut noise = 1u64;
     let mut column = |max: u8| {
@@ -243,12 +261,15 @@ fn layer(rows: usize, cols: usize, bits: u8) -> PackedLayer {
         })
     };
     for mut tile in packed.tiles_mut() {
-        for group in 0..widths.len() {
+        for group in 0..groups {
             let cols = GROUP_SIZE.min(cols - group * GROUP_SIZE);
-            let codes: Vec<_> = (0..cols).map(|_| column(width.max_code())).collect();
+            let codes: Vec<_> = (0..cols).map(|_| column(max_code)).collect();
             tile.set_codes(group, &codes);
             for sub_group in 0..cols.div_ceil(32) {
-                tile.set_two_level(group, sub_group, &column(15), &column(15));
+                match coding {
+                    TRELLIS => tile.set_trellis_scales(group, sub_group, &column(15)),
+                    _ => tile.set_two_level(group, sub_group, &column(15), &column(15)),
+                }
             }
         }
     }

@@ -18,6 +18,7 @@ impl BitWidth {
     }
 
     /// The number of bits.
+    #[inline]
     pub fn bits(self) -> u8 {
         self.0
     }
@@ -117,11 +118,13 @@ pub struct Group {
 
 impl Group {
     /// Columns that its codes are stored for: whole units (F21).
+    #[inline]
     pub fn stored_cols(&self) -> usize {
         self.cols.len().next_multiple_of(UNIT_COLS)
     }
 
     /// Bytes of its codes in a tile (F10).
+    #[inline]
     pub fn code_bytes(&self) -> usize {
         2 * usize::from(self.bit_width.bits()) * self.stored_cols()
     }
@@ -246,11 +249,13 @@ impl LayerLayout {
     }
 
     /// The scale coding.
+    #[inline]
     pub fn coding(&self) -> ScaleCoding {
         self.coding
     }
 
     /// The groups in column order.
+    #[inline]
     pub fn groups(&self) -> &[Group] {
         &self.groups
     }

@@ -56,6 +56,7 @@ impl<'a> PackedTensor<'a> {
     }
 
     /// Shape, groups and offsets.
+    #[inline]
     pub fn layout(&self) -> &'a LayerLayout {
         self.layout
     }
@@ -76,16 +77,19 @@ impl<'a> PackedTensor<'a> {
     }
 
     /// The codes of one tile.
+    #[inline]
     pub fn tile_codes(&self, tile: usize) -> &'a [u8] {
         chunk(self.codes, tile, self.layout.tile_code_bytes())
     }
 
     /// The scale records of one tile.
+    #[inline]
     pub fn tile_scales(&self, tile: usize) -> &'a [u8] {
         chunk(self.scales, tile, self.layout.tile_scale_bytes())
     }
 
     /// The row scales of one tile; empty for the paper coding.
+    #[inline]
     pub fn tile_row_scales(&self, tile: usize) -> &'a [u8] {
         chunk(self.row_scales, tile, self.layout.tile_row_scale_bytes())
     }
@@ -169,6 +173,7 @@ impl PackedTensor<'_> {
     }
 }
 
+#[inline]
 fn chunk(bytes: &[u8], index: usize, size: usize) -> &[u8] {
     &bytes[index * size..][..size]
 }

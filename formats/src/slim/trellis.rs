@@ -39,6 +39,7 @@ pub struct WindowTable {
 
 impl WindowTable {
     /// The table of a width.
+    #[inline]
     pub fn of(width: BitWidth) -> &'static Self {
         &TABLES[usize::from(width.bits()) - 1]
     }

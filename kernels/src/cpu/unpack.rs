@@ -47,6 +47,14 @@ pub struct Planes<'a> {
 
 type Block = [u8; 64];
 
+impl Default for Planes<'_> {
+    /// Of no columns.
+    #[inline(always)]
+    fn default() -> Self {
+        Self { eight: &[], four: &[], two: &[], one: &[], short: &[0; 32] }
+    }
+}
+
 impl<'a> Planes<'a> {
     /// Finds the planes in the codes of a group.
     #[inline(always)]

@@ -1,8 +1,6 @@
 //! Many tokens times a weight matrix, straight from the file's bytes: a tile's codes are unpacked
 //! once into the first cache and multiplied with 8-bit inputs.
 
-use std::ops::Range;
-
 use faer::{MatMut, reborrow::ReborrowMut};
 use rayon::prelude::*;
 use slim_formats::{
@@ -14,7 +12,7 @@ use super::{
     Input, Kernels, Method, TASK_BYTES, blocks,
     input::steps_of,
     panel::{Chunk, Panel, Sums, chunks_of_blocks, chunks_of_groups},
-    tokens::TokenBlock,
+    tokens::{StepPart, TokenBlock},
 };
 use crate::{cpu::unpack::UNIT, linalg::row_major_mut, weight};
 
@@ -52,8 +50,7 @@ struct Product<'a> {
     /// Bands of rows, one above the other.
     bands: Vec<Band<'a>>,
     chunks: Vec<Chunk>,
-    /// The units of each step.
-    steps: Vec<Range<usize>>,
+    steps: Vec<StepPart>,
 }
 
 #[derive(Clone, Copy)]
@@ -88,30 +85,24 @@ impl<'a> Product<'a> {
                 // Rows that are stored one after the other.
                 tensor.layout.stored_row(0)?;
                 let chunks = chunks_of_blocks(&tensor, run);
-                let steps = (0..tensor.cols).step_by(run).map(|first| first..first + run);
+                let steps = (0..tensor.cols / UNIT).step_by(run / UNIT).map(|first| StepPart {
+                    step: first / 2,
+                    units: first % 2..first % 2 + run / UNIT,
+                });
                 let bands = vec![Band::Blocks(tensor)];
-                Some(Self::new(kernels, bands, chunks, steps))
+                Some(Self { kernels, bands, chunks, steps: steps.collect() })
             }
             (_, Some(bands)) => {
                 // Bands have the same columns in a group and in a run.
                 let layout = bands.get(0).layout();
-                let (chunks, steps) = (chunks_of_groups(layout), steps_of(layout));
+                let chunks = chunks_of_groups(layout);
+                let steps = steps_of(layout).enumerate();
+                let steps = steps.map(|(step, cols)| StepPart { step, units: 0..cols.len() / UNIT });
                 let all = bands.iter().map(|(_, band)| Band::Packed(band)).collect();
-                Some(Self::new(kernels, all, chunks, steps))
+                Some(Self { kernels, bands: all, chunks, steps: steps.collect() })
             }
             (_, None) => None,
         }
-    }
-
-    /// From the columns of each step.
-    fn new(
-        kernels: Kernels,
-        bands: Vec<Band<'a>>,
-        chunks: Vec<Chunk>,
-        steps: impl Iterator<Item = Range<usize>>,
-    ) -> Self {
-        let steps = steps.map(|cols| cols.start / UNIT..cols.end / UNIT).collect();
-        Self { kernels, bands, chunks, steps }
     }
 
     /// A token, rounded as it is alone.

@@ -4,11 +4,10 @@
 use slim_formats::{DType, DenseTensor};
 
 use super::{
-    input::{FINE, Input, STEP, Step, Units},
+    input::{FINE, Input, Part, STEP, Step, StepCodes},
     kernel::{Isa, Kernel},
 };
 use crate::{
-    cpu::unpack::UNIT,
     ggml::{Block, Bytes, Words, for_block},
 };
 
@@ -187,11 +186,10 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         let mut sums = [Sums { scaled: zero, shifted: zero }; ROWS];
         let ahead = ROWS * count * BYTES;
         for index in 0..count {
-            let units = VALUES / UNIT;
-            let input = input.of(index * units..(index + 1) * units);
+            let steps = VALUES / STEP;
+            let input = input.part(index * steps..(index + 1) * steps);
             // With these lengths steps need no checks of their own.
-            assert!([input.codes.len(), input.fine_codes.len()] == [units; 2]);
-            assert!([input.sums.len(), input.steps.len()] == [units; 2]);
+            assert!([input.steps.len(), input.fine_codes.len(), input.sums.len()] == [steps; 3]);
             for (sums, row) in sums.iter_mut().zip(&rows) {
                 let block = &row[index];
                 for at in (0..BYTES).step_by(64) {
@@ -213,7 +211,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         self,
         sums: &mut Sums<I, N>,
         block: &[u8; BYTES],
-        input: Units<'_>,
+        input: Part<'_>,
     ) {
         let isa = self.0;
         let zero = [isa.floats(0.0); N];
@@ -240,14 +238,14 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         sums: &mut Sums<I, N>,
         block: &[u8; BYTES],
         step: usize,
-        input: Units<'_>,
+        input: Part<'_>,
     ) {
         let isa = self.0;
-        let Step { scale, has_fine_codes, .. } = input.steps[2 * step];
+        let Step { codes: input_codes, scale, has_fine_codes, .. } = &input.steps[step];
         let codes = B::codes(RowBlock(self, block), step * WORDS).1;
-        let mut dots = self.products::<B, BYTES, VALUES>(codes, &input.codes[2 * step..]);
-        if has_fine_codes {
-            let rest = self.products::<B, BYTES, VALUES>(codes, &input.fine_codes[2 * step..]);
+        let mut dots = self.products::<B, BYTES, VALUES>(codes, input_codes);
+        if *has_fine_codes {
+            let rest = self.products::<B, BYTES, VALUES>(codes, &input.fine_codes[step]);
             for i in 0..N {
                 dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
             }
@@ -257,10 +255,10 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         let z = B::minimums(block, first_run / 4);
         let s = s.map(|s| self.of_runs::<B, BYTES, VALUES>(s, first_run));
         let z = z.map(|z| self.of_runs::<B, BYTES, VALUES>(z, first_run));
-        let input_sums = input.sums[2 * step..].as_flattened();
+        let input_sums = input.sums[step].as_flattened();
         for i in 0..N {
             let input_sums = isa.load_floats(&input_sums[i * WORDS / N..]);
-            let mut dots = isa.mul(dots[i], isa.floats(scale));
+            let mut dots = isa.mul(dots[i], isa.floats(*scale));
             if B::OFFSET > 0.0 {
                 dots = isa.mul_add(input_sums, isa.floats(-B::OFFSET), dots);
             }
@@ -284,10 +282,10 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
     fn products<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
         codes: [I::Words; N],
-        input: &[[i32; 4]],
+        input: &StepCodes,
     ) -> [I::Floats; N] {
         let isa = self.0;
-        let input: &[u8] = bytemuck::cast_slice(&input[..2]);
+        let input: &[u8] = bytemuck::cast_slice(input);
         let mut dots = [isa.floats(0.0); N];
         for i in 0..N {
             let (none, input) = (isa.words(0), isa.load(&input[i * STEP / N..]));

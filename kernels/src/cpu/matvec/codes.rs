@@ -8,6 +8,20 @@ use crate::cpu::unpack::Planes;
 /// Bits of the entries that windows stand for (F25).
 pub(super) const ENTRY_BITS: usize = 7;
 
+/// The bytes of a tile.
+#[derive(Clone, Copy)]
+pub(super) struct Tile<'a> {
+    pub codes: &'a [u8],
+    pub scales: &'a [u8],
+}
+
+impl<'a> Tile<'a> {
+    #[inline(always)]
+    pub fn of(packed: PackedTensor<'a>, tile: usize) -> Self {
+        Self { codes: packed.tile_codes(tile), scales: packed.tile_scales(tile) }
+    }
+}
+
 /// Where the codes of a group in `T` tiles come from.
 pub(super) trait Codes<I: Isa, const N: usize, const T: usize>: Copy {
     /// What is loaded of a unit at once.
@@ -15,34 +29,46 @@ pub(super) trait Codes<I: Isa, const N: usize, const T: usize>: Copy {
 
     fn unit(self, kernel: Kernel<I, N>, unit: usize) -> Self::Unit;
 
-    /// The codes of columns `4 t ..` of a unit in each tile.
+    /// The codes of columns `4 t ..` of a unit in each tile. `half` says whether it is the second
+    /// one of two: known to the compiler, it takes the place of a shift.
     fn words(
         self,
         kernel: Kernel<I, N>,
         unit: usize,
         loaded: Self::Unit,
+        half: usize,
         t: usize,
     ) -> [Words<I, N>; T];
 }
 
-/// Codes as they are stored.
+/// Codes as they are stored, in `T` tiles.
 #[derive(Clone, Copy)]
-pub(super) struct Stored<'a, const WIDTH: usize>(Planes<'a>);
+pub(super) struct Stored<'a, const WIDTH: usize, const T: usize>([Planes<'a>; T]);
 
-impl<'a, const WIDTH: usize> Stored<'a, WIDTH> {
+impl<'a, const WIDTH: usize, const T: usize> Stored<'a, WIDTH, T> {
     #[inline(always)]
-    pub fn of(packed: PackedTensor<'a>, tile: usize, group: &Group) -> Self {
-        let codes = &packed.tile_codes(tile)[group.codes_offset..][..group.code_bytes()];
-        Self(Planes::of::<WIDTH>(codes))
+    pub fn of(tiles: [Tile<'a>; T], group: &Group) -> Self {
+        let mut planes = [Planes::default(); T];
+        for (planes, tile) in planes.iter_mut().zip(tiles) {
+            let codes = &tile.codes[group.codes_offset..][..group.code_bytes()];
+            *planes = Planes::of::<WIDTH>(codes);
+        }
+        Self(planes)
     }
 }
 
-impl<I: Isa, const N: usize, const WIDTH: usize> Codes<I, N, 1> for Stored<'_, WIDTH> {
-    type Unit = [Words<I, N>; 2];
+impl<I: Isa, const N: usize, const WIDTH: usize, const T: usize> Codes<I, N, T>
+    for Stored<'_, WIDTH, T>
+{
+    type Unit = [[Words<I, N>; 2]; T];
 
     #[inline(always)]
     fn unit(self, k: Kernel<I, N>, unit: usize) -> Self::Unit {
-        k.unit_words::<WIDTH>(self.0, unit)
+        let mut words = [[[k.0.words(0); N]; 2]; T];
+        for (words, planes) in words.iter_mut().zip(self.0) {
+            *words = k.unit_words::<WIDTH>(planes, unit);
+        }
+        words
     }
 
     #[inline(always)]
@@ -51,46 +77,32 @@ impl<I: Isa, const N: usize, const WIDTH: usize> Codes<I, N, 1> for Stored<'_, W
         k: Kernel<I, N>,
         unit: usize,
         of_unit: Self::Unit,
+        half: usize,
         t: usize,
-    ) -> [Words<I, N>; 1] {
-        [k.stored_codes::<WIDTH>(self.0, unit, of_unit, t)]
+    ) -> [Words<I, N>; T] {
+        let mut words = [[k.0.words(0); N]; T];
+        for i in 0..T {
+            words[i] = k.stored_codes::<WIDTH>(self.0[i], unit, of_unit[i], half, t);
+        }
+        words
     }
 }
 
 /// The entries of the windows of a strip (F24, F25), for widths up to 6.
 #[derive(Clone, Copy)]
 pub(super) struct Windows<'a, I: Isa, const WIDTH: usize> {
-    above: Stored<'a, WIDTH>,
-    below: Stored<'a, WIDTH>,
+    codes: Stored<'a, WIDTH, 2>,
     low: I::Words,
     high: I::Words,
 }
 
 impl<'a, I: Isa, const WIDTH: usize> Windows<'a, I, WIDTH> {
-    /// Of the strip that has `tile`.
+    /// Of a strip of two tiles.
     #[inline(always)]
-    pub fn of(isa: I, packed: PackedTensor<'a>, tile: usize, group: &Group) -> Self {
+    pub fn of(isa: I, strip: [Tile<'a>; 2], group: &Group) -> Self {
         let WindowTable { low, high } = WindowTable::of(group.bit_width);
-        Self {
-            above: Stored::of(packed, tile & !1, group),
-            below: Stored::of(packed, tile | 1, group),
-            low: isa.repeated(low),
-            high: isa.repeated(high),
-        }
-    }
-
-    /// The stored codes of both tiles.
-    #[inline(always)]
-    fn stored<const N: usize>(
-        self,
-        k: Kernel<I, N>,
-        unit: usize,
-        [above, below]: [[Words<I, N>; 2]; 2],
-        t: usize,
-    ) -> [Words<I, N>; 2] {
-        let ([above], [below]) =
-            (self.above.words(k, unit, above, t), self.below.words(k, unit, below, t));
-        [above, below]
+        let (low, high) = (isa.repeated(low), isa.repeated(high));
+        Self { codes: Stored::of(strip, group), low, high }
     }
 
     /// The entries of a tile from its codes and those behind them in the ring: behind a row of the
@@ -136,7 +148,7 @@ impl<I: Isa, const N: usize, const WIDTH: usize> Codes<I, N, 2> for Windows<'_, 
 
     #[inline(always)]
     fn unit(self, k: Kernel<I, N>, unit: usize) -> Self::Unit {
-        [self.above.unit(k, unit), self.below.unit(k, unit)]
+        self.codes.unit(k, unit)
     }
 
     #[inline(always)]
@@ -145,9 +157,10 @@ impl<I: Isa, const N: usize, const WIDTH: usize> Codes<I, N, 2> for Windows<'_, 
         k: Kernel<I, N>,
         unit: usize,
         of_unit: Self::Unit,
+        half: usize,
         t: usize,
     ) -> [Words<I, N>; 2] {
-        let [above, below] = self.stored(k, unit, of_unit, t);
+        let [above, below] = self.codes.words(k, unit, of_unit, half, t);
         [self.entries(k, above, below), self.entries(k, below, k.next_rows(above))]
     }
 }
@@ -162,7 +175,8 @@ pub(super) struct TileWindows<'a, I: Isa, const WIDTH: usize> {
 impl<'a, I: Isa, const WIDTH: usize> TileWindows<'a, I, WIDTH> {
     #[inline(always)]
     pub fn of(isa: I, packed: PackedTensor<'a>, tile: usize, group: &Group) -> Self {
-        Self { strip: Windows::of(isa, packed, tile, group), is_below: tile % 2 == 1 }
+        let strip = [tile & !1, tile | 1].map(|tile| Tile::of(packed, tile));
+        Self { strip: Windows::of(isa, strip, group), is_below: tile % 2 == 1 }
     }
 }
 
@@ -171,7 +185,7 @@ impl<I: Isa, const N: usize, const WIDTH: usize> Codes<I, N, 1> for TileWindows<
 
     #[inline(always)]
     fn unit(self, k: Kernel<I, N>, unit: usize) -> Self::Unit {
-        self.strip.unit(k, unit)
+        self.strip.codes.unit(k, unit)
     }
 
     #[inline(always)]
@@ -180,9 +194,10 @@ impl<I: Isa, const N: usize, const WIDTH: usize> Codes<I, N, 1> for TileWindows<
         k: Kernel<I, N>,
         unit: usize,
         of_unit: Self::Unit,
+        half: usize,
         t: usize,
     ) -> [Words<I, N>; 1] {
-        let [above, below] = self.strip.stored(k, unit, of_unit, t);
+        let [above, below] = self.strip.codes.words(k, unit, of_unit, half, t);
         let (own, behind) = match self.is_below {
             true => (below, k.next_rows(above)),
             false => (above, below),

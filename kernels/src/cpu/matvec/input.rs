@@ -1,6 +1,6 @@
 //! The input of a product with one token as 8-bit integers.
 
-use std::ops::Range;
+use std::{ops::Range, slice};
 
 use slim_formats::slim::LayerLayout;
 
@@ -23,33 +23,56 @@ pub(super) const STEP: usize = 2 * UNIT;
 /// A step with a NaN or an infinite value gives no finite product. Values below 1e-37 may lose
 /// bits.
 pub struct Input {
-    /// For each 16 columns; a word has four of them in the order of memory.
-    codes: Vec<[i32; 4]>,
-    /// The same for the second codes.
-    fine_codes: Vec<[i32; 4]>,
-    /// For each 16 columns the sums of the rounded values of each word.
-    sums: Vec<[f32; 4]>,
-    /// Also for each 16 columns: their step.
-    steps: Vec<Step>,
+    /// In the order of columns.
+    pub(super) steps: Vec<Step>,
+    /// The second codes of each step that has some.
+    pub(super) fine_codes: Vec<StepCodes>,
+    /// The sums of the rounded values of each word.
+    pub(super) sums: Vec<[[f32; 4]; 2]>,
 }
 
-/// Some units of an input.
-#[derive(Clone, Copy)]
-pub(super) struct Units<'a> {
-    pub codes: &'a [[i32; 4]],
-    pub fine_codes: &'a [[i32; 4]],
-    pub sums: &'a [[f32; 4]],
-    pub steps: &'a [Step],
-}
+/// Codes of 16 columns twice; a word has four of them in the order of memory. Where a step has but
+/// 16 columns, the others are 0.
+pub(super) type StepCodes = [[i32; 4]; 2];
 
-/// What the codes of a step are worth.
+/// A step of an input.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Step {
+    pub codes: StepCodes,
+    /// What its codes are worth.
     pub scale: f32,
     /// The sum of the rounded values: what a minimum multiplies.
     pub sum: f32,
     /// Whether it has second codes.
     pub has_fine_codes: bool,
+}
+
+/// Some steps of an input.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub steps: &'a [Step],
+    pub fine_codes: &'a [StepCodes],
+    pub sums: &'a [[[f32; 4]; 2]],
+}
+
+/// Steps of an input, one after the other.
+pub(super) struct Steps<'a> {
+    steps: slice::Iter<'a, Step>,
+    fine_codes: &'a [StepCodes],
+}
+
+impl<'a> Steps<'a> {
+    /// The next one.
+    #[inline(always)]
+    pub fn next(&mut self) -> &'a Step {
+        self.steps.next().expect("as many steps as the layer has")
+    }
+
+    /// The second codes of the last one.
+    #[inline(always)]
+    pub fn fine_codes(&self) -> &'a StepCodes {
+        &self.fine_codes[self.fine_codes.len() - self.steps.len() - 1]
+    }
 }
 
 /// What a second code is worth in scales: it goes from -127 to 127 and covers half a scale each
@@ -65,37 +88,40 @@ impl Input {
     /// Quantizes `x[cols]` for a layer.
     pub fn new(layout: &LayerLayout, x: &[f32]) -> Self {
         let x = &*in_whole_units(x);
-        let mut input = Self::zeros(x.len());
+        let mut input = Self::with_room(x.len().div_ceil(STEP));
         runs(layout).for_each(|run| quantize(run, x, &mut input));
         input
     }
 
     /// Quantizes `x[cols]`, whole steps, for a matrix whose scales do not matter.
     pub fn in_whole_steps(x: &[f32]) -> Self {
-        let mut input = Self::zeros(x.len());
+        let mut input = Self::with_room(x.len() / STEP);
         quantize(0..x.len(), x, &mut input);
         input
     }
 
-    fn zeros(cols: usize) -> Self {
-        let units = cols / UNIT;
+    fn with_room(steps: usize) -> Self {
         Self {
-            codes: vec![[0; 4]; units],
-            fine_codes: vec![[0; 4]; units],
-            sums: vec![[0.0; 4]; units],
-            steps: vec![Step::default(); units],
+            steps: Vec::with_capacity(steps),
+            fine_codes: Vec::with_capacity(steps),
+            sums: Vec::with_capacity(steps),
         }
     }
 
-    /// Some units of it.
+    /// Some of its steps.
     #[inline(always)]
-    pub(super) fn of(&self, units: Range<usize>) -> Units<'_> {
-        Units {
-            codes: &self.codes[units.clone()],
-            fine_codes: &self.fine_codes[units.clone()],
-            sums: &self.sums[units.clone()],
-            steps: &self.steps[units],
+    pub(super) fn part(&self, steps: Range<usize>) -> Part<'_> {
+        Part {
+            steps: &self.steps[steps.clone()],
+            fine_codes: &self.fine_codes[steps.clone()],
+            sums: &self.sums[steps],
         }
+    }
+
+    /// Its steps, one after the other.
+    #[inline(always)]
+    pub(super) fn steps(&self) -> Steps<'_> {
+        Steps { steps: self.steps.iter(), fine_codes: &self.fine_codes }
     }
 
     /// The rounded input, `[cols]`.
@@ -109,20 +135,18 @@ impl Input {
     /// The same after [`Self::in_whole_steps`].
     #[cfg(test)]
     pub fn values_in_whole_steps(&self) -> Vec<f32> {
-        self.values_in_steps(steps(0..UNIT * self.codes.len()))
+        self.values_in_steps(steps(0..STEP * self.steps.len()))
     }
 
     #[cfg(test)]
     fn values_in_steps(&self, steps: impl Iterator<Item = Range<usize>>) -> Vec<f32> {
-        let codes: &[i8] = bytemuck::cast_slice(&self.codes);
-        let fine_codes: &[i8] = bytemuck::cast_slice(&self.fine_codes);
-        steps
-            .flat_map(|cols| {
-                let scale = self.steps[cols.start / UNIT].scale;
-                let codes = codes[cols.clone()].iter().zip(&fine_codes[cols]);
-                codes.map(move |(&code, &fine)| scale * (f32::from(code) + FINE * f32::from(fine)))
-            })
-            .collect()
+        let values = steps.zip(&self.steps).zip(&self.fine_codes).flat_map(|((cols, step), fine)| {
+            let codes: [i8; STEP] = bytemuck::cast(step.codes);
+            let fine: [i8; STEP] = bytemuck::cast(*fine);
+            let codes = codes.into_iter().zip(fine).take(cols.len());
+            codes.map(|(code, fine)| step.scale * (f32::from(code) + FINE * f32::from(fine)))
+        });
+        values.collect()
     }
 }
 
@@ -146,25 +170,18 @@ fn steps(run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 per_isa! {
     fn quantize(run: Range<usize>, x: &[f32], input: &mut Input) {
         for cols in steps(run) {
-            let units = cols.start / UNIT..cols.end / UNIT;
-            let step = quantize_step(
-                &x[cols],
-                &mut input.codes[units.clone()],
-                &mut input.fine_codes[units.clone()],
-                &mut input.sums[units.clone()],
-            );
-            input.steps[units].fill(step);
+            let (step, fine_codes, sums) = quantize_step(&x[cols]);
+            input.steps.push(step);
+            input.fine_codes.push(fine_codes);
+            input.sums.push(sums);
         }
     }
 }
 
+/// A step of one unit or two, its second codes and the sums of its words.
 #[inline(always)]
-fn quantize_step(
-    x: &[f32],
-    codes: &mut [[i32; 4]],
-    fine_codes: &mut [[i32; 4]],
-    sums: &mut [[f32; 4]],
-) -> Step {
+fn quantize_step(x: &[f32]) -> (Step, StepCodes, [[f32; 4]; 2]) {
+    let (mut codes, mut fine_codes, mut sums) = ([[0; 4]; 2], [[0; 4]; 2], [[0.0; 4]; 2]);
     let (units, _) = x.as_chunks::<UNIT>();
     // Of positive floats the larger one has the larger bits, and NaN the largest.
     let (mut largest, mut squares) = ([0; UNIT], [0.0; UNIT]);
@@ -179,7 +196,7 @@ fn quantize_step(
     let mean_square = total(squares) / x.len() as f32;
     let has_fine_codes = largest * largest > OUTLIER * OUTLIER * mean_square;
     let value = |sum: i32, fine_sum: i32| scale * (sum as f32 + FINE * fine_sum as f32);
-    for (u, unit) in units.iter().enumerate() {
+    for (u, unit) in units.iter().enumerate().take(2) {
         let mut steps = [0.0; UNIT];
         for i in 0..UNIT {
             // Not a number where the scale is 0 or none: the code is any then.
@@ -199,7 +216,7 @@ fn quantize_step(
             sums[u][i] = value(of_words[i], of_fine_words[i]);
         }
     }
-    Step { scale, sum: sum_of(sums), has_fine_codes }
+    (Step { codes, scale, sum: sum_of(&sums[..units.len()]), has_fine_codes }, fine_codes, sums)
 }
 
 /// The sum of some units, from the sums of their words.

@@ -5,8 +5,8 @@ use std::{hint::black_box, ops::Range};
 use slim_formats::slim::{Group, PackedTensor, ScaleCoding, TILE_ROWS, TRELLIS_CENTER};
 
 use super::{
-    codes::{Codes, ENTRY_BITS, Stored, Windows},
-    input::{FINE, Input, Step, Units},
+    codes::{Codes, ENTRY_BITS, Stored, Tile, Windows},
+    input::{FINE, Input, Step, StepCodes, Steps},
 };
 use crate::cpu::unpack::{Lanes, Planes, UNIT, for_width, short_words, zero_points};
 
@@ -232,11 +232,12 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     #[inline(always)]
     pub fn tile(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
         let mut sums = [Sums::none(self.0)];
-        for group in packed.layout().groups() {
-            let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
+        let (mut steps, tiles) = (input.steps(), [Tile::of(packed, tile)]);
+        let layout = packed.layout();
+        for group in layout.groups() {
             for_width!(
                 group.bit_width,
-                Self::add_stored(self, &mut sums, packed, tile, group, input)
+                Self::add_stored(self, &mut sums, tiles, layout.coding(), group, &mut steps)
             );
         }
         let [sums] = sums;
@@ -248,11 +249,12 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     #[inline(always)]
     pub fn strip(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
         let mut sums = [Sums::none(self.0), Sums::none(self.0)];
-        for group in packed.layout().groups() {
-            let input = input.of(group.cols.start / UNIT..group.cols.end.div_ceil(UNIT));
+        let tiles = [Tile::of(packed, tile), Tile::of(packed, tile + 1)];
+        let (mut steps, layout) = (input.steps(), packed.layout());
+        for group in layout.groups() {
             for_width!(
                 group.bit_width,
-                Self::add_strip(self, &mut sums, packed, tile, group, input)
+                Self::add_strip(self, &mut sums, tiles, layout.coding(), group, &mut steps)
             );
         }
         let [above, below] = sums;
@@ -281,18 +283,18 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         }
     }
 
-    /// Adds the runs of a group of a tile, whose codes are those of a grid.
+    /// Adds the runs of a group of tiles, whose codes are those of a grid.
     #[inline(always)]
     fn add_stored<const WIDTH: usize>(
         self,
         sums: &mut [Sums<I, N>; 1],
-        packed: PackedTensor<'_>,
-        tile: usize,
+        tiles: [Tile<'_>; 1],
+        coding: ScaleCoding,
         group: &Group,
-        input: Units<'_>,
+        input: &mut Steps<'_>,
     ) {
-        let codes = Stored::<WIDTH>::of(packed, tile, group);
-        self.add_runs::<WIDTH, WIDTH, 1, _>(sums, codes, packed, tile, group, input);
+        let codes = Stored::<WIDTH, 1>::of(tiles, group);
+        self.add_runs::<WIDTH, WIDTH, 1, _>(sums, codes, tiles, coding, group, input);
     }
 
     /// Adds the runs of a group of a strip.
@@ -300,19 +302,17 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     fn add_strip<const WIDTH: usize>(
         self,
         sums: &mut [Sums<I, N>; 2],
-        packed: PackedTensor<'_>,
-        tile: usize,
+        tiles: [Tile<'_>; 2],
+        coding: ScaleCoding,
         group: &Group,
-        input: Units<'_>,
+        input: &mut Steps<'_>,
     ) {
         if WIDTH < ENTRY_BITS {
-            let codes = Windows::<I, WIDTH>::of(self.0, packed, tile, group);
-            self.add_runs::<WIDTH, ENTRY_BITS, 2, _>(sums, codes, packed, tile, group, input);
+            let codes = Windows::<I, WIDTH>::of(self.0, tiles, group);
+            self.add_runs::<WIDTH, ENTRY_BITS, 2, _>(sums, codes, tiles, coding, group, input);
         } else {
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let sums = std::array::from_mut(sums);
-                self.add_stored::<WIDTH>(sums, packed, tile + i, group, input);
-            }
+            let codes = Stored::<WIDTH, 2>::of(tiles, group);
+            self.add_runs::<WIDTH, WIDTH, 2, _>(sums, codes, tiles, coding, group, input);
         }
     }
 
@@ -322,21 +322,18 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         self,
         sums: &mut [Sums<I, N>; T],
         codes: C,
-        packed: PackedTensor<'_>,
-        tile: usize,
+        tiles: [Tile<'_>; T],
+        coding: ScaleCoding,
         group: &Group,
-        input: Units<'_>,
+        input: &mut Steps<'_>,
     ) {
         let isa = self.0;
-        let coding = packed.layout().coding();
         let (mut records, mut ahead) = ([&[] as &[u8]; T], [std::ptr::null(); T]);
         for i in 0..T {
-            records[i] = &packed.tile_scales(tile + i)[group.scales_offset..];
-            let bytes = &packed.tile_codes(tile + i)[group.codes_offset..];
-            ahead[i] = bytes.as_ptr().wrapping_add(AHEAD_BYTES);
+            records[i] = &tiles[i].scales[group.scales_offset..];
+            ahead[i] = tiles[i].codes.as_ptr().wrapping_add(group.codes_offset + AHEAD_BYTES);
         }
         let (units, mut unit) = (group.stored_cols() / UNIT, 0);
-        assert_eq!(input.codes.len(), units, "inputs of the group");
         let mut so_far = *sums;
         while unit < units {
             let mut scales = [([isa.floats(0.0); N], [isa.floats(0.0); N]); T];
@@ -352,13 +349,14 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                     }
                 }
                 let step = unit..end.min(unit + 2);
-                let Step { scale, sum, has_fine_codes } = input.steps[unit];
-                let mut dots = self.step_products::<BITS, T, C>(codes, step.clone(), input.codes);
-                if has_fine_codes {
+                let Step { codes: input_codes, scale, sum, has_fine_codes } = input.next();
+                let mut dots =
+                    self.step_products::<BITS, T, C>(codes, step.clone(), input_codes);
+                if *has_fine_codes {
                     // Codes are unpacked anew: kept for this rare case, they would cost every step
                     // registers.
                     let step = black_box(step.clone());
-                    let rest = self.step_products::<BITS, T, C>(codes, step, input.fine_codes);
+                    let rest = self.step_products::<BITS, T, C>(codes, step, input.fine_codes());
                     for (dots, rest) in dots.as_flattened_mut().iter_mut().zip(rest.as_flattened())
                     {
                         *dots = isa.mul_add(*rest, isa.floats(FINE), *dots);
@@ -367,9 +365,9 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 for (t, Sums { scaled, shifted }) in so_far.iter_mut().enumerate() {
                     let (factor, minimum) = &scales[t];
                     for i in 0..N {
-                        let dots = isa.mul(dots[t][i], isa.floats(scale));
+                        let dots = isa.mul(dots[t][i], isa.floats(*scale));
                         scaled[i] = isa.mul_add(factor[i], dots, scaled[i]);
-                        shifted[i] = isa.mul_add(minimum[i], isa.floats(sum), shifted[i]);
+                        shifted[i] = isa.mul_add(minimum[i], isa.floats(*sum), shifted[i]);
                     }
                 }
                 unit = step.end;
@@ -384,13 +382,20 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         self,
         codes: C,
         units: Range<usize>,
-        input: &[[i32; 4]],
+        input: &StepCodes,
     ) -> [Floats<I, N>; T] {
-        let (first, last) = (units.start, units.end - 1);
+        let first = units.start;
         let mut sums = [[self.0.words(0); N]; T];
-        self.add_unit::<BITS, T, C>(&mut sums, codes, first, &input[first]);
-        if first < last {
-            self.add_unit::<BITS, T, C>(&mut sums, codes, last, &input[last]);
+        if units.len() == 2 {
+            // Runs of two units and more begin with an even one.
+            let loaded = [codes.unit(self, first), codes.unit(self, first + 1)];
+            for half in 0..2 {
+                let unit = (first + half, loaded[half], half);
+                self.add_unit::<BITS, T, C>(&mut sums, codes, unit, &input[half]);
+            }
+        } else {
+            let unit = (first, codes.unit(self, first), first % 2);
+            self.add_unit::<BITS, T, C>(&mut sums, codes, unit, &input[0]);
         }
         let mut products = [[self.0.floats(0.0); N]; T];
         for i in 0..T {
@@ -414,19 +419,18 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         self,
         sums: &mut [Words<I, N>; T],
         codes: C,
-        unit: usize,
+        (unit, loaded, half): (usize, C::Unit, usize),
         input: &[i32; 4],
     ) {
-        let loaded = codes.unit(self, unit);
         for (t, &input) in input.iter().enumerate() {
-            let codes = codes.words(self, unit, loaded, t);
+            let codes = codes.words(self, unit, loaded, half, t);
             for (sums, codes) in sums.as_flattened_mut().iter_mut().zip(codes.as_flattened()) {
                 *sums = self.0.add_products::<BITS>(*sums, *codes, self.0.words(input));
             }
         }
     }
 
-    /// The words of a unit in the planes of 2 bits and of 1.
+    /// The words of a unit in the planes of 2 bits and of 1, which two units share.
     #[inline(always)]
     pub fn unit_words<const WIDTH: usize>(
         self,
@@ -440,7 +444,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         }
         if WIDTH & 1 != 0 {
             one = match planes.one.get(unit / 2) {
-                Some(block) => self.shifted_right(self.load(block), 4 * (unit % 2)),
+                Some(block) => self.load(block),
                 None => self.load(&bytemuck::cast(short_words(planes.short))),
             };
         }
@@ -454,6 +458,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         planes: Planes<'_>,
         unit: usize,
         [two, one]: [Words<I, N>; 2],
+        half: usize,
         t: usize,
     ) -> Words<I, N> {
         let mut codes = [self.0.words(0); N];
@@ -467,7 +472,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             codes = self.or(codes, self.field::<2>(two, 2 * t, WIDTH & 4));
         }
         if WIDTH & 1 != 0 {
-            codes = self.or(codes, self.field::<1>(one, t, WIDTH & 6));
+            codes = self.or(codes, self.field::<1>(one, 4 * half + t, WIDTH & 6));
         }
         codes
     }

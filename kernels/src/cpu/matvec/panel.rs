@@ -10,7 +10,7 @@ use slim_formats::{
 
 use super::{
     blocks::{BlockIsa, RowBlock, WORDS, blocks_of_row, for_each_step},
-    codes::{Codes, ENTRY_BITS, Stored, TileWindows},
+    codes::{Codes, ENTRY_BITS, Stored, Tile, TileWindows},
     input::{FINE, STEP},
     kernel::{AHEAD_BYTES, Floats, Isa, Kernel, has_windows, run_units},
     tokens::{Fine, TokenBlock},
@@ -127,7 +127,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             let codes = TileWindows::<I, WIDTH>::of(self.0, packed, tile, group);
             self.unpack_runs::<WIDTH, ENTRY_BITS, _>(codes, packed, tile, group, steps, unpacked);
         } else {
-            let codes = Stored::<WIDTH>::of(packed, tile, group);
+            let codes = Stored::<WIDTH, 1>::of([Tile::of(packed, tile)], group);
             self.unpack_runs::<WIDTH, WIDTH, _>(codes, packed, tile, group, steps, unpacked);
         }
         others
@@ -161,14 +161,14 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                 (step.units, step.bits) = ((end - unit).min(2), BITS);
                 self.store(factor, &mut step.factor);
                 self.store(minimum, step_minimum);
-                for unit in unit..unit + step.units {
+                for _ in 0..step.units {
                     let loaded = codes.unit(self, unit);
                     for (t, unpacked) in unpacked[unit].iter_mut().enumerate() {
-                        let [words] = codes.words(self, unit, loaded, t);
+                        let [words] = codes.words(self, unit, loaded, unit % 2, t);
                         self.store_words(words, unpacked);
                     }
+                    unit += 1;
                 }
-                unit += step.units;
             }
         }
     }

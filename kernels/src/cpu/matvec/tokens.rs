@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::input::{Input, Units, sum_of};
+use super::input::{Input, Step, sum_of};
 
 /// Some tokens that a kernel multiplies at a time.
 pub struct TokenBlock {
@@ -22,6 +22,14 @@ pub struct TokenBlock {
     pub(super) fine_codes: Vec<[i32; 4]>,
 }
 
+/// What a matrix multiplies with scales of its own: some units of a step of the input.
+pub(super) struct StepPart {
+    /// Which step.
+    pub step: usize,
+    /// Both of its units, or one.
+    pub units: Range<usize>,
+}
+
 /// Second codes of a step.
 pub(super) struct Fine {
     /// The tokens that have them, a bit each.
@@ -31,10 +39,10 @@ pub(super) struct Fine {
 }
 
 impl TokenBlock {
-    /// The tokens of `inputs`, in steps of such units.
-    fn new(steps: &[Range<usize>], inputs: &[Input]) -> Self {
+    /// The tokens of `inputs`, in such steps.
+    fn new(steps: &[StepPart], inputs: &[Input]) -> Self {
         let tokens = inputs.len();
-        let units = steps.last().map_or(0, |step| step.end);
+        let units: usize = steps.iter().map(|step| step.units.len()).sum();
         let mut block = Self {
             tokens,
             codes: vec![0; 4 * units * tokens],
@@ -43,23 +51,22 @@ impl TokenBlock {
             fine: Vec::with_capacity(steps.len()),
             fine_codes: Vec::new(),
         };
-        let codes: Vec<_> = inputs.iter().map(|input| input.of(0..units).codes).collect();
-        for (unit, words) in block.codes.chunks_exact_mut(4 * tokens).enumerate() {
-            for (token, codes) in codes.iter().enumerate() {
-                for (word, code) in codes[unit].iter().enumerate() {
-                    words[word * tokens + token] = *code;
+        let mut words = block.codes.chunks_exact_mut(tokens);
+        for StepPart { step, units } in steps {
+            for word in 4 * units.start..4 * units.end {
+                let out = words.next().expect("a word of each four columns");
+                for (out, input) in out.iter_mut().zip(inputs) {
+                    *out = input.steps[*step].codes.as_flattened()[word];
                 }
             }
-        }
-        for units in steps {
             let mut fine = Fine { tokens: 0, first: block.fine_codes.len() };
             for (token, input) in inputs.iter().enumerate() {
-                let Units { fine_codes, sums, steps, .. } = input.of(units.clone());
-                block.scales.push(steps[0].scale);
-                block.sums.push(sum_of(sums));
-                if steps[0].has_fine_codes {
+                let Step { scale, has_fine_codes, .. } = input.steps[*step];
+                block.scales.push(scale);
+                block.sums.push(sum_of(&input.sums[*step][units.clone()]));
+                if has_fine_codes {
                     fine.tokens |= 1 << token;
-                    block.fine_codes.extend(fine_codes);
+                    block.fine_codes.extend(&input.fine_codes[*step][units.clone()]);
                 }
             }
             block.fine.push(fine);
@@ -71,7 +78,7 @@ impl TokenBlock {
     /// for the rest.
     pub(super) fn of_all(
         largest: usize,
-        steps: &[Range<usize>],
+        steps: &[StepPart],
         x: &[f32],
         cols: usize,
         round: impl Fn(&[f32]) -> Input + Sync,
