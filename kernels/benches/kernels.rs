@@ -107,11 +107,23 @@ fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
     let (x, mut out) = (waves(cols), vec![0.0; rows]);
     for method in Method::all() {
         let name = format!("matvec {rows} x {cols}, {dtype:?}, {method:?}");
-        memory.measure(&name, rows * cols, len, || vec![0x31; len], |bytes| {
-            let tensor =
-                DenseTensor { dtype, rows, cols, bytes, layout: Layout::AsStored, scales: None };
-            dense_by(method, &tensor, &x, black_box(&mut out)).expect("a type of weights");
-        });
+        memory.measure(
+            &name,
+            rows * cols,
+            len,
+            || vec![0x31; len],
+            |bytes| {
+                let tensor = DenseTensor {
+                    dtype,
+                    rows,
+                    cols,
+                    bytes,
+                    layout: Layout::AsStored,
+                    scales: None,
+                };
+                dense_by(method, &tensor, &x, black_box(&mut out)).expect("a type of weights");
+            },
+        );
     }
 }
 
@@ -162,9 +174,15 @@ fn measure_rms_norm(memory: &Memory) {
     let (x, weight, mut out) = (waves(TOKENS * cols), waves(cols), vec![0.0; TOKENS * cols]);
     let bytes = size_of_val(&x[..]);
     let name = format!("rms_norm {TOKENS} x {cols}");
-    memory.measure(&name, 2 * TOKENS * cols, bytes, || x.clone(), |x| {
-        Cpu.rms_norm(x, &weight, 1e-5, black_box(&mut out));
-    });
+    memory.measure(
+        &name,
+        2 * TOKENS * cols,
+        bytes,
+        || x.clone(),
+        |x| {
+            Cpu.rms_norm(x, &weight, 1e-5, black_box(&mut out));
+        },
+    );
 }
 
 /// What a plain read reads, and which kernels are measured beside it.

@@ -13,18 +13,19 @@ pub type Lanes = [f32; TILE_ROWS];
 /// Columns that are unpacked at a time: every group is stored as a whole number of them.
 pub const UNIT: usize = UNIT_COLS;
 
-/// Calls `function::<WIDTH>(arguments)` for a bit-width that is known at run time.
+/// Calls `function::<WIDTH>(arguments)` for a bit-width that is known at run time, or, of
+/// `function[MORE](arguments)`, `function::<WIDTH, MORE>(arguments)`.
 macro_rules! for_width {
-    ($width:expr, $($function:ident)::+($($argument:expr),*)) => {
+    ($width:expr, $($function:ident)::+ $([$more:ident])? ($($argument:expr),*)) => {
         match $width.bits() {
-            1 => $($function)::+::<1>($($argument),*),
-            2 => $($function)::+::<2>($($argument),*),
-            3 => $($function)::+::<3>($($argument),*),
-            4 => $($function)::+::<4>($($argument),*),
-            5 => $($function)::+::<5>($($argument),*),
-            6 => $($function)::+::<6>($($argument),*),
-            7 => $($function)::+::<7>($($argument),*),
-            _ => $($function)::+::<8>($($argument),*),
+            1 => $($function)::+::<1 $(, $more)?>($($argument),*),
+            2 => $($function)::+::<2 $(, $more)?>($($argument),*),
+            3 => $($function)::+::<3 $(, $more)?>($($argument),*),
+            4 => $($function)::+::<4 $(, $more)?>($($argument),*),
+            5 => $($function)::+::<5 $(, $more)?>($($argument),*),
+            6 => $($function)::+::<6 $(, $more)?>($($argument),*),
+            7 => $($function)::+::<7 $(, $more)?>($($argument),*),
+            _ => $($function)::+::<8 $(, $more)?>($($argument),*),
         }
     };
 }

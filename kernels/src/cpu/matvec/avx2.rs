@@ -24,9 +24,9 @@ pub(super) fn detect_vnni() -> Option<Kernels> {
     has.then(|| Kernels { tiles: vnni_tiles(), blocks: vnni_blocks() })
 }
 
-tile_kernels!(tiles, "avx2,fma,f16c", Kernel::<_, 2>(Avx2::<false>(())));
+tile_kernels!(tiles, "avx2,fma,f16c", Kernel::<_, 2>(Avx2::<false>(())), 1: One);
 block_kernels!(blocks, "avx2,fma,f16c", Kernel::<_, 1>(Avx2::<false>(())));
-tile_kernels!(vnni_tiles, "avx2,fma,f16c,avxvnni", Kernel::<_, 2>(Avx2::<true>(())));
+tile_kernels!(vnni_tiles, "avx2,fma,f16c,avxvnni", Kernel::<_, 2>(Avx2::<true>(())), 1: One);
 block_kernels!(vnni_blocks, "avx2,fma,f16c,avxvnni", Kernel::<_, 1>(Avx2::<true>(())));
 
 /// Made by functions that enable its instructions only.

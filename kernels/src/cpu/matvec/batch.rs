@@ -5,16 +5,19 @@ use faer::{MatMut, reborrow::ReborrowMut};
 use rayon::prelude::*;
 use slim_formats::{
     DenseTensor, Weight,
-    slim::{PackedTensor, TILE_ROWS},
+    slim::{Bands, PackedTensor, ScaleCoding, TILE_ROWS},
 };
 
 use super::{
     Input, Kernels, Method, TASK_BYTES, blocks,
-    input::steps_of,
+    input::STEP,
     panel::{Chunk, Panel, Sums, chunks_of_blocks, chunks_of_groups},
-    tokens::{StepPart, TokenBlock},
+    tokens::{TokenBlock, Tokens},
 };
-use crate::{cpu::unpack::UNIT, linalg::row_major_mut, weight};
+use crate::{cpu::unpack::Lanes, linalg::row_major_mut, weight};
+
+/// Products of a tile or a strip with the tokens that take no panel, at the most.
+const MOST_PRODUCTS: usize = 8;
 
 /// Tokens whose inputs stay in the second cache while all tiles pass by.
 const TOKENS_IN_CACHE: usize = 128;
@@ -36,12 +39,20 @@ pub fn multiply_by(
     out: &mut [f32],
 ) -> Option<()> {
     let Method::Integer(_, kernels) = method else { return None };
-    let product = Product::of(kernels, matrix)?;
+    let product = match (matrix, matrix.bands()) {
+        (Weight::Dense(tensor), _) => Product::of_blocks(kernels, tensor)?,
+        (_, Some(bands)) => Product::of_bands(kernels, bands),
+        (_, None) => return None,
+    };
     let (rows, cols) = weight::shape(matrix);
     assert_eq!((x.len(), out.len()), (m * cols, m * rows), "inputs and outputs");
-    let tokens = x.chunks(TOKENS_IN_CACHE * cols).zip(out.chunks_mut(TOKENS_IN_CACHE * rows));
-    tokens.for_each(|(x, out)| product.store(x, cols, out, rows));
+    product.multiply(x, cols, out, rows);
     Some(())
+}
+
+/// `out[rows]` from a packed layer times `x[cols]`.
+pub(super) fn multiply_one(kernels: Kernels, bands: Bands<'_>, x: &[f32], out: &mut [f32]) {
+    Product::of_bands(kernels, bands).multiply(x, x.len(), out, out.len());
 }
 
 /// A matrix, ready for any tokens.
@@ -49,21 +60,28 @@ struct Product<'a> {
     kernels: Kernels,
     /// Bands of rows, one above the other.
     bands: Vec<Band<'a>>,
-    chunks: Vec<Chunk>,
-    steps: Vec<StepPart>,
 }
 
 #[derive(Clone, Copy)]
 enum Band<'a> {
     Packed(PackedTensor<'a>),
-    Blocks(DenseTensor<'a>),
+    /// With scales for each so many columns.
+    Blocks(DenseTensor<'a>, usize),
 }
 
 impl Band<'_> {
     fn rows(&self) -> usize {
         match self {
             Self::Packed(layer) => layer.layout().rows(),
-            Self::Blocks(tensor) => tensor.rows,
+            Self::Blocks(tensor, _) => tensor.rows,
+        }
+    }
+
+    /// Tiles that are multiplied together.
+    fn strip_tiles(&self) -> usize {
+        match self {
+            Self::Packed(layer) => layer.layout().coding().strip_tiles(),
+            Self::Blocks(..) => 1,
         }
     }
 
@@ -72,105 +90,169 @@ impl Band<'_> {
             Self::Packed(layer) => {
                 layer.layout().tile_code_bytes() + layer.layout().tile_scale_bytes()
             }
-            Self::Blocks(tensor) => TILE_ROWS * tensor.row_bytes(),
+            Self::Blocks(tensor, _) => TILE_ROWS * tensor.row_bytes(),
         }
     }
 }
 
 impl<'a> Product<'a> {
-    fn of(kernels: Kernels, matrix: Weight<'a>) -> Option<Self> {
-        match (matrix, matrix.bands()) {
-            (Weight::Dense(tensor), _) => {
-                let run = blocks::run(tensor.dtype)?;
-                // Rows that are stored one after the other.
-                tensor.layout.stored_row(0)?;
-                let chunks = chunks_of_blocks(&tensor, run);
-                let steps = (0..tensor.cols / UNIT).step_by(run / UNIT).map(|first| StepPart {
-                    step: first / 2,
-                    units: first % 2..first % 2 + run / UNIT,
-                });
-                let bands = vec![Band::Blocks(tensor)];
-                Some(Self { kernels, bands, chunks, steps: steps.collect() })
-            }
-            (_, Some(bands)) => {
-                // Bands have the same columns in a group and in a run.
-                let layout = bands.get(0).layout();
-                let chunks = chunks_of_groups(layout);
-                let steps = steps_of(layout).enumerate();
-                let steps = steps.map(|(step, cols)| StepPart { step, units: 0..cols.len() / UNIT });
-                let all = bands.iter().map(|(_, band)| Band::Packed(band)).collect();
-                Some(Self { kernels, bands: all, chunks, steps: steps.collect() })
-            }
-            (_, None) => None,
-        }
+    /// `None` if the tensor has no codes, or its rows are not stored one after the other.
+    fn of_blocks(kernels: Kernels, tensor: DenseTensor<'a>) -> Option<Self> {
+        let run = blocks::run(tensor.dtype)?;
+        tensor.layout.stored_row(0)?;
+        Some(Self { kernels, bands: vec![Band::Blocks(tensor, run)] })
+    }
+
+    fn of_bands(kernels: Kernels, bands: Bands<'a>) -> Self {
+        // They have the same columns in a group and in a run.
+        Self { kernels, bands: bands.iter().map(|(_, band)| Band::Packed(band)).collect() }
+    }
+
+    /// `out[m, rows]` from `x[m, cols]`, for any `m`.
+    fn multiply(&self, x: &[f32], cols: usize, out: &mut [f32], rows: usize) {
+        let tokens = x.chunks(TOKENS_IN_CACHE * cols).zip(out.chunks_mut(TOKENS_IN_CACHE * rows));
+        tokens.for_each(|(x, out)| self.store(x, cols, out, rows));
     }
 
     /// A token, rounded as it is alone.
-    fn round(&self, x: &[f32]) -> Input {
+    fn round(&self, x: &[f32]) -> Tokens<1> {
         match self.bands[0] {
-            Band::Packed(layer) => Input::new(layer.layout(), x),
-            Band::Blocks(_) => Input::in_whole_steps(x),
+            Band::Packed(layer) => Input::new(layer.layout(), x).tokens,
+            Band::Blocks(_, STEP) => Input::in_whole_steps(x).tokens,
+            Band::Blocks(..) => Input::in_whole_steps(x).in_single_units(),
+        }
+    }
+
+    /// The columns that are unpacked at a time.
+    fn chunks(&self) -> Vec<Chunk> {
+        match self.bands[0] {
+            Band::Packed(layer) => chunks_of_groups(layer.layout()),
+            Band::Blocks(tensor, run) => chunks_of_blocks(&tensor, run),
+        }
+    }
+
+    /// How many tokens are multiplied without a panel.
+    fn direct_tokens(&self) -> usize {
+        match self.bands[0] {
+            Band::Packed(layer) => match layer.layout().coding() {
+                ScaleCoding::Trellis { .. } => 1,
+                ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => self.kernels.tiles.tile_tokens,
+            },
+            Band::Blocks(..) => 0,
         }
     }
 
     /// `out[m, rows]` from `x[m, cols]`.
     fn store(&self, x: &[f32], cols: usize, out: &mut [f32], rows: usize) {
-        let blocks =
-            TokenBlock::of_all(self.kernels.tiles.tokens, &self.steps, x, cols, |x| self.round(x));
-        let m = x.len() / cols;
+        let (m, tiles) = (x.len() / cols, self.kernels.tiles);
+        let direct = m <= self.direct_tokens();
+        let largest = if direct { tiles.tile_tokens } else { tiles.tokens };
+        let blocks = TokenBlock::of_all(largest, x, cols, |x| self.round(x));
         let mut rest = row_major_mut(out, m, rows, rows);
         let mut tasks = Vec::new();
         for band in &self.bands {
             // About as many bytes times tokens as a task of one token has.
-            let tiles = (TASK_BYTES / (band.tile_bytes() * m)).max(1);
-            for first in (0..band.rows()).step_by(tiles * TILE_ROWS) {
-                let task_rows = (band.rows() - first).min(tiles * TILE_ROWS);
+            let tiles = band.rows().div_ceil(TILE_ROWS);
+            let tasks_of_band = (tiles * band.tile_bytes() * m).div_ceil(TASK_BYTES).min(tiles);
+            let step = tiles.div_ceil(tasks_of_band).next_multiple_of(band.strip_tiles());
+            for first in (0..tiles).step_by(step) {
+                let task_rows = (step * TILE_ROWS).min(band.rows() - first * TILE_ROWS);
                 let (out, others) = rest.split_at_col_mut(task_rows);
                 rest = others;
-                tasks.push((*band, first / TILE_ROWS, out));
+                tasks.push((*band, first, out));
             }
         }
+        if direct {
+            let store = |(band, first, out): &mut (Band<'_>, usize, MatMut<'_, f32>)| {
+                self.store_directly(*band, *first, &blocks, out.rb_mut());
+            };
+            return match &mut tasks[..] {
+                [task] => store(task),
+                tasks => tasks.par_iter_mut().for_each(store),
+            };
+        }
+        let chunks = self.chunks();
         // Threads keep what they unpack and add up in.
         let scratch = || (Panel::default(), vec![Sums::default(); m]);
-        tasks.into_par_iter().for_each_init(scratch, |(panel, sums), (band, tile, out)| {
-            self.store_tiles(band, tile, &blocks, panel, sums, out);
+        tasks.into_par_iter().for_each_init(scratch, |(panel, sums), (band, first, out)| {
+            self.store_tiles(band, first, &chunks, &blocks, (panel, sums), out);
         });
     }
 
-    /// Stores the products of tiles from one on, as many as there is room for.
-    fn store_tiles(
+    /// Stores the products of a packed layer's tiles from one on, as many as there is room for,
+    /// with codes that are unpacked for each block of tokens.
+    fn store_directly(
         &self,
         band: Band<'_>,
         first: usize,
         blocks: &[TokenBlock],
-        panel: &mut Panel,
-        sums: &mut [Sums],
+        mut out: MatMut<'_, f32>,
+    ) {
+        let Band::Packed(layer) = band else { unreachable!("a layer") };
+        let strip_tiles = band.strip_tiles();
+        for first_row in (0..out.ncols()).step_by(strip_tiles * TILE_ROWS) {
+            let mut first_token = 0;
+            for block in blocks {
+                let mut products = [[0.0; TILE_ROWS]; MOST_PRODUCTS];
+                let products = &mut products[..strip_tiles * block.tokens()];
+                let tile = first + first_row / TILE_ROWS;
+                match block {
+                    TokenBlock::One(token) if strip_tiles > 1 => {
+                        (self.kernels.tiles.strip)(layer, tile, token, products);
+                    }
+                    block => (self.kernels.tiles.tile)(layer, tile, block, products),
+                }
+                let rows = (first_row..out.ncols()).step_by(TILE_ROWS);
+                for (first_row, products) in rows.zip(products.chunks_exact(block.tokens())) {
+                    let rows = TILE_ROWS.min(out.ncols() - first_row);
+                    let out =
+                        out.rb_mut().submatrix_mut(first_token, first_row, block.tokens(), rows);
+                    store_rows(out, products);
+                }
+                first_token += block.tokens();
+            }
+        }
+    }
+
+    /// The same for any matrix, with codes that are unpacked once.
+    fn store_tiles(
+        &self,
+        band: Band<'_>,
+        first: usize,
+        chunks: &[Chunk],
+        blocks: &[TokenBlock],
+        (panel, sums): (&mut Panel, &mut [Sums]),
         mut out: MatMut<'_, f32>,
     ) {
         for (i, first_row) in (0..out.ncols()).step_by(TILE_ROWS).enumerate() {
             sums.fill(Sums::default());
-            for chunk in &self.chunks {
+            for chunk in chunks {
                 match band {
                     Band::Packed(layer) => {
                         (self.kernels.tiles.unpack)(layer, first + i, chunk, panel)
                     }
-                    Band::Blocks(tensor) => {
+                    Band::Blocks(tensor, _) => {
                         (self.kernels.blocks.unpack)(&tensor, first + i, chunk, panel)
                     }
                 }
                 let mut rest = &mut *sums;
                 for block in blocks {
-                    let (sums, others) = rest.split_at_mut(block.tokens);
+                    let (sums, others) = rest.split_at_mut(block.tokens());
                     (self.kernels.tiles.multiply)(panel, chunk, block, sums);
                     rest = others;
                 }
             }
             let rows = TILE_ROWS.min(out.ncols() - first_row);
-            let out = out.rb_mut().subcols_mut(first_row, rows);
-            for (out, sums) in out.row_iter_mut().zip(&*sums) {
-                let out = out.try_as_row_major_mut().expect("row-major").as_slice_mut();
-                out.copy_from_slice(&panel.products(sums)[..rows]);
-            }
+            let products: Vec<Lanes> = sums.iter().map(|sums| panel.products(sums)).collect();
+            store_rows(out.rb_mut().subcols_mut(first_row, rows), &products);
         }
+    }
+}
+
+/// Stores the products of some rows of a tile, those of a token in each row of `out`.
+fn store_rows(out: MatMut<'_, f32>, products: &[Lanes]) {
+    for (out, products) in out.row_iter_mut().zip(products) {
+        let out = out.try_as_row_major_mut().expect("row-major").as_slice_mut();
+        out.copy_from_slice(&products[..out.len()]);
     }
 }

@@ -4,12 +4,11 @@
 use slim_formats::{DType, DenseTensor};
 
 use super::{
-    input::{FINE, Input, Part, STEP, Step, StepCodes},
+    input::{FINE, Input, STEP, StepCodes},
     kernel::{Isa, Kernel},
+    tokens::Step,
 };
-use crate::{
-    ggml::{Block, Bytes, Words, for_block},
-};
+use crate::ggml::{Block, Bytes, Words, for_block};
 
 /// Columns that share a scale in a tensor of this type; `None` of types whose values are no codes.
 pub(super) fn run(dtype: DType) -> Option<usize> {
@@ -134,6 +133,14 @@ impl<I: Isa, const N: usize> Words for RowWords<I, N> {
     }
 }
 
+/// The input of a block of columns.
+#[derive(Clone, Copy)]
+struct BlockInput<'a> {
+    steps: &'a [Step<1>],
+    fine_codes: &'a [StepCodes],
+    word_sums: &'a [[[f32; 4]; 2]],
+}
+
 /// Sums of a row so far: scale times code times input, and minimum times input.
 #[derive(Clone, Copy)]
 struct Sums<I: Isa, const N: usize> {
@@ -186,10 +193,14 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         let mut sums = [Sums { scaled: zero, shifted: zero }; ROWS];
         let ahead = ROWS * count * BYTES;
         for index in 0..count {
-            let steps = VALUES / STEP;
-            let input = input.part(index * steps..(index + 1) * steps);
+            let steps = index * (VALUES / STEP)..(index + 1) * (VALUES / STEP);
+            let input = BlockInput {
+                steps: &input.tokens.steps[steps.clone()],
+                fine_codes: &input.tokens.fine_codes,
+                word_sums: &input.word_sums[steps],
+            };
             // With these lengths steps need no checks of their own.
-            assert!([input.steps.len(), input.fine_codes.len(), input.sums.len()] == [steps; 3]);
+            assert!([input.steps.len(), input.word_sums.len()] == [VALUES / STEP; 2]);
             for (sums, row) in sums.iter_mut().zip(&rows) {
                 let block = &row[index];
                 for at in (0..BYTES).step_by(64) {
@@ -211,7 +222,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         self,
         sums: &mut Sums<I, N>,
         block: &[u8; BYTES],
-        input: Part<'_>,
+        input: BlockInput<'_>,
     ) {
         let isa = self.0;
         let zero = [isa.floats(0.0); N];
@@ -238,14 +249,16 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         sums: &mut Sums<I, N>,
         block: &[u8; BYTES],
         step: usize,
-        input: Part<'_>,
+        input: BlockInput<'_>,
     ) {
         let isa = self.0;
-        let Step { codes: input_codes, scale, has_fine_codes, .. } = &input.steps[step];
+        let Step { codes: input_codes, scales: [scale], fine, .. } = &input.steps[step];
         let codes = B::codes(RowBlock(self, block), step * WORDS).1;
-        let mut dots = self.products::<B, BYTES, VALUES>(codes, input_codes);
-        if *has_fine_codes {
-            let rest = self.products::<B, BYTES, VALUES>(codes, &input.fine_codes[step]);
+        let mut dots =
+            self.step_of_block::<B, BYTES, VALUES>(codes, bytemuck::cast_ref(input_codes));
+        if fine.tokens != 0 {
+            let fine_codes = &input.fine_codes[fine.first];
+            let rest = self.step_of_block::<B, BYTES, VALUES>(codes, fine_codes);
             for i in 0..N {
                 dots[i] = isa.mul_add(rest[i], isa.floats(FINE), dots[i]);
             }
@@ -255,7 +268,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         let z = B::minimums(block, first_run / 4);
         let s = s.map(|s| self.of_runs::<B, BYTES, VALUES>(s, first_run));
         let z = z.map(|z| self.of_runs::<B, BYTES, VALUES>(z, first_run));
-        let input_sums = input.sums[step].as_flattened();
+        let input_sums = input.word_sums[step].as_flattened();
         for i in 0..N {
             let input_sums = isa.load_floats(&input_sums[i * WORDS / N..]);
             let mut dots = isa.mul(dots[i], isa.floats(*scale));
@@ -279,7 +292,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
 
     /// The sums of a step, of four columns each.
     #[inline(always)]
-    fn products<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
+    fn step_of_block<B: Block<BYTES, VALUES>, const BYTES: usize, const VALUES: usize>(
         self,
         codes: [I::Words; N],
         input: &StepCodes,

@@ -1,10 +1,14 @@
 //! The input of a product with one token as 8-bit integers.
 
-use std::{ops::Range, slice};
+use std::ops::Range;
 
 use slim_formats::slim::LayerLayout;
 
-use super::{super::unpack::UNIT, in_whole_units};
+use super::{
+    super::unpack::UNIT,
+    in_whole_units,
+    tokens::{Fine, Step, Tokens},
+};
 
 /// Columns that share a scale, at most: two units.
 pub(super) const STEP: usize = 2 * UNIT;
@@ -23,57 +27,14 @@ pub(super) const STEP: usize = 2 * UNIT;
 /// A step with a NaN or an infinite value gives no finite product. Values below 1e-37 may lose
 /// bits.
 pub struct Input {
-    /// In the order of columns.
-    pub(super) steps: Vec<Step>,
-    /// The second codes of each step that has some.
-    pub(super) fine_codes: Vec<StepCodes>,
-    /// The sums of the rounded values of each word.
-    pub(super) sums: Vec<[[f32; 4]; 2]>,
+    pub(super) tokens: Tokens<1>,
+    /// For each step the sums of the rounded values of each word.
+    pub(super) word_sums: Vec<[[f32; 4]; 2]>,
 }
 
 /// Codes of 16 columns twice; a word has four of them in the order of memory. Where a step has but
 /// 16 columns, the others are 0.
 pub(super) type StepCodes = [[i32; 4]; 2];
-
-/// A step of an input.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Step {
-    pub codes: StepCodes,
-    /// What its codes are worth.
-    pub scale: f32,
-    /// The sum of the rounded values: what a minimum multiplies.
-    pub sum: f32,
-    /// Whether it has second codes.
-    pub has_fine_codes: bool,
-}
-
-/// Some steps of an input.
-#[derive(Clone, Copy)]
-pub(super) struct Part<'a> {
-    pub steps: &'a [Step],
-    pub fine_codes: &'a [StepCodes],
-    pub sums: &'a [[[f32; 4]; 2]],
-}
-
-/// Steps of an input, one after the other.
-pub(super) struct Steps<'a> {
-    steps: slice::Iter<'a, Step>,
-    fine_codes: &'a [StepCodes],
-}
-
-impl<'a> Steps<'a> {
-    /// The next one.
-    #[inline(always)]
-    pub fn next(&mut self) -> &'a Step {
-        self.steps.next().expect("as many steps as the layer has")
-    }
-
-    /// The second codes of the last one.
-    #[inline(always)]
-    pub fn fine_codes(&self) -> &'a StepCodes {
-        &self.fine_codes[self.fine_codes.len() - self.steps.len() - 1]
-    }
-}
 
 /// What a second code is worth in scales: it goes from -127 to 127 and covers half a scale each
 /// way.
@@ -101,27 +62,25 @@ impl Input {
     }
 
     fn with_room(steps: usize) -> Self {
-        Self {
-            steps: Vec::with_capacity(steps),
-            fine_codes: Vec::with_capacity(steps),
-            sums: Vec::with_capacity(steps),
-        }
+        let (steps, word_sums) = (Vec::with_capacity(steps), Vec::with_capacity(steps));
+        Self { tokens: Tokens { steps, fine_codes: Vec::new() }, word_sums }
     }
 
-    /// Some of its steps.
-    #[inline(always)]
-    pub(super) fn part(&self, steps: Range<usize>) -> Part<'_> {
-        Part {
-            steps: &self.steps[steps.clone()],
-            fine_codes: &self.fine_codes[steps.clone()],
-            sums: &self.sums[steps],
+    /// The same codes in steps of one unit each.
+    pub(super) fn in_single_units(self) -> Tokens<1> {
+        let mut parts = Tokens { steps: Vec::new(), fine_codes: Vec::new() };
+        for (index, (step, word_sums)) in self.tokens.steps.iter().zip(&self.word_sums).enumerate()
+        {
+            let second_codes = self.tokens.fine_codes_of(index);
+            for (unit, word_sums) in word_sums.iter().enumerate() {
+                let sums = [sum_of(&[*word_sums])];
+                let fine = Fine { first: parts.fine_codes.len(), ..step.fine };
+                let codes = [step.codes[unit], Default::default()];
+                parts.fine_codes.extend(second_codes.map(|codes| [codes[unit], [0; 4]]));
+                parts.steps.push(Step { codes, sums, fine, ..*step });
+            }
         }
-    }
-
-    /// Its steps, one after the other.
-    #[inline(always)]
-    pub(super) fn steps(&self) -> Steps<'_> {
-        Steps { steps: self.steps.iter(), fine_codes: &self.fine_codes }
+        parts
     }
 
     /// The rounded input, `[cols]`.
@@ -135,23 +94,26 @@ impl Input {
     /// The same after [`Self::in_whole_steps`].
     #[cfg(test)]
     pub fn values_in_whole_steps(&self) -> Vec<f32> {
-        self.values_in_steps(steps(0..STEP * self.steps.len()))
+        self.values_in_steps(steps(0..STEP * self.tokens.steps.len()))
     }
 
     #[cfg(test)]
     fn values_in_steps(&self, steps: impl Iterator<Item = Range<usize>>) -> Vec<f32> {
-        let values = steps.zip(&self.steps).zip(&self.fine_codes).flat_map(|((cols, step), fine)| {
+        let values = steps.enumerate().flat_map(|(index, cols)| {
+            let step = &self.tokens.steps[index];
             let codes: [i8; STEP] = bytemuck::cast(step.codes);
-            let fine: [i8; STEP] = bytemuck::cast(*fine);
+            let fine = self.tokens.fine_codes_of(index).copied().unwrap_or_default();
+            let fine: [i8; STEP] = bytemuck::cast(fine);
             let codes = codes.into_iter().zip(fine).take(cols.len());
-            codes.map(|(code, fine)| step.scale * (f32::from(code) + FINE * f32::from(fine)))
+            codes.map(|(code, fine)| step.scales[0] * (f32::from(code) + FINE * f32::from(fine)))
         });
         values.collect()
     }
 }
 
 /// The columns of each step of a layer.
-pub(super) fn steps_of(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
+#[cfg(test)]
+fn steps_of(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
     runs(layout).flat_map(steps)
 }
 
@@ -170,17 +132,19 @@ fn steps(run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 per_isa! {
     fn quantize(run: Range<usize>, x: &[f32], input: &mut Input) {
         for cols in steps(run) {
-            let (step, fine_codes, sums) = quantize_step(&x[cols]);
-            input.steps.push(step);
-            input.fine_codes.push(fine_codes);
-            input.sums.push(sums);
+            let first = input.tokens.fine_codes.len();
+            let (mut step, fine_codes, word_sums) = quantize_step(&x[cols]);
+            step.fine.first = first;
+            input.tokens.fine_codes.extend((step.fine.tokens != 0).then_some(fine_codes));
+            input.tokens.steps.push(step);
+            input.word_sums.push(word_sums);
         }
     }
 }
 
 /// A step of one unit or two, its second codes and the sums of its words.
 #[inline(always)]
-fn quantize_step(x: &[f32]) -> (Step, StepCodes, [[f32; 4]; 2]) {
+fn quantize_step(x: &[f32]) -> (Step<1>, StepCodes, [[f32; 4]; 2]) {
     let (mut codes, mut fine_codes, mut sums) = ([[0; 4]; 2], [[0; 4]; 2], [[0.0; 4]; 2]);
     let (units, _) = x.as_chunks::<UNIT>();
     // Of positive floats the larger one has the larger bits, and NaN the largest.
@@ -216,12 +180,15 @@ fn quantize_step(x: &[f32]) -> (Step, StepCodes, [[f32; 4]; 2]) {
             sums[u][i] = value(of_words[i], of_fine_words[i]);
         }
     }
-    (Step { codes, scale, sum: sum_of(&sums[..units.len()]), has_fine_codes }, fine_codes, sums)
+    let sum = sum_of(&sums[..units.len()]);
+    let fine = Fine { tokens: has_fine_codes.into(), first: 0 };
+    let codes = codes.map(|unit| unit.map(|word| [word]));
+    (Step { codes, scales: [scale], sums: [sum], fine }, fine_codes, sums)
 }
 
 /// The sum of some units, from the sums of their words.
 #[inline(always)]
-pub(super) fn sum_of(units: &[[f32; 4]]) -> f32 {
+fn sum_of(units: &[[f32; 4]]) -> f32 {
     let mut lanes = [0.0; 4];
     for unit in units {
         for i in 0..4 {

@@ -1,12 +1,13 @@
 //! Codes times 8-bit inputs, the same for every instruction set: what differs is in its [`Isa`].
 
-use std::{hint::black_box, ops::Range};
+use std::{hint::black_box, ops::Range, slice};
 
 use slim_formats::slim::{Group, PackedTensor, ScaleCoding, TILE_ROWS, TRELLIS_CENTER};
 
 use super::{
     codes::{Codes, ENTRY_BITS, Stored, Tile, Windows},
-    input::{FINE, Input, Step, StepCodes, Steps},
+    input::{FINE, StepCodes},
+    tokens::{Fine, Step, Tokens},
 };
 use crate::cpu::unpack::{Lanes, Planes, UNIT, for_width, short_words, zero_points};
 
@@ -100,29 +101,40 @@ const fn reversed(index: usize, count: usize) -> usize {
 }
 
 /// Writes a function that gives the entry points of a [`Kernel`] for tiles, each of which enables
-/// `$features`.
+/// `$features`; `$block`s of `$tile_tokens` tokens at the most are multiplied without a panel. Each is a function of its own:
+/// together, they would have too few registers.
 macro_rules! tile_kernels {
-    ($name:ident, $features:literal, $kernel:expr) => {
+    ($name:ident, $features:literal, $kernel:expr, $tile_tokens:literal: $($block:ident)*) => {
         fn $name() -> $crate::cpu::matvec::TileKernels {
             use slim_formats::slim::PackedTensor;
 
             use $crate::cpu::{
                 matvec::{
-                    Input, TileKernels,
+                    TileKernels,
                     panel::{Chunk, Panel, Sums},
-                    tokens::TokenBlock,
+                    tokens::{TokenBlock, Tokens},
                 },
                 unpack::Lanes,
             };
 
             #[target_feature(enable = $features)]
-            fn tile(packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-                $kernel.tile(packed, tile, input)
+            fn tile<const T: usize>(
+                packed: PackedTensor<'_>,
+                tile: usize,
+                tokens: &Tokens<T>,
+                out: &mut [Lanes],
+            ) {
+                $kernel.store_tile(packed, tile, tokens, out);
             }
 
             #[target_feature(enable = $features)]
-            fn strip(packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
-                $kernel.strip(packed, tile, input)
+            fn strip(
+                packed: PackedTensor<'_>,
+                tile: usize,
+                token: &Tokens<1>,
+                out: &mut [Lanes],
+            ) {
+                $kernel.store_strip(packed, tile, token, out);
             }
 
             #[target_feature(enable = $features)]
@@ -136,10 +148,15 @@ macro_rules! tile_kernels {
             }
 
             TileKernels {
-                // SAFETY: whoever calls `$name` has found the processor to have `$features`.
-                tile: |packed, index, input| unsafe { tile(packed, index, input) },
+                tile: |packed, index, block, out| match block {
+                    // SAFETY: whoever calls `$name` has found the processor to have `$features`.
+                    $(TokenBlock::$block(tokens) => unsafe { tile(packed, index, tokens, out) },)*
+                    #[allow(unreachable_patterns, reason = "all, where there are many registers")]
+                    block => unreachable!("{} tokens", block.tokens()),
+                },
+                tile_tokens: $tile_tokens,
                 // SAFETY: as above.
-                strip: |packed, first, input| unsafe { strip(packed, first, input) },
+                strip: |packed, first, token, out| unsafe { strip(packed, first, token, out) },
                 // SAFETY: as above.
                 unpack: |packed, tile, chunk, panel| unsafe { unpack(packed, tile, chunk, panel) },
                 // SAFETY: as above.
@@ -221,6 +238,24 @@ impl<I: Isa, const N: usize> Sums<I, N> {
     }
 }
 
+/// Steps of tokens, one after the other.
+struct Steps<'a, const T: usize> {
+    steps: slice::Iter<'a, Step<T>>,
+    fine_codes: &'a [StepCodes],
+}
+
+impl<'a, const T: usize> Steps<'a, T> {
+    #[inline(always)]
+    fn of(tokens: &'a Tokens<T>) -> Self {
+        Self { steps: tokens.steps.iter(), fine_codes: &tokens.fine_codes }
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> &'a Step<T> {
+        self.steps.next().expect("as many steps as the layer has")
+    }
+}
+
 /// The kernel of an instruction set, of whose registers `N` hold 16 words.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel<I, const N: usize>(pub I);
@@ -228,49 +263,90 @@ pub(super) struct Kernel<I, const N: usize>(pub I);
 // Loops over registers are written out: a closure that is not inlined loses the caller's
 // instruction set.
 impl<I: Isa, const N: usize> Kernel<I, N> {
-    /// The products of the 16 rows of a tile with an input.
+    /// Stores the products of the 16 rows of a tile with some tokens.
     #[inline(always)]
-    pub fn tile(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> Lanes {
-        let mut sums = [Sums::none(self.0)];
-        let (mut steps, tiles) = (input.steps(), [Tile::of(packed, tile)]);
-        let layout = packed.layout();
+    pub fn store_tile<const T: usize>(
+        self,
+        packed: PackedTensor<'_>,
+        tile: usize,
+        tokens: &Tokens<T>,
+        out: &mut [Lanes],
+    ) {
+        let tiles = [Tile::of(packed, tile)];
+        self.store_products(packed, tile, self.tile(packed, tiles, tokens), out);
+    }
+
+    /// The same for the 32 rows of a strip of a trellis, which begins with `tile`.
+    #[inline(always)]
+    pub fn store_strip(
+        self,
+        packed: PackedTensor<'_>,
+        tile: usize,
+        token: &Tokens<1>,
+        out: &mut [Lanes],
+    ) {
+        let tiles = [Tile::of(packed, tile), Tile::of(packed, tile + 1)];
+        self.store_products(packed, tile, self.strip(packed, tiles, token), out);
+    }
+
+    /// The sums of a tile.
+    #[inline(always)]
+    fn tile<const T: usize>(
+        self,
+        packed: PackedTensor<'_>,
+        tiles: [Tile<'_>; 1],
+        tokens: &Tokens<T>,
+    ) -> [[Sums<I, N>; T]; 1] {
+        let mut sums = [[Sums::none(self.0); T]];
+        let (mut steps, layout) = (Steps::of(tokens), packed.layout());
         for group in layout.groups() {
             for_width!(
                 group.bit_width,
-                Self::add_stored(self, &mut sums, tiles, layout.coding(), group, &mut steps)
+                Self::add_stored[T](self, &mut sums, tiles, layout.coding(), group, &mut steps)
             );
         }
-        let [sums] = sums;
-        self.finished(packed, tile, sums)
+        sums
     }
 
-    /// The products of the 32 rows of a strip of a trellis, which begins with `tile`: the codes of
-    /// each tile are unpacked once for both.
+    /// The sums of a strip of a trellis: the codes of each tile are unpacked once for both.
     #[inline(always)]
-    pub fn strip(self, packed: PackedTensor<'_>, tile: usize, input: &Input) -> [Lanes; 2] {
-        let mut sums = [Sums::none(self.0), Sums::none(self.0)];
-        let tiles = [Tile::of(packed, tile), Tile::of(packed, tile + 1)];
-        let (mut steps, layout) = (input.steps(), packed.layout());
+    fn strip(
+        self,
+        packed: PackedTensor<'_>,
+        tiles: [Tile<'_>; 2],
+        token: &Tokens<1>,
+    ) -> [[Sums<I, N>; 1]; 2] {
+        let mut sums = [[Sums::none(self.0)]; 2];
+        let (mut steps, layout) = (Steps::of(token), packed.layout());
         for group in layout.groups() {
             for_width!(
                 group.bit_width,
                 Self::add_strip(self, &mut sums, tiles, layout.coding(), group, &mut steps)
             );
         }
-        let [above, below] = sums;
-        [self.finished(packed, tile, above), self.finished(packed, tile + 1, below)]
+        sums
     }
 
-    /// The products of a tile from its sums.
+    /// The products of tiles from their sums.
     #[inline(always)]
-    fn finished(self, packed: PackedTensor<'_>, tile: usize, sums: Sums<I, N>) -> Lanes {
-        let (d, m) = self.row_scales(packed.tile_row_scales(tile));
-        let mut lanes = [0.0; TILE_ROWS];
-        for (i, lanes) in lanes.chunks_exact_mut(TILE_ROWS / N).enumerate() {
-            let shifted = self.0.mul(m[i], sums.shifted[i]);
-            self.0.store(self.0.sub(self.0.mul(d[i], sums.scaled[i]), shifted), lanes);
+    fn store_products<const T: usize, const TILES: usize>(
+        self,
+        packed: PackedTensor<'_>,
+        first: usize,
+        sums: [[Sums<I, N>; T]; TILES],
+        out: &mut [Lanes],
+    ) {
+        for (i, (sums, out)) in sums.iter().zip(out.chunks_exact_mut(T)).enumerate() {
+            let (d, m) = self.row_scales(packed.tile_row_scales(first + i));
+            for (Sums { scaled, shifted }, out) in sums.iter().zip(out) {
+                let mut products = [self.0.floats(0.0); N];
+                for i in 0..N {
+                    let shifted = self.0.mul(m[i], shifted[i]);
+                    products[i] = self.0.sub(self.0.mul(d[i], scaled[i]), shifted);
+                }
+                self.store(products, out);
+            }
         }
-        lanes
     }
 
     /// `d` and `m` of the rows of a tile; a trellis has one for both.
@@ -283,61 +359,67 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         }
     }
 
-    /// Adds the runs of a group of tiles, whose codes are those of a grid.
+    /// Adds the runs of a group of a tile, whose codes are those of a grid.
     #[inline(always)]
-    fn add_stored<const WIDTH: usize>(
+    fn add_stored<const WIDTH: usize, const T: usize>(
         self,
-        sums: &mut [Sums<I, N>; 1],
+        sums: &mut [[Sums<I, N>; T]; 1],
         tiles: [Tile<'_>; 1],
         coding: ScaleCoding,
         group: &Group,
-        input: &mut Steps<'_>,
+        input: &mut Steps<'_, T>,
     ) {
         let codes = Stored::<WIDTH, 1>::of(tiles, group);
-        self.add_runs::<WIDTH, WIDTH, 1, _>(sums, codes, tiles, coding, group, input);
+        self.add_runs::<WIDTH, WIDTH, T, 1, _>(sums, codes, tiles, coding, group, input);
     }
 
     /// Adds the runs of a group of a strip.
     #[inline(always)]
     fn add_strip<const WIDTH: usize>(
         self,
-        sums: &mut [Sums<I, N>; 2],
+        sums: &mut [[Sums<I, N>; 1]; 2],
         tiles: [Tile<'_>; 2],
         coding: ScaleCoding,
         group: &Group,
-        input: &mut Steps<'_>,
+        input: &mut Steps<'_, 1>,
     ) {
         if WIDTH < ENTRY_BITS {
             let codes = Windows::<I, WIDTH>::of(self.0, tiles, group);
-            self.add_runs::<WIDTH, ENTRY_BITS, 2, _>(sums, codes, tiles, coding, group, input);
+            self.add_runs::<WIDTH, ENTRY_BITS, 1, 2, _>(sums, codes, tiles, coding, group, input);
         } else {
             let codes = Stored::<WIDTH, 2>::of(tiles, group);
-            self.add_runs::<WIDTH, WIDTH, 2, _>(sums, codes, tiles, coding, group, input);
+            self.add_runs::<WIDTH, WIDTH, 1, 2, _>(sums, codes, tiles, coding, group, input);
         }
     }
 
-    /// Adds the runs of a group of `T` tiles, with codes of so many bits.
+    /// Adds the runs of a group of tiles, with codes of so many bits, times `T` tokens.
     #[inline(always)]
-    fn add_runs<const WIDTH: usize, const BITS: usize, const T: usize, C: Codes<I, N, T>>(
+    fn add_runs<
+        const WIDTH: usize,
+        const BITS: usize,
+        const T: usize,
+        const TILES: usize,
+        C: Codes<I, N, TILES>,
+    >(
         self,
-        sums: &mut [Sums<I, N>; T],
+        sums: &mut [[Sums<I, N>; T]; TILES],
         codes: C,
-        tiles: [Tile<'_>; T],
+        tiles: [Tile<'_>; TILES],
         coding: ScaleCoding,
         group: &Group,
-        input: &mut Steps<'_>,
+        input: &mut Steps<'_, T>,
     ) {
         let isa = self.0;
-        let (mut records, mut ahead) = ([&[] as &[u8]; T], [std::ptr::null(); T]);
-        for i in 0..T {
+        let (mut records, mut ahead) = ([&[] as &[u8]; TILES], [std::ptr::null(); TILES]);
+        for i in 0..TILES {
             records[i] = &tiles[i].scales[group.scales_offset..];
             ahead[i] = tiles[i].codes.as_ptr().wrapping_add(group.codes_offset + AHEAD_BYTES);
         }
         let (units, mut unit) = (group.stored_cols() / UNIT, 0);
         let mut so_far = *sums;
         while unit < units {
-            let mut scales = [([isa.floats(0.0); N], [isa.floats(0.0); N]); T];
-            for i in 0..T {
+            let mut scales = [([isa.floats(0.0); N], [isa.floats(0.0); N]); TILES];
+            for i in 0..TILES {
                 scales[i] = self.run_scales::<WIDTH>(coding, &mut records[i]);
             }
             let end = units.min(unit + run_units(coding, units));
@@ -348,58 +430,92 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
                         *ahead = ahead.wrapping_add(64);
                     }
                 }
-                let step = unit..end.min(unit + 2);
-                let Step { codes: input_codes, scale, sum, has_fine_codes } = input.next();
+                let units = unit..end.min(unit + 2);
+                let step = input.next();
                 let mut dots =
-                    self.step_products::<BITS, T, C>(codes, step.clone(), input_codes);
-                if *has_fine_codes {
+                    self.step_products::<BITS, T, TILES, C>(codes, units.clone(), &step.codes);
+                if step.fine.tokens != 0 {
                     // Codes are unpacked anew: kept for this rare case, they would cost every step
                     // registers.
-                    let step = black_box(step.clone());
-                    let rest = self.step_products::<BITS, T, C>(codes, step, input.fine_codes());
-                    for (dots, rest) in dots.as_flattened_mut().iter_mut().zip(rest.as_flattened())
-                    {
-                        *dots = isa.mul_add(*rest, isa.floats(FINE), *dots);
+                    let units = black_box(units.clone());
+                    self.add_fine::<BITS, T, TILES, C>(&mut dots, codes, units, step.fine, input);
+                }
+                for i in 0..TILES {
+                    let (factor, minimum) = &scales[i];
+                    for t in 0..T {
+                        let Sums { scaled, shifted } = &mut so_far[i][t];
+                        for n in 0..N {
+                            let dots = isa.mul(dots[i][t][n], isa.floats(step.scales[t]));
+                            scaled[n] = isa.mul_add(factor[n], dots, scaled[n]);
+                            let sum = isa.floats(step.sums[t]);
+                            shifted[n] = isa.mul_add(minimum[n], sum, shifted[n]);
+                        }
                     }
                 }
-                for (t, Sums { scaled, shifted }) in so_far.iter_mut().enumerate() {
-                    let (factor, minimum) = &scales[t];
-                    for i in 0..N {
-                        let dots = isa.mul(dots[t][i], isa.floats(*scale));
-                        scaled[i] = isa.mul_add(factor[i], dots, scaled[i]);
-                        shifted[i] = isa.mul_add(minimum[i], isa.floats(*sum), shifted[i]);
-                    }
-                }
-                unit = step.end;
+                unit = units.end;
             }
         }
         *sums = so_far;
     }
 
+    /// Adds the products of a step with the second codes of those tokens that have them.
+    #[inline(always)]
+    fn add_fine<const BITS: usize, const T: usize, const TILES: usize, C: Codes<I, N, TILES>>(
+        self,
+        dots: &mut [[Floats<I, N>; T]; TILES],
+        codes: C,
+        units: Range<usize>,
+        fine: Fine,
+        input: &Steps<'_, T>,
+    ) {
+        // Written as a loop that is not unrolled: it is rare, and there is much in it.
+        let (mut sums, mut tokens) = (*dots, fine.tokens);
+        for fine_codes in &input.fine_codes[fine.first..][..tokens.count_ones() as usize] {
+            let input = bytemuck::cast_ref(fine_codes);
+            let rest = self.step_products::<BITS, 1, TILES, C>(codes, units.clone(), input);
+            let t = tokens.trailing_zeros() as usize;
+            for i in 0..TILES {
+                for n in 0..N {
+                    sums[i][t][n] =
+                        self.0.mul_add(rest[i][0][n], self.0.floats(FINE), sums[i][t][n]);
+                }
+            }
+            tokens &= tokens - 1;
+        }
+        *dots = sums;
+    }
+
     /// The products of a step of one unit or two.
     #[inline(always)]
-    fn step_products<const BITS: usize, const T: usize, C: Codes<I, N, T>>(
+    fn step_products<
+        const BITS: usize,
+        const T: usize,
+        const TILES: usize,
+        C: Codes<I, N, TILES>,
+    >(
         self,
         codes: C,
         units: Range<usize>,
-        input: &StepCodes,
-    ) -> [Floats<I, N>; T] {
+        input: &[[[i32; T]; 4]; 2],
+    ) -> [[Floats<I, N>; T]; TILES] {
         let first = units.start;
-        let mut sums = [[self.0.words(0); N]; T];
+        let mut sums = [[[self.0.words(0); N]; T]; TILES];
         if units.len() == 2 {
             // Runs of two units and more begin with an even one.
             let loaded = [codes.unit(self, first), codes.unit(self, first + 1)];
             for half in 0..2 {
                 let unit = (first + half, loaded[half], half);
-                self.add_unit::<BITS, T, C>(&mut sums, codes, unit, &input[half]);
+                self.add_unit::<BITS, T, TILES, C>(&mut sums, codes, unit, &input[half]);
             }
         } else {
             let unit = (first, codes.unit(self, first), first % 2);
-            self.add_unit::<BITS, T, C>(&mut sums, codes, unit, &input[0]);
+            self.add_unit::<BITS, T, TILES, C>(&mut sums, codes, unit, &input[0]);
         }
-        let mut products = [[self.0.floats(0.0); N]; T];
-        for i in 0..T {
-            products[i] = self.converted_totals::<BITS>(sums[i]);
+        let mut products = [[[self.0.floats(0.0); N]; T]; TILES];
+        for i in 0..TILES {
+            for t in 0..T {
+                products[i][t] = self.converted_totals::<BITS>(sums[i][t]);
+            }
         }
         products
     }
@@ -415,17 +531,23 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
 
     /// Adds the products of 16 columns.
     #[inline(always)]
-    fn add_unit<const BITS: usize, const T: usize, C: Codes<I, N, T>>(
+    fn add_unit<const BITS: usize, const T: usize, const TILES: usize, C: Codes<I, N, TILES>>(
         self,
-        sums: &mut [Words<I, N>; T],
+        sums: &mut [[Words<I, N>; T]; TILES],
         codes: C,
         (unit, loaded, half): (usize, C::Unit, usize),
-        input: &[i32; 4],
+        input: &[[i32; T]; 4],
     ) {
-        for (t, &input) in input.iter().enumerate() {
-            let codes = codes.words(self, unit, loaded, half, t);
-            for (sums, codes) in sums.as_flattened_mut().iter_mut().zip(codes.as_flattened()) {
-                *sums = self.0.add_products::<BITS>(*sums, *codes, self.0.words(input));
+        for (word, input) in input.iter().enumerate() {
+            let codes = codes.words(self, unit, loaded, half, word);
+            for t in 0..T {
+                let input = self.0.words(input[t]);
+                for i in 0..TILES {
+                    for n in 0..N {
+                        sums[i][t][n] =
+                            self.0.add_products::<BITS>(sums[i][t][n], codes[i][n], input);
+                    }
+                }
             }
         }
     }

@@ -26,12 +26,12 @@ use std::{borrow::Cow, fmt, mem, sync::LazyLock};
 use rayon::prelude::*;
 use slim_formats::{
     DenseTensor,
-    slim::{Bands, PackedTensor, ScaleCoding, TILE_ROWS},
+    slim::{Bands, PackedTensor, TILE_ROWS},
 };
 
 use self::{
     panel::{Chunk, Panel, Sums},
-    tokens::TokenBlock,
+    tokens::{TokenBlock, Tokens},
 };
 use super::unpack::{Lanes, UNIT};
 use crate::Result;
@@ -52,10 +52,12 @@ pub struct Kernels {
 /// Of 16 rows at a time:
 #[derive(Clone, Copy)]
 struct TileKernels {
-    /// the products of a tile with an input;
-    tile: fn(PackedTensor<'_>, usize, &Input) -> Lanes,
-    /// those of a strip of a trellis, from its first tile on;
-    strip: fn(PackedTensor<'_>, usize, &Input) -> [Lanes; 2],
+    /// the products of a tile with some tokens,
+    tile: fn(PackedTensor<'_>, usize, &TokenBlock, &mut [Lanes]),
+    /// this many at the most;
+    tile_tokens: usize,
+    /// those of a strip of a trellis, from its first tile on, with one token;
+    strip: fn(PackedTensor<'_>, usize, &Tokens<1>, &mut [Lanes]),
     /// a chunk of a tile, unpacked;
     unpack: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
     /// the products of what was unpacked with some tokens, which are added,
@@ -132,23 +134,11 @@ pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], ou
     let (rows, cols) = bands.shape();
     assert_eq!((x.len(), out.len()), (cols, rows), "inputs and outputs");
     match method {
-        Method::Integer(_, kernels) => {
-            // Bands have the same columns in a sub-group or group.
-            let input = Input::new(bands.get(0).layout(), x);
-            let TileKernels { tile: of_tile, strip: of_strip, .. } = kernels.tiles;
-            match bands.get(0).layout().coding() {
-                ScaleCoding::Trellis { .. } => {
-                    for_tiles(bands, out, |band, first| of_strip(band, first, &input));
-                }
-                ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => {
-                    for_tiles(bands, out, |band, tile| [of_tile(band, tile, &input)]);
-                }
-            }
-        }
+        Method::Integer(_, kernels) => batch::multiply_one(kernels, bands, x, out),
         Method::Float => {
             let x = in_whole_units(x);
             let sums = portable::column_sums(&x);
-            for_tiles(bands, out, |band, tile| [portable::tile(band, tile, &x, &sums)]);
+            for_tiles(bands, out, |band, tile| portable::tile(band, tile, &x, &sums));
         }
     }
 }
@@ -200,31 +190,25 @@ pub fn dense_by(
     }
 }
 
-/// Stores the products that `products` gives for each `T` tiles of each band, which it is told the
-/// first of.
-fn for_tiles<const T: usize>(
+/// Stores the products that `products` gives for each tile of each band, which it is told.
+fn for_tiles(
     bands: Bands<'_>,
     mut out: &mut [f32],
-    products: impl Fn(PackedTensor<'_>, usize) -> [Lanes; T] + Sync,
+    products: impl Fn(PackedTensor<'_>, usize) -> Lanes + Sync,
 ) {
     let mut tasks = Vec::new();
     for (_, band) in bands.iter() {
         let layout = band.layout();
-        let bytes = layout.tiles() * (layout.tile_code_bytes() + layout.tile_scale_bytes());
-        let tiles = layout.tiles().div_ceil(bytes.div_ceil(TASK_BYTES)).next_multiple_of(T);
+        let tile_bytes = layout.tile_code_bytes() + layout.tile_scale_bytes();
+        let tiles = (TASK_BYTES / tile_bytes).max(1);
         let (mine, below) = mem::take(&mut out).split_at_mut(layout.rows());
         let chunks = mine.chunks_mut(tiles * TILE_ROWS).enumerate();
         tasks.extend(chunks.map(|(task, out)| (band, task * tiles, out)));
         out = below;
     }
-    let multiply = |(band, first, out): &mut (PackedTensor<'_>, usize, &mut [f32])| {
-        for (i, out) in out.chunks_mut(T * TILE_ROWS).enumerate() {
-            let products = products(*band, *first + T * i);
-            out.copy_from_slice(&products.as_flattened()[..out.len()]);
+    tasks.into_par_iter().for_each(|(band, first, out)| {
+        for (i, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+            out.copy_from_slice(&products(band, first + i)[..out.len()]);
         }
-    };
-    match tasks.len() {
-        1 => tasks.iter_mut().for_each(multiply),
-        _ => tasks.par_iter_mut().for_each(multiply),
-    }
+    });
 }

@@ -19,7 +19,7 @@ pub(super) fn detect() -> Option<Kernels> {
     has.then(|| Kernels { tiles: tiles(), blocks: blocks() })
 }
 
-tile_kernels!(tiles, "neon,dotprod", Kernel::<_, 4>(Neon(())));
+tile_kernels!(tiles, "neon,dotprod", Kernel::<_, 4>(Neon(())), 1: One);
 block_kernels!(blocks, "neon,dotprod", Kernel::<_, 2>(Neon(())));
 
 /// Made by functions that enable its instructions only.

@@ -11,9 +11,9 @@ use slim_formats::{
 use super::{
     blocks::{BlockIsa, RowBlock, WORDS, blocks_of_row, for_each_step},
     codes::{Codes, ENTRY_BITS, Stored, Tile, TileWindows},
-    input::{FINE, STEP},
+    input::{FINE, STEP, StepCodes},
     kernel::{AHEAD_BYTES, Floats, Isa, Kernel, has_windows, run_units},
-    tokens::{Fine, TokenBlock},
+    tokens::{Step, TokenBlock, Tokens},
 };
 use crate::{
     cpu::unpack::{Lanes, UNIT, for_width},
@@ -35,7 +35,7 @@ pub struct Chunk {
 #[derive(Default)]
 pub struct Panel {
     codes: Vec<UnitCodes>,
-    steps: Vec<Step>,
+    steps: Vec<PanelStep>,
     /// Of each step.
     minimums: Vec<Lanes>,
     /// What the sums of a token are worth in the end.
@@ -48,7 +48,7 @@ type UnitCodes = [[u8; 64]; 4];
 
 /// What the codes of a step are worth: `d` times factor times code, less `m` times minimum.
 #[derive(Clone, Default)]
-struct Step {
+struct PanelStep {
     factor: Lanes,
     /// Entries of [`Panel::codes`].
     units: usize,
@@ -73,7 +73,7 @@ impl Panel {
     /// Makes room for a chunk.
     fn resize(&mut self, Chunk { units, steps, .. }: &Chunk) {
         self.codes.resize(units.len(), [[0; 64]; 4]);
-        self.steps.resize(steps.len(), Step::default());
+        self.steps.resize(steps.len(), PanelStep::default());
         self.minimums.resize(steps.len(), Lanes::default());
     }
 }
@@ -119,7 +119,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         packed: PackedTensor<'_>,
         tile: usize,
         group: &Group,
-        steps: &mut Zip<IterMut<'_, Step>, IterMut<'_, Lanes>>,
+        steps: &mut Zip<IterMut<'_, PanelStep>, IterMut<'_, Lanes>>,
         unpacked: &'a mut [UnitCodes],
     ) -> &'a mut [UnitCodes] {
         let (unpacked, others) = unpacked.split_at_mut(group.stored_cols() / UNIT);
@@ -141,7 +141,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         packed: PackedTensor<'_>,
         tile: usize,
         group: &Group,
-        steps: &mut Zip<IterMut<'_, Step>, IterMut<'_, Lanes>>,
+        steps: &mut Zip<IterMut<'_, PanelStep>, IterMut<'_, Lanes>>,
         unpacked: &mut [UnitCodes],
     ) {
         let coding = packed.layout().coding();
@@ -176,13 +176,17 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     /// Adds the products of a chunk with a block of tokens to their sums.
     #[inline(always)]
     pub fn multiply(self, panel: &Panel, chunk: &Chunk, block: &TokenBlock, sums: &mut [Sums]) {
-        match block.tokens {
-            12 if N == 1 => self.multiply_tokens::<12>(panel, chunk, block, sums),
-            8 if N == 1 => self.multiply_tokens::<8>(panel, chunk, block, sums),
-            4 => self.multiply_tokens::<4>(panel, chunk, block, sums),
-            2 => self.multiply_tokens::<2>(panel, chunk, block, sums),
-            1 => self.multiply_tokens::<1>(panel, chunk, block, sums),
-            tokens => unreachable!("a block of {tokens} tokens"),
+        match block {
+            TokenBlock::One(tokens) => self.multiply_tokens(panel, chunk, tokens, sums),
+            TokenBlock::Two(tokens) => self.multiply_tokens(panel, chunk, tokens, sums),
+            TokenBlock::Four(tokens) => self.multiply_tokens(panel, chunk, tokens, sums),
+            TokenBlock::Eight(tokens) if N == 1 => {
+                self.multiply_tokens(panel, chunk, tokens, sums);
+            }
+            TokenBlock::Twelve(tokens) if N == 1 => {
+                self.multiply_tokens(panel, chunk, tokens, sums);
+            }
+            block => unreachable!("{} tokens", block.tokens()),
         }
     }
 
@@ -191,35 +195,32 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         self,
         panel: &Panel,
         chunk: &Chunk,
-        block: &TokenBlock,
+        tokens: &Tokens<T>,
         sums: &mut [Sums],
     ) {
         let isa = self.0;
         let sums: &mut [Sums; T] = sums.try_into().expect("sums of each token");
         let zero = [[isa.floats(0.0); N]; T];
-        let steps = chunk.steps.clone();
+        let input = &tokens.steps[chunk.steps.clone()];
 
         let mut scaled = zero;
         for t in 0..T {
             scaled[t] = self.load_floats(&sums[t].scaled);
         }
         let mut codes = &panel.codes[..];
-        let mut input = &block.codes.as_chunks::<T>().0.as_chunks::<4>().0[chunk.units.clone()];
-        let scales = &block.scales.as_chunks::<T>().0[steps.clone()];
-        let fine = &block.fine[steps.clone()];
-        for ((step, scales), fine) in panel.steps.iter().zip(scales).zip(fine) {
-            let (step_codes, step_input);
+        for (step, input) in panel.steps.iter().zip(input) {
+            let step_codes;
             (step_codes, codes) = codes.split_at(step.units);
-            (step_input, input) = input.split_at(step.units);
+            let fine_codes = &tokens.fine_codes[..];
             let products = match step.bits {
-                ..=4 => self.step_products_of::<4, T>(step_codes, step_input, fine, block),
-                5..=7 => self.step_products_of::<7, T>(step_codes, step_input, fine, block),
-                _ => self.step_products_of::<8, T>(step_codes, step_input, fine, block),
+                ..=4 => self.panel_products::<4, T>(step_codes, input, fine_codes),
+                5..=7 => self.panel_products::<7, T>(step_codes, input, fine_codes),
+                _ => self.panel_products::<8, T>(step_codes, input, fine_codes),
             };
             let factor = self.load_floats(&step.factor);
             for t in 0..T {
                 for i in 0..N {
-                    let product = isa.mul(products[t][i], isa.floats(scales[t]));
+                    let product = isa.mul(products[t][i], isa.floats(input.scales[t]));
                     scaled[t][i] = isa.mul_add(factor[i], product, scaled[t][i]);
                 }
             }
@@ -233,8 +234,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         for t in 0..T {
             shifted[t] = self.load_floats(&sums[t].shifted);
         }
-        let input_sums = &block.sums.as_chunks::<T>().0[steps];
-        for (minimum, input_sums) in panel.minimums.iter().zip(input_sums) {
+        for (minimum, Step { sums: input_sums, .. }) in panel.minimums.iter().zip(input) {
             let minimum = self.load_floats(minimum);
             for t in 0..T {
                 for i in 0..N {
@@ -251,12 +251,11 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     /// The products of a step with some tokens: with their first codes, and with the second codes
     /// of those that have them.
     #[inline(always)]
-    fn step_products_of<const WIDTH: usize, const T: usize>(
+    fn panel_products<const WIDTH: usize, const T: usize>(
         self,
         codes: &[UnitCodes],
-        input: &[[[i32; T]; 4]],
-        fine: &Fine,
-        block: &TokenBlock,
+        Step { codes: input, fine, .. }: &Step<T>,
+        fine_codes: &[StepCodes],
     ) -> [Floats<I, N>; T] {
         let isa = self.0;
         let mut dots = [[isa.words(0); N]; T];
@@ -276,17 +275,17 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
             products[t] = self.converted_totals::<WIDTH>(dots[t]);
         }
         if fine.tokens != 0 {
-            let mut input = &block.fine_codes[fine.first..];
-            for (t, products) in products.iter_mut().enumerate() {
-                if (fine.tokens >> t) & 1 != 0 {
-                    let (step_input, others) = input.split_at(codes.len());
-                    input = others;
-                    let rest = self.fine_products::<WIDTH>(codes, step_input);
-                    for i in 0..N {
-                        products[i] = isa.mul_add(rest[i], isa.floats(FINE), products[i]);
-                    }
+            // A loop over copies: `products` stay in registers where no token has second codes.
+            let (mut sums, mut tokens) = (products, fine.tokens);
+            for input in &fine_codes[fine.first..][..tokens.count_ones() as usize] {
+                let rest = self.fine_products::<WIDTH>(codes, input);
+                let sums = &mut sums[tokens.trailing_zeros() as usize];
+                for i in 0..N {
+                    sums[i] = isa.mul_add(rest[i], isa.floats(FINE), sums[i]);
                 }
+                tokens &= tokens - 1;
             }
+            products = sums;
         }
         products
     }
@@ -296,7 +295,7 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
     fn fine_products<const WIDTH: usize>(
         self,
         codes: &[UnitCodes],
-        input: &[[i32; 4]],
+        input: &StepCodes,
     ) -> Floats<I, N> {
         let isa = self.0;
         let mut sums = [isa.words(0); N];
@@ -362,7 +361,7 @@ impl<I: BlockIsa, const N: usize> Kernel<I, N> {
         self,
         block: &[u8; BYTES],
         row: usize,
-        steps: &mut [Step],
+        steps: &mut [PanelStep],
         minimums: &mut [Lanes],
         codes: &mut [[u8; 64]],
     ) {
