@@ -16,6 +16,21 @@ pub trait Backend: Send + Sync {
     /// is not a number.
     fn matmul(&self, w: Weight<'_>, x: &[f32], m: usize, out: &mut [f32]) -> Result<()>;
 
+    /// [`Self::matmul`] of each weight, all of which have `cols` columns, with the same `x`.
+    ///
+    /// # Errors
+    /// As there.
+    fn matmul_each(
+        &self,
+        weights: &[Weight<'_>],
+        x: &[f32],
+        m: usize,
+        outs: &mut [&mut [f32]],
+    ) -> Result<()> {
+        let mut products = weights.iter().zip(outs);
+        products.try_for_each(|(w, out)| self.matmul(*w, x, m, out))
+    }
+
     /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight`, token by token; `x`, `out`: [m,
     /// weight.len()].
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]);

@@ -294,11 +294,25 @@ impl<'a> Block<'a> {
 
     /// A linear layer with its bias, `[m, cols]` to `[m, rows]`.
     pub(crate) fn linear(&self, part: Part, context: Context<'_>, x: &[f32]) -> Result<Vec<f32>> {
-        let mut y = linear(context, self.layers[part], x)?;
-        if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
-            y.chunks_exact_mut(bias.len()).for_each(|y| add(y, bias));
-        }
+        let [y] = self.linears([part], context, x)?;
         Ok(y)
+    }
+
+    /// Linear layers with their biases that have the same input.
+    pub(crate) fn linears<const L: usize>(
+        &self,
+        parts: [Part; L],
+        context: Context<'_>,
+        x: &[f32],
+    ) -> Result<[Vec<f32>; L]> {
+        let weights = parts.map(|part| self.layers[part]);
+        let mut ys = linears(context, weights, x)?;
+        for (part, y) in parts.iter().zip(&mut ys) {
+            if let Some(bias) = part.bias().and_then(|bias| self.vectors.get(bias)) {
+                y.chunks_exact_mut(bias.len()).for_each(|y| add(y, bias));
+            }
+        }
+        Ok(ys)
     }
 
     fn normed(&self, part: Part, context: Context<'_>, x: &[f32]) -> Vec<f32> {
@@ -326,12 +340,12 @@ impl<'a> Block<'a> {
         context: Context<'_>,
         input: &[f32],
     ) -> Result<Vec<f32>> {
-        let mut up = self.linear(up, context, input)?;
         if !ffn.is_gated {
+            let mut up = self.linear(up, context, input)?;
             context.backend.activate(ffn.activation, &mut up);
             return Ok(up);
         }
-        let mut gate = self.linear(gate, context, input)?;
+        let [mut gate, up] = self.linears([gate, up], context, input)?;
         context.backend.gated(ffn.activation, &mut gate, &up);
         Ok(gate)
     }
@@ -339,11 +353,20 @@ impl<'a> Block<'a> {
 
 /// `[m, cols]` to `[m, rows]`.
 pub(crate) fn linear(context: Context<'_>, w: Weight<'_>, x: &[f32]) -> Result<Vec<f32>> {
-    let (rows, cols) = weight::shape(w);
-    let m = x.len() / cols;
-    let mut out = vec![0.0; m * rows];
-    context.backend.matmul(w, x, m, &mut out)?;
+    let [out] = linears(context, [w], x)?;
     Ok(out)
+}
+
+/// The same for weights with the same input.
+fn linears<const L: usize>(
+    context: Context<'_>,
+    weights: [Weight<'_>; L],
+    x: &[f32],
+) -> Result<[Vec<f32>; L]> {
+    let m = x.len() / weight::shape(weights[0]).1;
+    let mut outs = weights.map(|w| vec![0.0; m * weight::shape(w).0]);
+    context.backend.matmul_each(&weights, x, m, &mut outs.each_mut().map(Vec::as_mut_slice))?;
+    Ok(outs)
 }
 
 /// `x` normed in pieces as long as `weight`; [`Norm::Layer`] has a bias.

@@ -53,13 +53,32 @@ impl Block<'_> {
         positions: impl Iterator<Item = &'p Positions>,
     ) -> Result<[Vec<f32>; 2]> {
         let attention = self.spec.attention().expect("a block with attention");
+        match attention.values {
+            Values::NormedKeys => {
+                let raw = self.linear(Part::AttnK, context, input)?;
+                Ok(self.turned(attention, context, (raw, None), positions))
+            }
+            Values::Plain | Values::Normed => {
+                let [raw, values] = self.linears([Part::AttnK, Part::AttnV], context, input)?;
+                Ok(self.turned(attention, context, (raw, Some(values)), positions))
+            }
+        }
+    }
+
+    /// The same from what the layers of keys and values make.
+    fn turned<'p>(
+        &self,
+        attention: &Attention,
+        context: Context<'_>,
+        (raw, values): (Vec<f32>, Option<Vec<f32>>),
+        positions: impl Iterator<Item = &'p Positions>,
+    ) -> [Vec<f32>; 2] {
         let &Attention { kv_heads, head_dim, rope, .. } = attention;
-        let raw = self.linear(Part::AttnK, context, input)?;
         let over_root = |x: &[f32]| norm(context, Norm::Rms, x, &vec![1.0; head_dim], None);
-        let values = match attention.values {
-            Values::Plain => self.linear(Part::AttnV, context, input)?,
-            Values::Normed => over_root(&self.linear(Part::AttnV, context, input)?),
-            Values::NormedKeys => over_root(&raw),
+        let values = match (attention.values, values) {
+            (Values::Plain, Some(values)) => values,
+            (Values::Normed, Some(values)) => over_root(&values),
+            _ => over_root(&raw),
         };
         let mut keys = self.normed_heads(Part::AttnKNorm, context, raw);
         if let Some(rope) = rope {
@@ -70,7 +89,7 @@ impl Block<'_> {
                 context.backend.rope(keys, kv_heads, &positions.angles[rope]);
             }
         }
-        Ok([keys, values])
+        [keys, values]
     }
 
     /// Queries or keys, normed if the block does that, `[m, heads * head_dim]`.
@@ -90,15 +109,20 @@ impl Block<'_> {
         passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
         let &Attention { heads, rope, query_scaling, is_gated, shares, .. } = attention;
-        let q = self.linear(Part::AttnQ, context, input)?;
-        let mut q = self.normed_heads(Part::AttnQNorm, context, q);
-        let [k, v] = match shares {
-            Some(_) => [Vec::new(), Vec::new()],
-            None => {
-                let positions = passages.iter().map(|passage| passage.positions);
-                self.keys_and_values(context, input, positions)?
+        let positions = passages.iter().map(|passage| passage.positions);
+        let (q, [k, v]) = match (shares, attention.values) {
+            (Some(_), _) => (self.linear(Part::AttnQ, context, input)?, [Vec::new(), Vec::new()]),
+            (None, Values::NormedKeys) => {
+                let [q, k] = self.linears([Part::AttnQ, Part::AttnK], context, input)?;
+                (q, self.turned(attention, context, (k, None), positions))
+            }
+            (None, Values::Plain | Values::Normed) => {
+                let parts = [Part::AttnQ, Part::AttnK, Part::AttnV];
+                let [q, k, v] = self.linears(parts, context, input)?;
+                (q, self.turned(attention, context, (k, Some(v)), positions))
             }
         };
+        let mut q = self.normed_heads(Part::AttnQNorm, context, q);
         let mut out = vec![0.0; q.len()];
         let mut calls = Vec::with_capacity(passages.len());
         let (mut q, mut k, mut v, mut rest) = (&mut q[..], &k[..], &v[..], &mut out[..]);
@@ -237,9 +261,8 @@ impl Block<'_> {
         passages: &mut [Passage<'_>],
     ) -> Result<Vec<f32>> {
         let qkv = [Part::AttnQ, Part::AttnK, Part::AttnV];
-        let qkv = qkv.map(|part| self.linear(part, context, input));
-        let [q, k, v] = qkv;
-        let qkv = side_by_side(&[(&q?, net.keys()), (&k?, net.keys()), (&v?, net.values())]);
+        let [q, k, v] = self.linears(qkv, context, input)?;
+        let qkv = side_by_side(&[(&q, net.keys()), (&k, net.keys()), (&v, net.values())]);
         let mut beta = self.linear(Part::DeltaBeta, context, input)?;
         sigmoid(&mut beta);
         let mut decay = self.linear(Part::DeltaDecay, context, input)?;

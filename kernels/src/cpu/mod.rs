@@ -48,6 +48,22 @@ impl Backend for Cpu {
         }
     }
 
+    fn matmul_each(
+        &self,
+        weights: &[Weight<'_>],
+        x: &[f32],
+        m: usize,
+        outs: &mut [&mut [f32]],
+    ) -> Result<()> {
+        for (w, out) in weights.iter().zip(&*outs) {
+            check_matmul(*w, x, m, out)?;
+        }
+        if matvec::batch::multiply_each_by(Method::fastest(), weights, x, m, outs).is_some() {
+            return Ok(());
+        }
+        weights.iter().zip(outs).try_for_each(|(w, out)| self.matmul(*w, x, m, out))
+    }
+
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
         let n = weight.len();
         out.par_chunks_mut(n)

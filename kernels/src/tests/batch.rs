@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Blocks of tokens of all sizes, and more tokens than are multiplied before the next panel.
-const TOKENS: [usize; 5] = [2, 3, 8, 33, 200];
+const TOKENS: [usize; 7] = [2, 3, 7, 8, 9, 33, 200];
 
 /// Many tokens times ggml's blocks against each of them alone: the order of f32 operations differs.
 /// Measured 1.2e-13. Times packed codes the bits are the same.
@@ -87,7 +87,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn batch_agrees_with_each_token_alone_and_with_floats() {
     for_each_weight(|what, weight, values| {
         let (rows, cols) = shape(weight);
-        let x = Noise(36).vector(TOKENS[4] * cols, 1.0);
+        let x = Noise(36).vector(TOKENS[6] * cols, 1.0);
         let alone = multiplied_alone(weight, &x);
         let exact = product(&x, values, cols);
         let mut out = Vec::new();
@@ -116,11 +116,41 @@ fn batch_of_every_method_gives_the_same_bits() {
     });
 }
 
+/// Matrices with one input, which round it alike or not, give what each gives alone.
+#[test]
+fn matrices_with_one_input_agree_with_each_alone() {
+    let mut noise = Noise(38);
+    let cols = 1328_usize;
+    let mut layer = |rows, group_size, coding, bits| {
+        let bits = bit_widths(&mut noise, bits, cols.div_ceil(group_size));
+        Layer::new(&mut noise, Fill::Random, [rows, cols, group_size], coding, &bits)
+    };
+    for coding in codings() {
+        let layers =
+            [layer(40, 128, coding, 2), layer(7, 128, coding, 0), layer(64, 64, coding, 3)];
+        let x = inputs(39, 20 * cols);
+        for m in [1, 3, 20] {
+            for count in [1, 2, 3] {
+                let weights: Vec<_> = layers[..count].iter().map(Layer::weight).collect();
+                let x = &x[..m * cols];
+                let outs = weights.iter().map(|w| vec![f32::NAN; m * shape(*w).0]);
+                let mut outs: Vec<Vec<f32>> = outs.collect();
+                let mut slices: Vec<&mut [f32]> = outs.iter_mut().map(Vec::as_mut_slice).collect();
+                Cpu.matmul_each(&weights, x, m, &mut slices).unwrap();
+                for (index, (weight, out)) in weights.iter().zip(&outs).enumerate() {
+                    let alone = bits(&multiplied(*weight, x));
+                    assert_eq!(bits(out), alone, "{coding:?}, {m} tokens, {index} of {count}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn batch_row_does_not_depend_on_the_others_nor_on_threads() {
     for_each_weight(|what, weight, _| {
         let (rows, cols) = shape(weight);
-        let x = inputs(38, TOKENS[4] * cols);
+        let x = inputs(38, TOKENS[6] * cols);
         let expected = multiplied(weight, &x);
         for m in TOKENS {
             // The last `m` tokens by themselves: each lies elsewhere, beside other ones.

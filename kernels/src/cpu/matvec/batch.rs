@@ -41,24 +41,59 @@ pub fn multiply_by(
     let Method::Integer(_, kernels) = method else { return None };
     let product = match (matrix, matrix.bands()) {
         (Weight::Dense(tensor), _) => Product::of_blocks(kernels, tensor)?,
-        (_, Some(bands)) => Product::of_bands(kernels, bands),
+        (_, Some(bands)) => Product::of_bands(kernels, [bands]),
         (_, None) => return None,
     };
     let (rows, cols) = weight::shape(matrix);
     assert_eq!((x.len(), out.len()), (m * cols, m * rows), "inputs and outputs");
-    product.multiply(x, cols, out, rows);
+    product.multiply(x, cols, &mut [out]);
+    Some(())
+}
+
+/// The same for matrices with the same input, which is rounded once; `None` if they are not all
+/// packed, or round it in other ways.
+///
+/// # Panics
+/// If `x` or an output does not have the length of so many tokens.
+pub fn multiply_each_by(
+    method: Method,
+    matrices: &[Weight<'_>],
+    x: &[f32],
+    m: usize,
+    outs: &mut [&mut [f32]],
+) -> Option<()> {
+    let Method::Integer(_, kernels) = method else { return None };
+    let bands: Vec<Bands<'_>> =
+        matrices.iter().map(|matrix| matrix.bands()).collect::<Option<_>>()?;
+    let columns = |bands: &Bands<'_>| {
+        let layout = bands.get(0).layout();
+        (layout.cols(), layout.group_size(), layout.coding())
+    };
+    let (cols, ..) = columns(bands.first()?);
+    if bands.iter().any(|other| columns(other) != columns(&bands[0])) {
+        return None;
+    }
+    let lengths = outs.iter().map(|out| out.len());
+    assert!(x.len() == m * cols, "inputs");
+    assert!(lengths.eq(bands.iter().map(|bands| m * bands.shape().0)), "outputs");
+    Product::of_bands(kernels, bands).multiply(x, cols, outs);
     Some(())
 }
 
 /// `out[rows]` from a packed layer times `x[cols]`.
 pub(super) fn multiply_one(kernels: Kernels, bands: Bands<'_>, x: &[f32], out: &mut [f32]) {
-    Product::of_bands(kernels, bands).multiply(x, x.len(), out, out.len());
+    Product::of_bands(kernels, [bands]).multiply(x, x.len(), &mut [out]);
 }
 
-/// A matrix, ready for any tokens.
+/// Matrices that round their input alike, ready for any tokens.
 struct Product<'a> {
     kernels: Kernels,
-    /// Bands of rows, one above the other.
+    matrices: Vec<Matrix<'a>>,
+}
+
+/// Bands of rows, one above the other.
+struct Matrix<'a> {
+    rows: usize,
     bands: Vec<Band<'a>>,
 }
 
@@ -100,23 +135,38 @@ impl<'a> Product<'a> {
     fn of_blocks(kernels: Kernels, tensor: DenseTensor<'a>) -> Option<Self> {
         let run = blocks::run(tensor.dtype)?;
         tensor.layout.stored_row(0)?;
-        Some(Self { kernels, bands: vec![Band::Blocks(tensor, run)] })
+        let matrix = Matrix { rows: tensor.rows, bands: vec![Band::Blocks(tensor, run)] };
+        Some(Self { kernels, matrices: vec![matrix] })
     }
 
-    fn of_bands(kernels: Kernels, bands: Bands<'a>) -> Self {
-        // They have the same columns in a group and in a run.
-        Self { kernels, bands: bands.iter().map(|(_, band)| Band::Packed(band)).collect() }
+    /// Of matrices with the same columns in a group and in a run, as bands of a matrix have.
+    fn of_bands(kernels: Kernels, matrices: impl IntoIterator<Item = Bands<'a>>) -> Self {
+        let matrices = matrices.into_iter().map(|bands| Matrix {
+            rows: bands.shape().0,
+            bands: bands.iter().map(|(_, band)| Band::Packed(band)).collect(),
+        });
+        Self { kernels, matrices: matrices.collect() }
     }
 
-    /// `out[m, rows]` from `x[m, cols]`, for any `m`.
-    fn multiply(&self, x: &[f32], cols: usize, out: &mut [f32], rows: usize) {
-        let tokens = x.chunks(TOKENS_IN_CACHE * cols).zip(out.chunks_mut(TOKENS_IN_CACHE * rows));
-        tokens.for_each(|(x, out)| self.store(x, cols, out, rows));
+    /// One of its bands, which all take the same input.
+    fn band(&self) -> Band<'a> {
+        self.matrices[0].bands[0]
+    }
+
+    /// Of each matrix `out[m, rows]` from `x[m, cols]`, for any `m`.
+    fn multiply(&self, x: &[f32], cols: usize, outs: &mut [&mut [f32]]) {
+        for (index, x) in x.chunks(TOKENS_IN_CACHE * cols).enumerate() {
+            let (first, m) = (index * TOKENS_IN_CACHE, x.len() / cols);
+            let outs = self.matrices.iter().zip(&mut *outs).map(|(&Matrix { rows, .. }, out)| {
+                row_major_mut(&mut out[first * rows..][..m * rows], m, rows, rows)
+            });
+            self.store(x, cols, outs.collect());
+        }
     }
 
     /// A token, rounded as it is alone.
     fn round(&self, x: &[f32]) -> Tokens<1> {
-        match self.bands[0] {
+        match self.band() {
             Band::Packed(layer) => Input::new(layer.layout(), x).tokens,
             Band::Blocks(_, STEP) => Input::in_whole_steps(x).tokens,
             Band::Blocks(..) => Input::in_whole_steps(x).in_single_units(),
@@ -125,7 +175,7 @@ impl<'a> Product<'a> {
 
     /// The columns that are unpacked at a time.
     fn chunks(&self) -> Vec<Chunk> {
-        match self.bands[0] {
+        match self.band() {
             Band::Packed(layer) => chunks_of_groups(layer.layout()),
             Band::Blocks(tensor, run) => chunks_of_blocks(&tensor, run),
         }
@@ -133,7 +183,7 @@ impl<'a> Product<'a> {
 
     /// How many tokens are multiplied without a panel.
     fn direct_tokens(&self) -> usize {
-        match self.bands[0] {
+        match self.band() {
             Band::Packed(layer) => match layer.layout().coding() {
                 ScaleCoding::Trellis { .. } => 1,
                 ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => self.kernels.tiles.tile_tokens,
@@ -142,24 +192,25 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// `out[m, rows]` from `x[m, cols]`.
-    fn store(&self, x: &[f32], cols: usize, out: &mut [f32], rows: usize) {
+    /// The same for tokens that stay in the cache.
+    fn store(&self, x: &[f32], cols: usize, outs: Vec<MatMut<'_, f32>>) {
         let (m, tiles) = (x.len() / cols, self.kernels.tiles);
         let direct = m <= self.direct_tokens();
         let largest = if direct { tiles.tile_tokens } else { tiles.tokens };
         let blocks = TokenBlock::of_all(largest, x, cols, |x| self.round(x));
-        let mut rest = row_major_mut(out, m, rows, rows);
         let mut tasks = Vec::new();
-        for band in &self.bands {
-            // About as many bytes times tokens as a task of one token has.
-            let tiles = band.rows().div_ceil(TILE_ROWS);
-            let tasks_of_band = (tiles * band.tile_bytes() * m).div_ceil(TASK_BYTES).min(tiles);
-            let step = tiles.div_ceil(tasks_of_band).next_multiple_of(band.strip_tiles());
-            for first in (0..tiles).step_by(step) {
-                let task_rows = (step * TILE_ROWS).min(band.rows() - first * TILE_ROWS);
-                let (out, others) = rest.split_at_col_mut(task_rows);
-                rest = others;
-                tasks.push((*band, first, out));
+        for (matrix, mut rest) in self.matrices.iter().zip(outs) {
+            for band in &matrix.bands {
+                // About as many bytes times tokens as a task of one token has.
+                let tiles = band.rows().div_ceil(TILE_ROWS);
+                let tasks_of_band = (tiles * band.tile_bytes() * m).div_ceil(TASK_BYTES).min(tiles);
+                let step = tiles.div_ceil(tasks_of_band).next_multiple_of(band.strip_tiles());
+                for first in (0..tiles).step_by(step) {
+                    let task_rows = (step * TILE_ROWS).min(band.rows() - first * TILE_ROWS);
+                    let (out, others) = rest.split_at_col_mut(task_rows);
+                    rest = others;
+                    tasks.push((*band, first, out));
+                }
             }
         }
         if direct {
