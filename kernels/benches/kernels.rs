@@ -1,8 +1,8 @@
 //! How fast the CPU's kernels are, next to a plain read of memory.
 //!
-//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES [NAME]]]`: kernels whose name
-//! contains NAME. Layers and caches come from memory, as those of a model do: copies, more than the
-//! processor's caches hold, take turns. With few mebibytes they come from a cache.
+//! `cargo bench -p slim-kernels --bench kernels [-- THREADS [MEBIBYTES [NAME]]]`: kernels whose
+//! name contains NAME. Layers and caches come from memory, as those of a model do: copies, more
+//! than the processor's caches hold, take turns. With few mebibytes they come from a cache.
 //!
 //! What counts is the share of a plain read, which on a shared machine only two measurements in
 //! turn give. Benchmark harnesses measure one function after the other and print no ratios: hence

@@ -101,8 +101,8 @@ const fn reversed(index: usize, count: usize) -> usize {
 }
 
 /// Writes a function that gives the entry points of a [`Kernel`] for tiles, each of which enables
-/// `$features`; `$block`s of `$tile_tokens` tokens at the most are multiplied without a panel. Each is a function of its own:
-/// together, they would have too few registers.
+/// `$features`; `$block`s of `$tile_tokens` tokens at the most are multiplied without a panel. Each
+/// is a function of its own: in one for all, the compiler spills registers.
 macro_rules! tile_kernels {
     ($name:ident, $features:literal, $kernel:expr, $tile_tokens:literal: $($block:ident)*) => {
         fn $name() -> $crate::cpu::matvec::TileKernels {
