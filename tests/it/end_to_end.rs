@@ -11,7 +11,9 @@ use slim_converter::{
 };
 use slim_formats::{
     DType, Decoder, DenseTensor, FormatError, Layout, ModelConfig, ModelSource, OutputPath,
-    TokenizerSource, Weight, open_model,
+    TokenizerSource, Weight,
+    arch::Mixer,
+    open_model,
     slim::{ScaleCoding, SlimFile},
 };
 use slim_kernels::{
@@ -33,6 +35,10 @@ const LOGITS_TOLERANCE: f32 = 1e-3;
 /// share of the logits, as a root mean square. Measured 0.039 at most, in a model of 12 columns;
 /// else 0.022.
 pub const ROUNDED_TOLERANCE: f64 = 0.05;
+/// That of models with gated delta nets, whose states carry an error on to all later tokens: which
+/// experts a token takes and how far that leads differs from one instruction path and text to the
+/// next. Measured 0.09 at most.
+const ROUNDED_STATE_TOLERANCE: f64 = 0.15;
 
 const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
 const TRELLIS: ScaleCoding = ScaleCoding::Trellis { sub_group: 32 };
@@ -160,6 +166,9 @@ pub fn assert_runs_like(what: &str, file: &Path, tokens: &[u32], expected: &[Vec
     let (exact, rounded) = (run(&FloatCpu(Precision::Fine)), run(&Cpu));
     let source = open_model(file).unwrap();
     let has_experts = source.decoder().blocks.iter().any(|block| block.experts.is_some());
+    let has_states =
+        source.decoder().blocks.iter().any(|block| matches!(block.mixer, Mixer::DeltaNet(_)));
+    let bound = if has_states { ROUNDED_STATE_TOLERANCE } else { ROUNDED_TOLERANCE };
     let vocab = source.decoder().vocab_size;
     for (phase, name) in ["prefill", "decode"].into_iter().enumerate() {
         let expected = &expected[phase];
@@ -169,7 +178,7 @@ pub fn assert_runs_like(what: &str, file: &Path, tokens: &[u32], expected: &[Vec
         let share = share_of_error(&rounded[phase], expected, vocab, spared);
         println!("{what}: logits of {name} differ by {difference}, rounded by a share of {share}");
         assert!(difference < LOGITS_TOLERANCE, "{what}, {name}: {difference}");
-        assert!(share < ROUNDED_TOLERANCE, "{what}, {name}, rounded: {share}");
+        assert!(share < bound, "{what}, {name}, rounded: {share}");
     }
 }
 
