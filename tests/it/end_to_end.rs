@@ -351,8 +351,9 @@ fn conversion_on_a_device_gives_the_same_bytes_again_and_the_cpus_quality() {
     }
     // Another rounding of a sum turns codes over. In models as small as this that changes the error
     // by 0.6 % either way (standard deviation of 88 conversions; their mean changed by 0.04 %):
-    // hence several seeds.
-    const SEEDS: [&str; 6] = ["0", "1", "2", "3", "4", "5"];
+    // hence many seeds. Six of them were off by 1.1 % where the CPU multiplies bf16 numbers, these
+    // by 0.6 %.
+    let seeds: [String; 24] = std::array::from_fn(|seed| seed.to_string());
     let dir = Dir::new();
     for more in [&[][..], &["--reference"]] {
         let convert = |device: &str, seed: &str| {
@@ -367,7 +368,7 @@ fn conversion_on_a_device_gives_the_same_bytes_again_and_the_cpus_quality() {
         assert!(convert("cuda:0", "0").1 == bytes, "{more:?}");
 
         let [on_device, on_cpu] =
-            ["cuda", "cpu"].map(|device| SEEDS.map(|seed| convert(device, seed).0));
+            ["cuda", "cpu"].map(|device| seeds.each_ref().map(|seed| convert(device, seed).0));
         let ratio = mean_error(&on_device) / mean_error(&on_cpu);
         println!("{more:?}: error on the device / error on the CPU: {ratio}");
         assert!((ratio - 1.0).abs() < 0.01, "{more:?}: {ratio}");
