@@ -27,8 +27,7 @@ pub trait Backend: Send + Sync {
         m: usize,
         outs: &mut [&mut [f32]],
     ) -> Result<()> {
-        let mut products = weights.iter().zip(outs);
-        products.try_for_each(|(w, out)| self.matmul(*w, x, m, out))
+        one_by_one(self, weights, x, m, outs)
     }
 
     /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight`, token by token; `x`, `out`: [m,
@@ -55,6 +54,18 @@ pub trait Backend: Send + Sync {
 
     /// `x = activation(x)`, element by element.
     fn activate(&self, activation: Activation, x: &mut [f32]);
+}
+
+/// [`Backend::matmul_each`] by [`Backend::matmul`].
+pub(crate) fn one_by_one<B: Backend + ?Sized>(
+    backend: &B,
+    weights: &[Weight<'_>],
+    x: &[f32],
+    m: usize,
+    outs: &mut [&mut [f32]],
+) -> Result<()> {
+    let mut products = weights.iter().zip(outs);
+    products.try_for_each(|(w, out)| backend.matmul(*w, x, m, out))
 }
 
 /// Cosines and sines of the rotation at consecutive positions.

@@ -19,7 +19,9 @@ use rayon::prelude::*;
 use slim_formats::{Weight, arch::Activation, slim::TILE_ROWS};
 
 use crate::{
-    AttentionCall, Backend, Result, RopeAngles, check_matmul,
+    AttentionCall, Backend, Result, RopeAngles,
+    backend::one_by_one,
+    check_matmul,
     linalg::{Layout, Left, Mat, Panel, Precision, Store},
     weight::{dequantize_rows, shape},
 };
@@ -58,10 +60,10 @@ impl Backend for Cpu {
         for (w, out) in weights.iter().zip(&*outs) {
             check_matmul(*w, x, m, out)?;
         }
-        if matvec::batch::multiply_each_by(Method::fastest(), weights, x, m, outs).is_some() {
-            return Ok(());
+        match matvec::batch::multiply_each_by(Method::fastest(), weights, x, m, outs) {
+            Some(()) => Ok(()),
+            None => one_by_one(self, weights, x, m, outs),
         }
-        weights.iter().zip(outs).try_for_each(|(w, out)| self.matmul(*w, x, m, out))
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {

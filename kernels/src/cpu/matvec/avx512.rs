@@ -18,7 +18,12 @@ pub(super) fn detect() -> Option<Kernels> {
     has.then(|| Kernels { tiles: tiles(), blocks })
 }
 
-tile_kernels!(tiles, "avx512f,avx512bw,avx512vnni", Kernel::<_, 1>(Avx512(())), 8: One Two Four Eight);
+tile_kernels!(
+    tiles,
+    "avx512f,avx512bw,avx512vnni",
+    Kernel::<_, 1>(Avx512(())),
+    8: One Two Four Eight
+);
 
 /// Made by functions that enable its instructions only.
 #[derive(Clone, Copy)]

@@ -1,5 +1,6 @@
-//! Many tokens times a weight matrix, straight from the file's bytes: a tile's codes are unpacked
-//! once into the first cache and multiplied with 8-bit inputs.
+//! Tokens times weight matrices, straight from the file's bytes: a few are multiplied with a tile's
+//! codes as these are unpacked, of many the 8-bit inputs with codes that are unpacked once into the
+//! first cache.
 
 use faer::{MatMut, reborrow::ReborrowMut};
 use rayon::prelude::*;

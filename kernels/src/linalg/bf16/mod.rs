@@ -35,10 +35,9 @@ pub enum Unit {
 impl Unit {
     /// The fastest one of this machine that has this precision.
     pub fn detect(precision: Precision) -> Option<Self> {
-        let avx512 = || avx512::Unit::detect().map(Self::Avx512);
         amx::Unit::detect().map(|amx| Self::Amx(amx, precision)).or_else(|| match precision {
             Precision::Fine => None,
-            Precision::Coarse => avx512(),
+            Precision::Coarse => avx512::Unit::detect().map(Self::Avx512),
         })
     }
 
