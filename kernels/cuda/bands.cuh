@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dense.cuh"
+#include "trellis.cuh"
 
 // Bands of a matrix at most.
 constexpr u32 MAX_BANDS = 16;
@@ -40,7 +41,19 @@ __device__ inline void prefetch_row_ends(const Band<Matrix>& band, u32 tile) {
     if (band.bias != nullptr) prefetch_to_l2(band.bias + band.first_row + tile * TILE_ROWS);
 }
 
+// Tiles whose codes belong together.
+template <class Matrix>
+constexpr u32 TILES_OF_STRIP = 1;
+template <>
+constexpr u32 TILES_OF_STRIP<TrellisMatrix> = STRIP_TILES;
+
+template <class Matrix>
+__device__ inline u32 strips_of(const Matrix& w) {
+    constexpr u32 STRIP_ROWS = TILES_OF_STRIP<Matrix> * TILE_ROWS;
+    return (w.rows + STRIP_ROWS - 1) / STRIP_ROWS;
+}
+
 template <class Matrix>
 __device__ inline u32 tiles_of(const Matrix& w) {
-    return (w.rows + TILE_ROWS - 1) / TILE_ROWS;
+    return TILES_OF_STRIP<Matrix> * strips_of(w);
 }

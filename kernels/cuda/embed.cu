@@ -75,6 +75,22 @@ __device__ inline StoredScale two_level_scale(const u8* record, bool has_high_bi
     return {float(s), -float(z)};
 }
 
+// The same of a trellis. Its codes say their values together (F24 to F26).
+__device__ inline float weight_at(const TrellisMatrix& w, const Item& item, u32 row, u32 col) {
+    const u32 first_tile = row / TILE_ROWS / STRIP_TILES * STRIP_TILES, row_of_tile = row % TILE_ROWS;
+    const auto code = [&](u32 row_of_strip) {
+        const u8* tile = w.codes + u64(first_tile + row_of_strip / TILE_ROWS) * w.tile_code_bytes;
+        return code_at(tile + item.codes, item, row_of_strip % TILE_ROWS, col);
+    };
+    const u64 tile = row / TILE_ROWS;
+    const u8* record = w.scales + tile * w.tile_scale_bytes + item.scales + (col >> w.sub_group_log2) * TRELLIS_RECORD_BYTES;
+    const float s = float(record[row_of_tile % 8] >> row_of_tile / 8 * 4 & 15);
+    u32 row_of_strip = row % (STRIP_TILES * TILE_ROWS), window = 0;
+    for (u32 bit = 0; bit < 8; bit += item.width, row_of_strip = next_in_ring(row_of_strip)) window |= code(row_of_strip) << bit;
+    const float value = value_of_window(item.width, window & 255);
+    return rounded_product(rounded_product(half_to_float(w.row_scales[tile * TILE_ROWS + row_of_tile]), s), value);
+}
+
 // The weight in row `row`, column `col` of an item.
 __device__ inline float weight_at(const PackedMatrix& w, const Item& item, u32 row, u32 col) {
     const u64 tile = row / TILE_ROWS;
@@ -93,11 +109,12 @@ __device__ inline float weight_at(const PackedMatrix& w, const Item& item, u32 r
     return rounded_product(factor, code) + rounded_product(half_to_float(*m), scale.offset);
 }
 
-extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<PackedMatrix> args) {
+template <class Matrix>
+__device__ inline void embed_codes(const Embed<Matrix>& args) {
     begin_after_previous_kernel();
     const u32 token = row_of_token(args);
-    const Band<PackedMatrix>& band = band_of(args, token);
-    const PackedMatrix& w = band.w;
+    const Band<Matrix>& band = band_of(args, token);
+    const Matrix& w = band.w;
     if (blockIdx.x >= w.item_count) return;
     const Item item = w.items[blockIdx.x];
     const u32 col = threadIdx.x, row = token - band.first_row;
@@ -106,6 +123,9 @@ extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<Pack
     float* x = band.out + u64(blockIdx.y) * w.cols + item.col16 * UNIT_COLS;
     store_embedding(args, x + col, row < w.rows ? weight_at(w, item, row, col) : nanf(""));
 }
+
+extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_packed(Embed<PackedMatrix> args) { embed_codes(args); }
+extern "C" __global__ void __launch_bounds__(EMBED_COLS) embed_trellis(Embed<TrellisMatrix> args) { embed_codes(args); }
 
 // The weight in row `row`, column `col`: `fragment` of dense.cuh, one number of it.
 __device__ inline float weight_at(const DenseMatrix& w, u32 row, u32 col) {

@@ -44,6 +44,7 @@ struct Matmul {
     float scale;
 };
 typedef Matmul<PackedMatrix> MatmulPacked;
+typedef Matmul<TrellisMatrix> MatmulTrellis;
 typedef Matmul<DenseMatrix> MatmulDense;
 
 // What a block works on, in shared memory: its registers are full of sums.
@@ -128,18 +129,32 @@ __device__ inline void copy_inputs(const u16* x, u32 x_stride, u32 m, u32 col, u
 
 typedef float Sums[WARP_TILES][WARP_TOKEN_BLOCKS][4];
 
-// sums += operands `a` of two products, times the inputs of all the warp's tokens in a chunk;
-// `inputs` are the lane's first.
+// sums += operands `a` of two products, times the inputs `b` of the warp's tokens 8n .. 8n + 7.
+__device__ inline void multiply_block(Sums& sums, const u32 (&a)[WARP_TILES][2][4], const Vector16& b, u32 n) {
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i)
+#pragma unroll
+        for (u32 tile = 0; tile < WARP_TILES; ++tile)
+            mma_16x8x16(sums[tile][n], a[tile][i][0], a[tile][i][1], a[tile][i][2], a[tile][i][3], b.word[2 * i], b.word[2 * i + 1]);
+}
+
+// sums += two products, times the inputs of all the warp's tokens in a chunk; `inputs` are the
+// lane's first.
 template <u32 COLS>
 __device__ inline void multiply_chunk(Sums& sums, const u32 (&a)[WARP_TILES][2][4], const u8* inputs) {
 #pragma unroll
+    for (u32 n = 0; n < WARP_TOKEN_BLOCKS; ++n) multiply_block(sums, a, load16(inputs + n * 8 * 2 * COLS), n);
+}
+
+// The same for one product of a chunk and the same one of another.
+template <u32 COLS>
+__device__ inline void multiply_two_chunks(Sums& sums, const u32 (&a)[WARP_TILES][2][4], const u8* first, const u8* second) {
+#pragma unroll
     for (u32 n = 0; n < WARP_TOKEN_BLOCKS; ++n) {
-        const Vector16 b = load16(inputs + n * 8 * 2 * COLS);
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i)
-#pragma unroll
-            for (u32 tile = 0; tile < WARP_TILES; ++tile)
-                mma_16x8x16(sums[tile][n], a[tile][i][0], a[tile][i][1], a[tile][i][2], a[tile][i][3], b.word[2 * i], b.word[2 * i + 1]);
+        u32 b[2][2];
+        load_pair(b[0], first + n * 8 * 2 * COLS);
+        load_pair(b[1], second + n * 8 * 2 * COLS);
+        multiply_block(sums, a, {{b[0][0], b[0][1], b[1][0], b[1][1]}}, n);
     }
 }
 
@@ -225,7 +240,7 @@ __device__ inline void store_sums(const Sums& sums, const Matmul<Matrix>& args, 
     }
 }
 
-// ---- packed weights ----
+// ---- weights made of codes ----
 
 // What a warp needs of an item in shared memory.
 struct PackedItem {
@@ -245,7 +260,8 @@ __device__ inline void load_units(Unit<WIDTH> (&words)[WARP_TILES], const Packed
     for (u32 tile = 0; tile < WARP_TILES; ++tile) words[tile].load(SlotPlanes<UNITS>(work.slots + tile * work.slot_size, *work.entry), unit);
 }
 
-__device__ inline void load_factors(Factors (&scales)[WARP_TILES], const PackedMatrix& w, const PackedItem& work, u32 unit, u32 g) {
+template <class Matrix>
+__device__ inline void load_factors(Factors (&scales)[WARP_TILES], const Matrix& w, const PackedItem& work, u32 unit, u32 g) {
 #pragma unroll
     for (u32 tile = 0; tile < WARP_TILES; ++tile) {
         const u8* records = records_of(w, min(work.first_tile + tile, work.last_tile), *work.entry, work.slots + tile * work.slot_size);
@@ -253,8 +269,60 @@ __device__ inline void load_factors(Factors (&scales)[WARP_TILES], const PackedM
     }
 }
 
-template <int WIDTH>
-__device__ inline void multiply_item(Sums& sums, const PackedMatrix& w, const PackedItem& work, const Share& share) {
+// sums += a unit of all tiles. `inputs(chunk)`: the lane's of its two chunks.
+template <int WIDTH, class Inputs>
+__device__ inline void multiply_units(Sums& sums, const PackedMatrix&, const Unit<WIDTH> (&words)[WARP_TILES], const Factors (&scales)[WARP_TILES],
+                                      const Inputs& inputs) {
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        u32 a[WARP_TILES][2][4];
+#pragma unroll
+        for (u32 tile = 0; tile < WARP_TILES; ++tile)
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) operands(a[tile][i], words[tile], scales[tile], 2 * half + i);
+        multiply_chunk<ITEM_COLS>(sums, a, inputs(half));
+    }
+}
+
+template <int WIDTH, class Inputs>
+__device__ inline void multiply_units(Sums& sums, const TrellisMatrix& w, const Unit<WIDTH> (&words)[WARP_TILES],
+                                      const Factors (&scales)[WARP_TILES], const Inputs& inputs) {
+    if constexpr (WIDTH >= GRID_WIDTH) {
+        multiply_units(sums, static_cast<const PackedMatrix&>(w), words, scales, inputs);
+    } else {
+#pragma unroll
+        for (u32 p = 0; p < 2; ++p) {
+            u32 a[WARP_TILES][2][4];
+#pragma unroll
+            for (u32 strip = 0; strip < WARP_TILES; strip += STRIP_TILES) {
+                const Ring<WIDTH> ring({words[strip], words[strip + 1]});
+#pragma unroll
+                for (u32 tile = 0; tile < STRIP_TILES; ++tile) {
+                    u32 entries[2][2];
+                    for (u32 r = 0; r < 2; ++r) ring.load_entries(entries[r], tile, r, p);
+                    for (u32 upper = 0; upper < 2; ++upper) operands(a[strip + tile][upper], entries, scales[strip + tile], upper);
+                }
+            }
+            multiply_two_chunks<ITEM_COLS>(sums, a, inputs(0) + 8 * p, inputs(1) + 8 * p);
+        }
+    }
+}
+
+// The scales of a unit, asked for once for all tiles, so that their loads can be under way
+// together.
+__device__ inline void load_all_factors(Factors (&scales)[WARP_TILES], const PackedMatrix& w, const PackedItem& work, u32 unit, u32 g) {
+    switch (w.coding) {
+        case PAPER: load_factors(scales, w, work, unit, g); break;
+        case TWO_LEVEL_4: load_factors(scales, w, work, unit, g); break;
+        default: load_factors(scales, w, work, unit, g);
+    }
+}
+__device__ inline void load_all_factors(Factors (&scales)[WARP_TILES], const TrellisMatrix& w, const PackedItem& work, u32 unit, u32 g) {
+    load_factors(scales, w, work, unit, g);
+}
+
+template <int WIDTH, class Matrix>
+__device__ inline void multiply_item(Sums& sums, const Matrix& w, const PackedItem& work, const Share& share) {
     const Item& item = *work.entry;
     const u32 per_lane = lane_units(item.units);
     Factors scales[WARP_TILES];
@@ -262,41 +330,29 @@ __device__ inline void multiply_item(Sums& sums, const PackedMatrix& w, const Pa
     for (u32 step = 0; step < per_lane; ++step) {
         // Lanes without a unit of their own take the last: their inputs are zero.
         const u32 unit_of_lane = per_lane * share.q + step, unit = min(unit_of_lane, item.units - 1u);
-        if (step == 0 || w.sub_group_log2 == 4) {
-            // Asked here, once for all tiles, so that their loads can be under way together.
-            switch (w.coding) {
-                case PAPER: load_factors(scales, w, work, unit, share.g); break;
-                case TWO_LEVEL_4: load_factors(scales, w, work, unit, share.g); break;
-                default: load_factors(scales, w, work, unit, share.g);
-            }
-        }
+        if (step == 0 || w.sub_group_log2 == 4) load_all_factors(scales, w, work, unit, share.g);
         Unit<WIDTH> words[WARP_TILES];
         switch (item.units) {
             case 8: load_units<WIDTH, 8>(words, work, unit); break;
             case 4: load_units<WIDTH, 4>(words, work, unit); break;
             default: load_units<WIDTH, 0>(words, work, unit);
         }
-#pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-            u32 a[WARP_TILES][2][4];
-#pragma unroll
-            for (u32 tile = 0; tile < WARP_TILES; ++tile)
-#pragma unroll
-                for (u32 i = 0; i < 2; ++i) operands(a[tile][i], words[tile], scales[tile], 2 * half + i);
-            multiply_chunk<ITEM_COLS>(sums, a, work.inputs + input_offset<ITEM_COLS>(share.first_token + share.g, 2 * unit_of_lane + half));
-        }
+        multiply_units(sums, w, words, scales, [&](u32 chunk) {
+            return work.inputs + input_offset<ITEM_COLS>(share.first_token + share.g, 2 * unit_of_lane + chunk);
+        });
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, MATMUL_BLOCKS) matmul_packed(MatmulPacked args) {
+template <class Matrix>
+__device__ inline void matmul_codes(const Matmul<Matrix>& args) {
     begin_after_previous_kernel();
     DYNAMIC_SHARED(shared);
-    auto& block = *reinterpret_cast<BlockWork<PackedMatrix>*>(shared);
+    auto& block = *reinterpret_cast<BlockWork<Matrix>*>(shared);
     Item* const entries = reinterpret_cast<Item*>(shared + WORK_BYTES);
     auto& rows = *reinterpret_cast<RowScales(*)[MATMUL_TILES][TILE_ROWS / 2]>(shared + ROWS_AT);
     block.find(args);
     const Share share;
-    const PackedMatrix& w = block.band.w;
+    const Matrix& w = block.band.w;
     const u32 last_tile = tiles_of(w) - 1, first_tile = block.first_tile, items = w.item_count;
     if (threadIdx.x < min(SETS, items)) entries[threadIdx.x] = w.items[threadIdx.x];
     for (u32 tile = threadIdx.x / WARP; tile < MATMUL_TILES; tile += SETS * SET_WARPS) {
@@ -325,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, MATMUL_BLOCKS) matm
                      [&](u32 i, const u8* stage) {
                          if (!has_work) return;
                          // All bands have the same scale coding, and arguments take no registers.
-                         PackedMatrix of_band = {};
+                         Matrix of_band = {};
                          of_band.tile_scale_bytes = w.tile_scale_bytes;
                          of_band.coding = args.band[0].w.coding;
                          of_band.sub_group_log2 = args.band[0].w.sub_group_log2;
@@ -336,6 +392,9 @@ extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, MATMUL_BLOCKS) matm
                      });
     store_sums(sums, args, block, share, reinterpret_cast<float*>(shared + HEAD_BYTES));
 }
+
+extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, MATMUL_BLOCKS) matmul_packed(MatmulPacked args) { matmul_codes(args); }
+extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, MATMUL_BLOCKS) matmul_trellis(MatmulTrellis args) { matmul_codes(args); }
 
 // ---- dense weights ----
 

@@ -29,19 +29,58 @@ __device__ inline LaneInputs inputs_of_lane(const Matvec<Matrix>& args) {
 // and to the other by turns: each has to wait for the one before it.
 typedef float LaneSums[2][4];
 
-// sums += a unit of a tile; `x`: the lane's inputs at its columns.
+// sums += product t of a unit; `inputs`: the lane's at its columns.
+__device__ inline void multiply_operands(LaneSums& sums, const u32 (&a)[4], const Inputs& inputs, u32 t) {
+    const Vector16& b = inputs.half[t / 2];
+    mma_16x8x16(sums[t % 2], a[0], a[1], a[2], a[3], b.word[t % 2 * 2], b.word[t % 2 * 2 + 1]);
+}
+
+// sums += a unit of a tile.
 template <int WIDTH>
 __device__ inline void multiply_unit(LaneSums& sums, const Unit<WIDTH>& codes, const Factors& scales, const Inputs& inputs) {
 #pragma unroll
     for (u32 t = 0; t < 4; ++t) {
         u32 a[4];
         operands(a, codes, scales, t);
-        const Vector16& b = inputs.half[t / 2];
-        mma_16x8x16(sums[t % 2], a[0], a[1], a[2], a[3], b.word[t % 2 * 2], b.word[t % 2 * 2 + 1]);
+        multiply_operands(sums, a, inputs, t);
+    }
+}
+
+template <int WIDTH>
+__device__ inline void multiply_units(LaneSums (&sums)[1], const Unit<WIDTH> (&codes)[1], const Factors (&scales)[1], const Inputs& inputs) {
+    multiply_unit(sums[0], codes[0], scales[0], inputs);
+}
+
+// sums += a unit of a strip of a trellis.
+template <int WIDTH>
+__device__ inline void multiply_units(LaneSums (&sums)[STRIP_TILES], const Unit<WIDTH> (&codes)[STRIP_TILES],
+                                      const Factors (&scales)[STRIP_TILES], const Inputs& inputs) {
+    if constexpr (WIDTH >= GRID_WIDTH) {
+        for (u32 tile = 0; tile < STRIP_TILES; ++tile) multiply_unit(sums[tile], codes[tile], scales[tile], inputs);
+    } else {
+        const Ring<WIDTH> ring(codes);
+#pragma unroll
+        for (u32 p = 0; p < 2; ++p)
+#pragma unroll
+            for (u32 tile = 0; tile < STRIP_TILES; ++tile) {
+                u32 entries[2][2];
+                for (u32 r = 0; r < 2; ++r) ring.load_entries(entries[r], tile, r, p);
+                for (u32 upper = 0; upper < 2; ++upper) {
+                    u32 a[4];
+                    operands(a, entries, scales[tile], upper);
+                    multiply_operands(sums[tile], a, inputs, p + 2 * upper);
+                }
+            }
     }
 }
 
 // ---- a tile of plain items ----
+
+// A scale record of a plain layer, of all rows of a tile.
+template <class Matrix>
+constexpr u32 PLAIN_RECORD_BYTES = TILE_ROWS;
+template <>
+constexpr u32 PLAIN_RECORD_BYTES<TrellisMatrix> = TRELLIS_RECORD_BYTES;
 
 // What a lane fetches of an item before its turn, so that memory is never waited for: its scale
 // codes, and the words of its units where codes have up to 4 bits. Wider items keep memory busy by
@@ -59,11 +98,13 @@ struct PlainTile {
     const u8* scales;  // of the lane's rows and first unit
     u32 first_unit;
 
-    __device__ PlainTile(const PackedMatrix& w, u32 tile) {
+    template <class Matrix>
+    __device__ void find(const Matrix& w, u32 tile) {
         const u32 lane = threadIdx.x % WARP;
         first_unit = PER_LANE * (lane % 4);
         codes = w.codes + u64(tile) * w.tile_code_bytes;
-        scales = w.scales + u64(tile) * w.tile_scale_bytes + ((first_unit * UNIT_COLS) >> w.sub_group_log2) * TILE_ROWS + lane / 4 * 2;
+        const u32 run = (first_unit * UNIT_COLS) >> w.sub_group_log2;
+        scales = w.scales + u64(tile) * w.tile_scale_bytes + run * PLAIN_RECORD_BYTES<Matrix> + lane / 4 * 2 % PLAIN_RECORD_BYTES<Matrix>;
     }
 
     __device__ u32 unit_of_group(const Item& item) const { return item.start16 + first_unit; }
@@ -108,77 +149,108 @@ __device__ inline Unit<WIDTH> take_unit(const PlainTile<PER_LANE>& tile, const F
     return unit;
 }
 
-template <int WIDTH, u32 PER_LANE>
-__device__ inline void multiply_plain_item(LaneSums& sums, const PlainTile<PER_LANE>& tile, const Fetched& fetched, const Item* entry,
-                                           const RowScales& rows, const u16* x) {
-    const Factors scales = two_level_factors<false>(fetched.scales, 0, rows);
+// Of the scale codes that a lane fetched for its two rows.
+template <int WIDTH>
+__device__ inline Factors plain_factors(const PackedMatrix&, u32 fetched, const RowScales& rows) {
+    return two_level_factors<false>(fetched, 0, rows);
+}
+template <int WIDTH>
+__device__ inline Factors plain_factors(const TrellisMatrix&, u32 fetched, const RowScales& rows) {
+    return trellis_factors(fetched, WIDTH, rows);
+}
+
+// What a lane has of the tiles of a strip.
+template <u32 PER_LANE, u32 TILES>
+struct PlainStrip {
+    PlainTile<PER_LANE> tile[TILES];
+    RowScales rows[TILES];
+};
+
+template <int WIDTH, u32 PER_LANE, u32 TILES, class Matrix>
+__device__ inline void multiply_plain_item(LaneSums (&sums)[TILES], const Matrix& w, const PlainStrip<PER_LANE, TILES>& strip,
+                                           const Fetched (&fetched)[TILES], const Item* entry, const u16* x) {
+    Factors scales[TILES];
+    for (u32 tile = 0; tile < TILES; ++tile) scales[tile] = plain_factors<WIDTH>(w, fetched[tile].scales, strip.rows[tile]);
 #pragma unroll
     for (u32 i = 0; i < PER_LANE; ++i) {
         Inputs inputs;
         inputs.load(x + i * UNIT_COLS);
-        multiply_unit(sums, take_unit<WIDTH>(tile, fetched, entry, i), scales, inputs);
+        Unit<WIDTH> units[TILES];
+        for (u32 tile = 0; tile < TILES; ++tile) units[tile] = take_unit<WIDTH>(strip.tile[tile], fetched[tile], entry, i);
+        multiply_units(sums, units, scales, inputs);
     }
 }
 
-template <u32 PER_LANE>
-__device__ inline void multiply_plain_tile(LaneSums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
-    const PlainTile<PER_LANE> lane(w, tile);
-    const RowScales rows = row_scales_of(w, tile);
+template <u32 PER_LANE, u32 TILES, class Matrix>
+__device__ inline void multiply_plain_strip(LaneSums (&sums)[TILES], const Matrix& w, u32 first_tile, const LaneInputs& x, u32 first, u32 stride) {
+    PlainStrip<PER_LANE, TILES> strip;
+    for (u32 tile = 0; tile < TILES; ++tile) {
+        strip.tile[tile].find(w, first_tile + tile);
+        strip.rows[tile] = row_scales_of(w, first_tile + tile);
+    }
     const u32 last = w.item_count - 1;
     // Whole words, or else the compiler carries every field on by itself.
     const auto entry = [&](u32 i) { return load16(w.items + min(i, last)); };
     Vector16 next = entry(first), after = entry(first + stride);
-    Fetched fetched = {};
-    lane.fetch(fetched, item_of(next));
+    Fetched fetched[TILES] = {};
+    for (u32 tile = 0; tile < TILES; ++tile) strip.tile[tile].fetch(fetched[tile], item_of(next));
     wait_for_previous_kernel();
     for (u32 i = first; i <= last; i += stride) {
         const Item item = item_of(next);
-        const Fetched here = fetched;
+        Fetched here[TILES];
+        for (u32 tile = 0; tile < TILES; ++tile) here[tile] = fetched[tile];
         next = after;
         // Past the end the last is fetched once more.
-        lane.fetch(fetched, item_of(next));
+        for (u32 tile = 0; tile < TILES; ++tile) strip.tile[tile].fetch(fetched[tile], item_of(next));
         after = entry(i + 2 * stride);
-        const u16* inputs = x.values + (x.lane + (item.col16 + lane.first_unit) * UNIT_COLS);
-        FOR_WIDTH(item.width, multiply_plain_item, sums, lane, here, w.items + i, rows, inputs);
+        const u16* inputs = x.values + (x.lane + (item.col16 + strip.tile[0].first_unit) * UNIT_COLS);
+        FOR_WIDTH(item.width, multiply_plain_item, sums, w, strip, here, w.items + i, inputs);
     }
 }
 
 // ---- a tile of any items ----
 
-template <int WIDTH>
-__device__ inline void multiply_item(LaneSums& sums, const PackedMatrix& w, u32 tile, const Item& item, const RowScales& rows, const LaneInputs& x) {
-    const GroupPlanes planes = {w.codes + u64(tile) * w.tile_code_bytes + item.codes, item.group16};
-    const u8* records = w.scales + u64(tile) * w.tile_scale_bytes + item.scales;
+template <int WIDTH, u32 TILES, class Matrix>
+__device__ inline void multiply_item(LaneSums (&sums)[TILES], const Matrix& w, u32 first_tile, const Item& item, const RowScales (&rows)[TILES],
+                                     const LaneInputs& x) {
     const u32 per_lane = lane_units(item.units);
     for (u32 i = 0; i < per_lane; ++i) {
         const u32 unit = per_lane * (threadIdx.x % 4) + i;
-        Factors scales = {};
-        Unit<WIDTH> codes = {};
+        Factors scales[TILES] = {};
+        Unit<WIDTH> codes[TILES] = {};
         Inputs inputs = {};
         if (unit < item.units) {
-            scales = factors_of(w, item, records, unit, rows);
-            codes.load(planes, item.start16 + unit);
+            for (u32 tile = 0; tile < TILES; ++tile) {
+                const u8* records = w.scales + u64(first_tile + tile) * w.tile_scale_bytes + item.scales;
+                scales[tile] = factors_of(w, item, records, unit, rows[tile]);
+                codes[tile].load(GroupPlanes{w.codes + u64(first_tile + tile) * w.tile_code_bytes + item.codes, item.group16}, item.start16 + unit);
+            }
             inputs.load(x.values + (x.lane + (item.col16 + unit) * UNIT_COLS));
         }
-        multiply_unit(sums, codes, scales, inputs);
+        multiply_units(sums, codes, scales, inputs);
     }
 }
 
-// sums += the items `first`, `first + stride`, ... of a tile.
-__device__ inline void multiply_tile(LaneSums& sums, const PackedMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+// ---- the share of a warp ----
+
+// sums += the items `first`, `first + stride`, ... of a strip.
+template <u32 TILES, class Matrix>
+__device__ inline void multiply_strip(LaneSums (&sums)[TILES], const Matrix& w, u32 strip, const LaneInputs& x, u32 first, u32 stride) {
+    const u32 first_tile = TILES * strip;
     switch (w.plain_units) {
-        case 8: return multiply_plain_tile<2>(sums, w, tile, x, first, stride);
-        case 4: return multiply_plain_tile<1>(sums, w, tile, x, first, stride);
+        case 8: return multiply_plain_strip<2>(sums, w, first_tile, x, first, stride);
+        case 4: return multiply_plain_strip<1>(sums, w, first_tile, x, first, stride);
     }
-    const RowScales rows = row_scales_of(w, tile);
+    RowScales rows[TILES];
+    for (u32 tile = 0; tile < TILES; ++tile) rows[tile] = row_scales_of(w, first_tile + tile);
     wait_for_previous_kernel();
     for (u32 i = first; i < w.item_count; i += stride) {
         const Item item = w.items[i];
-        FOR_WIDTH(item.width, multiply_item, sums, w, tile, item, rows, x);
+        FOR_WIDTH(item.width, multiply_item, sums, w, first_tile, item, rows, x);
     }
 }
 
-__device__ inline void multiply_tile(LaneSums& sums, const DenseMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
+__device__ inline void multiply_strip(LaneSums (&sums)[1], const DenseMatrix& w, u32 tile, const LaneInputs& x, u32 first, u32 stride) {
     wait_for_previous_kernel();
     for (u32 step = first; step < w.steps; step += stride) {
         Vector16 a[4];
@@ -187,28 +259,29 @@ __device__ inline void multiply_tile(LaneSums& sums, const DenseMatrix& w, u32 t
         Inputs inputs;
         inputs.load(x.values + (x.lane + step * STEP_COLS + threadIdx.x % 4 * UNIT_COLS));
 #pragma unroll
-        for (u32 t = 0; t < 4; ++t) {
-            const Vector16& b = inputs.half[t / 2];
-            mma_16x8x16(sums[t % 2], a[t].word[0], a[t].word[1], a[t].word[2], a[t].word[3], b.word[t % 2 * 2], b.word[t % 2 * 2 + 1]);
-        }
+        for (u32 t = 0; t < 4; ++t) multiply_operands(sums[0], a[t].word, inputs, t);
     }
 }
 
 template <class Matrix>
 __device__ inline void matvec(const Matvec<Matrix>& args) {
+    constexpr u32 TILES = TILES_OF_STRIP<Matrix>;
     let_next_kernel_start();
-    __shared__ float partial[MATVEC_WARPS][TILE_ROWS][MATVEC_TOKENS];
+    __shared__ float partial[MATVEC_WARPS][TILES * TILE_ROWS][MATVEC_TOKENS];
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const BlockTile block(args);
 
-    LaneSums sums = {};
-    multiply_tile(sums, args.band[block.band_of_warp()].w, block.tile, inputs_of_lane(args), warp % block.warps, block.warps);
-    const Output<MATVEC_TOKENS> output(args, block);
-    for (u32 i = 0; i < 4; ++i) partial[warp][lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[0][i] + sums[1][i];
+    LaneSums sums[TILES] = {};
+    multiply_strip(sums, args.band[block.band_of_warp()].w, block.tile, inputs_of_lane(args), warp % block.warps, block.warps);
+    const Output<TILES * TILE_ROWS, MATVEC_TOKENS> output(args, block);
+    for (u32 tile = 0; tile < TILES; ++tile)
+        for (u32 i = 0; i < 4; ++i)
+            partial[warp][tile * TILE_ROWS + lane / 4 * 2 + i / 2][lane % 4 * 2 + i % 2] = sums[tile][0][i] + sums[tile][1][i];
     __syncthreads();
     output.store(args, block, partial);
     norm_outputs(args);
 }
 
 extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 3) matvec_packed(MatvecPacked args) { matvec(args); }
+extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 2) matvec_trellis(MatvecTrellis args) { matvec(args); }
 extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 3) matvec_dense(MatvecDense args) { matvec(args); }

@@ -4,9 +4,10 @@
 // A product of 1 to 8 tokens with up to 32 bands of rows of one matrix or of several: a band has
 // out[t, row] = sum over columns of w[row, col] * x[t, col] for some rows of its matrix.
 //
-// A block owns one tile (16 rows) of one band; with gates the same tile of two, half of the warps
-// each. Its warps share out the columns, every warp adds up its own share on tensor cores, and the
-// block adds the warps' sums in a fixed order. Every byte of the weights is read once.
+// A block owns one tile (16 rows) of one band, of a trellis a strip (32 rows); with gates the same
+// of two, half of the warps each. Its warps share out the columns, every warp adds up its own share
+// on tensor cores, and the block adds the warps' sums in a fixed order. Every byte of the weights
+// is read once.
 //
 //   x         fp16 [m, x_stride], operand order; padding zero
 //   out       f32 [m, matrix_rows], of a band its own rows: overwritten (STORE) or added to, times
@@ -18,7 +19,7 @@
 //             norm(out), fp16 operand order
 //   counter   one u32, zero between launches (used with normed)
 //
-// Grid: the tiles of all bands in turn (GATE: of the gate's). Block: 256 threads. m <= 8.
+// Grid: the tiles (strips) of all bands in turn (GATE: of the gate's). Block: 256 threads. m <= 8.
 //
 // Weights do not depend on the kernel before: where the card can, the block starts while that one
 // ends, and the first of its weights are on their way when the inputs come.
@@ -52,11 +53,12 @@ struct Matvec {
     u32 depth;
 };
 typedef Matvec<PackedMatrix> MatvecPacked;
+typedef Matvec<TrellisMatrix> MatvecTrellis;
 typedef Matvec<DenseMatrix> MatvecDense;
 
 // Which rows are the block's, and which of its warps work on them.
 struct BlockTile {
-    u32 band, tile;
+    u32 band, tile;  // of a trellis the strip
     u32 of_up;  // GATE: the band of the other half of the warps
     u32 warps;  // that share out the columns of a band
     bool has_gates;
@@ -64,7 +66,7 @@ struct BlockTile {
     template <class Matrix>
     __device__ BlockTile(const Matvec<Matrix>& args) : band(0), tile(blockIdx.x), has_gates(args.mode == GATE) {
         // With a bound that it never meets, or else ptxas spills.
-        while (band + 1 < args.bands && tile >= tiles_of(args.band[band].w)) tile -= tiles_of(args.band[band++].w);
+        while (band + 1 < args.bands && tile >= strips_of(args.band[band].w)) tile -= strips_of(args.band[band++].w);
         of_up = band + args.bands / 2;
         warps = MATVEC_WARPS >> has_gates;
     }
@@ -80,8 +82,8 @@ struct BlockTile {
     __device__ u32 band_of_warp() const { return threadIdx.x / WARP < warps ? band : of_up; }
 };
 
-// A thread's output of the block. To be made before the block waits for its warps' sums.
-template <u32 TOKENS>
+// A thread's output of a block of ROWS rows. To be made before the block waits for its warps' sums.
+template <u32 ROWS, u32 TOKENS>
 struct Output {
     u32 row_of_tile, row, t;
     bool is_one;          // or else the thread has none
@@ -90,15 +92,15 @@ struct Output {
     template <class Matrix>
     __device__ Output(const Matvec<Matrix>& args, const BlockTile& block) : end{}, end_of_up{} {
         row_of_tile = threadIdx.x / TOKENS;
-        row = block.tile * TILE_ROWS + row_of_tile;
+        row = block.tile * ROWS + row_of_tile;
         t = threadIdx.x % TOKENS;
-        is_one = row_of_tile < TILE_ROWS && row < args.band[block.band].w.rows && t < args.m;
+        is_one = row_of_tile < ROWS && row < args.band[block.band].w.rows && t < args.m;
         if (is_one) end = row_end(args.band[block.band], row);
         if (is_one && block.has_gates) end_of_up = row_end(args.band[block.of_up], row);
     }
 
     template <class Matrix>
-    __device__ void store(const Matvec<Matrix>& args, const BlockTile& block, const float (&partial)[MATVEC_WARPS][TILE_ROWS][TOKENS]) const {
+    __device__ void store(const Matvec<Matrix>& args, const BlockTile& block, const float (&partial)[MATVEC_WARPS][ROWS][TOKENS]) const {
         if (!is_one) return;
         float sum = 0.0f, sum_of_up = 0.0f;
         for (u32 i = 0; i < MATVEC_WARPS; ++i) (i < block.warps ? sum : sum_of_up) += partial[i][row_of_tile][t];

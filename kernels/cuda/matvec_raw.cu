@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(MATVEC_WARPS * WARP, 2) matvec_raw(
     multiply_quads<2>(sums, ring, lane);
     multiply_quads<1>(sums, ring, lane);
     ring.drain();
-    const Output<1> output(args, block);
+    const Output<TILE_ROWS, 1> output(args, block);
     for (u32 r = 0; r < 2; ++r) {
         const float sum = sums.of_row(r, rows);
         if (q == 0) partial[warp][threadIdx.x % WARP / 4 * 2 + r][0] = sum;

@@ -24,7 +24,7 @@ constexpr int UNIT_COLS = 16;
 constexpr int STEP_COLS = 64;
 constexpr int ITEM_COLS = 128;
 
-enum Coding : u32 { PAPER = 0, TWO_LEVEL_4 = 1, TWO_LEVEL_6 = 2 };
+enum Coding : u32 { PAPER = 0, TWO_LEVEL_4 = 1, TWO_LEVEL_6 = 2, TRELLIS = 3 };
 
 // Up to ITEM_COLS columns of a group, never of two.
 struct alignas(16) Item {
@@ -52,7 +52,7 @@ struct alignas(16) Quarter {
 struct PackedMatrix {
     const u8* codes;        // [tiles, tile_code_bytes]
     const u8* scales;       // [tiles, tile_scale_bytes]
-    const u16* row_scales;  // fp16 [tiles, 2, 16]; unused by the paper coding
+    const u16* row_scales;  // fp16 [tiles, 2, 16], of a trellis [tiles, 16]; unused by the paper coding
     const float* units;     // [tiles * 16]
     const u16* row_factors; // fp16 [tiles * 16, 2]: `RowScales`; unused by the paper coding
     const Item* items;      // [item_count], in column order
@@ -63,7 +63,7 @@ struct PackedMatrix {
     u32 tile_code_bytes;
     u32 tile_scale_bytes;
     u32 coding;          // Coding
-    u32 sub_group_log2;  // two-level: log2 of the columns of a sub-group
+    u32 sub_group_log2;  // two-level and trellis: log2 of the columns of a sub-group
     u32 max_width;       // the largest width of an item
     u32 plain_units;     // of all items, if they are *plain*, or 0: 4-bit scale codes for 32 columns or more; 8 units, or 4
     u32 quad_count;      // 0: raw codes will not do (`matrix.rs`)
@@ -89,6 +89,7 @@ __device__ inline u32 lane_units(u32 units) { return (units + 3) / 4; }
 __device__ inline u32 record_bytes(u32 coding, u32 width) {
     if (coding == TWO_LEVEL_4) return 16;
     if (coding == TWO_LEVEL_6) return 24;
+    if (coding == TRELLIS) return 8;
     return width == 1 ? 64 : 32 + 2 * width;
 }
 
@@ -114,7 +115,7 @@ __device__ inline StoredScale paper_scale(const u8* record, u32 width, u32 row) 
 
 // 2^E of the formula above, as large as the largest factor allows: 15 or 63 scale codes, or 1 unit.
 __device__ inline float factor_scale(u32 coding) {
-    return coding == TWO_LEVEL_4 ? 2048.0f : coding == TWO_LEVEL_6 ? 512.0f : 32768.0f;
+    return coding == PAPER ? 32768.0f : coding == TWO_LEVEL_6 ? 512.0f : 2048.0f;
 }
 constexpr float CODE_SCALE = 16777216.0f;
 __device__ inline float operand_unit(u32 coding) { return CODE_SCALE / factor_scale(coding); }

@@ -139,6 +139,23 @@ __device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
 #endif
 }
 
+// The same, but digit 8 + n stands for the sign of byte n, in all 8 bits.
+__device__ inline u32 permute_bytes_and_signs(u32 a, u32 b, u32 selector) {
+#ifdef __CUDACC__
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
+#else
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 byte = permute_bytes(a, b, selector >> 4 * i & 7) & 255;
+        const bool is_sign = selector >> 4 * i & 8;
+        result |= (!is_sign ? byte : byte & 128 ? 255 : 0) << 8 * i;
+    }
+    return result;
+#endif
+}
+
 // ---- products of a warp ----
 
 // c[16 rows, 8 columns] += a[16 rows, 16] * b[16, 8 columns]: fp16 in, fp32 sums. With g = lane / 4

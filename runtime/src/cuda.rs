@@ -5,7 +5,6 @@ use std::{ops::Range, sync::Arc};
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
     arch::{self, BlockSpec, FIRST_POSITION, QkNorm, Stage, Tensor},
-    slim::ScaleCoding,
 };
 use slim_kernels::{
     KvType,
@@ -548,16 +547,11 @@ impl WorkspaceOnDevice {
     }
 }
 
-/// Bytes that a weight takes on a device: packed ones as in their file, others, and those of a
-/// trellis, as fp16.
+/// Bytes that a weight takes on a device: packed ones as in their file, others as fp16.
 pub(crate) fn bytes_on_device(weight: Weight<'_>) -> u64 {
     let (rows, cols) = weight::shape(weight);
-    match weight.bands().map(|bands| bands.get(0).layout().coding()) {
-        Some(ScaleCoding::Paper | ScaleCoding::TwoLevel { .. }) => {
-            weight::stored_bytes(weight) + 4 * rows as u64
-        }
-        Some(ScaleCoding::Trellis { .. }) | None => {
-            2 * rows.next_multiple_of(16) as u64 * cols.next_multiple_of(64) as u64
-        }
+    match weight.bands() {
+        Some(_) => weight::stored_bytes(weight) + 4 * rows as u64,
+        None => 2 * rows.next_multiple_of(16) as u64 * cols.next_multiple_of(64) as u64,
     }
 }

@@ -154,13 +154,16 @@ Call bind(void (*kernel)(Args...), void** arguments) {
 
 const std::map<std::string, std::function<Call(void**)>> KERNELS = {
     KERNEL(embed_packed),
+    KERNEL(embed_trellis),
     KERNEL(embed_dense),
     KERNEL(norm_rows),
     KERNEL(norm_add),
     KERNEL(matvec_packed),
     KERNEL(matvec_raw),
+    KERNEL(matvec_trellis),
     KERNEL(matvec_dense),
     KERNEL(matmul_packed),
+    KERNEL(matmul_trellis),
     KERNEL(matmul_dense),
     KERNEL(rope_store_f16),
     KERNEL(rope_store_q8),

@@ -23,7 +23,7 @@ pub(super) enum Mode {
     Gate = 3,
 }
 
-/// `PackedMatrix` of `packed.cuh`.
+/// `PackedMatrix` of `packed.cuh`, of layers that are no trellis.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct PackedArgs {
@@ -45,6 +45,11 @@ pub(super) struct PackedArgs {
     pub plain_units: u32,
     pub quad_count: u32,
 }
+
+/// `TrellisMatrix` of `trellis.cuh`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct TrellisArgs(PackedArgs);
 
 /// `DenseMatrix` of `dense.cuh`.
 #[derive(Clone, Copy)]
@@ -179,6 +184,9 @@ pub(super) struct ScoresArgs {
 
 /// A storage of weights, and the kernels that multiply with it.
 pub(super) trait Kind: Sized + Copy {
+    /// Tiles whose codes belong together.
+    const STRIP_TILES: usize = 1;
+
     /// What the kernels take of a band, which must be of this kind.
     fn of(device: &Device, w: &Band) -> Self;
     fn matvec(device: &Device) -> &Kernel;
@@ -193,15 +201,19 @@ pub(super) trait Kind: Sized + Copy {
     fn matmul_item_bytes(&self) -> u32;
     fn rows(&self) -> u32;
 
-    /// Tiles of 16 rows, the last one padded.
+    /// What a block of `matvec` works on, one after the other: a tile, or two that belong together.
+    fn strips(&self) -> usize {
+        (self.rows() as usize).div_ceil(Self::STRIP_TILES * TILE_ROWS)
+    }
+
+    /// Tiles of 16 rows, the last ones padded.
     fn tiles(&self) -> usize {
-        (self.rows() as usize).div_ceil(TILE_ROWS)
+        Self::STRIP_TILES * self.strips()
     }
 }
 
-impl Kind for PackedArgs {
-    fn of(device: &Device, w: &Band) -> Self {
-        let Storage::Packed(packed) = &w.storage else { unreachable!("a packed band") };
+impl PackedArgs {
+    fn new(device: &Device, w: &Band, packed: &Packed) -> Self {
         let Packed { codes, scales, row_scales, units, row_factors, items, quads, .. } = packed;
         Self {
             codes: device.input(codes.view()),
@@ -223,6 +235,13 @@ impl Kind for PackedArgs {
             // The last has nothing.
             quad_count: (quads.len() / QUARTERS).saturating_sub(1) as u32,
         }
+    }
+}
+
+impl Kind for PackedArgs {
+    fn of(device: &Device, w: &Band) -> Self {
+        let Storage::Packed(packed) = &w.storage else { unreachable!("a packed band") };
+        Self::new(device, w, packed)
     }
 
     fn matvec(device: &Device) -> &Kernel {
@@ -251,6 +270,43 @@ impl Kind for PackedArgs {
 
     fn rows(&self) -> u32 {
         self.rows
+    }
+}
+
+impl Kind for TrellisArgs {
+    const STRIP_TILES: usize = 2;
+
+    fn of(device: &Device, w: &Band) -> Self {
+        let Storage::Trellis(packed) = &w.storage else { unreachable!("a band of a trellis") };
+        Self(PackedArgs::new(device, w, packed))
+    }
+
+    fn matvec(device: &Device) -> &Kernel {
+        &device.kernels.matvec_trellis
+    }
+
+    fn quad_bytes(&self) -> Option<u32> {
+        None
+    }
+
+    fn matmul(device: &Device) -> &Kernel {
+        &device.kernels.matmul_trellis
+    }
+
+    fn embed(device: &Device) -> &Kernel {
+        &device.kernels.embed_trellis
+    }
+
+    fn embed_blocks(&self) -> usize {
+        self.0.embed_blocks()
+    }
+
+    fn matmul_item_bytes(&self) -> u32 {
+        self.0.matmul_item_bytes()
+    }
+
+    fn rows(&self) -> u32 {
+        self.0.rows
     }
 }
 
@@ -320,7 +376,7 @@ mod tests {
         let (cache, scores) = (size_of::<KvCacheArgs>(), size_of::<ScoresArgs>());
         let rotation = size_of::<RotationArgs>();
         let norm = size_of::<NormArgs>();
-        let kernels: [(&str, &[usize]); 19] = [
+        let kernels: [(&str, &[usize]); 22] = [
             ("activate", &[8, 8, 4, 4, 8, 4]),
             ("attention_decode_f16", &[8, cache, 8, 4, scores, 8, 8, 8]),
             ("attention_decode_q8", &[8, cache, 8, 4, scores, 8, 8, 8]),
@@ -328,12 +384,15 @@ mod tests {
             ("attention_prefill_q8", &[8, cache, 8, 4, 4, scores, 8, 4]),
             ("embed_dense", &[size_of::<EmbedArgs<DenseArgs>>()]),
             ("embed_packed", &[size_of::<EmbedArgs<PackedArgs>>()]),
+            ("embed_trellis", &[size_of::<EmbedArgs<TrellisArgs>>()]),
             ("finish_logits", &[8, 4, 4, 4]),
             ("gemm_f32", &[size_of::<GemmArgs>()]),
             ("matmul_dense", &[size_of::<MatmulArgs<DenseArgs>>()]),
             ("matmul_packed", &[size_of::<MatmulArgs<PackedArgs>>()]),
+            ("matmul_trellis", &[size_of::<MatmulArgs<TrellisArgs>>()]),
             ("matvec_dense", &[size_of::<MatvecArgs<DenseArgs>>()]),
             ("matvec_packed", &[size_of::<MatvecArgs<PackedArgs>>()]),
+            ("matvec_trellis", &[size_of::<MatvecArgs<TrellisArgs>>()]),
             ("matvec_raw", &[size_of::<MatvecArgs<PackedArgs>>()]),
             ("norm_add", &[8, norm, 4, 4, 8, 4, norm, 8, 4]),
             ("norm_rows", &[8, norm, 4, 8, 4]),

@@ -9,12 +9,12 @@ use super::{
     Attention, Device, KvCache, Matrix, Operands, Rotation, Scores, Tokens, TopK, View, ViewMut,
     arguments::{
         BandArgs, DenseArgs, EmbedArgs, GemmArgs, Kind, KvCacheArgs, MATVEC_BANDS, MatmulArgs,
-        MatvecArgs, Mode, NormArgs, PackedArgs, RotationArgs, ScoresArgs,
+        MatvecArgs, Mode, NormArgs, PackedArgs, RotationArgs, ScoresArgs, TrellisArgs,
     },
     check_equal, check_limit,
     device::{Kernel, shared},
     driver::{self, LaunchShape, address, refused},
-    matrix::Band,
+    matrix::{Band, StorageKind},
 };
 use crate::{KernelError, KvType, Result};
 
@@ -109,6 +109,17 @@ impl<'a> Strided<'a> {
     }
 }
 
+/// Calls a method, which is generic in it, for a kind of storage.
+macro_rules! call_of_kind {
+    ($kind:expr, $device:ident.$method:ident($($argument:expr),*)) => {
+        match $kind {
+            StorageKind::Packed => $device.$method::<PackedArgs>($($argument),*),
+            StorageKind::Trellis => $device.$method::<TrellisArgs>($($argument),*),
+            StorageKind::Dense => $device.$method::<DenseArgs>($($argument),*),
+        }
+    };
+}
+
 impl Device {
     /// `out[i][m, rows] = x[m, cols] * w[i]^T + bias[i]`; one launch for up to 32 bands of matrices
     /// of a kind and up to eight tokens.
@@ -128,10 +139,13 @@ impl Device {
             check_input(w, x, m)?;
             check_room("outputs", out.as_view(), m * w.rows())?;
         }
-        let (packed, dense): (Vec<_>, Vec<_>) =
-            w.iter().copied().zip(out).partition(|(w, _)| w.is_packed());
-        self.store::<PackedArgs>(packed, x, m)?;
-        self.store::<DenseArgs>(dense, x, m)
+        let mut products: Vec<_> = w.iter().copied().zip(out).collect();
+        for kind in StorageKind::ALL {
+            let (of_kind, others) = products.into_iter().partition(|(w, _)| w.kind() == kind);
+            products = others;
+            call_of_kind!(kind, self.store(of_kind, x, m))?;
+        }
+        Ok(())
     }
 
     /// `out[m, rows] += scale * (x[m, cols] * w^T + bias)`, and what follows.
@@ -156,10 +170,7 @@ impl Device {
         if let Some(next) = &next {
             next.check(w.rows(), m)?;
         }
-        match w.is_packed() {
-            true => self.add::<PackedArgs>(w, x, m, scale, out, next),
-            false => self.add::<DenseArgs>(w, x, m, scale, out, next),
-        }
+        call_of_kind!(w.kind(), self.add(w, x, m, scale, out, next))
     }
 
     /// The neurons of inputs `x`, `[m, rows]`. Products pass through `scratch: [m, rows]` each,
@@ -183,10 +194,7 @@ impl Device {
             check_input(gate, x, m)?;
         }
         if m <= MATVEC_TOKENS && neurons.are_alike() {
-            return match up.is_packed() {
-                true => self.neurons_of::<PackedArgs>(neurons, x, m, out),
-                false => self.neurons_of::<DenseArgs>(neurons, x, m, out),
-            };
+            return call_of_kind!(up.kind(), self.neurons_of(neurons, x, m, out));
         }
         let n = up.rows();
         match gate {
@@ -292,7 +300,7 @@ impl Device {
             Target::Neurons { has_gate: true, .. } => &bands[..bands.len() / 2],
             _ => bands,
         };
-        let tiles = in_grid.iter().map(|band| band.w.tiles()).sum();
+        let strips = in_grid.iter().map(|band| band.w.strips()).sum();
         let ring = self.ring(bands, x.cols(), m);
         let mut args = MatvecArgs {
             band: filled(bands),
@@ -335,7 +343,7 @@ impl Device {
         // value for each of its rows; x: m <= 8 rows of their columns, padded; operands, normed: m
         // rows of their rows; norm: of as many channels; counter: zero. The callers have checked
         // the shapes. `matvec_raw`: the same, of packed bands, with a quad at least each, and m 1.
-        unsafe { self.launch(kernel, [tiles, 1, 1], 256, shared, &mut [argument(&args)]) }
+        unsafe { self.launch(kernel, [strips, 1, 1], 256, shared, &mut [argument(&args)]) }
     }
 
     /// Any number of tokens with one matrix. All shapes have been checked.
@@ -768,10 +776,7 @@ impl Device {
         let m = tokens.len();
         check_room("outputs", x.as_view(), m * w.cols())?;
         let rows = Rows { tokens: self.input(tokens), position: 0, first: 0, scale };
-        match w.is_packed() {
-            true => self.embed_rows::<PackedArgs>(w, rows, x, m),
-            false => self.embed_rows::<DenseArgs>(w, rows, x, m),
-        }
+        call_of_kind!(w.kind(), self.embed_rows(w, rows, x, m))
     }
 
     /// `x[t] += w[first + position]`, `[m, cols]`, for the positions of m tokens; NaN for one that
@@ -790,10 +795,7 @@ impl Device {
         check_limit("rows", first.saturating_add(position.capacity()), u32::MAX as usize)?;
         let position = self.input(position.buffer.view());
         let rows = Rows { tokens: 0, position, first: first as u32, scale: 1.0 };
-        match w.is_packed() {
-            true => self.embed_rows::<PackedArgs>(w, rows, x, m),
-            false => self.embed_rows::<DenseArgs>(w, rows, x, m),
-        }
+        call_of_kind!(w.kind(), self.embed_rows(w, rows, x, m))
     }
 
     /// `m` rows of a matrix of kind `K`. All shapes have been checked.
@@ -969,7 +971,7 @@ impl Neurons<'_> {
         let up = self.up;
         self.gate.is_none_or(|gate| {
             let rows = gate.bands.iter().map(|band| band.rows);
-            gate.is_packed() == up.is_packed() && rows.eq(up.bands.iter().map(|band| band.rows))
+            gate.kind() == up.kind() && rows.eq(up.bands.iter().map(|band| band.rows))
         })
     }
 }

@@ -56,10 +56,23 @@ pub(super) struct Band {
 
 pub(super) enum Storage {
     Packed(Packed),
+    Trellis(Packed),
     Dense(Dense),
 }
 
-/// `PackedMatrix` of `kernels/cuda/packed.cuh`.
+/// Which kernels multiply with a matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StorageKind {
+    Packed,
+    Trellis,
+    Dense,
+}
+
+impl StorageKind {
+    pub const ALL: [Self; 3] = [Self::Packed, Self::Trellis, Self::Dense];
+}
+
+/// `PackedMatrix` of `kernels/cuda/packed.cuh`, and `TrellisMatrix` of `trellis.cuh`.
 pub(super) struct Packed {
     pub codes: Buffer<u8>,
     pub scales: Buffer<u8>,
@@ -122,13 +135,17 @@ impl Matrix {
         let (rows, cols) = shape(weight);
         check_limit("columns", cols, MAX_UNITS * UNIT_COLS)?;
         check_limit("rows", rows, 1 << 28)?;
-        let Some(layers) = weight.bands().filter(|bands| !is_trellis(bands.get(0).layout())) else {
+        let Some(layers) = weight.bands() else {
             let storage = Storage::Dense(Dense::upload(device, weight)?);
             let bands = vec![Band { first_row: 0, rows, cols, storage }];
             return Ok(Self { rows, cols, bands, bias: None });
         };
         let band = |(first_row, layer): (usize, PackedTensor<'_>)| {
-            let storage = Storage::Packed(Packed::upload(device, layer)?);
+            let packed = Packed::upload(device, layer)?;
+            let storage = match layer.layout().coding() {
+                ScaleCoding::Paper | ScaleCoding::TwoLevel { .. } => Storage::Packed(packed),
+                ScaleCoding::Trellis { .. } => Storage::Trellis(packed),
+            };
             Ok(Band { first_row, rows: layer.layout().rows(), cols, storage })
         };
         let bands = layers.iter().map(band).collect::<Result<_>>()?;
@@ -157,7 +174,7 @@ impl Matrix {
     /// Bytes of device memory that it takes.
     pub fn device_bytes(&self) -> u64 {
         let bytes = |band: &Band| match &band.storage {
-            Storage::Packed(w) => {
+            Storage::Packed(w) | Storage::Trellis(w) => {
                 let bytes = [&w.codes, &w.scales, &w.row_scales].map(Buffer::device_bytes);
                 let tables = [w.units.device_bytes(), w.row_factors.device_bytes()];
                 let items = w.items.device_bytes() + w.quads.device_bytes();
@@ -169,16 +186,14 @@ impl Matrix {
         self.bands.iter().map(bytes).sum::<u64>() + bias
     }
 
-    /// Whether its bands are packed.
-    pub(super) fn is_packed(&self) -> bool {
-        self.bands.iter().all(|band| matches!(band.storage, Storage::Packed(_)))
+    /// How its bands are stored, which all have the coding of the first.
+    pub(super) fn kind(&self) -> StorageKind {
+        match self.bands[0].storage {
+            Storage::Packed(_) => StorageKind::Packed,
+            Storage::Trellis(_) => StorageKind::Trellis,
+            Storage::Dense(_) => StorageKind::Dense,
+        }
     }
-}
-
-/// Whether the codes of rows stand for their weights together: on a device such a layer is dense so
-/// far.
-fn is_trellis(layout: &LayerLayout) -> bool {
-    matches!(layout.coding(), ScaleCoding::Trellis { .. })
 }
 
 impl Packed {
@@ -189,7 +204,7 @@ impl Packed {
             ScaleCoding::TwoLevel { sub_group, scale_bits } => {
                 (if scale_bits == 6 { 2 } else { 1 }, sub_group.ilog2())
             }
-            ScaleCoding::Trellis { .. } => unreachable!("such a layer is dense"),
+            ScaleCoding::Trellis { sub_group } => (3, sub_group.ilog2()),
         };
         let max_width = layout.groups().iter().map(|group| group.bit_width.bits()).max();
         check_limit("bytes of a tile's scales", layout.tile_scale_bytes(), u32::MAX as usize)?;
@@ -226,7 +241,7 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
         ScaleCoding::Paper => (ITEM_COLS, 0),
         ScaleCoding::TwoLevel { sub_group, scale_bits: 6 } => (sub_group, 24),
         ScaleCoding::TwoLevel { sub_group, .. } => (sub_group, 16),
-        ScaleCoding::Trellis { .. } => unreachable!("such a layer is dense"),
+        ScaleCoding::Trellis { sub_group } => (sub_group, TILE_ROWS / 2),
     };
     (0..group.stored_cols()).step_by(ITEM_COLS).map(move |start| Item {
         codes: group.codes_offset as u32,
@@ -239,7 +254,7 @@ fn group_items(coding: ScaleCoding, group: &Group) -> impl Iterator<Item = Item>
     })
 }
 
-/// Whether scale codes have 4 bits, for 32 columns or more.
+/// Whether a layer is two-level, with scale codes of 4 bits for 32 columns or more.
 fn has_small_scale_codes(coding: ScaleCoding) -> bool {
     matches!(coding, ScaleCoding::TwoLevel { sub_group: 32.., scale_bits: 4 })
 }
@@ -247,8 +262,9 @@ fn has_small_scale_codes(coding: ScaleCoding) -> bool {
 /// Units of each item of a plain layer: 8, or 4, in all of them, with 4-bit scale codes for 32
 /// columns or more. 0 for any other.
 fn plain_units(coding: ScaleCoding, items: &[Item]) -> u32 {
-    let of_all =
-        |units| has_small_scale_codes(coding) && items.iter().all(|item| item.units == units);
+    let may_be_plain =
+        has_small_scale_codes(coding) || matches!(coding, ScaleCoding::Trellis { sub_group: 32.. });
+    let of_all = |units| may_be_plain && items.iter().all(|item| item.units == units);
     [8, 4].into_iter().find(|&units| of_all(units)).unwrap_or(0).into()
 }
 

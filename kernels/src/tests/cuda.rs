@@ -256,11 +256,6 @@ fn matmul_packed_extreme_codes_agree() {
     let mut noise = Noise(102);
     for coding in codings() {
         for fill in [Fill::Highest, Fill::Lowest, Fill::OutlierRow] {
-            // A trellis is fp16 on a device, which does not hold such a row.
-            let is_trellis = matches!(coding, ScaleCoding::Trellis { .. });
-            if is_trellis && matches!(fill, Fill::OutlierRow) {
-                continue;
-            }
             let layer = Layer::new(&mut noise, fill, [17, 144, 64], coding, &[8, 1, 3]);
             let matrix = Matrix::upload(&device, layer.weight()).unwrap();
             let x = noise.vector(2 * 144, 1.0);
@@ -325,9 +320,11 @@ fn matmul_of_packed_and_dense_together_agrees() {
     let device = device_or_skip!();
     let mut noise = Noise(104);
     let cols = 160;
-    let packed: Vec<Layer> = [17, 32, 5, 48]
-        .map(|rows| layer(&mut noise, [rows, cols, 64], TWO_LEVEL, &[2, 3, 4]))
-        .into();
+    let trellis = ScaleCoding::Trellis { sub_group: 32 };
+    let packed: Vec<Layer> =
+        [(17, TWO_LEVEL), (32, TWO_LEVEL), (5, trellis), (48, TWO_LEVEL), (80, trellis)]
+            .map(|(rows, coding)| layer(&mut noise, [rows, cols, 64], coding, &[2, 3, 4]))
+            .into();
     let bytes = half_bytes(&noise.vector(20 * cols, 1.0));
     let mut weights: Vec<Weight<'_>> = packed.iter().map(Layer::weight).collect();
     weights.insert(1, dense(&bytes, DType::F16, 20, cols));
@@ -353,8 +350,10 @@ fn matmul_add_and_its_norm_agree() {
     let mut noise = Noise(105);
     let (rows, cols) = (72, 160);
     let packed = layer(&mut noise, [rows, cols, 64], TWO_LEVEL, &[2, 3, 4]);
+    let trellis = ScaleCoding::Trellis { sub_group: 32 };
+    let trellis = layer(&mut noise, [rows, cols, 64], trellis, &[2, 3, 4]);
     let bytes = half_bytes(&noise.vector(rows * cols, 1.0));
-    for weight in [packed.weight(), dense(&bytes, DType::F16, rows, cols)] {
+    for weight in [packed.weight(), trellis.weight(), dense(&bytes, DType::F16, rows, cols)] {
         let matrix = Matrix::upload(&device, weight).unwrap();
         let (matrix, bias) = biased(&device, matrix, &mut noise);
         for (m, scale) in [(1, 1.0), (3, 0.3), (8, 1.0), (11, 0.3)] {
@@ -523,8 +522,13 @@ fn embed_gives_rows() {
     let mut noise = Noise(109);
     let (rows, cols) = (40, 176);
     let packed = layer(&mut noise, [rows, cols, 64], TWO_LEVEL, &[2, 5, 8]);
+    let trellis = [[2, 5, 8], [1, 3, 4], [6, 7, 1]];
+    let trellis = trellis.map(|widths| {
+        layer(&mut noise, [rows, cols, 64], ScaleCoding::Trellis { sub_group: 32 }, &widths)
+    });
     let bytes = half_bytes(&noise.vector(rows * cols, 1.0));
-    for weight in [packed.weight(), dense(&bytes, DType::F16, rows, cols)] {
+    let codes = [&packed].into_iter().chain(&trellis).map(Layer::weight);
+    for weight in codes.chain([dense(&bytes, DType::F16, rows, cols)]) {
         let matrix = Matrix::upload(&device, weight).unwrap();
         let tokens = [39, 0, 17, 17];
         let mut x = Buffer::zeros(&device, tokens.len() * cols).unwrap();

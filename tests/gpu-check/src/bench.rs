@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::Result;
-use slim_formats::{DType, Features, Generation, ModelConfig, Rope};
+use slim_formats::{DType, Features, Generation, ModelConfig, Rope, slim::ScaleCoding};
 use slim_kernels::{
     KvType, RopeAngles,
     cuda::{
@@ -18,7 +18,7 @@ use crate::{
     cublas::Cublas,
     report::{Bound, Report},
     source::{RandomModel, Storage},
-    weights::{Fill, HostWeight, LayerSpec, TWO_LEVEL, half_vector, vector},
+    weights::{Fill, HostWeight, LayerSpec, TRELLIS, TWO_LEVEL, half_vector, vector},
 };
 
 /// Widths of the groups of a layer, in turn: 2 and 3 bits per weight.
@@ -138,18 +138,22 @@ pub fn run(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Result<(
     whole_model(device, scale, report)
 }
 
-/// Products with one token alone: of every mix and shape, and of square layers with one width.
+/// Products with one token alone: of every mix and shape, and of square layers with one width, of
+/// both codings.
 pub fn one_token(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Result<()> {
     let bandwidth = device.copy_bandwidth(scale.copied_bytes)?;
     report.fact("device copy", format!("{:.0} GB/s read and written", bandwidth / 1e9));
     let square = scale.shapes()[0];
     let mixes = MIXES.iter().flat_map(|&mix| scale.shapes().map(|shape| (mix, shape)));
-    for ((mix, widths), shape) in mixes.chain(WIDTHS.map(|width| (width, square))) {
-        let w = packed(shape, widths);
-        let [seconds] = product_seconds(device, scale, &w, [1])?;
-        let share = 100.0 * product_bytes(&w, 1) / seconds / bandwidth;
-        let found = format!("{:.2} us, {share:.0} % of copy", 1e6 * seconds);
-        report.measured(&format!("matvec {} {mix}", name(shape)), found, None);
+    let layers: Vec<_> = mixes.chain(WIDTHS.map(|width| (width, square))).collect();
+    for (coding, kind) in [(TWO_LEVEL, ""), (TRELLIS, " trellis")] {
+        for &((mix, widths), shape) in &layers {
+            let w = packed(shape, coding, widths);
+            let [seconds] = product_seconds(device, scale, &w, [1])?;
+            let share = 100.0 * product_bytes(&w, 1) / seconds / bandwidth;
+            let found = format!("{:.2} us, {share:.0} % of copy", 1e6 * seconds);
+            report.measured(&format!("matvec {} {mix}{kind}", name(shape)), found, None);
+        }
     }
     Ok(())
 }
@@ -177,10 +181,14 @@ fn few_tokens(
     };
     for (mix, widths) in MIXES {
         for shape in scale.shapes() {
-            let (share, slowdown) = measure(mix, shape, &packed(shape, widths))?;
+            let (share, slowdown) = measure(mix, shape, &packed(shape, TWO_LEVEL, widths))?;
             shares.push(share);
             slowdowns.push(slowdown);
         }
+    }
+    for shape in scale.shapes() {
+        let (mix, widths) = MIXES[0];
+        measure(&format!("{mix} trellis"), shape, &packed(shape, TRELLIS, widths))?;
     }
     for shape in scale.shapes() {
         measure("fp16", shape, &HostWeight::dense(1, DType::F16, shape, 1.0))?;
@@ -204,10 +212,14 @@ fn many_tokens(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Resu
         let operations = 2.0 * (rows * cols * tokens) as f64;
         let mut rates = Vec::new();
         for (mix, widths) in MIXES {
-            let [seconds] = product_seconds(device, scale, &packed(shape, widths), [tokens])?;
+            let w = packed(shape, TWO_LEVEL, widths);
+            let [seconds] = product_seconds(device, scale, &w, [tokens])?;
             rates.push((mix, operations / seconds));
         }
         let packed_rates = rates.clone();
+        let [seconds] =
+            product_seconds(device, scale, &packed(shape, TRELLIS, MIXES[0].1), [tokens])?;
+        rates.push(("1/2/3 trellis", operations / seconds));
         let dense = HostWeight::dense(1, DType::F16, shape, 1.0);
         let [seconds] = product_seconds(device, scale, &dense, [tokens])?;
         rates.push(("fp16", operations / seconds));
@@ -232,9 +244,8 @@ fn many_tokens(device: &Arc<Device>, scale: &Scale, report: &mut Report) -> Resu
     Ok(())
 }
 
-fn packed([rows, cols]: [usize; 2], widths: &[u8]) -> HostWeight {
-    let spec =
-        LayerSpec { rows, cols, group_size: GROUP_SIZE, coding: TWO_LEVEL, widths, size: 0.02 };
+fn packed([rows, cols]: [usize; 2], coding: ScaleCoding, widths: &[u8]) -> HostWeight {
+    let spec = LayerSpec { rows, cols, group_size: GROUP_SIZE, coding, widths, size: 0.02 };
     spec.fill(1, Fill::Random)
 }
 

@@ -12,6 +12,7 @@ use slim_runtime::SplitMix64;
 
 /// What most SliM files have.
 pub const TWO_LEVEL: ScaleCoding = ScaleCoding::TwoLevel { sub_group: 32, scale_bits: 4 };
+pub const TRELLIS: ScaleCoding = ScaleCoding::Trellis { sub_group: 32 };
 
 /// The row of each tile that [`Fill::OutlierRow`] makes large.
 pub const OUTLIER_ROW: usize = 3;
@@ -155,7 +156,8 @@ impl LayerSpec<'_> {
             .expect("a layer that the format has");
         let mut layer = PackedLayer::zeroed(layout);
         layer.tiles_mut().into_par_iter().for_each(|mut tile| {
-            let used = TILE_ROWS.min(self.rows - TILE_ROWS * tile.index());
+            // A trellis may have a tile behind the last row.
+            let used = TILE_ROWS.min(self.rows.saturating_sub(TILE_ROWS * tile.index()));
             let random = Random::new(seed, tile.index());
             TileFiller { random, fill, used, size: self.size }.fill(&mut tile);
         });
@@ -181,6 +183,8 @@ impl Random {
     }
 }
 
+const MAX_TRELLIS_SCALE: u8 = 15;
+
 /// Fills the first `used` rows of a tile; the others stay zero, as the format wants it.
 struct TileFiller {
     random: Random,
@@ -193,12 +197,21 @@ impl TileFiller {
     fn fill(&mut self, tile: &mut TileMut<'_>) {
         let layout = tile.layout().clone();
         let groups = layout.groups();
-        if let ScaleCoding::TwoLevel { scale_bits, .. } = layout.coding() {
-            let scale_code = f32::from(u8::MAX >> (8 - scale_bits)) / 2.0;
-            let widest = groups.iter().map(|group| group.bit_width.max_code()).max().unwrap_or(1);
-            let d = self.factors(self.size / scale_code / (f32::from(widest) / 2.0));
-            let m = self.offsets(self.size / scale_code);
-            tile.set_row_scales(&d, &m);
+        match layout.coding() {
+            ScaleCoding::TwoLevel { scale_bits, .. } => {
+                let scale_code = f32::from(u8::MAX >> (8 - scale_bits)) / 2.0;
+                let widths = groups.iter().map(|group| group.bit_width.max_code());
+                let widest = widths.max().unwrap_or(1);
+                let d = self.factors(self.size / scale_code / (f32::from(widest) / 2.0));
+                let m = self.offsets(self.size / scale_code);
+                tile.set_row_scales(&d, &m);
+            }
+            ScaleCoding::Trellis { .. } => {
+                let (scale_code, value) = (f32::from(MAX_TRELLIS_SCALE) / 2.0, 16.0);
+                let d = self.factors(self.size / scale_code / value);
+                tile.set_row_scales(&d, &[f16::ZERO; TILE_ROWS]);
+            }
+            ScaleCoding::Paper => {}
         }
         for (index, group) in groups.iter().enumerate() {
             if self.fill == Fill::ZeroGroups && index % 2 == 0 {
@@ -221,7 +234,11 @@ impl TileFiller {
                     let scales = self.factors(self.size / (f32::from(max) / 2.0));
                     tile.set_affine(index, &scales, &self.minima(max));
                 }
-                ScaleCoding::Trellis { .. } => unreachable!("on a device such a layer is dense"),
+                ScaleCoding::Trellis { .. } => {
+                    for run in 0..group.runs(layout.coding()).len() {
+                        tile.set_trellis_scales(index, run, &self.codes(MAX_TRELLIS_SCALE));
+                    }
+                }
             }
         }
     }

@@ -15,7 +15,7 @@ use super::{
     attention::{Case, OnDevice},
     products::{operands, reference},
 };
-use crate::weights::{Fill, HostWeight, LayerSpec, TWO_LEVEL, half_vector, vector};
+use crate::weights::{Fill, HostWeight, LayerSpec, TRELLIS, TWO_LEVEL, half_vector, vector};
 
 pub fn embed(device: &Arc<Device>, check: &mut Check) -> Result<()> {
     let [rows, cols] = [70, 304];
@@ -27,7 +27,9 @@ pub fn embed(device: &Arc<Device>, check: &mut Check) -> Result<()> {
         packed(TWO_LEVEL, &[1, 2, 3]),
         packed(six_bit, &[8, 5, 7]),
         packed(ScaleCoding::Paper, &[1, 4, 6]),
+        packed(TRELLIS, &[1, 4, 7]),
         spec(six_bit, &[7, 4, 2]).bands(11, &[16, 32, 16, 6]),
+        spec(TRELLIS, &[8, 3, 2]).bands(11, &[32, 32, 6]),
         LayerSpec { cols: 100, ..spec(TWO_LEVEL, &[3]) }.fill(11, Fill::Random),
         LayerSpec { cols: 259, ..spec(ScaleCoding::Paper, &[1, 4, 6]) }.fill(11, Fill::Random),
         HostWeight::dense(11, DType::F16, [rows, cols], 1.0),

@@ -15,7 +15,9 @@ use slim_kernels::{
 };
 
 use super::Check;
-use crate::weights::{Fill, HostWeight, LayerSpec, OUTLIER_ROW, TWO_LEVEL, half_vector, vector};
+use crate::weights::{
+    Fill, HostWeight, LayerSpec, OUTLIER_ROW, TRELLIS, TWO_LEVEL, half_vector, vector,
+};
 
 /// Numbers of tokens, by case in turn.
 type Tokens<'a> = &'a [&'a [usize]];
@@ -29,7 +31,8 @@ fn codings() -> impl Iterator<Item = ScaleCoding> {
     let two_level = [16, 32, 64].into_iter().flat_map(|sub_group| {
         [4, 6].map(|scale_bits| ScaleCoding::TwoLevel { sub_group, scale_bits })
     });
-    two_level.chain([ScaleCoding::Paper])
+    let trellis = [16, 32, 64].map(|sub_group| ScaleCoding::Trellis { sub_group });
+    two_level.chain([ScaleCoding::Paper]).chain(trellis)
 }
 
 pub fn widths(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
@@ -54,12 +57,13 @@ pub fn widths(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Re
 
 pub fn shapes(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Result<()> {
     let mut tokens = tokens.iter().cycle();
-    let codings =
-        [TWO_LEVEL, ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 }, ScaleCoding::Paper];
-    let mut mixes = codings.into_iter().zip([[1_u8, 2, 3], [2, 3, 4], [3, 8, 1]]).cycle();
+    let fine = ScaleCoding::TwoLevel { sub_group: 16, scale_bits: 6 };
+    let codings = [TWO_LEVEL, fine, ScaleCoding::Paper, TRELLIS];
+    let widths = [[1_u8, 2, 3], [2, 3, 4], [3, 8, 1], [1, 2, 3]];
+    let mut mixes = codings.into_iter().zip(widths).cycle();
     for group_size in [16, 48, 64, 128, 160, 256] {
         for rows in [1, 17, 33, 200] {
-            for (coding, widths) in mixes.by_ref().take(2) {
+            for (coding, widths) in mixes.by_ref().take(3) {
                 let widths = &widths;
                 let spec = LayerSpec { rows, cols: 400, group_size, coding, widths, size: 0.1 };
                 let tokens = tokens.next();
@@ -155,15 +159,11 @@ pub fn several(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> R
     let packed = |rows, group_size, coding, widths: &[u8]| {
         LayerSpec { rows, cols, group_size, coding, widths, size: 0.1 }.fill(5, Fill::Random)
     };
-    let band = LayerSpec {
-        rows: 0,
-        cols,
-        group_size: 64,
-        coding: TWO_LEVEL,
-        widths: &[1, 2, 4],
-        size: 0.1,
+    let bands_of = |coding, rows: &[usize]| {
+        let widths = &[1, 2, 4];
+        LayerSpec { rows: 0, cols, group_size: 64, coding, widths, size: 0.1 }.bands(15, rows)
     };
-    let bands = |rows: &[usize]| band.bands(15, rows);
+    let bands = |rows: &[usize]| bands_of(TWO_LEVEL, rows);
     let weights = [
         packed(200, 64, TWO_LEVEL, &[1, 2, 3]),
         packed(17, 128, ScaleCoding::Paper, &[2, 3, 4]),
@@ -172,9 +172,13 @@ pub fn several(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> R
         bands(&[160, 16, 32, 24]),
         bands(&[16; 16]),
         bands(&[[32; 15].as_slice(), &[7]].concat()),
+        packed(80, 64, TRELLIS, &[3, 1, 6]),
+        bands_of(TRELLIS, &[160, 32, 64, 8]),
     ];
     let few = &weights[..4];
-    for chosen in [&few[..2], &few[1..], few, &few[2..3], &weights[4..5], &weights[..]] {
+    for chosen in
+        [&few[..2], &few[1..], few, &few[2..3], &weights[4..5], &weights[7..], &weights[..]]
+    {
         let matrices = uploaded(device, chosen)?;
         for &m in tokens.iter().copied().flatten() {
             let x = half_vector(m as u64, m * cols, 1.0);
@@ -211,6 +215,7 @@ pub fn add(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> Resul
             spec.fill(6, Fill::Random),
             HostWeight::dense(6, DType::F16, [rows, cols], 0.1),
             spec.bands(6, if upper > 0 { &bands } else { &bands[1..] }),
+            LayerSpec { coding: TRELLIS, ..spec }.fill(6, Fill::Random),
         ];
         let norm_weight = vector(7, rows, 1.0);
         let norm_buffer = Buffer::upload(device, &norm_weight)?;
@@ -261,6 +266,8 @@ pub fn neurons(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> R
     let rows_of_bands = [[16; 12].as_slice(), &[8]].concat();
     let bands = [9, 10].map(|seed| spec.bands(seed, &rows_of_bands));
     let others = spec.bands(11, &[32, 32, 112, 24]);
+    let of_trellis = LayerSpec { coding: TRELLIS, ..spec };
+    let trellis = [9, 10].map(|seed| of_trellis.bands(seed, &[32, 96, 64, 8]));
     for (kind, [gate, up]) in [
         ("packed", [&packed[0], &packed[1]]),
         ("dense", [&half[0], &half[1]]),
@@ -268,6 +275,8 @@ pub fn neurons(device: &Arc<Device>, check: &mut Check, tokens: Tokens<'_>) -> R
         ("bands", [&bands[0], &bands[1]]),
         ("bands of other rows", [&bands[0], &others]),
         ("bands and packed", [&bands[0], &packed[1]]),
+        ("trellis", [&trellis[0], &trellis[1]]),
+        ("bands and trellis", [&bands[0], &trellis[1]]),
     ] {
         let (gate_matrix, up_matrix) =
             (Matrix::upload(device, gate.view())?, Matrix::upload(device, up.view())?);
