@@ -5,6 +5,7 @@
 #include "norm.cu"
 #include "matvec.cu"
 #include "matvec_raw.cu"
+#include "experts.cu"
 #include "matmul.cu"
 #include "rope.cu"
 #include "attention_decode.cu"

@@ -1,16 +1,17 @@
 //! Blocks on a CUDA device: their weights, a text's keys and values, and the memory to compute in.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
-    arch::{self, BlockSpec, FIRST_POSITION, QkNorm, Stage, Tensor},
+    arch::{self, BlockSpec, ExpertPart, FIRST_POSITION, QkNorm, Stage, Tensor},
 };
 use slim_kernels::{
     KvType,
     cuda::{
-        Attention, Buffer, Device, Graph, HeadNorms, KvCache as KvOfBlock, Matrix, Neurons, Next,
-        Norm, Operands, Position, RopeTables, Rotation, Scores, Tokens, TopK, ViewMut,
+        Attention, Buffer, Device, ExpertWeights, Experts, Graph, HeadNorms, KvCache as KvOfBlock,
+        Matrix, Neurons, Next, Norm, Operands, Position, RopeTables, Rotation, Routed, Scores,
+        Tokens, TopK, ViewMut,
     },
     weight,
 };
@@ -49,8 +50,10 @@ pub(crate) struct Segment {
 
 struct BlockOnDevice {
     spec: BlockSpec,
+    /// Those of all tokens.
     layers: PartMap<Matrix>,
     norms: PartMap<NormOnDevice>,
+    experts: Option<Experts>,
 }
 
 struct NormOnDevice {
@@ -127,7 +130,9 @@ impl Segment {
     pub fn bytes_per_token(&self) -> u64 {
         let blocks = self.blocks.iter().flat_map(|block| block.layers.values());
         let output = self.output.iter().map(|output| &*output.weight);
-        blocks.chain(output).map(Matrix::device_bytes).sum()
+        let experts = self.blocks.iter().filter_map(|block| block.experts.as_ref());
+        blocks.chain(output).map(Matrix::device_bytes).sum::<u64>()
+            + experts.map(Experts::bytes_per_token).sum::<u64>()
     }
 
     /// Logits of last hidden states: `[m, embedding]` to `[m, vocab]`.
@@ -198,7 +203,9 @@ impl BlockOnDevice {
     fn upload(device: &Arc<Device>, block: &Block<'_>, epsilon: f32) -> Result<Self> {
         let Block { spec, layers, vectors } = block;
         let bias_of = |part: Part| part.bias().and_then(|bias| vectors.get(bias));
-        let layers = layers.iter().map(|(part, &layer)| {
+        let is_of_experts = |part: Part| matches!(part, Part::Router | Part::Expert(..));
+        let of_all = layers.iter().filter(|&(part, _)| !is_of_experts(part));
+        let of_all = of_all.map(|(part, &layer)| {
             let matrix = Matrix::upload(device, layer)?;
             Ok(match bias_of(part) {
                 None => (part, matrix),
@@ -210,8 +217,12 @@ impl BlockOnDevice {
             let bias = bias_of(part).map(Vec::as_slice);
             Ok((part, NormOnDevice::upload(device, weight, bias, epsilon)?))
         });
-        let (layers, norms) = (layers.collect::<Result<_>>()?, norms.collect::<Result<_>>()?);
-        Ok(Self { spec: *spec, layers, norms })
+        Ok(Self {
+            spec: *spec,
+            layers: of_all.collect::<Result<_>>()?,
+            norms: norms.collect::<Result<_>>()?,
+            experts: spec.experts.map(|spec| upload_experts(device, spec, block)).transpose()?,
+        })
     }
 
     /// What a stage's layers take in behind `norm`, or of the residual stream itself if the block
@@ -271,10 +282,15 @@ impl BlockOnDevice {
         Ok(next.map_or(Ok(()), |next| device.norm(x.as_view(), m, next))?)
     }
 
-    /// The neurons of its network.
+    /// The neurons of its network of all tokens.
     fn neurons(&self) -> Neurons<'_> {
         let (gate, up) = (self.layers.get(Part::FfnGate), &self.layers[Part::FfnUp]);
         Neurons { gate, up, activation: self.spec.activation() }
+    }
+
+    /// Whether what its network of all tokens gives is weighted.
+    fn shares(&self) -> bool {
+        self.spec.experts.is_some_and(|experts| experts.shares)
     }
 
     /// What its queries see.
@@ -282,6 +298,24 @@ impl BlockOnDevice {
         let arch::Attention { window, scale, softcap, .. } = *attention_of(&self.spec);
         Scores { window, scale, softcap }
     }
+}
+
+/// The experts of a block.
+fn upload_experts(device: &Arc<Device>, spec: arch::Experts, block: &Block<'_>) -> Result<Experts> {
+    let layers = |part: ExpertPart| {
+        (0..spec.count).map(|index| block.layers[Part::Expert(index, part)]).collect()
+    };
+    let vector = |part: Part| block.vectors.get(part).map(Vec::as_slice);
+    let weights = ExpertWeights {
+        router: block.layers[Part::Router],
+        router_bias: Part::Router.bias().and_then(vector),
+        correction: vector(Part::RouterCorrection),
+        share: vector(Part::FfnShare),
+        gate: layers(ExpertPart::Gate),
+        up: layers(ExpertPart::Up),
+        down: layers(ExpertPart::Down),
+    };
+    Ok(Experts::upload(device, spec, &weights)?)
 }
 
 /// The attention of a block.
@@ -337,7 +371,10 @@ pub(crate) struct WorkspaceOnDevice {
     added: Buffer<f32>,
     normed: Operands,
     attended: Operands,
-    activation: Operands,
+    /// Neurons of all tokens, by their number, in which blocks may differ.
+    neurons: BTreeMap<usize, Operands>,
+    /// Of models with experts.
+    routed: Option<Routed>,
     /// Of models whose embeddings have other channels than the residual stream.
     narrow: Option<Narrow>,
     /// [vocab]; of the last token.
@@ -385,7 +422,10 @@ impl Segment {
         let Self { device, decoder, blocks, .. } = self;
         let (hidden_size, spec) = (decoder.hidden_size, &blocks[0].spec);
         let arch::Attention { heads, kv_heads, head_dim, .. } = *attention_of(spec);
-        let ffn = spec.ffn.map_or(0, |ffn| ffn.width);
+        let ffn = decoder.widest_ffn();
+        let widths = decoder.blocks.iter().filter_map(|block| Some(block.ffn?.width));
+        let experts = decoder.blocks.iter().find_map(|block| block.experts);
+        let routed = experts.map(|experts| Routed::zeros(device, batch, &experts));
         let floats = |width: usize| Buffer::zeros(device, batch * width);
         let operands = |width: usize| Operands::zeros(device, batch, width);
         let has_output = self.output.is_some();
@@ -408,7 +448,8 @@ impl Segment {
             added: floats(if has_branch_norms { hidden_size } else { 0 })?,
             normed: operands(hidden_size)?,
             attended: operands(heads * head_dim)?,
-            activation: operands(ffn)?,
+            neurons: widths.map(|width| Ok((width, operands(width)?))).collect::<Result<_>>()?,
+            routed: routed.transpose()?,
             narrow: narrow.transpose()?,
             logits: Buffer::zeros(device, if has_output { decoder.vocab_size } else { 0 })?,
             top: None,
@@ -465,7 +506,8 @@ impl Segment {
             added,
             normed,
             attended,
-            activation,
+            neurons,
+            routed,
             narrow,
             logits,
             ..
@@ -501,11 +543,30 @@ impl Segment {
             let residual = [&mut x.view_mut(), &mut added.view_mut()];
             let next = Some(block.input(Part::FfnNorm, normed));
             block.add(Stage::MixerOutput, device, attended, m, residual, next)?;
-            let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
-            device.matmul_activate(block.neurons(), normed, m, scratch, activation)?;
-            let residual = [&mut x.view_mut(), &mut added.view_mut()];
-            let next = self.next_after(index, normed);
-            block.add(Stage::FfnOutput, device, activation, m, residual, next)?;
+            if let (Some(experts), Some(routed)) = (&block.experts, &mut *routed) {
+                let norm = block.norms.get(Part::FfnNorm).map(NormOnDevice::view);
+                device.route(experts, x.view(), norm, m, routed)?;
+                device.expert_neurons(experts, normed, m, routed)?;
+            }
+            if let Some(ffn) = block.spec.ffn {
+                let neurons = neurons.get_mut(&ffn.width).expect("room for every width");
+                let scratch = [&mut gate.view_mut(), &mut up.view_mut()];
+                device.matmul_activate(block.neurons(), normed, m, scratch, neurons)?;
+                if let (Some(routed), true) = (&*routed, block.shares()) {
+                    device.weigh_rows(neurons, routed, m)?;
+                }
+                let residual = [&mut x.view_mut(), &mut added.view_mut()];
+                let is_last = block.experts.is_none();
+                let next = if is_last { self.next_after(index, normed) } else { None };
+                block.add(Stage::FfnOutput, device, neurons, m, residual, next)?;
+            }
+            if let (Some(experts), Some(routed)) = (&block.experts, &*routed) {
+                let scale = block.spec.scale_of(Stage::ExpertOutput(0));
+                device.add_experts(experts, routed, m, scale, &mut x.view_mut())?;
+                if let Some(next) = self.next_after(index, normed) {
+                    device.norm(x.view(), m, next)?;
+                }
+            }
         }
         if let Some(output) = &self.output {
             if m > 1 {

@@ -4,11 +4,11 @@ use std::{ops::Range, sync::Arc};
 
 use slim_formats::{
     Decoder, ModelSource, Part,
-    arch::{Attention, Tensor},
+    arch::{Attention, Experts, Tensor},
 };
 use slim_kernels::{
     KvType,
-    cuda::{Device, KvCache},
+    cuda::{self, Device, KvCache},
 };
 
 use crate::{
@@ -38,7 +38,9 @@ pub struct CudaSettings {
 impl CudaSettings {
     /// What a model has that devices do not compute.
     pub fn lacks(decoder: &Decoder) -> Option<String> {
-        decoder.beyond_llama().map(|what| format!("one with {what}"))
+        let mut experts = decoder.blocks.iter().filter_map(|block| block.experts);
+        let lack = decoder.beyond_experts().or_else(|| experts.find_map(lack_of_experts));
+        lack.map(|what| format!("one with {what}"))
     }
 
     /// Whether every block, the embedding and the output layer fit on the devices.
@@ -92,6 +94,20 @@ impl CudaSettings {
             return Err(RuntimeError::invalid_argument("free device memory", free, expected));
         }
         Ok(ranges(sizes.blocks, &counts))
+    }
+}
+
+/// What experts have that devices do not compute.
+fn lack_of_experts(experts: Experts) -> Option<&'static str> {
+    let Experts { ffn, routing, has_norms, .. } = experts;
+    if has_norms {
+        Some("experts with norms of their own")
+    } else if routing.groups.is_some() {
+        Some("experts in groups")
+    } else if ffn.has_bias || !ffn.is_gated || !cuda::Experts::takes(ffn.activation) {
+        Some("experts of another kind than gates and inputs without biases")
+    } else {
+        None
     }
 }
 
@@ -171,10 +187,14 @@ impl Sizes {
 
 /// Activations of a batch of tokens, angles and logits, in bytes.
 fn working_bytes(decoder: &Decoder, context: usize) -> u64 {
-    let spec = &decoder.blocks[0];
-    let (Attention { heads, head_dim, .. }, ffn) = (*attention_of(spec), spec.ffn);
-    let widths =
-        12 * decoder.hidden_size + 8 * heads * head_dim + 10 * ffn.map_or(0, |ffn| ffn.width);
+    let Attention { heads, head_dim, .. } = *attention_of(&decoder.blocks[0]);
+    let experts = decoder.blocks.iter().filter_map(|block| block.experts);
+    let of_experts =
+        experts.map(|e| 2 * usize::from(e.used) * e.ffn.width + 8 * usize::from(e.count));
+    let widths = 12 * decoder.hidden_size
+        + 8 * heads * head_dim
+        + 10 * decoder.widest_ffn()
+        + of_experts.max().unwrap_or(0);
     let batch = PREFILL_BATCH.min(context) * widths;
     let angles: usize = decoder.ropes.iter().map(|rope| 8 * context * rope.factors.len()).sum();
     (batch + angles + 4 * decoder.vocab_size) as u64

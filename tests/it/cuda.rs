@@ -17,8 +17,11 @@ use crate::{
 
 /// Whole models, with weights and inputs of products rounded to fp16: measured 1.2e-3 at most.
 const LOGITS_ERROR: f64 = 2e-3;
-/// Those of every family, of up to twice as many blocks: measured 3.3e-3 at most, OLMo 3 packed.
-const FAMILIES_ERROR: f64 = 5e-3;
+/// Those of each token of every family, of up to twice as many blocks: measured 5.6e-3 at worst,
+/// OLMo 3 packed.
+const FAMILIES_ERROR: f64 = 8e-3;
+/// Those of a token that goes through another expert on the device, where two are about as good.
+const TIE_ERROR: f64 = 0.3;
 /// The same with keys and values of 8 bits: measured 3.4e-3 at most.
 const Q8_LOGITS_ERROR: f64 = 6e-3;
 
@@ -131,21 +134,30 @@ fn every_tiny_model_on_the_device_agrees_with_the_reference() {
             continue;
         }
         for (kind, model) in [("dense", arg(&folder)), ("packed", packed(&dir, name))] {
-            let [prefill, decode] = errors_on_the_device(&device, Path::new(&model));
-            println!("{name}, {kind}: prefill {prefill:.1e}, decode {decode:.1e}");
-            assert!(prefill.max(decode) <= FAMILIES_ERROR, "{name}, {kind}: {prefill}, {decode}");
+            let source = open_model(Path::new(&model)).unwrap();
+            let has_experts = source.decoder().blocks.iter().any(|block| block.experts.is_some());
+            for (way, errors) in errors_on_the_device(&device, source.into()) {
+                let [most, worst] = [9 * errors.len() / 10, errors.len()].map(|n| errors[n - 1]);
+                println!("{name}, {kind}, {way}: {most:.1e}, at worst {worst:.1e}");
+                let bound = if has_experts { TIE_ERROR } else { FAMILIES_ERROR };
+                assert!(most <= FAMILIES_ERROR && worst <= bound, "{name}, {kind}, {way}");
+            }
         }
     }
 }
 
-/// Errors of logits of all tokens at once; and of some together, then one by one.
-fn errors_on_the_device(device: &Arc<Device>, model: &Path) -> [f64; 2] {
+/// Errors of the logits of each token, the smallest first: of all tokens at once; and of some
+/// together, then one by one.
+fn errors_on_the_device(
+    device: &Arc<Device>,
+    source: Arc<dyn ModelSource>,
+) -> [(&'static str, Vec<f64>); 2] {
     const PROMPT: usize = 5;
     // Past windows, and past what the short factors of rotary embeddings are for.
     let tokens: Vec<u32> = (0..24).map(|i| (i * i + 7 * i) % 300).collect();
-    let source: Arc<dyn ModelSource> = open_model(model).unwrap().into();
     let devices = vec![(0, Arc::clone(device))];
     let (kv_type, context) = (KvType::F16, tokens.len());
+    let vocab = source.config().vocab_size;
     let settings = CudaSettings { devices, blocks: None, kv_type, context };
     let on_device = Model::load_on_cuda(Arc::clone(&source), &settings).unwrap();
     let logits = |model: &Model| {
@@ -155,7 +167,13 @@ fn errors_on_the_device(device: &Arc<Device>, model: &Path) -> [f64; 2] {
         widened(model.logits(&hidden).unwrap())
     };
     let expected = logits(&Model::load(source, &Scalar).unwrap());
-    let prefill = error(&logits(&on_device), &expected);
+    let errors = |found: &[f64], expected: &[f64]| {
+        let tokens = found.chunks_exact(vocab).zip(expected.chunks_exact(vocab));
+        let mut errors: Vec<_> = tokens.map(|(found, expected)| error(found, expected)).collect();
+        errors.sort_by(f64::total_cmp);
+        errors
+    };
+    let prefill = errors(&logits(&on_device), &expected);
 
     let sequence = &mut on_device.sequence(context).unwrap();
     let workspace = &mut on_device.workspace().unwrap();
@@ -165,8 +183,8 @@ fn errors_on_the_device(device: &Arc<Device>, model: &Path) -> [f64; 2] {
     for token in others.chunks(1) {
         decoded.extend(step(token));
     }
-    let first = (PROMPT - 1) * on_device.config().vocab_size;
-    [prefill, error(&widened(decoded), &expected[first..])]
+    let decode = errors(&widened(decoded), &expected[(PROMPT - 1) * vocab..]);
+    [("prefill", prefill), ("decode", decode)]
 }
 
 /// One token's graph holds addresses of a text and of a workspace.

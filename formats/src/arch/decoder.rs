@@ -325,12 +325,16 @@ impl Decoder {
     /// What it computes that engines with Llama's blocks and their variants do not; `None` if
     /// nothing.
     pub fn beyond_llama(&self) -> Option<&'static str> {
+        let has_experts = self.blocks.iter().any(|block| block.experts.is_some());
+        if has_experts { Some("experts") } else { self.beyond_experts() }
+    }
+
+    /// The same of engines that have experts, too.
+    pub fn beyond_experts(&self) -> Option<&'static str> {
         let any = |has: &dyn Fn(&BlockSpec) -> bool| self.blocks.iter().any(has);
         let attends =
             |has: fn(&Attention) -> bool| any(&|block| block.attention().is_some_and(has));
-        if any(&|block| block.experts.is_some()) {
-            Some("experts")
-        } else if any(&|block| block.attention().is_none()) {
+        if any(&|block| block.attention().is_none()) {
             Some("blocks of another kind than attention")
         } else if attends(|attention| attention.has_sinks) {
             Some("attention sinks")

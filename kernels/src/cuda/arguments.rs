@@ -1,5 +1,6 @@
 //! What kernels take as arguments, byte for byte.
 
+use bytemuck::{Pod, Zeroable, bytes_of};
 use slim_formats::slim::{MAX_BANDS, TILE_ROWS};
 
 use super::{
@@ -24,7 +25,7 @@ pub(super) enum Mode {
 }
 
 /// `PackedMatrix` of `packed.cuh`, of layers that are no trellis.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct PackedArgs {
     pub codes: u64,
@@ -47,12 +48,12 @@ pub(super) struct PackedArgs {
 }
 
 /// `TrellisMatrix` of `trellis.cuh`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(transparent)]
 pub(super) struct TrellisArgs(PackedArgs);
 
 /// `DenseMatrix` of `dense.cuh`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct DenseArgs {
     pub fragments: u64,
@@ -71,6 +72,17 @@ pub(super) struct BandArgs<M> {
     pub bias: u64,
     pub first_row: u32,
     pub matrix_rows: u32,
+}
+
+impl<M: Pod> BandArgs<M> {
+    /// As it lies in device memory.
+    pub fn to_bytes(self) -> Vec<u8> {
+        let Self { w, out, bias, first_row, matrix_rows } = self;
+        let (addresses, rows) = ([out, bias], [first_row, matrix_rows]);
+        let parts = [bytes_of(&w), bytes_of(&addresses), bytes_of(&rows)];
+        debug_assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), size_of::<Self>());
+        parts.concat()
+    }
 }
 
 /// `Norm` of `norm.cuh`; of zeros, none.
@@ -102,6 +114,48 @@ pub(super) struct MatvecArgs<M> {
     pub counter: u64,
     pub quad_bytes: u32,
     pub depth: u32,
+}
+
+/// `Router` of `experts.cu`.
+#[repr(C)]
+pub(super) struct RouterArgs {
+    pub weight: u64,
+    pub bias: u64,
+    pub correction: u64,
+    pub share: u64,
+    pub count: u32,
+    pub used: u32,
+    pub scoring: u32,
+    pub normalizes: u32,
+    pub sharpness: f32,
+    pub scale: f32,
+}
+
+/// `ExpertLayer` of `experts.cu`; of zeros, none.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct ExpertLayerArgs {
+    pub bands: u64,
+    pub first: u64,
+}
+
+/// `ExpertProduct` of `experts.cu`.
+#[derive(Default)]
+#[repr(C)]
+pub(super) struct ExpertProductArgs {
+    pub layer: ExpertLayerArgs,
+    pub up: ExpertLayerArgs,
+    pub experts: u64,
+    pub weights: u64,
+    pub input: u64,
+    pub neurons: u64,
+    pub x: u64,
+    pub stride: u32,
+    pub neuron_stride: u32,
+    pub used: u32,
+    pub rows: u32,
+    pub activation: u32,
+    pub scale: f32,
 }
 
 /// `Matmul` of `matmul.cu`.
@@ -183,7 +237,7 @@ pub(super) struct ScoresArgs {
 }
 
 /// A storage of weights, and the kernels that multiply with it.
-pub(super) trait Kind: Sized + Copy {
+pub(super) trait Kind: Pod {
     /// Tiles whose codes belong together.
     const STRIP_TILES: usize = 1;
 
@@ -194,6 +248,7 @@ pub(super) trait Kind: Sized + Copy {
     /// token with these weights.
     fn quad_bytes(&self) -> Option<u32>;
     fn matmul(device: &Device) -> &Kernel;
+    fn experts(device: &Device) -> &Kernel;
     fn embed(device: &Device) -> &Kernel;
     /// Blocks of `embed_*` for a token.
     fn embed_blocks(&self) -> usize;
@@ -256,6 +311,10 @@ impl Kind for PackedArgs {
         &device.kernels.matmul_packed
     }
 
+    fn experts(device: &Device) -> &Kernel {
+        &device.kernels.experts_packed
+    }
+
     fn embed(device: &Device) -> &Kernel {
         &device.kernels.embed_packed
     }
@@ -291,6 +350,10 @@ impl Kind for TrellisArgs {
 
     fn matmul(device: &Device) -> &Kernel {
         &device.kernels.matmul_trellis
+    }
+
+    fn experts(device: &Device) -> &Kernel {
+        &device.kernels.experts_trellis
     }
 
     fn embed(device: &Device) -> &Kernel {
@@ -332,6 +395,10 @@ impl Kind for DenseArgs {
 
     fn matmul(device: &Device) -> &Kernel {
         &device.kernels.matmul_dense
+    }
+
+    fn experts(device: &Device) -> &Kernel {
+        &device.kernels.experts_dense
     }
 
     fn embed(device: &Device) -> &Kernel {
@@ -376,7 +443,7 @@ mod tests {
         let (cache, scores) = (size_of::<KvCacheArgs>(), size_of::<ScoresArgs>());
         let rotation = size_of::<RotationArgs>();
         let norm = size_of::<NormArgs>();
-        let kernels: [(&str, &[usize]); 22] = [
+        let kernels: [(&str, &[usize]); 27] = [
             ("activate", &[8, 8, 4, 4, 8, 4]),
             ("attention_decode_f16", &[8, cache, 8, 4, scores, 8, 8, 8]),
             ("attention_decode_q8", &[8, cache, 8, 4, scores, 8, 8, 8]),
@@ -385,6 +452,9 @@ mod tests {
             ("embed_dense", &[size_of::<EmbedArgs<DenseArgs>>()]),
             ("embed_packed", &[size_of::<EmbedArgs<PackedArgs>>()]),
             ("embed_trellis", &[size_of::<EmbedArgs<TrellisArgs>>()]),
+            ("experts_dense", &[size_of::<ExpertProductArgs>()]),
+            ("experts_packed", &[size_of::<ExpertProductArgs>()]),
+            ("experts_trellis", &[size_of::<ExpertProductArgs>()]),
             ("finish_logits", &[8, 4, 4, 4]),
             ("gemm_f32", &[size_of::<GemmArgs>()]),
             ("matmul_dense", &[size_of::<MatmulArgs<DenseArgs>>()]),
@@ -398,6 +468,8 @@ mod tests {
             ("norm_rows", &[8, norm, 4, 8, 4]),
             ("rope_store_f16", &[8, 8, 8, 8, 4, cache, rotation]),
             ("rope_store_q8", &[8, 8, 8, 8, 4, cache, rotation]),
+            ("route", &[8, norm, 4, size_of::<RouterArgs>(), 8, 8, 8, 8, 8]),
+            ("weigh_rows", &[8, 4, 8]),
             ("top_k", &[8, 4, 4, 8, 8, 8, 8]),
         ];
         for (kernel, expected) in kernels {

@@ -367,6 +367,9 @@ kernels! {
     embed_dense: 0,
     embed_packed: 0,
     embed_trellis: 0,
+    experts_dense: 0,
+    experts_packed: 0,
+    experts_trellis: 0,
     finish_logits: 0,
     gemm_f32: 0,
     matmul_dense: shared::matmul(shared::MATMUL_STEP, 4),
@@ -380,7 +383,9 @@ kernels! {
     norm_rows: 0,
     rope_store_f16: 0,
     rope_store_q8: 0,
+    route: 0,
     top_k: 0,
+    weigh_rows: 0,
 }
 
 /// What kernels ask for of dynamic shared memory, in bytes, as their comments say.

@@ -18,6 +18,19 @@ use super::{
 };
 use crate::{KernelError, KvType, Result};
 
+/// Calls a method, which is generic in it, for a kind of storage.
+macro_rules! call_of_kind {
+    ($kind:expr, $device:ident.$method:ident($($argument:expr),*)) => {
+        match $kind {
+            StorageKind::Packed => $device.$method::<PackedArgs>($($argument),*),
+            StorageKind::Trellis => $device.$method::<TrellisArgs>($($argument),*),
+            StorageKind::Dense => $device.$method::<DenseArgs>($($argument),*),
+        }
+    };
+}
+
+mod experts; // behind the macro that it uses
+
 /// Tokens of a product that one launch of `matvec_*` takes.
 const MATVEC_TOKENS: usize = 8;
 /// Rows (in tiles) and tokens of a block of `matmul_*`.
@@ -107,17 +120,6 @@ impl<'a> Strided<'a> {
             _ => Ok(()),
         }
     }
-}
-
-/// Calls a method, which is generic in it, for a kind of storage.
-macro_rules! call_of_kind {
-    ($kind:expr, $device:ident.$method:ident($($argument:expr),*)) => {
-        match $kind {
-            StorageKind::Packed => $device.$method::<PackedArgs>($($argument),*),
-            StorageKind::Trellis => $device.$method::<TrellisArgs>($($argument),*),
-            StorageKind::Dense => $device.$method::<DenseArgs>($($argument),*),
-        }
-    };
 }
 
 impl Device {
@@ -977,7 +979,7 @@ impl Neurons<'_> {
 }
 
 /// `Activation` of `activation.cuh`.
-fn code_of(activation: Activation) -> Result<u32> {
+pub(super) fn code_of(activation: Activation) -> Result<u32> {
     match activation {
         Activation::Silu => Ok(0),
         Activation::GeluTanh => Ok(1),

@@ -135,11 +135,7 @@ impl Matrix {
         let (rows, cols) = shape(weight);
         check_limit("columns", cols, MAX_UNITS * UNIT_COLS)?;
         check_limit("rows", rows, 1 << 28)?;
-        let Some(layers) = weight.bands() else {
-            let storage = Storage::Dense(Dense::upload(device, weight)?);
-            let bands = vec![Band { first_row: 0, rows, cols, storage }];
-            return Ok(Self { rows, cols, bands, bias: None });
-        };
+        let Some(layers) = weight.bands() else { return Self::upload_dense(device, weight) };
         let band = |(first_row, layer): (usize, PackedTensor<'_>)| {
             let packed = Packed::upload(device, layer)?;
             let storage = match layer.layout().coding() {
@@ -149,6 +145,17 @@ impl Matrix {
             Ok(Band { first_row, rows: layer.layout().rows(), cols, storage })
         };
         let bands = layers.iter().map(band).collect::<Result<_>>()?;
+        Ok(Self { rows, cols, bands, bias: None })
+    }
+
+    /// The same as fp16, whatever the weight is.
+    ///
+    /// # Errors
+    /// As [`Self::upload`].
+    pub(super) fn upload_dense(device: &Arc<Device>, weight: Weight<'_>) -> Result<Self> {
+        let (rows, cols) = shape(weight);
+        let storage = Storage::Dense(Dense::upload(device, weight)?);
+        let bands = vec![Band { first_row: 0, rows, cols, storage }];
         Ok(Self { rows, cols, bands, bias: None })
     }
 

@@ -15,6 +15,7 @@ mod backend;
 mod buffer;
 mod device;
 mod driver;
+mod experts;
 mod launch;
 mod matrix;
 mod operands;
@@ -27,6 +28,7 @@ pub use attention::{
 pub use backend::{CudaBackend, Gram, Held};
 pub use buffer::{Buffer, View, ViewMut};
 pub use device::{Device, Graph};
+pub use experts::{ExpertWeights, Experts, Routed};
 pub use launch::{Neurons, Next, Norm, Strided};
 pub use matrix::Matrix;
 pub use operands::Operands;

@@ -4,11 +4,12 @@
 use std::sync::{Arc, OnceLock};
 
 use super::*;
-use slim_formats::arch::QueryScaling;
+use slim_formats::arch::{self, QueryScaling};
 
 use crate::cuda::{
-    Attention, Buffer, CudaBackend, Device, HeadNorms, KvCache, Matrix, Neurons, Next, Norm,
-    Operands, Position, RopeTables, Rotation, Scores, Strided, Tokens, TopK,
+    Attention, Buffer, CudaBackend, Device, ExpertWeights, Experts, HeadNorms, KvCache, Matrix,
+    Neurons, Next, Norm, Operands, Position, RopeTables, Rotation, Routed, Scores, Strided, Tokens,
+    TopK,
 };
 
 /// Bounds of the normalized mean square error. fp16 rounds inputs and weights to 11 bits.
@@ -803,4 +804,155 @@ fn backend_attention_and_gram_agree() {
         }
     }
     assert_nmse("gram", &gram.read().unwrap(), &expected, FLOAT_NMSE);
+}
+
+/// What `norm` makes of a token, and which experts that chooses with which weights, the slow way.
+fn chosen_experts(
+    spec: &arch::Experts,
+    router: &[f32],
+    [bias, correction]: [&[f32]; 2],
+    normed: &[f32],
+) -> Vec<(usize, f64)> {
+    let hidden = normed.len();
+    let outputs: Vec<f64> = router
+        .chunks_exact(hidden)
+        .zip(bias)
+        .map(|(row, &bias)| {
+            let sum: f64 = row.iter().zip(normed).map(|(w, x)| f64::from(w * x)).sum();
+            f64::from(spec.routing.sharpness) * sum + f64::from(bias)
+        })
+        .collect();
+    let scores: Vec<f64> = match spec.routing.scores {
+        arch::Scores::Sigmoid => outputs.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+        arch::Scores::Softmax => {
+            let sum: f64 = outputs.iter().map(|x| x.exp()).sum();
+            outputs.iter().map(|x| x.exp() / sum).collect()
+        }
+    };
+    let worth = |&i: &usize| scores[i] + f64::from(correction[i]);
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
+    order.truncate(spec.used.into());
+    let sum: f64 = order.iter().map(|&i| scores[i]).sum();
+    let whole = if spec.routing.normalizes { sum } else { 1.0 };
+    order.into_iter().map(|i| (i, f64::from(spec.routing.scale) * scores[i] / whole)).collect()
+}
+
+/// Of each storage, of several at once, and of a share of the network beside.
+#[test]
+fn experts_agree() {
+    const COUNT: usize = 37;
+    let device = device_or_skip!();
+    let mut noise = Noise(111);
+    let (hidden, width) = (72, 40);
+    let trellis = ScaleCoding::Trellis { sub_group: 32 };
+    let half: Vec<Vec<u8>> =
+        (0..3 * COUNT).map(|_| half_bytes(&noise.vector(hidden * width, 0.1))).collect();
+    for (case, codings, scores, normalizes) in [
+        ("two-level", vec![TWO_LEVEL], arch::Scores::Softmax, true),
+        ("trellis", vec![trellis], arch::Scores::Sigmoid, true),
+        ("fp16", Vec::new(), arch::Scores::Softmax, false),
+        ("both codings", vec![TWO_LEVEL, trellis], arch::Scores::Sigmoid, false),
+    ] {
+        let ffn =
+            arch::Ffn { width, activation: Activation::Silu, is_gated: true, has_bias: false };
+        let routing = arch::Routing {
+            sharpness: 0.7,
+            scores,
+            has_bias: true,
+            is_corrected: true,
+            groups: None,
+            normalizes,
+            scale: 1.3,
+        };
+        let spec = arch::Experts {
+            count: COUNT as u16,
+            used: 3,
+            ffn,
+            routing,
+            shares: true,
+            has_norms: false,
+            are_fused: false,
+            are_mxfp4: false,
+        };
+        let shapes = [[width, hidden], [width, hidden], [hidden, width]];
+        let packed: Vec<Vec<Layer>> = shapes
+            .iter()
+            .map(|&[rows, cols]| {
+                let codings =
+                    codings.iter().cycle().take(if codings.is_empty() { 0 } else { COUNT });
+                codings
+                    .map(|&coding| {
+                        layer(&mut noise, [rows, cols, 32], coding, &[3, 2, 4][..cols.div_ceil(32)])
+                    })
+                    .collect()
+            })
+            .collect();
+        let weights = |which: usize| -> Vec<Weight<'_>> {
+            let [rows, cols] = shapes[which];
+            match packed[which].is_empty() {
+                true => (0..COUNT)
+                    .map(|i| dense(&half[which * COUNT + i], DType::F16, rows, cols))
+                    .collect(),
+                false => packed[which].iter().map(Layer::weight).collect(),
+            }
+        };
+        let [gate, up, down] = [0, 1, 2].map(weights);
+        let router = noise.vector(COUNT * hidden, 1.0);
+        let router_bytes: Vec<u8> = router.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (bias, correction) = (noise.vector(COUNT, 1.0), noise.vector(COUNT, 0.3));
+        let share = noise.vector(hidden, 1.0);
+        let host = ExpertWeights {
+            router: dense(&router_bytes, DType::F32, COUNT, hidden),
+            router_bias: Some(&bias),
+            correction: Some(&correction),
+            share: Some(&share),
+            gate: gate.clone(),
+            up: up.clone(),
+            down: down.clone(),
+        };
+        let experts = Experts::upload(&device, spec, &host).unwrap();
+        assert!(experts.bytes_per_token() < experts.device_bytes() / 10);
+        let mut routed = Routed::zeros(&device, 9, &spec).unwrap();
+        for m in [1, 9] {
+            let x = noise.vector(m * hidden, 1.0);
+            let norm_weight = noise.vector(hidden, 1.0);
+            let mut normed = vec![0.0; m * hidden];
+            Scalar.rms_norm(&x, &norm_weight, 1e-5, &mut normed);
+            let norm_buffer = Buffer::upload(&device, &norm_weight).unwrap();
+            let norm = Norm { weight: norm_buffer.view(), bias: None, epsilon: 1e-5 };
+            let mut sums = Buffer::upload(&device, &x).unwrap();
+            let inputs = operands(&device, &normed, m);
+            device.route(&experts, sums.view(), Some(norm), m, &mut routed).unwrap();
+            device.expert_neurons(&experts, &inputs, m, &mut routed).unwrap();
+            device.add_experts(&experts, &routed, m, 0.5, &mut sums.view_mut()).unwrap();
+            let mut expected = widened(&x);
+            for (token, normed) in normed.chunks_exact(hidden).enumerate() {
+                let vectors = [bias.as_slice(), &correction];
+                for (expert, weight) in chosen_experts(&spec, &router, vectors, normed) {
+                    let product = |w: Weight<'_>, x: &[f32]| reference(w, x, 1);
+                    let gates = product(gate[expert], normed);
+                    let neurons: Vec<f32> = gates
+                        .iter()
+                        .zip(product(up[expert], normed))
+                        .map(|(gate, up)| (weight * up * gate / (1.0 + (-gate).exp())) as f32)
+                        .collect();
+                    let added = product(down[expert], &neurons);
+                    let sums = &mut expected[token * hidden..][..hidden];
+                    sums.iter_mut().zip(added).for_each(|(sum, added)| *sum += 0.5 * added);
+                }
+            }
+            let found = sums.view().read().unwrap();
+            assert_nmse(&format!("{case}, m {m}"), &found, &expected, PRODUCT_NMSE);
+
+            let mut beside = operands(&device, &vec![1.0; m * width], m);
+            device.weigh_rows(&mut beside, &routed, m).unwrap();
+            let shares = normed.chunks_exact(hidden).map(|normed| {
+                let sum: f64 = share.iter().zip(normed).map(|(w, x)| f64::from(w * x)).sum();
+                1.0 / (1.0 + (-sum).exp())
+            });
+            let expected: Vec<f64> = shares.flat_map(|share| vec![share; width]).collect();
+            assert_nmse("shares", &beside.read(m).unwrap(), &expected, HALF_NMSE);
+        }
+    }
 }
