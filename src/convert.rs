@@ -74,9 +74,11 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     }
     if args.dry_run {
         plan.warnings().iter().for_each(|warning| warn(warning));
+        let (engine, _) = engine(&settings, &args.compute.device)?;
+        let foretold = plan.foretell(&*source, &Resources { engine, float_bytes })?;
         match args.json {
-            true => print_json(plan.to_json())?,
-            false => print(&plan.describe(args.max_memory))?,
+            true => print_json(plan.to_json(&foretold))?,
+            false => print(&plan.describe(args.max_memory, &foretold))?,
         }
         return Ok(());
     }

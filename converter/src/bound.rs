@@ -68,7 +68,7 @@ pub fn convert_within<'p>(
 
     let contents = Contents::computed_by(source, settings, &instructions)?;
     for kind in Work::ALL {
-        let planned = kind.planned(source.decoder(), &contents, settings, work);
+        let planned = kind.planned(source.decoder(), &contents, settings, Some(work));
         progress(Progress::Planned(kind, planned));
     }
     let survey = surveyed(job, &contents, &mut { resources.float_bytes }, progress)?;

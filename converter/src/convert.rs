@@ -14,16 +14,16 @@ use crate::{
     Calibration, ConvertError, Degenerate, Engine, LayerReport, Method, Progress, Report,
     Resources, Result, Settings, Work, WorkFolder,
     activations::StageInputs,
-    budget::{Survey, Widths, survey, try_fits},
+    budget::{Survey, Widths, survey},
     calibrator::{Calibrator, ENOUGH_TOKENS, Layer, Visitor, scratch_bytes},
     contents::{Contents, MATRICES_BEFORE, MATRICES_BEHIND, VECTORS_BEFORE, VECTORS_BEHIND},
     distill::train,
     finite::finite_rows,
-    hessian::Hessian,
-    layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer, try_layer},
+    layer::{FactoredHessian, LayerInputs, quantize_layer, stream_layer},
     neurons::Ffn,
+    probe::try_rounding,
     provenance::{self, STEPS},
-    rows::{OutputHessian, Targets},
+    rows::Targets,
     work,
     work_folder::Record,
     zeros::ZeroGroups,
@@ -122,7 +122,7 @@ pub(crate) fn quantize(
     let mut memory_left = resources.float_bytes;
     let reserved = ScratchFile::new(scratch_bytes(decoder, settings, memory_left))?;
     for kind in Work::ALL {
-        let planned = kind.planned(decoder, &contents, settings, work);
+        let planned = kind.planned(decoder, &contents, settings, Some(work));
         progress(Progress::Planned(kind, planned));
     }
     let mut output = Output {
@@ -143,7 +143,7 @@ pub(crate) fn quantize(
         output.warn(warning);
     }
     if settings.has_budget() {
-        output.try_out()?;
+        try_rounding(source, settings, &mut *output.progress)?;
         let contents = &output.contents;
         let (memory_left, progress) = (&mut memory_left, &mut *output.progress);
         let survey = surveyed(job, contents, memory_left, progress)?;
@@ -384,46 +384,6 @@ impl Output<'_> {
             "fewer than {ENOUGH_TOKENS} calibration tokens go through {names}: calibrated on all \
              tokens of their blocks; more samples, or a text like those to come, would do better"
         ));
-    }
-
-    /// Does a little of what comes late, so that it is known early how long that takes on this
-    /// machine.
-    fn try_out(&mut self) -> Result<()> {
-        const ROWS: usize = 256;
-        const COLS: usize = 512;
-        let tensors = self.source.decoder().tensors();
-        let Some(Tensor { name, .. }) = tensors.iter().find(|tensor| tensor.is_linear()) else {
-            return Ok(());
-        };
-        let found = self.source.require(name)?;
-        let (rows, cols) = weight::shape(found);
-        let (rows, cols_tried) = (rows.min(ROWS), cols.min(COLS) / 16 * 16);
-        if cols_tried == 0 {
-            return Ok(());
-        }
-        let weights = finite_rows(name, found, 0..rows)?;
-        let of_row = |row: &[f32]| row[..cols_tried].to_vec();
-        let weights: Vec<f32> = weights.chunks_exact(cols).flat_map(of_row).collect();
-        // Inputs that hang together, as inputs do: how many codes a refinement changes, and so how
-        // long it takes, depends on it.
-        let correlation = |(i, j): (usize, usize)| 0.9f32.powi(i.abs_diff(j) as i32);
-        let places = (0..cols_tried).flat_map(|i| (0..cols_tried).map(move |j| (i, j)));
-        let hessian = Hessian::new(places.map(correlation).collect(), cols_tried);
-        let hessian = FactoredHessian::new(hessian, self.settings)?;
-        let outputs = OutputHessian::zeros(rows, &mut { u64::MAX })?;
-
-        for _ in 0..3 {
-            (self.progress)(Progress::Begun);
-            try_fits(&weights, cols_tried, self.settings);
-            self.worked(Work::Fits, work::weights((rows, cols_tried)));
-            for (outputs, kind) in [(None, Work::Sweeps), (Some(&outputs), Work::LinkedSweeps)] {
-                let strip = self.settings.coding.strip_rows();
-                let mut targets = Targets::new(weights.clone(), cols_tried, outputs, strip)?;
-                try_layer(&mut targets, self.settings, &hessian);
-                self.worked(kind, work::sweep((rows, cols_tried)));
-            }
-        }
-        Ok(())
     }
 
     /// The inputs of a stage, of which `first` is a layer.

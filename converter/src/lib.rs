@@ -25,6 +25,7 @@ mod hessian;
 mod lanes;
 mod layer;
 mod neurons;
+mod probe;
 mod provenance;
 mod published;
 mod quality;
@@ -51,6 +52,7 @@ pub use distill::distill;
 pub use engine::Engine;
 pub use error::{ConvertError, Result};
 pub use layer::SLAB_ROWS;
+pub use probe::{Foretold, foretell};
 pub use provenance::{COMMIT, DRAWN, source_metadata};
 pub use quality::{
     Domain, Profile, Quality, Ruler, USELESS_KL, predict_quality, profile, quality_bytes,

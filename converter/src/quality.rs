@@ -13,6 +13,9 @@ use slim_runtime::{
 /// Tokens of each text that are measured at most.
 const TOKENS: usize = 256;
 
+/// Tokens that [`predict_quality`] sends through each model at most.
+pub(crate) const CHECKED_TOKENS: usize = Domain::CHECKED.len() * TOKENS;
+
 /// Positions whose logits are held at a time, those of both models.
 const LOGITS: u64 = 2 * 128;
 

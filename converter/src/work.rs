@@ -66,17 +66,18 @@ impl Work {
         matches!(self, Self::Fits | Self::Sweeps | Self::LinkedSweeps)
     }
 
-    /// What a conversion has of it, less what has been done before.
+    /// What a conversion has of it, less what `work` has of an earlier one.
     pub(crate) fn planned(
         self,
         decoder: &Decoder,
         contents: &Contents,
         settings: &Settings,
-        work: &WorkFolder,
+        work: Option<&WorkFolder>,
     ) -> f64 {
+        let has = |record: &str| work.is_some_and(|work| work.has(record));
         let is_calibrated = settings.method != Method::RoundToNearest;
-        let is_surveyed = settings.has_budget() && !work.has(SURVEY);
-        let is_done = |matrix: &str| work.has(&settings.record_of(matrix));
+        let is_surveyed = settings.has_budget() && !has(SURVEY);
+        let is_done = |matrix: &str| has(&settings.record_of(matrix));
         let sweeps = |are_linked: bool| -> f64 {
             let left = layers(contents).filter(|layer| !is_done(&layer.source));
             let alike = left.filter(|layer| is_linked(layer, decoder, settings) == are_linked);

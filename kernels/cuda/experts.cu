@@ -128,8 +128,8 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * WARP)
 
 // ---- products ----
 
-// A layer of all experts: the bands of expert e are first[e] .. first[e + 1]. Their `out` and `bias`
-// are nothing.
+// A layer of all experts: the bands of expert e are first[e] .. first[e + 1]. Their `out` and
+// `bias` are nothing.
 template <class Matrix>
 struct ExpertLayer {
     const Band<Matrix>* bands;

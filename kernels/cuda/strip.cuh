@@ -1,5 +1,5 @@
-// What a warp multiplies of a strip, a tile or two of a trellis: 1 to 8 tokens with its share of the
-// columns. One instruction serves 8 tokens.
+// What a warp multiplies of a strip, a tile or two of a trellis: 1 to 8 tokens with its share of
+// the columns. One instruction serves 8 tokens.
 #pragma once
 
 #include "matvec.cuh"

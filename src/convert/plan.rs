@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result};
 use serde_json::{Value as Json, json};
 use slim_converter::{
-    Contents, Method, PlannedTensor, SLAB_ROWS, Settings, Storage, Target, float_bytes,
+    Contents, Foretold, Method, PlannedTensor, Resources, SLAB_ROWS, Settings, Storage, Target,
+    float_bytes, foretell,
 };
 use slim_formats::{
     ModelSource, Part, Weight,
@@ -13,7 +14,10 @@ use slim_formats::{
 };
 use slim_kernels::weight;
 
-use crate::output::{facts, plural, size};
+use crate::{
+    output::{facts, plural, size},
+    progress::duration,
+};
 
 /// Copies of a linear layer's weights in f32 that the published search holds besides the weights:
 /// one for each width.
@@ -161,15 +165,18 @@ impl Plan {
                 format!("{coding}; `--scales trellis` has smaller errors, and decodes more slowly")
             }
             ScaleCoding::Trellis { .. } => {
-                format!(
-                    "{coding}; `--scales two-level` decodes faster, and in less memory on a GPU"
-                )
+                format!("{coding}; `--scales two-level` decodes faster")
             }
             ScaleCoding::TwoLevel { .. } | ScaleCoding::Paper => coding.to_string(),
         }
     }
 
-    pub fn describe(&self, max_memory: u64) -> String {
+    /// Tries the work out, to tell what all of it takes.
+    pub fn foretell(&self, source: &dyn ModelSource, resources: &Resources) -> Result<Foretold> {
+        Ok(foretell(source, &self.contents, &self.settings, resources)?)
+    }
+
+    pub fn describe(&self, max_memory: u64, foretold: &Foretold) -> String {
         let Settings { bits, group_size, embed_bits, samples, context, seed, .. } = self.settings;
         let method = self.settings.method.name();
         let scales = self.settings.coding;
@@ -219,10 +226,16 @@ impl Plan {
             lines.push(("parts", format!("{about}{parts} of at most {}", size(most))));
         }
         lines.push(("memory", format!("about {memory}, of which {} is granted", size(max_memory))));
+        lines.push(("disk", format!("about {} while it runs", size(foretold.disk_bytes))));
+        let besides = match self.settings.draws_text {
+            true => ", besides what the model writes",
+            false => "",
+        };
+        lines.push(("time", format!("about {}{besides}", duration(foretold.time))));
         facts(&lines) + "\nnothing was written\n"
     }
 
-    pub fn to_json(&self) -> Json {
+    pub fn to_json(&self, foretold: &Foretold) -> Json {
         let Settings { bits, target, .. } = self.settings;
         let (file_bytes, bits_per_weight) = self.size_and_bits();
         let (target_bpw, target_bytes) = match target {
@@ -252,6 +265,8 @@ impl Plan {
             "parts": self.parts(),
             "is_exact": self.has_even_widths(),
             "memory_bytes": self.working_bytes + self.float_bytes,
+            "disk_bytes": foretold.disk_bytes,
+            "seconds": foretold.time.as_secs_f64(),
             "layers": self.contents.layers().map(layer).collect::<Json>(),
         })
     }

@@ -233,6 +233,8 @@ fn dry_run_foretells_what_comes_out() {
             convert(&dir, &source, way);
             let found = succeed(&["inspect", &file, "--json"]).json();
             let what = format!("{} and {} columns, {way:?}", sizes.hidden, sizes.ffn);
+            let [disk, bytes] = ["disk_bytes", "file_bytes"].map(|key| plan[key].as_u64());
+            assert!(disk > bytes && plan["seconds"].as_f64() > Some(0.0), "{what}: {plan}");
             if plan["is_exact"] == true {
                 for key in ["file_bytes", "bits_per_weight"] {
                     assert_eq!(plan[key], found[key], "{what}: {key}");

@@ -29,7 +29,8 @@ use self::shared::Shared;
 use crate::{ConvertError, Result};
 pub use product::weight_gradient;
 pub use sensitivities::{
-    Sensitivities, Sensitivity, sensitivities, sensitivity_batches, sensitivity_samples,
+    BATCH_TOKENS, Sensitivities, Sensitivity, sensitivities, sensitivity_batches,
+    sensitivity_samples,
 };
 pub use vocabulary::Vocabulary;
 

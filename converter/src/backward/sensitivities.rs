@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Tokens that go through the model together.
-const BATCH_TOKENS: usize = 1024;
+pub const BATCH_TOKENS: usize = 1024;
 
 /// Tokens that sensitivities are measured on: such means settle long before a Hessian does.
 const TOKENS: usize = 1 << 15;

@@ -84,7 +84,8 @@ impl Device {
         let grid = [(usize::from(spec.count) + 1).div_ceil(ROUTE_WARPS), m, 1];
         // SAFETY: `route(x, norm, n, router, scores, counter, experts, weights, shares)`. x: m rows
         // of n, a multiple of 4; norm: of n channels; router: of n columns and `count` rows, with
-        // vectors of as many, which `used` does not exceed (`Experts::upload`); scores, experts, weights, shares: of m tokens (`Routed::check`); counter: zero.
+        // vectors of as many, which `used` does not exceed (`Experts::upload`); scores, experts,
+        // weights, shares: of m tokens (`Routed::check`); counter: zero.
         unsafe { self.launch(&self.kernels.route, grid, ROUTE_WARPS as u32 * 32, 0, args) }
     }
 
