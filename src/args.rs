@@ -485,6 +485,11 @@ pub struct ExportArgs {
     #[command(flatten)]
     pub target: TargetArgs,
 
+    /// Also run what was written, in llama.cpp, ONNX Runtime or transformers, whichever is for it
+    /// and installed; an error if that computes something else
+    #[arg(long)]
+    pub check: bool,
+
     /// Also write a model card for a hub, such as OUT/README.md: what the layout has lost, and the
     /// commands
     #[arg(long, value_name = "FILE")]

@@ -66,7 +66,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 /// Opens a graph in ONNX Runtime: the library that ORT_DYLIB_PATH names, or the system's.
 #[cfg(feature = "onnx-run")]
-fn open_graph(path: &Path) -> Result<Box<dyn NextTokens>> {
+pub fn open_graph(path: &Path) -> Result<Box<dyn NextTokens>> {
     use std::env::{
         self,
         consts::{DLL_PREFIX, DLL_SUFFIX},

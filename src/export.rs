@@ -1,6 +1,7 @@
 //! `slimllm export`: a model's weights in the layout of another engine.
 
 mod card;
+mod check;
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,10 @@ use anyhow::Result;
 use serde_json::{Value as Json, json};
 use slim_exporter::{LayerLoss, Report, Target, export};
 
-use self::card::card;
+use self::{
+    card::card,
+    check::{Checked, check},
+};
 use crate::{
     args::{ExportArgs, Layout},
     card::CARD,
@@ -62,14 +66,15 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     for warning in &report.warnings {
         warn(warning);
     }
+    let checked = args.check.then(|| check(&source, target, &args.target.output)).transpose()?;
     if let Some(page) = page {
-        let text = card(&args.target.output, target, &*source, &report)?;
+        let text = card(&args.target.output, target, &*source, &report, checked.as_ref())?;
         page.write(CARD, &inputs, text.as_bytes())?;
     }
     if args.json {
-        print_json(report_json(&report, args, start.elapsed()))?;
+        print_json(report_json(&report, checked.as_ref(), args, start.elapsed()))?;
     } else if !args.quiet {
-        print(&describe(&report, args, start.elapsed()))?;
+        print(&describe(&report, checked.as_ref(), args, start.elapsed()))?;
     }
     Ok(())
 }
@@ -101,7 +106,12 @@ fn worst(layers: &[LayerLoss]) -> Option<&LayerLoss> {
     layers.iter().max_by(|a, b| a.error.total_cmp(&b.error))
 }
 
-fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
+fn describe(
+    report: &Report,
+    checked: Option<&Checked>,
+    args: &ExportArgs,
+    time: Duration,
+) -> String {
     let mut lines = vec![
         ("written", args.target.output.display().to_string()),
         ("tensors", plural(report.tensors, "tensor")),
@@ -116,12 +126,20 @@ fn describe(report: &Report, args: &ExportArgs, time: Duration) -> String {
         );
         lines.push(("loss", loss));
     }
+    if let Some(checked) = checked {
+        lines.push(("checked", checked.describe()));
+    }
     lines.push(("size", size(report.file_bytes)));
     lines.push(("time", duration(time)));
     facts(&lines)
 }
 
-fn report_json(report: &Report, args: &ExportArgs, time: Duration) -> Json {
+fn report_json(
+    report: &Report,
+    checked: Option<&Checked>,
+    args: &ExportArgs,
+    time: Duration,
+) -> Json {
     let layer = |layer: &LayerLoss| json!({"name": layer.name, "layout": layer.layout, "error": layer.error});
     json!({
         "output": args.target.output.to_string_lossy(),
@@ -129,6 +147,7 @@ fn report_json(report: &Report, args: &ExportArgs, time: Duration) -> Json {
         "tensors": report.tensors,
         "mean_error": mean_error(&report.layers),
         "worst_error": worst(&report.layers).map(|layer| layer.error),
+        "checked": checked.map(Checked::to_json),
         "seconds": time.as_secs_f64(),
         "layers": report.layers.iter().map(layer).collect::<Json>(),
     })

@@ -6,7 +6,7 @@ use anyhow::Result;
 use slim_exporter::{LayerLoss, Report, Target};
 use slim_formats::{ModelSource, gguf::GgufFile};
 
-use super::{layouts, mean_error, worst};
+use super::{Checked, layouts, mean_error, worst};
 use crate::{
     card::{code, front_matter},
     output::size,
@@ -20,6 +20,7 @@ pub fn card(
     target: Target,
     source: &dyn ModelSource,
     report: &Report,
+    checked: Option<&Checked>,
 ) -> Result<String> {
     let engine = Engine::of(target);
     let plain = |path: &Path| code(&path.file_name().unwrap_or_default().to_string_lossy());
@@ -43,6 +44,7 @@ pub fn card(
          {written} has the weights of {from}, {layout}. It takes {bytes}. The licence is that of \
          the source.\n\n\
          {losses}\
+         {verdict}\
          ## Run it\n\n\
          ```sh\n{run}\n```\n\n\
          ## How it was made\n\n\
@@ -50,6 +52,7 @@ pub fn card(
         engine = engine.name,
         bytes = size(report.file_bytes),
         losses = losses(&report.layers),
+        verdict = verdict(checked),
         run = engine.run.replace("OUT", written_as),
         source = from.trim_matches('`'),
         to = engine.option,
@@ -101,6 +104,16 @@ impl Engine {
                 run: "transformers chat ./OUT",
             },
         }
+    }
+}
+
+/// What an engine makes of it, if one was asked.
+fn verdict(checked: Option<&Checked>) -> String {
+    match checked {
+        Some(checked @ Checked::Agrees(_)) => {
+            format!("## What an engine makes of it\n\n{}.\n\n", checked.describe())
+        }
+        Some(Checked::NotRun(_)) | None => String::new(),
     }
 }
 

@@ -9,7 +9,7 @@ use slim_formats::{ModelSource, Weight, open_model, slim::SlimFile};
 use slim_kernels::{FloatCpu, linalg::Precision, weight};
 
 use crate::{
-    command::{Dir, SHORT_TEXT, arg, fail, succeed, tiny_model},
+    command::{Answer, Dir, SHORT_TEXT, arg, fail, succeed, tiny_model},
     end_to_end,
 };
 
@@ -304,4 +304,86 @@ fn report_says_what_was_lost() {
         assert!(answer.stdout.contains(fragment), "`{fragment}` in\n{}", answer.stdout);
     }
     assert!(answer.stderr.contains("block 1 of 2"), "{}", answer.stderr);
+}
+
+/// A program of that name that runs `script` in a shell, in a folder for the PATH.
+#[cfg(unix)]
+fn engine(dir: &Dir, name: &str, script: &str) -> String {
+    use std::{fs::Permissions, os::unix::fs::PermissionsExt};
+
+    let folder = dir.path(&format!("engine of {name}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    let program = folder.join(name);
+    std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    format!("{}:/usr/bin:/bin", folder.display())
+}
+
+/// What `llama-perplexity` saves of logits of 8 tokens, `[8, vocab]`: of those at positions 4 to 6.
+fn saved_by_llama_cpp(tokens: &[u32], logits: &[f32]) -> Vec<u8> {
+    let vocab = logits.len() / tokens.len();
+    let mut bytes = b"_logits_".to_vec();
+    let numbers = [tokens.len() as u32, vocab as u32, 1];
+    bytes.extend(numbers.iter().chain(tokens).flat_map(|number| number.to_le_bytes()));
+    for row in logits.chunks_exact(vocab).take(tokens.len() - 1).skip(tokens.len() / 2) {
+        let [least, most] =
+            [f32::min, f32::max].map(|pick| row.iter().copied().reduce(pick).unwrap());
+        let step = (most - least) / 65535.0;
+        bytes.extend([step, least].iter().flat_map(|number| number.to_le_bytes()));
+        let codes = row.iter().map(|logit| ((logit - least) / step).round() as u16);
+        bytes
+            .extend(codes.chain((vocab % 2 == 1).then_some(0)).flat_map(|code| code.to_le_bytes()));
+    }
+    bytes
+}
+
+/// Engines that play llama.cpp and Python: one that agrees, one that computes something else, one
+/// that fails, and none.
+#[cfg(unix)]
+#[test]
+fn check_says_what_an_engine_makes_of_it() {
+    let dir = Dir::new();
+    let model = arg(&tiny_model("llama"));
+    let source = open_model(Path::new(&model)).unwrap();
+    // In place of the first, llama.cpp has the token that texts begin with, if there is one.
+    let bos = source.config().bos_token_id.filter(|_| source.config().add_bos);
+    let tokens = [bos.unwrap_or(9), 8, 7, 6, 5, 4, 3, 2];
+    let logits = end_to_end::logits(source.into(), &FloatCpu(Precision::Fine), &tokens).concat();
+    let right = dir.write("right", saved_by_llama_cpp(&tokens, &logits));
+    let opposite: Vec<f32> = logits.iter().map(|logit| -logit).collect();
+    let wrong = dir.write("wrong", saved_by_llama_cpp(&tokens, &opposite));
+    let saves = |file: &str| {
+        format!(
+            "for a; do [ \"$last\" = --kl-divergence-base ] && cp '{file}' \"$a\"; last=$a; done; true"
+        )
+    };
+    let check = |layout: &str, path: &str| {
+        let out = dir.arg(&format!("{layout}.gguf"));
+        // No folder is replaced.
+        let _ = std::fs::remove_dir_all(&out);
+        let mut command = dir.slimllm("export");
+        command.args([&model, "--to", layout, "-o", &out, "--force", "--check", "--json"]);
+        Answer::of(command.env("PATH", path))
+    };
+    let llama = |script: &str| check("gguf", &engine(&dir, "llama-perplexity", script));
+
+    let agrees = llama(&saves(&right)).succeeds().json();
+    let checked = &agrees["checked"];
+    assert_eq!(checked["engine"], "llama.cpp");
+    assert_eq!(checked["positions"], 3);
+    assert!(checked["kl_mean"].as_f64().unwrap() < 1e-4, "{checked}");
+    assert_eq!(checked["top1_agreement"], 1.0);
+    llama(&saves(&wrong)).fails(&["gguf.gguf", "llama.cpp computes something else", "KL "]);
+    llama("echo unknown architecture >&2; exit 1")
+        .fails(&["llama.cpp cannot run it", "unknown architecture"]);
+    llama("true").fails(&["llama.cpp saved logits of a kind that is not known"]);
+
+    let no_engine = check("gguf", "/nowhere").succeeds().json();
+    let reason = &no_engine["checked"]["not_run"];
+    assert_eq!(reason, "there is no `llama-perplexity` on the PATH");
+    let python = |script: &str| check("safetensors", &engine(&dir, "python3", script));
+    let no_package = python("echo No module named torch >&2; exit 3").succeeds().json();
+    let reason = no_package["checked"]["not_run"].as_str().unwrap();
+    assert!(reason.contains("No module named torch"), "{reason}");
+    python("exit 0").fails(&["transformers gave no logits"]);
 }
