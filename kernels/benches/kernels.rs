@@ -4,9 +4,11 @@
 //! name contains NAME. Layers and caches come from memory, as those of a model do: copies, more
 //! than the processor's caches hold, take turns. With few mebibytes they come from a cache.
 //!
-//! What counts is the share of a plain read, which on a shared machine only two measurements in
+//! What counts for one token is the share of a plain read, which on a shared machine only two measurements in
 //! turn give. Benchmark harnesses measure one function after the other and print no ratios: hence
 //! no divan or criterion.
+
+mod peak;
 
 use std::{hint::black_box, time::Instant};
 
@@ -56,58 +58,58 @@ fn main() {
     let name = arguments.next().unwrap_or_default();
     for threads in threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-        pool.install(|| measure_all(&Memory::new(total_bytes, &name)));
+        pool.install(|| measure_all(&Machine::new(total_bytes, &name)));
     }
 }
 
-fn measure_all(memory: &Memory) {
-    println!("{} threads, {} MiB", rayon::current_num_threads(), memory.bytes() >> 20);
-    println!("{:<44} time/us  G mul-add/s      MB    GB/s  of a plain read", "kernel");
+fn measure_all(machine: &Machine) {
+    println!("{} threads, {} MiB", rayon::current_num_threads(), machine.bytes() >> 20);
+    println!("{:<44} time/us  G mul-add/s      MB    GB/s  of a plain read  of the peak", "kernel");
     for (rows, cols) in SHAPES {
         for coding in [TWO_LEVEL, TRELLIS] {
             for bits in 1..=8 {
-                measure_matvec(memory, [rows, cols], coding, bits);
+                measure_matvec(machine, [rows, cols], coding, bits);
             }
         }
         for dtype in GGML_TYPES {
-            measure_dense(memory, rows, cols, dtype);
+            measure_dense(machine, rows, cols, dtype);
         }
     }
     for (rows, cols) in SHAPES {
         for m in [2, 4, 8, 64, TOKENS] {
             for bits in [2, 3, 4, 8] {
-                measure_matmul(memory, [m, rows, cols], bits);
+                measure_matmul(machine, [m, rows, cols], bits);
             }
         }
     }
     for m in [1, TOKENS] {
-        measure_attention(memory, m);
+        measure_attention(machine, m);
     }
-    measure_rms_norm(memory);
+    measure_rms_norm(machine);
 }
 
 /// One token times a packed layer, in each way that this machine has.
-fn measure_matvec(memory: &Memory, [rows, cols]: [usize; 2], coding: ScaleCoding, bits: u8) {
+fn measure_matvec(machine: &Machine, [rows, cols]: [usize; 2], coding: ScaleCoding, bits: u8) {
     let kind = if coding == TRELLIS { ", trellis" } else { "" };
     let layer = || layer(rows, cols, coding, bits);
     let bytes = layer_bytes(rows, cols, coding, bits);
     let (x, mut out) = (waves(cols), vec![0.0; rows]);
     for method in Method::all() {
         let name = format!("matvec {rows} x {cols}, {bits} bits{kind}, {method:?}");
-        memory.measure(&name, rows * cols, bytes, layer, |layer| {
+        machine.measure(&name, rows * cols, bytes, layer, |layer| {
             matvec_by(method, layer.view(), &x, black_box(&mut out));
         });
     }
 }
 
 /// One token times codes of one of ggml's types, whatever they are worth.
-fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
+fn measure_dense(machine: &Machine, rows: usize, cols: usize, dtype: DType) {
     let cols = cols / BLOCK * BLOCK;
     let len = dtype.size_in_bytes((rows * cols) as u64).expect("whole blocks") as usize;
     let (x, mut out) = (waves(cols), vec![0.0; rows]);
     for method in Method::all() {
         let name = format!("matvec {rows} x {cols}, {dtype:?}, {method:?}");
-        memory.measure(
+        machine.measure(
             &name,
             rows * cols,
             len,
@@ -128,19 +130,19 @@ fn measure_dense(memory: &Memory, rows: usize, cols: usize, dtype: DType) {
 }
 
 /// Many tokens times a packed layer.
-fn measure_matmul(memory: &Memory, [m, rows, cols]: [usize; 3], bits: u8) {
+fn measure_matmul(machine: &Machine, [m, rows, cols]: [usize; 3], bits: u8) {
     let (x, mut out) = (waves(m * cols), vec![0.0; m * rows]);
     let bytes = layer_bytes(rows, cols, TWO_LEVEL, bits);
     let name = format!("matmul {m} x {rows} x {cols}, {bits} bits");
     let layer = || layer(rows, cols, TWO_LEVEL, bits);
-    memory.measure(&name, m * rows * cols, bytes, layer, |layer| {
+    machine.measure(&name, m * rows * cols, bytes, layer, |layer| {
         let weight = Weight::Packed(layer.view());
         Cpu.matmul(weight, &x, m, black_box(&mut out)).expect("lengths that fit");
     });
 }
 
 /// The queries of the last `m` tokens and a cache of all.
-fn measure_attention(memory: &Memory, m: usize) {
+fn measure_attention(machine: &Machine, m: usize) {
     let (heads, kv_heads, head_dim) = (9, 3, 64);
     let scale = 1.0 / (head_dim as f32).sqrt();
     let shape = AttentionShape {
@@ -163,18 +165,18 @@ fn measure_attention(memory: &Memory, m: usize) {
         cache
     };
     let name = format!("attention {m} of {TOKENS} tokens, {heads} heads");
-    memory.measure(&name, 2 * seen * heads * head_dim, bytes, cache, |kv| {
+    machine.measure(&name, 2 * seen * heads * head_dim, bytes, cache, |kv| {
         let call = AttentionCall { shape, q: &q, kv, sinks: None, out: black_box(&mut out) };
         Cpu.attention(&mut [call]).expect("lengths that fit");
     });
 }
 
-fn measure_rms_norm(memory: &Memory) {
+fn measure_rms_norm(machine: &Machine) {
     let cols = 576;
     let (x, weight, mut out) = (waves(TOKENS * cols), waves(cols), vec![0.0; TOKENS * cols]);
     let bytes = size_of_val(&x[..]);
     let name = format!("rms_norm {TOKENS} x {cols}");
-    memory.measure(
+    machine.measure(
         &name,
         2 * TOKENS * cols,
         bytes,
@@ -186,14 +188,17 @@ fn measure_rms_norm(memory: &Memory) {
 }
 
 /// What a plain read reads, and which kernels are measured beside it.
-struct Memory<'a> {
+struct Machine<'a> {
     words: Vec<u64>,
+    /// What the names of chosen kernels contain.
     name: &'a str,
+    /// Multiply-adds of 8-bit numbers a second, if they have been measured.
+    peak: Option<f64>,
 }
 
-impl<'a> Memory<'a> {
+impl<'a> Machine<'a> {
     fn new(bytes: usize, name: &'a str) -> Self {
-        Self { words: vec![1; bytes / 8], name }
+        Self { words: vec![1; bytes / 8], name, peak: peak::multiply_adds_per_second() }
     }
 
     fn bytes(&self) -> usize {
@@ -231,8 +236,9 @@ impl<'a> Memory<'a> {
         }
         let seconds = median(seconds);
         let (megabytes, giga_multiply_adds) = (bytes as f64 / 1e6, multiply_adds as f64 / 1e9);
+        let of_peak = self.peak.map_or(f64::NAN, |peak| 1e9 * giga_multiply_adds / seconds / peak);
         println!(
-            "{name:<42} {:>9.1} {:>12.1} {megabytes:>7.2} {:>7.2} {:>16.2}",
+            "{name:<42} {:>9.1} {:>12.1} {megabytes:>7.2} {:>7.2} {:>16.2} {of_peak:>12.2}",
             seconds * 1e6,
             giga_multiply_adds / seconds,
             megabytes / 1e3 / seconds,
