@@ -23,7 +23,7 @@ use crate::{
     Scalar, kl_divergence,
     linalg::{self, Mat, Method, Precision, Store},
     log_softmax,
-    matvec::{self, Input, batch::multiply_by, matvec_by},
+    matvec::{self, Input, Rounding, batch::multiply_by, matvec_by},
     weight::{dequantize_rows, stored_bytes},
 };
 
@@ -308,7 +308,7 @@ fn bit_widths(noise: &mut Noise, bits: u8, groups: usize) -> Vec<u8> {
 /// How far rounding may take it is tested apart.
 fn as_multiplied(method: matvec::Method, layout: &LayerLayout, x: &[f32]) -> Vec<f32> {
     match method {
-        matvec::Method::Integer(..) => Input::new(layout, x).values(layout),
+        matvec::Method::Integer(..) => Rounding::of_layer(layout).values(x),
         matvec::Method::Float => x.to_vec(),
     }
 }
@@ -321,7 +321,7 @@ fn as_input_of(backend: &str, weight: Weight<'_>, x: &[f32], cols: usize) -> Vec
         _ if backend != "cpu" => x.to_vec(),
         (_, Some(bands), method) => by_token(&|x| as_multiplied(method, bands.get(0).layout(), x)),
         (Weight::Dense(dense), _, matvec::Method::Integer(..)) if dense.dtype == DType::Q8_0 => {
-            by_token(&|x| Input::in_whole_steps(x).values_in_whole_steps())
+            by_token(&|x| Input::in_whole_steps(x).values())
         }
         _ => x.to_vec(),
     }
@@ -621,7 +621,7 @@ fn matvec_input_is_rounded_as_stated() {
     let layout = LayerLayout::new(16, 592, 128, TWO_LEVEL, &[width; 5]).unwrap();
     for size in [1.0, 1e-30, 1e30, 0.0] {
         let x = noise.vector(592, size);
-        let found = Input::new(&layout, &x).values(&layout);
+        let found = Rounding::of_layer(&layout).values(&x);
         assert_nmse(&format!("values up to {size}"), &found, &widened(&x), INPUT_NMSE);
         for (found, x) in found.chunks(32).zip(x.chunks(32)) {
             let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
@@ -633,7 +633,7 @@ fn matvec_input_is_rounded_as_stated() {
     // A step with an outlier has second codes, and costs no other step anything.
     let mut x = noise.vector(592, 1.0);
     x[77] = 1e3;
-    let found = Input::new(&layout, &x).values(&layout);
+    let found = Rounding::of_layer(&layout).values(&x);
     for (found, x) in found[64..96].iter().zip(&x[64..96]) {
         assert!((found - x).abs() <= 1e3 / 64_000.0, "{found} for {x}");
     }
@@ -650,7 +650,7 @@ fn matvec_with_outliers_multiplies_second_codes() {
         for outlier in x.iter_mut().step_by(37) {
             *outlier *= 1e3;
         }
-        let input = Input::new(layer.packed.layout(), &x).values(layer.packed.layout());
+        let input = Rounding::of_layer(layer.packed.layout()).values(&x);
         let (expected, mut out) = (product(&input, &layer.weights, 112), vec![0.0; 33]);
         for method in matvec::Method::all() {
             if matches!(method, matvec::Method::Integer(..)) {

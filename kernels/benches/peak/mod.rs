@@ -30,12 +30,14 @@ type Loop = (&'static str, usize, fn());
 
 #[cfg(target_arch = "x86_64")]
 fn fastest() -> Option<Loop> {
-    // SAFETY: the processor has the instructions that the loops enable.
     if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has what the loop enables.
         Some(("vpdpbusd, 512 bits", 64, || unsafe { avx512_vnni() }))
     } else if is_x86_feature_detected!("avxvnni") {
+        // SAFETY: the processor has what the loop enables.
         Some(("vpdpbusd, 256 bits", 32, || unsafe { avx_vnni() }))
     } else if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has what the loop enables.
         Some(("vpmaddubsw, 256 bits", 32, || unsafe { avx2() }))
     } else {
         None

@@ -54,7 +54,7 @@ pub(super) fn in_order_of_use(layout: Layout, stored: &[f32], cols: usize) -> Ve
 /// The input as `method` multiplies it.
 pub(super) fn as_multiplied(method: Method, x: &[f32]) -> Vec<f32> {
     match method {
-        Method::Integer(..) => Input::in_whole_steps(x).values_in_whole_steps(),
+        Method::Integer(..) => Input::in_whole_steps(x).values(),
         Method::Float => x.to_vec(),
     }
 }

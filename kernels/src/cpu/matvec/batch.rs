@@ -10,10 +10,9 @@ use slim_formats::{
 };
 
 use super::{
-    Input, Kernels, Method, TASK_BYTES, blocks,
-    input::STEP,
+    Kernels, Method, Rounding, TASK_BYTES, blocks,
     panel::{Chunk, Panel, Sums, chunks_of_blocks, chunks_of_groups},
-    tokens::{TokenBlock, Tokens},
+    tokens::TokenBlock,
 };
 use crate::{cpu::unpack::Lanes, linalg::row_major_mut, weight};
 
@@ -165,12 +164,11 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// A token, rounded as it is alone.
-    fn round(&self, x: &[f32]) -> Tokens<1> {
+    /// How tokens are rounded, each as it is alone.
+    fn rounding(&self) -> Rounding {
         match self.band() {
-            Band::Packed(layer) => Input::new(layer.layout(), x).tokens,
-            Band::Blocks(_, STEP) => Input::in_whole_steps(x).tokens,
-            Band::Blocks(..) => Input::in_whole_steps(x).in_single_units(),
+            Band::Packed(layer) => Rounding::of_layer(layer.layout()),
+            Band::Blocks(tensor, run) => Rounding::of_blocks(tensor.cols, run),
         }
     }
 
@@ -198,7 +196,7 @@ impl<'a> Product<'a> {
         let (m, tiles) = (x.len() / cols, self.kernels.tiles);
         let direct = m <= self.direct_tokens();
         let largest = if direct { tiles.tile_tokens } else { tiles.tokens };
-        let blocks = TokenBlock::of_all(largest, x, cols, |x| self.round(x));
+        let blocks = TokenBlock::of_all(largest, x, cols, &self.rounding());
         let mut tasks = Vec::new();
         for (matrix, mut rest) in self.matrices.iter().zip(outs) {
             for band in &matrix.bands {
@@ -225,10 +223,12 @@ impl<'a> Product<'a> {
         }
         let chunks = self.chunks();
         // Threads keep what they unpack and add up in.
-        let scratch = || (Panel::default(), vec![Sums::default(); m]);
-        tasks.into_par_iter().for_each_init(scratch, |(panel, sums), (band, first, out)| {
-            self.store_tiles(band, first, &chunks, &blocks, (panel, sums), out);
-        });
+        tasks.into_par_iter().for_each_init(
+            || Scratch::new(m),
+            |scratch, (band, first, out)| {
+                self.store_tiles(band, first, &chunks, &blocks, scratch, out);
+            },
+        );
     }
 
     /// Stores the products of a packed layer's tiles from one on, as many as there is room for,
@@ -273,7 +273,7 @@ impl<'a> Product<'a> {
         first: usize,
         chunks: &[Chunk],
         blocks: &[TokenBlock],
-        (panel, sums): (&mut Panel, &mut [Sums]),
+        Scratch { panel, sums, products }: &mut Scratch,
         mut out: MatMut<'_, f32>,
     ) {
         for (i, first_row) in (0..out.ncols()).step_by(TILE_ROWS).enumerate() {
@@ -287,7 +287,7 @@ impl<'a> Product<'a> {
                         (self.kernels.blocks.unpack)(&tensor, first + i, chunk, panel)
                     }
                 }
-                let mut rest = &mut *sums;
+                let mut rest = &mut sums[..];
                 for block in blocks {
                     let (sums, others) = rest.split_at_mut(block.tokens());
                     (self.kernels.tiles.multiply)(panel, chunk, block, sums);
@@ -295,9 +295,24 @@ impl<'a> Product<'a> {
                 }
             }
             let rows = TILE_ROWS.min(out.ncols() - first_row);
-            let products: Vec<Lanes> = sums.iter().map(|sums| panel.products(sums)).collect();
-            store_rows(out.rb_mut().subcols_mut(first_row, rows), &products);
+            (self.kernels.tiles.products)(panel, sums, products);
+            store_rows(out.rb_mut().subcols_mut(first_row, rows), products);
         }
+    }
+}
+
+/// What a thread works in.
+struct Scratch {
+    panel: Panel,
+    /// Of each token.
+    sums: Vec<Sums>,
+    products: Vec<Lanes>,
+}
+
+impl Scratch {
+    fn new(tokens: usize) -> Self {
+        let (sums, products) = (vec![Sums::default(); tokens], vec![Lanes::default(); tokens]);
+        Self { panel: Panel::default(), sums, products }
     }
 }
 
@@ -305,6 +320,10 @@ impl<'a> Product<'a> {
 fn store_rows(out: MatMut<'_, f32>, products: &[Lanes]) {
     for (out, products) in out.row_iter_mut().zip(products) {
         let out = out.try_as_row_major_mut().expect("row-major").as_slice_mut();
-        out.copy_from_slice(&products[..out.len()]);
+        match <&mut Lanes>::try_from(&mut *out) {
+            // Of a known length, which takes no call.
+            Ok(out) => *out = *products,
+            Err(_) => out.copy_from_slice(&products[..out.len()]),
+        }
     }
 }

@@ -6,14 +6,13 @@ use slim_formats::slim::LayerLayout;
 
 use super::{
     super::unpack::UNIT,
-    in_whole_units,
-    tokens::{Fine, Step, Tokens},
+    tokens::{Fine, Step, TokenBlock, Tokens},
 };
 
 /// Columns that share a scale, at most: two units.
 pub(super) const STEP: usize = 2 * UNIT;
 
-/// Codes of the input, the same for all rows of a layer: `x = scale * code`.
+/// Codes of the input of one token, the same for all rows of a layer: `x = scale * code`.
 ///
 /// A scale covers a *step*: 32 columns of a run, or the 16 that are left of it. Where one value
 /// stands out, as those of a few channels do in every model, the others would lose their bits to
@@ -46,75 +45,128 @@ pub(super) const FINE: f32 = 1.0 / 254.0;
 const OUTLIER: f32 = 4.0;
 
 impl Input {
-    /// Quantizes `x[cols]` for a layer.
-    pub fn new(layout: &LayerLayout, x: &[f32]) -> Self {
-        let x = &*in_whole_units(x);
-        let mut input = Self::with_room(x.len().div_ceil(STEP));
-        runs(layout).for_each(|run| quantize(run, x, &mut input));
-        input
-    }
-
     /// Quantizes `x[cols]`, whole steps, for a matrix whose scales do not matter.
     pub fn in_whole_steps(x: &[f32]) -> Self {
-        let mut input = Self::with_room(x.len() / STEP);
-        quantize(0..x.len(), x, &mut input);
+        let steps = x.len() / STEP;
+        let tokens = Tokens { steps: Vec::with_capacity(steps), fine_codes: Vec::new() };
+        let mut input = Self { tokens, word_sums: Vec::with_capacity(steps) };
+        quantize(x, &mut input);
         input
-    }
-
-    fn with_room(steps: usize) -> Self {
-        let (steps, word_sums) = (Vec::with_capacity(steps), Vec::with_capacity(steps));
-        Self { tokens: Tokens { steps, fine_codes: Vec::new() }, word_sums }
-    }
-
-    /// The same codes in steps of one unit each.
-    pub(super) fn in_single_units(self) -> Tokens<1> {
-        let mut parts = Tokens { steps: Vec::new(), fine_codes: Vec::new() };
-        for (index, (step, word_sums)) in self.tokens.steps.iter().zip(&self.word_sums).enumerate()
-        {
-            let second_codes = self.tokens.fine_codes_of(index);
-            for (unit, word_sums) in word_sums.iter().enumerate() {
-                let sums = [sum_of(&[*word_sums])];
-                let fine = Fine { first: parts.fine_codes.len(), ..step.fine };
-                let codes = [step.codes[unit], Default::default()];
-                parts.fine_codes.extend(second_codes.map(|codes| [codes[unit], [0; 4]]));
-                parts.steps.push(Step { codes, sums, fine, ..*step });
-            }
-        }
-        parts
     }
 
     /// The rounded input, `[cols]`.
     #[cfg(test)]
-    pub fn values(&self, layout: &LayerLayout) -> Vec<f32> {
-        let mut values = self.values_in_steps(steps_of(layout));
-        values.truncate(layout.cols());
-        values
-    }
-
-    /// The same after [`Self::in_whole_steps`].
-    #[cfg(test)]
-    pub fn values_in_whole_steps(&self) -> Vec<f32> {
-        self.values_in_steps(steps(0..STEP * self.tokens.steps.len()))
-    }
-
-    #[cfg(test)]
-    fn values_in_steps(&self, steps: impl Iterator<Item = Range<usize>>) -> Vec<f32> {
-        let values = steps.enumerate().flat_map(|(index, cols)| {
-            let step = &self.tokens.steps[index];
-            let codes: [i8; STEP] = bytemuck::cast(step.codes);
-            let fine = self.tokens.fine_codes_of(index).copied().unwrap_or_default();
-            let fine: [i8; STEP] = bytemuck::cast(fine);
-            let codes = codes.into_iter().zip(fine).take(cols.len());
-            codes.map(|(code, fine)| step.scales[0] * (f32::from(code) + FINE * f32::from(fine)))
-        });
-        values.collect()
+    pub fn values(&self) -> Vec<f32> {
+        values(&self.tokens, steps(0..STEP * self.tokens.steps.len()))
     }
 }
 
-/// The columns of each step of a layer.
+per_isa! {
+    fn quantize(x: &[f32], input: &mut Input) {
+        for x in x.as_chunks::<STEP>().0 {
+            let rounded = round_step(x);
+            let mut step = Step::ZERO;
+            step.set(0, &rounded);
+            step.fine.first = input.tokens.fine_codes.len();
+            input.tokens.fine_codes.extend(rounded.fine_codes);
+            input.tokens.steps.push(step);
+            input.word_sums.push(rounded.word_sums);
+        }
+    }
+}
+
+/// The steps that a matrix has its inputs rounded in.
+pub struct Rounding {
+    /// Their columns.
+    steps: Vec<Range<usize>>,
+    /// Whether the matrix has other scales for each unit: then a step becomes one of each unit.
+    has_scales_of_units: bool,
+}
+
+impl Rounding {
+    /// For a packed layer.
+    pub fn of_layer(layout: &LayerLayout) -> Self {
+        Self { steps: runs(layout).flat_map(steps).collect(), has_scales_of_units: false }
+    }
+
+    /// For ggml's blocks, with a scale for each `run` columns.
+    pub(super) fn of_blocks(cols: usize, run: usize) -> Self {
+        Self { steps: steps(0..cols).collect(), has_scales_of_units: run < STEP }
+    }
+
+    /// The rounded input, `[cols]`, for a packed layer.
+    #[cfg(test)]
+    pub fn values(&self, x: &[f32]) -> Vec<f32> {
+        let padded = super::in_whole_units(x, x.len());
+        let TokenBlock::One(tokens) = TokenBlock::of(self, &padded, padded.len()) else {
+            unreachable!("one token")
+        };
+        let mut values = values(&tokens, self.steps.iter().cloned());
+        values.truncate(x.len());
+        values
+    }
+
+    /// Quantizes `x: [T, cols]`, whole units.
+    #[inline(always)]
+    fn round<const T: usize>(&self, x: &[f32], cols: usize, tokens: &mut Tokens<T>) {
+        let units = if self.has_scales_of_units { STEP / UNIT } else { 1 };
+        tokens.steps.reserve_exact(units * self.steps.len());
+        for cols_of_step in &self.steps {
+            let mut step = Step::ZERO;
+            let (mut word_sums, mut fine_codes) = ([[[0.0; 4]; 2]; T], [StepCodes::default(); T]);
+            for t in 0..T {
+                let rounded = round_step(&x[t * cols..][cols_of_step.clone()]);
+                step.set(t, &rounded);
+                word_sums[t] = rounded.word_sums;
+                fine_codes[t] = rounded.fine_codes.unwrap_or_default();
+            }
+            let has_fine_codes = |t: &usize| step.fine.tokens >> t & 1 == 1;
+            if !self.has_scales_of_units {
+                step.fine.first = tokens.fine_codes.len();
+                tokens.fine_codes.extend((0..T).filter(has_fine_codes).map(|t| fine_codes[t]));
+                tokens.steps.push(step);
+                continue;
+            }
+            for unit in 0..units {
+                let codes = [step.codes[unit], [[0; T]; 4]];
+                let sums = word_sums.map(|word_sums| sum_of(&[word_sums[unit]]));
+                let fine = Fine { first: tokens.fine_codes.len(), ..step.fine };
+                let of_unit = |t: usize| [fine_codes[t][unit], [0; 4]];
+                tokens.fine_codes.extend((0..T).filter(has_fine_codes).map(of_unit));
+                tokens.steps.push(Step { codes, sums, fine, ..step });
+            }
+        }
+    }
+}
+
+per_isa! {
+    /// Quantizes the tokens `x: [.., cols]` of a block.
+    pub(super) fn round_block(rounding: &Rounding, x: &[f32], cols: usize, block: &mut TokenBlock) {
+        match block {
+            TokenBlock::One(tokens) => rounding.round(x, cols, tokens),
+            TokenBlock::Two(tokens) => rounding.round(x, cols, tokens),
+            TokenBlock::Four(tokens) => rounding.round(x, cols, tokens),
+            TokenBlock::Eight(tokens) => rounding.round(x, cols, tokens),
+            TokenBlock::Twelve(tokens) => rounding.round(x, cols, tokens),
+        }
+    }
+}
+
+/// The values of rounded inputs, of the columns of each step.
 #[cfg(test)]
-fn steps_of(layout: &LayerLayout) -> impl Iterator<Item = Range<usize>> {
-    runs(layout).flat_map(steps)
+fn values(tokens: &Tokens<1>, steps: impl Iterator<Item = Range<usize>>) -> Vec<f32> {
+    let values = steps.enumerate().flat_map(|(index, cols)| {
+        let step = &tokens.steps[index];
+        let codes: [i8; STEP] = bytemuck::cast(step.codes);
+        let fine = match step.fine.tokens {
+            0 => StepCodes::default(),
+            _ => tokens.fine_codes[step.fine.first],
+        };
+        let fine: [i8; STEP] = bytemuck::cast(fine);
+        let codes = codes.into_iter().zip(fine).take(cols.len());
+        codes.map(|(code, fine)| step.scales[0] * (f32::from(code) + FINE * f32::from(fine)))
+    });
+    values.collect()
 }
 
 /// The columns of each run of a layer, in whole units.
@@ -129,23 +181,34 @@ fn steps(run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     run.step_by(STEP).map(move |first| first..end.min(first + STEP))
 }
 
-per_isa! {
-    fn quantize(run: Range<usize>, x: &[f32], input: &mut Input) {
-        for cols in steps(run) {
-            let first = input.tokens.fine_codes.len();
-            let (mut step, fine_codes, word_sums) = quantize_step(&x[cols]);
-            step.fine.first = first;
-            input.tokens.fine_codes.extend((step.fine.tokens != 0).then_some(fine_codes));
-            input.tokens.steps.push(step);
-            input.word_sums.push(word_sums);
+/// A step of a token.
+struct RoundedStep {
+    codes: StepCodes,
+    fine_codes: Option<StepCodes>,
+    scale: f32,
+    /// Of the rounded values of each word, and of all.
+    word_sums: [[f32; 4]; 2],
+    sum: f32,
+}
+
+impl<const T: usize> Step<T> {
+    /// Makes `rounded` the step of token `t`.
+    #[inline(always)]
+    fn set(&mut self, t: usize, rounded: &RoundedStep) {
+        for (codes, rounded) in
+            self.codes.as_flattened_mut().iter_mut().zip(rounded.codes.as_flattened())
+        {
+            codes[t] = *rounded;
         }
+        (self.scales[t], self.sums[t]) = (rounded.scale, rounded.sum);
+        self.fine.tokens |= u16::from(rounded.fine_codes.is_some()) << t;
     }
 }
 
-/// A step of one unit or two, its second codes and the sums of its words.
+/// A step of one unit or two.
 #[inline(always)]
-fn quantize_step(x: &[f32]) -> (Step<1>, StepCodes, [[f32; 4]; 2]) {
-    let (mut codes, mut fine_codes, mut sums) = ([[0; 4]; 2], [[0; 4]; 2], [[0.0; 4]; 2]);
+fn round_step(x: &[f32]) -> RoundedStep {
+    let (mut codes, mut fine_codes, mut word_sums) = ([[0; 4]; 2], [[0; 4]; 2], [[0.0; 4]; 2]);
     let (units, _) = x.as_chunks::<UNIT>();
     // Of positive floats the larger one has the larger bits, and NaN the largest.
     let (mut largest, mut squares) = ([0; UNIT], [0.0; UNIT]);
@@ -177,13 +240,12 @@ fn quantize_step(x: &[f32]) -> (Step<1>, StepCodes, [[f32; 4]; 2]) {
             (fine_codes[u], of_fine_words) = round(&rests);
         }
         for i in 0..4 {
-            sums[u][i] = value(of_words[i], of_fine_words[i]);
+            word_sums[u][i] = value(of_words[i], of_fine_words[i]);
         }
     }
-    let sum = sum_of(&sums[..units.len()]);
-    let fine = Fine { tokens: has_fine_codes.into(), first: 0 };
-    let codes = codes.map(|unit| unit.map(|word| [word]));
-    (Step { codes, scales: [scale], sums: [sum], fine }, fine_codes, sums)
+    let sum = sum_of(&word_sums[..units.len()]);
+    let fine_codes = has_fine_codes.then_some(fine_codes);
+    RoundedStep { codes, fine_codes, scale, word_sums, sum }
 }
 
 /// The sum of some units, from the sums of their words.

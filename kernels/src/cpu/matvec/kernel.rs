@@ -147,6 +147,11 @@ macro_rules! tile_kernels {
                 $kernel.multiply(panel, chunk, block, sums);
             }
 
+            #[target_feature(enable = $features)]
+            fn products(panel: &Panel, sums: &[Sums], out: &mut [Lanes]) {
+                $kernel.products_of(panel, sums, out);
+            }
+
             TileKernels {
                 tile: |packed, index, block, out| match block {
                     // SAFETY: whoever calls `$name` has found the processor to have `$features`.
@@ -164,6 +169,8 @@ macro_rules! tile_kernels {
                     multiply(panel, chunk, block, sums);
                 },
                 tokens: $kernel.tokens(),
+                // SAFETY: as above.
+                products: |panel, sums, out| unsafe { products(panel, sums, out) },
             }
         }
     };

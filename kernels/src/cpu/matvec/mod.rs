@@ -36,7 +36,7 @@ use self::{
 use super::unpack::{Lanes, UNIT};
 use crate::Result;
 
-pub use input::Input;
+pub use input::{Input, Rounding};
 
 /// Bytes of a layer in a task. With eight times as many, threads wait for each other: decoding
 /// SmolLM2 at 3 bits took half as long again.
@@ -62,8 +62,10 @@ struct TileKernels {
     unpack: fn(PackedTensor<'_>, usize, &Chunk, &mut Panel),
     /// the products of what was unpacked with some tokens, which are added,
     multiply: fn(&Panel, &Chunk, &TokenBlock, &mut [Sums]),
-    /// this many at the most.
+    /// this many at the most;
     tokens: usize,
+    /// what their sums come to.
+    products: fn(&Panel, &[Sums], &mut [Lanes]),
 }
 
 /// Of a tensor in ggml's blocks:
@@ -136,20 +138,21 @@ pub fn matvec_by<'a>(method: Method, matrix: impl Into<Bands<'a>>, x: &[f32], ou
     match method {
         Method::Integer(_, kernels) => batch::multiply_one(kernels, bands, x, out),
         Method::Float => {
-            let x = in_whole_units(x);
+            let x = in_whole_units(x, cols);
             let sums = portable::column_sums(&x);
             for_tiles(bands, out, |band, tile| portable::tile(band, tile, &x, &sums));
         }
     }
 }
 
-/// `x` with zeros behind it, which take padding columns (F21) out of every sum.
-fn in_whole_units(x: &[f32]) -> Cow<'_, [f32]> {
-    if x.len().is_multiple_of(UNIT) {
+/// The tokens `x: [.., cols]` with zeros behind each, which take padding columns (F21) out of every
+/// sum.
+fn in_whole_units(x: &[f32], cols: usize) -> Cow<'_, [f32]> {
+    if cols.is_multiple_of(UNIT) {
         return Cow::Borrowed(x);
     }
-    let mut padded = x.to_vec();
-    padded.resize(x.len().next_multiple_of(UNIT), 0.0);
+    let padding = vec![0.0; cols.next_multiple_of(UNIT) - cols];
+    let padded: Vec<f32> = x.chunks(cols).flat_map(|x| x.iter().chain(&padding)).copied().collect();
     Cow::Owned(padded)
 }
 

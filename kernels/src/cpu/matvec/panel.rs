@@ -1,7 +1,7 @@
 //! Codes that are unpacked once for many tokens: 16 rows and some columns of a matrix, whatever it
 //! is stored as.
 
-use std::{array, iter::Zip, ops::Range, slice::IterMut};
+use std::{iter::Zip, ops::Range, slice::IterMut};
 
 use slim_formats::{
     DenseTensor,
@@ -65,11 +65,6 @@ pub struct Sums {
 }
 
 impl Panel {
-    /// The products of a token, from its sums over all columns.
-    pub(super) fn products(&self, Sums { scaled, shifted }: &Sums) -> Lanes {
-        array::from_fn(|r| self.d[r] * scaled[r] - self.m[r] * shifted[r])
-    }
-
     /// Makes room for a chunk.
     fn resize(&mut self, Chunk { units, steps, .. }: &Chunk) {
         self.codes.resize(units.len(), [[0; 64]; 4]);
@@ -245,6 +240,21 @@ impl<I: Isa, const N: usize> Kernel<I, N> {
         }
         for t in 0..T {
             self.store(shifted[t], &mut sums[t].shifted);
+        }
+    }
+
+    /// The products of tokens, from their sums over all columns.
+    #[inline(always)]
+    pub fn products_of(self, panel: &Panel, sums: &[Sums], out: &mut [Lanes]) {
+        let (d, m) = (self.load_floats(&panel.d), self.load_floats(&panel.m));
+        for (Sums { scaled, shifted }, out) in sums.iter().zip(out) {
+            let (scaled, shifted) = (self.load_floats(scaled), self.load_floats(shifted));
+            let mut products = [self.0.floats(0.0); N];
+            for i in 0..N {
+                let shifted = self.0.mul(m[i], shifted[i]);
+                products[i] = self.0.sub(self.0.mul(d[i], scaled[i]), shifted);
+            }
+            self.store(products, out);
         }
     }
 

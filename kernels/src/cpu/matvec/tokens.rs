@@ -1,12 +1,15 @@
 //! The inputs of a product with one token or some, those of all of them side by side.
 
-use std::array;
-
 use rayon::prelude::*;
 
-use super::input::StepCodes;
+use super::{
+    super::unpack::UNIT,
+    in_whole_units,
+    input::{Rounding, StepCodes, round_block},
+};
 
 /// `T` tokens that a kernel multiplies at a time.
+#[derive(Default)]
 pub(super) struct Tokens<const T: usize> {
     /// In the order of columns.
     pub steps: Vec<Step<T>>,
@@ -36,37 +39,14 @@ pub(super) struct Fine {
     pub first: usize,
 }
 
-impl<const T: usize> Tokens<T> {
-    fn of(inputs: [Tokens<1>; T]) -> Self {
-        let mut fine_codes = Vec::new();
-        let steps = (0..inputs[0].steps.len()).map(|index| {
-            let of_tokens: [_; T] = array::from_fn(|token| &inputs[token].steps[index]);
-            let mut codes = [[[0; T]; 4]; 2];
-            for (unit, codes) in codes.iter_mut().enumerate() {
-                for (word, codes) in codes.iter_mut().enumerate() {
-                    *codes = of_tokens.map(|step| step.codes[unit][word][0]);
-                }
-            }
-            let mut fine = Fine { tokens: 0, first: fine_codes.len() };
-            for (token, input) in inputs.iter().enumerate() {
-                if let Some(codes) = input.fine_codes_of(index) {
-                    fine.tokens |= 1 << token;
-                    fine_codes.push(*codes);
-                }
-            }
-            let scales = of_tokens.map(|step| step.scales[0]);
-            Step { codes, scales, sums: of_tokens.map(|step| step.sums[0]), fine }
-        });
-        Self { steps: steps.collect(), fine_codes }
-    }
-}
-
-impl Tokens<1> {
-    /// The second codes of a step.
-    pub fn fine_codes_of(&self, step: usize) -> Option<&StepCodes> {
-        let fine = self.steps[step].fine;
-        (fine.tokens != 0).then(|| &self.fine_codes[fine.first])
-    }
+impl<const T: usize> Step<T> {
+    /// One of no inputs.
+    pub const ZERO: Self = Self {
+        codes: [[[0; T]; 4]; 2],
+        scales: [0.0; T],
+        sums: [0.0; T],
+        fine: Fine { tokens: 0, first: 0 },
+    };
 }
 
 /// Tokens that a kernel multiplies at a time, as many as registers have room for.
@@ -92,42 +72,36 @@ impl TokenBlock {
 
     /// Blocks of `x: [m, cols]`: of `largest` tokens, 12 or a power of two, and of powers of two
     /// for the rest.
-    pub(super) fn of_all(
-        largest: usize,
-        x: &[f32],
-        cols: usize,
-        round: impl Fn(&[f32]) -> Tokens<1> + Sync,
-    ) -> Vec<Self> {
-        if x.len() == cols {
-            return vec![Self::One(round(x))];
-        }
+    pub(super) fn of_all(largest: usize, x: &[f32], cols: usize, rounding: &Rounding) -> Vec<Self> {
+        let (x, cols) = (in_whole_units(x, cols), cols.next_multiple_of(UNIT));
         let m = x.len() / cols;
+        if m == 1 {
+            return vec![Self::of(rounding, &x, cols)];
+        }
         let mut counts = vec![largest; m / largest];
         let powers = (0..4).rev().map(|power| 1 << power);
         counts.extend(powers.filter(|tokens| (m % largest) & tokens != 0));
-        let mut rest = x;
+        let mut rest = &*x;
         let mut blocks = Vec::new();
         for tokens in counts {
             let (block, others) = rest.split_at(tokens * cols);
             blocks.push(block);
             rest = others;
         }
-        let block = |x: &[f32]| Self::of(x.chunks_exact(cols).map(&round).collect());
-        blocks.into_par_iter().map(block).collect()
+        blocks.into_par_iter().map(|x| Self::of(rounding, x, cols)).collect()
     }
 
-    fn of(mut inputs: Vec<Tokens<1>>) -> Self {
-        fn tokens<const T: usize>(inputs: Vec<Tokens<1>>) -> Tokens<T> {
-            let inputs = inputs.try_into().ok();
-            Tokens::of(inputs.expect("that many tokens"))
-        }
-        match inputs.len() {
-            1 => Self::One(inputs.remove(0)),
-            2 => Self::Two(tokens(inputs)),
-            4 => Self::Four(tokens(inputs)),
-            8 => Self::Eight(tokens(inputs)),
-            12 => Self::Twelve(tokens(inputs)),
+    /// A block of all tokens `x: [.., cols]`, whole units.
+    pub(super) fn of(rounding: &Rounding, x: &[f32], cols: usize) -> Self {
+        let mut block = match x.len() / cols {
+            1 => Self::One(Tokens::default()),
+            2 => Self::Two(Tokens::default()),
+            4 => Self::Four(Tokens::default()),
+            8 => Self::Eight(Tokens::default()),
+            12 => Self::Twelve(Tokens::default()),
             count => unreachable!("a block of {count} tokens"),
-        }
+        };
+        round_block(rounding, x, cols, &mut block);
+        block
     }
 }
