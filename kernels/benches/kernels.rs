@@ -4,9 +4,9 @@
 //! name contains NAME. Layers and caches come from memory, as those of a model do: copies, more
 //! than the processor's caches hold, take turns. With few mebibytes they come from a cache.
 //!
-//! What counts for one token is the share of a plain read, which on a shared machine only two measurements in
-//! turn give. Benchmark harnesses measure one function after the other and print no ratios: hence
-//! no divan or criterion.
+//! What counts for one token is the share of a plain read, for many that of the processor's peak in
+//! 8-bit products, which on a shared machine only measurements in turn give. Benchmark harnesses
+//! measure one function after the other and print no ratios: hence no divan or criterion.
 
 mod peak;
 
