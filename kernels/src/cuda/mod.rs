@@ -7,7 +7,7 @@
 //! [`crate::Backend`] on activations in host memory.
 //!
 //! Nothing here links to CUDA: the driver is looked up when a device is opened. What the driver
-//! cannot check is written in two files, `driver.rs` and `launch.rs`; the rest is safe code.
+//! cannot check is written in `driver.rs` and `launch`; the rest is safe code.
 
 mod arguments;
 mod attention;

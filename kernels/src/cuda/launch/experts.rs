@@ -1,10 +1,10 @@
 //! Experts: their choice, their neurons, and what these add.
 
-use slim_formats::arch;
+use slim_formats::{arch, slim::TILE_ROWS};
 
 use super::{
-    DenseArgs, Device, Kind, Matrix, Norm, NormArgs, Operands, PackedArgs, StorageKind,
-    TrellisArgs, View, ViewMut, argument, check_operands, check_room, code_of,
+    BandArgs, DenseArgs, Device, Kernel, Kind, Matrix, Norm, NormArgs, Operands, PackedArgs,
+    StorageKind, TrellisArgs, View, ViewMut, argument, check_operands, check_room, code_of,
 };
 use crate::{
     Result,
@@ -181,8 +181,8 @@ impl Device {
         unsafe { self.launch(kernel, [strips, slots, m], 256, 0, &mut [argument(args)]) }
     }
 
-    fn expert_kernel<K: Kind>(&self, matrix: &Matrix) -> (&super::Kernel, usize) {
-        let strips = matrix.rows().div_ceil(K::STRIP_TILES * slim_formats::slim::TILE_ROWS);
+    fn expert_kernel<K: Kind>(&self, matrix: &Matrix) -> (&Kernel, usize) {
+        let strips = matrix.rows().div_ceil(K::STRIP_TILES * TILE_ROWS);
         (K::experts(self), strips)
     }
 
@@ -207,6 +207,6 @@ impl Device {
 
     fn band_bytes<K: Kind>(&self, matrix: &Matrix) -> Vec<u8> {
         let bands = self.bands::<K>(matrix, 0);
-        bands.into_iter().flat_map(super::BandArgs::to_bytes).collect()
+        bands.into_iter().flat_map(BandArgs::to_bytes).collect()
     }
 }
