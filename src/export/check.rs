@@ -97,7 +97,7 @@ pub fn check(source: &Arc<dyn ModelSource>, target: Target, output: &Path) -> Re
         Answer::Windows(windows) => windows,
         Answer::NotThere(reason) => return Ok(Checked::NotRun(reason)),
     };
-    let agreement = compare(engine, source, &windows)?;
+    let agreement = compare(engine, source, windows)?;
     // Logits that are no numbers are not close.
     let is_close = agreement.kl <= MOST_KL;
     if !is_close {
@@ -116,17 +116,16 @@ pub fn check(source: &Arc<dyn ModelSource>, target: Target, output: &Path) -> Re
 fn compare(
     engine: &'static str,
     source: &Arc<dyn ModelSource>,
-    windows: &[Window],
+    windows: Vec<Window>,
 ) -> Result<Agreement> {
     let model = Model::load(Arc::clone(source), &FloatCpu(Precision::Fine))?;
     let vocab = model.config().vocab_size;
     let (mut kl, mut same, mut positions) = (0.0, 0, 0);
-    for Window { tokens, first, logits } in windows {
-        let of_engine = logits.len() / (tokens.len() - 1 - first);
+    for Window { tokens, first, logits: mut theirs } in windows {
+        let of_engine = theirs.len() / (tokens.len() - 1 - first);
         ensure!(of_engine == vocab, "{engine} has {of_engine} tokens, the model {vocab}");
         let mut ours = InBatches { model: &model, batch: CONTEXT };
-        let mut ours = ours.run(tokens)?(*first..tokens.len() - 1)?;
-        let mut theirs = logits.clone();
+        let mut ours = ours.run(&tokens)?(first..tokens.len() - 1)?;
         for (ours, theirs) in ours.chunks_exact_mut(vocab).zip(theirs.chunks_exact_mut(vocab)) {
             log_softmax(ours);
             log_softmax(theirs);
@@ -180,9 +179,9 @@ const PERPLEXITY: &str = "llama-perplexity";
 
 /// By the file of logits that `llama-perplexity` saves for comparisons.
 fn llama_cpp(source: &dyn ModelSource, output: &Path) -> Result<Answer> {
-    let folder = tempfile::tempdir()?;
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let [prompt, saved] = ["text", "logits"].map(|name| folder.path().join(name));
-    fs::write(&prompt, text())?;
+    fs::write(&prompt, text()).with_context(|| format!("cannot write `{}`", prompt.display()))?;
     let (context, windows) = (CONTEXT.to_string(), WINDOWS.to_string());
     let mut command = Command::new(PERPLEXITY);
     command.arg("-m").arg(output).arg("-f").arg(&prompt).args(["-c", &context, "-b", &context]);

@@ -155,12 +155,13 @@ impl<'a> Product<'a> {
 
     /// Of each matrix `out[m, rows]` from `x[m, cols]`, for any `m`.
     fn multiply(&self, x: &[f32], cols: usize, outs: &mut [&mut [f32]]) {
+        let rounding = self.rounding();
         for (index, x) in x.chunks(TOKENS_IN_CACHE * cols).enumerate() {
             let (first, m) = (index * TOKENS_IN_CACHE, x.len() / cols);
             let outs = self.matrices.iter().zip(&mut *outs).map(|(&Matrix { rows, .. }, out)| {
                 row_major_mut(&mut out[first * rows..][..m * rows], m, rows, rows)
             });
-            self.store(x, cols, outs.collect());
+            self.store(x, cols, &rounding, outs.collect());
         }
     }
 
@@ -192,11 +193,11 @@ impl<'a> Product<'a> {
     }
 
     /// The same for tokens that stay in the cache.
-    fn store(&self, x: &[f32], cols: usize, outs: Vec<MatMut<'_, f32>>) {
+    fn store(&self, x: &[f32], cols: usize, rounding: &Rounding, outs: Vec<MatMut<'_, f32>>) {
         let (m, tiles) = (x.len() / cols, self.kernels.tiles);
         let direct = m <= self.direct_tokens();
         let largest = if direct { tiles.tile_tokens } else { tiles.tokens };
-        let blocks = TokenBlock::of_all(largest, x, cols, &self.rounding());
+        let blocks = TokenBlock::of_all(largest, x, cols, rounding);
         let mut tasks = Vec::new();
         for (matrix, mut rest) in self.matrices.iter().zip(outs) {
             for band in &matrix.bands {

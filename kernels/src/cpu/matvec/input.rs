@@ -1,4 +1,4 @@
-//! The input of a product with one token as 8-bit integers.
+//! The inputs of products as 8-bit integers.
 
 use std::ops::Range;
 
@@ -75,7 +75,7 @@ per_isa! {
     }
 }
 
-/// The steps that a matrix has its inputs rounded in.
+/// The steps that a matrix has its inputs rounded in, each token as [`Input`] says.
 pub struct Rounding {
     /// Their columns.
     steps: Vec<Range<usize>>,
