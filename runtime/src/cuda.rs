@@ -1,6 +1,10 @@
 //! Blocks on a CUDA device: their weights, a text's keys and values, and the memory to compute in.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
 
 use slim_formats::{
     Decoder, ModelSource, Part, PartMap, Weight,
@@ -424,10 +428,12 @@ impl Segment {
         let arch::Attention { heads, kv_heads, head_dim, .. } = *attention_of(spec);
         let ffn = decoder.widest_ffn();
         let widths = decoder.blocks.iter().filter_map(|block| Some(block.ffn?.width));
+        let widths: BTreeSet<_> = widths.collect();
         let experts = decoder.blocks.iter().find_map(|block| block.experts);
         let routed = experts.map(|experts| Routed::zeros(device, batch, &experts));
         let floats = |width: usize| Buffer::zeros(device, batch * width);
         let operands = |width: usize| Operands::zeros(device, batch, width);
+        let neurons = widths.into_iter().map(|width| Ok((width, operands(width)?)));
         let has_output = self.output.is_some();
         let has_branch_norms = spec.branch_norm(Stage::FfnOutput).is_some();
         let embedding = decoder.embedding_size;
@@ -448,7 +454,7 @@ impl Segment {
             added: floats(if has_branch_norms { hidden_size } else { 0 })?,
             normed: operands(hidden_size)?,
             attended: operands(heads * head_dim)?,
-            neurons: widths.map(|width| Ok((width, operands(width)?))).collect::<Result<_>>()?,
+            neurons: neurons.collect::<Result<_>>()?,
             routed: routed.transpose()?,
             narrow: narrow.transpose()?,
             logits: Buffer::zeros(device, if has_output { decoder.vocab_size } else { 0 })?,
